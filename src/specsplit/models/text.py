@@ -1,0 +1,66 @@
+"""Between text and token ids: tokenizer, chat template, text as it streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from specsplit.errors import UserError
+from specsplit.models.fingerprint import tokenizer_sha256
+
+
+class TextCodec:
+    """A tokenizer with the chat template it came with."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.sha256 = tokenizer_sha256(tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextCodec:
+        """Load the tokenizer of a local model folder; UserError when there is none."""
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {error}") from error
+
+    def encode(self, prompt: str, *, use_chat_template: bool = True) -> list[int]:
+        """Token ids of a prompt, as one user turn of the chat template when the model has one and it is wanted."""
+        if use_chat_template and self.tokenizer.chat_template:
+            ids = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        else:
+            ids = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise UserError(f"the prompt {prompt!r} has no tokens; give it some text")
+        return list(ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens left out."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+class TextStream:
+    """Turns tokens that arrive in bursts into text that can be printed at once.
+
+    A piece is held back while it ends inside a multi-byte character, so what is printed never has to be unprinted.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self.codec = codec
+        self.token_ids: list[int] = []
+        self.printed = ""
+
+    def feed(self, token_ids: Sequence[int], *, last: bool = False) -> str:
+        """Add tokens; returns the text that is new and final. `last` flushes what is held back."""
+        self.token_ids += token_ids
+        text = self.codec.decode(self.token_ids)
+        if not last and text.endswith("\ufffd"):
+            return ""
+        fresh = text[len(self.printed) :]
+        self.printed = text
+        return fresh

@@ -1,0 +1,34 @@
+"""Between protobuf messages and the types of `decoding`."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from array import array
+from collections.abc import Sequence
+
+from specsplit.decoding.tree import TokenTree
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+]
+
+
+def tree_to_message(tree: TokenTree) -> pb.TokenTree:
+    return pb.TokenTree(token_ids=tree.token_ids, parents=tree.parents, log_probs=tree.log_probs)
+
+
+def tree_from_message(message: pb.TokenTree) -> TokenTree:
+    """The tree as sent; call `validate` before trusting it."""
+    return TokenTree(list(message.token_ids), list(message.parents), list(message.log_probs))
+
+
+def tokens_crc32(tokens: Sequence[int], crc: int = 0) -> int:
+    """CRC-32 of tokens as little-endian 32-bit integers, going on from `crc`: what `prefix_crc32` holds."""
+    words = array("I", tokens)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return zlib.crc32(words, crc)

@@ -1,0 +1,61 @@
+"""DraftService: checks requests, keeps sessions, calls the engine on the model thread."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+
+from specsplit.config import MAX_GAMMA, DraftWorkerConfig
+from specsplit.decoding.tree import tree_size
+from specsplit.rpc.codec import tree_to_message
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.workers.draft.engine import draft_tree
+from specsplit.workers.errors import InvalidRequest, LimitReached
+from specsplit.workers.servicer import WorkerServicer
+
+
+class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
+    """Serves one draft model."""
+
+    role = "draft"
+    config: DraftWorkerConfig
+
+    def GenerateDrafts(
+        self, request: pb.GenerateDraftsRequest, context: grpc.ServicerContext
+    ) -> pb.GenerateDraftsReply:
+        return self.guard(context, lambda: self._generate(request))
+
+    def _generate(self, request: pb.GenerateDraftsRequest) -> pb.GenerateDraftsReply:
+        arrived = time.perf_counter()
+        gamma, branching = request.max_draft_tokens, list(request.branching)
+        if not 1 <= gamma <= MAX_GAMMA:
+            raise InvalidRequest(f"max_draft_tokens must be 1 to {MAX_GAMMA}, got {gamma}")
+        if any(width < 1 for width in branching):
+            raise InvalidRequest(f"branching {branching}: every level needs at least one child")
+        nodes = tree_size(branching, gamma)
+        if nodes > self.config.max_tree_nodes:
+            raise LimitReached(f"a tree of {nodes} nodes is over the limit of {self.config.max_tree_nodes}")
+        raw = request.SerializeToString(deterministic=True)
+        with self.sessions.use(request.context) as session:
+            if (reply := session.replay(request.context.round, raw)) is not None:
+                return reply
+            tokens = session.context_for(request.context, self.model.vocab_size)
+            self.check_capacity(len(tokens), nodes)
+            done = self.thread.run(
+                lambda: draft_tree(
+                    self.model,
+                    session,
+                    tokens,
+                    request.context.prefix_length,
+                    gamma=gamma,
+                    branching=branching,
+                    stop_token_ids=frozenset(request.stop_token_ids),
+                )
+            )
+            reply = pb.GenerateDraftsReply(
+                tree=tree_to_message(done.value), timings=self.timings(done, arrived)
+            )
+            session.remember(request.context.round, raw, reply)
+            return reply

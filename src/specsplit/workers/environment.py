@@ -1,0 +1,28 @@
+"""The variables that make a process deterministic, set before Python starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+REQUIRED = {
+    "PYTHONHASHSEED": "0",  # order of sets and dicts of strings
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
+}
+DETERMINISM_VARIABLES = (*REQUIRED, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def deterministic_environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A copy of the environment with the required variables set and tokenizers' fork warning off."""
+    return {**(os.environ if base is None else base), **REQUIRED, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def ensure_deterministic_environment() -> None:
+    """Start this very command again with the required variables when they are not set.
+
+    Python reads PYTHONHASHSEED only at its start, so setting it later would record something untrue.
+    """
+    if all(os.environ.get(name) == value for name, value in REQUIRED.items()):
+        return
+    os.execve(sys.executable, [sys.executable, "-m", "specsplit", *sys.argv[1:]], deterministic_environment())

@@ -1,0 +1,35 @@
+"""Why a worker refuses a request. Each class is one gRPC status."""
+
+from __future__ import annotations
+
+import grpc
+
+
+class Refusal(Exception):
+    """A request that a worker will not serve; the message goes to the client with `status`."""
+
+    status = grpc.StatusCode.INTERNAL
+
+
+class InvalidRequest(Refusal):
+    """The request itself is wrong, whatever state the worker is in."""
+
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class SessionLost(Refusal):
+    """The worker does not hold the prefix that the request builds on; send the full context."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class StaleRound(Refusal):
+    """A round that is over and cannot be answered again."""
+
+    status = grpc.StatusCode.ABORTED
+
+
+class LimitReached(Refusal):
+    """A limit of the worker: context, sessions, tree size."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -1,0 +1,134 @@
+"""Runs one worker: loads the model, serves gRPC with health and reflection, drains and stops."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from specsplit.config import DraftWorkerConfig, WorkerSettings
+from specsplit.errors import UserError
+from specsplit.models.causal_lm import CausalLM
+from specsplit.models.sources import resolve_model
+from specsplit.models.text import TextCodec
+from specsplit.rpc.codec import CHANNEL_OPTIONS
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.workers.compute import ModelThread
+from specsplit.workers.draft.service import DraftServicer
+from specsplit.workers.endpoint import Endpoint, describe_identity
+from specsplit.workers.lease import Lease, lease_holder
+from specsplit.workers.servicer import WorkerServicer
+from specsplit.workers.target.service import TargetServicer
+
+log = logging.getLogger(__name__)
+LEASE_POLL_S = 0.5
+HANDLER_THREADS = 32  # they only wait for the model thread
+DRAFT_SERVICE = pb.DESCRIPTOR.services_by_name["DraftService"].full_name
+TARGET_SERVICE = pb.DESCRIPTOR.services_by_name["TargetService"].full_name
+
+
+def load_servicer(config: WorkerSettings) -> WorkerServicer:
+    """Load the model that the settings name and wrap it into its service.
+
+    Raises UserError when the model is missing or cannot be loaded.
+    """
+    is_draft = isinstance(config, DraftWorkerConfig)
+    if config.model is None:
+        prefix = config.model_config["env_prefix"]
+        raise UserError(f"no model: give --model FOLDER or set {prefix}MODEL")
+    folder, manifest = resolve_model(config.model)
+    skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
+    model = CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers)
+    codec = TextCodec.load(folder)
+    fingerprint = manifest["fingerprint"]
+    identity: dict[str, Any] = {
+        "model": manifest["name"],
+        "weights_sha256": fingerprint["weights_sha256"],
+        "tokenizer_sha256": codec.sha256,
+        "parameters": sum(p.numel() for p in model.model.parameters()),
+    }
+    thread = ModelThread(config.threads, config.seed)
+    servicer_class = DraftServicer if is_draft else TargetServicer
+    return servicer_class(model, config, thread, identity)
+
+
+class WorkerServer:
+    """A gRPC server around one servicer. `port` is the one it listens on after `start`."""
+
+    def __init__(self, servicer: WorkerServicer) -> None:
+        self.servicer = servicer
+        self.port = 0
+        self._server = grpc.server(
+            ThreadPoolExecutor(HANDLER_THREADS, "rpc"),
+            # Without this two workers could listen on one port and share its calls.
+            options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],
+        )
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if isinstance(servicer, DraftServicer):
+            self.service = DRAFT_SERVICE
+            pb_grpc.add_DraftServiceServicer_to_server(servicer, self._server)
+        else:
+            self.service = TARGET_SERVICE
+            pb_grpc.add_TargetServiceServicer_to_server(servicer, self._server)
+        names = (self.service, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    def start(self) -> None:
+        """Listen and report SERVING. UserError when the address cannot be had."""
+        config = self.servicer.config
+        address = f"{config.host}:{config.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise UserError(
+                f"cannot listen on {address}: it is in use or not an address of this machine. "
+                f"Choose another --port (0 = any free one) or --host."
+            ) from error
+        self._server.start()
+        for name in ("", self.service):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self) -> None:
+        """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s`, stop."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace=self.servicer.config.drain_s).wait()
+        self.servicer.thread.close()
+
+
+def serve(config: WorkerSettings, *, endpoint_file: Path | None = None) -> None:
+    """Run a worker until SIGTERM, SIGINT or the end of its lease.
+
+    endpoint_file: written once the worker serves; deleting it stops the worker.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    lease = Lease(lease_holder(), endpoint_file)
+    server = WorkerServer(load_servicer(config))
+    if stop.is_set() or lease.lost():
+        log.info("stopped while loading")
+        return
+    server.start()
+    description = server.servicer.Describe(pb.DescribeRequest(), None)  # type: ignore[arg-type]
+    log.info("serving %s on %s:%d", describe_identity(description), config.host, server.port)
+    if endpoint_file is not None:
+        Endpoint.local(config.host, server.port, description, lease.holder).write(endpoint_file)
+        lease.written = True
+    while not stop.wait(LEASE_POLL_S):
+        if reason := lease.lost():
+            log.info("stopping: %s", reason)
+            break
+    server.stop()
+    if endpoint_file is not None:
+        Endpoint.remove(endpoint_file, pid=os.getpid())
+    log.info("stopped")

@@ -1,0 +1,90 @@
+"""What both services share: sessions, limits, description, and how a refusal becomes a gRPC status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import grpc
+
+import specsplit
+from specsplit.config import WorkerSettings
+from specsplit.models.causal_lm import CausalLM
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workers.compute import Computed, ModelThread
+from specsplit.workers.environment import DETERMINISM_VARIABLES
+from specsplit.workers.errors import LimitReached, Refusal
+from specsplit.workers.sessions import SessionStore
+
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+
+
+class WorkerServicer:
+    """One loaded model, its sessions and its thread.
+
+    identity: model name and fingerprint as reported by Describe.
+    """
+
+    role = ""
+
+    def __init__(
+        self, model: CausalLM, config: WorkerSettings, thread: ModelThread, identity: Mapping[str, Any]
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.thread = thread
+        self.identity = identity
+        self.max_context = min(config.max_context, model.max_context)
+        self.sessions = SessionStore(
+            lambda: model.new_cache(self.max_context), limit=config.max_sessions, ttl_s=config.session_ttl_s
+        )
+
+    def EndSession(self, request: pb.EndSessionRequest, context: grpc.ServicerContext) -> pb.EndSessionReply:
+        return pb.EndSessionReply(existed=self.sessions.end(request.session_id))
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        return pb.DescribeReply(
+            role=self.role,
+            version=specsplit.__version__,
+            dtype=self.config.dtype,
+            device=str(self.model.device),
+            threads=self.thread.threads,
+            skip_layers=getattr(self.config, "skip_layers", []),
+            vocab_size=self.model.vocab_size,
+            max_context=self.max_context,
+            eos_token_ids=self.model.eos_token_ids,
+            pid=os.getpid(),
+            environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
+            **self.identity,
+        )
+
+    def check_capacity(self, context_length: int, nodes: int) -> None:
+        """Refuse what does not fit into a session's cache."""
+        if context_length + nodes > self.max_context:
+            raise LimitReached(
+                f"a context of {context_length} tokens and {nodes} drafted ones exceed the "
+                f"{self.max_context} that a session of this worker can hold (max_context)"
+            )
+
+    def timings(self, done: Computed[Any], arrived: float) -> pb.Timings:
+        return pb.Timings(
+            queue_ms=done.queue_ms,
+            compute_ms=done.compute_ms,
+            server_ms=(time.perf_counter() - arrived) * 1e3,
+        )
+
+    def guard(self, context: grpc.ServicerContext, work: Callable[[], R]) -> R:
+        """Run a handler; a Refusal becomes its status, anything else INTERNAL with the traceback in the log."""
+        try:
+            return work()
+        except Refusal as refusal:
+            log.info("refused %s: %s", refusal.status.name, refusal)
+            context.abort(refusal.status, str(refusal))
+        except Exception as error:
+            log.exception("request failed")
+            context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        raise AssertionError("abort always raises")

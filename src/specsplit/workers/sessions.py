@@ -1,0 +1,144 @@
+"""Sessions of a worker: the tokens it holds, their cache, and the last reply, under an LRU limit and a TTL."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from specsplit.decoding.tree import TokenTree
+from specsplit.models.kv_cache import KVCache
+from specsplit.rpc.codec import tokens_crc32
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workers.errors import InvalidRequest, LimitReached, SessionLost, StaleRound
+
+MAX_SESSION_ID = 128
+
+
+@dataclass
+class Session:
+    """One text being written.
+
+    tokens: the context as of the last round. cache: its keys and values, perhaps followed by tree nodes.
+    tree, cached_nodes: the last draft and how many of its nodes follow the context in the cache (draft worker).
+    """
+
+    cache: KVCache
+    tokens: list[int] = field(default_factory=list)
+    tree: TokenTree = field(default_factory=TokenTree)
+    cached_nodes: int = 0
+    last_round: int = 0
+    last_request: bytes = b""
+    last_reply: Any = None
+    last_used: float = 0.0
+    users: int = 0  # calls that hold or wait for this session; it is not evicted meanwhile
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def replay(self, round_number: int, request: bytes) -> Any:
+        """The reply already given to this very request, or None when it is a new round.
+
+        Raises StaleRound when the round is over and the request is another one.
+        """
+        if round_number > self.last_round:
+            return None
+        if round_number == self.last_round and request == self.last_request:
+            return self.last_reply
+        raise StaleRound(
+            f"round {round_number} is over: this session has answered round {self.last_round}. Send the next round."
+        )
+
+    def remember(self, round_number: int, request: bytes, reply: Any) -> None:
+        self.last_round, self.last_request, self.last_reply = round_number, request, reply
+
+    def context_for(self, context: pb.Context, vocab_size: int) -> list[int]:
+        """The full context that a request means; checks that this session holds its prefix."""
+        if not context.new_tokens:
+            raise InvalidRequest("new_tokens is empty: send at least the last token of the context")
+        outside = next((t for t in context.new_tokens if t >= vocab_size), None)
+        if outside is not None:
+            raise InvalidRequest(f"token id {outside} is outside the vocabulary of {vocab_size}")
+        prefix = self.tokens[: context.prefix_length]
+        if context.prefix_length > len(self.tokens) or context.prefix_crc32 != tokens_crc32(prefix):
+            raise SessionLost(
+                f"this session holds {len(self.tokens)} tokens and not the prefix of {context.prefix_length} that "
+                f"the request builds on; send the full context with prefix_length 0"
+            )
+        return [*prefix, *context.new_tokens]
+
+
+class SessionStore:
+    """Sessions by id. At most `limit` are kept; idle ones go after `ttl_s` seconds, the least recently used first."""
+
+    def __init__(
+        self,
+        new_cache: Callable[[], KVCache],
+        *,
+        limit: int,
+        ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._new_cache = new_cache
+        self._limit = limit
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._spare: list[KVCache] = []  # caches of ended sessions: their memory is used again
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @contextmanager
+    def use(self, context: pb.Context) -> Iterator[Session]:
+        """The session of a request, locked. A request with prefix_length 0 opens it when it is not there."""
+        if not 0 < len(context.session_id) <= MAX_SESSION_ID:
+            raise InvalidRequest(f"session_id must have 1 to {MAX_SESSION_ID} characters")
+        if context.round < 1:
+            raise InvalidRequest("round counts from 1")
+        with self._lock:
+            self._expire()
+            session = self._sessions.get(context.session_id)
+            if session is None:
+                if context.prefix_length:
+                    raise SessionLost(
+                        "this worker does not know the session (restarted or evicted); "
+                        "send the full context with prefix_length 0"
+                    )
+                session = self._open(context.session_id)
+            self._sessions.move_to_end(context.session_id)
+            session.users += 1
+        try:
+            with session.lock:
+                yield session
+        finally:
+            with self._lock:
+                session.users -= 1
+                session.last_used = self._clock()
+
+    def end(self, session_id: str) -> bool:
+        """Drop a session; False when it was not there."""
+        with self._lock:
+            session = self._sessions.pop(session_id, None)
+            if session is not None and not session.users:
+                self._spare.append(session.cache)
+            return session is not None
+
+    def _open(self, session_id: str) -> Session:
+        while len(self._sessions) >= self._limit:
+            idle = next((key for key, session in self._sessions.items() if not session.users), None)
+            if idle is None:
+                raise LimitReached(f"all {self._limit} sessions are in use; try again later or raise max_sessions")
+            self._spare.append(self._sessions.pop(idle).cache)
+        cache = self._spare.pop() if self._spare else self._new_cache()
+        cache.rollback(0)
+        session = self._sessions[session_id] = Session(cache, last_used=self._clock())
+        return session
+
+    def _expire(self) -> None:
+        horizon = self._clock() - self._ttl_s
+        for key in [k for k, s in self._sessions.items() if not s.users and s.last_used < horizon]:
+            self._spare.append(self._sessions.pop(key).cache)

