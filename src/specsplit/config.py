@@ -87,6 +87,7 @@ class OrchestratorConfig(Settings):
 
     draft_address: str = Field("127.0.0.1:50051", description="host:port of the draft worker")
     target_address: str = Field("127.0.0.1:50052", description="host:port of the target worker")
+    tokenizer: Path | None = Field(None, description="folder of the tokenizer: a prepared or local model")
     max_draft_tokens: int = Field(5, ge=0, le=MAX_GAMMA, description="gamma: depth of each draft; 0 = no draft")
     branching: list[int] = Field(
         default_factory=list, description="children per level of the draft tree; empty = a chain"
@@ -98,9 +99,7 @@ class OrchestratorConfig(Settings):
     stop_token_ids: list[int] | None = Field(
         None, description="tokens that end a text; default: those that the target names"
     )
-    max_context: int | None = Field(
-        None, ge=2, description="longest context; default: what both workers can hold"
-    )
+    max_context: int | None = Field(None, ge=2, description="longest context; default: what both workers can hold")
     connect_timeout_s: float = Field(10.0, gt=0, description="seconds to wait for a worker to answer")
     rpc_timeout_s: float = Field(120.0, gt=0, description="deadline of one call")
     rpc_retries: int = Field(3, ge=0, description="times a call is sent again while its worker is unavailable")

@@ -1,7 +1,8 @@
-"""Reading and writing JSON files."""
+"""Reading, writing and hashing JSON."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -21,11 +22,23 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-        ) from None
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"JSON has no {constant}")  # Python would read NaN and Infinity
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that must hold an object. Raises UserError that names the file."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {json.dumps(content)[:40]}; wanted a JSON object")
+    return content
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -42,3 +55,9 @@ def write_json(path: Path, obj: Any) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_sha256(obj: Any) -> str:
+    """SHA-256 of the canonical JSON of `obj` (sorted keys, no spaces, UTF-8) as 64 hexadecimal digits."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

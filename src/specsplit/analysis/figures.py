@@ -26,7 +26,7 @@ from specsplit.analysis.tables import draft_position, summarize, write_atomicall
 
 FIGURES = ("tpot", "acceptance_rate", "ttft", "network_idle")
 
-WIDTH_IN, HEIGHT_IN, TALL_IN = 3.4, 2.6, 4.6
+WIDTH_IN, HEIGHT_IN, TALL_IN, DPI = 3.4, 2.6, 4.6, 200
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8C8C8C"  # Okabe and Ito's palette, and a grey
 
 _STYLE: Any = {
@@ -105,30 +105,31 @@ def draw_figures(
     `summarize`. A figure without data says why instead of being left out. The same input gives the same
     bytes. Raises UserError as `summarize`.
     """
-    settings: dict[str, Any] = {"confidence": confidence, "seed": seed}
-    summary = summarize(requests, rounds, bootstrap_samples=bootstrap_samples, **settings)
-    settings["samples"] = bootstrap_samples
+    settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
+    summary = summarize(requests, rounds, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
+    drafting = requests[requests["gamma"] > 0], summary[summary["gamma"] > 0]
     paths = []
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a reader's own matplotlibrc must not change a published figure
         matplotlib.rcParams.update(_STYLE)
         for name in FIGURES:
-            figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+            plot = _PLOTS[name]
+            figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, layout="constrained")
             if name == "acceptance_rate":
                 figure.set_size_inches(WIDTH_IN, TALL_IN)
                 upper, lower = figure.subplots(2)
-                drafted = requests["gamma"] > 0
-                _draw_metric(
-                    upper, _PLOTS[name], requests[drafted], summary[summary["gamma"] > 0], confidence
-                )
+                _draw_metric(upper, plot, *drafting, confidence)
                 _draw_positions(lower, rounds, summary, settings)
             else:
-                _draw_metric(figure.subplots(), _PLOTS[name], requests, summary, confidence)
-            for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+                _draw_metric(figure.subplots(), plot, requests, summary, confidence)
+            for _ in range(2):  # the second pass makes room for the tick labels that the first one chose
+                figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # both formats get this layout
+            metadata: dict[str, Any] = {"Title": f"{plot.title} against draft length"}
+            for suffix, extra in (("png", {}), ("svg", {"Date": None})):
                 paths.append(Path(out_dir) / f"{name}.{suffix}")
                 data = io.BytesIO()
-                title = {"Title": f"{_PLOTS[name].title} against draft length"}
-                figure.savefig(data, format=suffix, dpi=200, metadata=title | metadata)
+                figure.savefig(data, format=suffix, dpi=DPI, metadata=metadata | extra)
                 write_atomically(paths[-1], data.getvalue())
     return paths
 
@@ -221,15 +222,11 @@ def _draw_positions(axes: Axes, rounds: DataFrame, summary: DataFrame, settings:
     _legend(axes, handles)
 
 
-def _draw_means(
-    axes: Axes, x: list[int], mean: np.ndarray, low: np.ndarray, high: np.ndarray, marker: str
-) -> None:
+def _draw_means(axes: Axes, x: list[int], mean: np.ndarray, low: np.ndarray, high: np.ndarray, marker: str) -> None:
     axes.plot(x, mean, color=BLUE, marker=marker, markersize=4, clip_on=False, zorder=3)
     axes.vlines(x, low, high, color=BLUE, linewidth=1.0, zorder=3, clip_on=False)
     for end in (low, high):
-        axes.plot(
-            x, end, linestyle="none", marker="_", markersize=5, color=BLUE, markeredgewidth=1, clip_on=False
-        )
+        axes.plot(x, end, linestyle="none", marker="_", markersize=5, color=BLUE, markeredgewidth=1, clip_on=False)
 
 
 def _mean_handle(marker: str, what: str, low: np.ndarray, confidence: float) -> Line2D:
@@ -272,9 +269,7 @@ def _note(axes: Axes, counts: list[int], unit: str) -> None:
     few, many = min(counts), max(counts)
     number = f"{few}" if few == many else f"{few} to {many}"
     each = " at each γ" if len(counts) > 1 else ""
-    axes.set_title(
-        f"n = {number} {unit}{'' if many == 1 else 's'}{each}", loc="right", fontsize=7, color="#555555"
-    )
+    axes.set_title(f"n = {number} {unit}{'' if many == 1 else 's'}{each}", loc="right", fontsize=7, color="#555555")
 
 
 def _legend(axes: Axes, handles: list[Artist]) -> None:

@@ -18,9 +18,7 @@ _CHUNK = 1 << 20  # indices drawn at a time: 8 MB, whatever the number of resamp
 _UNKNOWN = (math.nan, math.nan)
 
 
-def bootstrap_mean_ci(
-    values: ArrayLike, *, confidence: float, samples: int, seed: int
-) -> tuple[float, float]:
+def bootstrap_mean_ci(values: ArrayLike, *, confidence: float, samples: int, seed: int) -> tuple[float, float]:
     """Interval of the mean of `values` (one number a request), as (low, high) in their unit.
 
     confidence: share of such intervals that cover the true mean, e.g. 0.95. samples: number of resamples.
@@ -42,9 +40,7 @@ def bootstrap_ratio_ci(
 ) -> tuple[float, float]:
     """Interval of sum(numerators) / sum(denominators), one pair a request. Otherwise as `paired_ratio_ci`."""
     ones = np.ones(np.shape(denominators))
-    return paired_ratio_ci(
-        numerators, denominators, ones, ones, confidence=confidence, samples=samples, seed=seed
-    )
+    return paired_ratio_ci(numerators, denominators, ones, ones, confidence=confidence, samples=samples, seed=seed)
 
 
 def paired_ratio_ci(

@@ -64,9 +64,7 @@ def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     Raises UserError when one is missing, empty or malformed, and for the same contradictions as `merge_runs`.
     """
     made_by = f"`specsplit bench` or the workflow (`snakemake --cores 2 {results_dir}/summary.csv`) makes it"
-    return _load(
-        [Path(results_dir) / "requests.csv"], [Path(results_dir) / "per_round.csv"], _MERGED_TYPES, made_by
-    )
+    return _load([Path(results_dir) / "requests.csv"], [Path(results_dir) / "per_round.csv"], _MERGED_TYPES, made_by)
 
 
 def write_csv(frame: DataFrame, path: Path) -> None:
@@ -188,8 +186,7 @@ def _only_value(own: DataFrame, name: str) -> str:
     values = sorted(own[name].unique())
     if len(values) > 1:
         raise UserError(
-            f"gamma {own['gamma'].iloc[0]} mixes requests with {name} {_listed(values)}: "
-            "summarise each by itself"
+            f"gamma {own['gamma'].iloc[0]} mixes requests with {name} {_listed(values)}: summarise each by itself"
         )
     return str(values[0])
 

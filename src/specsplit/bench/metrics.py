@@ -5,8 +5,7 @@ The first ten columns of `requests.csv` are a contract: their names and order do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,7 @@ class TokenTree:
         if max_nodes is not None and n > max_nodes:
             raise TreeError(f"tree has {n} nodes, the limit is {max_nodes}")
         seen: set[tuple[int, int]] = set()
-        for i, (token, parent, log_prob) in enumerate(
-            zip(self.token_ids, self.parents, self.log_probs, strict=True)
-        ):
+        for i, (token, parent, log_prob) in enumerate(zip(self.token_ids, self.parents, self.log_probs, strict=True)):
             if not ROOT <= parent < i:
                 raise TreeError(f"node {i}: parent {parent} is not -1 or an earlier node")
             if token < 0 or (vocab_size is not None and token >= vocab_size):

@@ -69,7 +69,11 @@ class CausalLM:
         target_device = pick_device(device)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, trust_remote_code=False
+                folder,
+                dtype=DTYPES[dtype],
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error

@@ -136,9 +136,7 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # many kinds: unknown model type, malformed JSON, custom code that is not run
-        raise UserError(
-            f"{folder}: transformers cannot read its configuration or tokenizer: {error}"
-        ) from error
+        raise UserError(f"{folder}: transformers cannot read its configuration or tokenizer: {error}") from error
     text = config.get_text_config()
     return {
         "weights_sha256": combined_sha256({w.name: known.get(w.name) or sha256_file(w) for w in weights}),

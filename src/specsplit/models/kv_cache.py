@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class KVCache(Cache):
         """Keep the first `context` tokens and, after them, the tree nodes of `path` (increasing offsets from
         `context`); everything else is forgotten. Costs nothing when the path is already in place."""
         end = context + len(path)
-        if any(b <= a for a, b in zip(path, path[1:], strict=False)) or (path and path[0] < 0):
+        if any(b <= a for a, b in pairwise(path)) or (path and path[0] < 0):
             raise ValueError(f"path {list(path)} must increase")
         if context + (path[-1] + 1 if path else 0) > self.length:
             raise ValueError(f"path {list(path)} after {context} tokens is beyond the {self.length} held")

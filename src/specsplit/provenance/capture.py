@@ -1,14 +1,13 @@
-"""What a result was made with: machine, GPU, software, source code, and the record that puts it beside the runs.
+"""What a result was made with: machine, GPU, software, source code; and the record of it all beside the runs.
 
-Every capture returns a dict that JSON can hold. What cannot be had is null with the reason beside it; nothing here
-fails because a tool is missing.
+Every capture returns a dict that JSON can hold. What cannot be had is null with the reason beside it; nothing
+here fails because a tool is missing.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 import platform
 import re
@@ -25,7 +24,7 @@ import psutil
 import specsplit
 from specsplit.errors import UserError
 from specsplit.hashing import sha256_file
-from specsplit.jsonio import read_json
+from specsplit.jsonio import json_sha256, read_json_object
 
 SCHEMA_VERSION = 1
 ENVIRONMENT_VARIABLES = (
@@ -62,28 +61,29 @@ def utc_now() -> str:
 def capture_gpu(timeout_s: float = 30.0) -> dict[str, Any]:
     """State of every NVIDIA GPU: {available, reason, cuda_version, gpus: [...], raw}.
 
-    Memory is MiB, clocks MHz, power watts; what a GPU does not report is null. raw: the text of `nvidia-smi -q`.
+    Memory is MiB, clocks MHz, power watts; what a GPU does not report is null. raw: `nvidia-smi -q`.
     timeout_s: limit of each of the two calls; a broken driver can make nvidia-smi hang.
     """
     query = ["nvidia-smi", f"--query-gpu={','.join(GPU_COLUMNS)}", "--format=csv,noheader,nounits"]
-    missing = {"available": False, "reason": None, "cuda_version": None, "gpus": [], "raw": None}
+    state: dict[str, Any] = {
+        "available": False,
+        "reason": None,
+        "cuda_version": None,
+        "gpus": [],
+        "raw": None,
+    }
     table, reason = _run(query, timeout_s)
     if table is None:
-        return {**missing, "reason": reason}
+        return {**state, "reason": reason}
     rows = [row for row in csv.reader(table.splitlines(), skipinitialspace=True) if row]
     if not rows or any(len(row) != len(GPU_COLUMNS) for row in rows):
-        return {**missing, "reason": f"nvidia-smi: lists no GPU: {table.strip()[:200] or 'no output'}"}
+        return {**state, "reason": f"nvidia-smi: lists no GPU: {table.strip()[:200] or 'no output'}"}
     raw, reason = _run(["nvidia-smi", "-q"], timeout_s)
     cuda = re.search(r"^CUDA (?:\w+ )?Version\s*:\s*([\d.]+)", raw or "", re.MULTILINE)
     if raw is not None and cuda is None:
         reason = "nvidia-smi -q: names no CUDA version"
-    return {
-        "available": True,
-        "reason": reason,
-        "cuda_version": cuda and cuda[1],
-        "gpus": [_gpu(row) for row in rows],
-        "raw": raw,
-    }
+    gpus = [_gpu(row) for row in rows]
+    return {"available": True, "reason": reason, "cuda_version": cuda and cuda[1], "gpus": gpus, "raw": raw}
 
 
 def _gpu(row: Sequence[str]) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _torch() -> dict[str, Any]:
 
 
 def capture_software() -> dict[str, Any]:
-    """Python, Snakemake, SpecSplit, and every installed package with its version; sha256 is over the packages."""
+    """Python, Snakemake, SpecSplit, and the version of every installed package, with a hash over them."""
     packages: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
@@ -175,7 +175,7 @@ def capture_software() -> dict[str, Any]:
         "specsplit": specsplit.__version__,
         "snakemake": packages.get("snakemake"),
         "packages": packages,
-        "sha256": _json_sha256(packages),
+        "sha256": json_sha256(packages),
     }
 
 
@@ -185,8 +185,6 @@ def capture_git(root: Path) -> dict[str, Any]:
     branch is null on a detached head. dirty counts new files that git does not ignore. Never raises.
     """
     unknown = {"commit": None, "branch": None, "dirty": None}
-    if not root.is_dir():
-        return {**unknown, "reason": f"{root}: no such folder"}
     tracked, reason = _git(root, "ls-files", "--", ".")
     if tracked is None:
         return {**unknown, "reason": reason}
@@ -198,12 +196,8 @@ def capture_git(root: Path) -> dict[str, Any]:
         return {**unknown, "reason": reason}
     status, reason = _git(root, "status", "--porcelain")
     branch, _ = _git(root, "symbolic-ref", "--quiet", "--short", "HEAD")
-    return {
-        "commit": commit,
-        "branch": branch,
-        "dirty": None if status is None else bool(status),
-        "reason": reason,
-    }
+    dirty = None if status is None else bool(status)
+    return {"commit": commit, "branch": branch, "dirty": dirty, "reason": reason}
 
 
 def _git(root: Path, *arguments: str) -> tuple[str | None, str | None]:
@@ -233,16 +227,7 @@ def _run(command: Sequence[str], timeout_s: float) -> tuple[str | None, str | No
     """(output, None), or (None, the reason why there is none)."""
     name = command[0]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "LC_ALL": "C"},
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
     except FileNotFoundError:
         return None, f"{name}: command not found"
     except subprocess.TimeoutExpired:
@@ -253,12 +238,6 @@ def _run(command: Sequence[str], timeout_s: float) -> tuple[str | None, str | No
         said = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
         return None, f"{name}: exit status {done.returncode}: {said[:300]}"
     return done.stdout, None
-
-
-def _json_sha256(value: Any) -> str:
-    """sha256 of the canonical JSON: sorted keys, no spaces, UTF-8."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- the record
@@ -275,34 +254,23 @@ def build_record(
 ) -> dict[str, Any]:
     """The provenance record of one experiment: inputs, commands, surroundings, hashes of the results.
 
-    run_files: the run.json of every run. model_files: the model.json of every model. They and the dataset's
-    manifest are embedded as they are. root: the project's folder; paths inside it are recorded relative to it.
-    `checklist` is what a reviewer would ask for, as {item, ok, detail}; `complete` says that all of it is there.
+    run_files: the run.json of every run. model_files: the model.json of every model. They and the manifest of
+    the dataset are embedded as they are. root: the project's folder; paths inside it are recorded relative to
+    it. `checklist` is what a reviewer would ask for, as {item, ok, detail}; `complete`: all of it is there.
     Raises UserError that names a missing or malformed file.
     """
-    runs = [_read_object(path) for path in run_files]
-    models = [_read_object(path) for path in model_files]
-    dataset = _read_object(dataset_manifest)
+    runs = [(_relative(path, root), read_json_object(path)) for path in run_files]
+    models = [(_relative(path, root), read_json_object(path)) for path in model_files]
+    dataset = read_json_object(dataset_manifest)
     gpu, git = capture_gpu(), capture_git(root)
-    run_names = [_relative(path, root) for path in run_files]
-    model_names = [_relative(path, root) for path in model_files]
-    named_runs = list(zip(run_names, runs, strict=True))
     checklist = [
-        _check_seeds(config, named_runs),
-        *(_check_variable(name, value, named_runs) for name, value in REQUIRED_ENVIRONMENT.items()),
-        _check_commands(named_runs),
-        _check_models(list(zip(model_names, models, strict=True))),
+        _check_seeds(config, runs),
+        *(_check_variable(name, value, runs) for name, value in REQUIRED_ENVIRONMENT.items()),
+        _check_commands(runs),
+        _check_models(models),
         _check_dataset(dataset, dataset_manifest, result_files),
-        _item(
-            "GPU state recorded or its absence explained",
-            [] if gpu["available"] or gpu["reason"] else ["neither a GPU nor a reason"],
-            f"{len(gpu['gpus'])} GPU(s)" if gpu["available"] else f"no GPU: {gpu['reason']}",
-        ),
-        _item(
-            "git commit known",
-            [] if git["commit"] else [str(git["reason"])],
-            f"{git['commit']}{' with uncommitted changes' if git['dirty'] else ''}",
-        ),
+        _check_gpu(gpu),
+        _check_git(git),
     ]
     return {
         "schema_version": SCHEMA_VERSION,
@@ -310,9 +278,9 @@ def build_record(
         "complete": all(item["ok"] for item in checklist),
         "checklist": checklist,
         "config": config,
-        "config_sha256": _json_sha256(config),
-        "runs": runs,
-        "models": models,
+        "config_sha256": json_sha256(config),
+        "runs": [run for _, run in runs],
+        "models": [model for _, model in models],
         "dataset": dataset,
         "inputs": [_file_entry(path, root) for path in (*run_files, *model_files, dataset_manifest)],
         "results": [_file_entry(path, root) for path in result_files],
@@ -326,13 +294,6 @@ def build_record(
     }
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; make it again with the workflow")
-    return content
-
-
 def _relative(path: Path, root: Path) -> str:
     path, root = path.resolve(), root.resolve()
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
@@ -341,10 +302,8 @@ def _relative(path: Path, root: Path) -> str:
 def _file_entry(path: Path, root: Path) -> dict[str, Any]:
     try:
         return {"path": _relative(path, root), "sha256": sha256_file(path), "bytes": path.stat().st_size}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; make it again with the workflow") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: {error.strerror or error}; make it again with the workflow") from None
 
 
 def _item(item: str, problems: Sequence[str], detail: str) -> dict[str, Any]:
@@ -414,15 +373,25 @@ def _weights_sha256(model: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found) else None
 
 
-def _check_dataset(
-    manifest: Mapping[str, Any], manifest_path: Path, result_files: Sequence[Path]
-) -> dict[str, Any]:
+def _check_dataset(manifest: Mapping[str, Any], where: Path, results: Sequence[Path]) -> dict[str, Any]:
     """The dataset lies beside its manifest, or among the results."""
     item = "dataset matches the hash in its manifest"
     expected = manifest.get("output_sha256")
     if not isinstance(expected, str):
-        return _item(item, [f"{manifest_path.name}: no output_sha256"], "")
-    for path in (*sorted(manifest_path.parent.glob("*.jsonl")), *result_files):
+        return _item(item, [f"{where.name}: no output_sha256"], "")
+    for path in (*sorted(where.parent.glob("*.jsonl")), *results):
         if path.is_file() and sha256_file(path) == expected:
             return _item(item, [], f"{path.name} {expected}")
-    return _item(item, [f"no file beside {manifest_path.name} has sha256 {expected}"], "")
+    return _item(item, [f"no file beside {where.name} has sha256 {expected}"], "")
+
+
+def _check_gpu(gpu: Mapping[str, Any]) -> dict[str, Any]:
+    problems = [] if gpu["available"] or gpu["reason"] else ["neither a GPU nor a reason"]
+    detail = f"{len(gpu['gpus'])} GPU(s)" if gpu["available"] else f"no GPU: {gpu['reason']}"
+    return _item("GPU state recorded or its absence explained", problems, detail)
+
+
+def _check_git(git: Mapping[str, Any]) -> dict[str, Any]:
+    problems = [] if git["commit"] else [str(git["reason"])]
+    changes = " with uncommitted changes" if git["dirty"] else ""
+    return _item("git commit known", problems, f"{git['commit']}{changes}")

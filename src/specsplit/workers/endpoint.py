@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from dataclasses import asdict, dataclass
@@ -35,9 +36,7 @@ class Endpoint:
     worker: dict[str, Any]
 
     @classmethod
-    def local(
-        cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None
-    ) -> Endpoint:
+    def local(cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None) -> Endpoint:
         """The endpoint of this very process."""
         me = ProcessIdentity.of(os.getpid())
         return cls(
@@ -63,12 +62,12 @@ class Endpoint:
         try:
             return cls(**data)
         except TypeError as error:
-            raise UserError(f"{path} is not an endpoint file: {error}. Delete it and start the worker again.") from error
+            raise UserError(
+                f"{path} is not an endpoint file: {error}. Delete it and start the worker again."
+            ) from error
 
     def write(self, path: Path) -> None:
         """Write atomically, mode 0600."""
-        import json
-
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}")
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

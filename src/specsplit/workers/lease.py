@@ -7,6 +7,8 @@ process (the workflow): the worker ends when either is gone, however it went, SI
 from __future__ import annotations
 
 import os
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,3 +66,20 @@ class Lease:
         if self.file is not None and self.written and not self.file.exists():
             return f"endpoint file {self.file} is gone"
         return None
+
+
+def end_with_lease(poll_s: float = 0.5) -> None:
+    """End this process when the holder of SPECSPLIT_LEASE_PID is gone, so that a killed workflow leaves no client.
+
+    Does nothing when the variable is not set.
+    """
+    holder = lease_holder()
+    if holder is None:
+        return
+
+    def watch() -> None:
+        while holder.alive():
+            time.sleep(poll_s)
+        os._exit(143)
+
+    threading.Thread(target=watch, name="lease", daemon=True).start()

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from specsplit.config import DraftWorkerConfig, WorkerSettings
 from specsplit.errors import UserError
 from specsplit.models.causal_lm import CausalLM
+from specsplit.models.fingerprint import fingerprint_model
 from specsplit.models.sources import resolve_model
 from specsplit.models.text import TextCodec
 from specsplit.rpc.codec import CHANNEL_OPTIONS
@@ -46,13 +47,15 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
         prefix = config.model_config["env_prefix"]
         raise UserError(f"no model: give --model FOLDER or set {prefix}MODEL")
     folder, manifest = resolve_model(config.model)
+    weights_sha256 = fingerprint_model(folder)["weights_sha256"]
+    if weights_sha256 != manifest["fingerprint"]["weights_sha256"]:
+        raise UserError(f"the weights in {folder} are not those of its model.json: prepare the model again")
     skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
     model = CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers)
     codec = TextCodec.load(folder)
-    fingerprint = manifest["fingerprint"]
     identity: dict[str, Any] = {
         "model": manifest["name"],
-        "weights_sha256": fingerprint["weights_sha256"],
+        "weights_sha256": weights_sha256,
         "tokenizer_sha256": codec.sha256,
         "parameters": sum(p.numel() for p in model.model.parameters()),
     }

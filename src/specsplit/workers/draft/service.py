@@ -54,8 +54,6 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
                     stop_token_ids=frozenset(request.stop_token_ids),
                 )
             )
-            reply = pb.GenerateDraftsReply(
-                tree=tree_to_message(done.value), timings=self.timings(done, arrived)
-            )
+            reply = pb.GenerateDraftsReply(tree=tree_to_message(done.value), timings=self.timings(done, arrived))
             session.remember(request.context.round, raw, reply)
             return reply

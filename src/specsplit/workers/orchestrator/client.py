@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from specsplit.config import OrchestratorConfig
@@ -88,21 +89,16 @@ def run_speculative_loop(
             while gamma > 0 and len(tokens) + tree_size(config.branching, gamma) > draft_limit:
                 gamma -= 1
             if draft is not None and gamma > 0:
-                drafted = draft.call(
-                    tokens,
-                    lambda context, gamma=gamma: pb.GenerateDraftsRequest(
-                        context=context,
-                        max_draft_tokens=gamma,
-                        branching=config.branching,
-                        stop_token_ids=stop_ids,
-                    ),
+                request = partial(
+                    pb.GenerateDraftsRequest,
+                    max_draft_tokens=gamma,
+                    branching=config.branching,
+                    stop_token_ids=stop_ids,
                 )
+                drafted = draft.call(tokens, request)
                 draft.holds(tokens)
                 tree = tree_from_message(drafted.reply.tree)
-            message = tree_to_message(tree)
-            verified = target.call(
-                tokens, lambda context, message=message: pb.VerifyDraftsRequest(context=context, tree=message)
-            )
+            verified = target.call(tokens, partial(pb.VerifyDraftsRequest, tree=tree_to_message(tree)))
             accepted = list(verified.reply.accepted_tokens)
             tokens += accepted
             target.holds(tokens)

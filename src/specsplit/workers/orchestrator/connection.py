@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
+from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -70,6 +72,31 @@ def connect(role: str, address: str, *, timeout_s: float = 10.0) -> Connection:
             ) from None
         raise WorkerError(f"{role} worker at {address}: {error.code().name}: {error.details()}") from None
     return Connection(role, address, channel, stub, description)
+
+
+@contextmanager
+def connected_pair(config: OrchestratorConfig, tokenizer_sha256: str) -> Iterator[tuple[Connection | None, Connection]]:
+    """Connections to the draft (None when config.max_draft_tokens is 0) and the target worker.
+
+    tokenizer_sha256: of the tokenizer that makes the prompts. Raises UserError when a worker is missing or the
+    tokenizers are not all the same.
+    """
+    with ExitStack() as stack:
+        target = stack.enter_context(connect("target", config.target_address, timeout_s=config.connect_timeout_s))
+        draft = None
+        if config.max_draft_tokens:
+            draft = stack.enter_context(connect("draft", config.draft_address, timeout_s=config.connect_timeout_s))
+        check_tokenizers(
+            {
+                "--tokenizer": tokenizer_sha256,
+                **{
+                    f"the {c.role} worker ({c.description.model})": c.description.tokenizer_sha256
+                    for c in (draft, target)
+                    if c is not None
+                },
+            }
+        )
+        yield draft, target
 
 
 def check_tokenizers(named: dict[str, str]) -> None:

@@ -45,8 +45,8 @@ class RemoteSession:
         self._held = 0  # tokens of the text that the worker holds
         self._held_crc = 0
 
-    def call(self, tokens: Sequence[int], build: Callable[[pb.Context], Any]) -> Call:
-        """One round: `build` makes the request around the context for `tokens`, the whole text so far.
+    def call(self, tokens: Sequence[int], build: Callable[..., Any]) -> Call:
+        """One round: `build(context=...)` makes the request for `tokens`, the whole text so far.
 
         A round is idempotent, so it is sent again when the worker was unavailable; when the worker lost the
         session, the whole context is sent. Raises WorkerError when it cannot be completed.
@@ -63,7 +63,7 @@ class RemoteSession:
                 new_tokens=tokens[self._held :],
             )
             try:
-                reply = self._rpc(build(context), timeout=self._config.rpc_timeout_s)
+                reply = self._rpc(build(context=context), timeout=self._config.rpc_timeout_s)
                 return Call(reply, (time.perf_counter() - started) * 1e3)
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.FAILED_PRECONDITION and self._held:

@@ -22,9 +22,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
     role = "target"
     config: TargetWorkerConfig
 
-    def VerifyDrafts(
-        self, request: pb.VerifyDraftsRequest, context: grpc.ServicerContext
-    ) -> pb.VerifyDraftsReply:
+    def VerifyDrafts(self, request: pb.VerifyDraftsRequest, context: grpc.ServicerContext) -> pb.VerifyDraftsReply:
         return self.guard(context, lambda: self._verify(request))
 
     def _verify(self, request: pb.VerifyDraftsRequest) -> pb.VerifyDraftsReply:

@@ -1,0 +1,26 @@
+# SpecSplit: disaggregated speculative decoding as a reproducible experiment.
+#
+#   snakemake --cores 2 results/summary.csv
+#
+# leaves the tables, the figures and the provenance record under results/.
+from snakemake.utils import min_version
+
+min_version("9.11")
+
+
+configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/models.smk"
+include: "workflow/rules/dataset.smk"
+include: "workflow/rules/workers.smk"
+include: "workflow/rules/benchmark.smk"
+include: "workflow/rules/analysis.smk"
+include: "workflow/rules/provenance.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        "results/summary.csv",

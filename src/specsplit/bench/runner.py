@@ -1,0 +1,201 @@
+"""Runs prompts through the loop at one gamma and leaves a run folder: tables, texts, and how they were made.
+
+A run folder holds `requests.csv`, `per_round.csv`, `outputs.jsonl` and `run.json`. While the run goes on, and when it
+fails, the rows so far are in `*.part` files; the final names appear only when every request is done.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import specsplit
+from specsplit.bench.dataset import Prompt
+from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
+from specsplit.config import OrchestratorConfig
+from specsplit.errors import UserError
+from specsplit.jsonio import write_json
+from specsplit.models.text import TextCodec
+from specsplit.provenance.capture import capture_environment, capture_software, utc_now
+from specsplit.workers.endpoint import Endpoint, description_dict
+from specsplit.workers.orchestrator.client import SpeculativeResult, run_speculative_loop
+from specsplit.workers.orchestrator.connection import Connection
+
+RUN_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt as the models get it."""
+
+    id: str
+    category: str
+    token_ids: list[int]
+
+
+def resolve_address(address: str) -> str:
+    """host:port as it is; the path of an endpoint file (ending in .json) gives the address in it."""
+    return Endpoint.read(Path(address)).address if address.endswith(".json") else address
+
+
+def encode_prompts(prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int) -> list[Request]:
+    """Token ids of every prompt. Raises UserError that names the prompts of `limit` tokens or more, before any
+    work is done."""
+    requests = [Request(p.id, p.category, codec.encode(p.prompt, use_chat_template=chat)) for p in prompts]
+    long = [f"{r.id} ({len(r.token_ids)} tokens)" for r in requests if len(r.token_ids) >= limit]
+    if long:
+        raise UserError(
+            f"{len(long)} prompts do not fit into the target's context of {limit} tokens: {', '.join(long[:5])}. "
+            f"Shorten them or raise workers.max_context."
+        )
+    return requests
+
+
+def run_requests(
+    requests: Sequence[Request],
+    draft: Connection | None,
+    target: Connection,
+    codec: TextCodec,
+    config: OrchestratorConfig,
+    run_dir: Path,
+    *,
+    warmup: int = 1,
+    inputs: dict[str, Any] | None = None,
+    on_done: Callable[[RequestRecord], None] = lambda record: None,
+) -> None:
+    """One run: every request once, in order, at gamma = config.max_draft_tokens; writes `run_dir`.
+
+    draft: may be None when gamma is 0.
+    warmup: requests run first and not recorded. inputs: what run.json says of files read (path, sha256).
+    on_done: called after each request. Raises WorkerError; then run.json holds the error and exit_code 1.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    run = _describe_run(draft, target, codec, config, warmup, inputs or {})
+    try:
+        for i in range(warmup):
+            _run_one(requests[i % len(requests)], draft, target, config)
+        _write_rows(requests, draft, target, codec, config, run_dir, on_done)
+    except BaseException as error:
+        write_json(run_dir / "run.json", {**run, "finished": utc_now(), "exit_code": 1, "error": str(error)})
+        raise
+    write_json(run_dir / "run.json", {**run, "finished": utc_now(), "exit_code": 0, "error": None})
+
+
+def _write_rows(
+    requests: Sequence[Request],
+    draft: Connection | None,
+    target: Connection,
+    codec: TextCodec,
+    config: OrchestratorConfig,
+    run_dir: Path,
+    on_done: Callable[[RequestRecord], None],
+) -> None:
+    names = ("requests.csv", "per_round.csv", "outputs.jsonl")
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context((run_dir / f"{name}.part").open("w", encoding="utf-8", newline="")) for name in names
+        ]
+        request_rows = csv.DictWriter(files[0], REQUEST_COLUMNS, lineterminator="\n")
+        round_rows = csv.DictWriter(files[1], ROUND_COLUMNS, lineterminator="\n")
+        request_rows.writeheader()
+        round_rows.writeheader()
+        for request in requests:
+            result = _run_one(request, draft, target, config)
+            record = request_record(request, result, config)
+            request_rows.writerow(asdict(record))
+            round_rows.writerows(asdict(row) for row in round_records(request.id, result, config))
+            output = {
+                "request_id": request.id,
+                "finish_reason": result.finish_reason,
+                "text": codec.decode(result.output_tokens),
+                "token_ids": result.output_tokens,
+            }
+            files[2].write(json.dumps(output, ensure_ascii=False) + "\n")
+            for file in files:
+                file.flush()
+            on_done(record)
+    for name in names:
+        (run_dir / f"{name}.part").replace(run_dir / name)
+
+
+def _run_one(
+    request: Request, draft: Connection | None, target: Connection, config: OrchestratorConfig
+) -> SpeculativeResult:
+    return run_speculative_loop(draft.stub if draft else None, target.stub, request.token_ids, config)
+
+
+def round_records(request_id: str, result: SpeculativeResult, config: OrchestratorConfig) -> list[RoundRecord]:
+    """The rows of `per_round.csv` of one finished text."""
+    return [RoundRecord(request_id=request_id, gamma=config.max_draft_tokens, **asdict(row)) for row in result.rounds]
+
+
+def request_record(request: Request, result: SpeculativeResult, config: OrchestratorConfig) -> RequestRecord:
+    """The row of `requests.csv` of one finished text.
+
+    average_acceptance_rate is the mean over the rounds that drafted something; None when none did.
+    mean_accepted_length is the mean number of tokens a round added: accepted ones and the target's own.
+    """
+    rounds, generated = result.rounds, len(result.output_tokens)
+    rates = [r.accepted / r.drafted for r in rounds if r.drafted]
+    idle = sum(r.network_ms for r in rounds)
+    tpot = None
+    if generated > 1 and result.ttft_ms is not None:
+        tpot = (result.total_ms - result.ttft_ms) / (generated - 1)
+    return RequestRecord(
+        request_id=request.id,
+        gamma=config.max_draft_tokens,
+        prompt_length=len(request.token_ids),
+        generated_tokens=generated,
+        ttft_ms=result.ttft_ms,
+        tpot_ms=tpot,
+        average_acceptance_rate=sum(rates) / len(rates) if rates else None,
+        total_network_idle_ms=idle,
+        total_latency_ms=result.total_ms,
+        num_rounds=len(rounds),
+        category=request.category,
+        finish_reason=result.finish_reason,
+        drafted_tokens=sum(r.drafted for r in rounds),
+        accepted_tokens=sum(r.accepted for r in rounds),
+        mean_accepted_length=sum(r.accepted + 1 for r in rounds) / len(rounds),
+        network_idle_fraction=idle / result.total_ms,
+        draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
+        target_compute_ms=sum(r.verify_compute_ms for r in rounds),
+        mode="sync",
+        tree="x".join(map(str, config.branching)) or "chain",
+        seed=config.seed,
+        output_sha256=hashlib.sha256(json.dumps(result.output_tokens).encode()).hexdigest(),
+    )
+
+
+def _describe_run(
+    draft: Connection | None,
+    target: Connection,
+    codec: TextCodec,
+    config: OrchestratorConfig,
+    warmup: int,
+    inputs: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "schema_version": RUN_SCHEMA_VERSION,
+        "command": shlex.join(["specsplit", *sys.argv[1:]]),
+        "argv": ["specsplit", *sys.argv[1:]],
+        "started": utc_now(),
+        "gamma": config.max_draft_tokens,
+        "seeds": {"orchestrator": config.seed},
+        "warmup_requests": warmup,
+        "orchestrator": config.model_dump(mode="json"),
+        "workers": {c.role: {"address": c.address, **description_dict(c.description)} for c in (draft, target) if c},
+        "inputs": inputs,
+        "tokenizer_sha256": codec.sha256,
+        "environment": capture_environment(),
+        "software_sha256": capture_software()["sha256"],
+        "specsplit_version": specsplit.__version__,
+    }

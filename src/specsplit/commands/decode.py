@@ -1,0 +1,109 @@
+"""specsplit generate"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specsplit.commands.flags import add_setting_flags, load_settings
+from specsplit.config import OrchestratorConfig
+from specsplit.errors import UserError
+
+if TYPE_CHECKING:
+    from specsplit.workers.orchestrator.client import SpeculativeResult
+
+NAMES = {"draft_address": "--draft-addr", "target_address": "--target-addr", "max_draft_tokens": "--gamma"}
+
+
+def add_commands(subparsers: Any) -> None:
+    parser = subparsers.add_parser("generate", help="write one text and show it as it comes")
+    parser.add_argument("--prompt", required=True, help="the prompt; - reads it from standard input")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="start a draft and a target worker on this model folder for this one text, instead of using running ones",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print the text alone, no figures after it")
+    add_setting_flags(parser, OrchestratorConfig, names=NAMES)
+    parser.set_defaults(run=run_generate)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from specsplit.bench.runner import resolve_address
+    from specsplit.models.sources import resolve_model
+    from specsplit.models.text import TextCodec, TextStream
+    from specsplit.workers.orchestrator.client import run_speculative_loop
+    from specsplit.workers.orchestrator.connection import connected_pair
+
+    if args.model is not None:
+        args.tokenizer = args.tokenizer or args.model
+    config = load_settings(OrchestratorConfig, args)
+    if config.tokenizer is None:
+        raise UserError("no tokenizer: give --tokenizer FOLDER, or --model FOLDER to start workers as well")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    codec = TextCodec.load(resolve_model(config.tokenizer)[0])
+    stream = TextStream(codec)
+
+    def show(token_ids: list[int], *, last: bool = False) -> None:
+        print(stream.feed(token_ids, last=last), end="", flush=True)
+
+    with _addresses(args.model, config) as addresses:
+        config = config.model_copy(update={role: resolve_address(a) for role, a in addresses.items()})
+        with connected_pair(config, codec.sha256) as (draft, target):
+            result = run_speculative_loop(
+                draft.stub if draft else None,
+                target.stub,
+                codec.encode(prompt, use_chat_template=config.use_chat_template),
+                config,
+                on_tokens=show,
+            )
+    show([], last=True)
+    print()
+    if not args.quiet:
+        print(_figures(result), file=sys.stderr)
+
+
+@contextmanager
+def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[str, str]]:
+    """Where the workers are; those started for this text are stopped again."""
+    if model is None:
+        yield {"draft_address": config.draft_address, "target_address": config.target_address}
+        return
+    from specsplit.workers.launch import start_worker, stop_worker
+
+    with tempfile.TemporaryDirectory(prefix="specsplit-") as folder:
+        files: dict[str, Path] = {}
+        try:
+            for role in ("target", "draft") if config.max_draft_tokens else ("target",):
+                print(f"starting the {role} worker ...", file=sys.stderr)
+                file = Path(folder) / f"{role}.json"
+                start_worker(
+                    role,
+                    ["--model", str(model), "--port", "0"],
+                    endpoint_file=file,
+                    log_file=Path(folder) / f"{role}.log",
+                    timeout_s=300.0,
+                )
+                files[f"{role}_address"] = file
+            yield {role: str(file) for role, file in files.items()}
+        finally:
+            for file in files.values():
+                stop_worker(file)
+
+
+def _figures(result: SpeculativeResult) -> str:
+    tokens, rounds = len(result.output_tokens), result.rounds
+    drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
+    parts = [f"{tokens} tokens in {len(rounds)} rounds", f"ended by {result.finish_reason}"]
+    if drafted:
+        parts.append(f"accepted {accepted} of {drafted} drafted ({accepted / drafted:.0%})")
+    if result.ttft_ms is not None:
+        parts.append(f"TTFT {result.ttft_ms:.0f} ms")
+        if tokens > 1:
+            parts.append(f"TPOT {(result.total_ms - result.ttft_ms) / (tokens - 1):.1f} ms")
+    return "[" + ", ".join(parts) + "]"

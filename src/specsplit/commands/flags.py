@@ -1,0 +1,54 @@
+"""Command-line flags made from the settings classes, so that flag, variable and default are written down once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from specsplit.config import Settings
+
+S = TypeVar("S", bound=Settings)
+
+
+def add_setting_flags(
+    parser: argparse.ArgumentParser,
+    settings: type[Settings],
+    *,
+    only: Sequence[str] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Add a flag for each field of `settings` (or those in `only`); `names` gives some another spelling."""
+    group = parser.add_argument_group(f"settings (environment: {settings.model_config['env_prefix']}*)")
+    for field, info in settings.model_fields.items():
+        if only is not None and field not in only:
+            continue
+        flag = (names or {}).get(field, f"--{field.replace('_', '-')}")
+        default = info.get_default(call_default_factory=True)
+        text = (info.description or "").replace("%", "%%")
+        if default is not None and "default" not in text:
+            text += f" (default: {default})"
+        options: dict[str, Any] = {"dest": field, "default": None, "help": text}
+        if info.annotation is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif "list" in str(info.annotation):
+            group.add_argument(flag, nargs="*", metavar="N", **options)
+        else:
+            group.add_argument(flag, metavar=field.rpartition("_")[2].upper(), **options)
+
+
+def load_settings(settings: type[S], args: argparse.Namespace, **override: Any) -> S:
+    """Settings from the parsed flags, the environment and the defaults; UserError names what is wrong."""
+    given = {field: getattr(args, field, None) for field in settings.model_fields}
+    return settings.load({**given, **override})
+
+
+def setting_arguments(settings: Settings, only: Sequence[str]) -> list[str]:
+    """The flags that give a child process these very settings (null ones left to their default)."""
+    arguments: list[str] = []
+    for field in only:
+        value = getattr(settings, field)
+        if value is not None and value != []:
+            arguments.append(f"--{field.replace('_', '-')}")
+            arguments += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return arguments

@@ -1,0 +1,158 @@
+"""specsplit bench | merge | analyze"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from specsplit.commands.flags import add_setting_flags, load_settings
+from specsplit.config import MAX_GAMMA, OrchestratorConfig
+from specsplit.errors import UserError
+
+BENCH_SETTINGS = (
+    "draft_address",
+    "target_address",
+    "tokenizer",
+    "branching",
+    "max_output_tokens",
+    "max_rounds",
+    "use_chat_template",
+    "ignore_eos",
+    "connect_timeout_s",
+    "rpc_timeout_s",
+    "rpc_retries",
+    "seed",
+)
+DEFAULT_GAMMAS = (1, 3, 5, 8, 12)
+
+
+def add_commands(subparsers: Any) -> None:
+    bench = subparsers.add_parser("bench", help="run prompts against two workers for a list of gammas")
+    bench.add_argument("--prompts", type=Path, required=True, help="JSONL file of prompts")
+    bench.add_argument("--results-dir", type=Path, required=True, help="runs go to DIR/runs/gamma_N, tables to DIR")
+    bench.add_argument(
+        "--gamma",
+        type=_gamma,
+        nargs="+",
+        default=list(DEFAULT_GAMMAS),
+        metavar="N",
+        help="draft lengths; gamma 0, the target alone, is always run as well (default: 1 3 5 8 12)",
+    )
+    bench.add_argument("--limit", type=int, help="take a stratified slice of this many prompts (default: all)")
+    bench.add_argument("--on-bad-line", choices=("stop", "skip"), default="stop", help="what a bad prompt line does")
+    bench.add_argument("--warmup", type=int, default=1, metavar="N", help="requests run before the clock starts")
+    bench.add_argument(
+        "--only",
+        action="store_true",
+        help="run just the gammas named and write no merged tables (the workflow merges)",
+    )
+    names = {"draft_address": "--draft-addr", "target_address": "--target-addr"}
+    add_setting_flags(bench, OrchestratorConfig, only=BENCH_SETTINGS, names=names)
+    bench.set_defaults(run=run_bench)
+
+    merge = subparsers.add_parser("merge", help="put run folders together into requests.csv and per_round.csv")
+    merge.add_argument("--results-dir", type=Path, required=True)
+    merge.add_argument("run_dirs", type=Path, nargs="*", help="run folders (default: DIR/runs/*)")
+    merge.set_defaults(run=run_merge)
+
+    analyze = subparsers.add_parser("analyze", help="summary.csv and figures from requests.csv and per_round.csv")
+    analyze.add_argument("--results-dir", type=Path, required=True)
+    analyze.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
+    analyze.add_argument("--bootstrap-samples", type=int, default=10_000)
+    analyze.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    analyze.add_argument("--no-figures", action="store_true", help="write the summary alone")
+    analyze.set_defaults(run=run_analyze)
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from specsplit.workers.environment import ensure_deterministic_environment
+
+    ensure_deterministic_environment()
+    from specsplit.bench.dataset import load_prompts, select_prompts
+    from specsplit.bench.progress import Progress
+    from specsplit.bench.runner import encode_prompts, resolve_address, run_requests
+    from specsplit.hashing import sha256_file
+    from specsplit.models.sources import resolve_model
+    from specsplit.models.text import TextCodec
+    from specsplit.workers.lease import end_with_lease
+    from specsplit.workers.orchestrator.connection import connected_pair
+
+    end_with_lease()
+    config = load_settings(OrchestratorConfig, args)
+    if config.tokenizer is None:
+        raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
+    if args.warmup < 0:
+        raise UserError(f"--warmup {args.warmup}: a number of requests, 0 or more")
+    gammas = sorted(set(args.gamma) if args.only else {0, *args.gamma})
+    prompts, skipped = load_prompts(args.prompts, args.on_bad_line)
+    for line in skipped:
+        print(f"{args.prompts}:{line.line}: skipped: {line.reason}", file=sys.stderr)
+    prompts = select_prompts(prompts, args.limit)
+    codec = TextCodec.load(resolve_model(config.tokenizer)[0])
+    inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
+    resolved = {"target_address": resolve_address(config.target_address)}
+    if any(gammas):
+        resolved["draft_address"] = resolve_address(config.draft_address)
+    config = config.model_copy(update={**resolved, "max_draft_tokens": max(gammas)})
+    with connected_pair(config, codec.sha256) as (draft, target):
+        requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=target.description.max_context)
+        with Progress(total=len(gammas) * len(requests)) as progress:
+            for gamma in gammas:
+                run_requests(
+                    requests,
+                    draft if gamma else None,
+                    target,
+                    codec,
+                    config.model_copy(update={"max_draft_tokens": gamma}),
+                    args.results_dir / "runs" / f"gamma_{gamma}",
+                    warmup=args.warmup,
+                    inputs=inputs,
+                    on_done=progress.done,
+                )
+    if not args.only:
+        args.run_dirs = [args.results_dir / "runs" / f"gamma_{gamma}" for gamma in gammas]
+        run_merge(args)
+        print(f"next: specsplit analyze --results-dir {args.results_dir}")
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    from specsplit.analysis.tables import merge_runs, write_csv
+
+    run_dirs = args.run_dirs or sorted((args.results_dir / "runs").glob("*"))
+    if not run_dirs:
+        raise UserError(f"{args.results_dir / 'runs'} has no run folders; make them with `specsplit bench`")
+    requests, rounds = merge_runs(run_dirs)
+    for name, frame in (("requests.csv", requests), ("per_round.csv", rounds)):
+        write_csv(frame, args.results_dir / name)
+        print(f"{args.results_dir / name}: {len(frame)} rows")
+
+
+def run_analyze(args: argparse.Namespace) -> None:
+    from specsplit.analysis.tables import read_tables, summarize, write_csv
+
+    if not 0 < args.confidence < 1:
+        raise UserError(f"--confidence {args.confidence}: a level between 0 and 1, as 0.95")
+    requests, rounds = read_tables(args.results_dir)
+    settings = {
+        "confidence": args.confidence,
+        "bootstrap_samples": args.bootstrap_samples,
+        "seed": args.seed,
+    }
+    summary = summarize(requests, rounds, **settings)
+    write_csv(summary, args.results_dir / "summary.csv")
+    if not args.no_figures:
+        from specsplit.analysis.figures import draw_figures
+
+        for path in draw_figures(requests, rounds, args.results_dir / "figures", **settings):
+            print(path)
+    print(args.results_dir / "summary.csv")
+    shown = ["gamma", "tpot_ms_mean", "ttft_ms_mean", "average_acceptance_rate_mean", "speedup", "lossless"]
+    print(summary[shown].to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
+
+
+def _gamma(text: str) -> int:
+    if not text.isdigit() or int(text) > MAX_GAMMA:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a draft length from 0 to {MAX_GAMMA}")
+    return int(text)

@@ -1,0 +1,93 @@
+"""specsplit worker | start-worker | stop-worker"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from specsplit.commands.flags import add_setting_flags, load_settings, setting_arguments
+from specsplit.config import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+
+ROLES: dict[str, type[WorkerSettings]] = {"draft": DraftWorkerConfig, "target": TargetWorkerConfig}
+
+
+def add_commands(subparsers: Any) -> None:
+    worker = subparsers.add_parser("worker", help="serve a draft or target model over gRPC until SIGTERM")
+    roles = worker.add_subparsers(dest="role", required=True, metavar="ROLE")
+    for role, settings in ROLES.items():
+        parser = roles.add_parser(role, help=f"serve the {role} model")
+        parser.add_argument(
+            "--endpoint-file", type=Path, help="written when the worker serves; deleting it stops the worker"
+        )
+        add_setting_flags(parser, settings)
+        parser.set_defaults(run=run_worker)
+
+    start = subparsers.add_parser("start-worker", help="start a worker in the background, or attach to a running one")
+    roles = start.add_subparsers(dest="role", required=True, metavar="ROLE")
+    for role, settings in ROLES.items():
+        parser = roles.add_parser(role, help=f"the {role} worker")
+        parser.add_argument("--endpoint-file", type=Path, required=True, help="where to write address and identity")
+        parser.add_argument("--worker-log", type=Path, required=True, help="file for what the worker prints")
+        parser.add_argument("--startup-timeout-s", type=float, default=300.0, help="seconds to wait until it serves")
+        parser.add_argument(
+            "--attach",
+            metavar="HOST:PORT",
+            help="use this running worker instead; it is checked and never stopped",
+        )
+        add_setting_flags(parser, settings)
+        parser.set_defaults(run=run_start_worker)
+
+    stop = subparsers.add_parser("stop-worker", help="stop a worker that start-worker started")
+    stop.add_argument("endpoint_file", type=Path, help="its endpoint file")
+    stop.set_defaults(run=run_stop_worker)
+
+
+def run_worker(args: argparse.Namespace) -> None:
+    from specsplit.workers.environment import ensure_deterministic_environment
+
+    ensure_deterministic_environment()
+    config = load_settings(ROLES[args.role], args)
+    from transformers.utils import logging as transformers_logging
+
+    from specsplit.workers.server import serve
+
+    transformers_logging.disable_progress_bar()
+    serve(config, endpoint_file=args.endpoint_file)
+
+
+def run_start_worker(args: argparse.Namespace) -> None:
+    from specsplit.errors import UserError
+    from specsplit.workers.launch import attach_worker, start_worker
+
+    settings = ROLES[args.role]
+    config = load_settings(settings, args)
+    if config.model is None:
+        raise UserError("--model is missing: the folder of a prepared model, or any local Hugging Face model")
+    if args.attach:
+        endpoint = attach_worker(
+            args.role,
+            args.attach,
+            endpoint_file=args.endpoint_file,
+            model=config.model,
+            dtype=config.dtype,
+            skip_layers=getattr(config, "skip_layers", []),
+        )
+        print(f"attached to the {args.role} worker at {endpoint.address}")
+        return
+    # A fixed port may be taken; the endpoint file says which one it got.
+    config = load_settings(settings, args, port=args.port or 0)
+    endpoint = start_worker(
+        args.role,
+        setting_arguments(config, list(settings.model_fields)),
+        endpoint_file=args.endpoint_file,
+        log_file=args.worker_log,
+        timeout_s=args.startup_timeout_s,
+    )
+    print(f"{args.role} worker, process {endpoint.pid}, serves at {endpoint.address}")
+
+
+def run_stop_worker(args: argparse.Namespace) -> None:
+    from specsplit.workers.launch import stop_worker
+
+    print("stopped" if stop_worker(args.endpoint_file) else f"{args.endpoint_file} is not there: nothing to stop")

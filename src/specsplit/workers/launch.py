@@ -1,0 +1,128 @@
+"""Starting a worker in the background, waiting until it serves, stopping it; attaching to one that runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from specsplit.errors import UserError
+from specsplit.models.sources import resolve_model
+from specsplit.workers.endpoint import Endpoint
+from specsplit.workers.environment import deterministic_environment
+from specsplit.workers.orchestrator.connection import connect
+
+POLL_S = 0.1
+LOG_TAIL_LINES = 15
+
+
+def start_worker(
+    role: str, worker_args: Sequence[str], *, endpoint_file: Path, log_file: Path, timeout_s: float
+) -> Endpoint:
+    """Start `specsplit worker ROLE` detached from this process and wait until it serves.
+
+    worker_args: its flags. endpoint_file: written by the worker when it serves; deleting it stops the worker.
+    log_file: gets everything that the worker prints. Raises UserError, with the end of the log, when the worker
+    ends or does not serve within `timeout_s` seconds; no process is left then.
+    """
+    endpoint_file.unlink(missing_ok=True)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "specsplit", "worker", role),
+        *worker_args,
+        *("--endpoint-file", str(endpoint_file)),
+    ]
+    with log_file.open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=deterministic_environment(),
+            start_new_session=True,  # a Ctrl-C at the terminal must not reach it before its lease ends
+        )
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not endpoint_file.exists():
+            if process.poll() is not None:
+                raise UserError(f"the {role} worker ended with status {process.returncode}:\n{_tail(log_file)}")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the {role} worker did not serve within {timeout_s:g} s (workers.startup_timeout_s):\n"
+                    f"{_tail(log_file)}"
+                )
+            time.sleep(POLL_S)
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        endpoint_file.unlink(missing_ok=True)
+        raise
+    return Endpoint.read(endpoint_file)
+
+
+def attach_worker(
+    role: str,
+    address: str,
+    *,
+    endpoint_file: Path,
+    model: Path,
+    dtype: str,
+    skip_layers: Sequence[int] = (),
+    timeout_s: float = 10.0,
+) -> Endpoint:
+    """Write the endpoint file of a worker that already runs at host:port, after checking that it is the one meant.
+
+    Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those asked
+    for. Such a worker is never stopped.
+    """
+    with connect(role, address, timeout_s=timeout_s) as connection:
+        description = connection.description
+    _, manifest = resolve_model(model)
+    wanted = {
+        "weights": manifest["fingerprint"]["weights_sha256"],
+        "dtype": dtype,
+        "skip_layers": list(skip_layers),
+    }
+    found = {
+        "weights": description.weights_sha256,
+        "dtype": description.dtype,
+        "skip_layers": list(description.skip_layers),
+    }
+    differing = [f"{key} {found[key]} instead of {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    if differing:
+        raise UserError(
+            f"the {role} worker at {address} serves another model than the configuration names: "
+            f"{'; '.join(differing)}. Start it with that model, or mend the configuration."
+        )
+    endpoint = Endpoint.of_running(address, description)
+    endpoint.write(endpoint_file)
+    return endpoint
+
+
+def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> bool:
+    """End the lease of a worker by deleting its endpoint file, and wait until its process is gone.
+
+    Returns False when there was no such file. An attached worker goes on running.
+    """
+    if not endpoint_file.exists():
+        return False
+    endpoint = Endpoint.read(endpoint_file)
+    endpoint_file.unlink(missing_ok=True)
+    process = endpoint.process()
+    deadline = time.monotonic() + timeout_s
+    while process is not None and process.alive():
+        if time.monotonic() > deadline:
+            raise UserError(f"worker process {process.pid} still runs {timeout_s:g} s after its endpoint file went")
+        time.sleep(POLL_S)
+    return True
+
+
+def _tail(log_file: Path) -> str:
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join(f"  {line}" for line in lines) + f"\n  (full log: {log_file})"

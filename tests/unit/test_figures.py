@@ -1,0 +1,252 @@
+"""The figures as a reader gets them: texts and marks of the SVG, pixels of the PNG, the same bytes again."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+
+from specsplit.analysis.figures import FIGURES, draw_figures
+from specsplit.analysis.tables import summarize
+from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
+from specsplit.errors import UserError
+
+SVG = "{http://www.w3.org/2000/svg}"
+QUICK = {"bootstrap_samples": 200}
+
+
+def experiment(gammas: Sequence[int], requests: int, tokens: int = 40) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A simulated sweep: 50 ms a target pass, 8 ms a drafted token, requests that differ in acceptance."""
+    rng = np.random.default_rng(0)
+    rows, rounds = [], []
+    for gamma in gammas:
+        for i in range(requests):
+            name, alpha = f"r{i}", 0.5 + 0.4 * i / max(1, requests - 1)
+            own: list[RoundRecord] = []
+            made = 1
+            while made < tokens:
+                accepted = int(np.cumprod(rng.random(gamma) < alpha).sum())
+                own.append(RoundRecord(name, gamma, len(own), gamma, accepted, gamma, 8.0, 7.0, 0, 50, 49, 0, 2))
+                made += accepted + 1
+            decode = sum(50.0 + 8.0 * gamma + rng.normal() for _ in own)
+            latency = 120.0 + i + decode
+            total = sum(round_.accepted for round_ in own)
+            rows.append(
+                RequestRecord(
+                    request_id=name,
+                    gamma=gamma,
+                    prompt_length=20,
+                    generated_tokens=made,
+                    ttft_ms=120.0 + i,
+                    tpot_ms=decode / (made - 1) if made > 1 else None,
+                    average_acceptance_rate=total / (gamma * len(own)) if gamma and own else None,
+                    total_network_idle_ms=2.0 * len(own),
+                    total_latency_ms=latency,
+                    num_rounds=len(own),
+                    category="chat",
+                    finish_reason="length",
+                    drafted_tokens=gamma * len(own),
+                    accepted_tokens=total,
+                    mean_accepted_length=made / len(own) if own else None,
+                    network_idle_fraction=2.0 * len(own) / latency,
+                    draft_compute_ms=0.0,
+                    target_compute_ms=0.0,
+                    mode="sync",
+                    tree="",
+                    seed=0,
+                    output_sha256=name,
+                )
+            )
+            rounds += own
+    table = pd.DataFrame([asdict(row) for row in rows], columns=REQUEST_COLUMNS)
+    empty = ["tpot_ms", "ttft_ms", "average_acceptance_rate", "mean_accepted_length"]
+    table[empty] = table[empty].astype(float)
+    table["matches_gamma0"] = pd.array([True] * len(table), dtype="boolean")
+    return table, pd.DataFrame([asdict(row) for row in rounds], columns=ROUND_COLUMNS)
+
+
+def texts(path: Path) -> list[str]:
+    """Every line of text in an SVG, in drawing order."""
+    return ["".join(node.itertext()).strip() for node in ElementTree.parse(path).iter(f"{SVG}text")]
+
+
+def axis_labels(path: Path, axes: int = 1) -> list[str]:
+    """The labels on the x ticks of panel number `axes`."""
+    for group in ElementTree.parse(path).iter(f"{SVG}g"):
+        if group.get("id") == f"matplotlib.axis_{2 * axes - 1}":
+            ticks = [tick for tick in group if (tick.get("id") or "").startswith("xtick")]
+            return ["".join(tick.itertext()).strip() for tick in ticks]
+    raise AssertionError(f"{path} has no panel {axes}")
+
+
+@pytest.fixture(scope="module")
+def sweep() -> tuple[pd.DataFrame, pd.DataFrame]:
+    return experiment((0, 1, 3, 5, 8, 12), requests=8)
+
+
+@pytest.fixture(scope="module")
+def drawn(sweep, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("figures")
+    draw_figures(*sweep, folder, **QUICK)
+    return folder
+
+
+def test_every_figure_is_written_in_both_formats(sweep, tmp_path):
+    out = tmp_path / "new/figures"
+    paths = draw_figures(*sweep, out, **QUICK)
+    assert paths == [out / f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")]
+    assert sorted(out.iterdir()) == sorted(paths)
+    assert FIGURES == ("tpot", "acceptance_rate", "ttft", "network_idle")
+
+
+def test_figures_are_one_column_wide_at_200_dpi(drawn):
+    for name in FIGURES:
+        height, width, _ = matplotlib.image.imread(drawn / f"{name}.png").shape
+        assert width == 680
+        assert height == (920 if name == "acceptance_rate" else 520)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_touches_the_edge_of_the_picture(drawn, name):
+    pixels = matplotlib.image.imread(drawn / f"{name}.png")[..., :3]
+    edges = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
+    assert all((edge == 1.0).all() for edge in edges)
+    assert (pixels < 0.5).any()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_text_is_text_of_at_least_seven_points(drawn, name):
+    svg = (drawn / f"{name}.svg").read_text(encoding="utf-8")
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
+    assert len(sizes) > 8
+    assert min(sizes) >= 7
+
+
+def test_same_data_give_the_same_bytes_whatever_the_readers_settings(sweep, drawn, tmp_path):
+    with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 50, "axes.grid": True}):
+        draw_figures(*sweep, tmp_path, **QUICK)
+        assert matplotlib.rcParams["font.size"] == 20
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_bytes() == (drawn / path.name).read_bytes()
+    assert "<dc:date>" not in (drawn / "tpot.svg").read_text(encoding="utf-8")
+
+
+def test_pyplot_and_its_global_state_are_not_loaded():
+    code = "import sys, specsplit.analysis.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ticks_are_the_measured_gammas(drawn):
+    assert axis_labels(drawn / "tpot.svg") == ["0", "1", "3", "5", "8", "12"]
+    assert axis_labels(drawn / "acceptance_rate.svg") == ["1", "3", "5", "8", "12"]
+
+
+def test_crowded_ticks_keep_their_marks_but_not_every_label(tmp_path):
+    draw_figures(*experiment((0, 1, 2, 3, 4, 64), requests=2), tmp_path, **QUICK)
+    labels = axis_labels(tmp_path / "ttft.svg")
+    assert len(labels) == 6
+    assert [label for label in labels if label] == ["0", "3", "64"]
+
+
+def test_axes_have_units_and_start_at_zero(drawn):
+    for name, label in (
+        ("tpot", "TPOT (ms)"),
+        ("ttft", "TTFT (ms)"),
+        ("network_idle", "share of total latency"),
+        ("acceptance_rate", "accepted / drafted"),
+    ):
+        found = texts(drawn / f"{name}.svg")
+        assert label in found
+        assert "draft length γ (tokens)" in found
+        heights = [text for text in found if re.fullmatch(r"0(\.0+)?", text)]
+        assert heights, f"{name}: no zero on the axis"
+
+
+def test_every_request_is_a_dot(sweep, drawn):
+    root = ElementTree.parse(drawn / "tpot.svg")
+    dots = [group for group in root.iter(f"{SVG}g") if (group.get("id") or "").startswith("PathCollection")]
+    uses = [len(list(group.iter(f"{SVG}use"))) for group in dots]
+    assert max(uses) == len(sweep[0])
+
+
+def test_reference_and_best_gamma_are_those_of_the_summary(sweep, drawn):
+    summary = summarize(*sweep, bootstrap_samples=10).set_index("gamma")["tpot_ms_mean"]
+    found = texts(drawn / "tpot.svg")
+    assert f"target alone: {summary[0]:.1f} ms" in found
+    assert f"lowest: γ = {summary.idxmin()}, {summary.min():.1f} ms" in found
+    assert 0 < summary.idxmin() < 12  # the simulation has its best gamma inside the sweep
+    assert any(text.startswith("target alone: 1") for text in texts(drawn / "ttft.svg"))
+    assert not any(text.startswith("target alone") for text in texts(drawn / "network_idle.svg"))
+
+
+def test_number_of_requests_and_confidence_are_said(sweep, drawn, tmp_path):
+    assert "n = 8 requests at each γ" in texts(drawn / "tpot.svg")
+    assert "mean, 95 % interval" in texts(drawn / "tpot.svg")
+    requests, rounds = sweep
+    requests = requests.copy()
+    requests.loc[(requests["gamma"] == 5) & (requests["request_id"] == "r0"), "tpot_ms"] = np.nan
+    draw_figures(requests, rounds, tmp_path, confidence=0.995, **QUICK)
+    assert "n = 7 to 8 requests at each γ" in texts(tmp_path / "tpot.svg")
+    assert "mean, 99.5 % interval" in texts(tmp_path / "tpot.svg")
+
+
+def test_acceptance_by_position_is_that_of_the_largest_gamma(sweep, drawn):
+    found = texts(drawn / "acceptance_rate.svg")
+    assert "By position, γ = 12" in found
+    rounds = sweep[1]
+    assert f"n = {(rounds['gamma'] == 12).sum()} rounds" in found
+    assert axis_labels(drawn / "acceptance_rate.svg", axes=2)[:3] == ["1", "2", "3"]
+
+
+def test_position_with_too_few_rounds_is_marked(tmp_path):
+    requests, rounds = experiment((3,), requests=3)
+    rounds["accepted"] = 1
+    rounds.loc[rounds["request_id"] == "r0", "accepted"] = 3  # only this request reaches position 3
+    draw_figures(requests, rounds, tmp_path, **QUICK)
+    assert "too few for an interval" in texts(tmp_path / "acceptance_rate.svg")
+
+
+def test_single_request_has_no_interval(tmp_path):
+    draw_figures(*experiment((0, 2, 4), requests=1), tmp_path, **QUICK)
+    for name in FIGURES:
+        found = texts(tmp_path / f"{name}.svg")
+        assert "mean, no interval" in found
+        assert "n = 1 request at each γ" in found
+
+
+def test_single_gamma_has_neither_reference_nor_best(tmp_path):
+    draw_figures(*experiment((5,), requests=3), tmp_path, **QUICK)
+    found = texts(tmp_path / "tpot.svg")
+    assert axis_labels(tmp_path / "tpot.svg") == ["5"]
+    assert not [text for text in found if text.startswith(("target alone", "lowest"))]
+    assert "n = 3 requests" in found
+
+
+def test_gamma_0_alone_says_that_nothing_was_drafted(tmp_path):
+    draw_figures(*experiment((0,), requests=3), tmp_path, **QUICK)
+    found = " ".join(texts(tmp_path / "acceptance_rate.svg"))
+    assert found.count("Nothing was drafted") == 2
+
+
+def test_metric_without_a_value_says_why(tmp_path):
+    draw_figures(*experiment((0, 4), requests=3, tokens=1), tmp_path, **QUICK)
+    assert "No request generated two tokens" in " ".join(texts(tmp_path / "tpot.svg"))
+    assert axis_labels(tmp_path / "tpot.svg") == ["0", "4"]
+    assert "n = 3 requests at each γ" in texts(tmp_path / "ttft.svg")
+    assert "0.0" in texts(tmp_path / "network_idle.svg")  # all zero is a value, not a missing one
+
+
+def test_impossible_settings_write_nothing(sweep, tmp_path):
+    with pytest.raises(UserError, match="confidence is 95"):
+        draw_figures(*sweep, tmp_path, confidence=95)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,413 @@
+"""Merging the runs of an experiment, what is refused, and the numbers of the summary."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize, write_csv
+from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
+from specsplit.errors import UserError
+
+
+def a_request(request_id: str, gamma: int, **changes: Any) -> RequestRecord:
+    values: dict[str, Any] = {
+        "prompt_length": 10,
+        "generated_tokens": 10,
+        "ttft_ms": 100.0,
+        "tpot_ms": 100.0,
+        "average_acceptance_rate": 0.5 if gamma else None,
+        "total_network_idle_ms": 50.0,
+        "total_latency_ms": 1000.0,
+        "num_rounds": 2,
+        "category": "code",
+        "finish_reason": "length",
+        "drafted_tokens": 2 * gamma,
+        "accepted_tokens": gamma,
+        "mean_accepted_length": 1.5,
+        "network_idle_fraction": 0.05,
+        "draft_compute_ms": 200.0,
+        "target_compute_ms": 700.0,
+        "mode": "sync",
+        "tree": "",
+        "seed": 0,
+        "output_sha256": f"text-of-{request_id}",
+    }
+    return RequestRecord(request_id=request_id, gamma=gamma, **(values | changes))
+
+
+def a_round(request_id: str, gamma: int, number: int, accepted: int, drafted: int | None = None) -> RoundRecord:
+    depth = gamma if drafted is None else drafted
+    return RoundRecord(request_id, gamma, number, depth, accepted, depth, 9.0, 8.0, 0.1, 50.0, 48.0, 0.1, 2.8)
+
+
+def write_run(folder: Path, requests: Sequence[RequestRecord], rounds: Sequence[RoundRecord] = ()) -> Path:
+    folder.mkdir(parents=True)
+    for name, columns, records in (
+        ("requests.csv", REQUEST_COLUMNS, requests),
+        ("per_round.csv", ROUND_COLUMNS, rounds),
+    ):
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(asdict(record) for record in records)
+    return folder
+
+
+def tables(requests: Sequence[RequestRecord], rounds: Sequence[RoundRecord] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """As merge_runs returns them, without the files."""
+    frame = pd.DataFrame([asdict(record) for record in requests], columns=REQUEST_COLUMNS)
+    frame["average_acceptance_rate"] = frame["average_acceptance_rate"].astype(float)
+    text = frame[frame["gamma"] == 0].set_index("request_id")["output_sha256"]
+    same = (frame["output_sha256"] == frame["request_id"].map(text)).astype("boolean")
+    frame["matches_gamma0"] = same if len(text) else same.mask(same.notna())
+    return frame, pd.DataFrame([asdict(record) for record in rounds], columns=ROUND_COLUMNS)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Gammas 0 and 2, two requests each; request b differs from the target alone at gamma 2."""
+    alone = [a_request("b", 0), a_request("a", 0, ttft_ms=1 / 3)]
+    drafted = [a_request("b", 2, output_sha256="other"), a_request("a", 2, tpot_ms=None)]
+    return [
+        write_run(tmp_path / "runs/gamma_2", drafted, [a_round("b", 2, 1, 2), a_round("a", 2, 0, 0)]),
+        write_run(tmp_path / "runs/gamma_0", alone, [a_round("a", 0, 0, 0)]),
+    ]
+
+
+# merge_runs, write_csv, read_tables
+
+
+def test_merge_sorts_by_gamma_and_keeps_the_order_of_the_files(runs):
+    requests, rounds = merge_runs(runs)
+    assert list(zip(requests["gamma"], requests["request_id"], strict=True)) == [
+        (0, "b"),
+        (0, "a"),
+        (2, "b"),
+        (2, "a"),
+    ]
+    assert list(zip(rounds["gamma"], rounds["request_id"], strict=True)) == [(0, "a"), (2, "b"), (2, "a")]
+    assert tuple(requests.columns) == (*REQUEST_COLUMNS, "matches_gamma0")
+    assert tuple(rounds.columns) == ROUND_COLUMNS
+    assert math.isnan(requests["tpot_ms"].iloc[3])
+
+
+def test_merge_compares_each_text_with_that_of_the_target_alone(runs):
+    requests, _ = merge_runs(runs)
+    assert requests["matches_gamma0"].to_list() == [True, True, False, True]
+
+
+def test_without_gamma_0_there_is_nothing_to_compare_with(runs):
+    requests, _ = merge_runs(runs[:1])
+    assert requests["matches_gamma0"].isna().all()
+
+
+def test_tables_survive_a_round_trip(runs, tmp_path):
+    for run_dirs in (runs, runs[:1]):  # the second has an empty column matches_gamma0
+        requests, rounds = merge_runs(run_dirs)
+        write_csv(requests, tmp_path / "requests.csv")
+        write_csv(rounds, tmp_path / "per_round.csv")
+        again, rounds_again = read_tables(tmp_path)
+        pd.testing.assert_frame_equal(again, requests)
+        pd.testing.assert_frame_equal(rounds_again, rounds)
+
+
+def test_names_that_look_like_missing_values_or_numbers_stay_text(tmp_path):
+    run = write_run(tmp_path / "run", [a_request("NA", 0, category="null"), a_request("007", 0)])
+    requests, _ = merge_runs([run])
+    assert requests["request_id"].to_list() == ["NA", "007"]
+    assert requests["category"].to_list() == ["null", "code"]
+
+
+def test_a_run_without_rounds_is_a_run(tmp_path):
+    requests, rounds = merge_runs([write_run(tmp_path / "run", [a_request("a", 0, num_rounds=0)])])
+    assert len(requests) == 1
+    assert rounds.empty
+    assert rounds["accepted"].dtype == "int64"
+
+
+def test_written_table_is_stable_and_whole(tmp_path):
+    path = tmp_path / "new/folder/table.csv"
+    frame = pd.DataFrame({"a": [0.1 + 0.2, math.nan], "b": [1274.0, 1e-9], "c": ["x,y", ""], "d": [1, 2]})
+    write_csv(frame, path)
+    assert path.read_bytes() == b'a,b,c,d\n0.3,1274,"x,y",1\n,1e-09,,2\n'
+    assert list(path.parent.iterdir()) == [path]  # no temporary file is left
+
+
+def test_failed_write_keeps_the_old_table(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    write_csv(pd.DataFrame({"a": [1]}), path)
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_csv(pd.DataFrame({"a": [2]}), path)
+    assert path.read_text() == "a\n1\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# What is refused
+
+
+def refusal(*run_dirs: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        merge_runs(run_dirs)
+    return str(caught.value)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_no_run_is_refused():
+    assert "no run folder given" in refusal()
+
+
+@pytest.mark.parametrize("name", ["requests.csv", "per_round.csv"])
+def test_missing_or_empty_file_says_what_makes_it(runs, name):
+    path = runs[0] / name
+    path.write_text("")
+    assert f"{path}: is empty" in refusal(*runs)
+    path.unlink()
+    message = refusal(*runs)
+    assert f"{path}: no such file" in message
+    assert "`specsplit bench`" in message
+
+
+@pytest.mark.parametrize("name", ["requests.csv", "per_round.csv"])
+def test_read_tables_says_what_makes_a_missing_file(runs, tmp_path, name):
+    requests, rounds = merge_runs(runs)
+    write_csv(requests, tmp_path / "requests.csv")
+    write_csv(rounds, tmp_path / "per_round.csv")
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=f"{name}: no such file; `specsplit bench` or the workflow"):
+        read_tables(tmp_path)
+
+
+def test_read_tables_wants_merged_tables(runs):
+    with pytest.raises(UserError, match="lacks the columns matches_gamma0"):
+        read_tables(runs[0])
+
+
+def test_missing_columns_are_all_named(runs):
+    edit(runs[0] / "requests.csv", "ttft_ms,tpot_ms", "ttft,tpot")
+    message = refusal(*runs)
+    assert f"{runs[0] / 'requests.csv'}: lacks the columns ttft_ms, tpot_ms" in message
+
+
+def test_unknown_columns_are_left_out(runs):
+    path = runs[0] / "requests.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"note,{lines[0]}", *(f"hello,{line}" for line in lines[1:])]) + "\n")
+    requests, _ = merge_runs(runs)
+    assert "note" not in requests.columns
+    assert requests["request_id"].to_list() == ["b", "a", "b", "a"]
+
+
+def test_header_without_requests_is_refused(runs, tmp_path):
+    empty = write_run(tmp_path / "empty", [])
+    assert f"{empty / 'requests.csv'}: has no request" in refusal(*runs, empty)
+
+
+def test_cut_off_file_is_refused_with_its_line(runs):
+    path = runs[1] / "requests.csv"
+    path.write_text(path.read_text()[:-30])
+    assert f"{path}, line 3: " in refusal(*runs)
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "wanted"),
+    [
+        ("gamma", "two", "a whole number"),
+        ("total_latency_ms", "", "a finite number"),
+        ("total_latency_ms", "inf", "a finite number"),
+        ("ttft_ms", "nan", "a finite number or empty"),
+    ],
+)
+def test_bad_cell_is_refused_with_its_place(runs, column, text, wanted):
+    path = runs[1] / "requests.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[1][column] = text
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, REQUEST_COLUMNS)
+        table.writeheader()
+        table.writerows(rows)
+    assert f"{path}, line 3, column {column}: {text!r} is not {wanted}" in refusal(*runs)
+
+
+def test_binary_file_is_refused(runs):
+    (runs[0] / "per_round.csv").write_bytes(b"\xff\xfe\x00\x01")
+    assert f"{runs[0] / 'per_round.csv'}: cannot be read as a CSV table" in refusal(*runs)
+
+
+def test_request_that_occurs_twice_is_refused_with_both_files(runs, tmp_path):
+    again = write_run(tmp_path / "again", [a_request("a", 2)])
+    message = refusal(*runs, again)
+    assert "gamma 2, request_id a occurs 2 times" in message
+    assert str(runs[0] / "requests.csv") in message
+    assert str(again / "requests.csv") in message
+
+
+def test_same_folder_twice_is_refused(runs):
+    assert "occurs 2 times" in refusal(*runs, runs[0])
+
+
+def test_round_that_occurs_twice_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", [a_request("a", 2)], [a_round("a", 2, 0, 1), a_round("a", 2, 0, 2)])
+    assert "gamma 2, request_id a, round 0 occurs 2 times" in refusal(run)
+
+
+def test_request_missing_at_one_gamma_is_named_with_its_file(runs, tmp_path):
+    short = write_run(tmp_path / "gamma_5", [a_request("a", 5)])
+    message = refusal(*runs, short)
+    assert f"{short / 'requests.csv'}: gamma 5 lacks 1 of 2 requests" in message
+    assert ": b;" in message
+
+
+def test_long_lists_are_shortened(tmp_path):
+    every = write_run(tmp_path / "gamma_0", [a_request(f"r{i}", 0) for i in range(9)])
+    one = write_run(tmp_path / "gamma_1", [a_request("r0", 1)])
+    assert "r1, r2, r3, r4, r5, and 3 more" in refusal(every, one)
+
+
+def test_round_of_an_unknown_request_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", [a_request("a", 2)], [a_round("b", 2, 0, 1)])
+    message = refusal(run)
+    assert f"{run / 'per_round.csv'}: has a round of request b at gamma 2" in message
+
+
+# summarize
+
+
+def test_summary_has_one_row_a_gamma_and_its_columns():
+    requests, rounds = tables([a_request(i, g) for g in (3, 0, 1) for i in "ab"], [a_round("a", 3, 0, 1)])
+    summary = summarize(requests, rounds, bootstrap_samples=100)
+    assert summary["gamma"].to_list() == [0, 1, 3]
+    expected = ["gamma", "mode", "tree", "requests", "generated_tokens"]
+    expected += ["speedup", "speedup_ci_low", "speedup_ci_high"]
+    for metric in METRICS:
+        expected += [f"{metric}_{part}" for part in ("mean", "ci_low", "ci_high", "median")]
+        expected += [f"{metric}_{part}" for part in ("p90", "p99") if metric in TIMES]
+    expected += ["tokens_per_second", "acceptance_at_1", "acceptance_at_2", "acceptance_at_3", "lossless"]
+    assert list(summary.columns) == expected
+
+
+def test_speedup_is_the_ratio_of_milliseconds_a_token():
+    requests, rounds = tables(
+        [
+            a_request("a", 0, total_latency_ms=1000.0, generated_tokens=10),
+            a_request("b", 0, total_latency_ms=3000.0, generated_tokens=30),  # 100 ms a token in all
+            a_request("a", 4, total_latency_ms=600.0, generated_tokens=10),
+            a_request("b", 4, total_latency_ms=1000.0, generated_tokens=22),  # 50 ms a token in all
+        ]
+    )
+    alone, drafted = summarize(requests, rounds).to_dict("records")
+    assert (alone["speedup"], alone["speedup_ci_low"], alone["speedup_ci_high"]) == (1.0, 1.0, 1.0)
+    assert drafted["speedup"] == pytest.approx(2.0)
+    # Two requests: the ends are the ratios of each request alone.
+    assert drafted["speedup_ci_low"] == pytest.approx(100 / 60)
+    assert drafted["speedup_ci_high"] == pytest.approx(100 / (1000 / 22))
+    assert drafted["tokens_per_second"] == pytest.approx(20.0)
+    assert drafted["generated_tokens"] == 32
+
+
+def test_speedup_pairs_requests_by_name_not_by_place():
+    slow = {"a": 100.0, "b": 1000.0, "c": 10000.0}
+    requests, rounds = tables(
+        [a_request(i, 0, total_latency_ms=slow[i]) for i in "abc"]
+        + [a_request(i, 2, total_latency_ms=slow[i] / 2) for i in "cab"]
+    )
+    row = summarize(requests, rounds, bootstrap_samples=200).iloc[1]
+    assert row["speedup_ci_low"] == pytest.approx(2.0)
+    assert row["speedup_ci_high"] == pytest.approx(2.0)
+
+
+def test_without_gamma_0_speedup_and_lossless_are_empty():
+    summary = summarize(*tables([a_request("a", 1), a_request("b", 1)]), bootstrap_samples=50)
+    assert summary[["speedup", "speedup_ci_low", "speedup_ci_high", "lossless"]].isna().all(axis=None)
+
+
+def test_lossless_is_the_share_of_equal_texts():
+    requests, rounds = tables(
+        [a_request(i, 0) for i in "abcd"]
+        + [a_request(i, 2, output_sha256="other" if i == "c" else f"text-of-{i}") for i in "abcd"]
+    )
+    assert summarize(requests, rounds, bootstrap_samples=50)["lossless"].to_list() == [1.0, 0.75]
+
+
+def test_mean_median_and_percentiles():
+    times = [10.0, 20.0, 30.0, 40.0, 100.0]
+    requests, rounds = tables([a_request(str(i), 0, ttft_ms=time) for i, time in enumerate(times)])
+    row = summarize(requests, rounds).iloc[0]
+    assert row["ttft_ms_mean"] == pytest.approx(40.0)
+    assert row["ttft_ms_median"] == 30.0
+    assert row["ttft_ms_p90"] == pytest.approx(76.0)  # 0.6 of the way from 40 to 100
+    assert row["ttft_ms_p99"] == pytest.approx(97.6)
+    assert 10.0 < row["ttft_ms_ci_low"] < 40.0 < row["ttft_ms_ci_high"] < 100.0
+
+
+def test_missing_values_are_left_out_and_an_empty_metric_is_empty():
+    requests, rounds = tables([a_request("a", 0, tpot_ms=None), a_request("b", 0, tpot_ms=80.0)])
+    row = summarize(requests, rounds, bootstrap_samples=50).iloc[0]
+    assert row["tpot_ms_mean"] == row["tpot_ms_p99"] == 80.0
+    assert math.isnan(row["tpot_ms_ci_low"])  # one value has no interval
+    assert row.filter(like="average_acceptance_rate").isna().all()
+
+
+def test_acceptance_at_a_position_counts_only_rounds_that_reached_it():
+    rounds = [
+        a_round("a", 3, 0, accepted=3),
+        a_round("a", 3, 1, accepted=1),
+        a_round("a", 3, 2, accepted=0),
+        a_round("a", 3, 3, accepted=1, drafted=1),  # a short last draft says nothing about position 2
+    ]
+    requests, per_round = tables([a_request("a", 0), a_request("a", 1), a_request("a", 3)], rounds)
+    summary = summarize(requests, per_round, bootstrap_samples=50)
+    assert summary.iloc[2][["acceptance_at_1", "acceptance_at_2", "acceptance_at_3"]].to_list() == [
+        3 / 4,
+        1 / 2,
+        1.0,
+    ]
+    assert summary.iloc[:2].filter(like="acceptance_at_").isna().all(axis=None)
+
+
+def test_summary_repeats_with_its_seed():
+    requests, rounds = tables([a_request(str(i), 0, ttft_ms=float(i * i)) for i in range(20)])
+    first = summarize(requests, rounds, bootstrap_samples=200, seed=3)
+    pd.testing.assert_frame_equal(summarize(requests, rounds, bootstrap_samples=200, seed=3), first)
+    other = summarize(requests, rounds, bootstrap_samples=200, seed=4)
+    assert other["ttft_ms_ci_low"][0] != first["ttft_ms_ci_low"][0]
+    assert other["ttft_ms_mean"][0] == first["ttft_ms_mean"][0]
+
+
+def test_no_token_at_all_gives_empty_ratios_not_an_error():
+    silent = {"generated_tokens": 0, "ttft_ms": None, "tpot_ms": None, "mean_accepted_length": None}
+    requests, rounds = tables([a_request(i, g, **silent) for g in (0, 2) for i in "ab"])
+    row = summarize(requests.astype({"mean_accepted_length": float}), rounds, bootstrap_samples=50).iloc[1]
+    assert math.isnan(row["speedup"])
+    assert math.isnan(row["speedup_ci_low"])
+    assert row["tokens_per_second"] == 0.0
+
+
+def test_one_gamma_of_two_modes_is_refused():
+    requests, rounds = tables([a_request("a", 1), a_request("b", 1, mode="overlap")])
+    with pytest.raises(UserError, match="gamma 1 mixes requests with mode overlap, sync"):
+        summarize(requests, rounds)
+
+
+def test_settings_are_checked():
+    requests, rounds = tables([a_request("a", 0)])
+    with pytest.raises(UserError, match="confidence is 2"):
+        summarize(requests, rounds, confidence=2)

@@ -1,0 +1,63 @@
+# From the runs to the tables and figures.
+from specsplit.analysis.figures import FIGURES
+
+
+rule merge:
+    input:
+        requests=expand("results/runs/gamma_{gamma}/requests.csv", gamma=GAMMAS),
+        rounds=expand("results/runs/gamma_{gamma}/per_round.csv", gamma=GAMMAS),
+        code=source("analysis/tables.py"),
+    output:
+        requests="results/requests.csv",
+        rounds="results/per_round.csv",
+    log:
+        "results/logs/merge.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    params:
+        runs=expand("results/runs/gamma_{gamma}", gamma=GAMMAS),
+    shell:
+        "specsplit merge --results-dir results {params.runs} > {log} 2>&1"
+
+
+rule figures:
+    input:
+        requests="results/requests.csv",
+        rounds="results/per_round.csv",
+        code=source("analysis"),
+    output:
+        expand("results/figures/{name}.{type}", name=FIGURES, type=["png", "svg"]),
+    log:
+        "results/logs/figures.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    params:
+        confidence=config["statistics"]["confidence"],
+        bootstrap_samples=config["statistics"]["bootstrap_samples"],
+        seed=config["seed"],
+    script:
+        "../scripts/figures.py"
+
+
+# The summary is made last: where it is, the figures and the record of how it came about are there as well.
+rule summary:
+    input:
+        requests="results/requests.csv",
+        rounds="results/per_round.csv",
+        figures=rules.figures.output,
+        provenance="results/provenance/provenance.json",
+        code=source("analysis/tables.py", "analysis/statistics.py"),
+    output:
+        "results/summary.csv",
+    log:
+        "results/logs/summary.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    params:
+        flags(
+            confidence=config["statistics"]["confidence"],
+            bootstrap_samples=config["statistics"]["bootstrap_samples"],
+            seed=config["seed"],
+        ),
+    shell:
+        "specsplit analyze --no-figures --results-dir results {params} > {log} 2>&1"

@@ -1,0 +1,60 @@
+# The configuration, checked, and the helpers that the rules share.
+import json
+import os
+import shlex
+from pathlib import Path
+
+from specsplit.errors import UserError
+from specsplit.pipeline_config import load_pipeline_config
+from specsplit.workers.endpoint import remove_stale
+
+try:
+    config = load_pipeline_config(config)
+except UserError as error:
+    raise WorkflowError(f"The configuration is not usable:\n{error}") from None
+
+GAMMAS = config["gammas"]
+MODELS = sorted({config["target"]["model"], config["draft"]["model"]})
+ROLES = ["draft", "target"]
+WORKERS = Path("results/workers")
+
+
+wildcard_constraints:
+    gamma=r"\d+",
+    role="|".join(ROLES),
+    model="|".join(MODELS),
+
+
+# Jobs and workers end when this process does, however it ends (specsplit.workers.lease).
+os.environ.setdefault("SPECSPLIT_LEASE_PID", str(os.getpid()))
+# A workflow that was killed leaves endpoint files of workers that are gone.
+remove_stale(WORKERS)
+
+
+def source(*parts):
+    """Files of the package that decide a result: declared as inputs, so that a change of code reruns it."""
+    root = Path(workflow.basedir) / "src" / "specsplit"
+    files = [
+        f
+        for part in parts
+        for f in (
+            [root / part]
+            if part.endswith(".py")
+            else sorted((root / part).rglob("*.py"))
+        )
+    ]
+    return [os.path.relpath(f) for f in files]
+
+
+def flags(**values):
+    """Command-line flags: None and empty lists are left out, True and False become --flag and --no-flag."""
+    words = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True or value is False:
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list) and value:
+            words += [flag, *map(str, value)]
+        elif value is not None and value != []:
+            words += [flag, str(value)]
+    return shlex.join(words)
