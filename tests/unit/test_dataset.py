@@ -135,4 +135,4 @@ def test_shipped_set():
     assert len(prompts) == len({p.prompt for p in prompts}) == 48
     assert set(Counter(p.category for p in prompts).values()) == {6}
     assert len({p.category for p in prompts}) == 8
-    assert Counter(p.category for p in select_prompts(prompts, 16)) == {c: 2 for c in {p.category for p in prompts}}
+    assert Counter(p.category for p in select_prompts(prompts, 16)) == dict.fromkeys({p.category for p in prompts}, 2)

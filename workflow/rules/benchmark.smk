@@ -1,15 +1,9 @@
 # One run per gamma. A run takes every core, so that timing runs never overlap, whatever --cores says.
 
 
-def run_endpoints(wildcards):
-    """The workers of a run. ancient(): a worker started again does not make finished runs out of date."""
-    roles = ROLES if int(wildcards.gamma) else ["target"]
-    return [ancient(f"results/workers/{role}.json") for role in roles]
-
-
-def run_addresses(wildcards):
-    roles = ROLES if int(wildcards.gamma) else ["target"]
-    return " ".join(f"--{role}-addr results/workers/{role}.json" for role in roles)
+def run_roles(wildcards):
+    """Gamma 0 is the target alone."""
+    return ROLES if int(wildcards.gamma) else ["target"]
 
 
 def run_settings(wildcards):
@@ -37,12 +31,14 @@ def run_settings(wildcards):
 
 rule benchmark:
     input:
-        run_endpoints,
-        prompts="results/dataset/prompts.jsonl",
-        models=lambda wildcards: [
-            f"resources/models/{config[role]['model']}/model.json"
-            for role in (ROLES if int(wildcards.gamma) else ["target"])
+        endpoints=lambda wildcards: [
+            f"results/workers/gamma_{wildcards.gamma}/{role}.json"
+            for role in run_roles(wildcards)
         ],
+        prompts="results/dataset/prompts.jsonl",
+        models=lambda wildcards: unique(
+            worker_model(role) for role in run_roles(wildcards)
+        ),
         code=source("decoding", "models", "workers", "rpc", "bench", "config.py"),
     output:
         requests="results/runs/gamma_{gamma}/requests.csv",
@@ -55,7 +51,9 @@ rule benchmark:
         "../../envs/specsplit.yaml"
     threads: workflow.cores or 1
     params:
-        addresses=run_addresses,
+        addresses=lambda wildcards, input: flags(
+            **{f"{Path(endpoint).stem}_addr": endpoint for endpoint in input.endpoints}
+        ),
         settings=run_settings,
         tokenizer=f"resources/models/{config['target']['model']}",
     shell:

@@ -9,14 +9,16 @@ from specsplit.pipeline_config import load_pipeline_config
 from specsplit.workers.endpoint import remove_stale
 
 try:
-    config = load_pipeline_config(config)
+    resolved = load_pipeline_config(config)
 except UserError as error:
-    raise WorkflowError(f"The configuration is not usable:\n{error}") from None
+    raise WorkflowError(str(error)) from None
+# In place: scripts get this very object.
+config.clear()
+config.update(resolved)
 
 GAMMAS = config["gammas"]
 MODELS = sorted({config["target"]["model"], config["draft"]["model"]})
 ROLES = ["draft", "target"]
-WORKERS = Path("results/workers")
 
 
 wildcard_constraints:
@@ -28,7 +30,7 @@ wildcard_constraints:
 # Jobs and workers end when this process does, however it ends (specsplit.workers.lease).
 os.environ.setdefault("SPECSPLIT_LEASE_PID", str(os.getpid()))
 # A workflow that was killed leaves endpoint files of workers that are gone.
-remove_stale(WORKERS)
+remove_stale(Path("results/workers"))
 
 
 def source(*parts):
@@ -58,3 +60,7 @@ def flags(**values):
         elif value is not None and value != []:
             words += [flag, str(value)]
     return shlex.join(words)
+
+
+def unique(items):
+    return list(dict.fromkeys(items))

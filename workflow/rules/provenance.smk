@@ -1,4 +1,5 @@
 # What was run, on what, with what: the record that belongs to the tables.
+from specsplit.jsonio import json_sha256
 
 
 rule resolved_config:
@@ -9,9 +10,9 @@ rule resolved_config:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        text=json.dumps(config, indent=2, sort_keys=True),
-    shell:
-        "printf '%s\n' {params.text:q} > {output} 2> {log}"
+        sha256=json_sha256(config),
+    script:
+        "../scripts/resolved_config.py"
 
 
 rule provenance:

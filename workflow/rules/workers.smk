@@ -1,12 +1,13 @@
 # One draft and one target worker for all runs, started in the background or attached to.
 #
-# service() is not used: it would start every run at once and group them with the workers. The endpoint file is a
-# temp() output: Snakemake deletes it after the last run, and the worker stops because its file is gone. It stops as
-# well when this workflow is gone, Ctrl-C and SIGKILL included.
+# service() is not used: it would start every run at once and group them with the workers. Each run has endpoint files
+# of its own, temp() outputs that Snakemake deletes after the run; runs share a worker with the same flags, which
+# stops when the last of its endpoint files is gone. So a new gamma starts workers for itself alone and makes no
+# finished run out of date. Workers stop as well when this workflow is gone, by Ctrl-C and SIGKILL too.
 
 
-def worker_model(wildcards):
-    return f"resources/models/{config[wildcards.role]['model']}/model.json"
+def worker_model(role):
+    return f"resources/models/{config[role]['model']}/model.json"
 
 
 def worker_flags(wildcards):
@@ -38,12 +39,14 @@ def worker_management(wildcards):
 
 rule start_worker:
     input:
-        model=worker_model,
+        model=lambda wildcards: worker_model(wildcards.role),
     output:
-        endpoint=temp("results/workers/{role}.json"),
+        endpoint=temp("results/workers/gamma_{gamma}/{role}.json"),
     log:
-        start="results/logs/start_worker/{role}.log",
-        worker="results/logs/workers/{role}.log",
+        start="results/logs/start_worker/gamma_{gamma}_{role}.log",
+        worker="results/logs/workers/gamma_{gamma}_{role}.log",
+    # All before the first run: a run whose workers still serve need not load them again.
+    priority: 10
     conda:
         "../../envs/specsplit.yaml"
     params:
@@ -51,4 +54,4 @@ rule start_worker:
         management=worker_management,
     shell:
         "specsplit start-worker {wildcards.role} --model {input.model} --endpoint-file {output.endpoint}"
-        " --worker-log {log.worker} {params.worker} {params.management} > {log.start} 2>&1"
+        " --pool results/workers/.pool --worker-log {log.worker} {params.worker} {params.management} > {log.start} 2>&1"

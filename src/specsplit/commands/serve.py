@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ def add_commands(subparsers: Any) -> None:
         parser.add_argument(
             "--endpoint-file", type=Path, help="written when the worker serves; deleting it stops the worker"
         )
+        parser.add_argument(
+            "--users-file", type=Path, help="lists endpoint files; the worker stops when none of them exists"
+        )
         add_setting_flags(parser, settings)
         parser.set_defaults(run=run_worker)
 
@@ -29,6 +33,9 @@ def add_commands(subparsers: Any) -> None:
         parser = roles.add_parser(role, help=f"the {role} worker")
         parser.add_argument("--endpoint-file", type=Path, required=True, help="where to write address and identity")
         parser.add_argument("--worker-log", type=Path, required=True, help="file for what the worker prints")
+        parser.add_argument(
+            "--pool", type=Path, help="folder of workers to share: use one started with the same flags if it runs"
+        )
         parser.add_argument("--startup-timeout-s", type=float, default=300.0, help="seconds to wait until it serves")
         parser.add_argument(
             "--attach",
@@ -53,12 +60,12 @@ def run_worker(args: argparse.Namespace) -> None:
     from specsplit.workers.server import serve
 
     transformers_logging.disable_progress_bar()
-    serve(config, endpoint_file=args.endpoint_file)
+    serve(config, endpoint_file=args.endpoint_file, users_file=args.users_file)
 
 
 def run_start_worker(args: argparse.Namespace) -> None:
     from specsplit.errors import UserError
-    from specsplit.workers.launch import attach_worker, start_worker
+    from specsplit.workers.launch import attach_worker, share_worker, start_worker
 
     settings = ROLES[args.role]
     config = load_settings(settings, args)
@@ -77,7 +84,8 @@ def run_start_worker(args: argparse.Namespace) -> None:
         return
     # A fixed port may be taken; the endpoint file says which one it got.
     config = load_settings(settings, args, port=args.port or 0)
-    endpoint = start_worker(
+    launch = partial(share_worker, pool=args.pool) if args.pool else start_worker
+    endpoint = launch(
         args.role,
         setting_arguments(config, list(settings.model_fields)),
         endpoint_file=args.endpoint_file,

@@ -102,12 +102,12 @@ class Endpoint:
 
 
 def remove_stale(folder: Path) -> list[Path]:
-    """Delete the endpoint files in `folder` whose worker is gone; returns them.
+    """Delete the endpoint files below `folder` whose worker is gone; returns them.
 
     A workflow that was killed leaves them behind, and the next one would take them for running workers.
     """
     removed = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.rglob("*.json")):
         try:
             stale = Endpoint.read(path).stale()
         except UserError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from specsplit.errors import UserError
 from specsplit.models.sources import resolve_model
 from specsplit.workers.endpoint import Endpoint
 from specsplit.workers.environment import deterministic_environment
+from specsplit.workers.lease import user_lock
 from specsplit.workers.orchestrator.connection import connect
 
 POLL_S = 0.1
@@ -64,6 +67,35 @@ def start_worker(
         endpoint_file.unlink(missing_ok=True)
         raise
     return Endpoint.read(endpoint_file)
+
+
+def share_worker(
+    role: str,
+    worker_args: Sequence[str],
+    *,
+    pool: Path,
+    endpoint_file: Path,
+    log_file: Path,
+    timeout_s: float,
+) -> Endpoint:
+    """Like `start_worker`, but use a worker of this pool that was started with the same flags and still runs.
+
+    pool: a folder. The worker ends when the endpoint files of all who share it are gone, so each user's file is a
+    lease of its own.
+    """
+    key = hashlib.sha256(json.dumps([role, *worker_args]).encode()).hexdigest()[:12]
+    own_file, users = pool / f"{role}-{key}.json", pool / f"{role}-{key}.users"
+    pool.mkdir(parents=True, exist_ok=True)
+    with user_lock(users):
+        endpoint = Endpoint.read(own_file) if own_file.exists() else None
+        if endpoint is None or endpoint.stale():
+            users.unlink(missing_ok=True)
+            arguments = [*worker_args, "--users-file", str(users)]
+            endpoint = start_worker(role, arguments, endpoint_file=own_file, log_file=log_file, timeout_s=timeout_s)
+        with users.open("a", encoding="utf-8") as file:
+            file.write(f"{endpoint_file.absolute()}\n")
+        endpoint.write(endpoint_file)
+    return endpoint
 
 
 def attach_worker(

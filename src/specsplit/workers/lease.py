@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
 LEASE_PID = "SPECSPLIT_LEASE_PID"
 
@@ -53,10 +54,16 @@ def lease_holder() -> ProcessIdentity | None:
 
 @dataclass
 class Lease:
-    """What keeps a process alive. `file` counts only once it exists (`written` is set by its writer)."""
+    """What keeps a worker alive.
+
+    holder: the process it was started for. file: its endpoint file, which counts once `written` is set.
+    users: a file that lists the endpoint files of those who share the worker, one path a line; the worker ends
+    when none of them exists. It is read and written under the lock `user_lock(users)`.
+    """
 
     holder: ProcessIdentity | None = None
     file: Path | None = None
+    users: Path | None = None
     written: bool = False
 
     def lost(self) -> str | None:
@@ -65,7 +72,27 @@ class Lease:
             return f"process {self.holder.pid}, which this worker was started for, is gone"
         if self.file is not None and self.written and not self.file.exists():
             return f"endpoint file {self.file} is gone"
+        if self.users is not None and self.written and self._unused(self.users):
+            return "nobody uses this worker any more"
         return None
+
+    def _unused(self, users: Path) -> bool:
+        try:
+            with user_lock(users).acquire(timeout=0):
+                if users.exists() and any(Path(user).exists() for user in users.read_text().splitlines()):
+                    return False
+                # Nobody can find the worker from here on, so it cannot be shared while it stops.
+                users.unlink(missing_ok=True)
+                if self.file is not None:
+                    self.file.unlink(missing_ok=True)
+                return True
+        except Timeout:
+            return False  # somebody is about to share it
+
+
+def user_lock(users: Path) -> FileLock:
+    """The lock that guards who shares a worker."""
+    return FileLock(users.with_suffix(".lock"))
 
 
 def end_with_lease(poll_s: float = 0.5) -> None:

@@ -108,15 +108,16 @@ class WorkerServer:
         self.servicer.thread.close()
 
 
-def serve(config: WorkerSettings, *, endpoint_file: Path | None = None) -> None:
+def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_file: Path | None = None) -> None:
     """Run a worker until SIGTERM, SIGINT or the end of its lease.
 
     endpoint_file: written once the worker serves; deleting it stops the worker.
+    users_file: lists the endpoint files of those who share it; the worker stops when none of them exists.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    lease = Lease(lease_holder(), endpoint_file)
+    lease = Lease(lease_holder(), endpoint_file, users_file)
     server = WorkerServer(load_servicer(config))
     if stop.is_set() or lease.lost():
         log.info("stopped while loading")

@@ -1,0 +1,9 @@
+"""Write the configuration as the rules saw it: defaults filled in, strings coerced."""
+
+import sys
+from pathlib import Path
+
+from specsplit.jsonio import write_json
+
+with open(snakemake.log[0], "w") as sys.stderr:  # noqa: F821, PTH123
+    write_json(Path(snakemake.output[0]), snakemake.config)  # noqa: F821
