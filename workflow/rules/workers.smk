@@ -43,8 +43,7 @@ rule start_worker:
     output:
         endpoint=temp("results/workers/gamma_{gamma}/{role}.json"),
     log:
-        start="results/logs/start_worker/gamma_{gamma}_{role}.log",
-        worker="results/logs/workers/gamma_{gamma}_{role}.log",
+        "results/logs/start_worker/gamma_{gamma}_{role}.log",
     # All before the first run: a run whose workers still serve need not load them again.
     priority: 10
     conda:
@@ -54,4 +53,5 @@ rule start_worker:
         management=worker_management,
     shell:
         "specsplit start-worker {wildcards.role} --model {input.model} --endpoint-file {output.endpoint}"
-        " --pool results/workers/.pool --worker-log {log.worker} {params.worker} {params.management} > {log.start} 2>&1"
+        " --pool results/workers/.pool --worker-log results/logs/workers/{wildcards.role}.log"
+        " {params.worker} {params.management} > {log} 2>&1"
