@@ -6,7 +6,7 @@ from pathlib import Path
 
 from specsplit.errors import UserError
 from specsplit.pipeline_config import load_pipeline_config
-from specsplit.workers.endpoint import remove_stale
+from specsplit.workflow_runs import begin_run
 
 try:
     resolved = load_pipeline_config(config)
@@ -27,10 +27,8 @@ wildcard_constraints:
     model="|".join(MODELS),
 
 
-# Jobs and workers end when this process does, however it ends (specsplit.workers.lease).
-os.environ.setdefault("SPECSPLIT_LEASE_PID", str(os.getpid()))
-# A workflow that was killed leaves endpoint files of workers that are gone.
-remove_stale(Path("results/workers"))
+# Jobs and workers end when this process does, and what a killed run left behind is cleared.
+begin_run()
 
 
 def source(*parts):
