@@ -1,0 +1,51 @@
+# make results   install into .venv and run the main job on the embedded default model
+# make test      install into .venv with the development tools and pass the tests
+# make lint      style, types, workflow lint, generated stubs
+PYTHON ?= python3.11
+CORES ?= 2
+# Where to look for PyTorch as well, as for its CPU build: make results TORCH_INDEX=URL
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --constraint envs/constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Rules call `specsplit`: the environment must be on the path.
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.PHONY: results test test-all lint proto clean
+
+results: .venv/installed
+	$(RUN) snakemake --cores $(CORES) results/summary.csv
+	@cat results/logs/summary.log
+
+test: .venv/installed-dev
+	$(RUN) pytest -m "not slow"
+
+test-all: .venv/installed-dev
+	$(RUN) pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(RUN) snakemake --lint
+	$(RUN) scripts/proto.sh --check
+
+# Generate the gRPC stubs from the .proto file.
+proto: .venv/installed-dev
+	$(RUN) scripts/proto.sh
+
+clean:
+	rm -rf results .snakemake
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml envs/constraints.txt | .venv/bin/pip
+	$(PIP_INSTALL) --editable .
+	touch $@
+
+.venv/installed-dev: pyproject.toml envs/constraints.txt | .venv/bin/pip
+	$(PIP_INSTALL) --editable ".[dev]"
+	touch $@ .venv/installed

