@@ -1,0 +1,227 @@
+"""The main job, run by Snakemake: outputs, reruns, faults, clear errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from specsplit.bench.metrics import REQUEST_COLUMNS
+from specsplit.hashing import sha256_file
+
+ANALYSIS = {"merge": 1, "figures": 1, "provenance": 1, "summary": 1}
+
+
+def test_tables_figures_and_record(finished):
+    results = finished.folder / "results"
+    requests = pd.read_csv(results / "requests.csv")
+    assert tuple(requests.columns[:10]) == REQUEST_COLUMNS[:10]
+    assert sorted(requests.groupby("gamma").size().items()) == [(0, 3), (1, 3), (3, 3)]
+    assert requests["matches_gamma0"].all()
+    summary = pd.read_csv(results / "summary.csv")
+    assert list(summary["gamma"]) == [0, 1, 3]
+    assert summary["speedup"].iloc[0] == 1
+    assert (summary["lossless"] == 1).all()
+    rounds = pd.read_csv(results / "per_round.csv")
+    assert rounds.groupby(["gamma", "request_id"]).size().to_dict() == {
+        (row.gamma, row.request_id): row.num_rounds for row in requests.itertuples()
+    }
+    for name in ("tpot", "acceptance_rate", "ttft", "network_idle"):
+        assert (results / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (results / "figures" / f"{name}.svg").read_text()
+    record = json.loads((results / "provenance" / "provenance.json").read_text())
+    not_ok = [item["item"] for item in record["checklist"] if not item["ok"]]
+    assert not_ok == ["git commit known"]  # the copy is not a git checkout
+    assert {r["path"]: r["sha256"] for r in record["results"]}["results/requests.csv"] == sha256_file(
+        results / "requests.csv"
+    )
+    for run in record["runs"]:
+        assert run["argv"][:2] == ["specsplit", "bench"]
+        for worker in run["workers"].values():
+            assert worker["environment"]["PYTHONHASHSEED"] == "0"
+            assert worker["environment"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_workers_stop_after_the_last_run(finished):
+    assert finished.wait_until(lambda: not finished.processes(), 10), finished.processes()
+    assert not list((finished.folder / "results" / "workers").glob("*/*.json"))
+
+
+def test_nothing_to_do_afterwards(finished):
+    assert finished.planned() == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"gammas": [0, 1, 2, 3]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
+        ({"gammas": [0, 1]}, {"resolved_config": 1, **ANALYSIS}),
+        ({"statistics": {"confidence": 0.9}}, {"resolved_config": 1, **ANALYSIS} | {"merge": 0}),
+        ({"draft": {"skip_layers": [0]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
+        ({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        ({"tree": {"branching": [2]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
+        ({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        (
+            {"dataset": {"limit": 2}},
+            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_a_changed_key_reruns(finished, change, expected):
+    kept = finished.config
+    finished.config = {
+        **kept,
+        **{k: {**kept.get(k, {}), **v} if isinstance(v, dict) else v for k, v in change.items()},
+    }
+    try:
+        assert finished.planned() == {rule: count for rule, count in expected.items() if count}
+    finally:
+        finished.config = kept
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("decoding/verification.py", {"start_worker": 5, "benchmark": 3, **ANALYSIS}),
+        ("analysis/figures.py", {"figures": 1, "summary": 1}),
+        ("bench/dataset.py", {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, **ANALYSIS}),
+        ("commands/decode.py", {}),
+    ],
+)
+def test_what_changed_code_reruns(finished, file, expected):
+    path = finished.folder / "src" / "specsplit" / file
+    original, times = path.read_bytes(), (path.stat().st_atime, path.stat().st_mtime)
+    path.write_bytes(original + b"\n# changed\n")
+    try:
+        assert finished.planned() == expected
+    finally:
+        path.write_bytes(original)
+        os.utime(path, times)
+
+
+def test_gammas_on_the_command_line(finished):
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "-n", "--configfile", "my.yaml"]
+    done = subprocess.run(
+        [*command, "--config", "gammas=[1,2,3]", "--", "results/summary.csv"],
+        cwd=finished.folder,
+        env=finished.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gamma=2" in done.stdout + done.stderr
+
+
+def test_timing_runs_take_every_core(finished):
+    text = finished.run("--dry-run", "--forceall")
+    benchmarks = text.split("rule benchmark:")[1:]
+    assert len(benchmarks) == 3
+    assert all("threads: 2" in job for job in benchmarks)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_run_leaves_nothing_and_the_next_finishes(workspace, how):
+    workspace.config["generation"] = {"max_output_tokens": 100, "ignore_eos": True}
+    process = workspace.start()
+    try:
+        benchmark = "results/runs/gamma_*/requests.csv.part"
+        assert workspace.wait_until(lambda: any(workspace.folder.glob(benchmark)), 120), workspace.logs()
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)  # Ctrl-C reaches the whole group
+        else:
+            process.kill()
+        process.wait(30)
+        assert workspace.wait_until(lambda: not workspace.processes(), 5), workspace.processes()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    workspace.run()
+    requests = pd.read_csv(workspace.folder / "results" / "requests.csv")
+    assert not requests.duplicated(["gamma", "request_id"]).any()
+    assert len(requests) == 9
+
+
+def failure(workspace, *arguments, **variables):
+    """The whole output of a run that must fail; no traceback may be in it."""
+    done = workspace.snakemake(*arguments, **variables)
+    text = done.stdout + done.stderr + workspace.logs()
+    assert done.returncode != 0
+    assert "Traceback" not in text
+    return text
+
+
+def test_bad_configuration(workspace):
+    workspace.config["gamas"] = [1]
+    workspace.config["dataset"]["limit"] = 0
+    text = failure(workspace)
+    assert "gamas: unknown key; did you mean gammas?" in text
+    assert "dataset.limit: 0; wanted an integer >= 1 or null" in text
+
+
+def test_bad_prompt_line(workspace):
+    with (workspace.folder / "prompts.jsonl").open("a") as file:
+        file.write('{"prompt": ""}\n')
+    assert "prompts.jsonl:4: the prompt is empty" in failure(workspace)
+    workspace.config["dataset"]["on_bad_line"] = "skip"
+    workspace.run("--until", "prepare_dataset")
+    manifest = json.loads((workspace.folder / "results" / "dataset" / "manifest.json").read_text())
+    assert [bad["line"] for bad in manifest["skipped"]] == [4]
+
+
+def test_dead_worker_address(workspace):
+    workspace.config["workers"]["target_address"] = "127.0.0.1:1"
+    text = failure(workspace)
+    assert "no target worker answers at 127.0.0.1:1" in text
+
+
+def test_attach_to_a_running_worker(workspace):
+    """The address in the environment is used, the worker is checked and left running."""
+    workspace.run("--until", "prepare_model")
+    command = [sys.executable, "-m", "specsplit", "start-worker", "target"]
+    flags = ["--model", "resources/models/tiny/model.json", "--endpoint-file", "mine.json", "--worker-log", "mine.log"]
+    start = subprocess.run(
+        [*command, *flags, "--threads", "1", "--max-context", "128"],
+        cwd=workspace.folder,
+        env=workspace.environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "serves at" in start.stdout
+    endpoint = json.loads((workspace.folder / "mine.json").read_text())
+    try:
+        done = workspace.snakemake(SPECSPLIT_ORCH_TARGET_ADDRESS=endpoint["address"])
+        assert done.returncode == 0, done.stdout + done.stderr + workspace.logs()
+        runs = sorted(workspace.folder.glob("results/runs/*/run.json"))
+        pids = {json.loads(run.read_text())["workers"]["target"]["pid"] for run in runs}
+        assert pids == {endpoint["pid"]}
+        assert (workspace.folder / "mine.json").exists()
+        assert any("worker target" in line for line in workspace.processes())
+    finally:
+        (workspace.folder / "mine.json").unlink()
+
+
+def test_one_failed_gamma_keeps_the_others(workspace):
+    """With --keep-going a run that fails loses nothing of the runs that worked, and the next call makes it."""
+    marker = workspace.folder / "fail"
+    runner = workspace.folder / "src" / "specsplit" / "bench" / "runner.py"
+    code = runner.read_text()
+    guard = f"    if config.max_draft_tokens == 3 and Path({str(marker)!r}).exists():\n        raise UserError('on purpose')\n"
+    body = "    run_dir.mkdir(parents=True, exist_ok=True)\n"
+    assert body in code
+    runner.write_text(code.replace(body, guard + body))
+    marker.touch()
+    text = failure(workspace, "--keep-going")
+    assert "on purpose" in text
+    assert sorted(p.parent.name for p in workspace.folder.glob("results/runs/*/requests.csv")) == ["gamma_0", "gamma_1"]
+    marker.unlink()
+    assert workspace.planned()["benchmark"] == 1
+    workspace.run()
