@@ -382,8 +382,8 @@ def test_a_complete_record(experiment: Experiment, tmp_path: Path) -> None:
     assert record["complete"] is True
     assert [item["item"] for item in record["checklist"] if item["ok"]] == [
         "seeds recorded",
-        "PYTHONHASHSEED=0 in every run",
-        "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run",
+        "PYTHONHASHSEED=0 in every run and its workers",
+        "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run and its workers",
         "command, UTC times and exit code 0 of every run",
         "models pinned by the hash of their weights",
         "dataset matches the hash in its manifest",
@@ -442,9 +442,20 @@ def test_a_run_that_lacks_something(experiment: Experiment, change: dict[str, An
 def test_a_run_in_another_environment(experiment: Experiment, environment: Any) -> None:
     write_json(experiment.runs[0], Experiment.run(environment=environment))
     failed = experiment.failures()
-    assert set(failed) == {"PYTHONHASHSEED=0 in every run", "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run"}
+    assert set(failed) == {
+        "PYTHONHASHSEED=0 in every run and its workers",
+        "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run and its workers",
+    }
     expected = "1" if environment and "PYTHONHASHSEED" in environment else "not set"
-    assert failed["PYTHONHASHSEED=0 in every run"] == f"results/gamma-0/run.json: {expected}"
+    assert failed["PYTHONHASHSEED=0 in every run and its workers"] == f"results/gamma-0/run.json: {expected}"
+
+
+def test_a_worker_in_another_environment(experiment: Experiment) -> None:
+    workers = {"draft": {"environment": {"PYTHONHASHSEED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}}
+    write_json(experiment.runs[0], Experiment.run(workers=workers))
+    assert experiment.failures() == {
+        "PYTHONHASHSEED=0 in every run and its workers": "results/gamma-0/run.json, draft worker: 1"
+    }
 
 
 def test_nothing_recorded_is_not_complete(experiment: Experiment) -> None:
@@ -453,8 +464,8 @@ def test_nothing_recorded_is_not_complete(experiment: Experiment) -> None:
     experiment.config = {}
     assert list(experiment.failures()) == [
         "seeds recorded",
-        "PYTHONHASHSEED=0 in every run",
-        "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run",
+        "PYTHONHASHSEED=0 in every run and its workers",
+        "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run and its workers",
         "command, UTC times and exit code 0 of every run",
         "models pinned by the hash of their weights",
     ]

@@ -4,9 +4,15 @@ import os
 import shlex
 from pathlib import Path
 
-from specsplit.errors import UserError
-from specsplit.pipeline_config import load_pipeline_config
-from specsplit.workflow_runs import begin_run
+try:
+    from specsplit.errors import UserError
+    from specsplit.pipeline_config import load_pipeline_config
+    from specsplit.workflow_runs import begin_run
+except ModuleNotFoundError as error:
+    raise WorkflowError(
+        f"No module {error.name!r}: run in the environment that specsplit is installed in. "
+        "To make one: make .venv/installed && . .venv/bin/activate"
+    ) from None
 
 try:
     resolved = load_pipeline_config(config)

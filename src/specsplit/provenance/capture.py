@@ -324,13 +324,16 @@ def _check_seeds(config: Mapping[str, Any], runs: Named) -> dict[str, Any]:
 
 
 def _check_variable(variable: str, value: str, runs: Named) -> dict[str, Any]:
+    """The variable in the client of every run and in each worker that it used."""
     problems = [] if runs else ["no run recorded"]
     for name, run in runs:
-        environment = run.get("environment")
-        found = environment.get(variable) if isinstance(environment, Mapping) else None
-        if found != value:
-            problems.append(f"{name}: {'not set' if found is None else found}")
-    return _item(f"{variable}={value} in every run", problems, f"{len(runs)} run(s)")
+        processes = {name: run, **{f"{name}, {role} worker": w for role, w in (run.get("workers") or {}).items()}}
+        for where, process in processes.items():
+            environment = process.get("environment")
+            found = environment.get(variable) if isinstance(environment, Mapping) else None
+            if found != value:
+                problems.append(f"{where}: {'not set' if found is None else found}")
+    return _item(f"{variable}={value} in every run and its workers", problems, f"{len(runs)} run(s)")
 
 
 def _check_commands(runs: Named) -> dict[str, Any]:
