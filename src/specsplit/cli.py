@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -13,8 +15,10 @@ from specsplit.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit status 0; 2 for a mistake that the user can mend; 130 after Ctrl-C."""
+    """Entry point. Exit status 0; 2 for what the user can mend; 130 after Ctrl-C, 143 after SIGTERM."""
     args = build_parser().parse_args(argv)
+    # As an exception, so that what was started is stopped on the way out. Workers have a handler of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s" if args.command == "worker" else "%(message)s",
@@ -23,13 +27,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         args.run(args)
-    except UserError as error:
-        print(f"specsplit {args.command}: error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    except (UserError, OSError) as error:  # OSError: no space, no permission; it names the file
+        print(f"specsplit {args.command}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def build_parser() -> argparse.ArgumentParser:

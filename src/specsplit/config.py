@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from specsplit.errors import UserError
 
@@ -22,6 +22,17 @@ class Settings(BaseSettings):
     """Reads SPECSPLIT_<ROLE>_<FIELD>; lists and null are written as JSON."""
 
     model_config = SettingsConfigDict(extra="forbid", env_parse_none_str="null", env_ignore_empty=True)
+    short_flags: ClassVar[Mapping[str, str]] = {}  # field -> its flag, where that is not the field's own name
+
+    @classmethod
+    def flag(cls, field: str) -> str:
+        """The command-line flag of a field."""
+        return cls.short_flags.get(field, f"--{field.replace('_', '-')}")
+
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """The environment variable of a field."""
+        return f"{cls.model_config['env_prefix']}{field.upper()}"
 
     @classmethod
     def load(cls, flags: Mapping[str, Any] | None = None) -> Self:
@@ -33,16 +44,14 @@ class Settings(BaseSettings):
         try:
             return cls(**given)
         except ValidationError as error:
-            prefix = cls.model_config["env_prefix"]
             lines = []
             for problem in error.errors():
                 field = str(problem["loc"][0])
-                flag = f"--{field.replace('_', '-')}"
-                variable = f"{prefix}{field.upper()}"
-                lines.append(f"{flag} / {variable} = {problem.get('input')!r}: {problem['msg']}")
+                lines.append(f"{cls.flag(field)} / {cls.variable(field)} = {problem['input']!r}: {problem['msg']}")
             raise UserError("\n".join(lines)) from error
-        except ValueError as error:  # pydantic-settings: a variable that should hold JSON does not
-            raise UserError(f"{cls.model_config['env_prefix']}*: {error}") from error
+        except SettingsError as error:  # a variable that should hold JSON does not
+            malformed = [cls.variable(field) for field in cls.model_fields if f'"{field}"' in str(error)]
+            raise UserError(f"{', '.join(malformed)}: not JSON; write a list as [1, 2] or null") from error
 
 
 class WorkerSettings(Settings):
@@ -84,6 +93,7 @@ class OrchestratorConfig(Settings):
     """The draft -> verify loop. Environment: SPECSPLIT_ORCH_*."""
 
     model_config = SettingsConfigDict(env_prefix="SPECSPLIT_ORCH_")
+    short_flags = {"draft_address": "--draft-addr", "target_address": "--target-addr", "max_draft_tokens": "--gamma"}
 
     draft_address: str = Field("127.0.0.1:50051", description="host:port of the draft worker")
     target_address: str = Field("127.0.0.1:50052", description="host:port of the target worker")

@@ -6,13 +6,16 @@ process; when no registered run is alive, what the dead ones left is cleared.
 
 from __future__ import annotations
 
-import json
+import atexit
 import os
+import socket
 from dataclasses import asdict
 from pathlib import Path
 
+from specsplit.errors import UserError
+from specsplit.jsonio import read_json_object, write_json
 from specsplit.workers.endpoint import remove_stale
-from specsplit.workers.lease import LEASE_PID, ProcessIdentity
+from specsplit.workers.lease import LEASE_PID, ProcessIdentity, hold_lease
 
 
 def begin_run(state: Path = Path(".snakemake"), workers: Path = Path("results/workers")) -> None:
@@ -23,24 +26,28 @@ def begin_run(state: Path = Path(".snakemake"), workers: Path = Path("results/wo
     """
     if LEASE_PID in os.environ:
         return
-    os.environ[LEASE_PID] = str(os.getpid())
+    hold_lease()
     remove_stale(workers)
-    runs = state / "specsplit-runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    dead = [path for path in runs.glob("*.json") if not _alive(path)]
-    alive = [path for path in runs.glob("*.json") if path not in dead]
+    me = ProcessIdentity.of(os.getpid())
+    host = socket.gethostname()
+    mine = state / "specsplit-runs" / f"{host}-{os.getpid()}.json"
+    died = mine.exists()  # an earlier process with our number
+    # Before looking at the others: of two runs that begin at once each must see the other.
+    write_json(mine, {"host": host, **(asdict(me) if me else {})})
+    atexit.register(mine.absolute().unlink, missing_ok=True)
+    others = [path for path in mine.parent.glob("*.json") if path != mine]
+    dead = [path for path in others if not _alive(path)]
     for path in dead:
         path.unlink(missing_ok=True)
-    if dead and not alive:
+    if (dead or died) and len(dead) == len(others):
         for lock in (state / "locks").glob("*.lock"):
             lock.unlink(missing_ok=True)
-    me = ProcessIdentity.of(os.getpid())
-    if me is not None:
-        (runs / f"{me.pid}.json").write_text(json.dumps(asdict(me)), encoding="utf-8")
 
 
 def _alive(path: Path) -> bool:
     try:
-        return ProcessIdentity(**json.loads(path.read_text(encoding="utf-8"))).alive()
-    except (OSError, ValueError, TypeError):
+        run = read_json_object(path)
+        # A run on another host that shares the folder: nobody can tell from here.
+        return bool(run["host"] != socket.gethostname()) or ProcessIdentity(run["pid"], run["started"]).alive()
+    except (UserError, KeyError, TypeError):
         return False

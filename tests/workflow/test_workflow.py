@@ -214,7 +214,8 @@ def test_one_failed_gamma_keeps_the_others(workspace):
     marker = workspace.folder / "fail"
     runner = workspace.folder / "src" / "specsplit" / "bench" / "runner.py"
     code = runner.read_text()
-    guard = f"    if config.max_draft_tokens == 3 and Path({str(marker)!r}).exists():\n        raise UserError('on purpose')\n"
+    condition = f"config.max_draft_tokens == 3 and Path({str(marker)!r}).exists()"
+    guard = f"    if {condition}:\n        raise UserError('on purpose')\n"
     body = "    run_dir.mkdir(parents=True, exist_ok=True)\n"
     assert body in code
     runner.write_text(code.replace(body, guard + body))

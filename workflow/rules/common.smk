@@ -104,15 +104,9 @@ def worker_settings(role):
     )
 
 
-def worker_management(role):
-    """What does not change a result; a change of it reruns nothing."""
-    workers = config["workers"]
-    return flags(
-        max_sessions=workers["max_sessions"],
-        session_ttl_s=workers["session_ttl_s"],
-        startup_timeout_s=workers["startup_timeout_s"],
-        attach=os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or workers[f"{role}_address"],
-    )
+def attach_address(role):
+    """host:port of the running worker to use, or nothing: start one."""
+    return os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or config["workers"][f"{role}_address"] or ""
 
 
 # ---- runs

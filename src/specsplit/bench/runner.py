@@ -30,6 +30,7 @@ from specsplit.workers.orchestrator.client import SpeculativeResult, run_specula
 from specsplit.workers.orchestrator.connection import Connection
 
 RUN_SCHEMA_VERSION = 1
+TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl")
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,16 @@ def run_requests(
     on_done: called after each request. Raises WorkerError; then run.json holds the error and exit_code 1.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in (*TABLES, *(f"{table}.part" for table in TABLES), "run.json"):
+        (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
     run = _describe_run(draft, target, codec, config, warmup, inputs or {})
     try:
         for i in range(warmup):
             _run_one(requests[i % len(requests)], draft, target, config)
         _write_rows(requests, draft, target, codec, config, run_dir, on_done)
     except BaseException as error:
-        write_json(run_dir / "run.json", {**run, "finished": utc_now(), "exit_code": 1, "error": str(error)})
+        reason = str(error) if isinstance(error, UserError) else repr(error)
+        write_json(run_dir / "run.json", {**run, "finished": utc_now(), "exit_code": 1, "error": reason})
         raise
     write_json(run_dir / "run.json", {**run, "finished": utc_now(), "exit_code": 0, "error": None})
 
@@ -98,10 +102,9 @@ def _write_rows(
     run_dir: Path,
     on_done: Callable[[RequestRecord], None],
 ) -> None:
-    names = ("requests.csv", "per_round.csv", "outputs.jsonl")
     with ExitStack() as stack:
         files = [
-            stack.enter_context((run_dir / f"{name}.part").open("w", encoding="utf-8", newline="")) for name in names
+            stack.enter_context((run_dir / f"{name}.part").open("w", encoding="utf-8", newline="")) for name in TABLES
         ]
         request_rows = csv.DictWriter(files[0], REQUEST_COLUMNS, lineterminator="\n")
         round_rows = csv.DictWriter(files[1], ROUND_COLUMNS, lineterminator="\n")
@@ -122,7 +125,7 @@ def _write_rows(
             for file in files:
                 file.flush()
             on_done(record)
-    for name in names:
+    for name in TABLES:
         (run_dir / f"{name}.part").replace(run_dir / name)
 
 

@@ -17,8 +17,6 @@ from specsplit.errors import UserError
 if TYPE_CHECKING:
     from specsplit.workers.orchestrator.client import SpeculativeResult
 
-NAMES = {"draft_address": "--draft-addr", "target_address": "--target-addr", "max_draft_tokens": "--gamma"}
-
 
 def add_commands(subparsers: Any) -> None:
     parser = subparsers.add_parser("generate", help="write one text and show it as it comes")
@@ -29,7 +27,7 @@ def add_commands(subparsers: Any) -> None:
         help="start a draft and a target worker on this model folder for this one text, instead of using running ones",
     )
     parser.add_argument("--quiet", action="store_true", help="print the text alone, no figures after it")
-    add_setting_flags(parser, OrchestratorConfig, names=NAMES)
+    add_setting_flags(parser, OrchestratorConfig)
     parser.set_defaults(run=run_generate)
 
 
@@ -75,7 +73,9 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
         yield {"draft_address": config.draft_address, "target_address": config.target_address}
         return
     from specsplit.workers.launch import start_worker, stop_worker
+    from specsplit.workers.lease import hold_lease
 
+    hold_lease()
     with tempfile.TemporaryDirectory(prefix="specsplit-") as folder:
         files: dict[str, Path] = {}
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from specsplit.config import Settings
@@ -16,14 +16,13 @@ def add_setting_flags(
     settings: type[Settings],
     *,
     only: Sequence[str] | None = None,
-    names: Mapping[str, str] | None = None,
 ) -> None:
-    """Add a flag for each field of `settings` (or those in `only`); `names` gives some another spelling."""
+    """Add a flag for each field of `settings`, or for those in `only`."""
     group = parser.add_argument_group(f"settings (environment: {settings.model_config['env_prefix']}*)")
     for field, info in settings.model_fields.items():
         if only is not None and field not in only:
             continue
-        flag = (names or {}).get(field, f"--{field.replace('_', '-')}")
+        flag = settings.flag(field)
         default = info.get_default(call_default_factory=True)
         text = (info.description or "").replace("%", "%%")
         if default is not None and "default" not in text:
@@ -44,11 +43,14 @@ def load_settings(settings: type[S], args: argparse.Namespace, **override: Any) 
 
 
 def setting_arguments(settings: Settings, only: Sequence[str]) -> list[str]:
-    """The flags that give a child process these very settings (null ones left to their default)."""
+    """The flags that give a child process these very settings (null ones left to their default).
+
+    An empty list is said, for the child might read another one from its environment.
+    """
     arguments: list[str] = []
     for field in only:
         value = getattr(settings, field)
-        if value is not None and value != []:
-            arguments.append(f"--{field.replace('_', '-')}")
+        if value is not None:
+            arguments.append(settings.flag(field))
             arguments += [str(item) for item in value] if isinstance(value, list) else [str(value)]
     return arguments

@@ -48,8 +48,7 @@ def add_commands(subparsers: Any) -> None:
         action="store_true",
         help="run just the gammas named and write no merged tables (the workflow merges)",
     )
-    names = {"draft_address": "--draft-addr", "target_address": "--target-addr"}
-    add_setting_flags(bench, OrchestratorConfig, only=BENCH_SETTINGS, names=names)
+    add_setting_flags(bench, OrchestratorConfig, only=BENCH_SETTINGS)
     bench.set_defaults(run=run_bench)
 
     merge = subparsers.add_parser("merge", help="put run folders together into requests.csv and per_round.csv")

@@ -98,4 +98,12 @@ def run_start_worker(args: argparse.Namespace) -> None:
 def run_stop_worker(args: argparse.Namespace) -> None:
     from specsplit.workers.launch import stop_worker
 
-    print("stopped" if stop_worker(args.endpoint_file) else f"{args.endpoint_file} is not there: nothing to stop")
+    endpoint = stop_worker(args.endpoint_file)
+    if endpoint is None:
+        print(f"{args.endpoint_file} is not there: nothing to stop")
+    elif endpoint.attached:
+        print(f"{args.endpoint_file} deleted; the worker at {endpoint.address} runs on, for it was attached to")
+    elif endpoint.shared:
+        print(f"{args.endpoint_file} deleted; the worker at {endpoint.address} stops when nobody uses it any more")
+    else:
+        print(f"stopped process {endpoint.pid}")

@@ -14,6 +14,9 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),  # workers are reached directly, whatever http_proxy says
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a restarted worker is found again soon
+    ("grpc.max_reconnect_backoff_ms", 2000),
 ]
 
 

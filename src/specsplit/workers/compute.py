@@ -6,6 +6,7 @@ Torch keeps a team of worker threads for every thread that calls it, so all pass
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,8 @@ class ModelThread:
     """Runs one computation at a time, in the order of arrival."""
 
     def __init__(self, threads: int | None, seed: int) -> None:
-        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or 1
+        self.threads = threads or usable_cores()
+        self._running = threading.Lock()
         self._executor = ThreadPoolExecutor(1, "model", self._prepare, (self.threads, seed))
 
     @staticmethod
@@ -45,12 +47,19 @@ class ModelThread:
 
         def timed() -> tuple[T, float, float]:
             started = time.perf_counter()
-            value = work()
+            with self._running:
+                value = work()
             return value, started, time.perf_counter()
 
         value, started, finished = self._executor.submit(timed).result()
         return Computed(value, (started - arrived) * 1e3, (finished - started) * 1e3)
 
-    def close(self) -> None:
-        """Let the running computation finish, drop the ones that wait."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+    def close(self) -> bool:
+        """Take no more work and drop what waits; False when a computation still runs, which cannot be interrupted."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        return not self._running.locked()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

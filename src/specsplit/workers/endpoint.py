@@ -23,7 +23,7 @@ class Endpoint:
 
     address: host:port. attached: it was running before and is never stopped by the workflow.
     pid, started: its process on `host` (null when attached). holder: the process whose lease it holds.
-    worker: what Describe says.
+    worker: what Describe says. shared: others may use this process too, and it ends after the last of them.
     """
 
     address: str
@@ -34,6 +34,7 @@ class Endpoint:
     holder_pid: int | None
     holder_started: float | None
     worker: dict[str, Any]
+    shared: bool = False
 
     @classmethod
     def local(cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None) -> Endpoint:

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+# Without the working directory on sys.path (-P), where a file of the user's could stand for a module.
+COMMAND = (sys.executable, "-P", "-m", "specsplit")
 REQUIRED = {
     "PYTHONHASHSEED": "0",  # order of sets and dicts of strings
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
@@ -25,4 +27,4 @@ def ensure_deterministic_environment() -> None:
     """
     if all(os.environ.get(name) == value for name, value in REQUIRED.items()):
         return
-    os.execve(sys.executable, [sys.executable, "-m", "specsplit", *sys.argv[1:]], deterministic_environment())
+    os.execve(sys.executable, [*COMMAND, *sys.argv[1:]], deterministic_environment())

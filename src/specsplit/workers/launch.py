@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from specsplit.errors import UserError
 from specsplit.models.sources import resolve_model
 from specsplit.workers.endpoint import Endpoint
-from specsplit.workers.environment import deterministic_environment
+from specsplit.workers.environment import COMMAND, deterministic_environment
 from specsplit.workers.lease import user_lock
 from specsplit.workers.orchestrator.connection import connect
 
@@ -32,12 +32,9 @@ def start_worker(
     """
     endpoint_file.unlink(missing_ok=True)
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    command = [
-        *(sys.executable, "-m", "specsplit", "worker", role),
-        *worker_args,
-        *("--endpoint-file", str(endpoint_file)),
-    ]
+    command = [*COMMAND, "worker", role, *worker_args, "--endpoint-file", str(endpoint_file)]
     with log_file.open("ab") as log:
+        log_start = log.tell()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -50,11 +47,13 @@ def start_worker(
     try:
         while not endpoint_file.exists():
             if process.poll() is not None:
-                raise UserError(f"the {role} worker ended with status {process.returncode}:\n{_tail(log_file)}")
+                raise UserError(
+                    f"the {role} worker ended with status {process.returncode}:\n{_tail(log_file, log_start)}"
+                )
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the {role} worker did not serve within {timeout_s:g} s (workers.startup_timeout_s):\n"
-                    f"{_tail(log_file)}"
+                    f"{_tail(log_file, log_start)}"
                 )
             time.sleep(POLL_S)
     except BaseException:
@@ -94,6 +93,7 @@ def share_worker(
             endpoint = start_worker(role, arguments, endpoint_file=own_file, log_file=log_file, timeout_s=timeout_s)
         with users.open("a", encoding="utf-8") as file:
             file.write(f"{endpoint_file.absolute()}\n")
+        endpoint = replace(endpoint, shared=True)
         endpoint.write(endpoint_file)
     return endpoint
 
@@ -137,24 +137,25 @@ def attach_worker(
     return endpoint
 
 
-def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> bool:
+def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | None:
     """End the lease of a worker by deleting its endpoint file, and wait until its process is gone.
 
-    Returns False when there was no such file. An attached worker goes on running.
+    Returns None when there was no such file. There is no waiting for a worker of a pool, which runs on while others
+    use it, nor for an attached one, which runs on in any case.
     """
     if not endpoint_file.exists():
-        return False
+        return None
     endpoint = Endpoint.read(endpoint_file)
     endpoint_file.unlink(missing_ok=True)
-    process = endpoint.process()
+    process = None if endpoint.shared else endpoint.process()
     deadline = time.monotonic() + timeout_s
     while process is not None and process.alive():
         if time.monotonic() > deadline:
             raise UserError(f"worker process {process.pid} still runs {timeout_s:g} s after its endpoint file went")
         time.sleep(POLL_S)
-    return True
+    return endpoint
 
 
-def _tail(log_file: Path) -> str:
-    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
+def _tail(log_file: Path, start: int) -> str:
+    lines = log_file.read_bytes()[start:].decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
     return "\n".join(f"  {line}" for line in lines) + f"\n  (full log: {log_file})"

@@ -7,6 +7,7 @@ process (the workflow): the worker ends when either is gone, however it went, SI
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 LEASE_PID = "SPECSPLIT_LEASE_PID"
+LEASE_HOST = "SPECSPLIT_LEASE_HOST"  # where that process is: its number means nothing on another host
+CLOCK_SLACK_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,25 @@ class ProcessIdentity:
     def alive(self) -> bool:
         try:
             process = psutil.Process(self.pid)
-            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+            # Start times are counted from the boot time, which moves a little when the clock is corrected.
+            same = abs(process.create_time() - self.started) < CLOCK_SLACK_S
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
 
+def hold_lease() -> None:
+    """Let what this process starts from now on end with it."""
+    os.environ.update({LEASE_PID: str(os.getpid()), LEASE_HOST: socket.gethostname()})
+
+
 def lease_holder() -> ProcessIdentity | None:
-    """The process named by SPECSPLIT_LEASE_PID, or None when the variable is not set.
+    """The process named by SPECSPLIT_LEASE_PID, or None when there is none or it is on another host.
 
     A number that names no process gives an identity that is not alive: the holder is gone already.
     """
     value = os.environ.get(LEASE_PID, "")
-    if not value.isdigit():
+    if not value.isdigit() or os.environ.get(LEASE_HOST, socket.gethostname()) != socket.gethostname():
         return None
     return ProcessIdentity.of(int(value)) or ProcessIdentity(int(value), -1.0)
 

@@ -101,11 +101,14 @@ class WorkerServer:
         for name in ("", self.service):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-    def stop(self) -> None:
-        """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s`, stop."""
+    def stop(self) -> bool:
+        """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s`, stop.
+
+        Returns False when a pass of the model outlasts that.
+        """
         self._health.enter_graceful_shutdown()
         self._server.stop(grace=self.servicer.config.drain_s).wait()
-        self.servicer.thread.close()
+        return self.servicer.thread.close()
 
 
 def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_file: Path | None = None) -> None:
@@ -132,7 +135,9 @@ def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_fi
         if reason := lease.lost():
             log.info("stopping: %s", reason)
             break
-    server.stop()
+    drained = server.stop()
     if endpoint_file is not None:
         Endpoint.remove(endpoint_file, pid=os.getpid())
     log.info("stopped")
+    if not drained:
+        os._exit(0)  # Python would wait for the pass, whose result nobody wants

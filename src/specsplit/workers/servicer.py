@@ -16,11 +16,12 @@ from specsplit.models.causal_lm import CausalLM
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.compute import Computed, ModelThread
 from specsplit.workers.environment import DETERMINISM_VARIABLES
-from specsplit.workers.errors import LimitReached, Refusal
+from specsplit.workers.errors import InvalidRequest, LimitReached, Refusal
 from specsplit.workers.sessions import SessionStore
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
+MAX_SESSION_ID = 128
 
 
 class WorkerServicer:
@@ -62,11 +63,23 @@ class WorkerServicer:
             **self.identity,
         )
 
-    def check_capacity(self, context_length: int, nodes: int) -> None:
-        """Refuse what does not fit into a session's cache."""
-        if context_length + nodes > self.max_context:
+    def check_request(self, context: pb.Context, nodes: int) -> None:
+        """Refuse what no session could serve, before one is opened and another evicted for it."""
+        if not 0 < len(context.session_id) <= MAX_SESSION_ID:
+            raise InvalidRequest(f"session_id must have 1 to {MAX_SESSION_ID} characters")
+        if context.round < 1:
+            raise InvalidRequest("round counts from 1")
+        if not context.new_tokens:
+            raise InvalidRequest("new_tokens is empty: send at least the last token of the context")
+        outside = next((t for t in context.new_tokens if t >= self.model.vocab_size), None)
+        if outside is not None:
+            raise InvalidRequest(f"token id {outside} is outside the vocabulary of {self.model.vocab_size}")
+        length = context.prefix_length + len(context.new_tokens)
+        if nodes > self.config.max_tree_nodes:
+            raise LimitReached(f"a tree of {nodes} nodes is over the limit of {self.config.max_tree_nodes}")
+        if length + nodes > self.max_context:
             raise LimitReached(
-                f"a context of {context_length} tokens and {nodes} drafted ones exceed the "
+                f"a context of {length} tokens and {nodes} drafted ones exceed the "
                 f"{self.max_context} that a session of this worker can hold (max_context)"
             )
 

@@ -12,7 +12,7 @@ from specsplit.rpc.codec import tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.workers.draft.engine import draft_tree
-from specsplit.workers.errors import InvalidRequest, LimitReached
+from specsplit.workers.errors import InvalidRequest
 from specsplit.workers.servicer import WorkerServicer
 
 
@@ -32,17 +32,14 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         gamma, branching = request.max_draft_tokens, list(request.branching)
         if not 1 <= gamma <= MAX_GAMMA:
             raise InvalidRequest(f"max_draft_tokens must be 1 to {MAX_GAMMA}, got {gamma}")
-        if any(width < 1 for width in branching):
-            raise InvalidRequest(f"branching {branching}: every level needs at least one child")
-        nodes = tree_size(branching, gamma)
-        if nodes > self.config.max_tree_nodes:
-            raise LimitReached(f"a tree of {nodes} nodes is over the limit of {self.config.max_tree_nodes}")
+        if any(not 1 <= width <= self.model.vocab_size for width in branching):
+            raise InvalidRequest(f"branching {branching}: a level has 1 to {self.model.vocab_size} children")
+        self.check_request(request.context, tree_size(branching, gamma))
         raw = request.SerializeToString(deterministic=True)
         with self.sessions.use(request.context) as session:
             if (reply := session.replay(request.context.round, raw)) is not None:
                 return reply
-            tokens = session.context_for(request.context, self.model.vocab_size)
-            self.check_capacity(len(tokens), nodes)
+            tokens = session.context_for(request.context)
             done = self.thread.run(
                 lambda: draft_tree(
                     self.model,

@@ -13,7 +13,7 @@ from specsplit.decoding.tree import TokenTree, tree_size
 from specsplit.errors import UserError
 from specsplit.rpc.codec import tree_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.orchestrator.session import Call, RemoteSession
+from specsplit.workers.orchestrator.session import Call, RemoteSession, describe
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ def run_speculative_loop(
     The output is, token for token, what the target alone would write. Raises WorkerError when a worker fails for
     good and UserError when the prompt does not fit.
     """
-    target_info = _describe(target_stub, config)
+    target_info = describe("target", target_stub, config)
     stop_ids = _stop_token_ids(config, target_info)
     limit = min(config.max_context or target_info.max_context, target_info.max_context)
     draft_limit = 0
     if config.max_draft_tokens:
-        draft_limit = min(limit, _describe(draft_stub, config).max_context)
+        draft_limit = min(limit, describe("draft", draft_stub, config).max_context)
     if len(prompt_ids) >= limit:
         raise UserError(f"the prompt has {len(prompt_ids)} tokens, a text can have {limit}: shorten the prompt")
     if not prompt_ids:
@@ -118,10 +118,6 @@ def run_speculative_loop(
         if draft is not None:
             draft.end(draft_stub.EndSession)
     return result
-
-
-def _describe(stub: Any, config: OrchestratorConfig) -> pb.DescribeReply:
-    return stub.Describe(pb.DescribeRequest(), timeout=config.connect_timeout_s)
 
 
 def _stop_token_ids(config: OrchestratorConfig, target_info: pb.DescribeReply) -> list[int]:

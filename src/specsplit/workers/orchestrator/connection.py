@@ -51,7 +51,7 @@ def connect(role: str, address: str, *, timeout_s: float = 10.0) -> Connection:
     Raises WorkerError when nothing answers within `timeout_s` seconds or something else does.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(f"{address!r} is not an address: write host:port, as in 127.0.0.1:50051")
     channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
     stub = STUBS[role](channel)

@@ -17,7 +17,7 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.orchestrator.connection import WorkerError
 
 log = logging.getLogger(__name__)
-RETRY_WAIT_S = 0.2
+RETRY_WAIT_S = 0.4
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,30 @@ class Call:
     def network_ms(self) -> float:
         """What was neither queue nor compute nor other server work."""
         return max(0.0, self.wall_ms - self.reply.timings.server_ms)
+
+
+def resend(name: str, rpc: Callable[..., Any], request: Any, config: OrchestratorConfig, *, timeout_s: float) -> Any:
+    """Send an idempotent request, and again while the `name` worker is unavailable; returns the reply.
+
+    Raises grpc.RpcError for any other status, and after config.rpc_retries more attempts.
+    """
+    for attempt in range(config.rpc_retries + 1):
+        try:
+            return rpc(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAVAILABLE or attempt == config.rpc_retries:
+                raise
+            log.warning("%s worker unavailable, attempt %d", name, attempt + 2)
+            time.sleep(RETRY_WAIT_S * 2**attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def describe(name: str, stub: Any, config: OrchestratorConfig) -> pb.DescribeReply:
+    """What the worker behind a stub says of itself. Raises WorkerError when it does not answer."""
+    try:
+        return resend(name, stub.Describe, pb.DescribeRequest(), config, timeout_s=config.connect_timeout_s)
+    except grpc.RpcError as error:
+        raise WorkerError(f"{name} worker does not answer: {error.code().name}: {error.details()}") from None
 
 
 class RemoteSession:
@@ -53,7 +77,6 @@ class RemoteSession:
         """
         self._round += 1
         started = time.perf_counter()
-        unavailable = 0
         while True:
             context = pb.Context(
                 session_id=self.id,
@@ -63,17 +86,13 @@ class RemoteSession:
                 new_tokens=tokens[self._held :],
             )
             try:
-                reply = self._rpc(build(context=context), timeout=self._config.rpc_timeout_s)
+                request = build(context=context)
+                reply = resend(self._name, self._rpc, request, self._config, timeout_s=self._config.rpc_timeout_s)
                 return Call(reply, (time.perf_counter() - started) * 1e3)
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.FAILED_PRECONDITION and self._held:
                     log.warning("%s worker lost the session; sending the whole context again", self._name)
                     self._held = self._held_crc = 0
-                    continue
-                if error.code() == grpc.StatusCode.UNAVAILABLE and unavailable < self._config.rpc_retries:
-                    unavailable += 1
-                    log.warning("%s worker unavailable, attempt %d", self._name, unavailable + 1)
-                    time.sleep(RETRY_WAIT_S * 2**unavailable)
                     continue
                 raise WorkerError(
                     f"{self._name} worker failed in round {self._round}: {error.code().name}: {error.details()}"

@@ -11,7 +11,7 @@ from specsplit.decoding.tree import TreeError
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.workers.errors import InvalidRequest, LimitReached
+from specsplit.workers.errors import InvalidRequest
 from specsplit.workers.servicer import WorkerServicer
 from specsplit.workers.target.engine import verify_tree
 
@@ -28,8 +28,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
     def _verify(self, request: pb.VerifyDraftsRequest) -> pb.VerifyDraftsReply:
         arrived = time.perf_counter()
         tree = tree_from_message(request.tree)
-        if len(tree) > self.config.max_tree_nodes:
-            raise LimitReached(f"a tree of {len(tree)} nodes is over the limit of {self.config.max_tree_nodes}")
+        self.check_request(request.context, len(tree))
         try:
             tree.validate(vocab_size=self.model.vocab_size)
         except TreeError as error:
@@ -38,8 +37,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
         with self.sessions.use(request.context) as session:
             if (reply := session.replay(request.context.round, raw)) is not None:
                 return reply
-            tokens = session.context_for(request.context, self.model.vocab_size)
-            self.check_capacity(len(tokens), len(tree))
+            tokens = session.context_for(request.context)
             done = self.thread.run(
                 lambda: verify_tree(self.model, session, tokens, request.context.prefix_length, tree)
             )

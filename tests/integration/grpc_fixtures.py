@@ -1,0 +1,163 @@
+"""Workers in this process behind real gRPC servers on real ports."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from specsplit.config import DraftWorkerConfig, TargetWorkerConfig
+from specsplit.rpc.codec import tokens_crc32
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workers.orchestrator.connection import Connection, connect
+from specsplit.workers.server import WorkerServer, load_servicer
+
+VOCAB = 128
+PROMPTS = [[5, 6, 7], [10, 3, 40, 22], [33], [8, 8, 8, 8, 8], [50, 4], [61, 60, 59, 58], [12, 13], [120, 19, 18]]
+
+
+def noisy_copy(folder: Path, copy: Path, *, noise: float) -> Path:
+    """The model of `folder` with every weight changed a little: a draft that is right some of the time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    errors = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=errors) * parameter.std() * noise)
+    model.save_pretrained(copy)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(copy)
+    return copy
+
+
+class Reference:
+    """What transformers itself writes: `generate(do_sample=False)`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def text(self, prompt: Sequence[int], count: int, *, eos: int | None = None) -> list[int]:
+        """At most `count` tokens after the prompt; the end-of-text token, when it came, is the last one."""
+        ids = torch.tensor([list(prompt)])
+        written = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=count,
+            eos_token_id=eos,
+            pad_token_id=0,
+        )
+        return written[0, len(prompt) :].tolist()
+
+
+class Worker:
+    """One worker that this process serves. `passes` counts the passes of its model."""
+
+    def __init__(self, role: str, model: Path, **settings: Any) -> None:
+        defaults = {"port": 0, "threads": 1, "dtype": "float32", "max_context": 128}
+        self.role = role
+        self.settings = {**defaults, "model": model, **settings}
+        self.passes = 0
+        self.before_pass: Callable[[], None] = lambda: None
+        self._channels: list[Connection] = []
+        self.start()
+
+    def start(self) -> None:
+        """Serve with no session, on the port of the last start."""
+        settings = DraftWorkerConfig if self.role == "draft" else TargetWorkerConfig
+        self.servicer: Any = load_servicer(settings(**self.settings))
+        step = self.servicer.model.step
+
+        def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+            self.passes += 1
+            self.before_pass()
+            return step(*args, **kwargs)
+
+        self.servicer.model.step = counted
+        self.server = WorkerServer(self.servicer)
+        self.server.start()
+        self.settings["port"] = self.server.port
+
+    def restart(self) -> None:
+        self.server.stop()
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    def connect(self) -> Connection:
+        """A channel of its own, closed when the worker is."""
+        self._channels.append(connect(self.role, self.address, timeout_s=20))
+        return self._channels[-1]
+
+    @property
+    def stub(self) -> Any:
+        return (self._channels[0] if self._channels else self.connect()).stub
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+        self.server.stop()
+
+
+@contextmanager
+def serving(role: str, model: Path, **settings: Any) -> Iterator[Worker]:
+    """A worker for the time of a test."""
+    worker = Worker(role, model, **settings)
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+class Gate:
+    """Holds the model of a worker at its next pass until `open`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._reached, self._opened = threading.Event(), threading.Event()
+        worker.before_pass = self._hold
+
+    def _hold(self) -> None:
+        self._reached.set()
+        self._opened.wait(30)
+
+    def wait(self) -> None:
+        assert self._reached.wait(30), "the model was not called"
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Poll until `condition` holds; False when it never did."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def context(
+    new_tokens: Sequence[int], *, session: str = "s", round: int = 1, held: Sequence[int] = (), **fields: Any
+) -> pb.Context:
+    """The context of a request whose session holds `held`; `fields` replace what follows from that."""
+    values = {"prefix_length": len(held), "prefix_crc32": tokens_crc32(held), **fields}
+    return pb.Context(session_id=session, round=round, new_tokens=new_tokens, **values)
+
+
+def verify_request(*args: Any, tree: pb.TokenTree | None = None, **kwargs: Any) -> pb.VerifyDraftsRequest:
+    return pb.VerifyDraftsRequest(context=context(*args, **kwargs), tree=tree)
+
+
+def draft_request(
+    *args: Any, gamma: int = 3, branching: Sequence[int] = (), stop: Sequence[int] = (), **kwargs: Any
+) -> pb.GenerateDraftsRequest:
+    return pb.GenerateDraftsRequest(
+        context=context(*args, **kwargs), max_draft_tokens=gamma, branching=branching, stop_token_ids=stop
+    )

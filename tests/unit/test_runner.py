@@ -1,0 +1,282 @@
+"""The run folder of a benchmark: what its tables say, and what is left when a run fails."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specsplit.bench import runner
+from specsplit.bench.dataset import Prompt
+from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
+from specsplit.bench.progress import Progress
+from specsplit.bench.runner import (
+    Request,
+    encode_prompts,
+    request_record,
+    resolve_address,
+    round_records,
+    run_requests,
+)
+from specsplit.config import OrchestratorConfig
+from specsplit.errors import UserError
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workers.endpoint import Endpoint
+from specsplit.workers.orchestrator.client import Round, SpeculativeResult
+from specsplit.workers.orchestrator.connection import Connection, WorkerError
+
+CONTRACT = (
+    "request_id", "gamma", "prompt_length", "generated_tokens", "ttft_ms", "tpot_ms", "average_acceptance_rate",
+    "total_network_idle_ms", "total_latency_ms", "num_rounds",
+)  # fmt: skip
+REQUESTS = [Request("a", "chat", [1, 2, 3]), Request("b", "code", [4]), Request("c", "chat", [5, 6])]
+CONFIG = OrchestratorConfig(max_draft_tokens=4, branching=[2, 2], seed=11)
+
+
+class Words:
+    """A codec whose tokens are numbers."""
+
+    sha256 = "f" * 64
+
+    def encode(self, prompt: str, *, use_chat_template: bool) -> list[int]:
+        return [int(word) for word in prompt.split()]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return " ".join(map(str, token_ids))
+
+
+CODEC: Any = Words()
+
+
+def one_round(number: int, drafted: int, accepted: int, **times: float) -> Round:
+    defaults = dict.fromkeys(
+        ("draft_wall_ms", "draft_compute_ms", "draft_queue_ms", "verify_wall_ms", "verify_compute_ms",
+         "verify_queue_ms", "network_ms"), 0.0,
+    )  # fmt: skip
+    return Round(number, drafted, accepted, tree_nodes=drafted, **{**defaults, **times})
+
+
+TWO_ROUNDS = SpeculativeResult(
+    output_tokens=[7, 8, 9, 10],
+    finish_reason="length",
+    rounds=[
+        one_round(1, 4, 1, network_ms=3.0, draft_compute_ms=10.0, verify_compute_ms=20.0),
+        one_round(2, 2, 1, network_ms=2.0, draft_compute_ms=5.0, verify_compute_ms=30.0),
+    ],
+    ttft_ms=40.0,
+    total_ms=100.0,
+)
+
+
+# ---- one text
+
+
+def test_the_contract_columns_come_first() -> None:
+    assert REQUEST_COLUMNS[:10] == CONTRACT
+
+
+def test_figures_of_a_text() -> None:
+    record = request_record(REQUESTS[0], TWO_ROUNDS, CONFIG)
+    assert (record.request_id, record.category, record.gamma, record.seed) == ("a", "chat", 4, 11)
+    assert (record.prompt_length, record.generated_tokens, record.num_rounds) == (3, 4, 2)
+    assert (record.ttft_ms, record.total_latency_ms) == (40.0, 100.0)
+    assert record.tpot_ms == pytest.approx(60.0 / 3)
+    assert record.average_acceptance_rate == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert (record.drafted_tokens, record.accepted_tokens) == (6, 2)
+    assert record.mean_accepted_length == pytest.approx(2.0)
+    assert record.total_network_idle_ms == pytest.approx(5.0)
+    assert record.network_idle_fraction == pytest.approx(0.05)
+    assert (record.draft_compute_ms, record.target_compute_ms) == (15.0, 50.0)
+    assert (record.mode, record.tree, record.finish_reason) == ("sync", "2x2", "length")
+    assert record.output_sha256 == hashlib.sha256(b"[7, 8, 9, 10]").hexdigest()
+
+
+def test_without_a_draft_there_is_no_acceptance_rate() -> None:
+    alone = SpeculativeResult([7, 8], "length", [one_round(1, 0, 0), one_round(2, 0, 0)], 10.0, 20.0)
+    record = request_record(REQUESTS[0], alone, OrchestratorConfig(max_draft_tokens=0))
+    assert record.average_acceptance_rate is None
+    assert (record.mean_accepted_length, record.tree) == (1.0, "chain")
+
+
+def test_rounds_that_drafted_nothing_do_not_lower_the_acceptance_rate() -> None:
+    last_is_short = SpeculativeResult([1, 2, 3], "length", [one_round(1, 2, 1), one_round(2, 0, 0)], 10.0, 20.0)
+    assert request_record(REQUESTS[0], last_is_short, CONFIG).average_acceptance_rate == 0.5
+
+
+@pytest.mark.parametrize(("tokens", "ttft"), [([], None), ([7], 10.0)])
+def test_time_per_token_needs_two_tokens(tokens: list[int], ttft: float | None) -> None:
+    short = SpeculativeResult(tokens, "eos", [one_round(1, 1, 0)], ttft, 20.0)
+    record = request_record(REQUESTS[0], short, CONFIG)
+    assert (record.ttft_ms, record.tpot_ms, record.generated_tokens) == (ttft, None, len(tokens))
+
+
+def test_every_round_is_a_row() -> None:
+    rows = round_records("a", TWO_ROUNDS, CONFIG)
+    assert [(row.request_id, row.gamma, row.round, row.drafted, row.accepted) for row in rows] == [
+        ("a", 4, 1, 4, 1),
+        ("a", 4, 2, 2, 1),
+    ]
+    assert {row.speculation for row in rows} == {"none"}
+
+
+# ---- prompts and addresses
+
+
+def test_prompts_become_tokens() -> None:
+    prompts = [Prompt("a", "chat", "1 2 3"), Prompt("b", "code", "4")]
+    assert encode_prompts(prompts, CODEC, chat=True, limit=4) == REQUESTS[:2]
+
+
+def test_prompts_that_do_not_fit_are_named_before_any_work() -> None:
+    prompts = [Prompt(f"p{i}", "x", "1 " * i) for i in range(1, 11)]
+    with pytest.raises(UserError, match=r"8 prompts do not fit .* 3 tokens: p3 \(3 tokens\), p4.*p7 \(7 tokens\)\. "):
+        encode_prompts(prompts, CODEC, chat=True, limit=3)
+
+
+def test_an_address_may_be_an_endpoint_file(tmp_path: Path) -> None:
+    Endpoint.of_running("gpu:50052", pb.DescribeReply()).write(tmp_path / "target.json")
+    assert resolve_address("127.0.0.1:9") == "127.0.0.1:9"
+    assert resolve_address(str(tmp_path / "target.json")) == "gpu:50052"
+    with pytest.raises(UserError, match=r"gone\.json: no such file"):
+        resolve_address(str(tmp_path / "gone.json"))
+
+
+# ---- a run
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands in for the loop: prompts as they come are put into this list; an exception in `fail` is raised."""
+    seen: list[Any] = []
+
+    def loop(draft: Any, target: Any, prompt_ids: list[int], config: OrchestratorConfig) -> SpeculativeResult:
+        seen.append(prompt_ids)
+        return TWO_ROUNDS
+
+    monkeypatch.setattr(runner, "run_speculative_loop", loop)
+    return seen
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Path]:
+    """Run REQUESTS against workers that nobody calls; returns the run folder."""
+
+    def start(**options: Any) -> Path:
+        described = pb.DescribeReply(role="target", model="tiny", environment={"PYTHONHASHSEED": "0"})
+        nobody: Any = None
+        target = Connection("target", "here:1", nobody, nobody, described)
+        draft = Connection("draft", "there:2", nobody, nobody, pb.DescribeReply(role="draft"))
+        target.stub = draft.stub = object()
+        run_requests(REQUESTS, draft, target, CODEC, CONFIG, tmp_path / "gamma_4", **options)
+        return tmp_path / "gamma_4"
+
+    return start
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
+    """Let the loop raise at its call `number`, counted from 1."""
+    working, count = runner.run_speculative_loop, 0
+
+    def loop(*args: Any) -> SpeculativeResult:
+        nonlocal count
+        count += 1
+        if count == number:
+            raise error
+        return working(*args)
+
+    monkeypatch.setattr(runner, "run_speculative_loop", loop)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_run_leaves_tables_texts_and_its_record(calls: list[Any], run: Callable[..., Path]) -> None:
+    done: list[RequestRecord] = []
+    folder = run(warmup=1, inputs={"prompts": {"path": "p.jsonl", "sha256": "0"}}, on_done=done.append)
+    assert files(folder) == {"requests.csv", "per_round.csv", "outputs.jsonl", "run.json"}
+    assert calls == [[1, 2, 3], [1, 2, 3], [4], [5, 6]]  # the first one warms up
+    assert [record.request_id for record in done] == ["a", "b", "c"]
+
+    requests, rounds = rows(folder / "requests.csv"), rows(folder / "per_round.csv")
+    assert tuple(requests[0]) == REQUEST_COLUMNS
+    assert tuple(rounds[0]) == ROUND_COLUMNS
+    assert [row["request_id"] for row in requests] == ["a", "b", "c"]
+    assert [(row["request_id"], row["round"]) for row in rounds] == [(r, n) for r in "abc" for n in "12"]
+    outputs = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
+    assert outputs[1] == {"request_id": "b", "finish_reason": "length", "text": "7 8 9 10", "token_ids": [7, 8, 9, 10]}
+
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["exit_code"], record["error"]) == (0, None)
+    assert (record["gamma"], record["seeds"], record["warmup_requests"]) == (4, {"orchestrator": 11}, 1)
+    assert record["started"] < record["finished"]
+    assert record["orchestrator"]["branching"] == [2, 2]
+    assert record["workers"]["target"]["address"] == "here:1"
+    assert record["workers"]["target"]["environment"] == {"PYTHONHASHSEED": "0"}
+    assert record["workers"]["draft"]["role"] == "draft"
+    assert record["inputs"]["prompts"]["path"] == "p.jsonl"
+    assert record["tokenizer_sha256"] == CODEC.sha256
+    assert record["argv"][0] == "specsplit"
+
+
+def test_more_warm_up_than_requests(calls: list[Any], run: Callable[..., Path]) -> None:
+    run(warmup=4)
+    assert len(calls) == 7
+    assert calls[3] == calls[0]
+
+
+def test_a_run_that_fails_leaves_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    fail_at(monkeypatch, 3, WorkerError("target worker failed in round 2: UNAVAILABLE: gone"))
+    with pytest.raises(WorkerError):
+        run(warmup=1)
+    folder = tmp_path / "gamma_4"
+    assert files(folder) == {"requests.csv.part", "per_round.csv.part", "outputs.jsonl.part", "run.json"}
+    assert [row["request_id"] for row in rows(folder / "requests.csv.part")] == ["a"]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["exit_code"] == 1
+    assert record["error"] == "target worker failed in round 2: UNAVAILABLE: gone"
+
+    run(warmup=0)  # mended
+    assert files(folder) == {"requests.csv", "per_round.csv", "outputs.jsonl", "run.json"}
+    assert len(rows(folder / "requests.csv")) == 3
+
+
+def test_a_run_that_fails_leaves_no_tables_of_an_earlier_one(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any], run: Callable[..., Path]
+) -> None:
+    folder = run(warmup=0)
+    fail_at(monkeypatch, 1, WorkerError("gone"))
+    with pytest.raises(WorkerError):
+        run(warmup=1)
+    assert files(folder) == {"run.json"}
+
+
+def test_a_run_that_is_stopped_says_by_what(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    fail_at(monkeypatch, 1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(warmup=0)
+    record = json.loads((tmp_path / "gamma_4" / "run.json").read_text())
+    assert (record["exit_code"], record["error"]) == (1, "KeyboardInterrupt()")
+
+
+def test_progress_in_a_log_is_a_line_a_request(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(total=2) as progress:
+        for request in REQUESTS[:2]:
+            progress.done(request_record(request, TWO_ROUNDS, CONFIG))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("[1/2] gamma 4 a: 4 tokens, 40.0 tokens/s, about ")
+    assert lines[1] == "[2/2] gamma 4 b: 4 tokens, 40.0 tokens/s, about 0 s left"
