@@ -21,6 +21,7 @@ from specsplit.models.tree_attn import additive, positions, visible
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PREFILL_CHUNK = 512
+UNBOUNDED = 1 << 20  # positions of a model that names no limit
 EMPTY = TokenTree()
 
 
@@ -37,17 +38,10 @@ class CausalLM:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.vocab_size: int = config.vocab_size
-        self.max_context: int = config.max_position_embeddings
+        self.max_context: int = getattr(config, "max_position_embeddings", None) or UNBOUNDED
         self.num_layers: int = config.num_hidden_layers
         self.eos_token_ids = _eos_token_ids(model)
         layer_types = set(getattr(config, "layer_types", None) or [])
-        unknown = layer_types - {"full_attention", "sliding_attention"}
-        if unknown or getattr(config, "is_encoder_decoder", False):
-            what = ", ".join(sorted(unknown)) or "an encoder-decoder"
-            raise UserError(
-                f"{type(model).__name__} cannot be used: its {what} layers keep a state that cannot be rolled back. "
-                f"Choose a model with attention layers only."
-            )
         self._window: int | None = getattr(config, "sliding_window", None)
         self._masks_by_type = "sliding_attention" in layer_types
         if layer_types == {"full_attention"}:
@@ -79,7 +73,33 @@ class CausalLM:
             raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
         if skip_layers:
             drop_layers(model, skip_layers)
-        return cls(model.to(target_device))
+        loaded = cls(model.to(target_device))
+        loaded.check_tree_attention()
+        return loaded
+
+    @torch.inference_mode()
+    def check_tree_attention(self) -> None:
+        """Refuse a model whose attention or cache does not follow our mask, positions and cache.
+
+        A tree whose first branch is a wrong turn is fed beside the cached context; its last node must see what a
+        plain pass over the same text sees. State-space and recurrent models, for example, cannot do that.
+        """
+        first, wrong, second, third = (i % self.vocab_size for i in (11, 23, 37, 41))
+        tree = TokenTree([wrong, second, third], [-1, -1, 1], [-1.0] * 3)
+        reason = "its logits are not those of a plain pass"
+        try:
+            expected = self.model(torch.tensor([[first, second, third]], device=self.device)).logits[0, -1].float()
+            cache = self.new_cache(8)
+            self.step(cache, [first])
+            found = self.step(cache, (), tree)[-1].float()
+            same = bool(torch.cosine_similarity(expected, found, dim=0) > 0.99)
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            same, reason = False, f"{type(error).__name__}: {error}"
+        if not same:
+            raise UserError(
+                f"{type(self.model).__name__} cannot verify trees of drafted tokens ({reason}). "
+                f"Choose a decoder-only model with plain attention and a key/value cache."
+            )
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""

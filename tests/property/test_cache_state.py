@@ -1,0 +1,89 @@
+"""Whatever passes, rollbacks and kept paths came before: the cache is that of a fresh prefill of the same tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.models.causal_lm import CausalLM
+
+from conftest import ARCHITECTURES, VOCAB, make_tiny_model
+
+CAPACITY = 96
+LOADED = {architecture: CausalLM(make_tiny_model(architecture)) for architecture in ARCHITECTURES}
+tokens = st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=6)
+
+
+def fresh(model: CausalLM, held: list[int]):
+    cache = model.new_cache(CAPACITY)
+    return cache, model.step(cache, held)
+
+
+def assert_same_cache(model: CausalLM, cache, held: list[int]) -> None:
+    assert cache.length == len(held)
+    if not held:
+        return
+    expected, _ = fresh(model, held)
+    for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+        for name in ("keys", "values"):
+            a, b = (getattr(layer, name)[:, :, : len(held)] for layer in (ours, theirs))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def random_tree(data, max_nodes: int = 8) -> TokenTree:
+    tree = TokenTree()
+    for i in range(data.draw(st.integers(0, max_nodes), label="nodes")):
+        # Its own token for every node, so that siblings differ.
+        tree.add(3 + i, data.draw(st.integers(ROOT, i - 1), label="parent"), -1.0)
+    return tree
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_sequence_of_operations(architecture, data):
+    model = LOADED[architecture]
+    cache, held = model.new_cache(CAPACITY), []
+    for _ in range(data.draw(st.integers(1, 5), label="operations")):
+        kind = data.draw(st.sampled_from(["step", "tree", "levels", "rollback"]), label="operation")
+        if kind == "rollback":
+            held = held[: data.draw(st.integers(0, len(held)), label="length")]
+            cache.rollback(len(held))
+            continue
+        new = data.draw(tokens, label="tokens")
+        if cache.length + len(new) + 8 > CAPACITY:
+            break
+        if kind == "step":
+            logits = model.step(cache, new)
+            held = held + new
+            torch.testing.assert_close(logits, fresh(model, held)[1], rtol=1e-4, atol=1e-3)
+            continue
+        tree = random_tree(data)
+        if kind == "tree":
+            logits = model.step(cache, new, tree)
+        else:  # the draft worker's way: the context first, then the nodes a few at a time
+            rows = [model.step(cache, new)]
+            done = 0
+            while done < len(tree):
+                upto = data.draw(st.integers(done + 1, len(tree)), label="upto")
+                prefix = TokenTree(tree.token_ids[:upto], tree.parents[:upto], tree.log_probs[:upto])
+                rows.append(model.step(cache, (), prefix, done))
+                done = upto
+            logits = torch.cat(rows)
+        held = held + new
+        assert logits.shape == (1 + len(tree), model.vocab_size)
+        node = data.draw(st.integers(ROOT, len(tree) - 1), label="kept")
+        path: list[int] = []
+        while node != ROOT:
+            path.insert(0, node)
+            node = tree.parents[node]
+        spelled = [tree.token_ids[i] for i in path]
+        row = logits[1 + path[-1]] if path else logits[0]
+        torch.testing.assert_close(row, fresh(model, held + spelled)[1][0], rtol=1e-4, atol=1e-3)
+        cache.keep(len(held), path)
+        held = held + spelled
+        assert_same_cache(model, cache, held)
+    assert_same_cache(model, cache, held)
