@@ -65,10 +65,19 @@ BAD_LINES = [
     ({"conversations": "x"}, "no turn of a human"),
     ({"conversations": [{"from": "human"}]}, "not text"),
     ({"turns": []}, "at least one turn"),
+    ({"turns": [["nested"]]}, "not text"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "no turn of a human"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, "not text"),
+    ({"prompt": "x", "id": None}, "id None"),
+    ({"prompt": "x", "category": ""}, "category ''"),
+    (b'{"prompt": "\\ud83d"}', "prompt holds half of a surrogate pair"),
+    (b'{"prompt": "x", "id": "\\ud83d"}', "id holds half of a surrogate pair"),
+    (b'{"prompt": "x", "id": ' + b"1" * 5000 + b"}", "5000 digits"),
+    (b'{"prompt": ' + b"[" * 200_000, "nested too deeply"),
 ]
 
 
-@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES, ids=lambda value: value if isinstance(value, str) else "line")
 def test_bad_line_stops_with_number_and_reason_or_is_skipped(tmp_path, line, reason):
     path = write_lines(tmp_path / "p.jsonl", {"prompt": "good", "id": "g"}, b"", line)
     with pytest.raises(UserError, match=rf"p\.jsonl:3: .*{reason}"):
@@ -99,6 +108,50 @@ def test_missing_and_useless_files(tmp_path):
         load_prompts(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="no usable prompt"):
         load_prompts(write_lines(tmp_path / "p.jsonl", {"prompt": ""}), "skip")
+
+
+def test_byte_order_mark_and_windows_line_ends_are_no_problem(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n')
+    assert [(p.id, p.prompt) for p in load_prompts(path)[0]] == [("line-1", "a"), ("line-3", "b")]
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", b'{"prompt": "\\ud83d\\ude00"}')
+    assert load_prompts(path)[0][0].prompt == "\U0001f600"
+
+
+def test_unknown_mode_is_refused(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "a"})
+    with pytest.raises(UserError, match=r"dataset\.on_bad_line .*'ignore'"):
+        load_prompts(path, "ignore")
+
+
+@pytest.mark.parametrize("overwritten", ["output", "manifest"])
+def test_the_source_is_never_overwritten(tmp_path, overwritten):
+    source = write_lines(tmp_path / "p.jsonl", {"prompt": "a", "extra": 1})
+    before = source.read_bytes()
+    paths = {"output": tmp_path / "o.jsonl", "manifest": tmp_path / "m.json", overwritten: source}
+    with pytest.raises(UserError, match="the source itself"):
+        prepare_dataset(source, **paths, limit=None, on_bad_line="stop")
+    assert source.read_bytes() == before
+
+
+def test_a_failed_write_leaves_the_old_output_and_no_part(tmp_path, monkeypatch):
+    source = write_lines(tmp_path / "p.jsonl", {"prompt": "a"})
+    folder = tmp_path / "out"
+    folder.mkdir()
+    output = folder / "prompts.jsonl"
+    output.write_text("old")
+
+    def disk_full(*args: object, **kwargs: object) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("specsplit.bench.dataset.json.dumps", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        prepare_dataset(source, output, folder / "manifest.json", limit=None, on_bad_line="stop")
+    assert [path.name for path in folder.iterdir()] == ["prompts.jsonl"]
+    assert output.read_text() == "old"
 
 
 def test_slice_is_stratified_and_keeps_file_order():

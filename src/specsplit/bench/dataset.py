@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from specsplit.hashing import sha256_file
 from specsplit.jsonio import write_json
 
 LISTED_PROBLEMS = 10
-HUMAN_ROLES = {"human", "user"}
+HUMAN_ROLES = ("human", "user")
+FORMS = "prompt, conversations, messages, turns"
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,11 @@ def load_prompts(path: Path, on_bad_line: str = "stop") -> tuple[list[Prompt], l
     on_bad_line: "stop" raises UserError that lists the bad lines with number and reason; "skip" returns them.
     Duplicate ids, a missing file and a file without any usable prompt are always a UserError.
     """
+    if on_bad_line not in ("stop", "skip"):
+        raise UserError(f"dataset.on_bad_line (--on-bad-line) is {on_bad_line!r}: take stop or skip")
     try:
-        lines = path.read_bytes().split(b"\n")
+        # Editors on Windows begin a file with a byte order mark.
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; set dataset.path (--prompts) to a JSONL file of prompts") from None
     prompts: list[Prompt] = []
@@ -69,11 +74,12 @@ def load_prompts(path: Path, on_bad_line: str = "stop") -> tuple[list[Prompt], l
         listed = "\n".join(f"{path}:{bad.line}: {bad.reason}" for bad in skipped[:LISTED_PROBLEMS])
         more = f"\n... and {len(skipped) - LISTED_PROBLEMS} more" if len(skipped) > LISTED_PROBLEMS else ""
         raise UserError(
-            f"{listed}{more}\nMend the {len(skipped)} bad lines, or leave them out with "
-            f"dataset.on_bad_line: skip (--on-bad-line skip)."
+            f"{listed}{more}\nMend what is listed, or leave bad lines out with dataset.on_bad_line: skip "
+            f"(--on-bad-line skip)."
         )
     if not prompts:
-        raise UserError(f"{path}: no usable prompt in {len(skipped)} lines; see load_prompts for the formats")
+        why = f"; the first bad line is {skipped[0].line}: {skipped[0].reason}" if skipped else ""
+        raise UserError(f"{path}: no usable prompt{why}. Each line wants a JSON object with one of the keys {FORMS}")
     return prompts, skipped
 
 
@@ -84,6 +90,8 @@ def _parse(line: bytes, number: int) -> Prompt:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not usable JSON: nested too deeply") from None
     if not isinstance(data, dict):
         raise ValueError(f"not a JSON object but {type(data).__name__}")
     text = _prompt_text(data)
@@ -95,6 +103,10 @@ def _parse(line: bytes, number: int) -> Prompt:
         raise ValueError(f"id {prompt_id!r} is not text or a whole number")
     if not isinstance(category, str) or not category:
         raise ValueError(f"category {category!r} is not text")
+    for key, value in (("id", str(prompt_id)), ("category", category), ("prompt", text)):
+        # JSON can write half of a surrogate pair ("\ud83d"); no tokenizer and no UTF-8 file can take it.
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"the {key} holds half of a surrogate pair, which is not a character")
     return Prompt(str(prompt_id), category, text)
 
 
@@ -112,7 +124,7 @@ def _prompt_text(data: dict[str, Any]) -> Any:
         if not isinstance(data["turns"], list) or not data["turns"]:
             raise ValueError("'turns' is not a list with at least one turn")
         return data["turns"][0]
-    raise ValueError("none of the keys prompt, conversations, messages, turns")
+    raise ValueError(f"none of the keys {FORMS}")
 
 
 def select_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
@@ -142,16 +154,23 @@ def prepare_dataset(
     """Write the prompts to run as normalised JSONL and a manifest of where they came from; returns the manifest.
 
     Manifest: source, source_sha256, output_sha256, count, available (usable prompts before the limit), limit,
-    categories {name: count}, on_bad_line, skipped [{line, reason}].
+    categories {name: count}, on_bad_line, skipped [{line, reason}]. Raises UserError as load_prompts and
+    select_prompts do, and when an output would overwrite the source.
     """
+    for written in (output, manifest):
+        if written.resolve() == source.resolve():
+            raise UserError(f"{written} is the source itself (--source): write to another file")
     prompts, skipped = load_prompts(source, on_bad_line)
     taken = select_prompts(prompts, limit)
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        for prompt in taken:
-            file.write(json.dumps(asdict(prompt), ensure_ascii=False) + "\n")
-    part.replace(output)
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
+            for prompt in taken:
+                file.write(json.dumps(asdict(prompt), ensure_ascii=False) + "\n")
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
     content = {
         "source": str(source),
         "source_sha256": sha256_file(source),
