@@ -48,8 +48,13 @@ ARCHITECTURES = tuple(CONFIGS)
 
 def make_tiny_model(architecture: str, seed: int = 0) -> Any:
     """A float32 model of the named architecture whose greedy text is not one token repeated."""
+    return random_model(CONFIGS[architecture](), seed)
+
+
+def random_model(config: Any, seed: int = 0) -> Any:
+    """A model of the given configuration with random weights."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[architecture]()).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -109,7 +109,9 @@ class OrchestratorConfig(Settings):
     stop_token_ids: list[int] | None = Field(
         None, description="tokens that end a text; default: those that the target names"
     )
-    max_context: int | None = Field(None, ge=2, description="longest context; default: what both workers can hold")
+    max_context: int | None = Field(
+        None, ge=2, description="longest text, prompt included; default: what the target can hold"
+    )
     connect_timeout_s: float = Field(10.0, gt=0, description="seconds to wait for a worker to answer")
     rpc_timeout_s: float = Field(120.0, gt=0, description="deadline of one call")
     rpc_retries: int = Field(3, ge=0, description="times a call is sent again while its worker is unavailable")

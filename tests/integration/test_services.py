@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,15 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+import specsplit
+from specsplit.config import MAX_GAMMA, OrchestratorConfig
+from specsplit.models.fingerprint import fingerprint_model
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workers.orchestrator.client import run_speculative_loop
+
 from grpc_fixtures import (
     PROMPTS,
     VOCAB,
@@ -25,14 +35,6 @@ from grpc_fixtures import (
     verify_request,
     wait_until,
 )
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-
-import specsplit
-from specsplit.config import MAX_GAMMA, OrchestratorConfig
-from specsplit.models.fingerprint import fingerprint_model
-from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.orchestrator.client import run_speculative_loop
 
 Code = grpc.StatusCode
 Health = health_pb2.HealthCheckResponse
@@ -159,10 +161,7 @@ def test_a_context_that_cannot_be_served(
         code, details = refused(lambda: worker.stub.GenerateDrafts(request))
     else:
         code, details = refused(lambda: worker.stub.VerifyDrafts(pb.VerifyDraftsRequest(context=request_context)))
-    assert code == status
-    assert pytest.approx(0) == worker.passes - passes
-    import re
-
+    assert (code, worker.passes) == (status, passes)
     assert re.search(reason, details), details
 
 
@@ -372,27 +371,29 @@ def test_waiting_for_the_model_is_queue_time(target: Worker) -> None:
 # ---- many clients
 
 
-@pytest.mark.parametrize("max_sessions", [8, 3])
-def test_clients_at_the_same_time_get_their_own_texts(
-    folder: Path, draft: Worker, reference: Reference, max_sessions: int
-) -> None:
-    """With fewer sessions than clients they evict each other, and still every text is right."""
+def test_clients_at_the_same_time_get_their_own_texts(draft: Worker, target: Worker, reference: Reference) -> None:
     config = OrchestratorConfig(max_draft_tokens=3, branching=[2], max_output_tokens=16, ignore_eos=True)
-    clients = len(PROMPTS) if max_sessions == 8 else 3
-    with serving("target", folder, max_sessions=max_sessions) as target, ThreadPoolExecutor(clients) as pool:
-        barrier = threading.Barrier(clients)
+    barrier = threading.Barrier(len(PROMPTS))
 
-        def write(prompt: list[int]) -> list[int]:
-            stubs = draft.connect().stub, target.connect().stub
-            barrier.wait(30)
-            return run_speculative_loop(*stubs, prompt, config).output_tokens
+    def write(prompt: list[int]) -> list[int]:
+        stubs = draft.connect().stub, target.connect().stub
+        barrier.wait(30)
+        return run_speculative_loop(*stubs, prompt, config).output_tokens
 
-        prompts = PROMPTS[:clients]
-        assert list(pool.map(write, prompts)) == [reference.text(prompt, 16) for prompt in prompts]
-        assert len(target.servicer.sessions) == 0
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        texts = list(pool.map(write, PROMPTS))
+    assert texts == [reference.text(prompt, 16) for prompt in PROMPTS]
+    assert len(target.servicer.sessions) == 0
 
 
 # ---- the end
+
+
+def takes_calls(worker: Worker) -> bool:
+    try:
+        return bool(worker.stub.Describe(pb.DescribeRequest()).role)
+    except grpc.RpcError as error:
+        return error.code() != Code.UNAVAILABLE
 
 
 def test_a_stopping_worker_says_so_finishes_its_calls_and_takes_no_more(folder: Path) -> None:
@@ -407,9 +408,7 @@ def test_a_stopping_worker_says_so_finishes_its_calls_and_takes_no_more(folder: 
             stopping = pool.submit(worker.server.stop)
             assert next(watch).status == Health.NOT_SERVING
             watch.cancel()
-            assert wait_until(lambda: refused(lambda: worker.connect())[0] is not None) if False else True
-            code, _ = refused(lambda: ask(worker, PROMPT, session="late"))
-            assert code == Code.UNAVAILABLE
+            assert wait_until(lambda: not takes_calls(worker))
             assert not stopping.done()
         finally:
             gate.open()

@@ -17,20 +17,41 @@ LOADED = {architecture: CausalLM(make_tiny_model(architecture)) for architecture
 tokens = st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=6)
 
 
-def fresh(model: CausalLM, held: list[int]):
-    cache = model.new_cache(CAPACITY)
-    return cache, model.step(cache, held)
+@torch.inference_mode()
+def plain_logits(model: CausalLM, text: list[int]) -> torch.Tensor:
+    """Logits of the token after `text`, from transformers alone: no cache, no mask of ours."""
+    return model.model(torch.tensor([text]), use_cache=False).logits[0, -1]
+
+
+def assert_same_logits(found: torch.Tensor, model: CausalLM, text: list[int]) -> None:
+    torch.testing.assert_close(found, plain_logits(model, text), rtol=1e-4, atol=1e-3)
 
 
 def assert_same_cache(model: CausalLM, cache, held: list[int]) -> None:
     assert cache.length == len(held)
     if not held:
         return
-    expected, _ = fresh(model, held)
+    expected = model.new_cache(CAPACITY)
+    model.step(expected, held)
     for ours, theirs in zip(cache.layers, expected.layers, strict=True):
         for name in ("keys", "values"):
             a, b = (getattr(layer, name)[:, :, : len(held)] for layer in (ours, theirs))
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def fail_in_layer(model: CausalLM, number: int, cache, new: list[int]) -> None:
+    """A pass that breaks when it reaches this layer; the ones before it have written their keys by then."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    decoder = model.model.transformer.h if hasattr(model.model, "transformer") else model.model.model.layers
+    hook = decoder[number].register_forward_pre_hook(broken)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.step(cache, new)
+    finally:
+        hook.remove()
 
 
 def random_tree(data, max_nodes: int = 8) -> TokenTree:
@@ -48,7 +69,7 @@ def test_any_sequence_of_operations(architecture, data):
     model = LOADED[architecture]
     cache, held = model.new_cache(CAPACITY), []
     for _ in range(data.draw(st.integers(1, 5), label="operations")):
-        kind = data.draw(st.sampled_from(["step", "tree", "levels", "rollback"]), label="operation")
+        kind = data.draw(st.sampled_from(["step", "tree", "levels", "rollback", "failure"]), label="operation")
         if kind == "rollback":
             held = held[: data.draw(st.integers(0, len(held)), label="length")]
             cache.rollback(len(held))
@@ -56,10 +77,14 @@ def test_any_sequence_of_operations(architecture, data):
         new = data.draw(tokens, label="tokens")
         if cache.length + len(new) + 8 > CAPACITY:
             break
+        if kind == "failure":
+            fail_in_layer(model, data.draw(st.integers(0, model.num_layers - 1), label="layer"), cache, new)
+            assert_same_cache(model, cache, held)
+            continue
         if kind == "step":
             logits = model.step(cache, new)
             held = held + new
-            torch.testing.assert_close(logits, fresh(model, held)[1], rtol=1e-4, atol=1e-3)
+            assert_same_logits(logits[0], model, held)
             continue
         tree = random_tree(data)
         if kind == "tree":
@@ -82,7 +107,7 @@ def test_any_sequence_of_operations(architecture, data):
             node = tree.parents[node]
         spelled = [tree.token_ids[i] for i in path]
         row = logits[1 + path[-1]] if path else logits[0]
-        torch.testing.assert_close(row, fresh(model, held + spelled)[1][0], rtol=1e-4, atol=1e-3)
+        assert_same_logits(row, model, held + spelled)
         cache.keep(len(held), path)
         held = held + spelled
         assert_same_cache(model, cache, held)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from specsplit.decoding.tree import TokenTree
 from specsplit.errors import UserError
@@ -12,7 +17,7 @@ from specsplit.models import causal_lm
 from specsplit.models.causal_lm import CausalLM
 from specsplit.models.kv_cache import KVCache
 
-from conftest import ARCHITECTURES, COMMON, make_tiny_model
+from conftest import ARCHITECTURES, COMMON, SMALL, make_tiny_model, random_model
 
 PROMPT = [5, 9, 33, 71, 12, 90, 44, 8, 101, 63, 27]
 
@@ -33,9 +38,73 @@ def test_logits_are_those_of_transformers(architecture):
     torch.testing.assert_close(chain, expected[4:], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("length", [3, 4, 5, 8, 9])
-def test_long_prompts_are_fed_in_chunks(monkeypatch, length):
-    model = CausalLM(make_tiny_model("llama"))
+# Beyond the models of conftest: other attention, other norms, experts, learned positions, logits with a soft cap.
+OTHERS = {
+    "gemma2": transformers.Gemma2Config(**SMALL, sliding_window=8),
+    "phi3": transformers.Phi3Config(**{**SMALL, "num_key_value_heads": 4, "sliding_window": 8}),
+    "mixtral": transformers.MixtralConfig(**SMALL, num_local_experts=4, sliding_window=8),
+    "gpt_neox": transformers.GPTNeoXConfig(**SMALL),
+    "opt": transformers.OPTConfig(**COMMON, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4),
+    "gptj": transformers.GPTJConfig(**COMMON, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=256),
+    # A window that the architecture does not know is ignored, as transformers does.
+    "llama, stray window": transformers.LlamaConfig(**SMALL, sliding_window=4),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_tree_after_a_cached_prompt(name):
+    model = random_model(OTHERS[name])
+    ours = CausalLM(model)
+    ours.check_tree_attention()
+    cache = ours.new_cache(64)
+    ours.step(cache, PROMPT[:7])
+    tree = TokenTree([5, 6, 7, 8, 9], [-1, -1, 0, 1, 3], [-1.0] * 5)
+    found = ours.step(cache, PROMPT[7:], tree)
+    with torch.inference_mode():
+        for row, path in enumerate([[], [5], [6], [5, 7], [6, 8], [6, 8, 9]]):
+            expected = model(torch.tensor([PROMPT + path])).logits[0, -1]
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-3)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 2.0]}
+LIMITED = {
+    "llama4": transformers.Llama4TextConfig(
+        **SMALL, attention_chunk_size=16, num_local_experts=2, intermediate_size_mlp=48
+    ),
+    "gpt_neo": transformers.GPTNeoConfig(
+        **COMMON, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=16
+    ),
+    "phi3": transformers.Phi3Config(
+        **{**SMALL, "num_key_value_heads": 4}, original_max_position_embeddings=16, rope_parameters=LONGROPE
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_the_context_ends_where_a_cached_token_would_change(name):
+    """Right up to max_context, wrong beyond it: so the limit is needed and no lower than it must be."""
+    model = random_model(LIMITED[name])
+    ours = CausalLM(model)
+    assert ours.max_context == 16
+
+    def distance(length: int) -> float:
+        tokens = list(range(20, 20 + length))
+        cache = ours.new_cache(40)
+        ours.step(cache, tokens[:8])
+        # One wrong turn, then the right path, which takes a place more in the cache.
+        found = ours.step(cache, tokens[8 : length - 3], TokenTree([5, *tokens[-3:]], [-1, -1, 1, 2], [-1.0] * 4))[-1]
+        with torch.inference_mode():
+            expected = model(torch.tensor([tokens])).logits[0, -1]
+        return float((found - expected).norm() / expected.norm())
+
+    assert distance(15) < 1e-4
+    assert distance(24) > 1e-2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("length", [3, 4, 5, 8, 9, 12])
+def test_long_prompts_are_fed_in_chunks(monkeypatch, architecture, length):
+    model = CausalLM(make_tiny_model(architecture))
     tokens = list(range(10, 10 + length))
     tree = TokenTree([3, 4, 5], [-1, -1, 0], [-1.0] * 3)
     expected = model.step(model.new_cache(64), tokens, tree)
@@ -69,12 +138,57 @@ def test_rollback_only_to_what_is_held(length):
         cache.rollback(length)
 
 
-@pytest.mark.parametrize(("path", "message"), [([1, 1], "must increase"), ([2, 1], "must increase"), ([3], "beyond")])
-def test_keep_checks_the_path(path, message):
+@pytest.mark.parametrize(
+    ("context", "path", "message"),
+    [
+        (1, [1, 1], "must increase"),
+        (1, [2, 1], "must increase"),
+        (1, [-1, 0], "must increase"),
+        (1, [3], "beyond"),
+        (5, [], "beyond"),
+        (-1, [], "cannot keep -1"),
+    ],
+)
+def test_keep_checks_the_path(context, path, message):
     cache = KVCache(1, 8)
     cache.advance(4)
     with pytest.raises(ValueError, match=message):
-        cache.keep(1, path)
+        cache.keep(context, path)
+    assert cache.length == 4
+
+
+def filled_cache(layers: int, length: int) -> KVCache:
+    """Every key and value is the number of its slot."""
+    cache = KVCache(layers, 16)
+    slots = torch.arange(float(length)).view(1, 1, length, 1)
+    for layer in cache.layers:
+        layer.update(slots, slots)
+    cache.advance(length)
+    return cache
+
+
+@pytest.mark.parametrize("path", [[], [0], [0, 1], [1, 2, 3], [0, 2, 3], [4, 5], [0, 5], [1, 3, 5]])
+def test_keep_moves_the_path_behind_the_context(path):
+    cache = filled_cache(2, 9)
+    cache.keep(3, path)
+    expected = [0, 1, 2, *(3 + node for node in path)]
+    assert cache.length == len(expected)
+    for layer in cache.layers:
+        assert layer.keys[0, 0, : cache.length, 0].tolist() == expected
+        assert layer.values[0, 0, : cache.length, 0].tolist() == expected
+
+
+def test_keep_that_fails_half_way_keeps_the_context_only(monkeypatch):
+    cache = filled_cache(2, 9)
+    monkeypatch.setattr(cache.layers[1], "keys", None)  # the first layer has been moved by then
+    with pytest.raises(AttributeError):
+        cache.keep(3, [1, 3])
+    assert cache.length == 3
+
+
+def test_the_cache_holds_one_sequence():
+    with pytest.raises(ValueError, match="a batch of 2"):
+        KVCache(1, 8).layers[0].update(torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 4))
 
 
 def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch):
@@ -126,6 +240,58 @@ def test_mistakes_are_named(tmp_path, tiny_model_folder):
         CausalLM.load(folder, skip_layers=[0, 1, 2])
     with pytest.raises(UserError, match="does not hold a model"):
         CausalLM.load(tmp_path)
+
+
+def broken(folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a model folder with other weights."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    change(weights)
+    save_file(weights, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def test_damaged_weights_are_refused(tmp_path, tiny_model_folder):
+    folder, name = tiny_model_folder("llama"), "model.layers.1.mlp.up_proj.weight"
+    # Else transformers would draw the missing ones at random, with a warning.
+    with pytest.raises(UserError, match=f"incomplete, 1 missing and the first {name}"):
+        CausalLM.load(broken(folder, tmp_path / "missing", lambda weights: weights.pop(name)))
+    with pytest.raises(UserError, match="shape does not hold a model"):
+        CausalLM.load(broken(folder, tmp_path / "shape", lambda weights: weights.update({name: torch.zeros(2, 2)})))
+    truncated = broken(folder, tmp_path / "truncated", lambda weights: None) / "model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated does not hold a model"):
+        CausalLM.load(truncated.parent)
+
+
+def test_only_folders_are_loaded(tmp_path, tiny_model_folder):
+    with pytest.raises(UserError, match="no such folder"):
+        CausalLM.load(Path("organisation/name"))
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_model_folder("llama"), pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="pickled does not hold a model"):
+        CausalLM.load(pickled)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MptConfig(**COMMON, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),  # ALiBi by cache slot
+        transformers.BloomConfig(**COMMON, hidden_size=32, n_head=4, n_layer=2),  # ALiBi from a mask of two dimensions
+        transformers.BertConfig(  # looks ahead
+            **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        ),
+        transformers.Lfm2Config(**{**SMALL, "layer_types": ["conv", "full_attention", "conv"]}),
+        transformers.RwkvConfig(**COMMON, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_that_cannot_verify_trees_are_refused(config):
+    model = CausalLM(random_model(config))
+    with pytest.raises(UserError, match=f"{type(model.model).__name__} cannot verify trees"):
+        model.check_tree_attention()
 
 
 def test_models_that_cannot_roll_back_are_refused(tmp_path):

@@ -151,7 +151,7 @@ def test_an_address_may_be_an_endpoint_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands in for the loop: prompts as they come are put into this list; an exception in `fail` is raised."""
+    """Stands in for the loop: prompts as they come are put into this list."""
     seen: list[Any] = []
 
     def loop(draft: Any, target: Any, prompt_ids: list[int], config: OrchestratorConfig) -> SpeculativeResult:

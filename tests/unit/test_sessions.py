@@ -65,7 +65,7 @@ def test_a_session_is_found_again(make_store: Callable[..., SessionStore]) -> No
 def test_an_unknown_session_is_opened_only_for_a_whole_context(make_store: Callable[..., SessionStore]) -> None:
     store = make_store()
     continued = pb.Context(session_id="a", round=7, prefix_length=3, new_tokens=[4])
-    with pytest.raises(SessionLost, match="does not know the session.*prefix_length 0"), store.use(continued):
+    with pytest.raises(SessionLost, match=r"does not know the session.*prefix_length 0"), store.use(continued):
         pass
     assert len(store) == 0
 

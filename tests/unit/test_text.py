@@ -38,11 +38,23 @@ def test_streamed_pieces_are_the_text(text, data):
     assert printed + stream.feed([], last=True) == text
 
 
-def test_what_never_becomes_a_character_is_shown_at_the_end():
-    ids = CODEC.tokenizer("a😀")["input_ids"][:-1]
+def test_only_the_unfinished_character_is_held_back():
+    ids = CODEC.tokenizer("aé😀")["input_ids"]
     stream = TextStream(CODEC)
-    assert stream.feed(ids) == ""
-    assert stream.feed([], last=True).startswith("a")
+    assert stream.feed(ids[:-1]) == "aé"
+    assert stream.feed(ids[-1:]) == "😀"
+
+
+def test_what_never_becomes_a_character_is_shown_once_that_is_certain():
+    cut = CODEC.tokenizer("a😀")["input_ids"][:-1]
+    stream = TextStream(CODEC)
+    assert stream.feed(cut) == "a"
+    assert stream.feed([], last=True).strip("\ufffd") == ""
+    stream = TextStream(CODEC)
+    stream.feed(cut)
+    piece = stream.feed(CODEC.tokenizer("b")["input_ids"])
+    assert piece.strip("\ufffd") == "b"
+    assert stream.printed == CODEC.decode(stream.token_ids)
 
 
 def test_chat_template_when_there_is_one_and_it_is_wanted():

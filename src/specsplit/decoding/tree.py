@@ -33,7 +33,7 @@ class TokenTree:
     def chain(cls, token_ids: Sequence[int], log_probs: Sequence[float] | None = None) -> TokenTree:
         """The tree in which each token follows the one before it."""
         n = len(token_ids)
-        return cls(list(token_ids), list(range(-1, n - 1)), list(log_probs) if log_probs else [0.0] * n)
+        return cls(list(token_ids), list(range(-1, n - 1)), [0.0] * n if log_probs is None else list(log_probs))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -88,7 +88,9 @@ class TokenTree:
         for i, (token, parent, log_prob) in enumerate(zip(self.token_ids, self.parents, self.log_probs, strict=True)):
             if not ROOT <= parent < i:
                 raise TreeError(f"node {i}: parent {parent} is not -1 or an earlier node")
-            if token < 0 or (vocab_size is not None and token >= vocab_size):
+            if token < 0:
+                raise TreeError(f"node {i}: token id {token} is negative")
+            if vocab_size is not None and token >= vocab_size:
                 raise TreeError(f"node {i}: token id {token} is outside the vocabulary of {vocab_size}")
             if not (math.isfinite(log_prob) and log_prob <= 0.0):
                 raise TreeError(f"node {i}: log-probability {log_prob} is not a finite number of at most 0")

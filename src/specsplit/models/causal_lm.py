@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.errors import UserError
 from specsplit.models.kv_cache import KVCache
 from specsplit.models.tree_attn import additive, positions, visible
@@ -28,7 +29,7 @@ EMPTY = TokenTree()
 class CausalLM:
     """A loaded model. All methods must be called from one thread at a time.
 
-    vocab_size: rows of the output head. max_context: positions the model was made for.
+    vocab_size: rows of the output head. max_context: positions that the model can be used for.
     eos_token_ids: tokens that end a text, from the generation configuration.
     """
 
@@ -38,14 +39,16 @@ class CausalLM:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.vocab_size: int = config.vocab_size
-        self.max_context: int = getattr(config, "max_position_embeddings", None) or UNBOUNDED
+        self.max_context = _max_context(config)
         self.num_layers: int = config.num_hidden_layers
         self.eos_token_ids = _eos_token_ids(model)
         layer_types = set(getattr(config, "layer_types", None) or [])
-        self._window: int | None = getattr(config, "sliding_window", None)
         self._masks_by_type = "sliding_attention" in layer_types
-        if layer_types == {"full_attention"}:
-            self._window = None
+        self._window: int | None = None
+        if self._masks_by_type:
+            self._window = config.sliding_window
+        elif layer_types != {"full_attention"}:
+            self._window = _known(config, "sliding_window")
 
     @classmethod
     def load(
@@ -61,16 +64,24 @@ class CausalLM:
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         target_device = pick_device(device)
+        if not folder.is_dir():  # transformers would look the name up among its downloads
+            raise UserError(f"{folder} does not hold a model: no such folder")
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[dtype],
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
+        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+            raise UserError(
+                f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
+                f"Fetch or convert the model again."
+            )
         if skip_layers:
             drop_layers(model, skip_layers)
         loaded = cls(model.to(target_device))
@@ -82,17 +93,20 @@ class CausalLM:
         """Refuse a model whose attention or cache does not follow our mask, positions and cache.
 
         A tree whose first branch is a wrong turn is fed beside the cached context; its last node must see what a
-        plain pass over the same text sees. State-space and recurrent models, for example, cannot do that.
+        plain pass over the same text sees. State-space and recurrent models, for example, cannot do that, and models
+        that count positions by place in the cache (ALiBi) are a little off, which only float32 can tell.
         """
-        first, wrong, second, third = (i % self.vocab_size for i in (11, 23, 37, 41))
-        tree = TokenTree([wrong, second, third], [-1, -1, 1], [-1.0] * 3)
+        first, second, third, *wrong = (i % self.vocab_size for i in (11, 37, 41, 23, 29, 31, 43))
+        tree = TokenTree.chain(wrong)
+        tree.add(third, tree.add(second, ROOT, -1.0), -1.0)
+        limit = 0.99999 if self.dtype == torch.float32 else 0.99
         reason = "its logits are not those of a plain pass"
         try:
-            expected = self.model(torch.tensor([[first, second, third]], device=self.device)).logits[0, -1].float()
-            cache = self.new_cache(8)
+            expected = self.model(torch.tensor([[first, second, third]], device=self.device)).logits[0, -1].double()
+            cache = self.new_cache(1 + len(tree))
             self.step(cache, [first])
-            found = self.step(cache, (), tree)[-1].float()
-            same = bool(torch.cosine_similarity(expected, found, dim=0) > 0.99)
+            found = self.step(cache, (), tree)[-1].double()
+            same = bool(torch.cosine_similarity(expected, found, dim=0) > limit)
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             same, reason = False, f"{type(error).__name__}: {error}"
         if not same:
@@ -199,6 +213,25 @@ def _layer_list(model: nn.Module, count: int) -> tuple[nn.Module, str]:
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, name
     raise UserError(f"skip_layers: no list of {count} decoder layers in {type(model).__name__}")
+
+
+def _max_context(config: Any) -> int:
+    """Positions that the model can be used for with a cache and a mask like ours.
+
+    Beyond their chunk (Llama 4) or window (GPT-Neo, which counts places in the cache) some models see less than our
+    mask says, and longrope (Phi-3) turns the keys of all tokens another way, those in the cache included.
+    """
+    limits = [getattr(config, "max_position_embeddings", None)]
+    limits += [_known(config, name) for name in ("attention_chunk_size", "window_size")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limits.append(rope["original_max_position_embeddings"])
+    return min((limit for limit in limits if limit), default=UNBOUNDED)
+
+
+def _known(config: Any, name: str) -> Any:
+    """A configuration value that the architecture knows; None when it is a stray one that the model ignores."""
+    return getattr(config, name) if hasattr(type(config), name) else None
 
 
 def _eos_token_ids(model: Any) -> tuple[int, ...]:

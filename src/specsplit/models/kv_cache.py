@@ -80,11 +80,14 @@ class KVCache(Cache):
         """Keep the first `context` tokens and, after them, the tree nodes of `path` (increasing offsets from
         `context`); everything else is forgotten. Costs nothing when the path is already in place."""
         end = context + len(path)
+        if context < 0:
+            raise ValueError(f"cannot keep {context} tokens")
         if any(b <= a for a, b in pairwise(path)) or (path and path[0] < 0):
             raise ValueError(f"path {list(path)} must increase")
         if context + (path[-1] + 1 if path else 0) > self.length:
             raise ValueError(f"path {list(path)} after {context} tokens is beyond the {self.length} held")
         if path and path[-1] != len(path) - 1:
+            self.length = context  # as long as the path is being moved, it cannot be relied on
             slots = torch.tensor([context + node for node in path], device=self.layers[0].keys.device)
             for layer in self.layers:
                 # index_select copies first, so overlapping source and destination are safe.

@@ -47,7 +47,7 @@ class TextCodec:
 class TextStream:
     """Turns tokens that arrive in bursts into text that can be printed at once.
 
-    A piece is held back while it ends inside a multi-byte character, so what is printed never has to be unprinted.
+    The bytes of an unfinished character are held back, so what is printed never has to be unprinted.
     """
 
     def __init__(self, codec: TextCodec) -> None:
@@ -59,8 +59,8 @@ class TextStream:
         """Add tokens; returns the text that is new and final. `last` flushes what is held back."""
         self.token_ids += token_ids
         text = self.codec.decode(self.token_ids)
-        if not last and text.endswith("\ufffd"):
-            return ""
+        if not last:
+            text = text.rstrip("\ufffd")
         fresh = text[len(self.printed) :]
         self.printed = text
         return fresh

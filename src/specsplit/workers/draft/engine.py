@@ -56,7 +56,7 @@ def reuse_last_draft(session: Session, context: Sequence[int], prefix_length: in
     if prefix_length == len(session.tokens) and prefix_length + session.cached_nodes == cache.length:
         # The last token of the context is always fed again: its logits are needed.
         path = [n for n in session.tree.walk(context[prefix_length:-1]) if n < session.cached_nodes]
-    held = min(cache.length - session.cached_nodes, prefix_length, len(context) - 1)
+    held = min(cache.length, prefix_length, len(context) - 1)
     cache.keep(held, path) if path else cache.rollback(held)
     # Said at once, so that a pass that fails later leaves a session that tells the truth.
     session.tokens, session.tree, session.cached_nodes = list(context[: cache.length]), TokenTree(), 0
@@ -70,6 +70,7 @@ def _grow(
 
     logits: [len(parents), vocab].
     """
+    width = min(width, logits.shape[-1])
     scores, tokens = logits.float().log_softmax(-1).topk(width, dim=-1)
     frontier = []
     for parent, row_scores, row_tokens in zip(parents, scores.tolist(), tokens.tolist(), strict=True):

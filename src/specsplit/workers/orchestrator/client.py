@@ -85,7 +85,8 @@ def run_speculative_loop(
         while not result.finish_reason:
             tree, drafted = TokenTree(), None
             # The last token is always the target's own, so there is no use for a draft of all that remains.
-            gamma = min(config.max_draft_tokens, config.max_output_tokens - len(result.output_tokens) - 1)
+            remaining = min(config.max_output_tokens - len(result.output_tokens), limit - len(tokens))
+            gamma = min(config.max_draft_tokens, remaining - 1)
             while gamma > 0 and len(tokens) + tree_size(config.branching, gamma) > draft_limit:
                 gamma -= 1
             if draft is not None and gamma > 0:

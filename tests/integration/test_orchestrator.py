@@ -1,0 +1,414 @@
+"""The loop over real gRPC: the text is the target's own, whatever drafts it and whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from specsplit.config import OrchestratorConfig
+from specsplit.errors import UserError
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workers.orchestrator import session
+from specsplit.workers.orchestrator.client import SpeculativeResult, run_speculative_loop
+from specsplit.workers.orchestrator.connection import WorkerError, check_tokenizers, connect, connected_pair
+
+from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
+
+PROMPT = PROMPTS[0]
+LENGTH = 40
+SHAPES: dict[str, dict[str, Any]] = {
+    "alone": {"max_draft_tokens": 0},
+    "chain-1": {"max_draft_tokens": 1},
+    "chain-3": {"max_draft_tokens": 3},
+    "chain-12": {"max_draft_tokens": 12},
+    "tree": {"max_draft_tokens": 4, "branching": [3, 2]},
+    "bush": {"max_draft_tokens": 3, "branching": [2, 2, 2]},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target and a draft that agrees with it some of the time."""
+    target = tiny_model_folder("llama")
+    return target, noisy_copy(target, tmp_path_factory.mktemp("draft"), noise=0.03)
+
+
+@pytest.fixture(scope="module")
+def reference(folders: tuple[Path, Path]) -> Reference:
+    return Reference(folders[0])
+
+
+@pytest.fixture(scope="module")
+def target(folders: tuple[Path, Path]) -> Iterator[Worker]:
+    with serving("target", folders[0]) as worker:
+        yield worker
+
+
+@pytest.fixture(scope="module")
+def draft(folders: tuple[Path, Path]) -> Iterator[Worker]:
+    with serving("draft", folders[1]) as worker:
+        yield worker
+
+
+@pytest.fixture(autouse=True)
+def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "RETRY_WAIT_S", 0.02)
+
+
+def write(
+    draft: Any, target: Any, prompt: list[int] = PROMPT, *, on_tokens: Any = None, **settings: Any
+) -> SpeculativeResult:
+    """One text; a worker may be given as the stub to use for it."""
+    stubs = [worker.stub if isinstance(worker, Worker) else worker for worker in (draft, target)]
+    config = OrchestratorConfig(**{"max_draft_tokens": 4, "max_output_tokens": LENGTH, "ignore_eos": True, **settings})
+    return run_speculative_loop(*stubs, prompt, config, on_tokens=on_tokens)
+
+
+# ---- the text
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("prompt", PROMPTS[:4], ids=str)
+def test_the_text_is_that_of_the_target_alone(
+    draft: Worker, target: Worker, reference: Reference, prompt: list[int], shape: str
+) -> None:
+    result = write(draft, target, prompt, **SHAPES[shape])
+    assert result.output_tokens == reference.text(prompt, LENGTH)
+    assert result.finish_reason == "length"
+    assert sum(row.accepted + 1 for row in result.rounds) == LENGTH
+    assert len(target.servicer.sessions) == len(draft.servicer.sessions) == 0
+
+
+def test_drafts_are_accepted_and_rejected(draft: Worker, target: Worker) -> None:
+    """Or the other tests would prove little."""
+    rounds = write(draft, target).rounds
+    assert 0 < sum(row.accepted for row in rounds) < sum(row.drafted for row in rounds)
+    assert len(rounds) < LENGTH / 2
+    assert len(write(draft, target, branching=[3, 2]).rounds) < len(rounds)
+
+
+def test_a_perfect_draft_is_accepted_whole(target: Worker, folders: tuple[Path, Path]) -> None:
+    with serving("draft", folders[0]) as same:
+        rounds = write(same, target, max_draft_tokens=4).rounds
+        assert [(row.drafted, row.accepted) for row in rounds] == [(4, 4)] * 8
+        # One pass a drafted token and no more, for the cache keeps what was accepted; one text of 40 tokens.
+        assert same.passes == 8 * 4
+
+
+def test_tokens_come_as_they_are_accepted(draft: Worker, target: Worker) -> None:
+    bursts: list[list[int]] = []
+    result = write(draft, target, on_tokens=bursts.append)
+    assert [token for burst in bursts for token in burst] == result.output_tokens
+    assert [len(burst) for burst in bursts] == [row.accepted + 1 for row in result.rounds]
+
+
+def test_a_target_alone_needs_no_draft(target: Worker, reference: Reference) -> None:
+    result = write(None, target, max_draft_tokens=0)
+    assert result.output_tokens == reference.text(PROMPT, LENGTH)
+    assert {(row.drafted, row.tree_nodes, row.draft_wall_ms) for row in result.rounds} == {(0, 0, 0.0)}
+
+
+def test_figures_of_the_rounds(draft: Worker, target: Worker) -> None:
+    result = write(draft, target, max_draft_tokens=4, branching=[3, 2])
+    assert [row.round for row in result.rounds] == list(range(1, len(result.rounds) + 1))
+    full = result.rounds[0]
+    assert (full.drafted, full.tree_nodes) == (4, 3 + 6 + 6 + 6)
+    for row in result.rounds:
+        assert row.accepted <= row.drafted
+        assert 0 < row.verify_compute_ms + row.verify_queue_ms <= row.verify_wall_ms
+        if row.drafted:
+            assert 0 < row.draft_compute_ms + row.draft_queue_ms <= row.draft_wall_ms
+        waited = row.verify_wall_ms - row.verify_compute_ms + row.draft_wall_ms - row.draft_compute_ms
+        assert 0 <= row.network_ms <= waited + 1e-6
+    assert result.ttft_ms is not None
+    assert 0 < result.ttft_ms <= result.total_ms
+    assert sum(row.verify_wall_ms + row.draft_wall_ms for row in result.rounds) <= result.total_ms
+
+
+# ---- where a text ends
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 7])
+def test_an_end_of_text_ends_it_there_and_is_no_part_of_it(
+    draft: Worker, target: Worker, reference: Reference, place: int, shape: str
+) -> None:
+    eos = reference.text(PROMPT, LENGTH)[place]
+    *text, last = reference.text(PROMPT, LENGTH, eos=eos)
+    bursts: list[int] = []
+    settings = {**SHAPES[shape], "ignore_eos": False, "stop_token_ids": [eos]}
+    result = write(draft, target, on_tokens=bursts.extend, **settings)
+    assert last == eos
+    assert result.output_tokens == text == bursts
+    assert result.finish_reason == "eos"
+    assert (result.ttft_ms is None) == (not text)
+
+
+def test_an_end_of_text_inside_an_accepted_block(
+    target: Worker, folders: tuple[Path, Path], reference: Reference
+) -> None:
+    """The draft goes on after what only the loop knows to be an end, and the target accepts all of it."""
+    text = reference.text(PROMPT, 8)
+
+    class GoesOn:
+        """A draft worker that does not hear of stop tokens."""
+
+        def __init__(self, stub: Any) -> None:
+            self.Describe, self.EndSession, self._rpc = stub.Describe, stub.EndSession, stub.GenerateDrafts
+
+        def GenerateDrafts(self, request: pb.GenerateDraftsRequest, timeout: float) -> pb.GenerateDraftsReply:
+            del request.stop_token_ids[:]
+            return self._rpc(request, timeout=timeout)
+
+    with serving("draft", folders[0]) as same:
+        stub = GoesOn(same.stub)
+        result = write(stub, target, max_draft_tokens=6, ignore_eos=False, stop_token_ids=[text[3]])
+    assert result.output_tokens == text[:3]
+    assert [row.accepted for row in result.rounds] == [6]
+
+
+def test_the_target_names_the_end_of_text_itself(draft: Worker, target: Worker, reference: Reference) -> None:
+    text = reference.text(PROMPT, LENGTH)
+    absent = next(token for token in range(128) if token not in text)
+    model = target.servicer.model
+    own, model.eos_token_ids = model.eos_token_ids, (absent, text[5])
+    try:
+        assert write(draft, target, ignore_eos=False).output_tokens == text[: text.index(text[5])]
+        assert write(draft, target, ignore_eos=True).output_tokens == text
+        assert write(draft, target, ignore_eos=False, stop_token_ids=[]).output_tokens == text
+    finally:
+        model.eos_token_ids = own
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6])
+def test_a_text_ends_after_max_output_tokens(draft: Worker, target: Worker, reference: Reference, count: int) -> None:
+    result = write(draft, target, max_output_tokens=count, max_draft_tokens=12)
+    assert result.output_tokens == reference.text(PROMPT, count)
+    assert result.finish_reason == "length"
+    assert all(row.drafted < count for row in result.rounds)  # the last token is always the target's own
+
+
+def test_a_text_ends_after_max_rounds(draft: Worker, target: Worker) -> None:
+    whole = write(draft, target)
+    cut = write(draft, target, max_rounds=3)
+    assert cut.finish_reason == "max_rounds"
+    assert [row.accepted for row in cut.rounds] == [row.accepted for row in whole.rounds[:3]]
+    assert cut.output_tokens == whole.output_tokens[: len(cut.output_tokens)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_text_ends_at_the_targets_context(
+    draft: Worker, folders: tuple[Path, Path], reference: Reference, shape: str
+) -> None:
+    with serving("target", folders[0], max_context=30) as small:
+        result = write(draft, small, **SHAPES[shape])
+    assert result.finish_reason == "context"
+    assert result.output_tokens == reference.text(PROMPT, 30 - len(PROMPT))
+
+
+def test_a_text_ends_at_the_context_that_is_asked_for(draft: Worker, target: Worker, reference: Reference) -> None:
+    result = write(draft, target, max_context=20)
+    assert (result.finish_reason, result.output_tokens) == ("context", reference.text(PROMPT, 20 - len(PROMPT)))
+    assert write(draft, target, max_context=10_000).finish_reason == "length"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_small_context_of_the_draft_ends_the_drafts_and_not_the_text(
+    target: Worker, folders: tuple[Path, Path], reference: Reference, shape: str
+) -> None:
+    with serving("draft", folders[1], max_context=24) as small:
+        result = write(small, target, **SHAPES[shape])
+    assert result.output_tokens == reference.text(PROMPT, LENGTH)
+    if shape != "alone":
+        assert result.rounds[0].drafted > 0
+        assert result.rounds[-2].drafted == 0
+
+
+def test_a_prompt_that_does_not_fit_is_refused(draft: Worker, target: Worker) -> None:
+    with pytest.raises(UserError, match="the prompt has 128 tokens, a text can have 128: shorten the prompt"):
+        write(draft, target, [5] * 128)
+    with pytest.raises(UserError, match="a text can have 10"):
+        write(draft, target, [5] * 10, max_context=10)
+    assert len(write(draft, target, [5] * 127).output_tokens) == 1
+
+
+def test_a_prompt_without_tokens_is_refused(draft: Worker, target: Worker) -> None:
+    with pytest.raises(UserError, match="the prompt has no tokens"):
+        write(draft, target, [])
+
+
+# ---- what goes wrong on the way
+
+
+class Unreliable:
+    """A worker's stub whose round `number` (from 1) meets `trouble` once; it counts what was sent."""
+
+    def __init__(self, worker: Worker, number: int, trouble: Callable[[Any], None]) -> None:
+        self.Describe, self.EndSession = worker.stub.Describe, worker.stub.EndSession
+        verb = "GenerateDrafts" if worker.role == "draft" else "VerifyDrafts"
+        self._rpc, self._number, self._trouble = getattr(worker.stub, verb), number, trouble
+        self.sent: list[Any] = []
+        setattr(self, verb, self._call)
+
+    def _call(self, request: Any, timeout: float) -> Any:
+        self.sent.append(request)
+        if len(self.sent) == self._number:
+            self._trouble(request)
+        return self._rpc(request, timeout=timeout)
+
+    @property
+    def resent_whole(self) -> int:
+        return sum(request.context.prefix_length == 0 for request in self.sent[1:])
+
+
+class LostReply(grpc.RpcError):
+    """The worker did its work, and the reply never came."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "connection reset"
+
+
+@pytest.mark.parametrize("role", ["draft", "target"])
+@pytest.mark.parametrize("shape", ["chain-3", "tree"])
+def test_a_worker_restarted_during_a_text(
+    folders: tuple[Path, Path], reference: Reference, role: str, shape: str
+) -> None:
+    with serving("draft", folders[1]) as draft, serving("target", folders[0]) as target:
+        stubs: dict[str, Any] = {"draft": draft.stub, "target": target.stub}
+        worker = draft if role == "draft" else target
+        stubs[role] = Unreliable(worker, 4, lambda _: worker.restart())
+        result = write(**stubs, **SHAPES[shape], rpc_retries=8)
+        assert result.output_tokens == reference.text(PROMPT, LENGTH)
+        assert stubs[role].resent_whole == 1
+
+
+@pytest.mark.parametrize("role", ["draft", "target"])
+def test_a_lost_reply_is_asked_for_again_and_is_no_second_step(draft: Worker, target: Worker, role: str) -> None:
+    def passes() -> tuple[int, int]:
+        return draft.passes, target.passes
+
+    before = passes()
+    undisturbed = write(draft, target, branching=[2])
+    steps = [after - earlier for after, earlier in zip(passes(), before, strict=True)]
+
+    worker = draft if role == "draft" else target
+    call = worker.stub.GenerateDrafts if role == "draft" else worker.stub.VerifyDrafts
+
+    def lose_the_reply(request: Any) -> None:
+        call(request)
+        raise LostReply
+
+    stubs: dict[str, Any] = {"draft": draft.stub, "target": target.stub}
+    stubs[role] = Unreliable(worker, 3, lose_the_reply)
+    before = passes()
+    result = write(**stubs, branching=[2])
+    assert result.output_tokens == undisturbed.output_tokens
+    assert [after - earlier for after, earlier in zip(passes(), before, strict=True)] == steps
+    assert stubs[role].sent[2] == stubs[role].sent[3]
+    assert stubs[role].resent_whole == 0
+
+
+@pytest.mark.parametrize("role", ["draft", "target"])
+def test_a_session_evicted_during_a_text(folders: tuple[Path, Path], reference: Reference, role: str) -> None:
+    with (
+        serving("draft", folders[1], max_sessions=1) as draft,
+        serving("target", folders[0], max_sessions=1) as target,
+    ):
+        worker = draft if role == "draft" else target
+        stubs: dict[str, Any] = {"draft": draft.stub, "target": target.stub}
+
+        def another_text(_: Any) -> None:
+            other = write(draft if role == "draft" else draft.stub, target, PROMPTS[1], max_rounds=2)
+            assert other.output_tokens == reference.text(PROMPTS[1], LENGTH)[: len(other.output_tokens)]
+
+        stubs[role] = Unreliable(worker, 5, another_text)
+        assert write(**stubs).output_tokens == reference.text(PROMPT, LENGTH)
+        assert stubs[role].resent_whole == 1
+
+
+def test_a_worker_that_stays_away_is_named(folders: tuple[Path, Path], draft: Worker) -> None:
+    gone = Worker("target", folders[0])
+    stub = Unreliable(gone, 3, lambda _: gone.server.stop())
+    with pytest.raises(WorkerError, match="target worker failed in round 3: UNAVAILABLE"):
+        write(draft, stub, rpc_retries=2)
+    assert len(stub.sent) == 2 + 3
+    with pytest.raises(WorkerError, match="target worker does not answer: UNAVAILABLE"):
+        write(draft, gone, rpc_retries=1)
+    gone.close()
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_a_call_is_sent_again_rpc_retries_times(draft: Worker, target: Worker, retries: int) -> None:
+    class Away:
+        Describe, EndSession, tries = target.stub.Describe, target.stub.EndSession, 0
+
+        def VerifyDrafts(self, request: Any, timeout: float) -> Any:
+            self.tries += 1
+            raise LostReply
+
+    stub = Away()
+    with pytest.raises(WorkerError, match="target worker failed in round 1: UNAVAILABLE: connection reset"):
+        write(draft, stub, rpc_retries=retries)
+    assert stub.tries == retries + 1
+
+
+def test_a_refusal_is_not_tried_again(folders: tuple[Path, Path], target: Worker) -> None:
+    with serving("draft", folders[1], max_tree_nodes=3) as small:
+        stub = Unreliable(small, 0, lambda _: None)
+        with pytest.raises(WorkerError, match="draft worker failed in round 1: RESOURCE_EXHAUSTED: a tree of 4 nodes"):
+            write(stub, target)
+    assert len(stub.sent) == 1
+
+
+def test_a_text_that_fails_leaves_no_session(draft: Worker, target: Worker) -> None:
+    def fail(tokens: list[int]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(draft, target, on_tokens=fail)
+    assert len(target.servicer.sessions) == len(draft.servicer.sessions) == 0
+
+
+# ---- finding the workers
+
+
+def test_the_address_of_the_other_worker_is_noticed(draft: Worker) -> None:
+    with pytest.raises(WorkerError, match=r"is not a target worker.*swapped"):
+        connect("target", draft.address)
+
+
+def test_an_address_where_nobody_answers(target: Worker) -> None:
+    with pytest.raises(WorkerError, match=r"no draft worker answers at 127\.0\.0\.1:1 within 0\.2 s.*--draft-addr"):
+        connect("draft", "127.0.0.1:1", timeout_s=0.2)
+
+
+@pytest.mark.parametrize("address", ["", "localhost", ":50051", "localhost:", "localhost:http", "localhost:70000"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(UserError, match="is not an address: write host:port"):
+        connect("draft", address)
+
+
+def test_a_pair_shares_one_tokenizer(draft: Worker, target: Worker) -> None:
+    sha256 = target.servicer.identity["tokenizer_sha256"]
+    config = OrchestratorConfig(draft_address=draft.address, target_address=target.address)
+    with connected_pair(config, sha256) as (first, second):
+        assert first is not None
+        assert (first.description.role, second.description.role) == ("draft", "target")
+    with pytest.raises(UserError, match="the tokenizers differ"), connected_pair(config, "0" * 64):
+        pass
+    alone = config.model_copy(update={"max_draft_tokens": 0, "draft_address": "127.0.0.1:1"})
+    with connected_pair(alone, sha256) as (first, _):
+        assert first is None
+
+
+def test_tokenizers_that_differ_are_named() -> None:
+    check_tokenizers({"a": "x", "b": "x"})
+    with pytest.raises(UserError, match=r"a has 111111111111, b has none\): token ids would mean different text"):
+        check_tokenizers({"a": "1" * 64, "b": ""})

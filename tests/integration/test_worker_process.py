@@ -1,0 +1,319 @@
+"""Workers as processes of their own: how they start, what they tell, and that every one of them ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+
+from specsplit.config import DraftWorkerConfig
+from specsplit.errors import UserError
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workers.endpoint import Endpoint
+from specsplit.workers.launch import attach_worker, start_worker, stop_worker
+from specsplit.workers.lease import LEASE_HOST, LEASE_PID
+from specsplit.workers.orchestrator.connection import WorkerError, connect
+from specsplit.workers.server import load_servicer
+
+from grpc_fixtures import draft_request, serving, wait_until
+
+SPECSPLIT = (sys.executable, "-m", "specsplit")
+TINY = ["--port", "0", "--threads", "1", "--dtype", "float32", "--max-context", "128"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder: Callable[..., Path]) -> Path:
+    return tiny_model_folder("llama")
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SPECSPLIT_")]:
+        monkeypatch.delenv(name)
+    for name in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for endpoint files and logs. Every process that was given a path in it is ended with the test."""
+    yield tmp_path
+    for process in users_of(tmp_path):
+        process.kill()
+        process.wait(20)
+
+
+def users_of(folder: Path) -> list[psutil.Process]:
+    """Running processes whose command line names something in `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mine = process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE
+            if not mine and any(str(folder) in argument for argument in process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The specsplit command, as a user types it."""
+    command = [*SPECSPLIT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def start(folder: Path, model: Path, name: str = "target", *flags: str) -> Endpoint:
+    arguments = ["--model", str(model), *TINY, *flags]
+    return start_worker(
+        "target", arguments, endpoint_file=folder / f"{name}.json", log_file=folder / f"{name}.log", timeout_s=60
+    )
+
+
+def running(endpoint: Endpoint) -> bool:
+    process = endpoint.process()
+    return process is not None and process.alive()
+
+
+def ends(endpoint: Endpoint, seconds: float = 20) -> bool:
+    return wait_until(lambda: not running(endpoint), seconds)
+
+
+# ---- a worker started by hand
+
+
+def test_a_worker_from_its_start_to_sigterm(model: Path, folder: Path) -> None:
+    """Signalled while calls run: they are answered, the process exits with status 0."""
+    file = folder / "draft.json"
+    command = [*SPECSPLIT, "worker", "draft", "--model", str(model), *TINY, "--endpoint-file", str(file)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--drain-s", "30"], stdout=log, stderr=log)
+    try:
+        assert wait_until(file.exists, 60), (folder / "log").read_text()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        endpoint = Endpoint.read(file)
+        assert (endpoint.pid, endpoint.attached, endpoint.holder_pid) == (process.pid, False, None)
+        with connect("draft", endpoint.address) as worker, ThreadPoolExecutor(8) as pool:
+            # Python reads PYTHONHASHSEED at its start only: the process has been started with it.
+            environment = dict(worker.description.environment)
+            assert environment["PYTHONHASHSEED"] == "0"
+            assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            assert psutil.Process(process.pid).environ()["PYTHONHASHSEED"] == "0"
+            assert endpoint.worker["environment"] == environment
+            assert worker.description.pid == process.pid
+
+            requests = [draft_request([5, 6], gamma=64, session=f"s{i}") for i in range(8)]
+            calls = [pool.submit(worker.stub.GenerateDrafts, request, timeout=60) for request in requests]
+            assert wait_until(lambda: any(call.done() for call in calls))
+            unanswered = [call for call in calls if not call.done()]
+            process.send_signal(signal.SIGTERM)
+            outcomes = [call.exception(60) or call.result() for call in unanswered]
+        answers = [outcome for outcome in outcomes if isinstance(outcome, pb.GenerateDraftsReply)]
+        assert answers
+        assert all(answer.tree == calls[0].result().tree for answer in answers)
+        refusals = [outcome for outcome in outcomes if isinstance(outcome, grpc.RpcError)]
+        assert {refusal.code() for refusal in refusals} <= {grpc.StatusCode.UNAVAILABLE}  # those that came too late
+        assert process.wait(30) == 0
+        assert not file.exists()
+        assert (folder / "log").read_text().rstrip().endswith("stopped")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_port_in_use_is_one_clear_line(model: Path) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        done = run("worker", "target", "--model", model, *TINY, "--port", port)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith(f"specsplit worker: error: cannot listen on 127.0.0.1:{port}: it is in use")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_model_is_one_clear_line() -> None:
+    done = run("worker", "draft", "--model", "models/none")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith("specsplit worker: error: models/none: no such folder; prepare the model first")
+    with pytest.raises(UserError, match="no model: give --model FOLDER or set SPECSPLIT_DRAFT_MODEL"):
+        load_servicer(DraftWorkerConfig())
+
+
+# ---- workers in the background
+
+
+def test_start_worker_and_stop_worker(model: Path, folder: Path) -> None:
+    file, log = folder / "draft.json", folder / "logs" / "draft.log"
+    flags = ["--endpoint-file", file, "--worker-log", log, "--threads", "1", "--skip-layers", "1"]
+    started = run("start-worker", "draft", "--model", model, *flags)
+    assert started.returncode == 0, started.stderr
+    endpoint = Endpoint.read(file)
+    assert started.stdout == f"draft worker, process {endpoint.pid}, serves at {endpoint.address}\n"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert "serving draft" in log.read_text()
+    with connect("draft", endpoint.address) as worker:
+        assert list(worker.description.skip_layers) == [1]
+    assert psutil.Process(endpoint.pid).environ()["PYTHONHASHSEED"] == "0"
+
+    stopped = run("stop-worker", file)
+    assert (stopped.returncode, stopped.stdout) == (0, f"stopped process {endpoint.pid}\n")
+    assert not running(endpoint)
+    assert not file.exists()
+    assert f"stopping: endpoint file {file} is gone" in log.read_text()
+    again = run("stop-worker", file)
+    assert (again.returncode, again.stdout) == (0, f"{file} is not there: nothing to stop\n")
+
+
+def test_a_worker_ends_with_the_process_it_was_started_for(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        monkeypatch.setenv(LEASE_PID, str(holder.pid))
+        monkeypatch.setenv(LEASE_HOST, socket.gethostname())
+        endpoint = start(folder, model)
+        assert (endpoint.holder_pid, endpoint.stale()) == (holder.pid, False)
+        holder.kill()  # SIGKILL: it can tell nobody, and nobody waits for it yet
+        assert ends(endpoint)
+        assert not (folder / "target.json").exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_worker_that_cannot_start_leaves_nothing(model: Path, folder: Path) -> None:
+    broken = folder / "broken"
+    shutil.copytree(model, broken)
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    log, file = folder / "worker.log", folder / "target.json"
+    log.write_text("of an earlier worker\n")
+    done = run("start-worker", "target", "--model", broken, "--endpoint-file", file, "--worker-log", log)
+    assert done.returncode == 2
+    assert "the target worker ended with status 2:" in done.stderr
+    assert "model.safetensors: not a readable safetensors file" in done.stderr  # the end of the log
+    assert f"(full log: {log})" in done.stderr
+    assert "earlier worker" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not file.exists()
+    assert users_of(folder) == []
+
+
+def test_a_worker_that_takes_too_long_leaves_nothing(model: Path, folder: Path) -> None:
+    flags = ["--model", str(model), *TINY]
+    file, log = folder / "target.json", folder / "target.log"
+    with pytest.raises(UserError, match=r"did not serve within 0\.1 s \(workers\.startup_timeout_s\)"):
+        start_worker("target", flags, endpoint_file=file, log_file=log, timeout_s=0.1)
+    assert users_of(folder) == []
+    assert not file.exists()
+
+
+def test_sigterm_to_start_worker_while_the_worker_loads_leaves_nothing(model: Path, folder: Path) -> None:
+    flags = ["--endpoint-file", str(folder / "target.json"), "--worker-log", str(folder / "target.log")]
+    process = subprocess.Popen([*SPECSPLIT, "start-worker", "target", "--model", str(model), *flags])
+    try:
+        assert wait_until((folder / "target.log").exists)
+        assert wait_until(lambda: len(users_of(folder)) == 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+        assert users_of(folder) == []
+        assert not (folder / "target.json").exists()
+    finally:
+        process.kill()
+        process.wait()
+
+
+# ---- workers that are shared
+
+
+def test_users_of_a_pool_share_a_worker_until_the_last_one_goes(model: Path, folder: Path) -> None:
+    def share(user: str, *flags: str) -> Endpoint:
+        file = folder / f"{user}.json"
+        where = ["--endpoint-file", file, "--pool", folder / "pool", "--worker-log", folder / "pool.log"]
+        done = run("start-worker", "target", "--model", model, *TINY, *where, *flags)
+        assert done.returncode == 0, done.stderr
+        return Endpoint.read(file)
+
+    with ThreadPoolExecutor(3) as threads:  # all at once
+        calls = [threads.submit(share, *arguments) for arguments in (["one"], ["two"], ["other", "--seed", "7"])]
+        one, two, other = (call.result() for call in calls)
+    assert one == two
+    assert one.shared
+    assert other.pid != one.pid
+    assert stat.S_IMODE((folder / "two.json").stat().st_mode) == 0o600
+
+    stopped = run("stop-worker", folder / "one.json")
+    assert stopped.returncode == 0
+    assert f"the worker at {one.address} stops when nobody uses it any more" in stopped.stdout
+    with connect("target", two.address) as worker:
+        assert worker.description.pid == two.pid
+    (folder / "two.json").unlink()
+    assert ends(two)
+    assert running(other)
+    assert [path.name for path in (folder / "pool").glob("*.json")] == [f"target-{key_of(folder, other)}.json"]
+
+    os.kill(other.pid or 0, signal.SIGKILL)  # it leaves its files behind, and they name no worker
+    assert ends(other)
+    (folder / "other.json").unlink()
+    assert share("again", "--seed", "7").pid != other.pid
+
+
+def key_of(folder: Path, endpoint: Endpoint) -> str:
+    """The key under which the pool keeps a worker."""
+    for path in (folder / "pool").glob("*.json"):
+        if Endpoint.read(path).pid == endpoint.pid:
+            return path.stem.partition("-")[2]
+    raise AssertionError("not in the pool")
+
+
+# ---- workers that run already
+
+
+def test_attaching_to_a_running_worker(model: Path, folder: Path) -> None:
+    with serving("target", model) as worker:
+        where = ["--endpoint-file", folder / "target.json", "--worker-log", folder / "log"]
+        done = run("start-worker", "target", "--model", model, *TINY, *where, "--attach", worker.address)
+        assert (done.returncode, done.stdout) == (0, f"attached to the target worker at {worker.address}\n")
+        endpoint = Endpoint.read(folder / "target.json")
+        assert (endpoint.address, endpoint.attached, endpoint.pid) == (worker.address, True, None)
+        assert endpoint.worker["model"] == model.name
+        assert stop_worker(folder / "target.json") == endpoint
+        assert worker.stub.Describe(pb.DescribeRequest()).pid == os.getpid()
+
+
+def test_a_worker_with_another_model_is_not_attached_to(
+    model: Path, folder: Path, tiny_model_folder: Callable[..., Path]
+) -> None:
+    another = tiny_model_folder("llama", 1)
+    with serving("draft", model, dtype="bfloat16", skip_layers=[0]) as worker:
+        file = folder / "draft.json"
+        arguments: dict[str, Any] = {"endpoint_file": file, "model": model, "dtype": "bfloat16"}
+        for wanted, reason in (
+            ({"skip_layers": [0], "dtype": "float32"}, "dtype bfloat16 instead of float32"),
+            ({"skip_layers": []}, r"skip_layers \[0\] instead of \[\]"),
+            ({"skip_layers": [0], "model": another}, "weights [0-9a-f]{64} instead of"),
+        ):
+            with pytest.raises(UserError, match=reason):
+                attach_worker("draft", worker.address, **{**arguments, **wanted})
+            assert not file.exists()
+        attach_worker("draft", worker.address, **arguments, skip_layers=[0])
+        assert Endpoint.read(file).address == worker.address
+
+
+def test_where_nobody_answers_there_is_nothing_to_attach_to(model: Path, folder: Path) -> None:
+    with pytest.raises(WorkerError, match=r"no target worker answers at 127\.0\.0\.1:1 within 0\.2 s"):
+        attach_worker(
+            "target", "127.0.0.1:1", endpoint_file=folder / "x.json", model=model, dtype="float32", timeout_s=0.2
+        )
+    assert list(folder.iterdir()) == []
