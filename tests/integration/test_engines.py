@@ -133,6 +133,11 @@ def test_a_draft_follows_the_shape_and_stops_at_stop_tokens():
     stopped = draft_tree(model, new_session(model), PROMPT, 0, gamma=3, branching=[2], stop_token_ids={stop})
     assert stopped.token_ids[0] == stop
     assert 0 not in stopped.parents
+    # A stop token beside it does not disturb what follows the first child.
+    second = tree.token_ids[1]
+    beside = draft_tree(model, new_session(model), PROMPT, 0, gamma=3, branching=[2], stop_token_ids={second})
+    chain = draft_tree(model, new_session(model), PROMPT, 0, gamma=3)
+    assert [beside.token_ids[node] for node in (0, 2, 3)] == chain.token_ids
     alone = draft_tree(model, new_session(model), PROMPT, 0, gamma=5, stop_token_ids={stop})
     assert alone.token_ids == [stop]
 
@@ -220,6 +225,29 @@ def test_the_same_context_can_be_drafted_from_again():
     first = draft_tree(model, session, PROMPT, 0, gamma=3)
     assert draft_tree(model, session, PROMPT, len(PROMPT), gamma=3).token_ids == first.token_ids
     check_session(model, session, PROMPT)
+
+
+def test_the_last_token_is_fed_even_when_it_was_drafted():
+    model = CausalLM(make_tiny_model("llama"))
+    session = new_session(model)
+    draft = draft_tree(model, session, PROMPT, 0, gamma=4)
+    text = PROMPT + draft.token_ids[:2]
+    assert draft_tree(model, session, text, len(PROMPT), gamma=2).token_ids == draft.token_ids[2:]
+    check_session(model, session, text)
+
+
+def test_a_draft_that_failed_is_not_taken_for_the_one_before(monkeypatch):
+    model = CausalLM(make_tiny_model("llama"))
+    session = new_session(model)
+    draft = draft_tree(model, session, PROMPT, 0, gamma=3)
+    with monkeypatch.context() as patch:
+        break_call(patch, model, "step", 2)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            draft_tree(model, session, [*PROMPT, 60, 61], len(PROMPT), gamma=3)
+    # As many tokens are in the cache as before, but other ones.
+    text = [*PROMPT, *draft.token_ids[:2], 40]
+    draft_tree(model, session, text, len(PROMPT), gamma=3)
+    check_session(model, session, text)
 
 
 def test_a_level_is_no_wider_than_the_vocabulary():

@@ -210,17 +210,18 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was(monkeypatch):
     torch.testing.assert_close(model.step(cache, PROMPT[5:8]), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("skip", [[0], [1], [1, 2]])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_skipped_layers(architecture, tmp_path):
-    """The model without a layer is the model made of the others."""
+def test_skipped_layers(architecture, skip, tiny_model_folder):
+    """The model without some layers is the model made of the others; each stays full or sliding as it was."""
     model = make_tiny_model(architecture)
-    model.save_pretrained(tmp_path)
-    skipped = CausalLM.load(tmp_path, device="cpu", skip_layers=[1])
-    assert skipped.num_layers == 2
+    skipped = CausalLM.load(tiny_model_folder(architecture), device="cpu", skip_layers=skip)
+    assert skipped.num_layers == 3 - len(skip)
     full = CausalLM(model)
     layers = model.transformer.h if architecture == "gpt2" else model.model.layers
-    layers[1].forward = lambda hidden, *args, **kwargs: hidden
-    # The full model with its second layer passed over, without a cache.
+    # The full model with these layers passed over, without a cache.
+    for number in skip:
+        layers[number].forward = lambda hidden, *args, **kwargs: hidden
     with torch.inference_mode():
         expected = full.model(torch.tensor([PROMPT]), use_cache=False).logits[0, -1]
     torch.testing.assert_close(skipped.step(skipped.new_cache(32), PROMPT)[0], expected, rtol=1e-4, atol=1e-3)

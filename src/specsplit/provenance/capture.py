@@ -25,18 +25,16 @@ import specsplit
 from specsplit.errors import UserError
 from specsplit.hashing import sha256_file
 from specsplit.jsonio import json_sha256, read_json_object
+from specsplit.workers.environment import REQUIRED
 
 SCHEMA_VERSION = 1
 ENVIRONMENT_VARIABLES = (
-    "PYTHONHASHSEED",
-    "CUBLAS_WORKSPACE_CONFIG",
+    *REQUIRED,
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "TOKENIZERS_PARALLELISM",
     "HF_HUB_OFFLINE",
 )
-# What every run must have had: without them Python's set order and cuBLAS's split of a sum may differ.
-REQUIRED_ENVIRONMENT = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 # nvidia-smi's name for each column, and ours.
 GPU_COLUMNS = {
     "name": "name",
@@ -265,7 +263,7 @@ def build_record(
     gpu, git = capture_gpu(), capture_git(root)
     checklist = [
         _check_seeds(config, runs),
-        *(_check_variable(name, value, runs) for name, value in REQUIRED_ENVIRONMENT.items()),
+        *(_check_variable(name, value, runs) for name, value in REQUIRED.items()),
         _check_commands(runs),
         _check_models(models),
         _check_dataset(dataset, dataset_manifest, result_files),

@@ -14,13 +14,14 @@ import specsplit
 from specsplit.config import WorkerSettings
 from specsplit.models.causal_lm import CausalLM
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.compute import Computed, ModelThread
+from specsplit.workers.compute import ModelThread
 from specsplit.workers.environment import DETERMINISM_VARIABLES
 from specsplit.workers.errors import InvalidRequest, LimitReached, Refusal
-from specsplit.workers.sessions import SessionStore
+from specsplit.workers.sessions import Session, SessionStore
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
+T = TypeVar("T")
 MAX_SESSION_ID = 128
 
 
@@ -83,12 +84,24 @@ class WorkerServicer:
                 f"{self.max_context} that a session of this worker can hold (max_context)"
             )
 
-    def timings(self, done: Computed[Any], arrived: float) -> pb.Timings:
-        return pb.Timings(
-            queue_ms=done.queue_ms,
-            compute_ms=done.compute_ms,
-            server_ms=(time.perf_counter() - arrived) * 1e3,
-        )
+    def answer(self, request: Any, work: Callable[[Session, list[int]], T], reply_to: Callable[[T], R]) -> R:
+        """One round of a checked request: the reply given before, or `work(session, context)` on the model thread.
+
+        reply_to makes the reply of what `work` returns; the timings are filled in here.
+        """
+        arrived = time.perf_counter()
+        raw = request.SerializeToString(deterministic=True)
+        with self.sessions.use(request.context) as session:
+            if (known := session.replay(request.context.round, raw)) is not None:
+                return known
+            tokens = session.context_for(request.context)
+            done = self.thread.run(lambda: work(session, tokens))
+            reply: Any = reply_to(done.value)
+            reply.timings.queue_ms = done.queue_ms
+            reply.timings.compute_ms = done.compute_ms
+            reply.timings.server_ms = (time.perf_counter() - arrived) * 1e3
+            session.remember(request.context.round, raw, reply)
+            return reply
 
     def guard(self, context: grpc.ServicerContext, work: Callable[[], R]) -> R:
         """Run a handler; a Refusal becomes its status, anything else INTERNAL with the traceback in the log."""

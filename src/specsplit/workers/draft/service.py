@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import grpc
 
 from specsplit.config import MAX_GAMMA, DraftWorkerConfig
@@ -28,29 +26,22 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         return self.guard(context, lambda: self._generate(request))
 
     def _generate(self, request: pb.GenerateDraftsRequest) -> pb.GenerateDraftsReply:
-        arrived = time.perf_counter()
         gamma, branching = request.max_draft_tokens, list(request.branching)
         if not 1 <= gamma <= MAX_GAMMA:
             raise InvalidRequest(f"max_draft_tokens must be 1 to {MAX_GAMMA}, got {gamma}")
         if any(not 1 <= width <= self.model.vocab_size for width in branching):
             raise InvalidRequest(f"branching {branching}: a level has 1 to {self.model.vocab_size} children")
         self.check_request(request.context, tree_size(branching, gamma))
-        raw = request.SerializeToString(deterministic=True)
-        with self.sessions.use(request.context) as session:
-            if (reply := session.replay(request.context.round, raw)) is not None:
-                return reply
-            tokens = session.context_for(request.context)
-            done = self.thread.run(
-                lambda: draft_tree(
-                    self.model,
-                    session,
-                    tokens,
-                    request.context.prefix_length,
-                    gamma=gamma,
-                    branching=branching,
-                    stop_token_ids=frozenset(request.stop_token_ids),
-                )
-            )
-            reply = pb.GenerateDraftsReply(tree=tree_to_message(done.value), timings=self.timings(done, arrived))
-            session.remember(request.context.round, raw, reply)
-            return reply
+        return self.answer(
+            request,
+            lambda session, tokens: draft_tree(
+                self.model,
+                session,
+                tokens,
+                request.context.prefix_length,
+                gamma=gamma,
+                branching=branching,
+                stop_token_ids=frozenset(request.stop_token_ids),
+            ),
+            lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)),
+        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import grpc
 
 from specsplit.config import TargetWorkerConfig
@@ -26,27 +24,18 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
         return self.guard(context, lambda: self._verify(request))
 
     def _verify(self, request: pb.VerifyDraftsRequest) -> pb.VerifyDraftsReply:
-        arrived = time.perf_counter()
         tree = tree_from_message(request.tree)
         self.check_request(request.context, len(tree))
         try:
             tree.validate(vocab_size=self.model.vocab_size)
         except TreeError as error:
             raise InvalidRequest(f"malformed tree: {error}") from error
-        raw = request.SerializeToString(deterministic=True)
-        with self.sessions.use(request.context) as session:
-            if (reply := session.replay(request.context.round, raw)) is not None:
-                return reply
-            tokens = session.context_for(request.context)
-            done = self.thread.run(
-                lambda: verify_tree(self.model, session, tokens, request.context.prefix_length, tree)
-            )
-            path = done.value.path
-            reply = pb.VerifyDraftsReply(
-                accepted_nodes=path,
-                accepted_tokens=[tree.token_ids[node] for node in path],
-                next_token=done.value.next_token,
-                timings=self.timings(done, arrived),
-            )
-            session.remember(request.context.round, raw, reply)
-            return reply
+        return self.answer(
+            request,
+            lambda session, tokens: verify_tree(self.model, session, tokens, request.context.prefix_length, tree),
+            lambda verdict: pb.VerifyDraftsReply(
+                accepted_nodes=verdict.path,
+                accepted_tokens=[tree.token_ids[node] for node in verdict.path],
+                next_token=verdict.next_token,
+            ),
+        )
