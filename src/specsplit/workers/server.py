@@ -126,7 +126,7 @@ def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_fi
         log.info("stopped while loading")
         return
     server.start()
-    description = server.servicer.Describe(pb.DescribeRequest(), None)  # type: ignore[arg-type]
+    description = server.servicer.Describe(pb.DescribeRequest(), None)
     log.info("serving %s on %s:%d", describe_identity(description), config.host, server.port)
     if endpoint_file is not None:
         Endpoint.local(config.host, server.port, description, lease.holder).write(endpoint_file)
