@@ -8,6 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
+import transformers
 
 from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
@@ -16,6 +18,7 @@ from specsplit.workers.orchestrator import session
 from specsplit.workers.orchestrator.client import SpeculativeResult, run_speculative_loop
 from specsplit.workers.orchestrator.connection import WorkerError, check_tokenizers, connect, connected_pair
 
+from conftest import SMALL, make_tokenizer
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
 
 PROMPT = PROMPTS[0]
@@ -412,3 +415,17 @@ def test_tokenizers_that_differ_are_named() -> None:
     check_tokenizers({"a": "x", "b": "x"})
     with pytest.raises(UserError, match=r"a has 111111111111, b has none\): token ids would mean different text"):
         check_tokenizers({"a": "1" * 64, "b": ""})
+
+
+@pytest.mark.parametrize("vocabulary", [64, 300])
+@pytest.mark.parametrize("branching", [[], [3, 2]], ids=["chain", "tree"])
+def test_a_draft_whose_vocabulary_is_padded_otherwise(target, reference, tmp_path, vocabulary, branching):
+    """It drafts tokens that the target does not have, or cannot read all that the target writes."""
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(**{**SMALL, "vocab_size": vocabulary})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with serving("draft", tmp_path) as draft:
+        result = write(draft, target, branching=branching)
+    assert result.output_tokens == reference.text(PROMPT, LENGTH)
+    assert any(row.tree_nodes for row in result.rounds)

@@ -103,3 +103,11 @@ def test_verification_against_the_definition(tree, data):
 def test_verification_needs_a_choice_for_every_node():
     with pytest.raises(ValueError, match="2 nodes need 2 choices, got 1"):
         verify_greedy(TokenTree.chain([1, 2]), 1, [2])
+
+
+@given(trees(), st.integers(0, VOCAB))
+def test_within_keeps_what_can_be_reached(tree, limit):
+    kept = tree.within(limit)
+    kept.validate(vocab_size=limit)
+    reachable = [i for i in range(len(tree)) if all(token < limit for token in path_tokens(tree, i))]
+    assert [path_tokens(kept, i) for i in range(len(kept))] == [path_tokens(tree, i) for i in reachable]

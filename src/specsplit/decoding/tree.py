@@ -73,6 +73,14 @@ class TokenTree:
             path.append(node)
         return path
 
+    def within(self, vocab_size: int) -> TokenTree:
+        """The tree without the nodes whose token, or an ancestor's, is outside the vocabulary."""
+        kept, place = TokenTree(), {ROOT: ROOT}
+        for i, (token, parent) in enumerate(zip(self.token_ids, self.parents, strict=True)):
+            if token < vocab_size and parent in place:
+                place[i] = kept.add(token, place[parent], self.log_probs[i])
+        return kept
+
     def validate(self, vocab_size: int | None = None, max_nodes: int | None = None) -> None:
         """Raise TreeError unless the arrays form a tree: equal lengths, parents before children, token ids
         inside the vocabulary, finite log-probabilities of at most 0, no token twice under one parent."""

@@ -68,9 +68,10 @@ def run_speculative_loop(
     target_info = describe("target", target_stub, config)
     stop_ids = _stop_token_ids(config, target_info)
     limit = min(config.max_context or target_info.max_context, target_info.max_context)
-    draft_limit = 0
+    draft_limit = draft_vocab = 0
     if config.max_draft_tokens:
-        draft_limit = min(limit, describe("draft", draft_stub, config).max_context)
+        draft_info = describe("draft", draft_stub, config)
+        draft_limit, draft_vocab = min(limit, draft_info.max_context), draft_info.vocab_size
     if len(prompt_ids) >= limit:
         raise UserError(f"the prompt has {len(prompt_ids)} tokens, a text can have {limit}: shorten the prompt")
     if not prompt_ids:
@@ -89,7 +90,8 @@ def run_speculative_loop(
             gamma = min(config.max_draft_tokens, remaining - 1)
             while gamma > 0 and len(tokens) + tree_size(config.branching, gamma) > draft_limit:
                 gamma -= 1
-            if draft is not None and gamma > 0:
+            # Models with one tokenizer may pad their vocabularies differently: a draft cannot read every token.
+            if draft is not None and gamma > 0 and max(tokens) < draft_vocab:
                 request = partial(
                     pb.GenerateDraftsRequest,
                     max_draft_tokens=gamma,
@@ -98,7 +100,7 @@ def run_speculative_loop(
                 )
                 drafted = draft.call(tokens, request)
                 draft.holds(tokens)
-                tree = tree_from_message(drafted.reply.tree)
+                tree = tree_from_message(drafted.reply.tree).within(target_info.vocab_size)
             verified = target.call(tokens, partial(pb.VerifyDraftsRequest, tree=tree_to_message(tree)))
             accepted = list(verified.reply.accepted_tokens)
             tokens += accepted
