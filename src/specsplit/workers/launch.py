@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -33,18 +34,26 @@ def start_worker(
     endpoint_file.unlink(missing_ok=True)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [*COMMAND, "worker", role, *worker_args, "--endpoint-file", str(endpoint_file)]
-    with log_file.open("ab") as log:
-        log_start = log.tell()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=deterministic_environment(),
-            start_new_session=True,  # a Ctrl-C at the terminal must not reach it before its lease ends
-        )
     deadline = time.monotonic() + timeout_s
+    # A signal that came while the process is being made would leave it with nobody to end it: it waits for the try.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
+        with log_file.open("ab") as log:
+            log_start = log.tell()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=deterministic_environment(),
+                start_new_session=True,  # a Ctrl-C at the terminal must not reach it before its lease ends
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
+            )
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while not endpoint_file.exists():
             if process.poll() is not None:
                 raise UserError(
