@@ -14,10 +14,12 @@ configfile: "config/config.yaml"
 include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/dataset.smk"
+include: "workflow/rules/layers.smk"
 include: "workflow/rules/workers.smk"
 include: "workflow/rules/benchmark.smk"
 include: "workflow/rules/analysis.smk"
 include: "workflow/rules/provenance.smk"
+include: "workflow/rules/theory.smk"
 
 
 rule all:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+Mode = Literal["sync", "overlap", "lookahead"]
+SamplingMethod = Literal["coupled", "rejection"]
 MAX_GAMMA = 64
+AUTO_GAMMA_LIMIT = 16  # drafts longer than this pay nowhere that was measured
 
 
 class Settings(BaseSettings):
@@ -46,6 +50,9 @@ class Settings(BaseSettings):
         except ValidationError as error:
             lines = []
             for problem in error.errors():
+                if not problem["loc"]:  # fields that do not go together
+                    lines.append(problem["msg"])
+                    continue
                 field = str(problem["loc"][0])
                 lines.append(f"{cls.flag(field)} / {cls.variable(field)} = {problem['input']!r}: {problem['msg']}")
             raise UserError("\n".join(lines)) from error
@@ -60,7 +67,7 @@ class WorkerSettings(Settings):
     model: Path | None = Field(None, description="folder of a prepared model, or any local Hugging Face model")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(0, ge=0, le=65535, description="port to listen on; 0 = any free port")
-    dtype: Dtype = Field("float32", description="float32 | bfloat16 | float16")
+    dtype: Dtype = Field("float32", description="float32 | bfloat16 | float16 | int8 (CPU)")
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N")
     threads: int | None = Field(None, ge=1, description="compute threads; default: every core it may use")
     max_context: int = Field(2048, ge=16, description="tokens a session can hold, drafted ones included")
@@ -77,8 +84,11 @@ class DraftWorkerConfig(WorkerSettings):
     model_config = SettingsConfigDict(env_prefix="SPECSPLIT_DRAFT_")
 
     port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0 = any free port")
-    dtype: Dtype = Field("bfloat16", description="float32 | bfloat16 | float16")
+    dtype: Dtype = Field("bfloat16", description="float32 | bfloat16 | float16 | int8 (CPU)")
     skip_layers: list[int] = Field(default_factory=list, description="decoder layers to leave out")
+    target_tokenizer: Path | None = Field(
+        None, description="folder of the target's tokenizer, when the draft has another one: shared tokens are drafted"
+    )
 
 
 class TargetWorkerConfig(WorkerSettings):
@@ -98,10 +108,18 @@ class OrchestratorConfig(Settings):
     draft_address: str = Field("127.0.0.1:50051", description="host:port of the draft worker")
     target_address: str = Field("127.0.0.1:50052", description="host:port of the target worker")
     tokenizer: Path | None = Field(None, description="folder of the tokenizer: a prepared or local model")
-    max_draft_tokens: int = Field(5, ge=0, le=MAX_GAMMA, description="gamma: depth of each draft; 0 = no draft")
-    branching: list[int] = Field(
-        default_factory=list, description="children per level of the draft tree; empty = a chain"
+    mode: Mode = Field("sync", description="sync | overlap | lookahead: what is drafted while the target verifies")
+    max_draft_tokens: Annotated[int, Field(ge=0, le=MAX_GAMMA)] | Literal["auto"] = Field(
+        5, description="gamma: depth of each draft; 0 = no draft; auto = chosen in every round from what was measured"
     )
+    tree: str = Field("chain", description="shape of the draft: chain | 3x2 (children per level) | dynamic-16x4")
+    fan_out: int = Field(16, ge=1, le=64, description="outcomes of a verification that lookahead prepares drafts for")
+    temperature: float = Field(0.0, ge=0, le=100, description="0 = greedy")
+    top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 = from all")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability")
+    sampling: SamplingMethod = Field("coupled", description="coupled | rejection: how sampled drafts are verified")
+    rtt_ms: float = Field(0.0, ge=0, description="simulated round-trip time to the target worker, added by the client")
+    jitter_ms: float = Field(0.0, ge=0, description="simulated jitter: each message is late by up to this much more")
     max_output_tokens: int = Field(128, ge=1, description="tokens after which a text ends")
     max_rounds: int | None = Field(None, ge=1, description="rounds after which a text ends; default: no limit")
     use_chat_template: bool = Field(True, description="apply the model's chat template when it has one")
@@ -115,11 +133,29 @@ class OrchestratorConfig(Settings):
     connect_timeout_s: float = Field(10.0, gt=0, description="seconds to wait for a worker to answer")
     rpc_timeout_s: float = Field(120.0, gt=0, description="deadline of one call")
     rpc_retries: int = Field(3, ge=0, description="times a call is sent again while its worker is unavailable")
-    seed: int = Field(0, description="recorded with every result; greedy decoding does not draw from it")
+    seed: int = Field(
+        0, ge=0, lt=1 << 32, description="of the text: decides what is sampled; greedy text does not depend on it"
+    )
 
-    @field_validator("branching")
+    @field_validator("tree")
     @classmethod
-    def _branching_range(cls, value: list[int]) -> list[int]:
-        if any(not 1 <= width <= 8 for width in value):
-            raise ValueError("every level takes 1 to 8 children")
-        return value
+    def _tree_shape(cls, value: str) -> str:
+        return str(TreeShape.parse(value))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.sampling == "rejection" and self.temperature and self.shape.nodes:
+            raise ValueError(
+                "a dynamic tree keeps drafted tokens by their probability, which biases rejection sampling: "
+                "use sampling coupled, or a chain or static tree"
+            )
+        return self
+
+    @property
+    def shape(self) -> TreeShape:
+        return TreeShape.parse(self.tree)
+
+    @property
+    def gamma_limit(self) -> int:
+        """The deepest draft that may be asked for."""
+        return AUTO_GAMMA_LIMIT if self.max_draft_tokens == "auto" else self.max_draft_tokens

@@ -1,7 +1,8 @@
 """The workflow's configuration: strings coerced, defaults filled in, checked, every mistake reported at once.
 
 The schema (config_schema.json) is the one place that says which keys there are, what they may hold and what
-they are when left out; config/README.md holds the same as a table.
+they are when left out; config/README.md holds the same as a table. Two of its words are our own: a list with
+`oneOrMore` may be written as its only item, and `plural` names the items of a list.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
+from specsplit.bench.sweep import gamma_order
+from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 
 SCHEMA: dict[str, Any] = json.loads(files("specsplit").joinpath("config_schema.json").read_text("utf-8"))
@@ -43,7 +46,8 @@ def load_pipeline_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     raw: Snakemake's `config`, or the content of a YAML file. `--config` hands nested values over as strings,
     so where a string does not fit and what it says in YAML does ("[1,2]", "8", "null"), that is taken.
-    The result's `gammas` is sorted and holds 0, the baseline of every speedup.
+    The result's `gammas` is sorted and holds 0, the baseline of every speedup; an axis given as one value is a list
+    of one; trees have one spelling each.
     Raises UserError with one line for each mistake.
     """
     config = _complete(raw, SCHEMA)
@@ -51,13 +55,14 @@ def load_pipeline_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     # A dict, not a set: keeps the order. One mistake can break two keywords (type and enum) and is told once.
     lines = list(dict.fromkeys(line for error in errors for line in _explain(error)))
     if not lines:
-        lines = list(_cross_check(config))
+        lines = [*_check_trees(config), *_cross_check(config)]
     if lines:
         count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise UserError(
             f"The configuration has {count} (config/README.md explains every key):\n  " + "\n  ".join(lines)
         )
-    config["gammas"] = sorted({0, *config["gammas"]})
+    config["gammas"] = sorted({0, *config["gammas"]}, key=gamma_order)
+    config["tree"] = [str(TreeShape.parse(tree)) for tree in config["tree"]]
     return config
 
 
@@ -92,15 +97,25 @@ def wanted(schema: Mapping[str, Any]) -> str:
         if name in ("integer", "number"):
             noun += _range(schema)
         elif name == "array":
-            noun += f" of {schema['items']['type']}s" + _range(schema["items"])
+            noun += f" of {_plural(schema['items'])}"
             noun += ", all different" if schema.get("uniqueItems") else ""
             noun += ", at least one" if schema.get("minItems") else ""
+            noun += "; or one of them" if schema.get("oneOrMore") else ""
         elif name != "null":
             noun = schema.get("title", noun)
             if schema.get("minLength"):
                 noun = "a string, not empty"
         nouns.append(noun)
-    return " or ".join(nouns)
+    return (", or " if "," in nouns[0] else " or ").join(nouns)
+
+
+def _plural(items: Mapping[str, Any]) -> str:
+    """What a list holds, in words: "integers >= 0 or auto"."""
+    if "enum" in items:
+        return ", ".join(items["enum"])
+    first, *others = _type_names(items)
+    noun = items.get("plural", f"{first}s") + _range(items)
+    return " or ".join([noun, *(items["title"] for _ in others)])
 
 
 def _range(schema: Mapping[str, Any]) -> str:
@@ -139,6 +154,8 @@ def _complete(value: Any, schema: Mapping[str, Any]) -> Any:
     schema = _resolve(schema, value)
     if isinstance(value, str):
         value = _coerce(value, schema)
+    if schema.get("oneOrMore") and isinstance(value, str | int | float):
+        value = [value]
     elif isinstance(value, float) and value.is_integer() and "integer" in _type_names(schema):
         value = int(value)  # JSON Schema takes 8.0 for an integer; a file name made from it would not
     if isinstance(value, Mapping):
@@ -249,6 +266,29 @@ def _hint(value: Any, schema: Mapping[str, Any]) -> str:
     return ""
 
 
+def _check_trees(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every tree can be read, and none is there twice in two spellings; then dynamic ones are not to be sampled from
+    by rejection."""
+    shapes: dict[TreeShape, str] = {}
+    for index, text in enumerate(config["tree"]):
+        try:
+            shape = TreeShape.parse(text)
+        except ValueError as error:
+            yield f"tree[{index}]: {error}"
+            continue
+        if shape in shapes:
+            yield f"tree: {text} is the same tree as {shapes[shape]}; remove one of them"
+        shapes[shape] = text
+    dynamic = [text for shape, text in shapes.items() if shape.nodes]
+    warm = [temperature for temperature in config["sampling"]["temperature"] if temperature > 0]
+    if config["sampling"]["method"] == "rejection" and dynamic and warm:
+        yield (
+            f"sampling.method: rejection cannot go with tree {dynamic[0]} at temperature {warm[0]:g}: a dynamic tree "
+            "keeps drafted tokens by their probability, which biases rejection sampling; use coupled, or a chain or "
+            "static tree"
+        )
+
+
 def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     """What the schema cannot say: keys that must agree with each other."""
     models = config["models"]
@@ -258,6 +298,27 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
             close = difflib.get_close_matches(name, models, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             yield f"{role}.model: {_show(name)} is not in models; {hint}known models: {', '.join(models)}"
+    draft = models.get(config["draft"]["model"], {})
+    if config["draft"]["skip_layers"] and draft.get("source") in ("synthetic", "ngram"):
+        yield f"draft.skip_layers: the {draft['source']} model {config['draft']['model']} has no layers; write []"
+    yield from _check_ngram_models(config)
+
+
+def _check_ngram_models(config: Mapping[str, Any]) -> Iterator[str]:
+    """A model that only looks tokens up needs another one to say which tokens there are, and cannot verify."""
+    models = config["models"]
+    ngrams = {name: model for name, model in models.items() if model["source"] == "ngram"}
+    for name, model in ngrams.items():
+        others = ", ".join(other for other in models if other not in ngrams) or "none yet"
+        if model["tokenizer"] not in models or model["tokenizer"] in ngrams:
+            yield (
+                f"models.{name}.tokenizer: {_show(model['tokenizer'])}; wanted the name of a model that has "
+                f"a tokenizer of its own: {others}"
+            )
+        if model["min_ngram"] > model["max_ngram"]:
+            yield f"models.{name}.min_ngram: {model['min_ngram']}; wanted at most max_ngram, {model['max_ngram']}"
+    if config["target"]["model"] in ngrams:
+        yield f"target.model: {_show(config['target']['model'])} is an ngram model, which can only draft"
 
 
 def _dotted(path: Iterable[str | int]) -> str:

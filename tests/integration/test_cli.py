@@ -125,7 +125,7 @@ def test_a_wrong_command_line_shows_how_it_is_used(specsplit: Command, arguments
 # ---- generate
 
 
-@pytest.mark.parametrize("flags", [[], ["--branching", "2", "2"], ["--gamma", "0"], ["--gamma", "9"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["--tree", "2x2"], ["--gamma", "0"], ["--gamma", "9"]], ids=" ".join)
 def test_generate_prints_the_text_of_the_target(
     specsplit: Command, addresses: list[str], model: Path, text: str, flags: list[str]
 ) -> None:
@@ -264,7 +264,7 @@ def test_a_tokenizer_that_is_not_the_workers(
         (["generate", "--prompt", "x"], "no tokenizer: give --tokenizer FOLDER, or --model FOLDER"),
         (["generate", "--prompt", "x", "--tokenizer", "none"], "none: no such folder"),
         (["generate", "--prompt", "x", "--gamma", "65"], "--gamma / SPECSPLIT_ORCH_MAX_DRAFT_TOKENS = '65'"),
-        (["generate", "--prompt", "x", "--branching", "0"], "--branching / SPECSPLIT_ORCH_BRANCHING"),
+        (["generate", "--prompt", "x", "--tree", "0"], "--tree / SPECSPLIT_ORCH_TREE"),
         (["start-worker", "draft", "--endpoint-file", "e", "--worker-log", "l"], "--model is missing"),
         (["stop-worker", "/etc/hostname"], "/etc/hostname"),
         (["merge", "--results-dir", "none"], "none/runs has no run folders; make them with `specsplit bench`"),

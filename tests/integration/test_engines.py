@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.models.causal_lm import CausalLM
-from specsplit.workers.draft.engine import draft_tree
+from specsplit.models.vocabulary import Vocabulary
+from specsplit.workers.draft.engine import Drafter, DraftSettings
 from specsplit.workers.sessions import Session
 from specsplit.workers.target.engine import verify_tree
 
@@ -26,6 +27,15 @@ def new_session(model: CausalLM) -> Session:
     return Session(model.new_cache(CAPACITY))
 
 
+def draft_tree(
+    model: CausalLM, session: Session, context: list[int], prefix: int, *, gamma: int, branching=(), stop_token_ids=()
+) -> TokenTree:
+    """A draft as the service makes it of a request whose first `prefix` tokens the session holds."""
+    assert prefix <= len(session.tokens)
+    settings = DraftSettings(gamma, TreeShape(tuple(branching)), stop_token_ids=frozenset(stop_token_ids))
+    return Drafter(model, Vocabulary(model.vocab_size), session, context, settings).draft()
+
+
 def noisy_copy(architecture: str) -> CausalLM:
     """The target with noise on its weights: a draft that is right part of the time."""
     model = make_tiny_model(architecture)
@@ -39,7 +49,7 @@ def noisy_copy(architecture: str) -> CausalLM:
 def check_session(model: CausalLM, session: Session, text: list[int]) -> None:
     """The cache holds the keys and values of `text`, as a fresh prefill makes them."""
     assert session.tokens == text
-    assert session.cache.length == len(text) + session.cached_nodes
+    assert session.cache.length == len(text) + (len(session.state.nodes) if session.state else 0)
     expected = model.new_cache(CAPACITY)
     model.step(expected, text)
     for ours, theirs in zip(session.cache.layers, expected.layers, strict=True):
@@ -155,7 +165,7 @@ def break_call(monkeypatch, holder: object, name: str, number: int) -> None:
     monkeypatch.setattr(holder, name, counted)
 
 
-@pytest.mark.parametrize("resend", ["what is held", "what was known", "all"])
+@pytest.mark.parametrize("resend", ["what is held", "all"])
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
 def test_a_draft_that_fails_half_way_can_be_asked_again(monkeypatch, fails_at, resend):
     model = CausalLM(make_tiny_model("llama"))
@@ -168,7 +178,7 @@ def test_a_draft_that_fails_half_way_can_be_asked_again(monkeypatch, fails_at, r
     with pytest.raises(RuntimeError, match="out of memory"):
         draft_tree(model, session, text, len(PROMPT), gamma=3, branching=[2])
     assert session.tokens == text[: len(session.tokens)]
-    prefix = {"what is held": len(session.tokens), "what was known": len(PROMPT), "all": 0}[resend]
+    prefix = {"what is held": len(session.tokens), "all": 0}[resend]
     assert draft_tree(model, session, text, prefix, gamma=3, branching=[2]).token_ids == expected.token_ids
     check_session(model, session, text)
 
@@ -183,7 +193,7 @@ def test_a_draft_that_fails_while_it_mends_its_cache_can_be_asked_again():
     with pytest.raises(AttributeError):
         draft_tree(model, session, text, len(PROMPT), gamma=3, branching=[2])
     session.cache.layers[1].keys, session.cache.layers[1].values = keys, values
-    again = draft_tree(model, session, text, len(PROMPT), gamma=3, branching=[2])
+    again = draft_tree(model, session, text, len(session.tokens), gamma=3, branching=[2])
     assert again.token_ids == draft_tree(model, new_session(model), text, 0, gamma=3, branching=[2]).token_ids
     check_session(model, session, text)
 
@@ -218,22 +228,40 @@ def test_a_shorter_prefix_rolls_back(prefix):
     check_session(model, verifying, other)
 
 
-def test_the_same_context_can_be_drafted_from_again():
-    """The last token is fed once more, for its logits are needed."""
+def passes(model: CausalLM, monkeypatch) -> list[int]:
+    """A list that gets the number of tokens of every pass from now on."""
+    fed: list[int] = []
+    step = model.step
+
+    def counted(cache, tokens, tree=TokenTree(), cached_nodes=0):  # noqa: B008
+        fed.append(len(tokens) + len(tree) - cached_nodes)
+        return step(cache, tokens, tree, cached_nodes)
+
+    monkeypatch.setattr(model, "step", counted)
+    return fed
+
+
+def test_the_same_context_can_be_drafted_from_again_without_a_pass(monkeypatch):
     model = CausalLM(make_tiny_model("llama"))
     session = new_session(model)
     first = draft_tree(model, session, PROMPT, 0, gamma=3)
+    fed = passes(model, monkeypatch)
     assert draft_tree(model, session, PROMPT, len(PROMPT), gamma=3).token_ids == first.token_ids
+    assert fed == []
     check_session(model, session, PROMPT)
 
 
-def test_the_last_token_is_fed_even_when_it_was_drafted():
+def test_what_was_drafted_and_accepted_is_not_fed_again(monkeypatch):
     model = CausalLM(make_tiny_model("llama"))
     session = new_session(model)
     draft = draft_tree(model, session, PROMPT, 0, gamma=4)
+    fed = passes(model, monkeypatch)
     text = PROMPT + draft.token_ids[:2]
     assert draft_tree(model, session, text, len(PROMPT), gamma=2).token_ids == draft.token_ids[2:]
-    check_session(model, session, text)
+    assert fed == []
+    assert draft_tree(model, session, [*text, 60], len(text), gamma=2).token_ids != draft.token_ids[2:]
+    assert fed == [1, 1]
+    check_session(model, session, [*text, 60])
 
 
 def test_a_draft_that_failed_is_not_taken_for_the_one_before(monkeypatch):
@@ -248,9 +276,3 @@ def test_a_draft_that_failed_is_not_taken_for_the_one_before(monkeypatch):
     text = [*PROMPT, *draft.token_ids[:2], 40]
     draft_tree(model, session, text, len(PROMPT), gamma=3)
     check_session(model, session, text)
-
-
-def test_a_level_is_no_wider_than_the_vocabulary():
-    model = CausalLM(make_tiny_model("llama"))
-    tree = draft_tree(model, new_session(model), PROMPT, 0, gamma=1, branching=[1000])
-    assert sorted(tree.token_ids) == list(range(model.vocab_size))

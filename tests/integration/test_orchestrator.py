@@ -15,8 +15,9 @@ from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.orchestrator import session
-from specsplit.workers.orchestrator.client import SpeculativeResult, run_speculative_loop
+from specsplit.workers.orchestrator.client import run_speculative_loop
 from specsplit.workers.orchestrator.connection import WorkerError, check_tokenizers, connect, connected_pair
+from specsplit.workers.orchestrator.result import SpeculativeResult
 
 from conftest import SMALL, make_tokenizer
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
@@ -28,8 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "chain-1": {"max_draft_tokens": 1},
     "chain-3": {"max_draft_tokens": 3},
     "chain-12": {"max_draft_tokens": 12},
-    "tree": {"max_draft_tokens": 4, "branching": [3, 2]},
-    "bush": {"max_draft_tokens": 3, "branching": [2, 2, 2]},
+    "tree": {"max_draft_tokens": 4, "tree": "3x2"},
+    "bush": {"max_draft_tokens": 3, "tree": "2x2x2"},
 }
 
 
@@ -91,7 +92,7 @@ def test_drafts_are_accepted_and_rejected(draft: Worker, target: Worker) -> None
     rounds = write(draft, target).rounds
     assert 0 < sum(row.accepted for row in rounds) < sum(row.drafted for row in rounds)
     assert len(rounds) < LENGTH / 2
-    assert len(write(draft, target, branching=[3, 2]).rounds) < len(rounds)
+    assert len(write(draft, target, tree="3x2").rounds) < len(rounds)
 
 
 def test_a_perfect_draft_is_accepted_whole(target: Worker, folders: tuple[Path, Path]) -> None:
@@ -116,7 +117,7 @@ def test_a_target_alone_needs_no_draft(target: Worker, reference: Reference) -> 
 
 
 def test_figures_of_the_rounds(draft: Worker, target: Worker) -> None:
-    result = write(draft, target, max_draft_tokens=4, branching=[3, 2])
+    result = write(draft, target, max_draft_tokens=4, tree="3x2")
     assert [row.round for row in result.rounds] == list(range(1, len(result.rounds) + 1))
     full = result.rounds[0]
     assert (full.drafted, full.tree_nodes) == (4, 3 + 6 + 6 + 6)
@@ -298,7 +299,7 @@ def test_a_lost_reply_is_asked_for_again_and_is_no_second_step(draft: Worker, ta
         return draft.passes, target.passes
 
     before = passes()
-    undisturbed = write(draft, target, branching=[2])
+    undisturbed = write(draft, target, tree="2")
     steps = [after - earlier for after, earlier in zip(passes(), before, strict=True)]
 
     worker = draft if role == "draft" else target
@@ -311,7 +312,7 @@ def test_a_lost_reply_is_asked_for_again_and_is_no_second_step(draft: Worker, ta
     stubs: dict[str, Any] = {"draft": draft.stub, "target": target.stub}
     stubs[role] = Unreliable(worker, 3, lose_the_reply)
     before = passes()
-    result = write(**stubs, branching=[2])
+    result = write(**stubs, tree="2")
     assert result.output_tokens == undisturbed.output_tokens
     assert [after - earlier for after, earlier in zip(passes(), before, strict=True)] == steps
     assert stubs[role].sent[2] == stubs[role].sent[3]
@@ -418,14 +419,14 @@ def test_tokenizers_that_differ_are_named() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [64, 300])
-@pytest.mark.parametrize("branching", [[], [3, 2]], ids=["chain", "tree"])
-def test_a_draft_whose_vocabulary_is_padded_otherwise(target, reference, tmp_path, vocabulary, branching):
+@pytest.mark.parametrize("tree", ["chain", "3x2"])
+def test_a_draft_whose_vocabulary_is_padded_otherwise(target, reference, tmp_path, vocabulary, tree):
     """It drafts tokens that the target does not have, or cannot read all that the target writes."""
     torch.manual_seed(3)
     config = transformers.LlamaConfig(**{**SMALL, "vocab_size": vocabulary})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     with serving("draft", tmp_path) as draft:
-        result = write(draft, target, branching=branching)
+        result = write(draft, target, tree=tree)
     assert result.output_tokens == reference.text(PROMPT, LENGTH)
     assert any(row.tree_nodes for row in result.rounds)

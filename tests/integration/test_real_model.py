@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from subprocess import run
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +19,14 @@ from specsplit.models.sources import resolve_model
 from specsplit.models.text import TextCodec
 from specsplit.pipeline_config import load_pipeline_config
 from specsplit.workers.launch import start_worker, stop_worker
-from specsplit.workers.orchestrator.client import run_speculative_loop
 from specsplit.workers.orchestrator.connection import Connection, connect
+from specsplit.workers.orchestrator.pipeline import TextWriter
 
 ROOT = Path(__file__).parents[2]
 NAME = "smollm2-135m-instruct"
-SHAPES = {"chain": [], "tree": [3, 2]}
+SHAPES = ("chain", "3x2", "dynamic-16x4")
 GAMMAS = (1, 3, 5, 8, 12)
+MODES = ("sync", "overlap", "lookahead")
 
 
 @pytest.fixture(scope="module")
@@ -62,36 +65,56 @@ def workers(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def check_identity(
-    workers: dict[str, Connection], model_folder: Path, prompts: int | None, gammas: tuple[int, ...], length: int
+    workers: dict[str, Connection],
+    model_folder: Path,
+    prompts: int | None,
+    gammas: tuple[int, ...],
+    length: int,
+    *,
+    modes: tuple[str, ...] = ("sync",),
+    shapes: tuple[str, ...] = SHAPES[:2],
+    temperatures: tuple[float, ...] = (0.0,),
+    drafts: tuple[str, ...] = ("draft", "weak"),
 ) -> dict[str, int]:
-    """Every text equals gamma 0 and transformers' own greedy search; returns drafted and accepted tokens."""
+    """Every text equals gamma 0, and when greedy transformers' own search; returns drafted and accepted tokens."""
     codec = TextCodec.load(model_folder)
     reference = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     taken = select_prompts(load_prompts(ROOT / "resources" / "prompts" / "specsplit-48.jsonl")[0], prompts)
     counts = {"drafted": 0, "accepted": 0}
-    for prompt in taken:
+
+    def write(draft: str, ids: list[int], **settings: Any) -> list[int]:
+        config = OrchestratorConfig(max_output_tokens=length, seed=1, **settings)
+        with TextWriter(workers[draft].address, workers["target"].address) as writer:
+            result = writer.write(ids, config)
+        counts["drafted"] += sum(r.drafted for r in result.rounds)
+        counts["accepted"] += sum(r.accepted for r in result.rounds)
+        return result.output_tokens
+
+    for prompt, temperature in product(taken, temperatures):
         ids = codec.encode(prompt.prompt)
-        with torch.inference_mode():
-            full = reference.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=length)[0].tolist()
-        expected = [token for token in full[len(ids) :] if token != 2]
-        for draft in ("draft", "weak"):
-            for gamma in (0, *gammas):
-                for shape, branching in SHAPES.items():
-                    if gamma == 0 and (shape, draft) != ("chain", "draft"):
-                        continue
-                    config = OrchestratorConfig(max_draft_tokens=gamma, branching=branching, max_output_tokens=length)
-                    result = run_speculative_loop(workers[draft].stub, workers["target"].stub, ids, config)
-                    assert result.output_tokens == expected, (prompt.id, draft, gamma, shape)
-                    counts["drafted"] += sum(r.drafted for r in result.rounds)
-                    counts["accepted"] += sum(r.accepted for r in result.rounds)
+        expected = write("draft", ids, max_draft_tokens=0, temperature=temperature)
+        if not temperature:
+            with torch.inference_mode():
+                full = reference.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=length)[0].tolist()
+            assert expected == [token for token in full[len(ids) :] if token != 2], prompt.id
+        for draft, gamma, tree, mode in product(drafts, gammas, shapes, modes):
+            text = write(draft, ids, max_draft_tokens=gamma, tree=tree, mode=mode, temperature=temperature)
+            assert text == expected, (prompt.id, draft, gamma, tree, mode, temperature)
     return counts
 
 
 @pytest.mark.model
 def test_text_is_the_targets_own(workers, model_folder):
-    counts = check_identity(workers, model_folder, 8, (1, 5), 16)
+    counts = check_identity(workers, model_folder, 4, (1, 5), 16)
     # Both happened: a test in which everything is accepted, or nothing, would prove little.
     assert 0.3 < counts["accepted"] / counts["drafted"] < 0.99
+
+
+@pytest.mark.model
+def test_text_is_the_targets_own_in_every_mode(workers, model_folder):
+    settings = {"modes": MODES, "shapes": SHAPES, "temperatures": (0.0, 0.7), "drafts": ("weak",)}
+    counts = check_identity(workers, model_folder, 1, (4,), 16, **settings)
+    assert 0.1 < counts["accepted"] / counts["drafted"] < 0.99
 
 
 @pytest.mark.model
@@ -101,3 +124,13 @@ def test_text_is_the_targets_own_for_every_prompt_and_gamma(workers, model_folde
     counts = check_identity(workers, model_folder, None, GAMMAS, 32)
     print(counts)
     assert 0.3 < counts["accepted"] / counts["drafted"] < 0.99
+
+
+@pytest.mark.model
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_text_is_the_targets_own_in_every_mode_at_every_temperature(workers, model_folder):
+    settings = {"modes": MODES, "shapes": SHAPES, "temperatures": (0.0, 0.7, 1.0)}
+    counts = check_identity(workers, model_folder, 6, (1, 3, 6), 24, **settings)
+    print(counts)
+    assert 0.1 < counts["accepted"] / counts["drafted"] < 0.99

@@ -306,3 +306,48 @@ def test_half_precision_and_eos_ids(tiny_model_folder):
     model = CausalLM.load(tiny_model_folder("llama"), dtype="bfloat16", device="cpu")
     assert model.step(model.new_cache(8), [5, 6]).dtype == torch.bfloat16
     assert model.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("stored", ["full", "reduced", "tied"])
+def test_a_reduced_output_head(tmp_path, tiny_model_folder, stored):
+    """The rows of the map alone, whether the weights hold the full head or these; every token can still be read."""
+    rows = [70, 3, 44, 90, 12]
+    folder = tmp_path / "model"
+    if stored == "tied":
+        random_model(transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)).save_pretrained(folder)
+    else:
+        shutil.copytree(tiny_model_folder("llama"), folder)
+    full = CausalLM.load(folder, device="cpu")
+    if stored == "reduced":
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights["lm_head.weight"][rows].contiguous()
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "draft_to_target.json").write_text(str(rows))
+    model = CausalLM.load(folder, device="cpu")
+    assert model.vocab_size == 5
+    expected = full.step(full.new_cache(16), PROMPT)[:, rows]
+    torch.testing.assert_close(model.step(model.new_cache(16), PROMPT), expected, rtol=1e-4, atol=1e-4)
+    int8 = CausalLM.load(folder, device="cpu", dtype="int8")
+    assert int8.step(int8.new_cache(16), PROMPT).shape == (1, 5)
+
+
+def test_a_map_that_does_not_fit_the_weights(tmp_path, tiny_model_folder):
+    def reduce(weights: dict[str, torch.Tensor]) -> None:
+        weights["lm_head.weight"] = weights["lm_head.weight"][:4].contiguous()
+
+    folder = broken(tiny_model_folder("llama"), tmp_path / "four", reduce)
+    (folder / "draft_to_target.json").write_text("[1, 2, 3]")
+    with pytest.raises(UserError, match=r"lm_head\.weight has 4 rows, but draft_to_target 3 entries"):
+        CausalLM.load(folder)
+
+    def shorten(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.norm.weight"] = torch.zeros(2)
+
+    folder = broken(tiny_model_folder("llama"), tmp_path / "norm", shorten)
+    (folder / "draft_to_target.json").write_text("[1, 2, 3]")
+    with pytest.raises(UserError, match=r"model\.norm\.weight has another shape than"):
+        CausalLM.load(folder)
+    folder = broken(tiny_model_folder("llama"), tmp_path / "beyond", lambda weights: None)
+    (folder / "draft_to_target.json").write_text("[1, 128]")
+    with pytest.raises(UserError, match="names token 128; the model has 128"):
+        CausalLM.load(folder)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import re
 import struct
 import sys
 import zlib
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from specsplit.decoding.tree import TokenTree
-from specsplit.rpc.codec import tokens_crc32, tree_from_message, tree_to_message
+from specsplit.decoding.sampling import GREEDY, Sampling, candidates
+from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.rpc.codec import (
+    sampling_from_message,
+    sampling_to_message,
+    tokens_crc32,
+    tree_from_message,
+    tree_to_message,
+)
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
 TREES = [
     TokenTree(),
     TokenTree.chain([4, 5, 6], [-0.5, -1.0, 0.0]),
     TokenTree([1, 2, 3, 1], [-1, -1, 0, 2], [-0.25, -2.0, -0.125, -8.0]),
+    TokenTree([1, 2], [-1, 0], [-0.25, -2.0], {ROOT: ([7, 1], [0.75, 0.25]), 0: ([2], [1.0])}),
 ]
 
 
@@ -25,9 +38,56 @@ def test_a_tree_survives_the_wire(tree: TokenTree) -> None:
     assert tree_from_message(received) == tree
 
 
+@given(st.integers(0, 1000), st.integers(1, 400), st.floats(0.1, 4.0))
+def test_a_distribution_that_was_drawn_from_survives_the_wire(seed: int, vocab: int, temperature: float) -> None:
+    """To the last bit: what is verified against must be what was sampled from."""
+    logits = 4 * torch.randn(1, vocab, generator=torch.Generator().manual_seed(seed))
+    best = candidates(logits, [0], Sampling(temperature, seed=seed, rejection=True), 1)[0]
+    tree = TokenTree([], [], [], {ROOT: (best.support, best.probabilities)})
+    received = pb.TokenTree.FromString(tree_to_message(tree).SerializeToString())
+    assert tree_from_message(received).distributions == tree.distributions
+
+
 def test_a_malformed_message_is_read_as_it_is() -> None:
     tree = tree_from_message(pb.TokenTree(token_ids=[1, 2], parents=[-1]))
     assert (tree.token_ids, tree.parents, tree.log_probs) == ([1, 2], [-1], [])
+
+
+samplings = st.builds(
+    Sampling,
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 2**32 - 1),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(0, 2**64 - 1),
+    rejection=st.booleans(),
+)
+
+
+@given(samplings)
+def test_sampling_survives_the_wire(sampling: Sampling) -> None:
+    """Temperature and top_p to the last bit, for both workers must cut alike."""
+    received = pb.Sampling.FromString(sampling_to_message(sampling).SerializeToString())
+    assert sampling_from_message(received) == sampling
+
+
+def test_a_request_that_says_nothing_is_greedy() -> None:
+    assert sampling_from_message(pb.Sampling()) == GREEDY
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (pb.Sampling(temperature=-0.1), "temperature -0.1 is not a finite number of at least 0"),
+        (pb.Sampling(temperature=math.nan), "temperature nan is not"),
+        (pb.Sampling(temperature=math.inf), "temperature inf is not"),
+        (pb.Sampling(top_p=-0.5), "top_p -0.5 is not above 0 and at most 1"),
+        (pb.Sampling(top_p=1.5), "top_p 1.5 is not"),
+        (pb.Sampling(top_p=math.nan), "top_p nan is not"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(message: pb.Sampling, complaint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        sampling_from_message(message)
 
 
 @pytest.mark.parametrize("tokens", [[], [0], [1, 2, 3], [2**32 - 1, 0, 151_936]])

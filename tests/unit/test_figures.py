@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -16,8 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from specsplit.analysis.curves import left_out, split_curves
 from specsplit.analysis.figures import FIGURES, draw_figures
-from specsplit.analysis.tables import summarize
+from specsplit.analysis.tables import CONFIGURATION, summarize
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
 from specsplit.errors import UserError
 
@@ -25,26 +27,37 @@ SVG = "{http://www.w3.org/2000/svg}"
 QUICK = {"bootstrap_samples": 200}
 
 
-def experiment(gammas: Sequence[int], requests: int, tokens: int = 40) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A simulated sweep: 50 ms a target pass, 8 ms a drafted token, requests that differ in acceptance."""
+def experiment(
+    gammas: Sequence[int | str], requests: int, tokens: int = 40, axes: Sequence[dict[str, Any]] = ({},)
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A simulated sweep: 50 ms a target pass, 8 ms a drafted token, requests that differ in acceptance.
+
+    axes: what the other axes are; each is run at every gamma, gamma 0 only where mode and tree are not named.
+    """
     rng = np.random.default_rng(0)
     rows, rounds = [], []
-    for gamma in gammas:
+    for label, axis in [(g, a) for a in axes for g in gammas if g != 0 or not {"mode", "tree"} & a.keys()]:
+        gamma = 4 if label == "auto" else int(label)
+        mode, rtt = axis.get("mode", "sync"), axis.get("rtt_ms", 0.0)
+        hidden = {"sync": 0.0, "overlap": 0.4, "lookahead": 0.8}[mode] if gamma else 0.0
         for i in range(requests):
             name, alpha = f"r{i}", 0.5 + 0.4 * i / max(1, requests - 1)
+            alpha -= 0.2 * axis.get("temperature", 0.0)
             own: list[RoundRecord] = []
             made = 1
             while made < tokens:
                 accepted = int(np.cumprod(rng.random(gamma) < alpha).sum())
-                own.append(RoundRecord(name, gamma, len(own), gamma, accepted, gamma, 8.0, 7.0, 0, 50, 49, 0, 2))
+                own.append(RoundRecord(name, label, len(own), gamma, accepted, gamma, 8.0, 7.0, 0, 50, 49, 0, 2))
                 made += accepted + 1
-            decode = sum(50.0 + 8.0 * gamma + rng.normal() for _ in own)
+            decode = sum(50.0 + (1 - hidden) * (8.0 * gamma + rtt) + rng.normal() for _ in own)
+            ahead = max(0, len(own) - 1) if hidden else 0
+            hits = int((alpha**gamma if mode == "overlap" else 0.85) * ahead)
             latency = 120.0 + i + decode
             total = sum(round_.accepted for round_ in own)
             rows.append(
                 RequestRecord(
                     request_id=name,
-                    gamma=gamma,
+                    gamma=label,
                     prompt_length=20,
                     generated_tokens=made,
                     ttft_ms=120.0 + i,
@@ -61,18 +74,27 @@ def experiment(gammas: Sequence[int], requests: int, tokens: int = 40) -> tuple[
                     network_idle_fraction=2.0 * len(own) / latency,
                     draft_compute_ms=0.0,
                     target_compute_ms=0.0,
-                    mode="sync",
-                    tree="",
+                    mode=mode,
+                    tree=axis.get("tree", "chain"),
+                    sampling="coupled",
+                    temperature=axis.get("temperature", 0.0),
+                    top_k=0,
+                    top_p=1.0,
+                    rtt_ms=rtt,
+                    jitter_ms=0.0,
                     seed=0,
+                    speculation_hits=hits,
+                    speculation_misses=ahead - hits,
                     output_sha256=name,
                 )
             )
-            rounds += own
+            settings = {column: getattr(rows[-1], column) for column in CONFIGURATION[1:]}
+            rounds += [asdict(round_) | settings for round_ in own]
     table = pd.DataFrame([asdict(row) for row in rows], columns=REQUEST_COLUMNS)
     empty = ["tpot_ms", "ttft_ms", "average_acceptance_rate", "mean_accepted_length"]
     table[empty] = table[empty].astype(float)
     table["matches_gamma0"] = pd.array([True] * len(table), dtype="boolean")
-    return table, pd.DataFrame([asdict(row) for row in rounds], columns=ROUND_COLUMNS)
+    return table, pd.DataFrame(rounds, columns=[*ROUND_COLUMNS, *CONFIGURATION[1:]])
 
 
 def texts(path: Path) -> list[str]:
@@ -106,7 +128,7 @@ def test_every_figure_is_written_in_both_formats(sweep, tmp_path):
     paths = draw_figures(*sweep, out, **QUICK)
     assert paths == [out / f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")]
     assert sorted(out.iterdir()) == sorted(paths)
-    assert FIGURES == ("tpot", "acceptance_rate", "ttft", "network_idle")
+    assert FIGURES == ("tpot", "acceptance_rate", "ttft", "network_idle", "speculation")
 
 
 def test_figures_are_one_column_wide_at_200_dpi(drawn):
@@ -128,7 +150,7 @@ def test_nothing_touches_the_edge_of_the_picture(drawn, name):
 def test_text_is_text_of_at_least_seven_points(drawn, name):
     svg = (drawn / f"{name}.svg").read_text(encoding="utf-8")
     sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
-    assert len(sizes) > 8
+    assert len(sizes) > 7
     assert min(sizes) >= 7
 
 
@@ -218,7 +240,7 @@ def test_position_with_too_few_rounds_is_marked(tmp_path):
 
 def test_single_request_has_no_interval(tmp_path):
     draw_figures(*experiment((0, 2, 4), requests=1), tmp_path, **QUICK)
-    for name in FIGURES:
+    for name in FIGURES[:-1]:
         found = texts(tmp_path / f"{name}.svg")
         assert "mean, no interval" in found
         assert "n = 1 request at each γ" in found
@@ -250,3 +272,113 @@ def test_impossible_settings_write_nothing(sweep, tmp_path):
     with pytest.raises(UserError, match="confidence is 95"):
         draw_figures(*sweep, tmp_path, confidence=95)
     assert list(tmp_path.iterdir()) == []
+
+
+# More axes than gamma
+
+MODES = [{}, {"mode": "overlap"}, {"mode": "lookahead"}]
+
+
+def test_each_mode_is_a_curve_that_looks_different_without_colour(tmp_path):
+    draw_figures(*experiment((0, 1, 3, 5), requests=3, axes=MODES), tmp_path, **QUICK)
+    found = texts(tmp_path / "tpot.svg")
+    assert {"sync", "overlap", "lookahead"} <= set(found)
+    assert "mean, 95 % interval" in found
+    assert "one request" not in found  # dots of several curves would hide each other
+    curves = split_curves(summarize(*experiment((0, 1), requests=2, axes=MODES), bootstrap_samples=10))
+    assert len({(curve.marker, str(curve.line)) for curve in curves}) == 3
+    assert len({curve.colour for curve in curves}) == 3
+
+
+def test_modes_and_trees_are_told_apart_by_line_and_marker():
+    axes = [
+        {"mode": mode, "tree": tree} for mode in ("sync", "overlap", "lookahead") for tree in ("chain", "3x2", "2x2")
+    ]
+    curves = split_curves(summarize(*experiment((1,), requests=2, axes=axes), bootstrap_samples=10))
+    assert [curve.name for curve in curves][:4] == ["sync, chain", "sync, 2x2", "sync, 3x2", "overlap, chain"]
+    assert len({(curve.marker, str(curve.line), curve.hollow) for curve in curves}) == 9
+
+
+def test_lowest_mean_names_its_curve_and_gamma(tmp_path):
+    requests, rounds = experiment((0, 1, 3, "auto"), requests=3, axes=MODES)
+    draw_figures(requests, rounds, tmp_path, **QUICK)
+    summary = summarize(requests, rounds, bootstrap_samples=10)
+    best = summary.loc[summary["tpot_ms_mean"].idxmin()]
+    text = f"lowest: {best['mode']}, γ = {best['gamma']}, {best['tpot_ms_mean']:.1f} ms"
+    assert text in texts(tmp_path / "tpot.svg")
+
+
+def test_a_single_curve_that_is_not_plain_says_what_it_is(tmp_path):
+    alone, drafted = experiment((0,), requests=3), experiment((1, 3), requests=3, axes=MODES[1:2])
+    draw_figures(*(pd.concat(pair, ignore_index=True) for pair in zip(alone, drafted, strict=True)), tmp_path, **QUICK)
+    found = texts(tmp_path / "tpot.svg")
+    assert "overlap: mean, 95 % interval" in found
+    assert axis_labels(tmp_path / "tpot.svg") == ["0", "1", "3"]
+
+
+def test_auto_stands_right_of_the_numbers_and_not_on_the_line(tmp_path):
+    draw_figures(*experiment((0, 3, 5, "auto"), requests=3), tmp_path, **QUICK)
+    for name in ("tpot", "ttft", "network_idle"):
+        assert axis_labels(tmp_path / f"{name}.svg") == ["0", "3", "5", "auto"]
+    assert "By position, γ = 5" in texts(tmp_path / "acceptance_rate.svg")
+
+
+@pytest.mark.filterwarnings("error")
+def test_auto_alone_is_drawn(tmp_path):
+    draw_figures(*experiment((0, "auto"), requests=3), tmp_path, **QUICK)
+    assert axis_labels(tmp_path / "acceptance_rate.svg") == ["auto"]
+    assert "By position, γ = auto" in texts(tmp_path / "acceptance_rate.svg")
+
+
+def test_each_temperature_and_network_is_a_panel_on_the_same_scale(tmp_path):
+    axes = [{**mode, "temperature": t, "rtt_ms": rtt} for t in (0.0, 0.7) for rtt in (0.0, 14.0) for mode in MODES]
+    draw_figures(*experiment((0, 1, 3), requests=3, axes=axes), tmp_path, **QUICK)
+    found = texts(tmp_path / "tpot.svg")
+    titles = [f"temperature {t}, RTT {rtt} ms" for t in ("0", "0.7") for rtt in ("0", "14")]
+    assert [text for text in found if text.startswith("temperature")] == titles
+    assert found.count("TPOT (ms)") == 2  # the left column
+    assert found.count("lookahead") == 1  # one legend
+    assert "Time per output token, n = 3 requests at each point" in found
+    assert [text for text in texts(tmp_path / "acceptance_rate.svg") if ", γ = 3" in text] == [
+        f"{title}, γ = 3" for title in titles
+    ]
+
+
+def test_only_what_varies_is_in_the_title_of_a_panel(tmp_path):
+    draw_figures(*experiment((0, 1), requests=2, axes=[{"rtt_ms": rtt} for rtt in (0.0, 50.0)]), tmp_path, **QUICK)
+    assert [text for text in texts(tmp_path / "ttft.svg") if "RTT" in text] == ["RTT 0 ms", "RTT 50 ms"]
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    draw_figures(
+        *experiment((1,), requests=2, tokens=8, axes=[{"rtt_ms": float(i)} for i in range(7)]), tmp_path, **QUICK
+    )
+    assert "6 of 7 panels shown; all are in summary.csv" in texts(tmp_path / "tpot.svg")
+    axes = [{"tree": f"{i}x{mode}", "mode": "overlap"} for i in range(1, 5) for mode in (2, 3)]
+    summary = summarize(*experiment((1,), requests=2, tokens=8, axes=axes), bootstrap_samples=10)
+    assert left_out([], summary, split_curves(summary)) == "6 of 8 curves shown; all are in summary.csv"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("gammas", [(0, 1, 3, 5), (0, "auto")])
+def test_nothing_touches_the_edge_of_a_crowded_picture(tmp_path, gammas):
+    trees = ("chain", "3x2", "dynamic-16x4")
+    axes = [{}, *({"mode": mode, "tree": tree} for mode in ("overlap", "lookahead") for tree in trees)]
+    draw_figures(*experiment(gammas, requests=3, axes=axes), tmp_path, **QUICK)
+    for name in FIGURES:
+        pixels = matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3]
+        assert all((edge == 1.0).all() for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])), name
+
+
+def test_hit_rate_is_that_of_the_summary_for_the_modes_that_draft_ahead(tmp_path):
+    requests, rounds = experiment((0, 1, 3), requests=3, axes=MODES)
+    draw_figures(requests, rounds, tmp_path, **QUICK)
+    found = texts(tmp_path / "speculation.svg")
+    assert "hits / (hits + misses)" in found
+    assert {"overlap", "lookahead"} <= set(found)
+    assert "sync" not in found
+    assert axis_labels(tmp_path / "speculation.svg") == ["1", "3"]
+
+
+def test_synchronous_sweep_has_no_hit_rate_and_says_so(drawn):
+    assert "only the modes overlap and lookahead" in " ".join(texts(drawn / "speculation.svg"))

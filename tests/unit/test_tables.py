@@ -12,12 +12,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize, write_csv
+from specsplit.analysis.tables import CONFIGURATION, METRICS, TIMES, merge_runs, read_tables, summarize, write_csv
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
 from specsplit.errors import UserError
 
 
-def a_request(request_id: str, gamma: int, **changes: Any) -> RequestRecord:
+def a_request(request_id: str, gamma: int | str, **changes: Any) -> RequestRecord:
+    depth = 4 if gamma == "auto" else int(gamma)
     values: dict[str, Any] = {
         "prompt_length": 10,
         "generated_tokens": 10,
@@ -29,22 +30,30 @@ def a_request(request_id: str, gamma: int, **changes: Any) -> RequestRecord:
         "num_rounds": 2,
         "category": "code",
         "finish_reason": "length",
-        "drafted_tokens": 2 * gamma,
-        "accepted_tokens": gamma,
+        "drafted_tokens": 2 * depth,
+        "accepted_tokens": depth,
         "mean_accepted_length": 1.5,
         "network_idle_fraction": 0.05,
         "draft_compute_ms": 200.0,
         "target_compute_ms": 700.0,
         "mode": "sync",
-        "tree": "",
+        "tree": "chain",
+        "sampling": "coupled",
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "rtt_ms": 0.0,
+        "jitter_ms": 0.0,
         "seed": 0,
+        "speculation_hits": 0,
+        "speculation_misses": 0,
         "output_sha256": f"text-of-{request_id}",
     }
     return RequestRecord(request_id=request_id, gamma=gamma, **(values | changes))
 
 
-def a_round(request_id: str, gamma: int, number: int, accepted: int, drafted: int | None = None) -> RoundRecord:
-    depth = gamma if drafted is None else drafted
+def a_round(request_id: str, gamma: int | str, number: int, accepted: int, drafted: int | None = None) -> RoundRecord:
+    depth = int(gamma) if drafted is None else drafted
     return RoundRecord(request_id, gamma, number, depth, accepted, depth, 9.0, 8.0, 0.1, 50.0, 48.0, 0.1, 2.8)
 
 
@@ -68,7 +77,8 @@ def tables(requests: Sequence[RequestRecord], rounds: Sequence[RoundRecord] = ()
     text = frame[frame["gamma"] == 0].set_index("request_id")["output_sha256"]
     same = (frame["output_sha256"] == frame["request_id"].map(text)).astype("boolean")
     frame["matches_gamma0"] = same if len(text) else same.mask(same.notna())
-    return frame, pd.DataFrame([asdict(record) for record in rounds], columns=ROUND_COLUMNS)
+    own = pd.DataFrame([asdict(record) for record in rounds], columns=ROUND_COLUMNS)
+    return frame, own.merge(frame[[*CONFIGURATION, "request_id"]], how="left", on=["gamma", "request_id"])
 
 
 @pytest.fixture
@@ -95,7 +105,7 @@ def test_merge_sorts_by_gamma_and_keeps_the_order_of_the_files(runs):
     ]
     assert list(zip(rounds["gamma"], rounds["request_id"], strict=True)) == [(0, "a"), (2, "b"), (2, "a")]
     assert tuple(requests.columns) == (*REQUEST_COLUMNS, "matches_gamma0")
-    assert tuple(rounds.columns) == ROUND_COLUMNS
+    assert tuple(rounds.columns) == (*ROUND_COLUMNS, *CONFIGURATION[1:])
     assert math.isnan(requests["tpot_ms"].iloc[3])
 
 
@@ -229,7 +239,9 @@ def test_cut_off_file_is_refused_with_its_line(runs):
 @pytest.mark.parametrize(
     ("column", "text", "wanted"),
     [
-        ("gamma", "two", "a whole number"),
+        ("gamma", "two", "a whole number or auto"),
+        ("num_rounds", "1.5", "a whole number"),
+        ("top_p", "", "a finite number"),
         ("total_latency_ms", "", "a finite number"),
         ("total_latency_ms", "inf", "a finite number"),
         ("ttft_ms", "nan", "a finite number or empty"),
@@ -295,12 +307,15 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     requests, rounds = tables([a_request(i, g) for g in (3, 0, 1) for i in "ab"], [a_round("a", 3, 0, 1)])
     summary = summarize(requests, rounds, bootstrap_samples=100)
     assert summary["gamma"].to_list() == [0, 1, 3]
-    expected = ["gamma", "mode", "tree", "requests", "generated_tokens"]
+    expected = ["gamma", "mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"]
+    expected += ["requests", "generated_tokens"]
     expected += ["speedup", "speedup_ci_low", "speedup_ci_high"]
     for metric in METRICS:
         expected += [f"{metric}_{part}" for part in ("mean", "ci_low", "ci_high", "median")]
         expected += [f"{metric}_{part}" for part in ("p90", "p99") if metric in TIMES]
-    expected += ["tokens_per_second", "acceptance_at_1", "acceptance_at_2", "acceptance_at_3", "lossless"]
+    expected += ["tokens_per_second", "speculation_hits", "speculation_misses"]
+    expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
+    expected += ["acceptance_at_1", "acceptance_at_2", "acceptance_at_3", "lossless"]
     assert list(summary.columns) == expected
 
 
@@ -401,10 +416,170 @@ def test_no_token_at_all_gives_empty_ratios_not_an_error():
     assert row["tokens_per_second"] == 0.0
 
 
-def test_one_gamma_of_two_modes_is_refused():
-    requests, rounds = tables([a_request("a", 1), a_request("b", 1, mode="overlap")])
-    with pytest.raises(UserError, match="gamma 1 mixes requests with mode overlap, sync"):
-        summarize(requests, rounds)
+# More axes than gamma
+
+
+def write_sweep(folder: Path, *runs: Sequence[RequestRecord]) -> list[Path]:
+    """One run folder for each configuration, with a round for each request that drafted."""
+    folders = []
+    for number, requests in enumerate(runs):
+        rounds = [a_round(r.request_id, r.gamma, 1, 1, 4) for r in requests if r.gamma != 0]
+        folders.append(write_run(folder / f"run-{number}", requests, rounds))
+    return folders
+
+
+def test_configurations_of_one_gamma_are_kept_apart(tmp_path):
+    sync = [a_request("a", 2)]
+    ahead = [a_request("a", 2, mode="lookahead", tree="3x2", speculation_hits=3, speculation_misses=1)]
+    alone = [a_request("a", 0)]
+    auto = [a_request("a", "auto")]
+    requests, rounds = merge_runs(write_sweep(tmp_path, ahead, auto, sync, alone))
+    assert requests[["gamma", "mode", "tree"]].to_numpy().tolist() == [
+        [0, "sync", "chain"],
+        [2, "sync", "chain"],
+        ["auto", "sync", "chain"],
+        [2, "lookahead", "3x2"],
+    ]
+    named = ["gamma", "mode", "tree"]
+    assert rounds[named].to_numpy().tolist() == requests[named].to_numpy().tolist()[1:]
+    summary = summarize(requests, rounds, bootstrap_samples=50)
+    assert summary["gamma"].to_list() == [0, 2, "auto", 2]
+    assert summary["speculation_hits"].to_list() == [0, 0, 0, 3]
+    assert summary["hit_rate"].isna().to_list() == [True, True, True, False]
+    assert summary["hit_rate"].iloc[3] == 0.75
+    write_csv(summary, tmp_path / "summary.csv")
+    gammas = [line.split(",")[0] for line in (tmp_path / "summary.csv").read_text().splitlines()]
+    assert gammas == ["gamma", "0", "2", "auto", "2"]
+
+
+def test_curves_stand_together_in_order_of_sampling_network_mode_tree_and_gamma(tmp_path):
+    axes = [
+        {},
+        {"mode": "overlap"},
+        {"mode": "lookahead"},
+        {"tree": "3x2"},
+        {"rtt_ms": 5.0},
+        {"rtt_ms": 14.0},
+        {"temperature": 0.7},
+    ]
+    runs = [[a_request("a", gamma, **axis)] for axis in axes[::-1] for gamma in ("auto", 12, 2)]
+    requests, _ = merge_runs(write_sweep(tmp_path, *runs))
+    found = requests[["temperature", "rtt_ms", "mode", "tree", "gamma"]].to_numpy().tolist()
+    curves = [
+        [0.0, 0.0, "sync", "chain"],
+        [0.0, 0.0, "sync", "3x2"],
+        [0.0, 0.0, "overlap", "chain"],
+        [0.0, 0.0, "lookahead", "chain"],
+        [0.0, 5.0, "sync", "chain"],
+        [0.0, 14.0, "sync", "chain"],
+        [0.7, 0.0, "sync", "chain"],
+    ]
+    assert found == [[*curve, gamma] for curve in curves for gamma in (2, 12, "auto")]
+
+
+def test_swept_tables_survive_a_round_trip(tmp_path):
+    runs = [
+        [a_request(i, g, mode=m, rtt_ms=0.1 + 0.2) for i in "ab"]
+        for g, m in ((0, "sync"), (3, "overlap"), ("auto", "lookahead"))
+    ]
+    requests, rounds = merge_runs(write_sweep(tmp_path, *runs))
+    write_csv(requests, tmp_path / "requests.csv")
+    write_csv(rounds, tmp_path / "per_round.csv")
+    again, rounds_again = read_tables(tmp_path)
+    pd.testing.assert_frame_equal(again, requests)
+    pd.testing.assert_frame_equal(rounds_again, rounds)
+
+
+def test_speedup_is_against_the_target_alone_on_the_same_network_and_at_the_same_temperature(tmp_path):
+    def run(gamma: int, latency: float, **axis: Any) -> list[RequestRecord]:
+        return [a_request(i, gamma, total_latency_ms=latency, **axis) for i in "ab"]
+
+    far, warm = {"rtt_ms": 50.0}, {"temperature": 0.7, "top_k": 20}
+    requests, rounds = merge_runs(
+        write_sweep(
+            tmp_path,
+            run(0, 1000.0),
+            run(4, 500.0, mode="overlap"),
+            run(0, 3000.0, **far),
+            run(4, 1000.0, mode="overlap", **far),
+            run(0, 1200.0, **warm),
+            run(4, 2400.0, tree="3x2", **warm),
+            run(4, 500.0, jitter_ms=2.0),
+        )
+    )
+    summary = summarize(requests, rounds, bootstrap_samples=50)
+    named = summary.set_index(["temperature", "rtt_ms", "jitter_ms", "gamma"])["speedup"]
+    assert named[0.0, 0.0, 0.0, 4] == pytest.approx(2.0)
+    assert named[0.0, 50.0, 0.0, 4] == pytest.approx(3.0)
+    assert named[0.7, 0.0, 0.0, 4] == pytest.approx(0.5)
+    assert math.isnan(named[0.0, 0.0, 2.0, 4])  # nothing was run alone on that network
+
+
+def test_text_is_compared_over_networks_but_not_over_temperatures(tmp_path):
+    warm = {"temperature": 0.7, "output_sha256": "warm"}
+    requests, rounds = merge_runs(
+        write_sweep(
+            tmp_path,
+            [a_request("a", 0)],
+            [a_request("a", 3, rtt_ms=14.0)],  # no target alone there
+            [a_request("a", 3, mode="overlap", output_sha256="other")],
+            [a_request("a", 0, **warm)],
+            [a_request("a", 3, **warm)],
+            [a_request("a", 3, top_k=5, temperature=1.5)],  # nor with this sampling
+        )
+    )
+    matches = requests.set_index(["temperature", "rtt_ms", "mode", "gamma"])["matches_gamma0"]
+    assert matches[0.0, 14.0, "sync", 3]
+    assert not matches[0.0, 0.0, "overlap", 3]
+    assert matches[0.7, 0.0, "sync", 3]
+    assert pd.isna(matches[1.5, 0.0, "sync", 3])
+    lossless = summarize(requests, rounds, bootstrap_samples=50).set_index(["temperature", "mode", "gamma"])["lossless"]
+    assert lossless[0.0, "overlap", 3] == 0.0
+    assert math.isnan(lossless[1.5, "sync", 3])
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.0, [True, False]), (0.7, [None, None])])
+def test_rejection_sampling_is_compared_only_where_it_is_greedy(tmp_path, temperature, expected):
+    runs = [
+        [a_request("a", gamma, sampling="rejection", temperature=temperature, output_sha256=text)]
+        for gamma, text in ((0, "x"), (2, "y"))
+    ]
+    requests, rounds = merge_runs(write_sweep(tmp_path, *runs))
+    assert [None if pd.isna(match) else match for match in requests["matches_gamma0"]] == expected
+    summary = summarize(requests, rounds, bootstrap_samples=50)
+    assert summary["lossless"].isna().all() == (temperature > 0)
+    assert summary["speedup"].to_list() == [1.0, 1.0]
+
+
+def test_greedy_runs_are_compared_whatever_the_other_sampling_settings_say(tmp_path):
+    runs = [[a_request("a", 0)], [a_request("a", 2, top_k=40, top_p=0.9, sampling="rejection")]]
+    requests, rounds = merge_runs(write_sweep(tmp_path, *runs))
+    assert requests["matches_gamma0"].all()
+    assert summarize(requests, rounds, bootstrap_samples=50)["speedup"].notna().all()
+
+
+def test_acceptance_columns_reach_as_deep_as_auto_drafted(tmp_path):
+    runs = [[a_request("a", 0)], [a_request("a", 2)], [a_request("a", "auto")]]
+    requests, rounds = merge_runs(write_sweep(tmp_path, *runs))  # each round drafts 4 and accepts 1
+    summary = summarize(requests, rounds, bootstrap_samples=50)
+    auto = summary[summary["gamma"] == "auto"].iloc[0]
+    assert [name for name in summary if name.startswith("acceptance_at_")][-1] == "acceptance_at_4"
+    assert auto[["acceptance_at_1", "acceptance_at_2"]].to_list() == [1.0, 0.0]
+    assert math.isnan(auto["acceptance_at_3"])
+
+
+def test_folder_of_two_configurations_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", [a_request("a", 1), a_request("b", 1, mode="overlap")])
+    assert f"{run / 'requests.csv'}: mixes requests with mode overlap, sync" in refusal(run)
+
+
+def test_a_configuration_is_named_by_what_is_not_plain(tmp_path):
+    axis = {"mode": "overlap", "rtt_ms": 14.0}
+    runs = write_sweep(tmp_path, [a_request("a", 2, **axis)], [a_request("a", 2, **axis)])
+    assert "gamma 2, mode overlap, rtt_ms 14.0, request_id a occurs 2 times" in refusal(*runs)
+
+
+# Settings
 
 
 def test_settings_are_checked():

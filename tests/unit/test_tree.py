@@ -1,4 +1,4 @@
-"""Token trees and their verification."""
+"""Token trees and the shapes that they are drafted in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specsplit.decoding.tree import ROOT, TokenTree, TreeError, tree_size
-from specsplit.decoding.verification import verify_greedy
+from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES, ROOT, TokenTree, TreeError, TreeShape
 
 VOCAB = 5
 
@@ -76,38 +75,91 @@ def test_node_limit():
         TokenTree.chain([1, 2, 3]).validate(max_nodes=2)
 
 
+# ---- the distributions that children were drawn from
+
+
+def test_distributions_are_part_of_the_tree() -> None:
+    tree = TokenTree.chain([1, 2])
+    tree.distributions = {ROOT: ([1, 3], [0.75, 0.25]), 0: ([2], [1e-30]), 1: ([0, 4], [0.5, 0.5])}
+    tree.validate(vocab_size=VOCAB)
+    assert tree != TokenTree.chain([1, 2])
+
+
 @pytest.mark.parametrize(
-    ("shape", "gamma", "nodes"), [([], 4, 4), ([2], 3, 6), ([2, 2], 3, 10), ([3, 2, 1], 2, 9), ([5], 0, 0)]
+    ("node", "tokens", "probabilities", "message"),
+    [
+        (2, [1], [1.0], "distribution of node 2: there is no such node"),
+        (-2, [1], [1.0], "distribution of node -2: there is no such node"),
+        (0, [], [], "node 0: wants different tokens, each with a probability"),
+        (0, [1, 2], [1.0], "node 0: wants different tokens, each with a probability"),
+        (0, [1], [0.5, 0.5], "node 0: wants different tokens, each with a probability"),
+        (0, [1, 1], [0.5, 0.5], "node 0: wants different tokens, each with a probability"),
+        (0, [-1], [1.0], "node 0: a token is outside the vocabulary of 5"),
+        (0, [1, 5], [0.5, 0.5], "node 0: a token is outside the vocabulary of 5"),
+        (0, [1, 2], [0.5, 0.0], "node 0: a probability is not a finite number above 0"),
+        (0, [1, 2], [0.5, -0.5], "node 0: a probability is not a finite number above 0"),
+        (0, [1], [float("nan")], "node 0: a probability is not a finite number above 0"),
+        (0, [1], [float("inf")], "node 0: a probability is not a finite number above 0"),
+    ],
 )
-def test_tree_size(shape, gamma, nodes):
-    assert tree_size(shape, gamma) == nodes
+def test_malformed_distributions_are_refused(node, tokens, probabilities, message) -> None:
+    tree = TokenTree.chain([1, 2])
+    tree.distributions = {ROOT: ([1], [1.0]), node: (tokens, probabilities)}
+    with pytest.raises(TreeError, match=message):
+        tree.validate(vocab_size=VOCAB)
 
 
-@given(trees(), st.data())
-def test_verification_against_the_definition(tree, data):
-    """Accepted + next token is what the target emits alone, as far as the tree goes; found here by brute force."""
-    context_choice = data.draw(st.integers(0, VOCAB - 1))
-    choices = data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=len(tree), max_size=len(tree)))
-    verdict = verify_greedy(tree, context_choice, choices)
-
-    def accepted(node: int) -> bool:
-        parent = tree.parents[node]
-        choice = context_choice if parent == ROOT else choices[parent]
-        return tree.token_ids[node] == choice and (parent == ROOT or accepted(parent))
-
-    expected = [node for node in range(len(tree)) if accepted(node)]
-    assert verdict.path == expected
-    assert verdict.next_token == (choices[expected[-1]] if expected else context_choice)
+# ---- shapes
 
 
-def test_verification_needs_a_choice_for_every_node():
-    with pytest.raises(ValueError, match="2 nodes need 2 choices, got 1"):
-        verify_greedy(TokenTree.chain([1, 2]), 1, [2])
+@pytest.mark.parametrize(
+    ("text", "shape", "written"),
+    [
+        ("chain", TreeShape(), "chain"),
+        ("3x2", TreeShape((3, 2)), "3x2"),
+        ("4", TreeShape((4,)), "4"),
+        ("1x8x1", TreeShape((1, 8, 1)), "1x8x1"),
+        ("dynamic-16", TreeShape(nodes=16, width=4), "dynamic-16x4"),
+        ("dynamic-64x2", TreeShape(nodes=64, width=2), "dynamic-64x2"),
+        (f"dynamic-{MAX_TREE_NODES}x1", TreeShape(nodes=MAX_TREE_NODES, width=1), f"dynamic-{MAX_TREE_NODES}x1"),
+    ],
+)
+def test_shapes_are_written_as_text(text: str, shape: TreeShape, written: str) -> None:
+    assert TreeShape.parse(text) == shape
+    assert str(shape) == written
+    assert TreeShape.parse(str(shape)) == shape
 
 
-@given(trees(), st.integers(0, VOCAB))
-def test_within_keeps_what_can_be_reached(tree, limit):
-    kept = tree.within(limit)
-    kept.validate(vocab_size=limit)
-    reachable = [i for i in range(len(tree)) if all(token < limit for token in path_tokens(tree, i))]
-    assert [path_tokens(kept, i) for i in range(len(kept))] == [path_tokens(tree, i) for i in reachable]
+@given(st.lists(st.integers(1, MAX_BRANCHING), max_size=5), st.integers(0, MAX_TREE_NODES), st.integers(1, 9))
+def test_every_shape_is_read_as_it_is_written(branching: list[int], nodes: int, width: int) -> None:
+    shape = TreeShape(nodes=nodes, width=width) if nodes else TreeShape(tuple(branching))
+    assert TreeShape.parse(str(shape)) == shape
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "tree", "Chain", "3x", "x3", "3,2", "3 x 2", "0", "3x0", f"{MAX_BRANCHING + 1}", "-1", "3x2x", "3.5"],
+)
+def test_other_texts_are_no_shape(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a tree: write chain, 3x2") as caught:
+        TreeShape.parse(text)
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", ["", "-", "-0", "-4x0", f"-{MAX_TREE_NODES + 1}", "-8x", "-8x2x2", "-8x999"])
+def test_malformed_dynamic_shapes(rest: str) -> None:
+    with pytest.raises(ValueError, match="is not a tree"):
+        TreeShape.parse(f"dynamic{rest}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "gamma", "nodes"),
+    [("chain", 4, 4), ("2", 3, 6), ("2x2", 3, 10), ("3x2x1", 2, 9), ("5", 0, 0), ("dynamic-12x3", 4, 12)],
+)
+def test_the_most_nodes_of_a_shape(shape: str, gamma: int, nodes: int) -> None:
+    assert TreeShape.parse(shape).size(gamma) == nodes
+
+
+def test_children_level_by_level() -> None:
+    assert [TreeShape((3, 2)).children(depth) for depth in range(4)] == [3, 2, 1, 1]
+    assert [TreeShape().children(depth) for depth in range(2)] == [1, 1]

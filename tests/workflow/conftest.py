@@ -88,8 +88,8 @@ class Workspace:
 
     def planned(self, *arguments: str) -> dict[str, int]:
         """Jobs that a dry run would execute, by rule."""
-        text = self.run("--dry-run", "--quiet", "rules", *arguments) + self.run("--dry-run", *arguments)
-        if "Nothing to be done" in text:
+        text = self.run("--dry-run", "--quiet", "rules", *arguments)
+        if "Job stats:" not in text:
             return {}
         table = text.rpartition("Job stats:")[2].partition("total")[0].splitlines()[3:]
         return {line.split()[0]: int(line.split()[1]) for line in table if line.strip()}

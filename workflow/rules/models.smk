@@ -3,8 +3,8 @@
 
 rule prepare_model:
     input:
-        weights=lambda wildcards: local_files(wildcards.model),
-        code=source("models/sources.py", "models/fingerprint.py"),
+        files=lambda wildcards: local_files(wildcards.model),
+        code=source("models/sources.py", "models/fingerprint.py", "models/weightless.py"),
     output:
         "resources/models/{model}/model.json",
     log:

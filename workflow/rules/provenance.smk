@@ -18,14 +18,14 @@ rule resolved_config:
 rule provenance:
     input:
         config="results/provenance/config.json",
-        runs=expand("results/runs/gamma_{gamma}/run.json", gamma=GAMMAS),
+        runs=expand("results/runs/{point}/run.json", point=POINTS),
         models=expand("resources/models/{model}/model.json", model=MODELS),
         dataset="results/dataset/manifest.json",
         prompts="results/dataset/prompts.jsonl",
         results=[
             "results/requests.csv",
             "results/per_round.csv",
-            *expand("results/runs/gamma_{gamma}/outputs.jsonl", gamma=GAMMAS),
+            *expand("results/runs/{point}/outputs.jsonl", point=POINTS),
         ],
         code=source("provenance"),
     output:

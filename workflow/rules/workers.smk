@@ -2,17 +2,19 @@
 #
 # service() is not used: it would start every run at once and group them with the workers. Each run has endpoint files
 # of its own, temp() outputs that Snakemake deletes after the run; runs share a worker with the same flags, which
-# stops when the last of its endpoint files is gone. So a new gamma starts workers for itself alone and makes no
+# stops when the last of its endpoint files is gone. So a new point starts workers for itself alone and makes no
 # finished run out of date. Workers stop as well when this workflow is gone, by Ctrl-C and SIGKILL too.
 
 
 rule start_worker:
     input:
         model=lambda wildcards: role_model(wildcards.role),
+        layers=lambda wildcards: layers_file(wildcards.role),
+        tokenizer=lambda wildcards: speaks_through(wildcards.role),
     output:
-        endpoint=temp("results/workers/gamma_{gamma}/{role}.json"),
+        endpoint=temp("results/workers/{point}/{role}.json"),
     log:
-        "results/logs/start_worker/gamma_{gamma}_{role}.log",
+        "results/logs/start_worker/{point}_{role}.log",
     # All before the first run: a run whose workers still serve need not load them again.
     priority: 10
     conda:

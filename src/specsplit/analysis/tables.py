@@ -1,7 +1,7 @@
-"""The tables of an experiment: the runs of every gamma put together, and their summary.
+"""The tables of an experiment: the runs of a sweep put together, and their summary.
 
-`merge_runs` reads the folder of each gamma, `write_csv` writes the merged tables, `read_tables` reads them
-again, and `summarize` makes one row a gamma. What is wrong in a file is refused with its name and line: a
+`merge_runs` reads the folder of each run, `write_csv` writes the merged tables, `read_tables` reads them
+again, and `summarize` makes one row a configuration. What is wrong in a file is refused with its name and line: a
 table that lost rows on the way would still give plausible means.
 """
 
@@ -18,44 +18,55 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame, Series
 
-from specsplit.analysis.statistics import bootstrap_mean_ci, paired_ratio_ci
+from specsplit.analysis.statistics import bootstrap_mean_ci, bootstrap_ratio_ci, paired_ratio_ci
 from specsplit.bench.metrics import RequestRecord, RoundRecord
+from specsplit.bench.sweep import AUTO, MODES, gamma_order
 from specsplit.errors import UserError
 
 TIMES = ("tpot_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")
 
+# What makes one run differ from another; the names, and what they are in a plain sweep over gamma.
+CONFIGURATION = ("gamma", "mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
+_PLAIN = dict(zip(CONFIGURATION[1:], ("sync", "chain", "coupled", 0.0, 0, 1.0, 0.0, 0.0), strict=True))
+_CHOICE = ("sampling", "temperature", "top_k", "top_p")  # what the text depends on
+_NETWORK = ("rtt_ms", "jitter_ms")
+
 # Column name -> type of its cells, as the records annotate it.
 _REQUEST_TYPES = {field.name: str(field.type) for field in fields(RequestRecord)}
 _ROUND_TYPES = {field.name: str(field.type) for field in fields(RoundRecord)}
 _MERGED_TYPES = {**_REQUEST_TYPES, "matches_gamma0": "bool | None"}
+_MERGED_ROUND_TYPES = {**_ROUND_TYPES, **{name: _REQUEST_TYPES[name] for name in CONFIGURATION[1:]}}
 
 
 def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
-    """The requests and the rounds of all runs, each sorted by gamma, then in the order of the files.
+    """The requests and the rounds of all runs, each sorted by configuration, then in the order of the files.
 
-    run_dirs: one folder a gamma, in any order, each with `requests.csv` and `per_round.csv`. Columns that the
-    records of `specsplit.bench.metrics` do not have are left out. The requests get one more column,
-    `matches_gamma0`: whether the text is the one that gamma 0, the target alone, gave for the same request;
-    empty without a gamma 0.
+    run_dirs: one folder a configuration, in any order, each with `requests.csv` and `per_round.csv`. Columns that the
+    records of `specsplit.bench.metrics` do not have are left out. Configurations are sorted by how tokens are chosen,
+    network, mode, tree and gamma (`auto` last), so that each curve stands together.
 
-    Raises UserError when a file is missing or malformed, a (gamma, request_id) occurs twice, a gamma lacks a
-    request that another has, or a round belongs to no request.
+    The requests get one more column, `matches_gamma0`: whether the text is the one that gamma 0, the target alone,
+    gave for the same request and the same way to choose tokens. Empty without such a gamma 0, and for rejection
+    sampling at a temperature above 0, which is right in distribution and not token for token. The rounds get the
+    configuration of their request, all CONFIGURATION but gamma, which they have.
+
+    Raises UserError when a file is missing or malformed, a folder mixes configurations, a request of a configuration
+    occurs twice, a configuration lacks a request that another has, or a round belongs to no request.
     """
     if not run_dirs:
         raise UserError("no run folder given: name one folder for each gamma, e.g. results/runs/gamma_0")
     made_by = "`specsplit bench` or the workflow's benchmark rule writes it"
-    requests, rounds = _load(
-        [Path(run) / "requests.csv" for run in run_dirs],
-        [Path(run) / "per_round.csv" for run in run_dirs],
-        _REQUEST_TYPES,
-        made_by,
-    )
-    alone = requests[requests["gamma"] == 0].set_index("request_id")["output_sha256"]
-    matches = (requests["output_sha256"] == requests["request_id"].map(alone)).astype("boolean")
-    if alone.empty:
-        matches[:] = None
-    return requests.assign(matches_gamma0=matches), rounds
+    requests = _concatenate([Path(run) / "requests.csv" for run in run_dirs], _REQUEST_TYPES, made_by)
+    rounds = _concatenate([Path(run) / "per_round.csv" for run in run_dirs], _ROUND_TYPES, made_by)
+    for run in run_dirs:
+        _check_one_configuration(requests, Path(run) / "requests.csv", made_by)
+    settings = requests.droplevel("row")[list(CONFIGURATION[1:])]
+    settings = settings[~settings.index.duplicated()].rename(lambda file: str(Path(file).with_name("per_round.csv")))
+    for name in settings:
+        rounds[name] = settings[name].reindex(rounds.index.get_level_values("file")).array
+    requests, rounds = _checked(requests, rounds)
+    return requests.assign(matches_gamma0=_matches_gamma0(requests)), rounds
 
 
 def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
@@ -64,7 +75,11 @@ def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     Raises UserError when one is missing, empty or malformed, and for the same contradictions as `merge_runs`.
     """
     made_by = f"`specsplit bench` or the workflow (`snakemake --cores 2 {results_dir}/summary.csv`) makes it"
-    return _load([Path(results_dir) / "requests.csv"], [Path(results_dir) / "per_round.csv"], _MERGED_TYPES, made_by)
+    requests = _concatenate([Path(results_dir) / "requests.csv"], _MERGED_TYPES, made_by)
+    rounds = _concatenate([Path(results_dir) / "per_round.csv"], _MERGED_ROUND_TYPES, made_by)
+    if requests.empty:
+        raise UserError(f"{Path(results_dir) / 'requests.csv'}: has no request, only the header; {made_by}")
+    return _checked(requests, rounds)
 
 
 def write_csv(frame: DataFrame, path: Path) -> None:
@@ -97,16 +112,17 @@ def summarize(
     bootstrap_samples: int = 10_000,
     seed: int = 0,
 ) -> DataFrame:
-    """One row a gamma, in ascending order, from the tables of `merge_runs` or `read_tables`.
+    """One row a configuration, in their order, from the tables of `merge_runs` or `read_tables`.
 
-    gamma, mode, tree
-        the configuration.
+    gamma, mode, tree, sampling, temperature, top_k, top_p, rtt_ms, jitter_ms
+        the configuration; gamma is a number or `auto`.
     requests, generated_tokens
         number of requests, tokens generated by all of them.
     speedup, speedup_ci_low, speedup_ci_high
-        end to end against gamma 0: its milliseconds per generated token (total latency / tokens, over all
-        requests) divided by this gamma's. Paired bootstrap: the same requests on both sides. 1, [1, 1] for
-        gamma 0 itself. Empty without a gamma 0 or without tokens; the interval also with a single request.
+        end to end against gamma 0 with the same way to choose tokens and the same network: its milliseconds per
+        generated token (total latency / tokens, over all requests) divided by this configuration's. Paired
+        bootstrap: the same requests on both sides. 1, [1, 1] for gamma 0 itself. Empty without such a gamma 0 or
+        without tokens; the interval also with a single request.
     <m>_mean, <m>_ci_low, <m>_ci_high, <m>_median for each m of METRICS
         over requests that have the value. The median is p50. Milliseconds for TIMES, shares for the rates and
         fractions, tokens a round for mean_accepted_length. Empty when no request has the value: tpot_ms needs
@@ -116,35 +132,45 @@ def summarize(
         linear interpolation between requests: with fewer than 100 of them p99 is close to the slowest one.
     tokens_per_second
         all tokens / total latency of all requests, one after the other.
-    acceptance_at_1 .. acceptance_at_K, K = the largest gamma
+    speculation_hits, speculation_misses, hit_rate, hit_rate_ci_low, hit_rate_ci_high
+        rounds whose draft was made while the round before was verified, rounds for which that did not foresee what
+        was accepted, and hits / (hits + misses) with an interval over requests. Empty where nothing was drafted
+        ahead, as in mode sync.
+    acceptance_at_1 .. acceptance_at_K, K = the largest gamma, or depth drafted at gamma auto
         how often the i-th drafted token was accepted, among rounds that drafted it and accepted the i-1
         before it. Empty where there was no such round.
     lossless
-        share of requests with the text of gamma 0. Empty without a gamma 0.
+        share of requests with the text of gamma 0. Empty where `matches_gamma0` is: without a gamma 0, and for
+        rejection sampling at a temperature above 0.
 
-    Raises UserError when one gamma mixes modes or trees, and for impossible confidence or bootstrap_samples.
+    Raises UserError for impossible confidence or bootstrap_samples.
     """
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
-    alone = requests[requests["gamma"] == 0]
+    numbers = [gamma for gamma in requests["gamma"] if gamma != AUTO]
+    deepest = max([*numbers, *rounds.loc[rounds["gamma"] == AUTO, "drafted"]], default=0)
+    conditions = _conditions(requests, *_NETWORK)
+    baseline = requests[requests["gamma"] == 0]
+    baselines = dict(list(baseline.groupby(conditions[baseline.index], sort=False)))
+    rounds_of = dict(list(rounds.groupby(configuration_of(rounds), sort=False)))
     rows = []
-    for gamma in sorted(requests["gamma"].unique()):
-        own = requests[requests["gamma"] == gamma]
-        own_rounds = rounds[rounds["gamma"] == gamma]
+    for configuration, own in requests.groupby(configuration_of(requests), sort=False):
+        own_rounds = rounds_of.get(configuration, rounds[:0])
+        alone = baselines.get(conditions[own.index[0]], baseline[:0])
         tokens, latency = own["generated_tokens"].sum(), own["total_latency_ms"].sum()
-        row: dict[str, Any] = {"gamma": int(gamma)}
-        row |= {name: _only_value(own, name) for name in ("mode", "tree")}
+        row: dict[str, Any] = {name: own[name].iloc[0] for name in CONFIGURATION}
         row |= {"requests": len(own), "generated_tokens": int(tokens)}
         row |= _speedup(own, alone, settings)
         for metric in METRICS:
             row |= _metric(own[metric].dropna(), metric, settings)
         row["tokens_per_second"] = _ratio(1000 * tokens, latency)
-        for position in range(1, int(requests["gamma"].max()) + 1):
+        row |= _speculation(own, settings)
+        for position in range(1, int(deepest) + 1):
             reached, kept = draft_position(own_rounds, position)
             row[f"acceptance_at_{position}"] = _ratio(kept.sum(), reached.sum())
         known = own["matches_gamma0"].dropna()
         row["lossless"] = _ratio(known.sum(), len(known))
         rows.append(row)
-    return DataFrame(rows)
+    return _sorted(DataFrame(rows))
 
 
 def draft_position(rounds: DataFrame, position: int) -> tuple[Series, Series]:
@@ -182,36 +208,81 @@ def _metric(values: Series, name: str, settings: dict[str, Any]) -> dict[str, fl
     return row
 
 
-def _only_value(own: DataFrame, name: str) -> str:
-    values = sorted(own[name].unique())
-    if len(values) > 1:
-        raise UserError(
-            f"gamma {own['gamma'].iloc[0]} mixes requests with {name} {_listed(values)}: summarise each by itself"
-        )
-    return str(values[0])
+def _speculation(own: DataFrame, settings: dict[str, Any]) -> dict[str, float]:
+    hits, misses = own["speculation_hits"], own["speculation_misses"]
+    low, high = math.nan, math.nan
+    if (hits + misses).any():
+        low, high = bootstrap_ratio_ci(hits, hits + misses, **settings)
+    row = {"speculation_hits": hits.sum(), "speculation_misses": misses.sum()}
+    return row | {"hit_rate": _ratio(hits.sum(), sum(row.values())), "hit_rate_ci_low": low, "hit_rate_ci_high": high}
 
 
 def _ratio(top: float, bottom: float) -> float:
     return float(top / bottom) if bottom else math.nan
 
 
+# Configurations.
+
+
+def configuration_of(table: DataFrame, names: Sequence[str] = CONFIGURATION) -> Series:
+    """The configuration of each row, or the part of it that `names` says, as one tuple that can be compared."""
+    return _tuples(table[list(names)])
+
+
+def _conditions(requests: DataFrame, *more: str) -> Series:
+    """How the tokens of each row are chosen, and `more` columns. To greedy decoding the rest of sampling is nothing."""
+    greedy = requests["temperature"] == 0
+    chosen = {name: requests[name].mask(greedy, _PLAIN[name]) for name in _CHOICE}
+    return _tuples(DataFrame({**chosen, **{name: requests[name] for name in more}}))
+
+
+def _tuples(table: DataFrame) -> Series:
+    return Series(list(table.itertuples(index=False, name=None)), index=table.index, dtype=object)
+
+
+def _matches_gamma0(requests: DataFrame) -> Series:
+    # The network does not change a text: where several networks have a gamma 0, the first one is compared with.
+    texts = _tuples(requests[["request_id"]].assign(conditions=_conditions(requests)))
+    alone: dict[Any, str] = {}
+    for text, found in zip(
+        texts[requests["gamma"] == 0], requests.loc[requests["gamma"] == 0, "output_sha256"], strict=True
+    ):
+        alone.setdefault(text, found)
+    expected = texts.map(lambda text: alone.get(text))
+    matches = (requests["output_sha256"] == expected).astype("boolean")
+    random = (requests["sampling"] == "rejection") & (requests["temperature"] > 0)
+    return matches.mask(expected.isna() | random)
+
+
+def _sorted(table: DataFrame) -> DataFrame:
+    """By configuration, each curve together; rows of one configuration stay in their order."""
+    ranks = {
+        **{name: table[name] for name in ("temperature", "top_k", "top_p", "sampling", *_NETWORK)},
+        "mode": table["mode"].map({mode: rank for rank, mode in enumerate(MODES)}),
+        "other_tree": table["tree"] != _PLAIN["tree"],
+        "tree": table["tree"],
+        "gamma": table["gamma"].map(gamma_order),
+    }
+    order = DataFrame(ranks).reset_index(drop=True).sort_values(list(ranks), kind="stable").index
+    return table.iloc[order].reset_index(drop=True)
+
+
+def _named(row: Series) -> str:
+    """A configuration in words, with what is not plain: "gamma 5, mode overlap"."""
+    others = [name for name, plain in _PLAIN.items() if row[name] != plain]
+    return ", ".join(f"{name} {row[name]}" for name in ("gamma", *others))
+
+
 # Reading and checking.
 
 
-def _load(
-    request_files: list[Path], round_files: list[Path], request_types: dict[str, str], made_by: str
-) -> tuple[DataFrame, DataFrame]:
-    requests = _concatenate(request_files, request_types, made_by)
-    rounds = _concatenate(round_files, _ROUND_TYPES, made_by)
-    for path in request_files:
-        if str(path) not in requests.index.get_level_values("file"):
-            raise UserError(f"{path}: has no request, only the header; {made_by}")
-    _check_unique(requests, ["gamma", "request_id"])
-    _check_unique(rounds, ["gamma", "request_id", "round"])
+def _checked(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:
+    """The tables in order, after every contradiction in them was looked for."""
+    _check_unique(requests, ["request_id"])
+    _check_unique(rounds, ["request_id", "round"])
     _check_same_requests(requests)
     _check_rounds(requests, rounds)
-    by_gamma: dict[str, Any] = {"by": "gamma", "kind": "stable", "ignore_index": True}
-    return requests.sort_values(**by_gamma), rounds.sort_values(**by_gamma)
+    return _sorted(requests), _sorted(rounds)
 
 
 def _concatenate(paths: list[Path], types: dict[str, str], made_by: str) -> DataFrame:
@@ -272,50 +343,63 @@ def _finite_or_missing(text: str) -> float:
 _CELLS: dict[str, tuple[Callable[[str], Any], Any]] = {
     "str": (str, "str"),
     "int": (int, "int64"),
+    "int | str": (lambda text: AUTO if text == AUTO else int(text), "object"),
     "float": (_finite, "float64"),
     "float | None": (_finite_or_missing, "float64"),
     "bool | None": ({"True": True, "False": False, "": None}.__getitem__, "boolean"),
 }
 _NAMES = {
     "int": "a whole number",
+    "int | str": f"a whole number or {AUTO}",
     "float": "a finite number",
     "float | None": "a finite number or empty",
     "bool | None": "True, False or empty",
 }
 
 
+def _check_one_configuration(requests: DataFrame, path: Path, made_by: str) -> None:
+    if str(path) not in requests.index.get_level_values("file"):
+        raise UserError(f"{path}: has no request, only the header; {made_by}")
+    own = requests.loc[str(path)]
+    for name in CONFIGURATION:
+        if len(values := own[name].unique()) > 1:
+            raise UserError(
+                f"{path}: mixes requests with {name} {_listed(sorted(map(str, values)))}: "
+                "a run folder holds one configuration; make it again"
+            )
+
+
 def _check_unique(table: DataFrame, key: list[str]) -> None:
-    twice = table[table.duplicated(key, keep=False)]
+    twice = table[table.duplicated([*CONFIGURATION, *key], keep=False)]
     if twice.empty:
         return
-    first = twice.iloc[0][key]
-    same = twice[(twice[key] == first).all(axis=1)]
-    what = ", ".join(f"{name} {value}" for name, value in first.items())
+    first = twice.iloc[0]
+    same = twice[(twice[[*CONFIGURATION, *key]] == first[[*CONFIGURATION, *key]]).all(axis=1)]
+    what = ", ".join([_named(first), *(f"{name} {first[name]}" for name in key)])
     raise UserError(
         f"{what} occurs {len(same)} times, in {_listed(same.index.unique('file'))}: "
-        "a run folder holds one gamma, each request once; take out the run that does not belong"
+        "a run folder holds one configuration, each request once; take out the run that does not belong"
     )
 
 
 def _check_same_requests(requests: DataFrame) -> None:
     everyone = set(requests["request_id"])
-    for gamma, own in requests.groupby("gamma"):
+    for _, own in requests.groupby(configuration_of(requests), sort=False):
         if missing := sorted(everyone - set(own["request_id"])):
             raise UserError(
-                f"{_listed(own.index.unique('file'))}: gamma {gamma} lacks {len(missing)} of {len(everyone)} "
-                f"requests that other gammas have: {_listed(missing)}; "
-                "run that gamma again on the same dataset"
+                f"{_listed(own.index.unique('file'))}: {_named(own.iloc[0])} lacks {len(missing)} of {len(everyone)} "
+                f"requests that other runs have: {_listed(missing)}; run it again on the same dataset"
             )
 
 
 def _check_rounds(requests: DataFrame, rounds: DataFrame) -> None:
-    known = pd.MultiIndex.from_frame(requests[["gamma", "request_id"]])
-    stray = rounds[~pd.MultiIndex.from_frame(rounds[["gamma", "request_id"]]).isin(known)]
+    key = [*CONFIGURATION, "request_id"]
+    stray = rounds[~_tuples(rounds[key]).isin(set(_tuples(requests[key])))]
     if not stray.empty:
         (file, _), row = stray.index[0], stray.iloc[0]
         raise UserError(
-            f"{file}: has a round of request {row['request_id']} at gamma {row['gamma']}, "
-            "which requests.csv does not list: the two files are of different runs; run that gamma again"
+            f"{file}: has a round of request {row['request_id']} at {_named(row)}, "
+            "which requests.csv does not list: the two files are of different runs; make that run again"
         )
 
 

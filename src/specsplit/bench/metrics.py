@@ -7,33 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """One draft -> verify round: one row of `per_round.csv`. Times are milliseconds.
-
-    drafted: depth of the draft, so the most tokens that could be accepted (0 when nothing was drafted).
-    accepted: drafted tokens that the target confirmed.
-    tree_nodes: nodes sent for verification (equal to `drafted` for a chain).
-    *_wall_ms: at the client, request sent to reply read; *_compute_ms, *_queue_ms: measured by the server.
-    network_ms: wall minus server time, summed over the round's calls, exposed part only.
-    speculation: `none` in sync mode; `hit` or `miss` in the modes that draft ahead.
-    """
-
-    request_id: str
-    gamma: int
-    round: int
-    drafted: int
-    accepted: int
-    tree_nodes: int
-    draft_wall_ms: float
-    draft_compute_ms: float
-    draft_queue_ms: float
-    verify_wall_ms: float
-    verify_compute_ms: float
-    verify_queue_ms: float
-    network_ms: float
-    speculation: str = "none"
+from specsplit.workers.orchestrator.result import Round
 
 
 @dataclass(frozen=True)
@@ -41,7 +15,7 @@ class RequestRecord:
     """One request: one row of `requests.csv`. Times are milliseconds; None is written as an empty cell."""
 
     request_id: str
-    gamma: int
+    gamma: int | str  # auto: chosen anew in every round
     prompt_length: int
     generated_tokens: int
     ttft_ms: float | None
@@ -61,8 +35,29 @@ class RequestRecord:
     target_compute_ms: float
     mode: str
     tree: str
+    sampling: str
+    temperature: float
+    top_k: int
+    top_p: float
+    rtt_ms: float
+    jitter_ms: float
     seed: int
+    speculation_hits: int
+    speculation_misses: int
     output_sha256: str
+
+
+@dataclass(frozen=True)
+class _Attribution:
+    """What a round belongs to."""
+
+    request_id: str
+    gamma: int | str
+
+
+@dataclass(frozen=True)
+class RoundRecord(Round, _Attribution):
+    """One round of a request: one row of `per_round.csv`."""
 
 
 REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))

@@ -21,13 +21,15 @@ import specsplit
 from specsplit.bench.dataset import Prompt
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
 from specsplit.config import OrchestratorConfig
+from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import UserError
 from specsplit.jsonio import write_json
 from specsplit.models.text import TextCodec
 from specsplit.provenance.capture import capture_environment, capture_software, utc_now
 from specsplit.workers.endpoint import Endpoint, description_dict
-from specsplit.workers.orchestrator.client import SpeculativeResult, run_speculative_loop
 from specsplit.workers.orchestrator.connection import Connection
+from specsplit.workers.orchestrator.pipeline import TextWriter
+from specsplit.workers.orchestrator.result import SpeculativeResult
 
 RUN_SCHEMA_VERSION = 1
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl")
@@ -72,9 +74,9 @@ def run_requests(
     inputs: dict[str, Any] | None = None,
     on_done: Callable[[RequestRecord], None] = lambda record: None,
 ) -> None:
-    """One run: every request once, in order, at gamma = config.max_draft_tokens; writes `run_dir`.
+    """One run: every request once, in order, as the configuration says; writes `run_dir`.
 
-    draft: may be None when gamma is 0.
+    draft: may be None when gamma is 0. config.seed: each text gets a seed of its own, from it and the request's id.
     warmup: requests run first and not recorded. inputs: what run.json says of files read (path, sha256).
     on_done: called after each request. Raises WorkerError; then run.json holds the error and exit_code 1.
     """
@@ -82,10 +84,19 @@ def run_requests(
     for name in (*TABLES, *(f"{table}.part" for table in TABLES), "run.json"):
         (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
     run = _describe_run(draft, target, codec, config, warmup, inputs or {})
+    controller = None
+    if config.max_draft_tokens == "auto":
+        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
     try:
-        for i in range(warmup):
-            _run_one(requests[i % len(requests)], draft, target, config)
-        _write_rows(requests, draft, target, codec, config, run_dir, on_done)
+        with TextWriter(draft.address if draft else None, target.address) as writer:
+
+            def write(request: Request) -> tuple[OrchestratorConfig, SpeculativeResult]:
+                own = config.model_copy(update={"seed": request_seed(config.seed, request.id)})
+                return own, writer.write(request.token_ids, own, controller=controller)
+
+            for i in range(warmup):
+                write(requests[i % len(requests)])
+            _write_rows(requests, write, codec, run_dir, on_done)
     except BaseException as error:
         reason = str(error) if isinstance(error, UserError) else repr(error)
         write_json(run_dir / "run.json", {**run, "finished": utc_now(), "exit_code": 1, "error": reason})
@@ -93,12 +104,15 @@ def run_requests(
     write_json(run_dir / "run.json", {**run, "finished": utc_now(), "exit_code": 0, "error": None})
 
 
+def request_seed(seed: int, request_id: str) -> int:
+    """The 32-bit seed of one text, from the run's and the request's id: other prompts do not change it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{request_id}".encode()).digest()[:4], "big")
+
+
 def _write_rows(
     requests: Sequence[Request],
-    draft: Connection | None,
-    target: Connection,
+    write: Callable[[Request], tuple[OrchestratorConfig, SpeculativeResult]],
     codec: TextCodec,
-    config: OrchestratorConfig,
     run_dir: Path,
     on_done: Callable[[RequestRecord], None],
 ) -> None:
@@ -111,7 +125,7 @@ def _write_rows(
         request_rows.writeheader()
         round_rows.writeheader()
         for request in requests:
-            result = _run_one(request, draft, target, config)
+            config, result = write(request)
             record = request_record(request, result, config)
             request_rows.writerow(asdict(record))
             round_rows.writerows(asdict(row) for row in round_records(request.id, result, config))
@@ -127,12 +141,6 @@ def _write_rows(
             on_done(record)
     for name in TABLES:
         (run_dir / f"{name}.part").replace(run_dir / name)
-
-
-def _run_one(
-    request: Request, draft: Connection | None, target: Connection, config: OrchestratorConfig
-) -> SpeculativeResult:
-    return run_speculative_loop(draft.stub if draft else None, target.stub, request.token_ids, config)
 
 
 def round_records(request_id: str, result: SpeculativeResult, config: OrchestratorConfig) -> list[RoundRecord]:
@@ -171,9 +179,17 @@ def request_record(request: Request, result: SpeculativeResult, config: Orchestr
         network_idle_fraction=idle / result.total_ms,
         draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
-        mode="sync",
-        tree="x".join(map(str, config.branching)) or "chain",
+        mode=config.mode,
+        tree=config.tree,
+        sampling=config.sampling,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        rtt_ms=config.rtt_ms,
+        jitter_ms=config.jitter_ms,
         seed=config.seed,
+        speculation_hits=result.speculation_hits,
+        speculation_misses=result.speculation_misses,
         output_sha256=hashlib.sha256(json.dumps(result.output_tokens).encode()).hexdigest(),
     )
 

@@ -15,7 +15,7 @@ from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 
 if TYPE_CHECKING:
-    from specsplit.workers.orchestrator.client import SpeculativeResult
+    from specsplit.workers.orchestrator.result import SpeculativeResult
 
 
 def add_commands(subparsers: Any) -> None:
@@ -35,8 +35,8 @@ def run_generate(args: argparse.Namespace) -> None:
     from specsplit.bench.runner import resolve_address
     from specsplit.models.sources import resolve_model
     from specsplit.models.text import TextCodec, TextStream
-    from specsplit.workers.orchestrator.client import run_speculative_loop
     from specsplit.workers.orchestrator.connection import connected_pair
+    from specsplit.workers.orchestrator.pipeline import TextWriter
 
     if args.model is not None:
         args.tokenizer = args.tokenizer or args.model
@@ -53,13 +53,9 @@ def run_generate(args: argparse.Namespace) -> None:
     with _addresses(args.model, config) as addresses:
         config = config.model_copy(update={role: resolve_address(a) for role, a in addresses.items()})
         with connected_pair(config, codec.sha256) as (draft, target):
-            result = run_speculative_loop(
-                draft.stub if draft else None,
-                target.stub,
-                codec.encode(prompt, use_chat_template=config.use_chat_template),
-                config,
-                on_tokens=show,
-            )
+            prompt_ids = codec.encode(prompt, use_chat_template=config.use_chat_template)
+            with TextWriter(draft.address if draft else None, target.address) as writer:
+                result = writer.write(prompt_ids, config, on_tokens=show)
     show([], last=True)
     print()
     if not args.quiet:

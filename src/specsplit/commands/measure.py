@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS, sweep_points
 from specsplit.commands.flags import add_setting_flags, load_settings
 from specsplit.config import MAX_GAMMA, OrchestratorConfig
+from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 
 BENCH_SETTINGS = (
     "draft_address",
     "target_address",
     "tokenizer",
-    "branching",
+    *SHARED_DEFAULTS,
     "max_output_tokens",
     "max_rounds",
     "use_chat_template",
@@ -29,16 +31,25 @@ DEFAULT_GAMMAS = (1, 3, 5, 8, 12)
 
 
 def add_commands(subparsers: Any) -> None:
-    bench = subparsers.add_parser("bench", help="run prompts against two workers for a list of gammas")
+    bench = subparsers.add_parser("bench", help="run prompts against two workers at every point of a sweep")
     bench.add_argument("--prompts", type=Path, required=True, help="JSONL file of prompts")
-    bench.add_argument("--results-dir", type=Path, required=True, help="runs go to DIR/runs/gamma_N, tables to DIR")
+    bench.add_argument("--results-dir", type=Path, required=True, help="runs go to DIR/runs/POINT, tables to DIR")
     bench.add_argument(
         "--gamma",
         type=_gamma,
         nargs="+",
         default=list(DEFAULT_GAMMAS),
         metavar="N",
-        help="draft lengths; gamma 0, the target alone, is always run as well (default: 1 3 5 8 12)",
+        help="draft lengths, or auto; gamma 0, the target alone, is always run as well (default: 1 3 5 8 12)",
+    )
+    # The other axes. Not given, each is what the environment or the default of the setting says.
+    bench.add_argument("--mode", dest="modes", choices=MODES, nargs="+", help="pipeline modes")
+    bench.add_argument(
+        "--tree", dest="trees", type=_tree, nargs="+", help="shapes of the draft: chain, 3x2, dynamic-16x4"
+    )
+    bench.add_argument("--temperature", dest="temperatures", type=float, nargs="+", metavar="T", help="0 = greedy")
+    bench.add_argument(
+        "--rtt-ms", dest="rtts_ms", type=float, nargs="+", metavar="MS", help="simulated round-trip times to the target"
     )
     bench.add_argument("--limit", type=int, help="take a stratified slice of this many prompts (default: all)")
     bench.add_argument("--on-bad-line", choices=("stop", "skip"), default="stop", help="what a bad prompt line does")
@@ -46,7 +57,7 @@ def add_commands(subparsers: Any) -> None:
     bench.add_argument(
         "--only",
         action="store_true",
-        help="run just the gammas named and write no merged tables (the workflow merges)",
+        help="run just the points named and write no merged tables (the workflow merges)",
     )
     add_setting_flags(bench, OrchestratorConfig, only=BENCH_SETTINGS)
     bench.set_defaults(run=run_bench)
@@ -84,7 +95,17 @@ def run_bench(args: argparse.Namespace) -> None:
         raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
     if args.warmup < 0:
         raise UserError(f"--warmup {args.warmup}: a number of requests, 0 or more")
-    gammas = sorted(set(args.gamma) if args.only else {0, *args.gamma})
+    points = sweep_points(
+        args.gamma if args.only else [0, *args.gamma],
+        args.modes or [config.mode],
+        args.trees or [config.tree],
+        args.temperatures or [config.temperature],
+        args.rtts_ms or [config.rtt_ms],
+    )
+    shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
+    # Every point is checked before the first one is run.
+    configs = {point: load_settings(OrchestratorConfig, args, **point.settings(shared)) for point in points}
+    run_dirs = {point: args.results_dir / "runs" / point.label for point in points}
     prompts, skipped = load_prompts(args.prompts, args.on_bad_line)
     for line in skipped:
         print(f"{args.prompts}:{line.line}: skipped: {line.reason}", file=sys.stderr)
@@ -92,26 +113,28 @@ def run_bench(args: argparse.Namespace) -> None:
     codec = TextCodec.load(resolve_model(config.tokenizer)[0])
     inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
     resolved = {"target_address": resolve_address(config.target_address)}
-    if any(gammas):
+    drafting = [point for point in points if point.gamma != 0]
+    if drafting:
         resolved["draft_address"] = resolve_address(config.draft_address)
-    config = config.model_copy(update={**resolved, "max_draft_tokens": max(gammas)})
-    with connected_pair(config, codec.sha256) as (draft, target):
+    # A point that drafts, if there is one, decides whether a draft worker is needed.
+    first = configs[(drafting or points)[0]].model_copy(update=resolved)
+    with connected_pair(first, codec.sha256) as (draft, target):
         requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=target.description.max_context)
-        with Progress(total=len(gammas) * len(requests)) as progress:
-            for gamma in gammas:
+        with Progress(total=len(points) * len(requests)) as progress:
+            for point in points:
                 run_requests(
                     requests,
-                    draft if gamma else None,
+                    draft if point in drafting else None,
                     target,
                     codec,
-                    config.model_copy(update={"max_draft_tokens": gamma}),
-                    args.results_dir / "runs" / f"gamma_{gamma}",
+                    configs[point].model_copy(update=resolved),
+                    run_dirs[point],
                     warmup=args.warmup,
                     inputs=inputs,
                     on_done=progress.done,
                 )
     if not args.only:
-        args.run_dirs = [args.results_dir / "runs" / f"gamma_{gamma}" for gamma in gammas]
+        args.run_dirs = list(run_dirs.values())
         run_merge(args)
         print(f"next: specsplit analyze --results-dir {args.results_dir}")
 
@@ -129,7 +152,7 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 def run_analyze(args: argparse.Namespace) -> None:
-    from specsplit.analysis.tables import read_tables, summarize, write_csv
+    from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize, write_csv
 
     if not 0 < args.confidence < 1:
         raise UserError(f"--confidence {args.confidence}: a level between 0 and 1, as 0.95")
@@ -147,11 +170,21 @@ def run_analyze(args: argparse.Namespace) -> None:
         for path in draw_figures(requests, rounds, args.results_dir / "figures", **settings):
             print(path)
     print(args.results_dir / "summary.csv")
-    shown = ["gamma", "tpot_ms_mean", "ttft_ms_mean", "average_acceptance_rate_mean", "speedup", "lossless"]
+    varied = [name for name in CONFIGURATION if name == "gamma" or summary[name].nunique() > 1]
+    shown = [*varied, "tpot_ms_mean", "ttft_ms_mean", "average_acceptance_rate_mean", "speedup", "lossless"]
     print(summary[shown].to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
 
 
-def _gamma(text: str) -> int:
+def _gamma(text: str) -> int | str:
+    if text == AUTO:
+        return text
     if not text.isdigit() or int(text) > MAX_GAMMA:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a draft length from 0 to {MAX_GAMMA}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a draft length from 0 to {MAX_GAMMA}, nor auto")
     return int(text)
+
+
+def _tree(text: str) -> str:
+    try:
+        return str(TreeShape.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

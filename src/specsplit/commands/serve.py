@@ -9,6 +9,8 @@ from typing import Any
 
 from specsplit.commands.flags import add_setting_flags, load_settings, setting_arguments
 from specsplit.config import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.errors import UserError
+from specsplit.jsonio import read_json_object
 
 ROLES: dict[str, type[WorkerSettings]] = {"draft": DraftWorkerConfig, "target": TargetWorkerConfig}
 
@@ -24,6 +26,7 @@ def add_commands(subparsers: Any) -> None:
         parser.add_argument(
             "--users-file", type=Path, help="lists endpoint files; the worker stops when none of them exists"
         )
+        _add_layers_file(parser, role)
         add_setting_flags(parser, settings)
         parser.set_defaults(run=run_worker)
 
@@ -42,6 +45,7 @@ def add_commands(subparsers: Any) -> None:
             metavar="HOST:PORT",
             help="use this running worker instead; it is checked and never stopped",
         )
+        _add_layers_file(parser, role)
         add_setting_flags(parser, settings)
         parser.set_defaults(run=run_start_worker)
 
@@ -54,6 +58,7 @@ def run_worker(args: argparse.Namespace) -> None:
     from specsplit.workers.environment import ensure_deterministic_environment
 
     ensure_deterministic_environment()
+    _read_layers_file(args)
     config = load_settings(ROLES[args.role], args)
     from transformers.utils import logging as transformers_logging
 
@@ -64,10 +69,10 @@ def run_worker(args: argparse.Namespace) -> None:
 
 
 def run_start_worker(args: argparse.Namespace) -> None:
-    from specsplit.errors import UserError
     from specsplit.workers.launch import attach_worker, share_worker, start_worker
 
     settings = ROLES[args.role]
+    _read_layers_file(args)
     config = load_settings(settings, args)
     if config.model is None:
         raise UserError("--model is missing: the folder of a prepared model, or any local Hugging Face model")
@@ -93,6 +98,29 @@ def run_start_worker(args: argparse.Namespace) -> None:
         timeout_s=args.startup_timeout_s,
     )
     print(f"{args.role} worker, process {endpoint.pid}, serves at {endpoint.address}")
+
+
+def _add_layers_file(parser: argparse.ArgumentParser, role: str) -> None:
+    if role == "draft":
+        parser.add_argument(
+            "--skip-layers-file",
+            type=Path,
+            metavar="FILE",
+            help="instead of --skip-layers: what `specsplit pick-layers` wrote",
+        )
+
+
+def _read_layers_file(args: argparse.Namespace) -> None:
+    """Put the layers that --skip-layers-file names where --skip-layers would."""
+    path: Path | None = getattr(args, "skip_layers_file", None)
+    if path is None:
+        return
+    if args.skip_layers is not None:
+        raise UserError("--skip-layers and --skip-layers-file: give one of them")
+    layers = read_json_object(path).get("layers")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise UserError(f"{path}: holds no `layers`, a list of whole numbers; `specsplit pick-layers` writes it")
+    args.skip_layers = layers
 
 
 def run_stop_worker(args: argparse.Namespace) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+MAX_BRANCHING = 8
+MAX_TREE_NODES = 256
 ROOT = -1
 """Parent of the nodes that follow the context directly."""
 
@@ -22,12 +25,16 @@ class TokenTree:
     parents[i]: index of its parent, always below i, or ROOT (-1) when it follows the context.
     log_probs[i]: the draft's natural log-probability of the token given its path, at most 0.
 
+    distributions[i] (rejection sampling alone): token ids and probabilities that the children of node i were drawn
+        from, without replacement and in their order; ROOT for those that follow the context.
+
     A chain is the tree whose parents are -1, 0, 1, ...
     """
 
     token_ids: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    distributions: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
 
     @classmethod
     def chain(cls, token_ids: Sequence[int], log_probs: Sequence[float] | None = None) -> TokenTree:
@@ -73,14 +80,6 @@ class TokenTree:
             path.append(node)
         return path
 
-    def within(self, vocab_size: int) -> TokenTree:
-        """The tree without the nodes whose token, or an ancestor's, is outside the vocabulary."""
-        kept, place = TokenTree(), {ROOT: ROOT}
-        for i, (token, parent) in enumerate(zip(self.token_ids, self.parents, strict=True)):
-            if token < vocab_size and parent in place:
-                place[i] = kept.add(token, place[parent], self.log_probs[i])
-        return kept
-
     def validate(self, vocab_size: int | None = None, max_nodes: int | None = None) -> None:
         """Raise TreeError unless the arrays form a tree: equal lengths, parents before children, token ids
         inside the vocabulary, finite log-probabilities of at most 0, no token twice under one parent."""
@@ -105,17 +104,74 @@ class TokenTree:
             if (parent, token) in seen:
                 raise TreeError(f"node {i}: token {token} stands twice under parent {parent}")
             seen.add((parent, token))
+        for node, (tokens, probabilities) in self.distributions.items():
+            if not ROOT <= node < n:
+                raise TreeError(f"distribution of node {node}: there is no such node")
+            if not tokens or len(tokens) != len(probabilities) or len(set(tokens)) != len(tokens):
+                raise TreeError(f"distribution of node {node}: wants different tokens, each with a probability")
+            if min(tokens) < 0 or (vocab_size is not None and max(tokens) >= vocab_size):
+                raise TreeError(f"distribution of node {node}: a token is outside the vocabulary of {vocab_size}")
+            if not all(math.isfinite(p) and p > 0 for p in probabilities):
+                raise TreeError(f"distribution of node {node}: a probability is not a finite number above 0")
+
+    def check_drawn(self) -> None:
+        """Raise TreeError unless every node with children has a distribution that can draw them."""
+        drawable = {node: set(tokens) for node, (tokens, _) in self.distributions.items()}
+        for i, (token, parent) in enumerate(zip(self.token_ids, self.parents, strict=True)):
+            if token not in drawable.get(parent, ()):
+                raise TreeError(f"node {i}: rejection sampling needs a distribution of its parent that draws its token")
 
 
-def branching_of(shape: Sequence[int], depth: int) -> int:
-    """Children that a node at `depth` (0 = the context) gets in a tree of static shape; a chain beyond it."""
-    return shape[depth] if depth < len(shape) else 1
+@dataclass(frozen=True)
+class TreeShape:
+    """How a draft of depth gamma spreads.
 
+    branching: children of each node, level by level, one beyond its end; empty is a chain (static shapes).
+    nodes: 0 for a static shape; else the draft has at most that many nodes, grown best first by the draft's own
+        probabilities (EAGLE-2, Li et al. 2024; Sequoia, Chen et al. 2024).
+    width: nodes that a dynamic tree feeds in each pass.
+    """
 
-def tree_size(shape: Sequence[int], gamma: int) -> int:
-    """Nodes of the full tree of depth `gamma` with `shape` children per level (1 beyond the shape's end)."""
-    nodes, level = 0, 1
-    for depth in range(gamma):
-        level *= branching_of(shape, depth)
-        nodes += level
-    return nodes
+    branching: tuple[int, ...] = ()
+    nodes: int = 0
+    width: int = 4
+
+    @classmethod
+    def parse(cls, text: str) -> TreeShape:
+        """`chain`, `3x2` (children per level), `dynamic-16` or `dynamic-16x4` (nodes, nodes fed in a pass).
+
+        Raises ValueError that says what is wanted.
+        """
+        wanted = f"{text!r} is not a tree: write chain, 3x2 (children per level, 1 to 8) or dynamic-16x4"
+        if text == "chain":
+            return cls()
+        if match := re.fullmatch(r"dynamic-(\d+)(?:x(\d+))?", text):
+            nodes, width = int(match[1]), int(match[2] or cls.width)
+            if not (1 <= nodes <= MAX_TREE_NODES and 1 <= width <= MAX_TREE_NODES):
+                raise ValueError(f"{wanted}; nodes and width are 1 to {MAX_TREE_NODES}")
+            return cls(nodes=nodes, width=width)
+        if not re.fullmatch(r"\d+(x\d+)*", text):
+            raise ValueError(wanted)
+        branching = tuple(int(level) for level in text.split("x"))
+        if any(not 1 <= level <= MAX_BRANCHING for level in branching):
+            raise ValueError(wanted)
+        return cls(branching)
+
+    def __str__(self) -> str:
+        if self.nodes:
+            return f"dynamic-{self.nodes}x{self.width}"
+        return "x".join(map(str, self.branching)) or "chain"
+
+    def children(self, depth: int) -> int:
+        """Children that a node at `depth` (0 = the context) gets in a static shape."""
+        return self.branching[depth] if depth < len(self.branching) else 1
+
+    def size(self, gamma: int) -> int:
+        """The most nodes that a draft of depth `gamma` can have."""
+        if self.nodes:
+            return self.nodes
+        nodes, level = 0, 1
+        for depth in range(gamma):
+            level *= self.children(depth)
+            nodes += level
+        return nodes

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
+from specsplit.decoding.sampling import ACCEPTANCE, RESIDUAL, Sampling, choose, gumbel, log_probs, uniform
 from specsplit.decoding.tree import ROOT, TokenTree
 
 
@@ -15,6 +19,23 @@ class Verdict:
 
     path: list[int]
     next_token: int
+
+
+def verify(tree: TokenTree, logits: torch.Tensor, position: int, sampling: Sampling) -> Verdict:
+    """Verify a draft by the method that `sampling` names.
+
+    logits: the target's, [1 + nodes, vocab]: after the context, then after each node.
+    position: of the first drafted token in the text, so the length of the context.
+    """
+    if len(logits) != 1 + len(tree):
+        raise ValueError(f"{len(tree)} nodes need {1 + len(tree)} rows of logits, got {len(logits)}")
+    if sampling.greedy:
+        choices = logits.argmax(-1).tolist()  # one transfer from the device
+        return verify_greedy(tree, choices[0], choices[1:])
+    if sampling.rejection:
+        return verify_rejection(tree, logits, position, sampling)
+    depths = [0, *tree.depths()]
+    return _follow(tree, lambda node: choose(logits[node + 1], position + depths[node + 1], sampling))
 
 
 def verify_greedy(tree: TokenTree, context_choice: int, node_choices: Sequence[int]) -> Verdict:
@@ -28,12 +49,67 @@ def verify_greedy(tree: TokenTree, context_choice: int, node_choices: Sequence[i
     """
     if len(node_choices) != len(tree):
         raise ValueError(f"{len(tree)} nodes need {len(tree)} choices, got {len(node_choices)}")
+    return _follow(tree, lambda node: context_choice if node == ROOT else node_choices[node])
+
+
+def _follow(tree: TokenTree, choice_after: Callable[[int], int]) -> Verdict:
+    """The path along the target's own choices; choice_after(node) is asked for nodes on the path alone."""
     children: dict[tuple[int, int], int] = {}
     for i, (parent, token) in enumerate(zip(tree.parents, tree.token_ids, strict=True)):
         children.setdefault((parent, token), i)
     path: list[int] = []
-    node, choice = ROOT, context_choice
-    while (child := children.get((node, choice))) is not None:
+    choice = choice_after(ROOT)
+    while (child := children.get((path[-1] if path else ROOT, choice))) is not None:
         path.append(child)
-        node, choice = child, node_choices[child]
+        choice = choice_after(child)
     return Verdict(path, choice)
+
+
+def verify_rejection(tree: TokenTree, logits: torch.Tensor, position: int, sampling: Sampling) -> Verdict:
+    """Rejection sampling: the text is distributed as the target's own, whatever the draft (not token for token).
+
+    A chain: Leviathan et al. 2023, Chen et al. 2023. Several children under a node: SpecInfer's multi-step sampling in
+    the form for children drawn without replacement (recursive rejection, Jeon et al. 2024): each in its turn is
+    accepted with probability min(1, p / q); after a rejection p becomes the normalised positive part of p - q, and q
+    loses the rejected token. `tree.distributions` must hold the q that the children of a node were drawn from.
+    Raises ValueError when a node has children but no distribution, or a child that its distribution cannot draw.
+    """
+    offspring: dict[int, list[int]] = {}
+    for node, parent in enumerate(tree.parents):
+        offspring.setdefault(parent, []).append(node)
+    path: list[int] = []
+    while True:
+        node, here = (path[-1] if path else ROOT), position + len(path)
+        p = log_probs(logits[node + 1][None], sampling)[0].exp().cpu().numpy()
+        accepted = None
+        if node in offspring:
+            q = _dense(tree, node, len(p))
+            for turn, child in enumerate(offspring[node]):
+                token = tree.token_ids[child]
+                if not q[token] > 0:
+                    raise ValueError(f"node {child}: its distribution cannot draw token {token}")
+                if uniform(sampling.seed, ACCEPTANCE, here, turn) * q[token] < p[token]:
+                    accepted = child
+                    break
+                rest = np.maximum(p - q, 0.0)
+                rest[token] = 0.0  # rejected, so q > p; exact where rounding is not
+                if (total := rest.sum()) > 0:
+                    p = rest / total
+                q[token] = 0.0
+                if (total := q.sum()) > 0:
+                    q /= total
+        if accepted is None:
+            with np.errstate(divide="ignore"):
+                scores = np.log(p) + gumbel(sampling.seed, RESIDUAL, here, len(p)).numpy()
+            return Verdict(path, int(scores.argmax()))
+        path.append(accepted)
+
+
+def _dense(tree: TokenTree, node: int, vocab: int) -> np.ndarray:
+    if node not in tree.distributions:
+        where = "the context" if node == ROOT else f"node {node}"
+        raise ValueError(f"rejection sampling needs the draft's distribution after {where}")
+    token_ids, probabilities = tree.distributions[node]
+    q = np.zeros(vocab)
+    q[token_ids] = probabilities
+    return q / q.sum()

@@ -7,20 +7,29 @@ verification, `new_cache` makes one.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.errors import UserError
+from specsplit.models.fingerprint import weight_files
 from specsplit.models.kv_cache import KVCache
+from specsplit.models.quantise import quantise_linears
 from specsplit.models.tree_attn import additive, positions, visible
+from specsplit.models.vocabulary import read_reduced_map
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.bfloat16,  # of everything but the weights of linear layers
+}
 PREFILL_CHUNK = 512
 UNBOUNDED = 1 << 20  # positions of a model that names no limit
 EMPTY = TokenTree()
@@ -29,7 +38,8 @@ EMPTY = TokenTree()
 class CausalLM:
     """A loaded model. All methods must be called from one thread at a time.
 
-    vocab_size: rows of the output head. max_context: positions that the model can be used for.
+    vocab_size: rows of the output head, which a draft's reduced head has fewer of than tokens that it reads.
+    max_context: positions that the model can be used for.
     eos_token_ids: tokens that end a text, from the generation configuration.
     """
 
@@ -38,7 +48,8 @@ class CausalLM:
         self.model = model.eval()
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.vocab_size: int = config.vocab_size
+        head = model.get_output_embeddings()
+        self.vocab_size: int = getattr(head, "out_features", config.vocab_size)
         self.max_context = _max_context(config)
         self.num_layers: int = config.num_hidden_layers
         self.eos_token_ids = _eos_token_ids(model)
@@ -56,16 +67,22 @@ class CausalLM:
     ) -> CausalLM:
         """Load safetensors weights from a local folder; never from the network, never running its code.
 
-        dtype: float32 | bfloat16 | float16. device: auto (cuda when there is one) | cpu | cuda | cuda:N.
+        dtype: float32 | bfloat16 | float16 | int8 (weights of linear layers, on the CPU; the rest is bfloat16).
+        device: auto (cuda when there is one) | cpu | cuda | cuda:N.
         skip_layers: decoder layers to leave out, for a cheaper and weaker draft from the same weights.
+        A folder with a `draft_to_target` map (see vocabulary.read_reduced_map) gives a model with an output head of
+        its rows alone, whether the weights hold these or the full head.
         """
         from transformers import AutoModelForCausalLM
 
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         target_device = pick_device(device)
+        if dtype == "int8" and target_device.type != "cpu":
+            raise UserError(f"dtype int8 is for the CPU, not for {target_device}: use device cpu, or dtype bfloat16")
         if not folder.is_dir():  # transformers would look the name up among its downloads
             raise UserError(f"{folder} does not hold a model: no such folder")
+        head_tokens = read_reduced_map(folder)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -74,6 +91,7 @@ class CausalLM:
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=head_tokens is not None,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
@@ -82,9 +100,14 @@ class CausalLM:
                 f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
                 f"Fetch or convert the model again."
             )
+        if head_tokens is not None:
+            reduce_head(model, folder, head_tokens, {key for key, *_ in report["mismatched_keys"]})
         if skip_layers:
             drop_layers(model, skip_layers)
-        loaded = cls(model.to(target_device))
+        model = model.to(target_device)
+        if dtype == "int8":
+            quantise_linears(model)
+        loaded = cls(model)
         loaded.check_tree_attention()
         return loaded
 
@@ -186,6 +209,37 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def reduce_head(model: Any, folder: Path, tokens: Sequence[int], mismatched: Collection[str]) -> None:
+    """Give a loaded model an output head with a row for each of `tokens` alone, in place.
+
+    mismatched: tensors in the files of `folder` that have another shape than the model; the only one allowed is the
+    head, when it is reduced there already. Else the rows are taken from the full head, which may be tied.
+    """
+    head = model.get_output_embeddings()
+    name = next(f"{path}.weight" for path, module in model.named_modules() if module is head)
+    if strange := sorted(set(mismatched) - {name}):
+        raise UserError(f"{folder}: {strange[0]} has another shape than config.json says")
+    if not mismatched and max(tokens) >= len(head.weight):
+        raise UserError(f"{folder}: draft_to_target names token {max(tokens)}; the model has {len(head.weight)}")
+    rows = _stored_tensor(folder, name) if mismatched else head.weight[list(tokens)]
+    if rows.shape != (len(tokens), head.weight.shape[1]):
+        raise UserError(f"{folder}: {name} has {len(rows)} rows, but draft_to_target {len(tokens)} entries")
+    reduced = nn.Linear(rows.shape[1], len(tokens), bias=head.bias is not None, dtype=head.weight.dtype)
+    with torch.no_grad():
+        reduced.weight.copy_(rows)
+        if head.bias is not None:
+            reduced.bias.copy_(head.bias[list(tokens)])
+    model.set_output_embeddings(reduced)
+
+
+def _stored_tensor(folder: Path, name: str) -> torch.Tensor:
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 (not a dict)
+                return tensors.get_tensor(name)
+    raise UserError(f"{folder}: no weights called {name}")
+
+
 def drop_layers(model: Any, skip: Sequence[int]) -> None:
     """Take decoder layers out of a loaded model, in place, and number the rest anew for the cache."""
     config = model.config.get_text_config()
@@ -205,6 +259,25 @@ def drop_layers(model: Any, skip: Sequence[int]) -> None:
     if layer_types:
         config.layer_types = [layer_types[i] for i in kept]
     config.num_hidden_layers = len(kept)
+
+
+@contextmanager
+def without_layers(model: Any, skip: Sequence[int]) -> Iterator[None]:
+    """Leave decoder layers out for as long as the context lasts; the model is then exactly what it was."""
+    config = model.config.get_text_config()
+    parent, name = _layer_list(model, config.num_hidden_layers)
+    layers, count, types = getattr(parent, name), config.num_hidden_layers, getattr(config, "layer_types", None)
+    indices = [(module, module.layer_idx) for module in layers.modules() if hasattr(module, "layer_idx")]
+    try:
+        drop_layers(model, skip)
+        yield
+    finally:
+        setattr(parent, name, layers)
+        for module, index in indices:
+            module.layer_idx = index
+        config.num_hidden_layers = count
+        if types:
+            config.layer_types = types
 
 
 def _layer_list(model: nn.Module, count: int) -> tuple[nn.Module, str]:

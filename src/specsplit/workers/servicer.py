@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
 import specsplit
 from specsplit.config import WorkerSettings
-from specsplit.models.causal_lm import CausalLM
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.compute import ModelThread
 from specsplit.workers.environment import DETERMINISM_VARIABLES
 from specsplit.workers.errors import InvalidRequest, LimitReached, Refusal
+from specsplit.workers.inbox import Inbox
 from specsplit.workers.sessions import Session, SessionStore
+
+if TYPE_CHECKING:
+    from specsplit.models.loading import LanguageModel
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -34,9 +37,10 @@ class WorkerServicer:
     role = ""
 
     def __init__(
-        self, model: CausalLM, config: WorkerSettings, thread: ModelThread, identity: Mapping[str, Any]
+        self, model: LanguageModel, config: WorkerSettings, thread: ModelThread, identity: Mapping[str, Any]
     ) -> None:
         self.model = model
+        self.vocab_size = model.vocab_size
         self.config = config
         self.thread = thread
         self.identity = identity
@@ -56,7 +60,7 @@ class WorkerServicer:
             device=str(self.model.device),
             threads=self.thread.threads,
             skip_layers=getattr(self.config, "skip_layers", []),
-            vocab_size=self.model.vocab_size,
+            vocab_size=self.vocab_size,
             max_context=self.max_context,
             eos_token_ids=self.model.eos_token_ids,
             pid=os.getpid(),
@@ -72,9 +76,9 @@ class WorkerServicer:
             raise InvalidRequest("round counts from 1")
         if not context.new_tokens:
             raise InvalidRequest("new_tokens is empty: send at least the last token of the context")
-        outside = next((t for t in context.new_tokens if t >= self.model.vocab_size), None)
+        outside = next((t for t in context.new_tokens if t >= self.vocab_size), None)
         if outside is not None:
-            raise InvalidRequest(f"token id {outside} is outside the vocabulary of {self.model.vocab_size}")
+            raise InvalidRequest(f"token id {outside} is outside the vocabulary of {self.vocab_size}")
         length = context.prefix_length + len(context.new_tokens)
         if nodes > self.config.max_tree_nodes:
             raise LimitReached(f"a tree of {nodes} nodes is over the limit of {self.config.max_tree_nodes}")
@@ -84,12 +88,20 @@ class WorkerServicer:
                 f"{self.max_context} that a session of this worker can hold (max_context)"
             )
 
-    def answer(self, request: Any, work: Callable[[Session, list[int]], T], reply_to: Callable[[T], R]) -> R:
+    def answer(
+        self,
+        request: Any,
+        work: Callable[[Session, list[int]], T],
+        reply_to: Callable[[T], R],
+        arrived: float | None = None,
+    ) -> R:
         """One round of a checked request: the reply given before, or `work(session, context)` on the model thread.
 
-        reply_to makes the reply of what `work` returns; the timings are filled in here.
+        reply_to makes the reply of what `work` returns; the round and the timings are filled in here.
+        arrived: time.perf_counter() when the request came, if it waited before this call.
         """
-        arrived = time.perf_counter()
+        called = time.perf_counter()
+        arrived = called if arrived is None else arrived
         raw = request.SerializeToString(deterministic=True)
         with self.sessions.use(request.context) as session:
             if (known := session.replay(request.context.round, raw)) is not None:
@@ -97,11 +109,29 @@ class WorkerServicer:
             tokens = session.context_for(request.context)
             done = self.thread.run(lambda: work(session, tokens))
             reply: Any = reply_to(done.value)
-            reply.timings.queue_ms = done.queue_ms
+            reply.round = request.context.round
+            reply.timings.queue_ms = done.queue_ms + (called - arrived) * 1e3
             reply.timings.compute_ms = done.compute_ms
             reply.timings.server_ms = (time.perf_counter() - arrived) * 1e3
             session.remember(request.context.round, raw, reply)
             return reply
+
+    def guard_stream(
+        self, requests: Iterator[Any], context: grpc.ServicerContext, answers: Callable[[Inbox], Iterator[R]]
+    ) -> Iterator[R]:
+        """Run the handler of a stream, as `guard` does for one call; its sessions end with it."""
+        inbox = Inbox(requests)
+        try:
+            yield from answers(inbox)
+        except Refusal as refusal:
+            log.info("refused %s: %s", refusal.status.name, refusal)
+            context.abort(refusal.status, str(refusal))
+        except Exception as error:
+            log.exception("stream failed")
+            context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        finally:
+            for session_id in inbox.session_ids:
+                self.sessions.end(session_id)
 
     def guard(self, context: grpc.ServicerContext, work: Callable[[], R]) -> R:
         """Run a handler; a Refusal becomes its status, anything else INTERNAL with the traceback in the log."""

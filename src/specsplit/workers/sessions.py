@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from specsplit.decoding.tree import TokenTree
 from specsplit.models.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -22,13 +21,12 @@ class Session:
     """One text being written.
 
     tokens: the context as of the last round. cache: its keys and values, perhaps followed by tree nodes.
-    tree, cached_nodes: the last draft and how many of its nodes follow the context in the cache (draft worker).
+    state: what the engine of the draft worker knows beside them.
     """
 
     cache: KVCache
     tokens: list[int] = field(default_factory=list)
-    tree: TokenTree = field(default_factory=TokenTree)
-    cached_nodes: int = 0
+    state: Any = None
     last_round: int = 0
     last_request: bytes = b""
     last_reply: Any = None

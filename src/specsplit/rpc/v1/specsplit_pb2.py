@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n specsplit/rpc/v1/specsplit.proto\x12\x0cspecsplit.v1\"m\n\x07\x43ontext\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x15\n\rprefix_length\x18\x03 \x01(\r\x12\x14\n\x0cprefix_crc32\x18\x04 \x01(\x07\x12\x12\n\nnew_tokens\x18\x05 \x03(\r\"B\n\tTokenTree\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07parents\x18\x02 \x03(\x11\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\"B\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\ncompute_ms\x18\x02 \x01(\x01\x12\x11\n\tserver_ms\x18\x03 \x01(\x01\"\x84\x01\n\x15GenerateDraftsRequest\x12&\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x15.specsplit.v1.Context\x12\x18\n\x10max_draft_tokens\x18\x02 \x01(\r\x12\x11\n\tbranching\x18\x03 \x03(\r\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\"d\n\x13GenerateDraftsReply\x12%\n\x04tree\x18\x01 \x01(\x0b\x32\x17.specsplit.v1.TokenTree\x12&\n\x07timings\x18\x02 \x01(\x0b\x32\x15.specsplit.v1.Timings\"d\n\x13VerifyDraftsRequest\x12&\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x15.specsplit.v1.Context\x12%\n\x04tree\x18\x02 \x01(\x0b\x32\x17.specsplit.v1.TokenTree\"\x80\x01\n\x11VerifyDraftsReply\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\x01 \x03(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x02 \x03(\r\x12\x12\n\nnext_token\x18\x03 \x01(\r\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.specsplit.v1.Timings\"\'\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\"\n\x0f\x45ndSessionReply\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x11\n\x0f\x44\x65scribeRequest\"\x8c\x03\n\rDescribeReply\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x0f\n\x07threads\x18\t \x01(\r\x12\x13\n\x0bskip_layers\x18\n \x03(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x13\n\x0bmax_context\x18\x0c \x01(\r\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x41\n\x0b\x65nvironment\x18\x0f \x03(\x0b\x32,.specsplit.v1.DescribeReply.EnvironmentEntry\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xfe\x01\n\x0c\x44raftService\x12X\n\x0eGenerateDrafts\x12#.specsplit.v1.GenerateDraftsRequest\x1a!.specsplit.v1.GenerateDraftsReply\x12L\n\nEndSession\x12\x1f.specsplit.v1.EndSessionRequest\x1a\x1d.specsplit.v1.EndSessionReply\x12\x46\n\x08\x44\x65scribe\x12\x1d.specsplit.v1.DescribeRequest\x1a\x1b.specsplit.v1.DescribeReply2\xf9\x01\n\rTargetService\x12R\n\x0cVerifyDrafts\x12!.specsplit.v1.VerifyDraftsRequest\x1a\x1f.specsplit.v1.VerifyDraftsReply\x12L\n\nEndSession\x12\x1f.specsplit.v1.EndSessionRequest\x1a\x1d.specsplit.v1.EndSessionReply\x12\x46\n\x08\x44\x65scribe\x12\x1d.specsplit.v1.DescribeRequest\x1a\x1b.specsplit.v1.DescribeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n specsplit/rpc/v1/specsplit.proto\x12\x0cspecsplit.v1\"m\n\x07\x43ontext\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\x15\n\rprefix_length\x18\x03 \x01(\r\x12\x14\n\x0cprefix_crc32\x18\x04 \x01(\x07\x12\x12\n\nnew_tokens\x18\x05 \x03(\r\"u\n\tTokenTree\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0f\n\x07parents\x18\x02 \x03(\x11\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\x12\x31\n\rdistributions\x18\x04 \x03(\x0b\x32\x1a.specsplit.v1.Distribution\"F\n\x0c\x44istribution\x12\x0c\n\x04node\x18\x01 \x01(\x11\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rprobabilities\x18\x03 \x03(\x02\"^\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x11\n\trejection\x18\x05 \x01(\x08\"B\n\x07Timings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x12\n\ncompute_ms\x18\x02 \x01(\x01\x12\x11\n\tserver_ms\x18\x03 \x01(\x01\"\xa4\x02\n\x15GenerateDraftsRequest\x12&\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x15.specsplit.v1.Context\x12\x18\n\x10max_draft_tokens\x18\x02 \x01(\r\x12\x11\n\tbranching\x18\x03 \x03(\r\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\ntree_nodes\x18\x05 \x01(\r\x12\x12\n\ntree_width\x18\x06 \x01(\r\x12(\n\x08sampling\x18\x07 \x01(\x0b\x32\x16.specsplit.v1.Sampling\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x14\n\x0clength_limit\x18\t \x01(\r\x12\"\n\x05\x61head\x18\n \x01(\x0b\x32\x13.specsplit.v1.Ahead\"K\n\x05\x41head\x12\x0f\n\x07\x66\x61n_out\x18\x01 \x01(\r\x12\x18\n\x10max_draft_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x66ull_acceptance\x18\x03 \x01(\x08\"]\n\x07Outcome\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x01 \x03(\r\x12\x12\n\nnext_token\x18\x02 \x01(\r\x12%\n\x04tree\x18\x03 \x01(\x0b\x32\x17.specsplit.v1.TokenTree\"\xae\x01\n\x13GenerateDraftsReply\x12%\n\x04tree\x18\x01 \x01(\x0b\x32\x17.specsplit.v1.TokenTree\x12&\n\x07timings\x18\x02 \x01(\x0b\x32\x15.specsplit.v1.Timings\x12\r\n\x05round\x18\x03 \x01(\r\x12\x10\n\x08is_ahead\x18\x04 \x01(\x08\x12\'\n\x08outcomes\x18\x05 \x03(\x0b\x32\x15.specsplit.v1.Outcome\"\x8e\x01\n\x13VerifyDraftsRequest\x12&\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x15.specsplit.v1.Context\x12%\n\x04tree\x18\x02 \x01(\x0b\x32\x17.specsplit.v1.TokenTree\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.specsplit.v1.Sampling\"B\n\x08Prepared\x12\r\n\x05round\x18\x01 \x01(\r\x12\'\n\x08outcomes\x18\x02 \x03(\x0b\x32\x15.specsplit.v1.Outcome\"~\n\x13StreamVerifyRequest\x12\x33\n\x06verify\x18\x01 \x01(\x0b\x32!.specsplit.v1.VerifyDraftsRequestH\x00\x12*\n\x08prepared\x18\x02 \x01(\x0b\x32\x16.specsplit.v1.PreparedH\x00\x42\x06\n\x04what\"\x8f\x01\n\x11VerifyDraftsReply\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\x01 \x03(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x02 \x03(\r\x12\x12\n\nnext_token\x18\x03 \x01(\r\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.specsplit.v1.Timings\x12\r\n\x05round\x18\x05 \x01(\r\"\'\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\"\n\x0f\x45ndSessionReply\x12\x0f\n\x07\x65xisted\x18\x01 \x01(\x08\"\x11\n\x0f\x44\x65scribeRequest\"\x8c\x03\n\rDescribeReply\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0eweights_sha256\x18\x04 \x01(\t\x12\x18\n\x10tokenizer_sha256\x18\x05 \x01(\t\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x0f\n\x07threads\x18\t \x01(\r\x12\x13\n\x0bskip_layers\x18\n \x03(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x13\n\x0bmax_context\x18\x0c \x01(\r\x12\x15\n\reos_token_ids\x18\r \x03(\r\x12\x0b\n\x03pid\x18\x0e \x01(\r\x12\x41\n\x0b\x65nvironment\x18\x0f \x03(\x0b\x32,.specsplit.v1.DescribeReply.EnvironmentEntry\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x32\xda\x02\n\x0c\x44raftService\x12X\n\x0eGenerateDrafts\x12#.specsplit.v1.GenerateDraftsRequest\x1a!.specsplit.v1.GenerateDraftsReply\x12Z\n\x0cStreamDrafts\x12#.specsplit.v1.GenerateDraftsRequest\x1a!.specsplit.v1.GenerateDraftsReply(\x01\x30\x01\x12L\n\nEndSession\x12\x1f.specsplit.v1.EndSessionRequest\x1a\x1d.specsplit.v1.EndSessionReply\x12\x46\n\x08\x44\x65scribe\x12\x1d.specsplit.v1.DescribeRequest\x1a\x1b.specsplit.v1.DescribeReply2\xd1\x02\n\rTargetService\x12R\n\x0cVerifyDrafts\x12!.specsplit.v1.VerifyDraftsRequest\x1a\x1f.specsplit.v1.VerifyDraftsReply\x12V\n\x0cStreamVerify\x12!.specsplit.v1.StreamVerifyRequest\x1a\x1f.specsplit.v1.VerifyDraftsReply(\x01\x30\x01\x12L\n\nEndSession\x12\x1f.specsplit.v1.EndSessionRequest\x1a\x1d.specsplit.v1.EndSessionReply\x12\x46\n\x08\x44\x65scribe\x12\x1d.specsplit.v1.DescribeRequest\x1a\x1b.specsplit.v1.DescribeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,29 +36,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTEXT']._serialized_start=50
   _globals['_CONTEXT']._serialized_end=159
   _globals['_TOKENTREE']._serialized_start=161
-  _globals['_TOKENTREE']._serialized_end=227
-  _globals['_TIMINGS']._serialized_start=229
-  _globals['_TIMINGS']._serialized_end=295
-  _globals['_GENERATEDRAFTSREQUEST']._serialized_start=298
-  _globals['_GENERATEDRAFTSREQUEST']._serialized_end=430
-  _globals['_GENERATEDRAFTSREPLY']._serialized_start=432
-  _globals['_GENERATEDRAFTSREPLY']._serialized_end=532
-  _globals['_VERIFYDRAFTSREQUEST']._serialized_start=534
-  _globals['_VERIFYDRAFTSREQUEST']._serialized_end=634
-  _globals['_VERIFYDRAFTSREPLY']._serialized_start=637
-  _globals['_VERIFYDRAFTSREPLY']._serialized_end=765
-  _globals['_ENDSESSIONREQUEST']._serialized_start=767
-  _globals['_ENDSESSIONREQUEST']._serialized_end=806
-  _globals['_ENDSESSIONREPLY']._serialized_start=808
-  _globals['_ENDSESSIONREPLY']._serialized_end=842
-  _globals['_DESCRIBEREQUEST']._serialized_start=844
-  _globals['_DESCRIBEREQUEST']._serialized_end=861
-  _globals['_DESCRIBEREPLY']._serialized_start=864
-  _globals['_DESCRIBEREPLY']._serialized_end=1260
-  _globals['_DESCRIBEREPLY_ENVIRONMENTENTRY']._serialized_start=1210
-  _globals['_DESCRIBEREPLY_ENVIRONMENTENTRY']._serialized_end=1260
-  _globals['_DRAFTSERVICE']._serialized_start=1263
-  _globals['_DRAFTSERVICE']._serialized_end=1517
-  _globals['_TARGETSERVICE']._serialized_start=1520
-  _globals['_TARGETSERVICE']._serialized_end=1769
+  _globals['_TOKENTREE']._serialized_end=278
+  _globals['_DISTRIBUTION']._serialized_start=280
+  _globals['_DISTRIBUTION']._serialized_end=350
+  _globals['_SAMPLING']._serialized_start=352
+  _globals['_SAMPLING']._serialized_end=446
+  _globals['_TIMINGS']._serialized_start=448
+  _globals['_TIMINGS']._serialized_end=514
+  _globals['_GENERATEDRAFTSREQUEST']._serialized_start=517
+  _globals['_GENERATEDRAFTSREQUEST']._serialized_end=809
+  _globals['_AHEAD']._serialized_start=811
+  _globals['_AHEAD']._serialized_end=886
+  _globals['_OUTCOME']._serialized_start=888
+  _globals['_OUTCOME']._serialized_end=981
+  _globals['_GENERATEDRAFTSREPLY']._serialized_start=984
+  _globals['_GENERATEDRAFTSREPLY']._serialized_end=1158
+  _globals['_VERIFYDRAFTSREQUEST']._serialized_start=1161
+  _globals['_VERIFYDRAFTSREQUEST']._serialized_end=1303
+  _globals['_PREPARED']._serialized_start=1305
+  _globals['_PREPARED']._serialized_end=1371
+  _globals['_STREAMVERIFYREQUEST']._serialized_start=1373
+  _globals['_STREAMVERIFYREQUEST']._serialized_end=1499
+  _globals['_VERIFYDRAFTSREPLY']._serialized_start=1502
+  _globals['_VERIFYDRAFTSREPLY']._serialized_end=1645
+  _globals['_ENDSESSIONREQUEST']._serialized_start=1647
+  _globals['_ENDSESSIONREQUEST']._serialized_end=1686
+  _globals['_ENDSESSIONREPLY']._serialized_start=1688
+  _globals['_ENDSESSIONREPLY']._serialized_end=1722
+  _globals['_DESCRIBEREQUEST']._serialized_start=1724
+  _globals['_DESCRIBEREQUEST']._serialized_end=1741
+  _globals['_DESCRIBEREPLY']._serialized_start=1744
+  _globals['_DESCRIBEREPLY']._serialized_end=2140
+  _globals['_DESCRIBEREPLY_ENVIRONMENTENTRY']._serialized_start=2090
+  _globals['_DESCRIBEREPLY_ENVIRONMENTENTRY']._serialized_end=2140
+  _globals['_DRAFTSERVICE']._serialized_start=2143
+  _globals['_DRAFTSERVICE']._serialized_end=2489
+  _globals['_TARGETSERVICE']._serialized_start=2492
+  _globals['_TARGETSERVICE']._serialized_end=2829
 # @@protoc_insertion_point(module_scope)

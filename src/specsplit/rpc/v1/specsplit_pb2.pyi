@@ -21,14 +21,40 @@ class Context(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., round: _Optional[int] = ..., prefix_length: _Optional[int] = ..., prefix_crc32: _Optional[int] = ..., new_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TokenTree(_message.Message):
-    __slots__ = ("token_ids", "parents", "log_probs")
+    __slots__ = ("token_ids", "parents", "log_probs", "distributions")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PARENTS_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    DISTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     parents: _containers.RepeatedScalarFieldContainer[int]
     log_probs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
+    distributions: _containers.RepeatedCompositeFieldContainer[Distribution]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., distributions: _Optional[_Iterable[_Union[Distribution, _Mapping]]] = ...) -> None: ...
+
+class Distribution(_message.Message):
+    __slots__ = ("node", "token_ids", "probabilities")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
+    node: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    probabilities: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, node: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., probabilities: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Sampling(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p", "seed", "rejection")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    REJECTION_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    rejection: bool
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., rejection: _Optional[bool] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_ms", "compute_ms", "server_ms")
@@ -41,44 +67,102 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., server_ms: _Optional[float] = ...) -> None: ...
 
 class GenerateDraftsRequest(_message.Message):
-    __slots__ = ("context", "max_draft_tokens", "branching", "stop_token_ids")
+    __slots__ = ("context", "max_draft_tokens", "branching", "stop_token_ids", "tree_nodes", "tree_width", "sampling", "vocab_size", "length_limit", "ahead")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BRANCHING_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TREE_NODES_FIELD_NUMBER: _ClassVar[int]
+    TREE_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_FIELD_NUMBER: _ClassVar[int]
     context: Context
     max_draft_tokens: int
     branching: _containers.RepeatedScalarFieldContainer[int]
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., max_draft_tokens: _Optional[int] = ..., branching: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    tree_nodes: int
+    tree_width: int
+    sampling: Sampling
+    vocab_size: int
+    length_limit: int
+    ahead: Ahead
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., max_draft_tokens: _Optional[int] = ..., branching: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., tree_nodes: _Optional[int] = ..., tree_width: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., vocab_size: _Optional[int] = ..., length_limit: _Optional[int] = ..., ahead: _Optional[_Union[Ahead, _Mapping]] = ...) -> None: ...
+
+class Ahead(_message.Message):
+    __slots__ = ("fan_out", "max_draft_tokens", "full_acceptance")
+    FAN_OUT_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FULL_ACCEPTANCE_FIELD_NUMBER: _ClassVar[int]
+    fan_out: int
+    max_draft_tokens: int
+    full_acceptance: bool
+    def __init__(self, fan_out: _Optional[int] = ..., max_draft_tokens: _Optional[int] = ..., full_acceptance: _Optional[bool] = ...) -> None: ...
+
+class Outcome(_message.Message):
+    __slots__ = ("accepted_tokens", "next_token", "tree")
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TREE_FIELD_NUMBER: _ClassVar[int]
+    accepted_tokens: _containers.RepeatedScalarFieldContainer[int]
+    next_token: int
+    tree: TokenTree
+    def __init__(self, accepted_tokens: _Optional[_Iterable[int]] = ..., next_token: _Optional[int] = ..., tree: _Optional[_Union[TokenTree, _Mapping]] = ...) -> None: ...
 
 class GenerateDraftsReply(_message.Message):
-    __slots__ = ("tree", "timings")
+    __slots__ = ("tree", "timings", "round", "is_ahead", "outcomes")
     TREE_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    IS_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
     tree: TokenTree
     timings: Timings
-    def __init__(self, tree: _Optional[_Union[TokenTree, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    round: int
+    is_ahead: bool
+    outcomes: _containers.RepeatedCompositeFieldContainer[Outcome]
+    def __init__(self, tree: _Optional[_Union[TokenTree, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., round: _Optional[int] = ..., is_ahead: _Optional[bool] = ..., outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
 
 class VerifyDraftsRequest(_message.Message):
-    __slots__ = ("context", "tree")
+    __slots__ = ("context", "tree", "sampling")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     TREE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
     context: Context
     tree: TokenTree
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., tree: _Optional[_Union[TokenTree, _Mapping]] = ...) -> None: ...
+    sampling: Sampling
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., tree: _Optional[_Union[TokenTree, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+
+class Prepared(_message.Message):
+    __slots__ = ("round", "outcomes")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    outcomes: _containers.RepeatedCompositeFieldContainer[Outcome]
+    def __init__(self, round: _Optional[int] = ..., outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
+
+class StreamVerifyRequest(_message.Message):
+    __slots__ = ("verify", "prepared")
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
+    verify: VerifyDraftsRequest
+    prepared: Prepared
+    def __init__(self, verify: _Optional[_Union[VerifyDraftsRequest, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ...) -> None: ...
 
 class VerifyDraftsReply(_message.Message):
-    __slots__ = ("accepted_nodes", "accepted_tokens", "next_token", "timings")
+    __slots__ = ("accepted_nodes", "accepted_tokens", "next_token", "timings", "round")
     ACCEPTED_NODES_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     accepted_nodes: _containers.RepeatedScalarFieldContainer[int]
     accepted_tokens: _containers.RepeatedScalarFieldContainer[int]
     next_token: int
     timings: Timings
-    def __init__(self, accepted_nodes: _Optional[_Iterable[int]] = ..., accepted_tokens: _Optional[_Iterable[int]] = ..., next_token: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    round: int
+    def __init__(self, accepted_nodes: _Optional[_Iterable[int]] = ..., accepted_tokens: _Optional[_Iterable[int]] = ..., next_token: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., round: _Optional[int] = ...) -> None: ...
 
 class EndSessionRequest(_message.Message):
     __slots__ = ("session_id",)

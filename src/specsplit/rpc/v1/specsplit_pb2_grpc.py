@@ -39,6 +39,11 @@ class DraftServiceStub:
                 request_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsRequest.SerializeToString,
                 response_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsReply.FromString,
                 _registered_method=True)
+        self.StreamDrafts = channel.stream_stream(
+                '/specsplit.v1.DraftService/StreamDrafts',
+                request_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsRequest.SerializeToString,
+                response_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsReply.FromString,
+                _registered_method=True)
         self.EndSession = channel.unary_unary(
                 '/specsplit.v1.DraftService/EndSession',
                 request_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.EndSessionRequest.SerializeToString,
@@ -56,6 +61,13 @@ class DraftServiceServicer:
 
     def GenerateDrafts(self, request, context):
         """Draft a tree of tokens that continue the context.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamDrafts(self, request_iterator, context):
+        """One reply with the tree of each request, then one with `outcomes` if `ahead` was asked for and no newer request came.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,6 +92,11 @@ def add_DraftServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'GenerateDrafts': grpc.unary_unary_rpc_method_handler(
                     servicer.GenerateDrafts,
+                    request_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsRequest.FromString,
+                    response_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsReply.SerializeToString,
+            ),
+            'StreamDrafts': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamDrafts,
                     request_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsRequest.FromString,
                     response_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsReply.SerializeToString,
             ),
@@ -119,6 +136,33 @@ class DraftService:
             request,
             target,
             '/specsplit.v1.DraftService/GenerateDrafts',
+            specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsRequest.SerializeToString,
+            specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamDrafts(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/specsplit.v1.DraftService/StreamDrafts',
             specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsRequest.SerializeToString,
             specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.GenerateDraftsReply.FromString,
             options,
@@ -200,6 +244,11 @@ class TargetServiceStub:
                 request_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsRequest.SerializeToString,
                 response_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsReply.FromString,
                 _registered_method=True)
+        self.StreamVerify = channel.stream_stream(
+                '/specsplit.v1.TargetService/StreamVerify',
+                request_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamVerifyRequest.SerializeToString,
+                response_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsReply.FromString,
+                _registered_method=True)
         self.EndSession = channel.unary_unary(
                 '/specsplit.v1.TargetService/EndSession',
                 request_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.EndSessionRequest.SerializeToString,
@@ -217,6 +266,13 @@ class TargetServiceServicer:
 
     def VerifyDrafts(self, request, context):
         """Verify a tree of drafted tokens in one forward pass. An empty tree is plain decoding.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamVerify(self, request_iterator, context):
+        """One reply for each `verify`, and one for each `prepared` whose outcome came true.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -240,6 +296,11 @@ def add_TargetServiceServicer_to_server(servicer, server):
             'VerifyDrafts': grpc.unary_unary_rpc_method_handler(
                     servicer.VerifyDrafts,
                     request_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsRequest.FromString,
+                    response_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsReply.SerializeToString,
+            ),
+            'StreamVerify': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamVerify,
+                    request_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamVerifyRequest.FromString,
                     response_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsReply.SerializeToString,
             ),
             'EndSession': grpc.unary_unary_rpc_method_handler(
@@ -279,6 +340,33 @@ class TargetService:
             target,
             '/specsplit.v1.TargetService/VerifyDrafts',
             specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsRequest.SerializeToString,
+            specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamVerify(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/specsplit.v1.TargetService/StreamVerify',
+            specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamVerifyRequest.SerializeToString,
             specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsReply.FromString,
             options,
             channel_credentials,

@@ -2,46 +2,137 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
 import grpc
 
 from specsplit.config import MAX_GAMMA, DraftWorkerConfig
-from specsplit.decoding.tree import tree_size
-from specsplit.rpc.codec import tree_to_message
+from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES, TokenTree, TreeShape
+from specsplit.models.vocabulary import Vocabulary
+from specsplit.rpc.codec import sampling_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.workers.draft.engine import draft_tree
+from specsplit.workers.compute import ModelThread
+from specsplit.workers.draft.engine import Drafter, DraftSettings
 from specsplit.workers.errors import InvalidRequest
+from specsplit.workers.inbox import Inbox
 from specsplit.workers.servicer import WorkerServicer
+
+if TYPE_CHECKING:
+    from specsplit.models.loading import LanguageModel
+
+MAX_FAN_OUT = 64
 
 
 class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
-    """Serves one draft model."""
+    """Serves one draft model. vocabulary: how its tokens are the target's; by default they are the same."""
 
     role = "draft"
     config: DraftWorkerConfig
 
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: DraftWorkerConfig,
+        thread: ModelThread,
+        identity: Mapping[str, Any],
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        super().__init__(model, config, thread, identity)
+        self.vocabulary = vocabulary or Vocabulary(model.vocab_size)
+        self.vocab_size = self.vocabulary.size
+
     def GenerateDrafts(
         self, request: pb.GenerateDraftsRequest, context: grpc.ServicerContext
     ) -> pb.GenerateDraftsReply:
-        return self.guard(context, lambda: self._generate(request))
+        return self.guard(context, lambda: self._generate(request, self._settings(request))[0])
 
-    def _generate(self, request: pb.GenerateDraftsRequest) -> pb.GenerateDraftsReply:
-        gamma, branching = request.max_draft_tokens, list(request.branching)
+    def StreamDrafts(
+        self, requests: Iterator[pb.GenerateDraftsRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateDraftsReply]:
+        return self.guard_stream(requests, context, self._stream)
+
+    def _stream(self, inbox: Inbox) -> Iterator[pb.GenerateDraftsReply]:
+        for request, arrived in inbox:
+            inbox.session_ids.add(request.context.session_id)
+            settings = self._settings(request)
+            reply, tree = self._generate(request, settings, arrived)
+            yield reply
+            if request.ahead.fan_out and tree is not None and not inbox.waiting():
+                ahead = self._ahead(request, settings, tree, inbox.waiting)
+                if ahead is not None:
+                    yield ahead
+
+    def _generate(
+        self, request: pb.GenerateDraftsRequest, settings: DraftSettings, arrived: float | None = None
+    ) -> tuple[pb.GenerateDraftsReply, TokenTree | None]:
+        """The reply and its tree; no tree when the reply was given before."""
+        made: list[TokenTree] = []
+
+        def work(session: Any, tokens: list[int]) -> TokenTree:
+            made.append(Drafter(self.model, self.vocabulary, session, tokens, settings).draft())
+            return made[0]
+
+        reply = self.answer(request, work, lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)), arrived)
+        return reply, made[0] if made else None
+
+    def _ahead(
+        self,
+        request: pb.GenerateDraftsRequest,
+        settings: DraftSettings,
+        tree: TokenTree,
+        abandoned: Callable[[], bool],
+    ) -> pb.GenerateDraftsReply | None:
+        """Drafts for the outcomes of verifying `tree`; None when a newer request came meanwhile."""
+        ahead = request.ahead
+        with self.sessions.use(request.context) as session:
+            if session.last_round != request.context.round:  # evicted and opened anew
+                return None
+            done = self.thread.run(
+                lambda: Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
+                    tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
+                )
+            )
+        if abandoned():
+            return None
+        reply = pb.GenerateDraftsReply(
+            round=request.context.round,
+            is_ahead=True,
+            outcomes=[
+                pb.Outcome(accepted_tokens=o.accepted_tokens, next_token=o.next_token, tree=tree_to_message(o.tree))
+                for o in done.value
+            ],
+        )
+        reply.timings.queue_ms = done.queue_ms
+        reply.timings.compute_ms = done.compute_ms
+        reply.timings.server_ms = done.queue_ms + done.compute_ms
+        return reply
+
+    def _settings(self, request: pb.GenerateDraftsRequest) -> DraftSettings:
+        """What the request asks for, checked."""
+        gamma, ahead = request.max_draft_tokens, request.ahead
         if not 1 <= gamma <= MAX_GAMMA:
             raise InvalidRequest(f"max_draft_tokens must be 1 to {MAX_GAMMA}, got {gamma}")
-        if any(not 1 <= width <= self.model.vocab_size for width in branching):
-            raise InvalidRequest(f"branching {branching}: a level has 1 to {self.model.vocab_size} children")
-        self.check_request(request.context, tree_size(branching, gamma))
-        return self.answer(
-            request,
-            lambda session, tokens: draft_tree(
-                self.model,
-                session,
-                tokens,
-                request.context.prefix_length,
-                gamma=gamma,
-                branching=branching,
-                stop_token_ids=frozenset(request.stop_token_ids),
-            ),
-            lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)),
+        branching = list(request.branching)
+        if any(not 1 <= width <= MAX_BRANCHING for width in branching):
+            raise InvalidRequest(f"branching {branching}: a level has 1 to {MAX_BRANCHING} children")
+        nodes, width = request.tree_nodes, request.tree_width
+        if nodes and not (nodes <= MAX_TREE_NODES and 1 <= width <= MAX_TREE_NODES):
+            raise InvalidRequest(f"tree_nodes and tree_width must be 1 to {MAX_TREE_NODES}")
+        if ahead.fan_out > MAX_FAN_OUT or ahead.max_draft_tokens > MAX_GAMMA:
+            raise InvalidRequest(f"ahead: fan_out is at most {MAX_FAN_OUT}, max_draft_tokens at most {MAX_GAMMA}")
+        try:
+            sampling = sampling_from_message(request.sampling)
+        except ValueError as error:
+            raise InvalidRequest(f"sampling: {error}") from error
+        shape = TreeShape(tuple(branching), nodes, width)
+        self.check_request(request.context, shape.size(gamma))
+        return DraftSettings(
+            gamma=gamma,
+            shape=shape,
+            sampling=sampling,
+            stop_token_ids=frozenset(request.stop_token_ids),
+            vocab_size=request.vocab_size or self.vocab_size,
+            length_limit=request.length_limit or DraftSettings.length_limit,
         )

@@ -57,17 +57,52 @@ def describe(name: str, stub: Any, config: OrchestratorConfig) -> pb.DescribeRep
         raise WorkerError(f"{name} worker does not answer: {error.code().name}: {error.details()}") from None
 
 
-class RemoteSession:
-    """Sends rounds to one worker and keeps count of the tokens that it has confirmed."""
+class Confirmed:
+    """What a worker holds of the text in one session, and the contexts that build on it."""
 
-    def __init__(self, name: str, rpc: Callable[..., Any], config: OrchestratorConfig) -> None:
+    def __init__(self) -> None:
         self.id = uuid.uuid4().hex
+        self.round = 0
+        self.held = 0  # tokens of the text that the worker holds
+        self._crc = 0
+
+    def context(self, tokens: Sequence[int]) -> pb.Context:
+        """The context of the next round, for `tokens`, the whole text so far."""
+        self.round += 1
+        return self.same_round(tokens)
+
+    def same_round(self, tokens: Sequence[int]) -> pb.Context:
+        return pb.Context(
+            session_id=self.id,
+            round=self.round,
+            prefix_length=self.held,
+            prefix_crc32=self._crc,
+            new_tokens=tokens[self.held :],
+        )
+
+    def holds(self, tokens: Sequence[int]) -> None:
+        """Note that the worker now holds `tokens`, which continue what it held before."""
+        self._crc = tokens_crc32(tokens[self.held :], self._crc)
+        self.held = len(tokens)
+
+    def lost(self) -> None:
+        """Note that the worker holds nothing."""
+        self.held = self._crc = 0
+
+
+class RemoteSession:
+    """Sends rounds to one worker and keeps count of the tokens that it has confirmed.
+
+    rtt_ms: simulated round trip, spent asleep, half before and half after each call.
+    """
+
+    def __init__(self, name: str, rpc: Callable[..., Any], config: OrchestratorConfig, *, rtt_ms: float = 0.0) -> None:
         self._name = name
         self._rpc = rpc
         self._config = config
-        self._round = 0
-        self._held = 0  # tokens of the text that the worker holds
-        self._held_crc = 0
+        self._delay_s = rtt_ms / 2e3
+        self._confirmed = Confirmed()
+        self.holds = self._confirmed.holds
 
     def call(self, tokens: Sequence[int], build: Callable[..., Any]) -> Call:
         """One round: `build(context=...)` makes the request for `tokens`, the whole text so far.
@@ -75,38 +110,30 @@ class RemoteSession:
         A round is idempotent, so it is sent again when the worker was unavailable; when the worker lost the
         session, the whole context is sent. Raises WorkerError when it cannot be completed.
         """
-        self._round += 1
+        confirmed = self._confirmed
         started = time.perf_counter()
+        context = confirmed.context(tokens)
         while True:
-            context = pb.Context(
-                session_id=self.id,
-                round=self._round,
-                prefix_length=self._held,
-                prefix_crc32=self._held_crc,
-                new_tokens=tokens[self._held :],
-            )
             try:
                 request = build(context=context)
+                time.sleep(self._delay_s)
                 reply = resend(self._name, self._rpc, request, self._config, timeout_s=self._config.rpc_timeout_s)
+                time.sleep(self._delay_s)
                 return Call(reply, (time.perf_counter() - started) * 1e3)
             except grpc.RpcError as error:
-                if error.code() == grpc.StatusCode.FAILED_PRECONDITION and self._held:
+                if error.code() == grpc.StatusCode.FAILED_PRECONDITION and confirmed.held:
                     log.warning("%s worker lost the session; sending the whole context again", self._name)
-                    self._held = self._held_crc = 0
+                    confirmed.lost()
+                    context = confirmed.same_round(tokens)
                     continue
                 raise WorkerError(
-                    f"{self._name} worker failed in round {self._round}: {error.code().name}: {error.details()}"
+                    f"{self._name} worker failed in round {confirmed.round}: {error.code().name}: {error.details()}"
                 ) from None
-
-    def holds(self, tokens: Sequence[int]) -> None:
-        """Note that the worker now holds `tokens`, which continue what it held before."""
-        self._held_crc = tokens_crc32(tokens[self._held :], self._held_crc)
-        self._held = len(tokens)
 
     def end(self, end_session: Callable[..., Any]) -> None:
         """Free the worker's memory; a worker that is gone has freed it already."""
-        if self._round:
+        if self._confirmed.round:
             try:
-                end_session(pb.EndSessionRequest(session_id=self.id), timeout=self._config.connect_timeout_s)
+                end_session(pb.EndSessionRequest(session_id=self._confirmed.id), timeout=self._config.connect_timeout_s)
             except grpc.RpcError as error:
                 log.debug("%s worker did not end the session: %s", self._name, error.code().name)

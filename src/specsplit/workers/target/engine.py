@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from specsplit.decoding.sampling import GREEDY, Sampling
 from specsplit.decoding.tree import TokenTree
-from specsplit.decoding.verification import Verdict, verify_greedy
-from specsplit.models.causal_lm import CausalLM
+from specsplit.decoding.verification import Verdict, verify
 from specsplit.workers.sessions import Session
+
+if TYPE_CHECKING:
+    from specsplit.models.loading import LanguageModel
 
 
 def verify_tree(
-    model: CausalLM, session: Session, context: Sequence[int], prefix_length: int, tree: TokenTree
+    model: LanguageModel,
+    session: Session,
+    context: Sequence[int],
+    prefix_length: int,
+    tree: TokenTree,
+    sampling: Sampling = GREEDY,
 ) -> Verdict:
     """Which drafted tokens the target confirms, and its own next token.
 
@@ -22,8 +31,7 @@ def verify_tree(
     cache.rollback(min(cache.length, prefix_length, len(context) - 1))
     session.tokens = list(context[: cache.length])  # true even if the pass below fails
     logits = model.step(cache, context[cache.length :], tree)
-    choices = logits.argmax(-1).tolist()
-    verdict = verify_greedy(tree, choices[0], choices[1:])
+    verdict = verify(tree, logits, len(context), sampling)
     cache.keep(len(context), verdict.path)
     session.tokens = [*context, *(tree.token_ids[node] for node in verdict.path)]
     return verdict

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import grpc
 
 from specsplit.config import TargetWorkerConfig
 from specsplit.decoding.tree import TreeError
-from specsplit.rpc.codec import tree_from_message
+from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.workers.errors import InvalidRequest
+from specsplit.workers.inbox import Inbox
 from specsplit.workers.servicer import WorkerServicer
 from specsplit.workers.target.engine import verify_tree
 
@@ -23,19 +26,73 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
     def VerifyDrafts(self, request: pb.VerifyDraftsRequest, context: grpc.ServicerContext) -> pb.VerifyDraftsReply:
         return self.guard(context, lambda: self._verify(request))
 
-    def _verify(self, request: pb.VerifyDraftsRequest) -> pb.VerifyDraftsReply:
+    def StreamVerify(
+        self, requests: Iterator[pb.StreamVerifyRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.VerifyDraftsReply]:
+        return self.guard_stream(requests, context, self._stream)
+
+    def _stream(self, inbox: Inbox) -> Iterator[pb.VerifyDraftsReply]:
+        # Messages are taken in order, so drafts prepared for a round come up right when that round is done.
+        last: tuple[pb.VerifyDraftsRequest, pb.VerifyDraftsReply] | None = None
+        for message, arrived in inbox:
+            request: pb.VerifyDraftsRequest | None = message.verify
+            waiting_since: float | None = arrived
+            if message.WhichOneof("what") == "prepared":
+                request, waiting_since = last and _next_round(*last, message.prepared), None
+            if request is None:
+                continue
+            inbox.session_ids.add(request.context.session_id)
+            reply = self._verify(request, waiting_since)
+            last = request, reply
+            yield reply
+
+    def _verify(self, request: pb.VerifyDraftsRequest, arrived: float | None = None) -> pb.VerifyDraftsReply:
         tree = tree_from_message(request.tree)
         self.check_request(request.context, len(tree))
         try:
             tree.validate(vocab_size=self.model.vocab_size)
+            sampling = sampling_from_message(request.sampling)
+            if sampling.uses_rejection:
+                tree.check_drawn()
         except TreeError as error:
             raise InvalidRequest(f"malformed tree: {error}") from error
+        except ValueError as error:
+            raise InvalidRequest(f"sampling: {error}") from error
         return self.answer(
             request,
-            lambda session, tokens: verify_tree(self.model, session, tokens, request.context.prefix_length, tree),
+            lambda session, tokens: verify_tree(
+                self.model, session, tokens, request.context.prefix_length, tree, sampling
+            ),
             lambda verdict: pb.VerifyDraftsReply(
                 accepted_nodes=verdict.path,
                 accepted_tokens=[tree.token_ids[node] for node in verdict.path],
                 next_token=verdict.next_token,
             ),
+            arrived,
         )
+
+
+def _next_round(
+    request: pb.VerifyDraftsRequest, reply: pb.VerifyDraftsReply, prepared: pb.Prepared
+) -> pb.VerifyDraftsRequest | None:
+    """The request of the round after `request`, when its outcome was prepared for."""
+    if prepared.round != request.context.round:
+        return None
+    accepted = list(reply.accepted_tokens)
+    for outcome in prepared.outcomes:
+        if outcome.next_token == reply.next_token and list(outcome.accepted_tokens) == accepted:
+            break
+    else:
+        return None
+    added = [*request.context.new_tokens, *accepted]
+    return pb.VerifyDraftsRequest(
+        context=pb.Context(
+            session_id=request.context.session_id,
+            round=request.context.round + 1,
+            prefix_length=request.context.prefix_length + len(added),
+            prefix_crc32=tokens_crc32(added, request.context.prefix_crc32),
+            new_tokens=[reply.next_token],
+        ),
+        tree=outcome.tree,
+        sampling=request.sampling,
+    )

@@ -1,0 +1,137 @@
+"""How a sweep is laid out in a figure: a panel for each temperature and network, a curve for each mode and tree."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pandas import DataFrame
+
+from specsplit.analysis.tables import configuration_of
+from specsplit.bench.sweep import plain_number
+
+MOST_PANELS, MOST_CURVES = 6, 9  # more cannot be read; the rest is in summary.csv
+
+BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000"
+_MODE_LINES = {"sync": "-", "overlap": (0, (5, 1.5)), "lookahead": (0, (1.2, 1.2))}
+_MODE_COLOURS = {"sync": BLUE, "overlap": ORANGE, "lookahead": GREEN}
+_MODE_MARKERS = {"sync": "o", "overlap": "s", "lookahead": "^"}
+_TREE_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, "#444444")
+_TREE_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+_PANEL = ("sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
+_WORDS = {
+    "temperature": "temperature {}",
+    "rtt_ms": "RTT {} ms",
+    "jitter_ms": "jitter {} ms",
+    "sampling": "{}",
+    "top_k": "top-k {}",
+    "top_p": "top-p {}",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One mode and tree, and how it is drawn. name: what tells it from the others; empty in a plain sweep."""
+
+    mode: str
+    tree: str
+    name: str = ""
+    colour: str = BLUE
+    marker: str = "o"
+    line: Any = "-"
+    hollow: bool = False
+
+    def own(self, table: DataFrame) -> DataFrame:
+        """Its rows that draft."""
+        return table[(table["gamma"] != 0) & (table["mode"] == self.mode) & (table["tree"] == self.tree)]
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """How matplotlib draws its markers."""
+        face = {"markerfacecolor": "white"} if self.hollow else {}
+        return {"color": self.colour, "marker": self.marker, "markersize": 4, **face}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The rows of one way to choose tokens on one network."""
+
+    title: str
+    requests: DataFrame
+    rounds: DataFrame
+    summary: DataFrame
+
+    def drafting(self) -> Panel:
+        """Without the target alone."""
+        tables = (table[table["gamma"] != 0] for table in (self.requests, self.rounds, self.summary))
+        return Panel(self.title, *tables)
+
+
+def split_panels(requests: DataFrame, rounds: DataFrame, summary: DataFrame) -> list[Panel]:
+    """A panel for each value of temperature, round-trip time and what goes with them, in the order of `summary`."""
+    keys = {id(table): configuration_of(table, _PANEL) for table in (requests, rounds, summary)}
+    conditions: list[Hashable] = list(dict.fromkeys(keys[id(summary)]))
+    rows = [dict(zip(_PANEL, condition, strict=True)) for condition in conditions]  # type: ignore[call-overload]
+    varied = [name for name in _WORDS if len({row[name] for row in rows}) > 1]
+    short = [name for name in varied if name in ("temperature", "rtt_ms", "jitter_ms")]
+    titles = [_title(row, short) for row in rows]
+    if len(set(titles)) < len(titles):
+        titles = [_title(row, varied) for row in rows]
+
+    def own(table: DataFrame, condition: Hashable) -> DataFrame:
+        return table[np.array([key == condition for key in keys[id(table)]], dtype=bool)]
+
+    return [
+        Panel(title, own(requests, condition), own(rounds, condition), own(summary, condition))
+        for title, condition in zip(titles, conditions, strict=True)
+    ]
+
+
+def split_curves(summary: DataFrame) -> list[Curve]:
+    """A curve for each mode and tree that drafts, in the order of `summary`; no two look alike, in grey neither."""
+    drafting = summary[summary["gamma"] != 0]
+    combinations = list(dict.fromkeys(zip(drafting["mode"], drafting["tree"], strict=True)))
+    if not combinations:
+        return [Curve("sync", "chain")]
+    modes, trees = (list(dict.fromkeys(values)) for values in zip(*combinations, strict=True))
+    combinations = [(mode, tree) for mode, tree in combinations if trees.index(tree) < len(_TREE_MARKERS)]
+    curves = []
+    for mode, tree in combinations[:MOST_CURVES]:
+        plain = ("sync" if len(modes) == 1 else "", "chain" if len(trees) == 1 else "")
+        name = ", ".join(part for part, usual in zip((mode, tree), plain, strict=True) if part != usual)
+        if len(combinations) == 1:
+            curves.append(Curve(mode, tree, name))
+            continue
+        place = trees.index(tree)
+        curves.append(
+            Curve(
+                mode,
+                tree,
+                name,
+                colour=_MODE_COLOURS[mode] if len(modes) > 1 else _TREE_COLOURS[place],
+                marker=_TREE_MARKERS[place] if len(trees) > 1 else _MODE_MARKERS[mode],
+                line=_MODE_LINES[mode] if len(modes) > 1 else "-",
+                hollow=len(modes) > 1 and mode == "overlap",
+            )
+        )
+    return curves
+
+
+def left_out(panels: list[Panel], summary: DataFrame, curves: list[Curve]) -> str:
+    """What a figure cannot show of the sweep, in words; empty when it shows everything."""
+    drafting = summary[summary["gamma"] != 0]
+    every = len(set(zip(drafting["mode"], drafting["tree"], strict=True)))
+    parts = []
+    if len(panels) > MOST_PANELS:
+        parts.append(f"{MOST_PANELS} of {len(panels)} panels")
+    if every > len(curves):
+        parts.append(f"{len(curves)} of {every} curves")
+    return f"{' and '.join(parts)} shown; all are in summary.csv" if parts else ""
+
+
+def _title(row: dict[str, Any], names: list[str]) -> str:
+    values = {name: plain_number(row[name]) if name != "sampling" else row[name] for name in names}
+    return ", ".join(_WORDS[name].format(value) for name, value in values.items())

@@ -1,0 +1,103 @@
+"""The points of a sweep: the product of its axes, the name of each point's run folder, and the settings of its run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+AUTO = "auto"
+MODES = ("sync", "overlap", "lookahead")
+# Settings that every point of a sweep shares, with what they are where they decide nothing.
+SHARED_DEFAULTS: dict[str, Any] = {
+    "fan_out": 16,
+    "top_k": 0,
+    "top_p": 1.0,
+    "sampling": "coupled",
+    "jitter_ms": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep. gamma: draft length in tokens, or `auto`. rtt_ms: simulated round-trip time."""
+
+    gamma: int | str
+    mode: str = "sync"
+    tree: str = "chain"
+    temperature: float = 0.0
+    rtt_ms: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """Name of its run folder: `gamma_5`, `lookahead_3x2_t0.7_rtt14_gamma_auto`.
+
+        An axis is in it only where it is not at its default, so another value on an axis renames no finished run.
+        """
+        parts = [
+            self.mode if self.mode != "sync" else "",
+            self.tree if self.tree != "chain" else "",
+            f"t{plain_number(self.temperature)}" if self.temperature else "",
+            f"rtt{plain_number(self.rtt_ms)}" if self.rtt_ms else "",
+            f"gamma_{self.gamma}",
+        ]
+        return "_".join(part for part in parts if part)
+
+    def settings(self, shared: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of OrchestratorConfig for the run of this point.
+
+        shared: a value for each key of SHARED_DEFAULTS. Where one decides nothing it is at its default (top_k of
+        greedy decoding, fan_out outside lookahead), so that a change of it reruns only the points that it concerns.
+        """
+        concerned = {
+            "fan_out": self.mode == "lookahead",
+            "top_k": self.temperature > 0,
+            "top_p": self.temperature > 0,
+            "sampling": self.temperature > 0,
+            "jitter_ms": True,
+        }
+        return {
+            "max_draft_tokens": self.gamma,
+            "mode": self.mode,
+            "tree": self.tree,
+            "temperature": self.temperature,
+            "rtt_ms": self.rtt_ms,
+            # Each in the type of its default: 1 and 1.0 are one setting.
+            **{
+                key: type(default)(shared[key]) if concerned[key] else default
+                for key, default in SHARED_DEFAULTS.items()
+            },
+        }
+
+
+def sweep_points(
+    gammas: Iterable[int | str],
+    modes: Iterable[str] = ("sync",),
+    trees: Iterable[str] = ("chain",),
+    temperatures: Iterable[float] = (0.0,),
+    rtts_ms: Iterable[float] = (0.0,),
+) -> list[Point]:
+    """The product of the axes, each point once, in the order in which they are best run and read.
+
+    Gamma 0 drafts nothing, so mode and tree are nothing to it: it is one synchronous point for each temperature and
+    round-trip time.
+    """
+    every = product(temperatures, rtts_ms, modes, trees, sorted(set(gammas), key=gamma_order))
+    points = [
+        Point(gamma, mode, tree, float(temperature), float(rtt))
+        if gamma != 0
+        else Point(0, temperature=float(temperature), rtt_ms=float(rtt))
+        for temperature, rtt, mode, tree, gamma in every
+    ]
+    return list(dict.fromkeys(points))
+
+
+def gamma_order(gamma: int | str) -> float:
+    """Sorts draft lengths: numbers first, then `auto`."""
+    return float("inf") if gamma == AUTO else float(gamma)
+
+
+def plain_number(value: float) -> str:
+    """The shortest text that says this very number, without a needless `.0`: 14, 0.7."""
+    return repr(float(value)).removesuffix(".0")

@@ -1,0 +1,104 @@
+"""How a draft grows from a node: static shapes level by level, dynamic ones best first.
+
+A growth is a generator. It yields the (node, token, log-probability) that the draft model must be fed to go on, is sent
+the nodes that these became, or None when nothing more can be fed, and returns the tree. So that many growths, one for
+each outcome that is drafted for, share the passes of the model.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Generator, Mapping
+
+from specsplit.decoding.sampling import Candidates
+from specsplit.decoding.tree import ROOT, TokenTree, TreeShape
+
+Want = tuple[int, int, float]
+Growth = Generator[list[Want], list[int] | None, TokenTree]
+
+
+def grow(
+    shape: TreeShape, gamma: int, start: int, known: Mapping[int, Candidates], stop_token_ids: Collection[int]
+) -> Growth:
+    """The draft of depth `gamma` that follows the node `start`, in at most gamma - 1 passes.
+
+    known: the candidates of every node that has been fed; it grows with the answers. Nothing is drafted after a stop
+    token. Drafts for rejection sampling carry the distributions of their nodes.
+    """
+    if gamma < 1:
+        return _nothing()
+    if shape.nodes:
+        return _grow_best_first(shape, gamma, start, known, stop_token_ids)
+    return _grow_levels(shape, gamma, start, known, stop_token_ids)
+
+
+def _nothing() -> Growth:
+    return TokenTree()
+    yield []  # makes it a generator
+
+
+def _grow_levels(
+    shape: TreeShape, gamma: int, start: int, known: Mapping[int, Candidates], stop_token_ids: Collection[int]
+) -> Growth:
+    tree = TokenTree()
+    level = [(start, ROOT)]  # nodes as the model was fed them, and their places in this tree
+    for depth in range(gamma):
+        wants: list[Want] = []
+        places = []
+        for node, place in level:
+            best = known[node]
+            if best.support and best.token_ids:
+                tree.distributions[place] = (best.support, best.probabilities)
+            for token, log_prob in zip(best.token_ids[: shape.children(depth)], best.log_probs, strict=False):
+                child = tree.add(token, place, log_prob)
+                if token not in stop_token_ids:
+                    wants.append((node, token, log_prob))
+                    places.append(child)
+        if not wants or depth == gamma - 1:
+            break
+        nodes = yield wants
+        if nodes is None:
+            break
+        level = list(zip(nodes, places, strict=True))
+    return tree
+
+
+def _grow_best_first(
+    shape: TreeShape, gamma: int, start: int, known: Mapping[int, Candidates], stop_token_ids: Collection[int]
+) -> Growth:
+    """Each pass feeds the `width` likeliest candidates by the probability of their whole path; the `nodes` likeliest of
+    all candidates are the draft (EAGLE-2, Li et al. 2024)."""
+    # A candidate: (-log-probability of its path, its number), so that a heap gives the likeliest, first come first.
+    found: list[tuple[float, int]] = []
+    what: list[
+        tuple[int, int, int, float, int]
+    ] = []  # by number: parent's number, node fed before, token, log p, depth
+    heap: list[tuple[float, int]] = []
+
+    def offer(parent: int, node: int, cost: float, depth: int) -> None:
+        for token, log_prob in zip(known[node].token_ids, known[node].log_probs, strict=True):
+            entry = (cost - log_prob, len(what))
+            what.append((parent, node, token, log_prob, depth))
+            found.append(entry)
+            if depth < gamma and token not in stop_token_ids:
+                heapq.heappush(heap, entry)
+
+    offer(ROOT, start, 0.0, 1)
+    for _ in range(gamma - 1):
+        worst_kept = sorted(found)[: shape.nodes][-1] if len(found) >= shape.nodes else (float("inf"), 0)
+        picked: list[tuple[float, int]] = []
+        while heap and len(picked) < shape.width and heap[0] < worst_kept:
+            picked.append(heapq.heappop(heap))  # children of what is not kept would not be kept either
+        if not picked:
+            break
+        nodes = yield [(what[number][1], what[number][2], what[number][3]) for _, number in picked]
+        if nodes is None:
+            break
+        for (cost, number), node in zip(picked, nodes, strict=True):
+            offer(number, node, cost, what[number][4] + 1)
+    tree = TokenTree()
+    places = {ROOT: ROOT}
+    for _, number in sorted(found)[: shape.nodes]:  # a path costs at least what its beginning costs: parents first
+        parent, _, token, log_prob, _ = what[number]
+        places[number] = tree.add(token, places[parent], log_prob)
+    return tree

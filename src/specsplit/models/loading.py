@@ -1,0 +1,108 @@
+"""Loading whatever kind of model a folder holds, and what the rest of the code may ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from specsplit.config import DraftWorkerConfig, WorkerSettings
+from specsplit.decoding.tree import TokenTree
+from specsplit.errors import UserError
+from specsplit.models.causal_lm import EMPTY, CausalLM
+from specsplit.models.fingerprint import fingerprint_model
+from specsplit.models.ngram import NGramLM
+from specsplit.models.sources import manifest_file, resolve_model
+from specsplit.models.synthetic import SyntheticLM
+from specsplit.models.text import TextCodec
+from specsplit.models.weightless import (
+    NGramParameters,
+    SyntheticParameters,
+    is_weightless,
+    parameters_sha256,
+    parse_parameters,
+)
+
+
+class LanguageModel(Protocol):
+    """A model that can draft or verify: CausalLM, SyntheticLM, NGramLM. CausalLM documents the methods.
+
+    Its caches are of its own kind and have length, capacity, advance, rollback and keep, as KVCache documents them.
+    """
+
+    device: torch.device
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+
+    def new_cache(self, capacity: int) -> Any: ...
+    def step(
+        self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
+    ) -> torch.Tensor: ...
+
+
+def load_model(folder: Path, manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model in `folder`, ready to run, and its identity: model, weights_sha256, tokenizer_sha256, parameters.
+
+    folder, manifest: from resolve_model(config.model). Raises UserError when the model cannot be loaded, is not the one
+    that the manifest was made for, or does not fit the settings.
+    """
+    model: LanguageModel
+    if is_weightless(manifest["source"]):
+        model, weights_sha256 = _load_weightless(manifest, config)
+        parameters = 0
+    else:
+        model, weights_sha256 = _load_causal_lm(folder, manifest, config)
+        parameters = sum(p.numel() for p in model.model.parameters())
+    identity = {
+        "model": manifest["name"],
+        "weights_sha256": weights_sha256,
+        "tokenizer_sha256": TextCodec.load(target_tokenizer(config) or folder).sha256,  # what it speaks
+        "parameters": parameters,
+    }
+    return model, identity
+
+
+def target_tokenizer(config: WorkerSettings) -> Path | None:
+    """The folder of the target's tokenizer, when a draft worker was given one."""
+    given = config.target_tokenizer if isinstance(config, DraftWorkerConfig) else None
+    return resolve_model(given)[0] if given else None
+
+
+def _load_causal_lm(folder: Path, manifest: dict[str, Any], config: WorkerSettings) -> tuple[CausalLM, str]:
+    weights_sha256: str = manifest["fingerprint"]["weights_sha256"]
+    # The manifest of a plain folder has just been made from the weights; one that was read may be old.
+    if config.model is not None and manifest_file(config.model).is_file():
+        _check_same(fingerprint_model(folder)["weights_sha256"], weights_sha256, f"the weights in {folder}")
+    skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
+    return CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers), weights_sha256
+
+
+def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, str]:
+    """A synthetic or n-gram model; it runs on the CPU, dtype and device mean nothing to it."""
+    name, fingerprint = manifest["name"], manifest["fingerprint"]
+    parameters = parse_parameters(manifest["source"], name)
+    weights_sha256 = parameters_sha256(parameters)
+    _check_same(weights_sha256, fingerprint["weights_sha256"], f"the parameters of {name}")
+    is_draft = isinstance(config, DraftWorkerConfig)
+    if isinstance(config, DraftWorkerConfig) and config.skip_layers:
+        raise UserError(f"skip_layers {config.skip_layers}: {name} is a {parameters.source} model, without layers")
+    if isinstance(parameters, SyntheticParameters):
+        settings = parameters.model_dump(exclude={"source"})
+        if not is_draft:  # acceptance is what a draft has; the target writes the text that is meant
+            settings["acceptance"] = 1.0
+        return SyntheticLM(**settings), weights_sha256
+    return _load_ngram(parameters, fingerprint["vocab_size"], name, is_draft), weights_sha256
+
+
+def _load_ngram(parameters: NGramParameters, vocab_size: int, name: str, is_draft: bool) -> NGramLM:
+    if not is_draft:
+        raise UserError(f"{name} is an ngram model, which can only draft: name another model for the target worker")
+    return NGramLM(vocab_size, max_ngram=parameters.max_ngram, min_ngram=parameters.min_ngram)
+
+
+def _check_same(found: str, expected: str, what: str) -> None:
+    if found != expected:
+        raise UserError(f"{what} are not those of its model.json: prepare the model again")

@@ -1,0 +1,242 @@
+"""Between the target's tokens, which the wire speaks, and a draft model's own.
+
+A draft model may have another tokenizer than the target. It then proposes only tokens that both have, its logits
+renormalised over them: token-level intersection (Timor et al. 2025, "Accelerating LLM Inference with Lossless
+Speculative Decoding Algorithms for Heterogeneous Vocabularies"). Verification stays as it is, so the text does too.
+
+Tokens are the same when they stand for the same bytes inside a text, whatever their files call them: " the" is
+`Ġthe` in a byte-level vocabulary and `▁the` in a SentencePiece one, a line feed is `Ċ` here and `<0x0A>` there.
+How a vocabulary spells is seen from the token of a space, as transformers' AssistantToTargetTranslator does; that one
+changes the sign of the leading space only, and so loses line feeds, inner spaces and everything beyond ASCII.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from specsplit.errors import UserError
+from specsplit.jsonio import read_json
+from specsplit.models.text import TextCodec
+
+MAP_FILES = ("draft_to_target.json", "draft_to_target.safetensors")
+MAP_TENSOR = "draft_to_target"
+
+
+class Vocabulary:
+    """One vocabulary for both. size: target token ids that can be proposed are below it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def context(self, tokens: Sequence[int]) -> list[int]:
+        """Draft tokens of a text; at least one when `tokens` has one."""
+        return list(tokens)
+
+    def token(self, token: int) -> int:
+        """The draft token of a proposed one."""
+        return token
+
+    def outward(self, logits: torch.Tensor) -> torch.Tensor:
+        """[rows, draft vocabulary] -> [rows, size], -inf for tokens that the draft cannot say."""
+        return logits
+
+
+class ReducedVocabulary(Vocabulary):
+    """A draft that reads every token of the target but can say only some: its output head has fewer rows.
+
+    As in FR-Spec (Zhao et al. 2025) and EAGLE-3 (Li et al. 2025); EAGLE's tensor `d2t` holds offsets, though:
+    add the row numbers to it. draft_to_target: target token of every row of the output head. size: of the target's
+    vocabulary.
+    """
+
+    def __init__(self, draft_to_target: Sequence[int], size: int) -> None:
+        super().__init__(size)
+        self._targets = torch.tensor(list(draft_to_target), dtype=torch.long)
+
+    def outward(self, logits: torch.Tensor) -> torch.Tensor:
+        self._targets = self._targets.to(logits.device)
+        return _spread(logits, self._targets, self.size)
+
+
+class SharedVocabulary(Vocabulary):
+    """The tokens that two tokenizers have in common.
+
+    draft_rows: rows of the draft's output head; tokens beyond them are not shared. Special tokens are shared only
+    when both have the same and it is special in both. Raises UserError when nothing is shared.
+    """
+
+    def __init__(self, target_tokenizer: Any, draft_tokenizer: Any, draft_rows: int) -> None:
+        targets, drafts = spellings(target_tokenizer), spellings(draft_tokenizer)
+        pairs = sorted((targets[spelling], drafts[spelling]) for spelling in targets.keys() & drafts.keys())
+        pairs = [(target, draft) for target, draft in pairs if draft < draft_rows]
+        if not pairs:
+            raise UserError(
+                "the draft model's tokenizer shares no token with the target's: choose a draft model whose "
+                "vocabulary is of the same kind"
+            )
+        super().__init__(max(target_tokenizer.get_vocab().values()) + 1)
+        self.shared = len(pairs)
+        self._draft_of = dict(pairs)
+        self._targets = torch.tensor([target for target, _ in pairs])
+        self._drafts = torch.tensor([draft for _, draft in pairs])
+        self._target_tokenizer = target_tokenizer
+        self._draft_tokenizer = draft_tokenizer
+        self._prefix = _prefix(draft_tokenizer)
+        starts = (draft_tokenizer.bos_token_id, draft_tokenizer.eos_token_id, 0)
+        self._start = next(token for token in starts if token is not None)
+
+    def context(self, tokens: Sequence[int]) -> list[int]:
+        """Draft tokens of a text, encoded anew: about 2 microseconds a token.
+
+        Special tokens are written out, so that the draft tokenizer may know them. The bytes of an unfinished
+        character at the end are left out: the draft then continues the text before them.
+        """
+        text = self._target_tokenizer.decode(
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        ).rstrip("\ufffd")
+        ids: list[int] = self._draft_tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids[: len(self._prefix)] != self._prefix:  # the text may begin with it already
+            ids = self._prefix + ids
+        return ids or [self._start]
+
+    def token(self, token: int) -> int:
+        return self._draft_of[token]
+
+    def outward(self, logits: torch.Tensor) -> torch.Tensor:
+        self._targets, self._drafts = self._targets.to(logits.device), self._drafts.to(logits.device)
+        return _spread(logits.index_select(1, self._drafts), self._targets, self.size)
+
+
+def _spread(logits: torch.Tensor, columns: torch.Tensor, size: int) -> torch.Tensor:
+    return logits.new_full((len(logits), size), float("-inf")).index_copy_(1, columns, logits)
+
+
+def load_vocabulary(draft_folder: Path, target_tokenizer_folder: Path | None, model_vocab_size: int) -> Vocabulary:
+    """How the draft model in `draft_folder` speaks with the target.
+
+    target_tokenizer_folder: a folder with the target's tokenizer; None when it is the draft's own.
+    model_vocab_size: rows of the draft's output head. A folder with a `draft_to_target` file (see read_reduced_map)
+    has a reduced head. Raises UserError when a tokenizer cannot be read, when the two share nothing, or when the
+    map does not fit.
+    """
+    codec = TextCodec.load(draft_folder)
+    target = codec if target_tokenizer_folder is None else TextCodec.load(target_tokenizer_folder)
+    targets = read_reduced_map(draft_folder)
+    if targets is None:
+        if target.sha256 == codec.sha256:
+            return Vocabulary(model_vocab_size)
+        return SharedVocabulary(target.tokenizer, codec.tokenizer, model_vocab_size)
+    if target.sha256 != codec.sha256:
+        raise UserError(
+            f"{draft_folder} has a reduced output head (draft_to_target) and another tokenizer than the target in "
+            f"{target_tokenizer_folder}: use a draft with the target's tokenizer, or one with a full head"
+        )
+    if len(targets) != model_vocab_size:
+        raise UserError(
+            f"{draft_folder}: draft_to_target has {len(targets)} entries, but the output head {model_vocab_size} rows"
+        )
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(draft_folder, local_files_only=True, trust_remote_code=False)
+    size = config.get_text_config().vocab_size
+    if max(targets) >= size:
+        raise UserError(f"{draft_folder}: draft_to_target names token {max(targets)}; the model has 0 to {size - 1}")
+    return ReducedVocabulary(targets, size)
+
+
+def read_reduced_map(folder: Path) -> list[int] | None:
+    """The target token of every row of a reduced output head; None when the folder has no such map.
+
+    Read from `draft_to_target.json`, a list of token ids, or from the tensor `draft_to_target` of
+    `draft_to_target.safetensors`. Raises UserError when it is not a list of different token ids.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    paths = [folder / name for name in MAP_FILES if (folder / name).is_file()]
+    if not paths:
+        return None
+    if len(paths) > 1:
+        raise UserError(f"{folder} has both {' and '.join(MAP_FILES)}: remove one of them")
+    path = paths[0]
+    if path.suffix == ".json":
+        tokens = read_json(path)
+    else:
+        try:
+            tensor = load_file(path).get(MAP_TENSOR, np.zeros(0))
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        tokens = tensor.tolist()
+    if not isinstance(tokens, list) or not tokens or any(type(t) is not int or t < 0 for t in tokens):
+        raise UserError(f"{path}: wanted a list of token ids, the target token of every row of the output head")
+    if len(set(tokens)) != len(tokens):
+        raise UserError(f"{path}: a target token stands there twice; every row of the output head has its own")
+    return tokens
+
+
+# --- what a token stands for
+
+
+def spellings(tokenizer: Any) -> dict[tuple[bool, bytes], int]:
+    """(special, bytes in a text) -> token id. Of several tokens for the same bytes the whole-text one is taken before
+    a byte token (`A` before `<0x41>`), then the lowest id."""
+    space = _space_sign(tokenizer)
+    added = tokenizer.added_tokens_decoder
+    found: dict[tuple[bool, bytes], tuple[bool, int]] = {}
+    for piece, token in tokenizer.get_vocab().items():
+        if token in added:  # these are found in a text as they stand
+            key, rank = (bool(added[token].special), str(added[token].content).encode()), (False, token)
+        else:
+            raw, is_byte = _bytes(piece, space)
+            key, rank = (False, raw), (is_byte, token)
+        if key[1]:
+            found[key] = min(rank, found.get(key, rank))
+    return {key: token for key, (_, token) in found.items()}
+
+
+def _space_sign(tokenizer: Any) -> str:
+    """What a space looks like in the vocabulary's own spelling: Ġ (byte-level), ▁ (SentencePiece), or itself."""
+    ids = tokenizer(" ", add_special_tokens=False)["input_ids"]
+    first = str(tokenizer.convert_ids_to_tokens(ids)[0]) if ids else " "
+    return first[:1]
+
+
+def _bytes(piece: str, space: str) -> tuple[bytes, bool]:
+    """The bytes that a piece of the vocabulary stands for, and whether it is a byte-fallback token."""
+    if space == "Ġ" and all(character in BYTE_OF for character in piece):
+        return bytes(BYTE_OF[character] for character in piece), False
+    if space == "▁":
+        if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+            return bytes([int(match[1], 16)]), True
+        return piece.replace("▁", " ").encode(), False
+    return piece.encode(), False
+
+
+def _byte_characters() -> Iterator[tuple[str, int]]:
+    """The character by which byte-level vocabularies, from GPT-2 on, write every byte."""
+    substitute = 256
+    for byte in range(256):
+        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
+            yield chr(byte), byte
+        else:
+            yield chr(substitute), byte
+            substitute += 1
+
+
+BYTE_OF = dict(_byte_characters())
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer itself puts before a text, its BOS for example."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    return []

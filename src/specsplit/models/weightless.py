@@ -1,0 +1,168 @@
+"""Models that are parameters and a tokenizer, without weights: a simulated one, and prompt lookup.
+
+They are prepared into folders like other models, so that workers, workflow and record treat them alike. What stands in
+for the hash of the weights is the hash of the parameters.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from specsplit.errors import UserError
+from specsplit.jsonio import json_sha256, read_json_object
+from specsplit.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
+
+BYTES = 256
+
+
+class Parameters(BaseModel):
+    """An entry of `models` in the configuration, and what the manifest says of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SyntheticParameters(Parameters):
+    """What a SyntheticLM is made of; its docstring explains them."""
+
+    source: Literal["synthetic"] = "synthetic"
+    step_ms: float = Field(3.0, ge=0)
+    token_ms: float = Field(0.0, ge=0)
+    acceptance: float = Field(0.8, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=1 << 32)
+    vocab_size: int = Field(BYTES, ge=BYTES, le=1 << 20)
+
+
+class NGramParameters(Parameters):
+    """What an NGramLM is made of. tokenizer: folder of a model, prepared or local, whose tokens it speaks."""
+
+    source: Literal["ngram"] = "ngram"
+    tokenizer: str = Field(min_length=1)
+    max_ngram: int = Field(3, ge=1)
+    min_ngram: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
+        return self
+
+
+KINDS: dict[str, type[SyntheticParameters] | type[NGramParameters]] = {
+    "synthetic": SyntheticParameters,
+    "ngram": NGramParameters,
+}
+
+
+def is_weightless(spec: Mapping[str, Any]) -> bool:
+    """Whether a source spec (an entry of `models`, or `source` of a manifest) is one of these."""
+    return spec.get("source") in KINDS
+
+
+def parse_parameters(spec: Mapping[str, Any], name: str) -> SyntheticParameters | NGramParameters:
+    """The parameters of a weightless spec, defaults filled in. UserError with a line for each mistake."""
+    try:
+        return KINDS[spec["source"]](**spec)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            place = ".".join(["models", name, *map(str, problem["loc"])])
+            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
+        raise UserError("\n".join(lines)) from None
+
+
+def parameters_sha256(parameters: Parameters) -> str:
+    """Identity of the model: what decides its answers and its time. The tokenizer has a hash of its own."""
+    return json_sha256(parameters.model_dump(exclude={"tokenizer"}))
+
+
+def write_tokenizer(parameters: SyntheticParameters | NGramParameters, name: str, folder: Path) -> None:
+    """Put the tokenizer files of the model into `folder`."""
+    if isinstance(parameters, SyntheticParameters):
+        byte_tokenizer(parameters.vocab_size).save_pretrained(folder)
+        return
+    source, _ = tokenizer_source(parameters)
+    try:
+        check_tokenizer(source)
+    except UserError as error:
+        raise UserError(f"models.{name}.tokenizer: {error}") from None
+    # config.json as well: for some tokenizers, the kind is told only there.
+    for path in sorted(source.iterdir()):
+        if matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS, "config.json")):
+            shutil.copyfile(path, folder / path.name)
+
+
+def byte_tokenizer(vocab_size: int = BYTES) -> Any:
+    """A tokenizer whose token ids below 256 are the bytes of UTF-8 text; those above stand for nothing.
+
+    No special tokens, no chat template.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    words = {character: byte for byte, character in bytes_to_unicode().items()}
+    words |= {f"<unused{i}>": i for i in range(BYTES, vocab_size)}
+    backend = Tokenizer(models.BPE(vocab=words, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def tokenizer_source(parameters: NGramParameters) -> tuple[Path, dict[str, Any]]:
+    """The folder with the tokenizer files, and the manifest of its model; empty when that is a plain folder."""
+    path = Path(parameters.tokenizer).expanduser()
+    model = path.parent if path.name == "model.json" else path
+    if not (model / "model.json").is_file():
+        return model, {}
+    manifest = read_json_object(model / "model.json")
+    elsewhere = manifest.get("path", ".")
+    return (model if elsewhere == "." else Path(elsewhere)), manifest
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise UserError unless `folder` holds a tokenizer."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; prepare the model first")
+    if not any(matches(path.name, TOKENIZER_FILES) for path in folder.iterdir()):
+        raise UserError(f"{folder}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+
+
+def fingerprint_weightless(parameters: SyntheticParameters | NGramParameters, folder: Path) -> dict[str, Any]:
+    """What fingerprint_model says of a model with weights, for one prepared in `folder` from `parameters`."""
+    from specsplit.models.text import TextCodec
+
+    tokenizer = TextCodec.load(folder).tokenizer
+    if isinstance(parameters, SyntheticParameters):
+        vocab_size = parameters.vocab_size
+    else:
+        vocab_size = _vocab_size(parameters, tokenizer)
+    return {
+        "weights_sha256": parameters_sha256(parameters),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "parameters": 0,
+        "dtype": "float32",  # of its logits
+        "architecture": "SyntheticLM" if isinstance(parameters, SyntheticParameters) else "NGramLM",
+        "vocab_size": vocab_size,
+        "max_context": None,
+    }
+
+
+def _vocab_size(parameters: NGramParameters, tokenizer: Any) -> int:
+    """Tokens that the model it drafts for may write: rows of its output head, often more than its tokenizer has."""
+    from transformers import AutoConfig
+
+    folder, manifest = tokenizer_source(parameters)
+    if manifest:
+        return int(manifest["fingerprint"]["vocab_size"])
+    if not (folder / "config.json").is_file():
+        return len(tokenizer)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except Exception as error:  # many kinds: unknown model type, malformed JSON, custom code that is not run
+        raise UserError(f"{folder}: transformers cannot read its configuration: {error}") from error
+    return int(config.vocab_size)

@@ -1,0 +1,65 @@
+"""A finished text and its rounds, as measured. Imports nothing heavy: the tables take their columns from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Round:
+    """One draft -> verify round as measured; one row of `per_round.csv`. Times are milliseconds.
+
+    drafted: depth of the draft, so the most tokens that could be accepted (0 when nothing was drafted).
+    accepted: drafted tokens that the target confirmed.
+    tree_nodes: nodes sent for verification (equal to `drafted` for a chain).
+    *_wall_ms: at the client; draft: what the round waited for its draft, 0 when it was there already; verify: from then
+        to the reply. *_compute_ms, *_queue_ms: measured by the server.
+    network_ms: what the round waited that was no server's time, exposed part only.
+    speculation: `hit` when the draft was made ahead, while the round before was verified; `miss` when that did not
+        foresee what was accepted, or not in time; `none` when nothing was drafted ahead.
+    gamma_asked: depth asked of the draft worker: less than gamma near the end of a text, chosen when gamma is auto.
+    """
+
+    round: int
+    drafted: int
+    accepted: int
+    tree_nodes: int
+    draft_wall_ms: float
+    draft_compute_ms: float
+    draft_queue_ms: float
+    verify_wall_ms: float
+    verify_compute_ms: float
+    verify_queue_ms: float
+    network_ms: float
+    speculation: str = "none"
+    gamma_asked: int = 0
+
+
+@dataclass
+class SpeculativeResult:
+    """A finished text.
+
+    output_tokens: generated token ids, the end-of-text token left out.
+    finish_reason: eos | length (max_output_tokens) | max_rounds | context (the target can hold no more).
+    ttft_ms: start of the request to the first token, None when none came. total_ms: start to the last round.
+    speculation_hits, speculation_misses: rounds whose draft was made ahead, and those whose was to be but could not be
+        used; both 0 in sync mode.
+    """
+
+    output_tokens: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    rounds: list[Round] = field(default_factory=list)
+    ttft_ms: float | None = None
+    total_ms: float = 0.0
+
+    @property
+    def total_rounds(self) -> int:
+        return len(self.rounds)
+
+    @property
+    def speculation_hits(self) -> int:
+        return sum(r.speculation == "hit" for r in self.rounds)
+
+    @property
+    def speculation_misses(self) -> int:
+        return sum(r.speculation == "miss" for r in self.rounds)

@@ -1,0 +1,46 @@
+# With draft.skip_layers auto: the layers that the draft does without, chosen on prompts that are not measured.
+
+
+rule calibration_prompts:
+    input:
+        prompts=config["dataset"]["path"],
+        measured="results/dataset/prompts.jsonl",
+        code=source("bench/dataset.py", "bench/calibration.py"),
+    output:
+        "results/dataset/calibration.jsonl",
+    log:
+        "results/logs/calibration_prompts.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    params:
+        limit=config["draft"]["calibration_prompts"],
+        on_bad_line=config["dataset"]["on_bad_line"],
+    script:
+        "../scripts/calibration_prompts.py"
+
+
+# Every core, as a run: it must not run beside one.
+rule pick_layers:
+    input:
+        model="resources/models/{model}/model.json",
+        prompts="results/dataset/calibration.jsonl",
+        code=source("models"),
+    output:
+        "results/skip_layers/{model}.json",
+    log:
+        "results/logs/pick_layers/{model}.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: workflow.cores or 1
+    params:
+        flags(
+            count=config["draft"]["skip_count"],
+            limit=config["draft"]["calibration_prompts"],
+            dtype=config["draft"]["dtype"],
+            use_chat_template=config["generation"]["use_chat_template"],
+            device=config["workers"]["device"],
+            threads=config["workers"]["threads"],
+        ),
+    shell:
+        "specsplit pick-layers --model resources/models/{wildcards.model} --prompts {input.prompts} {params}"
+        " --output {output} > {log} 2>&1"

@@ -1,0 +1,17 @@
+# Simulated models behind real workers: every pipeline mode at several round trips, measured beside its formula.
+
+
+rule theory_check:
+    input:
+        code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py"),
+    output:
+        table="results/theory_check.csv",
+        figures=expand("results/figures/theory_check.{type}", type=["png", "svg"]),
+    log:
+        "results/logs/theory_check.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    # It measures times, so nothing may run beside it.
+    threads: workflow.cores or 1
+    shell:
+        "specsplit theory-check --output {output.table} --figure {output.figures[0]} > {log} 2>&1"
