@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from specsplit.analysis.tables import CONFIGURATION
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS
 from specsplit.cli import main
 from specsplit.models.text import TextCodec
@@ -226,7 +227,7 @@ def test_generate_ends_when_nobody_reads_its_text(
         monkeypatch.setattr(sys, "stdout", closed)
         shown = specsplit("generate", "--prompt", PROMPT, "--tokenizer", model, *addresses)
     assert (shown.status, shown.err) == (0, "")
-    assert all(len(worker.servicer.sessions) == 0 for worker in workers.values())
+    assert wait_until(lambda: all(len(worker.servicer.sessions) == 0 for worker in workers.values()))
 
 
 # ---- mistakes
@@ -350,7 +351,7 @@ def test_a_benchmark_from_the_prompts_to_the_summary(
             assert output["token_ids"] == reference.text(prompt, 8)
     requests, rounds = rows(results / "requests.csv"), rows(results / "per_round.csv")
     assert tuple(requests[0]) == (*REQUEST_COLUMNS, "matches_gamma0")
-    assert tuple(rounds[0]) == ROUND_COLUMNS
+    assert tuple(rounds[0]) == (*ROUND_COLUMNS, *CONFIGURATION[1:])
     assert [(row["gamma"], row["request_id"]) for row in requests] == [(g, f"p{i}") for g in "013" for i in range(3)]
     assert {row["matches_gamma0"] for row in requests} == {"True"}
 

@@ -73,7 +73,7 @@ async def run_speculative_loop_async(
             failures = failures + 1 if len(text.result.rounds) == rounds else 1
             rounds = len(text.result.rounds)
             if not broken.mendable or failures > config.rpc_retries:
-                raise WorkerError(f"{broken} (round {rounds + 1})") from None
+                raise WorkerError(f"{broken.name} worker failed in round {rounds + 1}: {broken.reason}") from None
             log.warning("%s; opening new streams with the whole context", broken)
         finally:
             await pipeline.close()

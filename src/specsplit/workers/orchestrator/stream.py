@@ -23,7 +23,7 @@ class StreamBroken(Exception):
 
     def __init__(self, name: str, reason: str, *, mendable: bool) -> None:
         super().__init__(f"{name} worker failed: {reason}")
-        self.mendable = mendable
+        self.name, self.reason, self.mendable = name, reason, mendable
 
 
 class Stream:
