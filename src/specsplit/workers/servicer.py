@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 
@@ -119,28 +121,43 @@ class WorkerServicer:
     def guard_stream(
         self, requests: Iterator[Any], context: grpc.ServicerContext, answers: Callable[[Inbox], Iterator[R]]
     ) -> Iterator[R]:
-        """Run the handler of a stream, as `guard` does for one call; its sessions end with it."""
+        """Run the handler of a stream, as `guard` does for one call; its sessions end with it.
+
+        The handler has a thread of its own, for gRPC asks for the next reply only once the last one was sent.
+        """
         inbox = Inbox(requests)
-        try:
-            yield from answers(inbox)
-        except Refusal as refusal:
-            log.info("refused %s: %s", refusal.status.name, refusal)
-            context.abort(refusal.status, str(refusal))
-        except Exception as error:
-            log.exception("stream failed")
-            context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
-        finally:
-            for session_id in inbox.session_ids:
-                self.sessions.end(session_id)
+        outbox: SimpleQueue[tuple[R | None, Exception | None]] = SimpleQueue()
+
+        def work() -> None:
+            failure = None
+            try:
+                for reply in answers(inbox):
+                    outbox.put((reply, None))
+            except Exception as error:
+                failure = error
+            finally:
+                for session_id in inbox.session_ids:
+                    self.sessions.end(session_id)
+                outbox.put((None, failure))
+
+        threading.Thread(target=work, name="answers", daemon=True).start()
+        while (item := outbox.get())[0] is not None:
+            yield item[0]
+        if item[1] is not None:
+            self.abort(context, item[1])
 
     def guard(self, context: grpc.ServicerContext, work: Callable[[], R]) -> R:
-        """Run a handler; a Refusal becomes its status, anything else INTERNAL with the traceback in the log."""
+        """Run a handler; what it raises becomes a status."""
         try:
             return work()
-        except Refusal as refusal:
-            log.info("refused %s: %s", refusal.status.name, refusal)
-            context.abort(refusal.status, str(refusal))
         except Exception as error:
-            log.exception("request failed")
-            context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            self.abort(context, error)
+
+    def abort(self, context: grpc.ServicerContext, error: Exception) -> NoReturn:
+        """End a call: a Refusal with its own status, anything else INTERNAL with the traceback in the log."""
+        if isinstance(error, Refusal):
+            log.info("refused %s: %s", error.status.name, error)
+            context.abort(error.status, str(error))
+        log.error("request failed", exc_info=error)
+        context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
         raise AssertionError("abort always raises")
