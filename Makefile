@@ -19,10 +19,10 @@ results: .venv/installed
 	@cat results/logs/summary.log
 
 test: .venv/installed-dev
-	$(RUN) pytest -m "not slow"
+	$(RUN) pytest -n $(CORES) --dist loadfile -m "not slow"
 
 test-all: .venv/installed-dev
-	$(RUN) pytest
+	$(RUN) pytest -n $(CORES) --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 
 rule theory_check:
     input:
-        code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py"),
+        code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py", "bench/transport.py"),
     output:
         table="results/theory_check.csv",
         figures=expand("results/figures/theory_check.{type}", type=["png", "svg"]),

@@ -18,8 +18,8 @@ STYLE = {"sync": ("#0072B2", "o"), "overlap": ("#E69F00", "s"), "lookahead": ("#
 def draw_theory_check(table: DataFrame, path: Path) -> list[Path]:
     """Draw the rows of theory_check.csv as `path` with .png and .svg; returns the two paths.
 
-    Lines are the formulas at the measured tokens per round and hit rate, marks the measurements; at the right, gamma
-    chosen while writing.
+    Lines are the formulas at the measured tokens per round, dotted ones with the bare gRPC round trips added, marks the
+    measurements; at the right, gamma chosen while writing.
     """
     rtts = sorted(table["rtt_ms"].unique())
     with matplotlib.rc_context():
@@ -37,6 +37,7 @@ def draw_theory_check(table: DataFrame, path: Path) -> list[Path]:
                 fixed, auto = rows[rows["gamma"] != "auto"], rows[rows["gamma"] == "auto"]
                 x = fixed["gamma"].astype(float)
                 axes.plot(x, fixed["expected_ms"], color=colour, linewidth=1.1)
+                axes.plot(x, fixed["limit_ms"], color=colour, linewidth=1.1, linestyle=":")
                 mark: dict[str, Any] = {"linestyle": "none", "color": colour, "marker": marker, "markersize": 4.5}
                 axes.plot(x, fixed["tpot_ms"], label=mode, **mark)
                 if len(auto):
@@ -49,7 +50,8 @@ def draw_theory_check(table: DataFrame, path: Path) -> list[Path]:
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("TPOT (ms)")
         panels[0].plot([], [], color="black", linewidth=1.1, label="formula")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        panels[0].plot([], [], color="black", linewidth=1.1, linestyle=":", label="formula with bare gRPC")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
         paths = []
         for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
             data = io.BytesIO()

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from specsplit.bench.transport import bare_round_trip_ms
 from specsplit.config import Mode, OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
-from specsplit.decoding.theory import lookahead_round_ms, round_ms, tpot_ms
+from specsplit.decoding.theory import expected_tokens, tpot_ms
 from specsplit.errors import UserError
 from specsplit.models.sources import prepare_model
 from specsplit.workers.launch import start_worker, stop_worker
@@ -42,9 +43,12 @@ class Simulation:
 class Check:
     """One row of theory_check.csv: a mode at a round trip and a gamma, over all tokens of all texts but the first.
 
-    formula_ms: by the formula of the mode at the nominal acceptance.
-    expected_ms: the same formula with the tokens per round and the hit rate that these texts had by chance.
-    ratio: tpot_ms / expected_ms, what the system itself adds. Empty for gamma auto, which has no formula of its own.
+    formula_ms: by the formula of the mode at the nominal acceptance, of a network that takes rtt_ms and nothing else.
+    expected_ms: the same formula with the tokens per round that these texts had by chance; ratio: tpot_ms / this.
+    limit_ms: expected_ms with the bare gRPC round trips of a round, transport_ms in all, added to rtt_ms.
+    ratio_to_limit: tpot_ms / limit_ms, what the system itself adds.
+        All of these are empty for gamma auto, which has no formula of its own.
+    hit_rate: share of the rounds whose draft was there when it was needed.
     lossless: every text was the target's own.
     """
 
@@ -55,6 +59,9 @@ class Check:
     formula_ms: float | None
     expected_ms: float | None
     ratio: float | None
+    transport_ms: float
+    limit_ms: float | None
+    ratio_to_limit: float | None
     tokens_per_round: float
     hit_rate: float | None
     lossless: bool
@@ -102,6 +109,8 @@ def check_theory(
         raise UserError(f"gamma {bad[0]}: a number from 1, or auto; the target alone is always measured")
     prompts = [[65 + i, 66, 67] for i in range(simulation.texts)]
     rows = []
+    # A worker rests about as long as the other one works.
+    bare_ms = bare_round_trip_ms(simulation.verify_ms / 2)
     with simulated_workers(simulation) as (draft, target), TextWriter(draft, target) as writer:
         for rtt_ms in rtts_ms:
             alone: list[list[int]] = []
@@ -112,7 +121,7 @@ def check_theory(
                 controller = GammaController(mode, config.gamma_limit, fan_out=simulation.fan_out)
                 results = [writer.write(prompt, config, controller=controller) for prompt in prompts]
                 alone = alone or [result.output_tokens for result in results]
-                rows.append(_row(simulation, mode, gamma, rtt_ms, results, alone))
+                rows.append(_row(simulation, mode, gamma, rtt_ms, bare_ms, results, alone))
                 on_row(rows[-1])
     return rows
 
@@ -122,6 +131,7 @@ def _row(
     mode: Mode,
     gamma: int | str,
     rtt_ms: float,
+    bare_ms: float,
     results: list[SpeculativeResult],
     alone: list[list[int]],
 ) -> Check:
@@ -131,14 +141,15 @@ def _row(
     tokens = sum(r.accepted + 1 for r in rounds)
     total_ms = sum(result.total_ms - (result.ttft_ms or 0.0) for result in results)
     hits = [r.speculation == "hit" for r in rounds if r.speculation != "none"]
-    hit_rate = sum(hits) / len(hits) if hits else None
     per_round = tokens / len(rounds)
-    formula = expected = None
+    transport_ms = bare_ms * (2 if gamma else 1)  # the draft worker's and the target's
+    formula = expected = limit = None
     if isinstance(gamma, int):
-        formula = tpot_ms(mode, gamma, s.acceptance, s.draft_ms, s.verify_ms, rtt_ms, s.fan_out)
-        arguments = (gamma, s.draft_ms, s.verify_ms, rtt_ms, hit_rate or 0.0)
-        in_round = lookahead_round_ms(*arguments) if mode == "lookahead" else round_ms(mode, *arguments)
-        expected = in_round / per_round
+        settings = (mode, gamma, s.acceptance, s.draft_ms, s.verify_ms)
+        formula = tpot_ms(*settings, rtt_ms, s.fan_out)
+        by_chance = expected_tokens(s.acceptance, gamma) / per_round
+        expected = by_chance * formula
+        limit = by_chance * tpot_ms(*settings, rtt_ms + transport_ms, s.fan_out)
     measured = total_ms / tokens
     return Check(
         mode=mode,
@@ -148,8 +159,11 @@ def _row(
         formula_ms=formula,
         expected_ms=expected,
         ratio=measured / expected if expected else None,
+        transport_ms=transport_ms,
+        limit_ms=limit,
+        ratio_to_limit=measured / limit if limit else None,
         tokens_per_round=per_round,
-        hit_rate=hit_rate,
+        hit_rate=sum(hits) / len(hits) if hits else None,
         lossless=[result.output_tokens for result in results] == alone,
     )
 

@@ -53,12 +53,14 @@ def run_theory_check(args: argparse.Namespace) -> None:
     gammas = [int(gamma) if gamma.isdecimal() else gamma for gamma in args.gamma]
 
     def show(row: Any) -> None:
-        beside = f"{row.expected_ms:6.2f} by formula, ratio {row.ratio:.3f}" if row.ratio else ""
+        beside = ""
+        if row.ratio:
+            beside = (
+                f"{row.expected_ms:6.2f} by formula: ratio {row.ratio:.3f}, {row.ratio_to_limit:.3f} with transport"
+            )
         hits = "" if row.hit_rate is None else f"hits {row.hit_rate:.2f}"
-        print(
-            f"RTT {row.rtt_ms:3g}  {row.mode:9} gamma {row.gamma!s:4}  TPOT {row.tpot_ms:6.2f} ms {beside} {hits}",
-            flush=True,
-        )
+        where = f"RTT {row.rtt_ms:3g}  {row.mode:9} gamma {row.gamma!s:4}"
+        print(f"{where}  TPOT {row.tpot_ms:6.2f} ms  {beside}  {hits}".rstrip(), flush=True)
         if not row.lossless:
             raise UserError(f"{row.mode} at gamma {row.gamma}, RTT {row.rtt_ms:g} ms: the text is not the target's own")
 
