@@ -26,7 +26,8 @@ EMPTY = TokenTree()
 MAX_CONTEXT = 1 << 20
 PRINTABLE = range(32, 127)  # the text is made of these bytes, for it is shown on terminals
 CERTAIN = 1 - 1e-6  # what a model that is always right gives its first candidate: logits stay finite
-SPIN_S = 180e-6  # time.sleep wakes up late by 60 to 150 microseconds
+SLEEP_LATE_S = 300e-6  # by so much time.sleep may wake up late, the more the longer it slept
+SPIN_S = 100e-6  # even a sleep of nothing takes this long
 MASK = (1 << 64) - 1
 
 
@@ -111,6 +112,7 @@ def _mix(x: int) -> int:
 
 
 def _wait_until(deadline: float) -> None:
-    """Sleep for the most and spin for the rest; the spin gives way to other threads."""
+    """Sleep for the most, then wait in a way that lets other threads run, and spin at the very end."""
     while (left := deadline - time.perf_counter()) > 0:
-        time.sleep(left - SPIN_S if left > SPIN_S else 0)
+        if left > SPIN_S:
+            time.sleep(max(0.0, left - SLEEP_LATE_S))
