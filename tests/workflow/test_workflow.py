@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from specsplit.bench.metrics import REQUEST_COLUMNS
 from specsplit.hashing import sha256_file
+from specsplit.workers.environment import threads_beside_another
 
 ANALYSIS = {"merge": 1, "figures": 1, "provenance": 1, "summary": 1}
 
@@ -131,6 +133,28 @@ def test_timing_runs_take_every_core(finished):
     benchmarks = text.split("rule benchmark:")[1:]
     assert len(benchmarks) == 3
     assert all("threads: 2" in job for job in benchmarks)
+
+
+def test_workers_that_compute_at_once_share_the_cores(workspace):
+    workspace.config |= {"gammas": [0, 2], "mode": ["sync", "lookahead"]}
+    del workspace.config["workers"]["threads"]
+
+    def threads() -> dict[str, list[str]]:
+        text = workspace.run("--dry-run", "--printshellcmds")
+        commands = [line for line in text.splitlines() if "specsplit start-worker" in line]
+        found = {
+            re.search(r"workers/(\w+/\w+)\.json", line)[1]: re.findall(r"--threads (\d+)", line) for line in commands
+        }
+        assert len(found) == 5
+        return found
+
+    half = [str(threads_beside_another())]
+    pair = {"lookahead_gamma_2/draft", "lookahead_gamma_2/target"}
+    assert {worker: half if worker in pair else [] for worker in threads()} == threads()
+    workspace.config["workers"]["device"] = "cuda"
+    assert not any(threads().values())
+    workspace.config["workers"] |= {"device": "cpu", "threads": 3}
+    assert all(found == ["3"] for found in threads().values())
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -24,7 +24,7 @@ rule benchmark:
         addresses=lambda wildcards, input: flags(**{f"{Path(file).stem}_addr": file for file in input.endpoints}),
         settings=lambda wildcards: run_settings(wildcards.point),
         # Not used by the command: other workers, other results.
-        workers=lambda wildcards: [worker_settings(role) for role in run_roles(wildcards.point)],
+        workers=lambda wildcards: [worker_settings(role, wildcards.point) for role in run_roles(wildcards.point)],
         tokenizer=f"resources/models/{config['target']['model']}",
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results"

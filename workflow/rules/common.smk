@@ -9,6 +9,7 @@ try:
     from specsplit.bench.sweep import plain_number, sweep_points
     from specsplit.errors import UserError
     from specsplit.pipeline_config import load_pipeline_config
+    from specsplit.workers.environment import threads_beside_another
     from specsplit.workflow_runs import begin_run
 except ModuleNotFoundError as error:
     raise WorkflowError(
@@ -115,8 +116,16 @@ def layers_file(role):
     return [f"results/skip_layers/{config['draft']['model']}.json"] if auto else []
 
 
-def worker_settings(role):
-    """What decides a worker's results; a change of it reruns the runs."""
+def worker_threads(label):
+    """Compute threads of each worker of a run; None = every core. Two workers that compute at once share the cores."""
+    workers = config["workers"]
+    at_once = POINTS[label].gamma != 0 and POINTS[label].mode != "sync"
+    own_cores = workers["device"].startswith("cuda") or any(map(attach_address, ROLES))
+    return threads_beside_another() if at_once and not own_cores and workers["threads"] is None else workers["threads"]
+
+
+def worker_settings(role, label):
+    """What decides the results of a run's worker; a change of it reruns the run."""
     workers = config["workers"]
     picked = layers_file(role)
     return flags(
@@ -124,7 +133,7 @@ def worker_settings(role):
         skip_layers=None if picked else config[role].get("skip_layers"),
         skip_layers_file=picked[0] if picked else None,
         device=workers["device"],
-        threads=workers["threads"],
+        threads=worker_threads(label),
         max_context=workers["max_context"],
         seed=config["seed"],
         target_tokenizer=f"resources/models/{config['target']['model']}" if speaks_through(role) else None,

@@ -26,7 +26,7 @@ rule start_worker:
         startup_timeout_s=str(config["workers"]["startup_timeout_s"]),
         attach=lambda wildcards: attach_address(wildcards.role),
     params:
-        settings=lambda wildcards: worker_settings(wildcards.role),
+        settings=lambda wildcards: worker_settings(wildcards.role, wildcards.point),
     shell:
         "specsplit start-worker {wildcards.role} --model {input.model} --endpoint-file {output.endpoint}"
         " --pool results/workers/.pool --worker-log results/logs/workers/{wildcards.role}.log"

@@ -68,10 +68,13 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
     if model is None:
         yield {"draft_address": config.draft_address, "target_address": config.target_address}
         return
+    from specsplit.workers.environment import threads_beside_another
     from specsplit.workers.launch import start_worker, stop_worker
     from specsplit.workers.lease import hold_lease
 
     hold_lease()
+    at_once = config.max_draft_tokens != 0 and config.mode != "sync"
+    threads = ["--threads", str(threads_beside_another())] if at_once else []
     with tempfile.TemporaryDirectory(prefix="specsplit-") as folder:
         files: dict[str, Path] = {}
         try:
@@ -80,7 +83,7 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
                 file = Path(folder) / f"{role}.json"
                 start_worker(
                     role,
-                    ["--model", str(model), "--port", "0"],
+                    ["--model", str(model), "--port", "0", *threads],
                     endpoint_file=file,
                     log_file=Path(folder) / f"{role}.log",
                     timeout_s=300.0,

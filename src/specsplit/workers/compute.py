@@ -5,7 +5,6 @@ Torch keeps a team of worker threads for every thread that calls it, so all pass
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import torch
+
+from specsplit.workers.environment import usable_cores
 
 T = TypeVar("T")
 
@@ -84,8 +85,3 @@ class ModelThread:
                     error = raised
             answer.put((value, error, started, time.perf_counter()))
             del job, work, answer, value, error  # a traceback would keep the caller's frames
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -28,3 +28,17 @@ def ensure_deterministic_environment() -> None:
     if all(os.environ.get(name) == value for name, value in REQUIRED.items()):
         return
     os.execve(sys.executable, [*COMMAND, *sys.argv[1:]], deterministic_environment())
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_beside_another() -> int:
+    """Compute threads of a worker that computes while another one on this machine does.
+
+    Half of the cores: threads that share cores wait for each other at the end of every operation, actively, which makes
+    a pass several times slower.
+    """
+    return max(1, usable_cores() // 2)
