@@ -242,12 +242,11 @@ def test_coupled_acceptance_is_that_of_the_gumbel_coupling() -> None:
 # ---- rejection sampling
 
 
-@pytest.fixture(scope="module")
-def one_child() -> tuple[Table, Table, list[tuple[int, bool]]]:
-    """Target, draft, and the first token and whether it was the drafted one, for each of 20,000 seeds."""
+def first_tokens(count: int) -> tuple[Table, Table, list[tuple[int, bool]]]:
+    """Target, draft, and the first token and whether it was the drafted one, for each of `count` seeds."""
     target, draft = Table(6, vocab=10), Table(7, vocab=10)
     samples = []
-    for seed in range(20_000):
+    for seed in range(count):
         sampling = replace(REJECTION, seed=seed)
         verdict, text = verified(
             target, (), drafted(draft, (), seed % 11, sampling, TreeShape(), 1), seed % 11, sampling
@@ -256,7 +255,9 @@ def one_child() -> tuple[Table, Table, list[tuple[int, bool]]]:
     return target, draft, samples
 
 
-SIZES = (10, 100, 1_000, 20_000)
+@pytest.fixture(scope="module")
+def one_child() -> tuple[Table, Table, list[tuple[int, bool]]]:
+    return first_tokens(20_000)
 
 
 def sampling_error(p: np.ndarray, size: int) -> float:
@@ -272,17 +273,26 @@ def distances(samples: Sequence[int], reference: np.ndarray, sizes: Sequence[int
     ]
 
 
-def test_the_frequencies_approach_the_target_and_no_other_distribution(one_child) -> None:
+def check_approach(target: Table, draft: Table, samples: list[tuple[int, bool]]) -> None:
     """The idea of vLLM's test of its rejection sampler. It compares the first distance with the last, which is mostly
     the luck of the first; here each is compared with its sampling error, which shrinks with the root of the size."""
-    target, draft, samples = one_child
     tokens = [token for token, _ in samples]
+    sizes = [size for size in (10, 100, 1_000, 10_000) if size < len(tokens)] + [len(tokens)]
     p, q = (log_probs(model(())[None], REJECTION)[0].exp().numpy() for model in (target, draft))
-    for size, distance in zip(SIZES, distances(tokens, p, SIZES), strict=True):
+    for size, distance in zip(sizes, distances(tokens, p, sizes), strict=True):
         assert distance < 2 * sampling_error(p, size)
     others = [q] + [log_probs(Table(seed, vocab=10)(())[None], REJECTION)[0].exp().numpy() for seed in range(100, 200)]
     for other in others:
-        assert distances(tokens, other, SIZES)[-1] > 10 * sampling_error(other, SIZES[-1])
+        assert distances(tokens, other, sizes)[-1] > 10 * sampling_error(other, sizes[-1])
+
+
+def test_the_frequencies_approach_the_target_and_no_other_distribution(one_child) -> None:
+    check_approach(*one_child)
+
+
+@pytest.mark.slow
+def test_the_frequencies_approach_the_target_over_a_hundred_thousand_samples() -> None:
+    check_approach(*first_tokens(100_000))
 
 
 def test_one_child_is_accepted_as_often_as_the_distributions_overlap(one_child) -> None:
