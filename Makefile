@@ -19,10 +19,10 @@ results: .venv/installed
 	@cat results/logs/summary.log
 
 test: .venv/installed-dev
-	$(RUN) pytest -n $(CORES) --dist loadfile -m "not slow"
+	$(RUN) pytest -m "not slow"
 
 test-all: .venv/installed-dev
-	$(RUN) pytest -n $(CORES) --dist loadfile
+	$(RUN) pytest
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

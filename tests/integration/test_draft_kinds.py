@@ -82,19 +82,19 @@ def test_the_text_is_that_of_the_target_alone(
     with serving("target", folder) as target, drafting(kind, folder, tmp_path / "draft") as draft:
         assert target.servicer.vocab_size == draft.servicer.vocab_size == VOCAB
         with TextWriter(draft.address, target.address) as writer:
-            for prompt in PROMPTS[:2]:
+            for prompt in PROMPTS[:1]:
                 for temperature in (0.0, 1.0):
                     common = {"temperature": temperature, "max_output_tokens": LENGTH, "ignore_eos": True, "seed": 3}
                     expected = writer.write(prompt, OrchestratorConfig(max_draft_tokens=0, **common)).output_tokens
                     if not temperature:
                         assert expected == reference.text(prompt, LENGTH)
                     for mode in ("sync", "overlap", "lookahead"):
-                        for tree in ("chain", "2x2", "dynamic-8x3"):
+                        for tree in ("chain", "dynamic-8x3"):
                             config = OrchestratorConfig(mode=mode, tree=tree, max_draft_tokens=3, **common)
                             result = writer.write(prompt, config)
                             assert result.output_tokens == expected, (mode, tree, temperature)
                             accepted += sum(r.accepted for r in result.rounds)
-    assert accepted > 10  # else little was proved
+    assert accepted > 3  # else little was proved
 
 
 def test_a_renumbered_draft_agrees_wherever_it_can_speak(

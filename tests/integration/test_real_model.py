@@ -52,7 +52,7 @@ def workers(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         for name, extra in flags.items():
             role = "target" if name == "target" else "draft"
             files.append(folder / f"{name}.json")
-            arguments = ["--model", str(model_folder), "--port", "0", *extra]
+            arguments = ["--model", str(model_folder), "--port", "0", "--threads", "1", *extra]
             log = folder / f"{name}.log"
             endpoint = start_worker(role, arguments, endpoint_file=files[-1], log_file=log, timeout_s=120)
             connections[name] = connect(role, endpoint.address)

@@ -191,13 +191,17 @@ def test_a_pass_lasts_as_long_as_asked_from_its_start(
     now, computed = [100.0], TokenCache.write
 
     def sleep(seconds: float) -> None:
-        now[0] += seconds + (70e-6 if seconds else 2e-6)
+        now[0] += seconds + 70e-6
 
     def write(self: TokenCache, values: list[int]) -> None:
         now[0] += 1e-3
         computed(self, values)
 
-    monkeypatch.setattr(synthetic, "time", SimpleNamespace(perf_counter=lambda: now[0], sleep=sleep))
+    def read() -> float:
+        now[0] += 1e-6
+        return now[0]
+
+    monkeypatch.setattr(synthetic, "time", SimpleNamespace(perf_counter=read, sleep=sleep))
     monkeypatch.setattr(TokenCache, "write", write)
     model = SyntheticLM(step_ms=5, token_ms=0.5)
     model.step(model.new_cache(8), list(range(fed)))

@@ -157,7 +157,7 @@ def test_workers_that_compute_at_once_share_the_cores(workspace):
     assert all(found == ["3"] for found in threads().values())
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_run_leaves_nothing_and_the_next_finishes(workspace, how):
     workspace.config["generation"] = {"max_output_tokens": 100, "ignore_eos": True}
     process = workspace.start()
