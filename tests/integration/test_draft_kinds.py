@@ -82,7 +82,7 @@ def test_the_text_is_that_of_the_target_alone(
     with serving("target", folder) as target, drafting(kind, folder, tmp_path / "draft") as draft:
         assert target.servicer.vocab_size == draft.servicer.vocab_size == VOCAB
         with TextWriter(draft.address, target.address) as writer:
-            for prompt in PROMPTS[:1]:
+            for prompt in PROMPTS[:2]:
                 for temperature in (0.0, 1.0):
                     common = {"temperature": temperature, "max_output_tokens": LENGTH, "ignore_eos": True, "seed": 3}
                     expected = writer.write(prompt, OrchestratorConfig(max_draft_tokens=0, **common)).output_tokens
@@ -94,7 +94,7 @@ def test_the_text_is_that_of_the_target_alone(
                             result = writer.write(prompt, config)
                             assert result.output_tokens == expected, (mode, tree, temperature)
                             accepted += sum(r.accepted for r in result.rounds)
-    assert accepted > 3  # else little was proved
+    assert accepted > 5  # else little was proved
 
 
 def test_a_renumbered_draft_agrees_wherever_it_can_speak(
