@@ -12,11 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from specsplit.decoding.theory import PipelineMode
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
-Mode = Literal["sync", "overlap", "lookahead"]
 SamplingMethod = Literal["coupled", "rejection"]
 MAX_GAMMA = 64
 AUTO_GAMMA_LIMIT = 16  # drafts longer than this pay nowhere that was measured
@@ -108,7 +108,9 @@ class OrchestratorConfig(Settings):
     draft_address: str = Field("127.0.0.1:50051", description="host:port of the draft worker")
     target_address: str = Field("127.0.0.1:50052", description="host:port of the target worker")
     tokenizer: Path | None = Field(None, description="folder of the tokenizer: a prepared or local model")
-    mode: Mode = Field("sync", description="sync | overlap | lookahead: what is drafted while the target verifies")
+    mode: PipelineMode = Field(
+        "sync", description="sync | overlap | lookahead: what is drafted while the target verifies"
+    )
     max_draft_tokens: Annotated[int, Field(ge=0, le=MAX_GAMMA)] | Literal["auto"] = Field(
         5, description="gamma: depth of each draft; 0 = no draft; auto = chosen in every round from what was measured"
     )

@@ -1,24 +1,28 @@
-"""What is drawn into one set of axes: a metric against gamma, or acceptance by position, for a few curves."""
+"""What is drawn into one set of axes (a metric against gamma, or acceptance by position), and how figures are saved."""
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pandas import DataFrame, Series
 
 from specsplit.analysis.curves import Curve, Panel
 from specsplit.analysis.statistics import bootstrap_ratio_ci
-from specsplit.analysis.tables import draft_position
+from specsplit.analysis.tables import draft_position, write_atomically
 from specsplit.bench.sweep import AUTO
 
+DPI = 200
 RED, GREY = "#D55E00", "#8C8C8C"  # Okabe and Ito's vermilion, and a grey
 NOTHING_DRAFTED = "Nothing was drafted, so there is no acceptance to show."
 
@@ -35,6 +39,17 @@ class Plot:
     mark_best: bool = False  # a ring around the lowest mean
     top: float | None = None  # end of the y axis; None = what the data need
     drafting: bool = False  # without gamma 0
+
+
+def save_figure(figure: Figure, path: Path, metadata: dict[str, Any] | None = None) -> list[Path]:
+    """Save as `path` with .png and .svg, the same bytes for the same figure; returns the two paths."""
+    paths = []
+    for suffix, extra in (("png", {}), ("svg", {"Date": None})):
+        data = io.BytesIO()
+        figure.savefig(data, format=suffix, dpi=DPI, metadata=(metadata or {}) | extra)
+        paths.append(path.with_suffix(f".{suffix}"))
+        write_atomically(paths[-1], data.getvalue())
+    return paths
 
 
 _ALONE = Curve("sync", "chain", "target alone", colour="black", marker="D", line="none")

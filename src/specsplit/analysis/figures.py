@@ -8,7 +8,6 @@ black-and-white print and for colour-blind readers.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from specsplit.analysis.curves import MOST_PANELS, Curve, Panel, left_out, split_curves, split_panels
-from specsplit.analysis.drawing import NOTHING_DRAFTED, Plot, draw_metric, draw_positions
-from specsplit.analysis.tables import summarize, write_atomically
+from specsplit.analysis.drawing import DPI, NOTHING_DRAFTED, Plot, draw_metric, draw_positions, save_figure
+from specsplit.analysis.tables import summarize
 
 FIGURES = ("tpot", "acceptance_rate", "ttft", "network_idle", "speculation")
 
-WIDTH_IN, HEIGHT_IN, TALL_IN, DPI = 3.4, 2.6, 4.6, 200
+WIDTH_IN, HEIGHT_IN, TALL_IN = 3.4, 2.6, 4.6
 PANEL_WIDTH_IN, PANEL_HEIGHT_IN = 2.5, 2.0  # of several beside each other
 
 _STYLE: Any = {
@@ -125,12 +124,8 @@ def draw_figures(
             for _ in range(2):  # the second pass makes room for the tick labels that the first one chose
                 figure.draw_without_rendering()
             figure.set_layout_engine("none")  # both formats get this layout
-            metadata: dict[str, Any] = {"Title": f"{plot.title} against draft length"}
-            for suffix, extra in (("png", {}), ("svg", {"Date": None})):
-                paths.append(Path(out_dir) / f"{name}.{suffix}")
-                data = io.BytesIO()
-                figure.savefig(data, format=suffix, dpi=DPI, metadata=metadata | extra)
-                write_atomically(paths[-1], data.getvalue())
+            metadata = {"Title": f"{plot.title} against draft length"}
+            paths += save_figure(figure, Path(out_dir) / f"{name}.png", metadata)
     return paths
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from specsplit.analysis.tables import write_atomically
+from specsplit.analysis.drawing import DPI, save_figure
 
 STYLE = {"sync": ("#0072B2", "o"), "overlap": ("#E69F00", "s"), "lookahead": ("#009E73", "^")}
 
@@ -25,7 +24,7 @@ def draw_theory_check(table: DataFrame, path: Path) -> list[Path]:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.size": 8, "svg.hashsalt": "specsplit", "svg.fonttype": "none"})
-        figure = Figure(figsize=(2.6 * len(rtts) + 0.6, 3.2), dpi=200, layout="constrained")
+        figure = Figure(figsize=(2.6 * len(rtts) + 0.6, 3.2), dpi=DPI, layout="constrained")
         panels = figure.subplots(1, len(rtts), squeeze=False)[0]
         numbers = [gamma for gamma in table["gamma"].unique() if gamma != "auto" and gamma != 0]
         auto_at = max(numbers, default=0) + 2
@@ -52,10 +51,4 @@ def draw_theory_check(table: DataFrame, path: Path) -> list[Path]:
         panels[0].plot([], [], color="black", linewidth=1.1, label="formula")
         panels[0].plot([], [], color="black", linewidth=1.1, linestyle=":", label="formula with bare gRPC")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-        paths = []
-        for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-            data = io.BytesIO()
-            figure.savefig(data, format=suffix, dpi=200, metadata=metadata)
-            paths.append(path.with_suffix(f".{suffix}"))
-            write_atomically(paths[-1], data.getvalue())
-    return paths
+        return save_figure(figure, path)

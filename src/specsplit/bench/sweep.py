@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, get_args
+
+from specsplit.decoding.theory import PipelineMode
 
 AUTO = "auto"
-MODES = ("sync", "overlap", "lookahead")
+MODES = get_args(PipelineMode)
 # Settings that every point of a sweep shares, with what they are where they decide nothing.
 SHARED_DEFAULTS: dict[str, Any] = {
     "fan_out": 16,

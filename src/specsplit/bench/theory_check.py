@@ -13,17 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from specsplit.bench.sweep import MODES
 from specsplit.bench.transport import bare_round_trip_ms
-from specsplit.config import Mode, OrchestratorConfig
+from specsplit.config import OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
-from specsplit.decoding.theory import expected_tokens, tpot_ms
+from specsplit.decoding.theory import PipelineMode, expected_tokens, tpot_ms
 from specsplit.errors import UserError
 from specsplit.models.sources import prepare_model
 from specsplit.workers.launch import start_worker, stop_worker
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import SpeculativeResult
-
-MODES: tuple[Mode, ...] = ("sync", "overlap", "lookahead")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,10 @@ def check_theory(
     with simulated_workers(simulation) as (draft, target), TextWriter(draft, target) as writer:
         for rtt_ms in rtts_ms:
             alone: list[list[int]] = []
-            points: list[tuple[Mode, int | str]] = [("sync", 0), *((mode, gamma) for mode in MODES for gamma in gammas)]
+            points: list[tuple[PipelineMode, int | str]] = [
+                ("sync", 0),
+                *((mode, gamma) for mode in MODES for gamma in gammas),
+            ]
             for mode, gamma in points:
                 settings = {"mode": mode, "max_draft_tokens": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
                 config = OrchestratorConfig.load({**settings, "max_output_tokens": simulation.tokens})
@@ -128,7 +130,7 @@ def check_theory(
 
 def _row(
     simulation: Simulation,
-    mode: Mode,
+    mode: PipelineMode,
     gamma: int | str,
     rtt_ms: float,
     bare_ms: float,

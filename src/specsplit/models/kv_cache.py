@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from specsplit.models.token_cache import Slots
 
 
 class StaticLayer(CacheLayerMixin):
@@ -53,7 +54,7 @@ class StaticLayer(CacheLayerMixin):
         return self.owner.capacity
 
 
-class KVCache(Cache):
+class KVCache(Slots, Cache):
     """The cache of one session, for `past_key_values` of a Hugging Face model.
 
     length: tokens held. capacity: the most it can hold; memory is reserved for all of them at the first pass
@@ -65,27 +66,12 @@ class KVCache(Cache):
         self.capacity = capacity
         super().__init__(layers=[StaticLayer(self) for _ in range(num_layers)])
 
-    def advance(self, count: int) -> None:
-        """Count the tokens that the pass just made has written."""
-        self.length += count
-
-    def rollback(self, length: int) -> None:
-        """Forget everything after the first `length` tokens, in O(1)."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot roll back to {length}: the cache holds {self.length} tokens")
-        self.length = length
-
     @torch.inference_mode()
     def keep(self, context: int, path: Sequence[int]) -> None:
         """Keep the first `context` tokens and, after them, the tree nodes of `path` (increasing offsets from
         `context`); everything else is forgotten. Costs nothing when the path is already in place."""
         end = context + len(path)
-        if context < 0:
-            raise ValueError(f"cannot keep {context} tokens")
-        if any(b <= a for a, b in pairwise(path)) or (path and path[0] < 0):
-            raise ValueError(f"path {list(path)} must increase")
-        if context + (path[-1] + 1 if path else 0) > self.length:
-            raise ValueError(f"path {list(path)} after {context} tokens is beyond the {self.length} held")
+        self.check_keep(context, path)
         if path and path[-1] != len(path) - 1:
             self.length = context  # as long as the path is being moved, it cannot be relied on
             slots = torch.tensor([context + node for node in path], device=self.layers[0].keys.device)

@@ -9,7 +9,36 @@ from itertools import pairwise
 from specsplit.decoding.tree import TokenTree
 
 
-class TokenCache:
+class Slots:
+    """How many tokens a cache holds, and what may be done with them.
+
+    length: tokens held. capacity: the most it can hold.
+    """
+
+    length: int
+    capacity: int
+
+    def advance(self, count: int) -> None:
+        """Count the tokens that the pass just made has written."""
+        self.length += count
+
+    def rollback(self, length: int) -> None:
+        """Forget everything after the first `length` tokens, in O(1)."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot roll back to {length}: the cache holds {self.length} tokens")
+        self.length = length
+
+    def check_keep(self, context: int, path: Sequence[int]) -> None:
+        """Raise ValueError unless `path`, increasing offsets from `context`, is of tokens that are held."""
+        if context < 0:
+            raise ValueError(f"cannot keep {context} tokens")
+        if any(b <= a for a, b in pairwise(path)) or (path and path[0] < 0):
+            raise ValueError(f"path {list(path)} must increase")
+        if context + (path[-1] + 1 if path else 0) > self.length:
+            raise ValueError(f"path {list(path)} after {context} tokens is beyond the {self.length} held")
+
+
+class TokenCache(Slots):
     """The cache of one session, with the semantics and the errors of KVCache.
 
     length: tokens held. capacity: the most it can hold.
@@ -28,25 +57,10 @@ class TokenCache:
             raise ValueError(f"{self.length} + {len(values)} tokens exceed the cache of {self.capacity}")
         self.slots[self.length : end] = array("Q", values)
 
-    def advance(self, count: int) -> None:
-        """Count the tokens that the pass just made has written."""
-        self.length += count
-
-    def rollback(self, length: int) -> None:
-        """Forget everything after the first `length` tokens, in O(1)."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot roll back to {length}: the cache holds {self.length} tokens")
-        self.length = length
-
     def keep(self, context: int, path: Sequence[int]) -> None:
         """Keep the first `context` tokens and, after them, the tree nodes of `path` (increasing offsets from
         `context`); everything else is forgotten."""
-        if context < 0:
-            raise ValueError(f"cannot keep {context} tokens")
-        if any(b <= a for a, b in pairwise(path)) or (path and path[0] < 0):
-            raise ValueError(f"path {list(path)} must increase")
-        if context + (path[-1] + 1 if path else 0) > self.length:
-            raise ValueError(f"path {list(path)} after {context} tokens is beyond the {self.length} held")
+        self.check_keep(context, path)
         end = context + len(path)
         self.slots[context:end] = array("Q", [self.slots[context + node] for node in path])
         self.length = end

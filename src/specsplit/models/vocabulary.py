@@ -13,12 +13,13 @@ changes the sign of the leading space only, and so loses line feeds, inner space
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specsplit.errors import UserError
 from specsplit.jsonio import read_json
@@ -218,18 +219,8 @@ def _bytes(piece: str, space: str) -> tuple[bytes, bool]:
     return piece.encode(), False
 
 
-def _byte_characters() -> Iterator[tuple[str, int]]:
-    """The character by which byte-level vocabularies, from GPT-2 on, write every byte."""
-    substitute = 256
-    for byte in range(256):
-        if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255:
-            yield chr(byte), byte
-        else:
-            yield chr(substitute), byte
-            substitute += 1
-
-
-BYTE_OF = dict(_byte_characters())
+# The character by which byte-level vocabularies, from GPT-2 on, write every byte.
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _prefix(tokenizer: Any) -> list[int]:

@@ -103,10 +103,10 @@ def byte_tokenizer(vocab_size: int = BYTES) -> Any:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    words = {character: byte for byte, character in bytes_to_unicode().items()}
-    words |= {f"<unused{i}>": i for i in range(BYTES, vocab_size)}
+    from specsplit.models.vocabulary import BYTE_OF
+
+    words = BYTE_OF | {f"<unused{i}>": i for i in range(BYTES, vocab_size)}
     backend = Tokenizer(models.BPE(vocab=words, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
