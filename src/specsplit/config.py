@@ -16,6 +16,7 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 
+Engine = Literal["auto", "fused", "transformers"]
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 SamplingMethod = Literal["coupled", "rejection"]
 MAX_GAMMA = 64
@@ -69,6 +70,9 @@ class WorkerSettings(Settings):
     port: int = Field(0, ge=0, le=65535, description="port to listen on; 0 = any free port")
     dtype: Dtype = Field("float32", description="float32 | bfloat16 | float16 | int8 (CPU)")
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N")
+    engine: Engine = Field(
+        "auto", description="fused (fast, Llama-type models on the CPU) | transformers (any) | auto: fused where it can"
+    )
     threads: int | None = Field(None, ge=1, description="compute threads; default: every core it may use")
     max_context: int = Field(2048, ge=16, description="tokens a session can hold, drafted ones included")
     max_sessions: int = Field(8, ge=1, description="sessions kept; the least recently used idle one goes first")

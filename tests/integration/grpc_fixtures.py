@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specsplit.config import DraftWorkerConfig, TargetWorkerConfig
+from specsplit.models.passes import Pass
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.orchestrator.connection import Connection, connect
@@ -55,7 +56,7 @@ class Reference:
 
 
 class Worker:
-    """One worker that this process serves. `passes` counts the passes of its model."""
+    """One worker that this process serves. `passes` counts the passes of its model, each session's part as one."""
 
     def __init__(self, role: str, model: Path, **settings: Any) -> None:
         defaults = {"port": 0, "threads": 1, "dtype": "float32", "max_context": 128}
@@ -70,14 +71,15 @@ class Worker:
         """Serve with no session, on the port of the last start."""
         settings = DraftWorkerConfig if self.role == "draft" else TargetWorkerConfig
         self.servicer: Any = load_servicer(settings(**self.settings))
-        step = self.servicer.model.step
+        model = self.servicer.model.model
+        step_many = model.step_many
 
-        def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
-            self.passes += 1
+        def counted(passes: Sequence[Pass]) -> list[torch.Tensor]:
+            self.passes += len(passes)
             self.before_pass()
-            return step(*args, **kwargs)
+            return step_many(passes)
 
-        self.servicer.model.step = counted
+        model.step_many = counted
         self.server = WorkerServer(self.servicer)
         self.server.start()
         self.settings["port"] = self.server.port

@@ -178,7 +178,7 @@ def test_an_end_of_text_inside_an_accepted_block(
 def test_the_target_names_the_end_of_text_itself(draft: Worker, target: Worker, reference: Reference) -> None:
     text = reference.text(PROMPT, LENGTH)
     absent = next(token for token in range(128) if token not in text)
-    model = target.servicer.model
+    model = target.servicer.model.model
     own, model.eos_token_ids = model.eos_token_ids, (absent, text[5])
     try:
         assert write(draft, target, ignore_eos=False).output_tokens == text[: text.index(text[5])]

@@ -133,6 +133,7 @@ def worker_settings(role, label):
         skip_layers=None if picked else config[role].get("skip_layers"),
         skip_layers_file=picked[0] if picked else None,
         device=workers["device"],
+        engine=workers["engine"],
         threads=worker_threads(label),
         max_context=workers["max_context"],
         seed=config["seed"],

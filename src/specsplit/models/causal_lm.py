@@ -20,6 +20,7 @@ from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.errors import UserError
 from specsplit.models.fingerprint import weight_files
 from specsplit.models.kv_cache import KVCache
+from specsplit.models.passes import EMPTY, Pass
 from specsplit.models.quantise import quantise_linears
 from specsplit.models.tree_attn import additive, positions, visible
 from specsplit.models.vocabulary import read_reduced_map
@@ -32,7 +33,6 @@ DTYPES = {
 }
 PREFILL_CHUNK = 512
 UNBOUNDED = 1 << 20  # positions of a model that names no limit
-EMPTY = TokenTree()
 
 
 class CausalLM:
@@ -41,7 +41,12 @@ class CausalLM:
     vocab_size: rows of the output head, which a draft's reduced head has fewer of than tokens that it reads.
     max_context: positions that the model can be used for.
     eos_token_ids: tokens that end a text, from the generation configuration.
+    batch_tokens: tokens of several sessions that are worth one pass; 0 = sessions cannot share one.
+    uses_torch_threads: whether PyTorch computes, with a team of threads for every thread that calls it.
     """
+
+    batch_tokens = 0
+    uses_torch_threads = True
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
@@ -60,6 +65,18 @@ class CausalLM:
             self._window = config.sliding_window
         elif layer_types != {"full_attention"}:
             self._window = _known(config, "sliding_window")
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def windows(self) -> list[int]:
+        """Of each layer the positions that a token sees, itself included; 0 = all."""
+        if not self._masks_by_type:
+            return [self._window or 0] * self.num_layers
+        types = self.model.config.get_text_config().layer_types
+        return [(self._window or 0) if kind == "sliding_attention" else 0 for kind in types]
 
     @classmethod
     def load(
@@ -163,6 +180,10 @@ class CausalLM:
             tokens = tokens[start + PREFILL_CHUNK :]
         rows = len(tree) - cached_nodes + (1 if tokens else 0)
         return self._forward(cache, tokens, tree, cached_nodes, keep_logits=rows)
+
+    def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        """The passes of several sessions; the logits of each."""
+        return [self.step(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
 
     def _forward(
         self, cache: KVCache, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int

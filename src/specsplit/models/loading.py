@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,11 +11,13 @@ from typing import Any, Protocol
 import torch
 
 from specsplit.config import DraftWorkerConfig, WorkerSettings
-from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.errors import UserError
-from specsplit.models.causal_lm import EMPTY, CausalLM
+from specsplit.models.causal_lm import CausalLM
 from specsplit.models.fingerprint import fingerprint_model
+from specsplit.models.fused_lm import FusedLM, unsuitable
 from specsplit.models.ngram import NGramLM
+from specsplit.models.passes import EMPTY, Pass
 from specsplit.models.sources import manifest_file, resolve_model
 from specsplit.models.synthetic import SyntheticLM
 from specsplit.models.text import TextCodec
@@ -25,9 +29,12 @@ from specsplit.models.weightless import (
     parse_parameters,
 )
 
+log = logging.getLogger(__name__)
+COMPILED_S = 3.0  # a first pass that took longer compiled
+
 
 class LanguageModel(Protocol):
-    """A model that can draft or verify: CausalLM, SyntheticLM, NGramLM. CausalLM documents the methods.
+    """A model that can draft or verify: CausalLM, FusedLM, SyntheticLM, NGramLM. CausalLM documents the methods.
 
     Its caches are of its own kind and have length, capacity, advance, rollback and keep, as KVCache documents them.
     """
@@ -36,31 +43,36 @@ class LanguageModel(Protocol):
     vocab_size: int
     max_context: int
     eos_token_ids: tuple[int, ...]
+    batch_tokens: int
+    uses_torch_threads: bool
 
+    @property
+    def parameters(self) -> int: ...
     def new_cache(self, capacity: int) -> Any: ...
     def step(
         self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
     ) -> torch.Tensor: ...
+    def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]: ...
 
 
-def load_model(folder: Path, manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, dict[str, Any]]:
+def load_model(
+    folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int
+) -> tuple[LanguageModel, dict[str, Any]]:
     """The model in `folder`, ready to run, and its identity: model, weights_sha256, tokenizer_sha256, parameters.
 
-    folder, manifest: from resolve_model(config.model). Raises UserError when the model cannot be loaded, is not the one
-    that the manifest was made for, or does not fit the settings.
+    folder, manifest: from resolve_model(config.model). threads: of a pass in the fused engine.
+    Raises UserError when the model cannot be loaded, is not the one that the manifest was made for, or does not fit the
+    settings.
     """
-    model: LanguageModel
     if is_weightless(manifest["source"]):
         model, weights_sha256 = _load_weightless(manifest, config)
-        parameters = 0
     else:
-        model, weights_sha256 = _load_causal_lm(folder, manifest, config)
-        parameters = sum(p.numel() for p in model.model.parameters())
+        model, weights_sha256 = _load_causal_lm(folder, manifest, config, threads)
     identity = {
         "model": manifest["name"],
         "weights_sha256": weights_sha256,
         "tokenizer_sha256": TextCodec.load(target_tokenizer(config) or folder).sha256,  # what it speaks
-        "parameters": parameters,
+        "parameters": model.parameters,
     }
     return model, identity
 
@@ -71,13 +83,43 @@ def target_tokenizer(config: WorkerSettings) -> Path | None:
     return resolve_model(given)[0] if given else None
 
 
-def _load_causal_lm(folder: Path, manifest: dict[str, Any], config: WorkerSettings) -> tuple[CausalLM, str]:
+def _load_causal_lm(
+    folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int
+) -> tuple[LanguageModel, str]:
     weights_sha256: str = manifest["fingerprint"]["weights_sha256"]
     # The manifest of a plain folder has just been made from the weights; one that was read may be old.
     if config.model is not None and manifest_file(config.model).is_file():
         _check_same(fingerprint_model(folder)["weights_sha256"], weights_sha256, f"the weights in {folder}")
     skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
-    return CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers), weights_sha256
+    model = CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers)
+    if config.engine == "transformers":
+        return model, weights_sha256
+    if reason := unsuitable(model):
+        if config.engine == "fused":
+            raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
+        log.info("engine transformers, as %s", reason)
+        return model, weights_sha256
+    return _fuse(model, threads), weights_sha256
+
+
+def _fuse(model: CausalLM, threads: int) -> FusedLM:
+    """The same model in the fast engine, compared with the first over a tree of a few tokens."""
+    tokens = [i % model.vocab_size for i in (11, 37, 41, 23, 29, 31, 43)]
+    tree = TokenTree(tokens[2:], [ROOT, 0, ROOT, 2, 2], [-1.0] * 5)
+    expected = model.step(model.new_cache(16), tokens[:2], tree).double()
+    started = time.perf_counter()
+    fused = FusedLM(model, threads)
+    found = fused.step(fused.new_cache(16), tokens[:2], tree).double()
+    if (seconds := time.perf_counter() - started) > COMPILED_S:
+        log.info("compiled the kernels for this processor in %.0f s; they are kept for the next time", seconds)
+    # Activations of half precision models are rounded there and not here.
+    limit = 0.99999 if model.dtype == torch.float32 else 0.99
+    if not bool((torch.cosine_similarity(expected, found, dim=-1) > limit).all()):
+        raise UserError(
+            "engine fused does not give the logits of engine transformers for this model: use engine transformers, "
+            "and please report it"
+        )
+    return fused
 
 
 def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, str]:

@@ -13,15 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.models.passes import EMPTY, Pass
 from specsplit.models.token_cache import TokenCache, tokens_of_pass
 
-EMPTY = TokenTree()
 MAX_CONTEXT = 1 << 20
 TIE = 0.01  # of one occurrence: what the most recent of several equally frequent tokens has more
 
 
 class NGramLM:
     """The tokens that followed the longest suffix of the text, of max_ngram down to min_ngram tokens, earlier in it."""
+
+    batch_tokens = 0
+    uses_torch_threads = False
 
     def __init__(self, vocab_size: int, *, max_ngram: int = 3, min_ngram: int = 1) -> None:
         if not 1 <= min_ngram <= max_ngram:
@@ -37,6 +40,10 @@ class NGramLM:
     def new_cache(self, capacity: int) -> TokenCache:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
         return TokenCache(capacity)
+
+    def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        """As CausalLM.step_many."""
+        return [self.step(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
 
     def step(
         self, cache: TokenCache, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0

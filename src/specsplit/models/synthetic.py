@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.models.passes import EMPTY, Pass
 from specsplit.models.token_cache import TokenCache, tokens_of_pass
 
-EMPTY = TokenTree()
 MAX_CONTEXT = 1 << 20
 PRINTABLE = range(32, 127)  # the text is made of these bytes, for it is shown on terminals
 CERTAIN = 1 - 1e-6  # what a model that is always right gives its first candidate: logits stay finite
@@ -38,6 +38,9 @@ class SyntheticLM:
     seed: the text; draft and target must have the same.
     vocab_size: at least 256; token ids below 256 are bytes.
     """
+
+    batch_tokens = MAX_CONTEXT
+    uses_torch_threads = False
 
     def __init__(
         self,
@@ -76,7 +79,16 @@ class SyntheticLM:
         Returns logits [rows, vocab_size], float32: one row for the last of `tokens` (if any), then one for every node
         fed.
         """
+        return self.step_many([Pass(cache, tokens, tree, cached_nodes)])[0]
+
+    def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        """The passes of several sessions as one, which takes step_ms once; the logits of each."""
         started = time.perf_counter()
+        logits = [self._logits(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
+        _wait_until(started + (self.step_ms + self.token_ms * sum(p.size for p in passes)) / 1e3)
+        return logits
+
+    def _logits(self, cache: TokenCache, tokens: Sequence[int], tree: TokenTree, cached_nodes: int) -> torch.Tensor:
         fed = tokens_of_pass(cache, tokens, tree, cached_nodes)
         context = cache.length - cached_nodes
         state = cache.slots[context - 1] if context else self._start
@@ -92,7 +104,6 @@ class SyntheticLM:
         logits = self._rows[[self.vocab_size - self._first(row) for row in rows]]
         cache.write([*states, *nodes[cached_nodes:]])
         cache.advance(len(fed))
-        _wait_until(started + (self.step_ms + self.token_ms * len(fed)) / 1e3)
         return logits
 
     def _first(self, state: int) -> int:

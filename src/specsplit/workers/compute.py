@@ -1,87 +1,187 @@
-"""One thread that runs the model.
+"""The model of a worker, shared by its sessions.
 
-Torch keeps a team of worker threads for every thread that calls it, so all passes of a process come from this one.
+Whoever finds the model free runs, in one pass, what all sessions are waiting for (continuous batching): the
+verifications of several clients read the weights once.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specsplit.workers.environment import usable_cores
+from specsplit.decoding.tree import TokenTree
+from specsplit.models.passes import EMPTY, Pass
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from specsplit.models.loading import LanguageModel
 
 
-@dataclass(frozen=True)
-class Computed(Generic[T]):
-    """What a computation returned, and its milliseconds in the queue and in the model."""
+@dataclass
+class Stopwatch:
+    """Milliseconds of one request: waiting for the model, and all of its work without that."""
 
-    value: T
-    queue_ms: float
-    compute_ms: float
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+
+
+@dataclass
+class _Job:
+    what: Pass
+    logits: torch.Tensor | None = None
+    error: BaseException | None = None
+    began: float = 0.0
+    done: bool = False
+
+
+class SharedModel:
+    """A model that any thread may step; the passes of several that wait are run as one where the model can do that.
+
+    threads: compute threads of a pass. seed: of torch.
+    """
+
+    def __init__(self, model: LanguageModel, threads: int, seed: int) -> None:
+        self.model = model
+        self.threads = threads
+        self.new_cache = model.new_cache
+        self._busy = threading.Lock()  # held by the thread that runs passes
+        self._waiting: deque[_Job] = deque()
+        self._closed = False
+        self._clock = threading.local()
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # PyTorch keeps a team of threads for every thread that calls it, so its models are called from one only.
+        self._thread = ModelThread(threads) if model.uses_torch_threads else None
+        if self._thread is None:
+            torch.set_num_threads(1)  # what else is computed is too little to share
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def max_context(self) -> int:
+        return self.model.max_context
+
+    @contextmanager
+    def timed(self) -> Iterator[Stopwatch]:
+        """Times what this thread does; the numbers are there at the end."""
+        watch = self._clock.watch = Stopwatch()
+        started = time.perf_counter()
+        try:
+            yield watch
+        finally:
+            watch.compute_ms = (time.perf_counter() - started) * 1e3 - watch.queue_ms
+            self._clock.watch = Stopwatch()
+
+    def step(self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0) -> torch.Tensor:
+        """One pass, as CausalLM.step; waits for the model. A long prompt is fed in parts, so that others get turns.
+
+        Raises CancelledError when the model is closed before it came to that.
+        """
+        held, most = cache.length, self.model.batch_tokens or len(tokens)
+        try:
+            while len(tokens) > most:
+                self._pass(Pass(cache, tokens[:most]))
+                tokens = tokens[most:]
+            return self._pass(Pass(cache, tokens, tree, cached_nodes))
+        except BaseException:
+            cache.rollback(held)
+            raise
+
+    def close(self) -> bool:
+        """Take no more work and drop what waits; False when a pass still runs, which cannot be interrupted."""
+        self._closed = True
+        return not self._busy.locked()
+
+    def _pass(self, what: Pass) -> torch.Tensor:
+        job, arrived = _Job(what), time.perf_counter()
+        self._waiting.append(job)
+        while not job.done:
+            with self._busy:
+                if not job.done:
+                    self._run_waiting()
+        watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
+        watch.queue_ms += (job.began - arrived) * 1e3
+        if job.error is not None:
+            raise job.error
+        assert job.logits is not None
+        return job.logits
+
+    def _run_waiting(self) -> None:
+        """The passes that came first, as many as fit into one."""
+        jobs = [self._waiting.popleft()]
+        room = self.model.batch_tokens - jobs[0].what.size
+        while self._waiting and self._waiting[0].what.size <= room:
+            jobs.append(self._waiting.popleft())
+            room -= jobs[-1].what.size
+        began = time.perf_counter()
+        for job in jobs:
+            job.began = began
+        try:
+            if self._closed:
+                raise CancelledError("the model is closed")
+            for job, logits in zip(jobs, self._together([job.what for job in jobs]), strict=True):
+                job.logits = logits
+        except BaseException as error:
+            if len(jobs) > 1 and not isinstance(error, CancelledError):
+                self._one_by_one(jobs)
+            else:
+                for job in jobs:
+                    job.error = error
+        for job in jobs:
+            job.done = True
+
+    def _together(self, passes: Sequence[Pass]) -> Sequence[torch.Tensor]:
+        if self._thread is not None:
+            return self._thread.run(lambda: self.model.step_many(passes))
+        return self.model.step_many(passes)
+
+    def _one_by_one(self, jobs: Sequence[_Job]) -> None:
+        """So that what is wrong with one pass fails that one alone."""
+        for job in jobs:
+            try:
+                (job.logits,) = self._together([job.what])
+            except BaseException as error:
+                job.error = error
 
 
 class ModelThread:
-    """Runs one computation at a time, in the order of arrival.
+    """The one thread that calls PyTorch.
 
     Two plain queues, as a pass may take less than a ThreadPoolExecutor needs to hand it over: 0.17 ms where this takes
     0.04 on a machine whose cores had gone to sleep.
     """
 
-    def __init__(self, threads: int | None, seed: int) -> None:
-        self.threads = threads or usable_cores()
-        self._closed = False
-        self._entry = threading.Lock()  # nothing is queued behind the end
-        self._running = threading.Lock()
-        self._jobs: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]] | None] = SimpleQueue()
-        threading.Thread(target=self._work, args=(seed,), name="model", daemon=True).start()
+    def __init__(self, threads: int) -> None:
+        self._jobs: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]]] = SimpleQueue()
+        threading.Thread(target=self._work, args=(threads,), name="model", daemon=True).start()
 
-    def run(self, work: Callable[[], T]) -> Computed[T]:
-        """Run `work` on the model thread and wait for it; its exceptions are raised here.
-
-        Raises CancelledError when the thread was closed before it came to that.
-        """
-        arrived = time.perf_counter()
+    def run(self, work: Callable[[], Any]) -> Any:
+        """Run `work` and wait for it; its exceptions are raised here."""
         answer: SimpleQueue[Any] = SimpleQueue()
-        with self._entry:
-            if self._closed:
-                raise CancelledError("the model is closed")
-            self._jobs.put((work, answer))
-        value, error, started, finished = answer.get()
+        self._jobs.put((work, answer))
+        value, error = answer.get()
         if error is not None:
             raise error
-        return Computed(value, (started - arrived) * 1e3, (finished - started) * 1e3)
+        return value
 
-    def close(self) -> bool:
-        """Take no more work and drop what waits; False when a computation still runs, which cannot be interrupted."""
-        with self._entry:
-            self._closed = True
-            self._jobs.put(None)
-        return not self._running.locked()
-
-    def _work(self, seed: int) -> None:
-        torch.set_num_threads(self.threads)
-        torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        while (job := self._jobs.get()) is not None:
-            work, answer = job
-            value, started = None, time.perf_counter()
-            error: BaseException | None = None
-            if self._closed:
-                error = CancelledError("the model is closed")
-            else:
-                try:
-                    with self._running:
-                        value = work()
-                except BaseException as raised:
-                    error = raised
-            answer.put((value, error, started, time.perf_counter()))
-            del job, work, answer, value, error  # a traceback would keep the caller's frames
+    def _work(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        while True:
+            work, answer = self._jobs.get()
+            value = error = None
+            try:
+                value = work()
+            except BaseException as raised:
+                error = raised
+            answer.put((value, error))
+            del work, answer, value, error  # a traceback would keep the caller's frames

@@ -21,16 +21,17 @@ from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.workers.compute import ModelThread
+from specsplit.workers.compute import SharedModel
 from specsplit.workers.draft.service import DraftServicer
 from specsplit.workers.endpoint import Endpoint, describe_identity
+from specsplit.workers.environment import usable_cores
 from specsplit.workers.lease import Lease, lease_holder
 from specsplit.workers.servicer import WorkerServicer
 from specsplit.workers.target.service import TargetServicer
 
 log = logging.getLogger(__name__)
 LEASE_POLL_S = 0.5
-HANDLER_THREADS = 32  # they only wait for the model thread
+HANDLER_THREADS = 32  # they mostly wait for the model
 DRAFT_SERVICE = pb.DESCRIPTOR.services_by_name["DraftService"].full_name
 TARGET_SERVICE = pb.DESCRIPTOR.services_by_name["TargetService"].full_name
 
@@ -44,12 +45,13 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
         prefix = config.model_config["env_prefix"]
         raise UserError(f"no model: give --model FOLDER or set {prefix}MODEL")
     folder, manifest = resolve_model(config.model)
-    model, identity = load_model(folder, manifest, config)
-    thread = ModelThread(config.threads, config.seed)
+    threads = config.threads or usable_cores()
+    model, identity = load_model(folder, manifest, config, threads)
+    shared = SharedModel(model, threads, config.seed)
     if isinstance(config, DraftWorkerConfig):
         vocabulary = load_vocabulary(folder, target_tokenizer(config), model.vocab_size)
-        return DraftServicer(model, config, thread, identity, vocabulary)
-    return TargetServicer(model, config, thread, identity)
+        return DraftServicer(shared, config, identity, vocabulary)
+    return TargetServicer(shared, config, identity)
 
 
 class WorkerServer:
@@ -96,7 +98,7 @@ class WorkerServer:
         """
         self._health.enter_graceful_shutdown()
         self._server.stop(grace=self.servicer.config.drain_s).wait()
-        return self.servicer.thread.close()
+        return self.servicer.model.close()
 
 
 def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_file: Path | None = None) -> None:

@@ -8,21 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 import specsplit
 from specsplit.config import WorkerSettings
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.compute import ModelThread
+from specsplit.workers.compute import SharedModel
 from specsplit.workers.environment import DETERMINISM_VARIABLES
 from specsplit.workers.errors import InvalidRequest, LimitReached, Refusal
 from specsplit.workers.inbox import Inbox
 from specsplit.workers.sessions import Session, SessionStore
-
-if TYPE_CHECKING:
-    from specsplit.models.loading import LanguageModel
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -31,20 +28,17 @@ MAX_SESSION_ID = 128
 
 
 class WorkerServicer:
-    """One loaded model, its sessions and its thread.
+    """One loaded model and its sessions.
 
     identity: model name and fingerprint as reported by Describe.
     """
 
     role = ""
 
-    def __init__(
-        self, model: LanguageModel, config: WorkerSettings, thread: ModelThread, identity: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: SharedModel, config: WorkerSettings, identity: Mapping[str, Any]) -> None:
         self.model = model
         self.vocab_size = model.vocab_size
         self.config = config
-        self.thread = thread
         self.identity = identity
         self.max_context = min(config.max_context, model.max_context)
         self.sessions = SessionStore(
@@ -59,12 +53,12 @@ class WorkerServicer:
             role=self.role,
             version=specsplit.__version__,
             dtype=self.config.dtype,
-            device=str(self.model.device),
-            threads=self.thread.threads,
+            device=str(self.model.model.device),
+            threads=self.model.threads,
             skip_layers=getattr(self.config, "skip_layers", []),
             vocab_size=self.vocab_size,
             max_context=self.max_context,
-            eos_token_ids=self.model.eos_token_ids,
+            eos_token_ids=self.model.model.eos_token_ids,
             pid=os.getpid(),
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
             **self.identity,
@@ -97,7 +91,7 @@ class WorkerServicer:
         reply_to: Callable[[T], R],
         arrived: float | None = None,
     ) -> R:
-        """One round of a checked request: the reply given before, or `work(session, context)` on the model thread.
+        """One round of a checked request: the reply given before, or what `work(session, context)` comes to.
 
         reply_to makes the reply of what `work` returns; the round and the timings are filled in here.
         arrived: time.perf_counter() when the request came, if it waited before this call.
@@ -109,11 +103,12 @@ class WorkerServicer:
             if (known := session.replay(request.context.round, raw)) is not None:
                 return known
             tokens = session.context_for(request.context)
-            done = self.thread.run(lambda: work(session, tokens))
-            reply: Any = reply_to(done.value)
+            with self.model.timed() as watch:
+                value = work(session, tokens)
+            reply: Any = reply_to(value)
             reply.round = request.context.round
-            reply.timings.queue_ms = done.queue_ms + (called - arrived) * 1e3
-            reply.timings.compute_ms = done.compute_ms
+            reply.timings.queue_ms = watch.queue_ms + (called - arrived) * 1e3
+            reply.timings.compute_ms = watch.compute_ms
             reply.timings.server_ms = (time.perf_counter() - arrived) * 1e3
             session.remember(request.context.round, raw, reply)
             return reply

@@ -20,7 +20,7 @@ from specsplit.decoding.tree import MAX_BRANCHING, ROOT, TokenTree, TreeShape
 from specsplit.workers.sessions import Session
 
 if TYPE_CHECKING:
-    from specsplit.models.loading import LanguageModel
+    from specsplit.models.passes import Steps
     from specsplit.models.vocabulary import Vocabulary
 
 CHAIN = TreeShape()
@@ -84,7 +84,7 @@ class Drafter:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Steps,
         vocabulary: Vocabulary,
         session: Session,
         context: Sequence[int],

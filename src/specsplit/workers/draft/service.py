@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 
@@ -13,14 +13,11 @@ from specsplit.models.vocabulary import Vocabulary
 from specsplit.rpc.codec import sampling_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.workers.compute import ModelThread
+from specsplit.workers.compute import SharedModel
 from specsplit.workers.draft.engine import Drafter, DraftSettings
 from specsplit.workers.errors import InvalidRequest
 from specsplit.workers.inbox import Inbox
 from specsplit.workers.servicer import WorkerServicer
-
-if TYPE_CHECKING:
-    from specsplit.models.loading import LanguageModel
 
 MAX_FAN_OUT = 64
 
@@ -33,13 +30,12 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: SharedModel,
         config: DraftWorkerConfig,
-        thread: ModelThread,
         identity: Mapping[str, Any],
         vocabulary: Vocabulary | None = None,
     ) -> None:
-        super().__init__(model, config, thread, identity)
+        super().__init__(model, config, identity)
         self.vocabulary = vocabulary or Vocabulary(model.vocab_size)
         self.vocab_size = self.vocabulary.size
 
@@ -89,11 +85,10 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         with self.sessions.use(request.context) as session:
             if session.last_round != request.context.round:  # evicted and opened anew
                 return None
-            done = self.thread.run(
-                lambda: Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
+            with self.model.timed() as watch:
+                outcomes = Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
                     tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
                 )
-            )
         if abandoned():
             return None
         reply = pb.GenerateDraftsReply(
@@ -101,12 +96,12 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             is_ahead=True,
             outcomes=[
                 pb.Outcome(accepted_tokens=o.accepted_tokens, next_token=o.next_token, tree=tree_to_message(o.tree))
-                for o in done.value
+                for o in outcomes
             ],
         )
-        reply.timings.queue_ms = done.queue_ms
-        reply.timings.compute_ms = done.compute_ms
-        reply.timings.server_ms = done.queue_ms + done.compute_ms
+        reply.timings.queue_ms = watch.queue_ms
+        reply.timings.compute_ms = watch.compute_ms
+        reply.timings.server_ms = watch.queue_ms + watch.compute_ms
         return reply
 
     def _settings(self, request: pb.GenerateDraftsRequest) -> DraftSettings:

@@ -11,11 +11,11 @@ from specsplit.decoding.verification import Verdict, verify
 from specsplit.workers.sessions import Session
 
 if TYPE_CHECKING:
-    from specsplit.models.loading import LanguageModel
+    from specsplit.models.passes import Steps
 
 
 def verify_tree(
-    model: LanguageModel,
+    model: Steps,
     session: Session,
     context: Sequence[int],
     prefix_length: int,

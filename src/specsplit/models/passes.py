@@ -1,0 +1,41 @@
+"""What a pass of a model is over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from specsplit.decoding.tree import TokenTree
+
+EMPTY = TokenTree()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The arguments of CausalLM.step: one session's part of a pass."""
+
+    cache: Any
+    tokens: Sequence[int]
+    tree: TokenTree = field(default_factory=TokenTree)
+    cached_nodes: int = 0
+
+    @property
+    def size(self) -> int:
+        """Tokens fed."""
+        return len(self.tokens) + len(self.tree) - self.cached_nodes
+
+    @property
+    def first_wanted(self) -> int:
+        """The first token fed whose logits are wanted; they are of it and of all after it."""
+        return max(len(self.tokens) - 1, 0)
+
+
+class Steps(Protocol):
+    """What drafting and verification need of a model."""
+
+    def step(
+        self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
+    ) -> torch.Tensor: ...
