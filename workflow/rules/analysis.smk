@@ -6,7 +6,7 @@ rule merge:
     input:
         requests=expand("results/runs/{point}/requests.csv", point=POINTS),
         rounds=expand("results/runs/{point}/per_round.csv", point=POINTS),
-        code=source("analysis/tables.py"),
+        code=source("analysis/tables.py", "analysis/reading.py"),
     output:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
@@ -46,7 +46,7 @@ rule summary:
         rounds="results/per_round.csv",
         figures=rules.figures.output,
         provenance="results/provenance/provenance.json",
-        code=source("analysis/tables.py", "analysis/statistics.py"),
+        code=source("analysis/tables.py", "analysis/reading.py", "analysis/statistics.py"),
     output:
         "results/summary.csv",
     log:

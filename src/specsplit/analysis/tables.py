@@ -7,17 +7,16 @@ table that lost rows on the way would still give plausible means.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from pandas import DataFrame, Series
 
+from specsplit.analysis.reading import listed, read_files
 from specsplit.analysis.statistics import bootstrap_mean_ci, bootstrap_ratio_ci, paired_ratio_ci
 from specsplit.bench.metrics import RequestRecord, RoundRecord
 from specsplit.bench.sweep import AUTO, MODES, gamma_order
@@ -57,8 +56,8 @@ def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
     if not run_dirs:
         raise UserError("no run folder given: name one folder for each gamma, e.g. results/runs/gamma_0")
     made_by = "`specsplit bench` or the workflow's benchmark rule writes it"
-    requests = _concatenate([Path(run) / "requests.csv" for run in run_dirs], _REQUEST_TYPES, made_by)
-    rounds = _concatenate([Path(run) / "per_round.csv" for run in run_dirs], _ROUND_TYPES, made_by)
+    requests = read_files([Path(run) / "requests.csv" for run in run_dirs], _REQUEST_TYPES, made_by)
+    rounds = read_files([Path(run) / "per_round.csv" for run in run_dirs], _ROUND_TYPES, made_by)
     for run in run_dirs:
         _check_one_configuration(requests, Path(run) / "requests.csv", made_by)
     settings = requests.droplevel("row")[list(CONFIGURATION[1:])]
@@ -75,8 +74,8 @@ def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     Raises UserError when one is missing, empty or malformed, and for the same contradictions as `merge_runs`.
     """
     made_by = f"`specsplit bench` or the workflow (`snakemake --cores 2 {results_dir}/summary.csv`) makes it"
-    requests = _concatenate([Path(results_dir) / "requests.csv"], _MERGED_TYPES, made_by)
-    rounds = _concatenate([Path(results_dir) / "per_round.csv"], _MERGED_ROUND_TYPES, made_by)
+    requests = read_files([Path(results_dir) / "requests.csv"], _MERGED_TYPES, made_by)
+    rounds = read_files([Path(results_dir) / "per_round.csv"], _MERGED_ROUND_TYPES, made_by)
     if requests.empty:
         raise UserError(f"{Path(results_dir) / 'requests.csv'}: has no request, only the header; {made_by}")
     return _checked(requests, rounds)
@@ -285,78 +284,6 @@ def _checked(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFra
     return _sorted(requests), _sorted(rounds)
 
 
-def _concatenate(paths: list[Path], types: dict[str, str], made_by: str) -> DataFrame:
-    """The rows of all files; the index keeps (file, row) so that a message can say where a row is from."""
-    frames = [_read_csv(path, types, made_by) for path in paths]
-    return pd.concat(frames, keys=[str(path) for path in paths], names=["file", "row"])
-
-
-def _read_csv(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
-    # Not pandas: it would take a request called "NA" for a missing one, and its errors do not name the line.
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            lines = [(reader.line_num, cells) for cells in reader if cells]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {made_by}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a CSV table: {error}; {made_by}") from None
-    if not header:
-        raise UserError(f"{path}: is empty; {made_by}")
-    if missing := [name for name in types if name not in header]:
-        raise UserError(f"{path}: lacks the columns {', '.join(missing)}; {made_by}")
-    for number, cells in lines:
-        if len(cells) != len(header):
-            raise UserError(
-                f"{path}, line {number}: {len(cells)} cells where the header has {len(header)}: "
-                "the file was cut off or edited; make it again"
-            )
-    columns = {}
-    for name, kind in types.items():
-        parse, dtype = _CELLS[kind]
-        place = header.index(name)
-        values = []
-        for number, cells in lines:
-            try:
-                values.append(parse(cells[place]))
-            except (ValueError, KeyError):
-                raise UserError(
-                    f"{path}, line {number}, column {name}: {cells[place]!r} is not {_NAMES[kind]}"
-                ) from None
-        columns[name] = pd.array(values, dtype=dtype)
-    return DataFrame(columns)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-def _finite_or_missing(text: str) -> float:
-    return _finite(text) if text else math.nan
-
-
-# Annotation of a column -> how to read one cell of it, and the column's type in the table.
-_CELLS: dict[str, tuple[Callable[[str], Any], Any]] = {
-    "str": (str, "str"),
-    "int": (int, "int64"),
-    "int | str": (lambda text: AUTO if text == AUTO else int(text), "object"),
-    "float": (_finite, "float64"),
-    "float | None": (_finite_or_missing, "float64"),
-    "bool | None": ({"True": True, "False": False, "": None}.__getitem__, "boolean"),
-}
-_NAMES = {
-    "int": "a whole number",
-    "int | str": f"a whole number or {AUTO}",
-    "float": "a finite number",
-    "float | None": "a finite number or empty",
-    "bool | None": "True, False or empty",
-}
-
-
 def _check_one_configuration(requests: DataFrame, path: Path, made_by: str) -> None:
     if str(path) not in requests.index.get_level_values("file"):
         raise UserError(f"{path}: has no request, only the header; {made_by}")
@@ -364,7 +291,7 @@ def _check_one_configuration(requests: DataFrame, path: Path, made_by: str) -> N
     for name in CONFIGURATION:
         if len(values := own[name].unique()) > 1:
             raise UserError(
-                f"{path}: mixes requests with {name} {_listed(sorted(map(str, values)))}: "
+                f"{path}: mixes requests with {name} {listed(sorted(map(str, values)))}: "
                 "a run folder holds one configuration; make it again"
             )
 
@@ -377,7 +304,7 @@ def _check_unique(table: DataFrame, key: list[str]) -> None:
     same = twice[(twice[[*CONFIGURATION, *key]] == first[[*CONFIGURATION, *key]]).all(axis=1)]
     what = ", ".join([_named(first), *(f"{name} {first[name]}" for name in key)])
     raise UserError(
-        f"{what} occurs {len(same)} times, in {_listed(same.index.unique('file'))}: "
+        f"{what} occurs {len(same)} times, in {listed(same.index.unique('file'))}: "
         "a run folder holds one configuration, each request once; take out the run that does not belong"
     )
 
@@ -387,8 +314,8 @@ def _check_same_requests(requests: DataFrame) -> None:
     for _, own in requests.groupby(configuration_of(requests), sort=False):
         if missing := sorted(everyone - set(own["request_id"])):
             raise UserError(
-                f"{_listed(own.index.unique('file'))}: {_named(own.iloc[0])} lacks {len(missing)} of {len(everyone)} "
-                f"requests that other runs have: {_listed(missing)}; run it again on the same dataset"
+                f"{listed(own.index.unique('file'))}: {_named(own.iloc[0])} lacks {len(missing)} of {len(everyone)} "
+                f"requests that other runs have: {listed(missing)}; run it again on the same dataset"
             )
 
 
@@ -401,10 +328,3 @@ def _check_rounds(requests: DataFrame, rounds: DataFrame) -> None:
             f"{file}: has a round of request {row['request_id']} at {_named(row)}, "
             "which requests.csv does not list: the two files are of different runs; make that run again"
         )
-
-
-def _listed(names: Iterable[object], most: int = 5) -> str:
-    """The first few names and how many more there are."""
-    every = [str(name) for name in names]
-    more = [f"and {len(every) - most} more"] if len(every) > most else []
-    return ", ".join(every[:most] + more)
