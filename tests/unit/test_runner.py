@@ -222,7 +222,13 @@ def test_a_run_leaves_tables_texts_and_its_record(calls: list[Any], run: Callabl
     assert [row["request_id"] for row in requests] == ["a", "b", "c"]
     assert [(row["request_id"], row["round"]) for row in rounds] == [(r, n) for r in "abc" for n in "12"]
     outputs = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
-    assert outputs[1] == {"request_id": "b", "finish_reason": "length", "text": "7 8 9 10", "token_ids": [7, 8, 9, 10]}
+    assert outputs[1] == {
+        "request_id": "b",
+        "repeat": 1,
+        "finish_reason": "length",
+        "text": "7 8 9 10",
+        "token_ids": [7, 8, 9, 10],
+    }
 
     record = json.loads((folder / "run.json").read_text())
     assert (record["exit_code"], record["error"]) == (0, None)

@@ -180,5 +180,6 @@ def run_settings(label):
         use_chat_template=generation["use_chat_template"],
         ignore_eos=generation["ignore_eos"],
         warmup=config["warmup_requests"],
+        repeats=config["repeats"],
         seed=config["seed"],
     )

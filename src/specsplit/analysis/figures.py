@@ -19,7 +19,7 @@ from pandas import DataFrame
 
 from specsplit.analysis.curves import MOST_PANELS, Curve, Panel, left_out, split_curves, split_panels
 from specsplit.analysis.drawing import DPI, NOTHING_DRAFTED, Plot, draw_metric, draw_positions, save_figure
-from specsplit.analysis.tables import summarize
+from specsplit.analysis.tables import median_over_repeats, summarize
 
 FIGURES = ("tpot", "acceptance_rate", "ttft", "network_idle", "speculation")
 
@@ -101,6 +101,7 @@ def draw_figures(
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     summary = summarize(requests, rounds, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
     summary = summary.rename(columns={"hit_rate": "hit_rate_mean"})
+    requests = median_over_repeats(requests)
     ahead = requests["speculation_hits"] + requests["speculation_misses"]
     requests = requests.assign(hit_rate=requests["speculation_hits"] / ahead.where(ahead > 0))
     panels, curves = split_panels(requests, rounds, summary), split_curves(summary)

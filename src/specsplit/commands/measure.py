@@ -54,6 +54,7 @@ def add_commands(subparsers: Any) -> None:
     bench.add_argument("--limit", type=int, help="take a stratified slice of this many prompts (default: all)")
     bench.add_argument("--on-bad-line", choices=("stop", "skip"), default="stop", help="what a bad prompt line does")
     bench.add_argument("--warmup", type=int, default=1, metavar="N", help="requests run before the clock starts")
+    bench.add_argument("--repeats", type=int, default=1, metavar="N", help="times that every request is measured")
     bench.add_argument(
         "--only",
         action="store_true",
@@ -95,6 +96,8 @@ def run_bench(args: argparse.Namespace) -> None:
         raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
     if args.warmup < 0:
         raise UserError(f"--warmup {args.warmup}: a number of requests, 0 or more")
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: a number of times, 1 or more")
     points = sweep_points(
         args.gamma if args.only else [0, *args.gamma],
         args.modes or [config.mode],
@@ -120,7 +123,7 @@ def run_bench(args: argparse.Namespace) -> None:
     first = configs[(drafting or points)[0]].model_copy(update=resolved)
     with connected_pair(first, codec.sha256) as (draft, target):
         requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=target.description.max_context)
-        with Progress(total=len(points) * len(requests)) as progress:
+        with Progress(total=len(points) * len(requests) * args.repeats) as progress:
             for point in points:
                 run_requests(
                     requests,
@@ -130,6 +133,7 @@ def run_bench(args: argparse.Namespace) -> None:
                     configs[point].model_copy(update=resolved),
                     run_dirs[point],
                     warmup=args.warmup,
+                    repeats=args.repeats,
                     inputs=inputs,
                     on_done=progress.done,
                 )
