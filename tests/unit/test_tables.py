@@ -308,11 +308,12 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     summary = summarize(requests, rounds, bootstrap_samples=100)
     assert summary["gamma"].to_list() == [0, 1, 3]
     expected = ["gamma", "mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"]
-    expected += ["requests", "generated_tokens"]
+    expected += ["requests", "repeats", "generated_tokens"]
     expected += ["speedup", "speedup_ci_low", "speedup_ci_high"]
     for metric in METRICS:
         expected += [f"{metric}_{part}" for part in ("mean", "ci_low", "ci_high", "median")]
         expected += [f"{metric}_{part}" for part in ("p90", "p99") if metric in TIMES]
+    expected += ["inter_chunk_ms_median", "inter_chunk_ms_p90", "inter_chunk_ms_p99"]
     expected += ["tokens_per_second", "speculation_hits", "speculation_misses"]
     expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
     expected += ["acceptance_at_1", "acceptance_at_2", "acceptance_at_3", "lossless"]

@@ -3,13 +3,11 @@
 
 rule benchmark:
     input:
-        endpoints=lambda wildcards: expand(
-            "results/workers/{point}/{role}.json", point=wildcards.point, role=run_roles(wildcards.point)
-        ),
+        endpoints=lambda wildcards: endpoints_of([wildcards.point]),
         prompts="results/dataset/prompts.jsonl",
-        models=lambda wildcards: sorted({role_model(role) for role in run_roles(wildcards.point)}),
-        layers=lambda wildcards: [file for role in run_roles(wildcards.point) for file in layers_file(role)],
-        code=source("decoding", "models", "workers", "rpc", "bench", "config.py"),
+        models=lambda wildcards: models_of([wildcards.point])[0],
+        layers=lambda wildcards: models_of([wildcards.point])[1],
+        code=MEASURED_WITH,
     output:
         requests="results/runs/{point}/requests.csv",
         rounds="results/runs/{point}/per_round.csv",

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 try:
+    from specsplit.config import MAX_GAMMA
     from specsplit.bench.sweep import plain_number, sweep_points
     from specsplit.errors import UserError
     from specsplit.pipeline_config import load_pipeline_config
@@ -35,12 +36,25 @@ POINTS = {
         config["network"]["rtt_ms"],
     )
 }
+# Measurements beside the sweep have workers too: as those of a run, under a name of their own.
+RACED = {
+    point.label: point
+    for point in sweep_points(
+        [0, *config["baselines"]["gammas"]], config["baselines"]["mode"], config["baselines"]["tree"]
+    )
+}
+CAPACITY = {
+    f"capacity/{point.label}": point
+    for point in sweep_points(config["capacity"]["gammas"], [config["capacity"]["mode"]])
+}
+CONTEXT = {f"context/{point.label}": point for point in sweep_points(config["context"]["gammas"])}
+WORKER_POINTS = {**RACED, **CAPACITY, **CONTEXT, **POINTS}
 MODELS = sorted({config["target"]["model"], config["draft"]["model"]})
 ROLES = ["draft", "target"]
 
 
 wildcard_constraints:
-    point="|".join(map(re.escape, POINTS)),
+    point="|".join(map(re.escape, WORKER_POINTS)),
     role="|".join(ROLES),
     model="|".join(config["models"]),  # all: an ngram model may take the tokenizer of one that is not run
 
@@ -59,6 +73,13 @@ def source(*parts):
         f for part in parts for f in ([root / part] if part.endswith(".py") else sorted((root / part).rglob("*.py")))
     ]
     return [os.path.relpath(f) for f in files]
+
+
+# What decides the texts and times of every measurement with workers.
+MEASURED_WITH = source(
+    *("decoding", "models", "workers", "rpc", "config.py"),
+    *("bench/runner.py", "bench/metrics.py", "bench/dataset.py", "bench/sweep.py"),
+)
 
 
 def flags(**values):
@@ -118,10 +139,24 @@ def layers_file(role):
 
 def worker_threads(label):
     """Compute threads of each worker of a run; None = every core. Two workers that compute at once share the cores."""
-    workers = config["workers"]
-    at_once = POINTS[label].gamma != 0 and POINTS[label].mode != "sync"
+    workers, point = config["workers"], WORKER_POINTS[label]
+    # With many clients one is drafted for while another is verified.
+    at_once = point.gamma != 0 and (point.mode != "sync" or label in CAPACITY)
     own_cores = workers["device"].startswith("cuda") or any(map(attach_address, ROLES))
     return threads_beside_another() if at_once and not own_cores and workers["threads"] is None else workers["threads"]
+
+
+def worker_context(label):
+    """Tokens that a session can hold; the context curve needs room for its longest context that the user asked for."""
+    context = config["context"]
+    needed = max(context["lengths"]) + context["output_tokens"] + MAX_GAMMA if label in CONTEXT else 0
+    return max(config["workers"]["max_context"], needed)
+
+
+def worker_sessions(label):
+    """Sessions that a worker keeps: one for every client at least."""
+    clients = max(config["capacity"]["clients"]) if label in CAPACITY else 0
+    return max(config["workers"]["max_sessions"], clients)
 
 
 def worker_settings(role, label):
@@ -135,7 +170,7 @@ def worker_settings(role, label):
         device=workers["device"],
         engine=workers["engine"],
         threads=worker_threads(label),
-        max_context=workers["max_context"],
+        max_context=worker_context(label),
         seed=config["seed"],
         target_tokenizer=f"resources/models/{config['target']['model']}" if speaks_through(role) else None,
     )
@@ -156,12 +191,23 @@ def attach_address(role):
 
 def run_roles(label):
     """Gamma 0 is the target alone."""
-    return ["target"] if POINTS[label].gamma == 0 else ROLES
+    return ["target"] if WORKER_POINTS[label].gamma == 0 else ROLES
+
+
+def endpoints_of(labels):
+    """The endpoint files of the workers of several runs."""
+    return [f"results/workers/{label}/{role}.json" for label in labels for role in run_roles(label)]
+
+
+def models_of(labels):
+    """The manifests of the models that these runs need, and the layers that a draft does without."""
+    roles = [role for role in ROLES if any(role in run_roles(label) for label in labels)]
+    return sorted({role_model(role) for role in roles}), [file for role in roles for file in layers_file(role)]
 
 
 def run_settings(label):
     """Flags of bench that decide a run's results."""
-    generation, sampling = config["generation"], config["sampling"]
+    sampling = config["sampling"]
     settings = POINTS[label].settings(
         {
             "fan_out": config["lookahead"]["fan_out"],
@@ -175,11 +221,19 @@ def run_settings(label):
     return flags(
         gamma=settings.pop("max_draft_tokens"),
         **settings,
-        max_output_tokens=generation["max_output_tokens"],
-        max_rounds=generation["max_rounds"],
-        use_chat_template=generation["use_chat_template"],
-        ignore_eos=generation["ignore_eos"],
-        warmup=config["warmup_requests"],
+        max_rounds=config["generation"]["max_rounds"],
         repeats=config["repeats"],
-        seed=config["seed"],
+        **text_settings(),
     )
+
+
+def text_settings():
+    """Flags of every measurement with prompts that decide its texts."""
+    generation = config["generation"]
+    return {
+        "max_output_tokens": generation["max_output_tokens"],
+        "use_chat_template": generation["use_chat_template"],
+        "ignore_eos": generation["ignore_eos"],
+        "warmup": config["warmup_requests"],
+        "seed": config["seed"],
+    }

@@ -21,7 +21,7 @@ rule start_worker:
         "../../envs/specsplit.yaml"
     # As resources, not params: they change no result, so a change of them reruns nothing.
     resources:
-        max_sessions=config["workers"]["max_sessions"],
+        max_sessions=lambda wildcards: worker_sessions(wildcards.point),
         session_ttl_s=str(config["workers"]["session_ttl_s"]),
         startup_timeout_s=str(config["workers"]["startup_timeout_s"]),
         attach=lambda wildcards: attach_address(wildcards.role),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
@@ -25,6 +27,31 @@ from specsplit.bench.sweep import AUTO
 DPI = 200
 RED, GREY = "#D55E00", "#8C8C8C"  # Okabe and Ito's vermilion, and a grey
 NOTHING_DRAFTED = "Nothing was drafted, so there is no acceptance to show."
+
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "svg.fonttype": "none",  # text stays text: searchable, and set in the page's font
+    "svg.hashsalt": "specsplit",  # the same data give the same bytes
+}
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """How every figure looks; a reader's own matplotlibrc must not change a published one."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
 
 
 @dataclass(frozen=True)

@@ -80,13 +80,17 @@ _CELLS: dict[str, tuple[Callable[[str], Any], Any]] = {
     "int | str": (lambda text: AUTO if text == AUTO else int(text), "object"),
     "float": (_finite, "float64"),
     "float | None": (_finite_or_missing, "float64"),
+    "int | None": (lambda text: int(text) if text else None, "Int64"),
+    "bool": ({"True": True, "False": False}.__getitem__, "bool"),
     "bool | None": ({"True": True, "False": False, "": None}.__getitem__, "boolean"),
 }
 _NAMES = {
     "int": "a whole number",
     "int | str": f"a whole number or {AUTO}",
+    "int | None": "a whole number or empty",
     "float": "a finite number",
     "float | None": "a finite number or empty",
+    "bool": "True or False",
     "bool | None": "True, False or empty",
 }
 

@@ -14,10 +14,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from pandas import DataFrame, Series
 
 from specsplit.analysis.reading import listed, read_files
+from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import bootstrap_mean_ci, bootstrap_ratio_ci, paired_ratio_ci
 from specsplit.bench.metrics import RequestRecord, RoundRecord
 from specsplit.bench.sweep import AUTO, MODES, gamma_order
@@ -28,6 +28,7 @@ METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_i
 
 # What makes one run differ from another; the names, and what they are in a plain sweep over gamma.
 CONFIGURATION = ("gamma", "mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
+PER_REQUEST = (*CONFIGURATION, "request_id")
 _PLAIN = dict(zip(CONFIGURATION[1:], ("sync", "chain", "coupled", 0.0, 0, 1.0, 0.0, 0.0), strict=True))
 _CHOICE = ("sampling", "temperature", "top_k", "top_p")  # what the text depends on
 _NETWORK = ("rtt_ms", "jitter_ms")
@@ -153,7 +154,7 @@ def summarize(
     """
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     repeats = requests["repeat"].nunique()
-    requests = median_over_repeats(requests)
+    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0")
     numbers = [gamma for gamma in requests["gamma"] if gamma != AUTO]
     deepest = max([*numbers, *rounds.loc[rounds["gamma"] == AUTO, "drafted"]], default=0)
     conditions = _conditions(requests, *_NETWORK)
@@ -180,23 +181,6 @@ def summarize(
         row["lossless"] = _ratio(known.sum(), len(known))
         rows.append(row)
     return _sorted(DataFrame(rows))
-
-
-def median_over_repeats(requests: DataFrame) -> DataFrame:
-    """One row a configuration and request: the median of what was measured over its repeats.
-
-    What is no number is that of the first repeat, and `matches_gamma0` holds when it does in every repeat.
-    """
-    if (requests["repeat"] == 1).all():
-        return requests
-    key = [*CONFIGURATION, "request_id"]
-    groups = requests.groupby(configuration_of(requests, key), sort=False)
-    first = requests[~requests.duplicated(key)].copy()
-    for name in map(str, requests.select_dtypes("number")):
-        if name not in (*key, "repeat"):
-            first[name] = groups[name].median().array
-    first["matches_gamma0"] = pd.array([own.all(skipna=False) for _, own in groups["matches_gamma0"]], dtype="boolean")
-    return first
 
 
 def draft_position(rounds: DataFrame, position: int) -> tuple[Series, Series]:

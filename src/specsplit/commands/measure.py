@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS, sweep_points
-from specsplit.commands.flags import add_setting_flags, load_settings
+from specsplit.bench.baselines import Peer
+from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS
+from specsplit.commands.flags import add_setting_flags
 from specsplit.config import MAX_GAMMA, OrchestratorConfig
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
@@ -58,7 +58,25 @@ def add_commands(subparsers: Any) -> None:
     bench.add_argument(
         "--only",
         action="store_true",
-        help="run just the points named and write no merged tables (the workflow merges)",
+        help="run just the points named and write no tables of all of them (the workflow does)",
+    )
+    race = bench.add_argument_group("race (with --baseline: peers_requests.csv and peers.csv instead of runs)")
+    race.add_argument(
+        "--baseline",
+        dest="baselines",
+        type=_peer,
+        nargs="+",
+        metavar="PEER",
+        help="race each point, request by request in turn, against Hugging Face's generate, assisted (or assisted-N: "
+        "drafts of N tokens) and prompt-lookup",
+    )
+    race.add_argument("--target-model", type=Path, metavar="FOLDER", help="what the target worker serves")
+    race.add_argument("--draft-model", type=Path, metavar="FOLDER", help="what the draft worker serves (assisted)")
+    race.add_argument(
+        "--workers-dir",
+        type=Path,
+        metavar="DIR",
+        help="endpoint files DIR/POINT/ROLE.json, for points with workers of their own, instead of the two addresses",
     )
     add_setting_flags(bench, OrchestratorConfig, only=BENCH_SETTINGS)
     bench.set_defaults(run=run_bench)
@@ -81,60 +99,42 @@ def run_bench(args: argparse.Namespace) -> None:
     from specsplit.workers.environment import ensure_deterministic_environment
 
     ensure_deterministic_environment()
-    from specsplit.bench.dataset import load_prompts, select_prompts
     from specsplit.bench.progress import Progress
     from specsplit.bench.runner import encode_prompts, resolve_address, run_requests
-    from specsplit.hashing import sha256_file
-    from specsplit.models.sources import resolve_model
-    from specsplit.models.text import TextCodec
+    from specsplit.commands.plan import plan_bench
     from specsplit.workers.lease import end_with_lease
     from specsplit.workers.orchestrator.connection import connected_pair
 
     end_with_lease()
-    config = load_settings(OrchestratorConfig, args)
-    if config.tokenizer is None:
-        raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
-    if args.warmup < 0:
-        raise UserError(f"--warmup {args.warmup}: a number of requests, 0 or more")
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: a number of times, 1 or more")
-    points = sweep_points(
-        args.gamma if args.only else [0, *args.gamma],
-        args.modes or [config.mode],
-        args.trees or [config.tree],
-        args.temperatures or [config.temperature],
-        args.rtts_ms or [config.rtt_ms],
-    )
-    shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
-    # Every point is checked before the first one is run.
-    configs = {point: load_settings(OrchestratorConfig, args, **point.settings(shared)) for point in points}
+    plan = plan_bench(args)
+    if args.baselines:
+        from specsplit.commands.race import run_race
+
+        run_race(args, plan)
+        return
+    points, config = plan.points, plan.config
     run_dirs = {point: args.results_dir / "runs" / point.label for point in points}
-    prompts, skipped = load_prompts(args.prompts, args.on_bad_line)
-    for line in skipped:
-        print(f"{args.prompts}:{line.line}: skipped: {line.reason}", file=sys.stderr)
-    prompts = select_prompts(prompts, args.limit)
-    codec = TextCodec.load(resolve_model(config.tokenizer)[0])
-    inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
     resolved = {"target_address": resolve_address(config.target_address)}
     drafting = [point for point in points if point.gamma != 0]
     if drafting:
         resolved["draft_address"] = resolve_address(config.draft_address)
     # A point that drafts, if there is one, decides whether a draft worker is needed.
-    first = configs[(drafting or points)[0]].model_copy(update=resolved)
-    with connected_pair(first, codec.sha256) as (draft, target):
-        requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=target.description.max_context)
+    first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
+    with connected_pair(first, plan.codec.sha256) as (draft, target):
+        limit = target.description.max_context
+        requests = encode_prompts(plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit)
         with Progress(total=len(points) * len(requests) * args.repeats) as progress:
             for point in points:
                 run_requests(
                     requests,
                     draft if point in drafting else None,
                     target,
-                    codec,
-                    configs[point].model_copy(update=resolved),
+                    plan.codec,
+                    plan.configs[point].model_copy(update=resolved),
                     run_dirs[point],
                     warmup=args.warmup,
                     repeats=args.repeats,
-                    inputs=inputs,
+                    inputs=plan.inputs,
                     on_done=progress.done,
                 )
     if not args.only:
@@ -177,6 +177,13 @@ def run_analyze(args: argparse.Namespace) -> None:
     varied = [name for name in CONFIGURATION if name == "gamma" or summary[name].nunique() > 1]
     shown = [*varied, "tpot_ms_mean", "ttft_ms_mean", "average_acceptance_rate_mean", "speedup", "lossless"]
     print(summary[shown].to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
+
+
+def _peer(text: str) -> Peer:
+    try:
+        return Peer.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _gamma(text: str) -> int | str:
