@@ -36,7 +36,7 @@ def add_commands(subparsers: Any) -> None:
     bench.add_argument("--results-dir", type=Path, required=True, help="runs go to DIR/runs/POINT, tables to DIR")
     bench.add_argument(
         "--gamma",
-        type=_gamma,
+        type=parse_gamma,
         nargs="+",
         default=list(DEFAULT_GAMMAS),
         metavar="N",
@@ -186,7 +186,8 @@ def _peer(text: str) -> Peer:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _gamma(text: str) -> int | str:
+def parse_gamma(text: str) -> int | str:
+    """A draft length of the command line: a number or auto."""
     if text == AUTO:
         return text
     if not text.isdigit() or int(text) > MAX_GAMMA:

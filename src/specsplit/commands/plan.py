@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specsplit.bench.dataset import Prompt, load_prompts, select_prompts
@@ -32,12 +33,8 @@ class Plan:
 
 def plan_bench(args: argparse.Namespace) -> Plan:
     """The points, settings and prompts that the flags of `bench` ask for. Raises UserError."""
-    from specsplit.models.sources import resolve_model
-    from specsplit.models.text import TextCodec
-
     config = load_settings(OrchestratorConfig, args)
-    if config.tokenizer is None:
-        raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
+    codec = load_codec(config)
     if args.warmup < 0:
         raise UserError(f"--warmup {args.warmup}: a number of requests, 0 or more")
     if args.repeats < 1:
@@ -53,9 +50,50 @@ def plan_bench(args: argparse.Namespace) -> Plan:
     # Every point is checked before the first one is run.
     configs = {point: load_settings(OrchestratorConfig, args, **point.settings(shared)) for point in points}
     prompts = read_prompts(args)
-    codec = TextCodec.load(resolve_model(config.tokenizer)[0])
     inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
     return Plan(config, points, configs, prompts, codec, inputs)
+
+
+def load_codec(config: OrchestratorConfig) -> TextCodec:
+    """The tokenizer of the settings; UserError when none is named."""
+    from specsplit.models.sources import resolve_model
+    from specsplit.models.text import TextCodec
+
+    if config.tokenizer is None:
+        raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
+    return TextCodec.load(resolve_model(config.tokenizer)[0])
+
+
+def connected_configs(
+    args: argparse.Namespace, config: OrchestratorConfig, codec: TextCodec
+) -> tuple[list[OrchestratorConfig], int]:
+    """The settings at each gamma of --gamma, with the addresses of workers that answered and fit together.
+
+    Returns them with the longest text that all of the target workers can hold.
+    """
+    from specsplit.workers.orchestrator.connection import connected_pair
+
+    configs, limits = [], []
+    for point in sweep_points(args.gamma, [config.mode], [config.tree]):
+        own = with_addresses(config.model_copy(update={"max_draft_tokens": point.gamma}), args.workers_dir, point)
+        with connected_pair(own, codec.sha256) as (_, target):
+            limits.append(target.description.max_context)
+        configs.append(own)
+    return configs, min(limits)
+
+
+def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: Point) -> OrchestratorConfig:
+    """The settings with the addresses in the endpoint files of a point, or with those that they have, resolved.
+
+    Where nothing is drafted the address of the draft worker is left as it is.
+    """
+    from specsplit.bench.runner import resolve_address
+
+    found = {}
+    for role in ("target", "draft") if point.gamma != 0 else ("target",):
+        file = None if workers_dir is None else workers_dir / point.label / f"{role}.json"
+        found[f"{role}_address"] = resolve_address(str(file or getattr(config, f"{role}_address")))
+    return config.model_copy(update=found)
 
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:

@@ -11,10 +11,9 @@ from typing import Any
 import specsplit
 from specsplit.bench.baselines import HuggingFace, PeerModel
 from specsplit.bench.race import SETTLE_S, Ours, PeerRecord, check_peers, race
-from specsplit.bench.runner import encode_prompts, resolve_address
+from specsplit.bench.runner import encode_prompts
 from specsplit.bench.sweep import Point
-from specsplit.commands.plan import Plan
-from specsplit.config import OrchestratorConfig
+from specsplit.commands.plan import Plan, with_addresses
 from specsplit.errors import UserError
 from specsplit.jsonio import write_json
 from specsplit.models.sources import resolve_model
@@ -94,13 +93,7 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
 
 
 def _connect(args: argparse.Namespace, plan: Plan, point: Point, stack: ExitStack) -> Ours:
-    config: OrchestratorConfig = plan.configs[point]
-    addresses = {"target": config.target_address, "draft": config.draft_address}
-    roles = ["target", "draft"] if point.gamma != 0 else ["target"]
-    if args.workers_dir is not None:
-        addresses = {role: str(args.workers_dir / point.label / f"{role}.json") for role in roles}
-    found = {f"{role}_address": resolve_address(addresses[role]) for role in roles}
-    config = config.model_copy(update=found)
+    config = with_addresses(plan.configs[point], args.workers_dir, point)
     draft, target = stack.enter_context(connected_pair(config, plan.codec.sha256))
     return Ours(point.label, config, draft, target)
 
