@@ -46,12 +46,14 @@ def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) 
         over requests.
     tpot_limit_ms, goodput_share, goodput_tokens_per_second, goodput_requests_per_second
         the limit; of the requests with a TPOT, the share that kept it; tokens and requests of those / wall_s.
-        Without a limit it is LIMIT_FACTOR times the median TPOT of one client.
+        Without a limit it is LIMIT_FACTOR times the median TPOT of one client in the first rows: of the target alone,
+        if that was measured.
     queue_share
         of the latency of all requests, the part in which a worker computed for others.
     matches_single
         share of requests with the text that one client alone got.
     """
+    limit = tpot_limit_ms
     rows: list[dict[str, Any]] = []
     alone: dict[tuple[Any, Any], dict[str, Any]] = {}
     for (mode, gamma, clients), own in requests.groupby(list(LEVEL), sort=False):
@@ -67,7 +69,7 @@ def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) 
             values = own[metric].dropna()
             row[f"{metric}_median"] = float(values.median())
             row |= {f"{metric}_p{percent}": float(values.quantile(percent / 100)) for percent in (90, 99)}
-        limit = tpot_limit_ms or LIMIT_FACTOR * base["tpot_ms_median"]
+        limit = limit or LIMIT_FACTOR * row["tpot_ms_median"]
         known = own[own["tpot_ms"].notna()]
         good = known[known["tpot_ms"] <= limit]
         row["tpot_limit_ms"] = limit
@@ -107,12 +109,12 @@ def draw_capacity(summary: DataFrame, path: Path) -> list[Path]:
             speed.plot(x, one * x / x.iloc[0], color=style["color"], linestyle=":", linewidth=0.8)
             latency.plot(x, own["tpot_ms_median"], **style)
             latency.plot(x, own["tpot_ms_p99"], linestyle="--", markerfacecolor="white", **style)
-            latency.axhline(own["tpot_limit_ms"].iloc[0], color=style["color"], linestyle=":", linewidth=0.8)
             good.plot(x, own["goodput_tokens_per_second"], **style)
         top = 1.15 * max(summary["tokens_per_second"])
         speed.set(title="Throughput", ylabel="tokens/s", ylim=(0, top))
         latency.set(title="TPOT: median, p99 (hollow)", ylabel="ms", ylim=(0, None))
         good.set(title="Goodput: TPOT within its limit", ylabel="tokens/s", ylim=(0, top))
+        latency.axhline(summary["tpot_limit_ms"].iloc[0], color="black", linestyle=":", linewidth=0.8)
         for axes in (speed, latency, good):
             _client_axis(axes, sorted(summary["clients"].unique()))
         speed.plot([], [], color="black", linestyle=":", linewidth=0.8, label="ideal, or the TPOT limit")

@@ -1,4 +1,4 @@
-"""specsplit bench | merge | analyze"""
+"""specsplit bench | merge | analyze | profile"""
 
 from __future__ import annotations
 
@@ -94,6 +94,10 @@ def add_commands(subparsers: Any) -> None:
     analyze.add_argument("--no-figures", action="store_true", help="write the summary alone")
     analyze.set_defaults(run=run_analyze)
 
+    profile = subparsers.add_parser("profile", help="where a round's time goes, from requests.csv and per_round.csv")
+    profile.add_argument("--results-dir", type=Path, required=True, help="for profile.csv and figures/profile.png")
+    profile.set_defaults(run=run_profile)
+
 
 def run_bench(args: argparse.Namespace) -> None:
     from specsplit.workers.environment import ensure_deterministic_environment
@@ -177,6 +181,21 @@ def run_analyze(args: argparse.Namespace) -> None:
     varied = [name for name in CONFIGURATION if name == "gamma" or summary[name].nunique() > 1]
     shown = [*varied, "tpot_ms_mean", "ttft_ms_mean", "average_acceptance_rate_mean", "speedup", "lossless"]
     print(summary[shown].to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
+
+
+def run_profile(args: argparse.Namespace) -> None:
+    from specsplit.analysis.profile import PARTS, draw_profile, profile
+    from specsplit.analysis.tables import CONFIGURATION, read_tables, write_csv
+
+    table = profile(read_tables(args.results_dir)[1])
+    for path in draw_profile(table, args.results_dir / "figures" / "profile.png"):
+        print(path)
+    write_csv(table, args.results_dir / "profile.csv")
+    print(args.results_dir / "profile.csv")
+    varied = [name for name in CONFIGURATION if name == "gamma" or table[name].nunique() > 1]
+    shown = table.loc[table["phase"] == "decode", [*varied, "rounds", "round_ms", *PARTS, "ms_per_token"]]
+    print("Means of a round, without the first of each text:")
+    print(shown.to_string(index=False, float_format="{:.2f}".format))
 
 
 def _peer(text: str) -> Peer:

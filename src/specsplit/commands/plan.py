@@ -69,15 +69,15 @@ def connected_configs(
 ) -> tuple[list[OrchestratorConfig], int]:
     """The settings at each gamma of --gamma, with the addresses of workers that answered and fit together.
 
-    Returns them with the longest text that all of the target workers can hold.
+    Returns them with the longest text that all of these workers can hold.
     """
     from specsplit.workers.orchestrator.connection import connected_pair
 
     configs, limits = [], []
     for point in sweep_points(args.gamma, [config.mode], [config.tree]):
         own = with_addresses(config.model_copy(update={"max_draft_tokens": point.gamma}), args.workers_dir, point)
-        with connected_pair(own, codec.sha256) as (_, target):
-            limits.append(target.description.max_context)
+        with connected_pair(own, codec.sha256) as workers:
+            limits += [worker.description.max_context for worker in workers if worker is not None]
         configs.append(own)
     return configs, min(limits)
 
