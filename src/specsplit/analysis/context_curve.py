@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from specsplit.analysis.drawing import DPI, house_style, save_figure
+from specsplit.bench.sweep import gamma_order
 
 WIDTH_IN, HEIGHT_IN = 6.8, 2.6
 _COLOURS, _MARKERS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7"), ("D", "o", "s", "^", "v")
@@ -23,8 +24,10 @@ def summarize_contexts(texts: DataFrame) -> DataFrame:
     """
     rows: list[dict[str, Any]] = []
     first: dict[Any, tuple[float, float]] = {}
-    for (gamma, length), own in texts.groupby(["gamma", "context_tokens"], sort=False):
-        row = {"gamma": gamma, "context_tokens": length, "texts": len(own)}
+    key = ["gamma", "context_tokens"]
+    for _, own in texts.groupby(key, sort=False):
+        gamma, length = own["gamma"].iloc[0], int(own["context_tokens"].iloc[0])
+        row: dict[str, Any] = {"gamma": gamma, "context_tokens": length, "texts": len(own)}
         row["output_tokens"] = int(own["output_tokens"].median())
         row["ttft_ms_median"] = own["ttft_ms"].median()
         row["itl_ms_median"] = own["itl_ms"].median()
@@ -35,9 +38,8 @@ def summarize_contexts(texts: DataFrame) -> DataFrame:
         base = first.setdefault(gamma, (length, row["itl_ms_median"]))
         row |= {"relative_length": length / base[0], "relative_cost": row["itl_ms_median"] / base[1]}
         rows.append(row)
-    return (
-        DataFrame(rows).sort_values("gamma", kind="stable", key=lambda gammas: gammas.map(str)).reset_index(drop=True)
-    )
+    table = DataFrame(rows).sort_values("gamma", kind="stable", key=lambda gammas: gammas.map(gamma_order))
+    return table.reset_index(drop=True)
 
 
 def draw_context_curve(table: DataFrame, path: Path) -> list[Path]:

@@ -33,8 +33,8 @@ def round_parts(rounds: DataFrame, texts: list[str]) -> DataFrame:
 
     round_ms is the time from the tokens of the round before to its own, in the first round from the start of the
     request. Of model time only what the round waited for counts: a draft made ahead costs it nothing, and
-    hidden_ms says how long that was. worker_ms is what is left of the calls: work of the workers beside model and queue.
-    orchestrator_ms is the time between the calls.
+    hidden_ms says how long that was. worker_ms is what is left of the calls: work of the workers beside model and
+    queue. orchestrator_ms is the time between the calls.
     """
     before = rounds.groupby(texts, sort=False)["arrived_ms"].shift().fillna(0.0)
     whole = rounds["arrived_ms"] - before
@@ -79,7 +79,7 @@ def profile(rounds: DataFrame) -> DataFrame:
 
 
 def draw_profile(table: DataFrame, path: Path) -> list[Path]:
-    """Draw the decode rows of `profile`, a stacked bar a configuration, of a round and of a token: `path` .png, .svg."""
+    """Draw the decode rows of `profile`, stacked bars of a round and of a token, as `path` .png and .svg."""
     table = table[table["phase"] == "decode"].reset_index(drop=True)
     names = [_label(row) for _, row in table.iterrows()][:MOST_BARS]
     shown = table.iloc[: len(names)]

@@ -18,9 +18,9 @@ def measure_overhead(
 ) -> list[dict[str, Any]]:
     """The rounds of `texts` texts in each mode at each gamma, and of the target alone (gamma 0).
 
-    A row a round: mode, gamma, text, the fields of `Round`, and bare_grpc_ms: the median of a message of about that size
-    and its answer with gRPC and nothing else, measured just before. The points take turns text by text, after a
-    first text each that is not counted.
+    A row a round: mode, gamma, text, the fields of `Round`, and bare_grpc_ms: the median of a message of about that
+    size and its answer with gRPC and nothing else, measured just before. The points take turns text by text, after
+    a first text each that is not counted.
     """
     bare_ms = bare_round_trip_ms(0.0, repeats=500)
     points: list[tuple[PipelineMode, int]] = [("sync", 0), *((mode, gamma) for mode in modes for gamma in gammas)]
