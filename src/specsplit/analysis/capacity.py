@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from specsplit.analysis.drawing import DPI, house_style, save_figure
+from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
 from specsplit.analysis.reading import read_csv_file
 from specsplit.analysis.tables import write_csv
 from specsplit.bench.capacity import CapacityRecord
@@ -119,6 +119,7 @@ def draw_capacity(summary: DataFrame, path: Path) -> list[Path]:
             _client_axis(axes, sorted(summary["clients"].unique()))
         speed.plot([], [], color="black", linestyle=":", linewidth=0.8, label="ideal, or the TPOT limit")
         figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        settle_layout(figure)
         return save_figure(figure, path, {"Title": "Capacity against the number of clients"})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from specsplit.analysis.drawing import DPI, house_style, save_figure
+from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
 from specsplit.bench.sweep import gamma_order
 
 WIDTH_IN, HEIGHT_IN = 6.8, 2.6
@@ -54,13 +54,13 @@ def draw_context_curve(table: DataFrame, path: Path) -> list[Path]:
                 "markersize": 4,
             }
             cost.plot(own["context_tokens"], own["itl_ms_median"], label=_name(gamma), **style)
-            first.plot(own["context_tokens"], own["ttft_ms_median"] / 1e3, **style)
+            first.plot(own["context_tokens"], own["ttft_ms_median"], **style)
         alone = table[table["gamma"] == table["gamma"].iloc[0]]
         linear = alone["itl_ms_median"].iloc[0] * alone["relative_length"]
         top = 1.15 * table["itl_ms_median"].max()
         cost.plot(alone["context_tokens"], linear, color="black", linestyle=":", linewidth=0.9, label="linear growth")
         cost.set(title="Time between tokens", ylabel="ITL (ms), median", ylim=(0, top))
-        first.set(title="Time to the first token", ylabel="TTFT (s), median", ylim=(0, None))
+        first.set(title="Time to the first token", ylabel="TTFT (ms), median", ylim=(0, None))
         ticks = sorted(table["context_tokens"].unique())
         for axes in (cost, first):
             axes.set_xscale("log", base=2)
@@ -68,6 +68,7 @@ def draw_context_curve(table: DataFrame, path: Path) -> list[Path]:
             axes.minorticks_off()
             axes.set_xlabel("context (tokens)")
         figure.legend(*cost.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        settle_layout(figure)
         return save_figure(figure, path, {"Title": "Cost of a token against context length"})
 
 

@@ -68,6 +68,13 @@ class Plot:
     drafting: bool = False  # without gamma 0
 
 
+def settle_layout(figure: Figure) -> None:
+    """Fix the layout of a finished figure, so that both formats get the same one."""
+    for _ in range(2):  # the second pass makes room for the tick labels that the first one chose
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def save_figure(figure: Figure, path: Path, metadata: dict[str, Any] | None = None) -> list[Path]:
     """Save as `path` with .png and .svg, the same bytes for the same figure; returns the two paths."""
     paths = []

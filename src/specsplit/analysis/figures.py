@@ -17,7 +17,16 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from specsplit.analysis.curves import MOST_PANELS, Curve, Panel, left_out, split_curves, split_panels
-from specsplit.analysis.drawing import DPI, NOTHING_DRAFTED, Plot, draw_metric, draw_positions, house_style, save_figure
+from specsplit.analysis.drawing import (
+    DPI,
+    NOTHING_DRAFTED,
+    Plot,
+    draw_metric,
+    draw_positions,
+    house_style,
+    save_figure,
+    settle_layout,
+)
 from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.tables import PER_REQUEST, summarize
 
@@ -104,9 +113,7 @@ def draw_figures(
                 _draw_alone(figure, plot, shown[0], own or curves[:1], settings, omitted)
             else:
                 _draw_panels(figure, plot, shown[:MOST_PANELS], own, settings, omitted)
-            for _ in range(2):  # the second pass makes room for the tick labels that the first one chose
-                figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # both formats get this layout
+            settle_layout(figure)
             metadata = {"Title": f"{plot.title} against draft length"}
             paths += save_figure(figure, Path(out_dir) / f"{name}.png", metadata)
     return paths

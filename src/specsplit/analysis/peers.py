@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from specsplit.analysis.curves import BLUE, ORANGE
-from specsplit.analysis.drawing import DPI, GREY, house_style, save_figure
+from specsplit.analysis.drawing import DPI, GREY, house_style, save_figure, settle_layout
 from specsplit.analysis.reading import read_csv_file
 from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import bootstrap_mean_ci, paired_ratio_ci
@@ -148,6 +148,7 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
         count = int(summary["requests"].max())
         text = f"Bars: means with their {confidence:.0%} interval; dots: {count} requests. Left of 1 ours is faster."
         figure.supxlabel(text if best else text.partition(" Left")[0], fontsize=7, color="#555555")
+        settle_layout(figure)
         return save_figure(figure, path, {"Title": "Ours beside Hugging Face's decoding"})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
-from specsplit.analysis.drawing import DPI, house_style, save_figure
+from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
 from specsplit.analysis.tables import CONFIGURATION, configuration_of
 from specsplit.bench.sweep import Point
 
@@ -100,6 +100,7 @@ def draw_profile(table: DataFrame, path: Path) -> list[Path]:
         more = f"{len(names)} of {len(table)} shown; all are in profile.csv" if len(table) > len(names) else None
         handles = by_round.get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=4, title=more, title_fontsize=7)
+        settle_layout(figure)
         return save_figure(figure, path, {"Title": "Where a round's time goes"})
 
 

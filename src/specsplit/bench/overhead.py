@@ -22,11 +22,11 @@ def measure_overhead(
     size and its answer with gRPC and nothing else, measured just before. The points take turns text by text, after
     a first text each that is not counted.
     """
-    bare_ms = bare_round_trip_ms(0.0, repeats=500)
     points: list[tuple[PipelineMode, int]] = [("sync", 0), *((mode, gamma) for mode in modes for gamma in gammas)]
     simulation = Simulation(acceptance=acceptance, draft_ms=0.0, verify_ms=0.0)
     rows = []
     with simulated_workers(simulation) as (draft, target), TextWriter(draft, target) as writer:
+        bare_ms = bare_round_trip_ms(0.0, repeats=500)
         for text in range(-1, texts):  # -1: the warm-up
             for mode, gamma in points:
                 config = OrchestratorConfig.load(
