@@ -53,15 +53,19 @@ CAPACITY_COLUMNS = tuple(f.name for f in fields(CapacityRecord))
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """A request, how often its prompt was taken so far, and its settings with the addresses of the workers."""
+
     request: Request
     repeat: int
     config: OrchestratorConfig
 
 
 @dataclass(frozen=True)
-class _Done:
-    job: _Job
+class Done:
+    """A finished text, which client wrote it, and when it began."""
+
+    job: Job
     client: int
     started_ms: float
     result: SpeculativeResult
@@ -90,8 +94,8 @@ def measure_capacity(
             single: dict[tuple[str, int], str] = {}
             for number in clients:
                 short = config.model_copy(update={"max_output_tokens": min(WARM_UP_TOKENS, config.max_output_tokens)})
-                event_loop().run(_level(list(_jobs(requests, short, number * warmup)), number))
-                done = event_loop().run(_level(jobs, number))
+                run_clients(list(_jobs(requests, short, number * warmup)), number)
+                done = run_clients(jobs, number)
                 records = [_record(text, number) for text in sorted(done, key=lambda text: text.started_ms)]
                 for record in records if number == 1 else ():
                     single[record.request_id, record.repeat] = record.output_sha256
@@ -104,17 +108,21 @@ def measure_capacity(
                 on_level(level)
 
 
-def _jobs(requests: Sequence[Request], config: OrchestratorConfig, count: int) -> Iterator[_Job]:
+def _jobs(requests: Sequence[Request], config: OrchestratorConfig, count: int) -> Iterator[Job]:
     for number in range(count):
         request = requests[number % len(requests)]
         own = config.model_copy(update={"seed": request_seed(config.seed, request.id)})
-        yield _Job(request, 1 + number // len(requests), own)
+        yield Job(request, 1 + number // len(requests), own)
 
 
-async def _level(jobs: Sequence[_Job], clients: int) -> list[_Done]:
-    """All jobs by so many clients, each on channels of its own."""
+def run_clients(jobs: Sequence[Job], clients: int) -> list[Done]:
+    """All jobs by so many clients, each on channels of its own; in the order in which they ended."""
+    return event_loop().run(_run_clients(jobs, clients))
+
+
+async def _run_clients(jobs: Sequence[Job], clients: int) -> list[Done]:
     waiting = deque(jobs)
-    done: list[_Done] = []
+    done: list[Done] = []
     began = time.perf_counter()
 
     async def client(number: int) -> None:
@@ -136,7 +144,7 @@ async def _level(jobs: Sequence[_Job], clients: int) -> list[_Done]:
                 started_ms = (time.perf_counter() - began) * 1e3
                 tokens = job.request.token_ids
                 result = await run_speculative_loop_async(*stubs, tokens, job.config, controller=controller)
-                done.append(_Done(job, number, started_ms, result))
+                done.append(Done(job, number, started_ms, result))
 
     async with asyncio.TaskGroup() as group:
         for number in range(clients):
@@ -144,7 +152,7 @@ async def _level(jobs: Sequence[_Job], clients: int) -> list[_Done]:
     return done
 
 
-def _record(text: _Done, clients: int) -> CapacityRecord:
+def _record(text: Done, clients: int) -> CapacityRecord:
     record = request_record(text.job.request, text.result, text.job.config, text.job.repeat)
     queued = sum(r.draft_queue_ms + r.verify_queue_ms for r in text.result.rounds)
     return CapacityRecord(
