@@ -16,7 +16,7 @@ from specsplit.analysis.curves import BLUE, ORANGE
 from specsplit.analysis.drawing import DPI, GREY, house_style, save_figure, settle_layout
 from specsplit.analysis.reading import read_csv_file
 from specsplit.analysis.repeats import median_over_repeats
-from specsplit.analysis.statistics import bootstrap_mean_ci, paired_ratio_ci
+from specsplit.analysis.statistics import bootstrap_mean_ci, paired_median_ratio_ci, paired_ratio_ci
 from specsplit.analysis.tables import write_csv
 from specsplit.bench.race import PeerRecord
 from specsplit.errors import UserError
@@ -44,15 +44,15 @@ def summarize_peers(
         over requests, of the medians over the repeats of each.
     tokens_per_round, tokens_per_second
     tpot_vs_P, _ci_low, _ci_high; latency_vs_P, _ci_low, _ci_high for each peer P
-        this contender's milliseconds divided by those of P: of decoding (total latency - TTFT) per token after the
-        first, and end to end per token. Below 1 this one is faster. Paired bootstrap: the same prompts on both sides.
+        this contender's milliseconds divided by those of P: median TPOT by median TPOT, and end to end per token over
+        all requests. Below 1 this one is faster. Paired bootstrap: the same prompts on both sides.
     identical
         share of requests with, in every repeat, the text of our target alone.
     """
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     table = median_over_repeats(requests, ("contender", "request_id"), "identical")
-    own = {name: rows.set_index("request_id") for name, rows in table.groupby("contender", sort=False)}
-    order = sorted(own, key=lambda name: (own[name]["engine"].iloc[0] != "specsplit", _rank(str(name))))
+    own = {str(name): rows.set_index("request_id") for name, rows in table.groupby("contender", sort=False)}
+    order = sorted(own, key=lambda name: (own[name]["engine"].iloc[0] != "specsplit", _rank(name)))
     peers = [name for name in order if own[name]["engine"].iloc[0] == "transformers"]
     result = []
     for name in order:
@@ -71,8 +71,10 @@ def summarize_peers(
         row["tokens_per_second"] = 1e3 * tokens / latency if latency else math.nan
         for peer in peers:
             other = own[peer].loc[rows.index]
-            row |= _ratio("tpot", name, rows, peer, other, settings)
-            row |= _ratio("latency", name, rows, peer, other, settings)
+            for what, ratio in (("tpot", _tpot_ratio), ("latency", _latency_ratio)):
+                found = ratio(rows, other, settings) if name != peer else (1.0, 1.0, 1.0)
+                keys = (f"{what}_vs_{peer}{suffix}" for suffix in ("", "_ci_low", "_ci_high"))
+                row |= dict(zip(keys, found, strict=True))
         row["identical"] = rows["identical"].mean()
         result.append(row)
     return DataFrame(result)
@@ -92,28 +94,21 @@ def _spread(values: Series, name: str, settings: dict[str, Any]) -> dict[str, fl
     }
 
 
-def _ratio(
-    what: str, name: object, rows: DataFrame, peer: object, other: DataFrame, settings: dict[str, Any]
-) -> dict[str, float]:
-    columns = [*_time_and_tokens(what, rows), *_time_and_tokens(what, other)]
-    if name == peer:
-        ratio, low, high = 1.0, 1.0, 1.0
-    else:
-        usable = np.logical_and.reduce([np.isfinite(column) for column in columns])
-        columns = [column[usable] for column in columns]
-        sums = [float(column.sum()) for column in columns]
-        ratio = (sums[0] / sums[1]) / (sums[2] / sums[3]) if all(sums) else math.nan
-        low, high = paired_ratio_ci(*columns, **settings) if all(sums) else (math.nan, math.nan)
-    key = f"{what}_vs_{peer}"
-    return {key: ratio, f"{key}_ci_low": low, f"{key}_ci_high": high}
+def _tpot_ratio(rows: DataFrame, other: DataFrame, settings: dict[str, Any]) -> tuple[float, float, float]:
+    """Over the requests that have a time per token on both sides: one without a second token has none."""
+    both = rows["tpot_ms"].notna().to_numpy() & other["tpot_ms"].notna().to_numpy()
+    ours, theirs = rows["tpot_ms"].to_numpy(float)[both], other["tpot_ms"].to_numpy(float)[both]
+    if not both.any() or not np.median(theirs):
+        return math.nan, math.nan, math.nan
+    return float(np.median(ours) / np.median(theirs)), *paired_median_ratio_ci(ours, theirs, **settings)
 
 
-def _time_and_tokens(what: str, rows: DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    total, tokens = rows["total_latency_ms"].to_numpy(float), rows["generated_tokens"].to_numpy(float)
-    if what == "latency":
-        return total, tokens
-    more = np.where(tokens > 1, tokens - 1, math.nan)  # a text without a second token has no time per token
-    return total - rows["ttft_ms"].to_numpy(float), more
+def _latency_ratio(rows: DataFrame, other: DataFrame, settings: dict[str, Any]) -> tuple[float, float, float]:
+    columns = [table[name] for table in (rows, other) for name in ("total_latency_ms", "generated_tokens")]
+    ours, our_tokens, theirs, their_tokens = (float(column.sum()) for column in columns)
+    if not (our_tokens and their_tokens and theirs):
+        return math.nan, math.nan, math.nan
+    return (ours / our_tokens) / (theirs / their_tokens), *paired_ratio_ci(*columns, **settings)
 
 
 def write_peers(
@@ -131,8 +126,8 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
     """Draw TPOT and TTFT of every contender, and the ratio of TPOT to the fastest peer, as `path` .png and .svg."""
     table = median_over_repeats(requests, ("contender", "request_id"), "identical")
     names = list(summary["contender"])
-    peers = summary[(summary["engine"] == "transformers") & summary["tpot_ms_mean"].notna()]
-    best = "" if peers.empty else str(peers.sort_values("tpot_ms_mean")["contender"].iloc[0])
+    peers = summary[(summary["engine"] == "transformers") & summary["tpot_ms_median"].notna()]
+    best = "" if peers.empty else str(peers.sort_values("tpot_ms_median")["contender"].iloc[0])
     with house_style():
         figure = Figure(figsize=(WIDTH_IN, ROW_IN * len(names) + 1.1), dpi=DPI, layout="constrained")
         panels = figure.subplots(1, 3 if best else 2, sharey=True)
@@ -146,8 +141,10 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
         panels[0].set_yticks(range(len(names)), [_words(name) for name in names])
         panels[0].set_ylim(len(names) - 0.5, -0.5)
         count = int(summary["requests"].max())
-        text = f"Bars: means with their {confidence:.0%} interval; dots: {count} requests. Left of 1 ours is faster."
-        figure.supxlabel(text if best else text.partition(" Left")[0], fontsize=7, color="#555555")
+        text = f"Bars: medians; dots: {count} requests."
+        if best:
+            text += f" Ratio of medians with its {confidence:.0%} interval: left of 1 is faster than the fastest peer."
+        figure.supxlabel(text, fontsize=7, color="#555555")
         settle_layout(figure)
         return save_figure(figure, path, {"Title": "Ours beside Hugging Face's decoding"})
 
@@ -156,10 +153,8 @@ def _draw_times(axes: Axes, table: DataFrame, summary: DataFrame, metric: str) -
     for place, (_, row) in enumerate(summary.iterrows()):
         values = table.loc[table["contender"] == row["contender"], metric].dropna().to_numpy()
         spread = ((np.arange(len(values)) * 0.618034 + 0.5) % 1 - 0.5) * 0.5
-        mean, low, high = (row[f"{metric}_{part}"] for part in ("mean", "ci_low", "ci_high"))
-        axes.barh(place, mean, height=0.66, color=_colour(row["engine"]), alpha=0.55, linewidth=0)
+        axes.barh(place, row[f"{metric}_median"], height=0.66, color=_colour(row["engine"]), alpha=0.55, linewidth=0)
         axes.scatter(values, place + spread, s=3, color=GREY, linewidths=0, zorder=3)
-        axes.hlines(place, low, high, color="black", linewidth=1.1, zorder=4)
     axes.set_xlim(0, None)
 
 
@@ -169,7 +164,7 @@ def _draw_ratio(axes: Axes, summary: DataFrame, best: str) -> None:
         colour = _colour(row["engine"])
         axes.hlines(place, row[f"{key}_ci_low"], row[f"{key}_ci_high"], color=colour, linewidth=1.4)
         axes.plot(row[key], place, marker="o" if row["engine"] == "specsplit" else "s", color=colour, markersize=4.5)
-        axes.annotate(f"{row[key]:.2f}", (row[key], place), (0, 4), textcoords="offset points", ha="center", fontsize=7)
+        axes.annotate(f"{row[key]:.2f}", (1.03, place), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     axes.axvline(1, color="black", linestyle="--", linewidth=0.9)
     axes.set(title=f"TPOT / that of {_words(best)}", xlabel="ratio")
     axes.set_xlim(0, None)

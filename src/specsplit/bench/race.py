@@ -21,7 +21,7 @@ from specsplit.workers.orchestrator.connection import Connection
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import SpeculativeResult
 
-SETTLE_S = 0.05  # between turns: threads that wait actively go to sleep, a draft made ahead for nobody ends
+SETTLE_S = 0.25  # between turns: threads that wait actively go to sleep (Intel's OpenMP after 0.2 s)
 REFERENCE = "gamma_0"  # whose texts the others are compared with: ours, the target alone
 
 
