@@ -56,11 +56,13 @@ class Workspace:
 
     def command(self, *arguments: str, target: str = "results/summary.csv") -> list[str]:
         (self.folder / "my.yaml").write_text(yaml.safe_dump(self.config))
-        return [*SNAKEMAKE, *arguments, "--configfile", "my.yaml", "--", target]
+        return [*SNAKEMAKE, *arguments, "--configfile", "my.yaml", "--", *target.split()]
 
-    def snakemake(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def snakemake(
+        self, *arguments: str, target: str = "results/summary.csv", **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments),
+            self.command(*arguments, target=target),
             cwd=self.folder,
             env={**self.environment(), **variables},
             capture_output=True,
@@ -69,8 +71,8 @@ class Workspace:
             check=False,
         )
 
-    def run(self, *arguments: str) -> str:
-        done = self.snakemake(*arguments)
+    def run(self, *arguments: str, target: str = "results/summary.csv") -> str:
+        done = self.snakemake(*arguments, target=target)
         assert done.returncode == 0, done.stdout + done.stderr + self.logs()
         return done.stdout + done.stderr
 
@@ -86,9 +88,9 @@ class Workspace:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
-    def planned(self, *arguments: str) -> dict[str, int]:
+    def planned(self, *arguments: str, target: str = "results/summary.csv") -> dict[str, int]:
         """Jobs that a dry run would execute, by rule."""
-        text = self.run("--dry-run", "--quiet", "rules", *arguments)
+        text = self.run("--dry-run", "--quiet", "rules", *arguments, target=target)
         if "Job stats:" not in text:
             return {}
         table = text.rpartition("Job stats:")[2].partition("total")[0].splitlines()[3:]
