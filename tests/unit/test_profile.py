@@ -10,21 +10,12 @@ import pytest
 
 from specsplit.analysis.context_curve import draw_context_curve, summarize_contexts
 from specsplit.analysis.profile import PARTS, draw_profile, profile, round_parts, summarize_overhead
+from specsplit.analysis.tables import CONFIGURATION
 from specsplit.bench.context_curve import ContextText
 from specsplit.workers.orchestrator.result import Round
 
-PLAIN: dict[str, Any] = {
-    "mode": "sync",
-    "tree": "chain",
-    "sampling": "coupled",
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "rtt_ms": 0.0,
-    "jitter_ms": 0.0,
-    "request_id": "a",
-    "repeat": 1,
-}
+SETTINGS = ("sync", "chain", "coupled", 0.0, 0, 1.0, 0.0, 0.0)
+PLAIN: dict[str, Any] = {**dict(zip(CONFIGURATION[1:], SETTINGS, strict=True)), "request_id": "a", "repeat": 1}
 
 
 def a_round(number: int, arrived: float, draft: tuple[float, ...], verify: tuple[float, ...], network: float) -> Round:

@@ -29,10 +29,8 @@ rule race_peers:
         ),
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in RACED for role in run_roles(label)],
-        models=flags(
-            tokenizer=f"resources/models/{config['target']['model']}",
-            target_model=f"resources/models/{config['target']['model']}",
-            draft_model=f"resources/models/{config['draft']['model']}",
+        models=lambda wildcards: flags(
+            tokenizer=model_folder("target"), target_model=model_folder("target"), draft_model=model_folder("draft")
         ),
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results --workers-dir results/workers"

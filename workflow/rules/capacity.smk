@@ -26,7 +26,7 @@ rule benchmark_capacity:
         ),
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in CAPACITY for role in run_roles(label)],
-        tokenizer=f"resources/models/{config['target']['model']}",
+        tokenizer=lambda wildcards: model_folder("target"),
     shell:
         "specsplit capacity --only --prompts {input.prompts} --results-dir results"
         " --workers-dir results/workers/capacity --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"

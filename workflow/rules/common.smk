@@ -124,6 +124,10 @@ def local_files(name):
     return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors"})
 
 
+def model_folder(role):
+    return str(Path(role_model(role)).parent)
+
+
 def role_model(role):
     return f"resources/models/{config[role]['model']}/model.json"
 

@@ -57,7 +57,7 @@ rule context_curve:
         ),
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in CONTEXT for role in run_roles(label)],
-        tokenizer=f"resources/models/{config['target']['model']}",
+        tokenizer=lambda wildcards: model_folder("target"),
     shell:
         "specsplit context-curve --prompts {input.prompts} --output {output.table} --figure {output.figures[0]}"
         " --workers-dir results/workers/context --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"

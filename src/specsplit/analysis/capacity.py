@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,15 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
-from specsplit.analysis.reading import read_csv_file
+from specsplit.analysis.reading import read_records
 from specsplit.analysis.tables import write_csv
 from specsplit.bench.capacity import CapacityRecord
-from specsplit.errors import UserError
 
 LEVEL = ("mode", "gamma", "clients")
 LIMIT_FACTOR = 2.0  # of the median TPOT of one client, when no limit is given
 WIDTH_IN, HEIGHT_IN = 6.8, 2.5
 _COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 _MARKERS = ("D", "o", "s", "^", "v", "P")
-
-
-def read_capacity(path: Path) -> DataFrame:
-    """`capacity_requests.csv`. Raises UserError when it is missing, malformed or empty."""
-    made_by = f"`specsplit capacity` or the workflow (`snakemake --cores 2 {path}`) makes it"
-    table = read_csv_file(path, {f.name: str(f.type) for f in fields(CapacityRecord)}, made_by)
-    if table.empty:
-        raise UserError(f"{path}: has no request, only the header; {made_by}")
-    return table
 
 
 def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) -> DataFrame:
@@ -84,7 +73,8 @@ def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) 
 
 def write_capacity(results_dir: Path, tpot_limit_ms: float | None = None) -> list[Path]:
     """Summary and figure of `capacity_requests.csv`: `capacity.csv`, `figures/capacity.png` and .svg."""
-    summary = summarize_capacity(read_capacity(results_dir / "capacity_requests.csv"), tpot_limit_ms)
+    requests = read_records(results_dir / "capacity_requests.csv", CapacityRecord, "specsplit capacity")
+    summary = summarize_capacity(requests, tpot_limit_ms)
     figures = draw_capacity(summary, results_dir / "figures" / "capacity.png")
     write_csv(summary, results_dir / "capacity.csv")
     return [results_dir / "capacity.csv", *figures]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,14 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.curves import BLUE, ORANGE
 from specsplit.analysis.drawing import DPI, GREY, house_style, save_figure, settle_layout
-from specsplit.analysis.reading import read_csv_file
+from specsplit.analysis.reading import read_records
 from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import bootstrap_mean_ci, paired_median_ratio_ci, paired_ratio_ci
 from specsplit.analysis.tables import write_csv
 from specsplit.bench.race import PeerRecord
-from specsplit.errors import UserError
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 WIDTH_IN, ROW_IN = 6.8, 0.27
-
-
-def read_peers(path: Path) -> DataFrame:
-    """`peers_requests.csv`. Raises UserError when it is missing, malformed or empty."""
-    made_by = f"`specsplit bench --baseline` or the workflow (`snakemake --cores 2 {path}`) makes it"
-    table = read_csv_file(path, {f.name: str(f.type) for f in fields(PeerRecord)}, made_by)
-    if table.empty:
-        raise UserError(f"{path}: has no request, only the header; {made_by}")
-    return table
 
 
 def summarize_peers(
@@ -115,7 +104,7 @@ def write_peers(
     results_dir: Path, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
 ) -> list[Path]:
     """Summary and figure of `peers_requests.csv`: `peers.csv`, `figures/peers.png` and .svg; returns the paths."""
-    requests = read_peers(results_dir / "peers_requests.csv")
+    requests = read_records(results_dir / "peers_requests.csv", PeerRecord, "specsplit bench --baseline")
     summary = summarize_peers(requests, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
     figures = draw_peers(requests, summary, results_dir / "figures" / "peers.png", confidence=confidence)
     write_csv(summary, results_dir / "peers.csv")

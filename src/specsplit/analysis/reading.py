@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ def read_files(paths: list[Path], types: dict[str, str], made_by: str) -> DataFr
     """The rows of all files; the index keeps (file, row) so that a message can say where a row is from."""
     frames = [read_csv_file(path, types, made_by) for path in paths]
     return pd.concat(frames, keys=[str(path) for path in paths], names=["file", "row"])
+
+
+def read_records(path: Path, record: type[Any], command: str) -> DataFrame:
+    """A table whose columns are the fields of the dataclass `record`. Raises UserError when it is missing, malformed
+    or empty. command: what writes it, beside the workflow."""
+    made_by = f"`{command}` or the workflow (`snakemake --cores 2 {path}`) makes it"
+    table = read_csv_file(path, {field.name: str(field.type) for field in fields(record)}, made_by)
+    if table.empty:
+        raise UserError(f"{path}: has no request, only the header; {made_by}")
+    return table
 
 
 def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:

@@ -8,23 +8,13 @@ from typing import Any
 
 from specsplit.bench.sweep import MODES
 from specsplit.commands.flags import add_setting_flags, load_settings
-from specsplit.commands.measure import parse_gamma
+from specsplit.commands.measure import BENCH_SETTINGS, parse_gamma
 from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 
-CLIENT_SETTINGS = (
-    "draft_address",
-    "target_address",
-    "tokenizer",
-    "tree",
-    "fan_out",
-    "use_chat_template",
-    "ignore_eos",
-    "connect_timeout_s",
-    "rpc_timeout_s",
-    "rpc_retries",
-    "seed",
-)
+# Greedy, as far as the workers let it: what a client may still say.
+NOT_OURS = {"top_k", "top_p", "sampling", "jitter_ms", "max_output_tokens", "max_rounds"}
+CLIENT_SETTINGS = ["tree", *(name for name in BENCH_SETTINGS if name not in NOT_OURS)]
 WORKERS_DIR_HELP = "endpoint files DIR/POINT/ROLE.json, for points with workers of their own, not the two addresses"
 
 
@@ -40,7 +30,7 @@ def add_commands(subparsers: Any) -> None:
     capacity.add_argument("--warmup", type=int, default=1, metavar="N", help="short requests of each client before")
     capacity.add_argument("--workers-dir", type=Path, metavar="DIR", help=WORKERS_DIR_HELP)
     capacity.add_argument("--only", action="store_true", help="write capacity_requests.csv alone")
-    add_setting_flags(capacity, OrchestratorConfig, only=(*CLIENT_SETTINGS, "max_output_tokens"))
+    add_setting_flags(capacity, OrchestratorConfig, only=[*CLIENT_SETTINGS, "max_output_tokens"])
     capacity.set_defaults(run=run_capacity)
 
     curve = subparsers.add_parser("context-curve", help="what a token costs against the length of its context")
