@@ -150,7 +150,7 @@ def test_measurements_beside_the_sweep_are_planned(finished):
     }
     assert "--max-sessions 16" in started["results/workers/capacity/gamma_3/target.json"]
     assert "--max-context 4192" in started["results/workers/context/gamma_0/target.json"]
-    assert "--max-sessions 8" in started["results/workers/gamma_3/draft.json"]
+    assert "--max-sessions 8" in started["results/workers/race/gamma_3/draft.json"]
     assert finished.planned() == {}  # none of it is part of the main job
 
 

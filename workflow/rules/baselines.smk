@@ -33,7 +33,7 @@ rule race_peers:
             tokenizer=model_folder("target"), target_model=model_folder("target"), draft_model=model_folder("draft")
         ),
     shell:
-        "specsplit bench --only --prompts {input.prompts} --results-dir results --workers-dir results/workers"
+        "specsplit bench --only --prompts {input.prompts} --results-dir results --workers-dir results/workers/race"
         " {params.models} {params.settings} > {log} 2>&1"
 
 

@@ -36,9 +36,10 @@ POINTS = {
         config["network"]["rtt_ms"],
     )
 }
-# Measurements beside the sweep have workers too: as those of a run, under a name of their own.
+# Measurements beside the sweep have workers too, under names of their own: an endpoint file that is made anew would make
+# the finished run of its name out of date. The processes are shared all the same where their flags are.
 RACED = {
-    point.label: point
+    f"race/{point.label}": point
     for point in sweep_points(
         [0, *config["baselines"]["gammas"]], config["baselines"]["mode"], config["baselines"]["tree"]
     )
