@@ -18,15 +18,15 @@ import specsplit
 from specsplit.errors import UserError
 from specsplit.jsonio import json_sha256, read_json, read_json_object, write_json
 from specsplit.provenance.capture import (
-    build_record,
     capture_environment,
-    capture_git,
-    capture_gpu,
     capture_machine,
     capture_software,
     hash_source_tree,
     utc_now,
 )
+from specsplit.provenance.git import capture_git
+from specsplit.provenance.gpu import capture_gpu
+from specsplit.provenance.record import build_record
 
 # ---- GPU
 

@@ -20,7 +20,7 @@ def add_commands(subparsers: Any) -> None:
 
 def run_provenance(args: argparse.Namespace) -> None:
     from specsplit.jsonio import read_json_object, write_json
-    from specsplit.provenance.capture import build_record
+    from specsplit.provenance.record import build_record
 
     record = build_record(
         config=read_json_object(args.config),
