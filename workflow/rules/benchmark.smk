@@ -9,7 +9,7 @@ rule benchmark:
         prompts="results/dataset/prompts.jsonl",
         models=lambda wildcards: sorted({role_model(role) for role in run_roles(wildcards.point)}),
         layers=lambda wildcards: [file for role in run_roles(wildcards.point) for file in layers_file(role)],
-        code=source("decoding", "models", "workers", "rpc", "bench", "config.py"),
+        code=source(*RUN_CODE),
     output:
         requests="results/runs/{point}/requests.csv",
         rounds="results/runs/{point}/per_round.csv",

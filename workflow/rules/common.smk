@@ -9,6 +9,8 @@ try:
     from specsplit.bench.sweep import plain_number, sweep_points
     from specsplit.errors import UserError
     from specsplit.pipeline_config import load_pipeline_config
+    from specsplit.provenance.capture import RUN_CODE, WORKFLOW_FILES
+    from specsplit.provenance.steps import remember_workflow
     from specsplit.workers.environment import threads_beside_another
     from specsplit.workflow_runs import begin_run
 except ModuleNotFoundError as error:
@@ -47,6 +49,7 @@ wildcard_constraints:
 
 # Jobs and workers end when this process does, and what a killed run left behind is cleared.
 begin_run()
+remember_workflow(workflow.cores)
 
 
 # ---- for all rules
@@ -148,6 +151,28 @@ def speaks_through(role):
 def attach_address(role):
     """host:port of the running worker to use, or nothing: start one."""
     return os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or config["workers"][f"{role}_address"] or ""
+
+
+# ---- results
+
+
+def run_files(*names):
+    """Files of every run's folder."""
+    return expand("results/runs/{point}/{name}", point=POINTS, name=names)
+
+
+def result_files():
+    """All that the main job leaves, but for the logs and what seals it."""
+    return [
+        "results/summary.csv",
+        "results/requests.csv",
+        "results/per_round.csv",
+        *rules.figures.output,
+        *rules.prepare_dataset.output,
+        *rules.resolved_config.output,
+        *rules.provenance.output,
+        *run_files("requests.csv", "per_round.csv", "outputs.jsonl", "run.json"),
+    ]
 
 
 # ---- runs

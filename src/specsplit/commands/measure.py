@@ -82,7 +82,7 @@ def run_bench(args: argparse.Namespace) -> None:
     ensure_deterministic_environment()
     from specsplit.bench.dataset import load_prompts, select_prompts
     from specsplit.bench.progress import Progress
-    from specsplit.bench.runner import encode_prompts, resolve_address, run_requests
+    from specsplit.bench.runner import encode_prompts, resolve_address, run_requests, worker_origin
     from specsplit.hashing import sha256_file
     from specsplit.models.sources import resolve_model
     from specsplit.models.text import TextCodec
@@ -112,10 +112,12 @@ def run_bench(args: argparse.Namespace) -> None:
     prompts = select_prompts(prompts, args.limit)
     codec = TextCodec.load(resolve_model(config.tokenizer)[0])
     inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
-    resolved = {"target_address": resolve_address(config.target_address)}
+    addresses = {"target": config.target_address}
     drafting = [point for point in points if point.gamma != 0]
     if drafting:
-        resolved["draft_address"] = resolve_address(config.draft_address)
+        addresses["draft"] = config.draft_address
+    resolved = {f"{role}_address": resolve_address(address) for role, address in addresses.items()}
+    origins = {role: worker_origin(address) for role, address in addresses.items()}
     # A point that drafts, if there is one, decides whether a draft worker is needed.
     first = configs[(drafting or points)[0]].model_copy(update=resolved)
     with connected_pair(first, codec.sha256) as (draft, target):
@@ -131,6 +133,7 @@ def run_bench(args: argparse.Namespace) -> None:
                     run_dirs[point],
                     warmup=args.warmup,
                     inputs=inputs,
+                    origins=origins,
                     on_done=progress.done,
                 )
     if not args.only:

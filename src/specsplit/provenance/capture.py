@@ -1,18 +1,17 @@
 """What a result was made with: machine, software, source code, environment variables.
 
-Every capture returns a dict that JSON can hold. What cannot be had is null with the reason beside it; nothing
-here fails because a tool is missing.
+Every capture returns a dict that JSON can hold. What cannot be had is null, and `reason` of the same dict says why;
+nothing here fails because a tool is missing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,17 +20,16 @@ from typing import Any
 import psutil
 
 import specsplit
-from specsplit.hashing import sha256_file
+from specsplit.hashing import combined_sha256, sha256_file
 from specsplit.jsonio import json_sha256
-from specsplit.workers.environment import REQUIRED
+from specsplit.workers.environment import DETERMINISM_VARIABLES
 
-ENVIRONMENT_VARIABLES = (
-    *REQUIRED,
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "TOKENIZERS_PARALLELISM",
-    "HF_HUB_OFFLINE",
-)
+ENVIRONMENT_VARIABLES = (*DETERMINISM_VARIABLES, "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
+LOCK = Path("envs/constraints.txt")
+# What of the package decides what a run writes; relative to it, as the workflow names it.
+RUN_CODE = ("decoding", "models", "workers", "rpc", "bench", "config.py")
+# What decides a result beside the package, relative to the project's folder.
+WORKFLOW_FILES = ("Snakefile", "workflow/**/*", "profiles/**/*", "envs/*", "pyproject.toml")
 
 
 def utc_now() -> str:
@@ -39,8 +37,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def run_tool(command: Sequence[str], timeout_s: float) -> tuple[str | None, str | None]:
-    """What a program printed, as (output, None), or (None, the reason why there is nothing)."""
+def run_tool(command: Sequence[str], timeout_s: float, status: int = 0) -> tuple[str | None, str | None]:
+    """What a program printed, as (output, None), or (None, the reason why there is nothing).
+
+    status: the exit status that says that all went well.
+    """
     name = command[0]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
@@ -50,7 +51,7 @@ def run_tool(command: Sequence[str], timeout_s: float) -> tuple[str | None, str 
         return None, f"{name}: no answer within {timeout_s:g} s"
     except OSError as error:
         return None, f"{name}: {error.strerror or error}"
-    if done.returncode:
+    if done.returncode != status:
         said = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
         return None, f"{name}: exit status {done.returncode}: {said[:300]}"
     return done.stdout, None
@@ -65,20 +66,28 @@ def capture_machine() -> dict[str, Any]:
     torch.threads is that of this process; a worker may have been told another number.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return {
-        "hostname": platform.node(),
-        "os": _os_name(),
-        "kernel": f"{platform.system()} {platform.release()}",
-        "architecture": platform.machine(),
-        "cpu_model": _cpu_model(),
-        "cores_logical": psutil.cpu_count(logical=True),
-        "cores_physical": psutil.cpu_count(logical=False),
-        "cores_usable": len(affinity(0)) if affinity else psutil.cpu_count(logical=True),
-        "memory_bytes": psutil.virtual_memory().total,
-        "python": sys.version,
-        "torch": _torch(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-    }
+    return with_reason(
+        {
+            "hostname": platform.node(),
+            "os": _os_name(),
+            "kernel": f"{platform.system()} {platform.release()}",
+            "architecture": platform.machine(),
+            "cpu_model": _cpu_model(),
+            "cores_logical": psutil.cpu_count(logical=True),
+            "cores_physical": psutil.cpu_count(logical=False),
+            "cores_usable": len(affinity(0)) if affinity else psutil.cpu_count(logical=True),
+            "memory_bytes": psutil.virtual_memory().total,
+            "python": sys.version,
+            "torch": _torch(),
+        },
+        "the system does not say",
+    )
+
+
+def with_reason(captured: dict[str, Any], why: str) -> dict[str, Any]:
+    """`captured` with a `reason` that names its nulls; null when there are none."""
+    missing = [key for key, value in captured.items() if value is None]
+    return {**captured, "reason": f"{', '.join(missing)}: {why}" if missing else None}
 
 
 def _os_name() -> str:
@@ -106,9 +115,8 @@ def _torch() -> dict[str, Any]:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
         return {"available": False, "reason": f"torch cannot be imported: {error}"}
-    return {
+    captured = {
         "available": True,
-        "reason": None,
         "version": torch.__version__,
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
@@ -116,6 +124,7 @@ def _torch() -> dict[str, Any]:
         "build": torch.__config__.show().strip(),
         "parallel": torch.__config__.parallel_info().strip(),
     }
+    return with_reason(captured, "PyTorch was built without CUDA")
 
 
 # ---- the software
@@ -128,15 +137,40 @@ def capture_software() -> dict[str, Any]:
         name = distribution.metadata["Name"]
         if name:  # a half-removed package has none
             # The first one on sys.path is the one that is imported.
-            packages.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
+            packages.setdefault(_normalised(name), distribution.version)
     packages = dict(sorted(packages.items()))
-    return {
+    captured = {
         "python": platform.python_version(),
         "specsplit": specsplit.__version__,
         "snakemake": packages.get("snakemake"),
         "packages": packages,
         "sha256": json_sha256(packages),
     }
+    return with_reason(captured, "not installed")
+
+
+def capture_lock(root: Path, packages: Mapping[str, str]) -> dict[str, Any]:
+    """The file of pinned versions in the project at `root`: {path, sha256, differs, reason}.
+
+    differs: {package: {installed, locked}} of the packages that are installed in another version. A local version
+    label (+cpu) makes no difference.
+    """
+    try:
+        text = (root / LOCK).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        return {"path": LOCK.as_posix(), "sha256": None, "differs": None, "reason": f"{LOCK}: {why}"}
+    locked = {_normalised(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
+    differs = {
+        name: {"installed": packages[name], "locked": version}
+        for name, version in sorted(locked.items())
+        if name in packages and packages[name].partition("+")[0] != version.partition("+")[0]
+    }
+    return {"path": LOCK.as_posix(), "sha256": sha256_file(root / LOCK), "differs": differs, "reason": None}
+
+
+def _normalised(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def capture_environment() -> dict[str, Any]:
@@ -145,12 +179,17 @@ def capture_environment() -> dict[str, Any]:
     return {**values, "hash_randomization": bool(sys.flags.hash_randomization)}
 
 
-def hash_source_tree(root: Path) -> str:
-    """One sha256 over every file under `root`, by relative path and content; compiled Python is left out."""
-    digest = hashlib.sha256()
+# ---- the source code
+
+
+def hash_run_code(files: Mapping[str, str]) -> str:
+    """One sha256 over the files of the package that decide what a run writes; files: hash_tree of the package."""
+    return combined_sha256({name: digest for name, digest in files.items() if name.split("/")[0] in RUN_CODE})
+
+
+def hash_tree(root: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:
+    """sha256 of the files under `root` that match, by relative path, sorted; compiled Python is left out."""
+    paths = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
     # as_posix: the same order and the same hash on every system.
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
-    for name, path in sorted(paths.items()):
-        if "__pycache__" not in path.relative_to(root).parts:
-            digest.update(f"{sha256_file(path)}  {name}\n".encode())
-    return digest.hexdigest()
+    names = {path.relative_to(root).as_posix(): path for path in paths if "__pycache__" not in path.parts}
+    return {name: sha256_file(path) for name, path in sorted(names.items())}

@@ -1,29 +1,44 @@
-"""The record of how an experiment came about, and the checklist of what a reviewer would ask for."""
+"""The record of how an experiment came about."""
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+
 import specsplit
 from specsplit.errors import UserError
-from specsplit.hashing import sha256_file
+from specsplit.hashing import combined_sha256, sha256_file
 from specsplit.jsonio import json_sha256, read_json_object
 from specsplit.provenance.capture import (
+    WORKFLOW_FILES,
     capture_environment,
+    capture_lock,
     capture_machine,
     capture_software,
-    hash_source_tree,
+    hash_run_code,
+    hash_tree,
     utc_now,
 )
-from specsplit.provenance.git import capture_git
+from specsplit.provenance.checklist import make_checklist
+from specsplit.provenance.git import capture_diff, capture_git
 from specsplit.provenance.gpu import capture_gpu
-from specsplit.workers.environment import REQUIRED
+from specsplit.provenance.redaction import redact
+from specsplit.provenance.steps import read_steps, workflow_command
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+SCHEMA_FILE = Path(__file__).with_name("record_schema.json")
+LISTED_PROBLEMS = 10
+# Why a manifest of a model has a null.
+MODEL_REASONS = {
+    "revision": "only a repository has revisions",
+    "upstream_sha256": "only a file of a package has a hash upstream",
+    "max_context": "the model sets no limit",
+}
 
 
 def build_record(
@@ -33,48 +48,79 @@ def build_record(
     model_files: Sequence[Path],
     dataset_manifest: Path,
     result_files: Sequence[Path],
+    config_files: Sequence[Path] = (),
     root: Path,
 ) -> dict[str, Any]:
     """The provenance record of one experiment: inputs, commands, surroundings, hashes of the results.
 
-    run_files: the run.json of every run. model_files: the model.json of every model. They and the manifest of
-    the dataset are embedded as they are. root: the project's folder; paths inside it are recorded relative to
-    it. `checklist` is what a reviewer would ask for, as {item, ok, detail}; `complete`: all of it is there.
-    Raises UserError that names a missing or malformed file.
+    run_files: the run.json of every run. model_files: the model.json of every model. They and the manifest of the
+    dataset are embedded as they are. config_files: what the configuration was read from, by name only, since a comment
+    in them changes nothing. root: the project's folder;
+    paths inside it are recorded relative to it. `checklist` is what a reviewer would ask for, as {item, ok, detail};
+    `complete`: all of it is there. Secrets are left out. Raises UserError that names a missing or malformed file.
     """
+    config = redact(config)
     runs = [(_relative(path, root), read_json_object(path)) for path in run_files]
-    models = [(_relative(path, root), read_json_object(path)) for path in model_files]
+    models = [(_relative(path, root), _explain_model(read_json_object(path))) for path in model_files]
     dataset = read_json_object(dataset_manifest)
-    gpu, git = capture_gpu(), capture_git(root)
-    checklist = [
-        _check_seeds(config, runs),
-        *(_check_variable(name, value, runs) for name, value in REQUIRED.items()),
-        _check_commands(runs),
-        _check_models(models),
-        _check_dataset(dataset, dataset_manifest, result_files),
-        _check_gpu(gpu),
-        _check_git(git),
-    ]
-    return {
+    software = capture_software()
+    inputs = [_file_entry(path, root) for path in (*run_files, *model_files, dataset_manifest)]
+    results = [_file_entry(path, root) for path in result_files]
+    # The code that ran, which an installed copy may have from elsewhere than `root`.
+    source_files = hash_tree(Path(specsplit.__file__).parent)
+    workflow_files = hash_tree(root, WORKFLOW_FILES)
+    record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "created": utc_now(),
-        "complete": all(item["ok"] for item in checklist),
-        "checklist": checklist,
+        "complete": False,
+        "checklist": [],
         "config": config,
         "config_sha256": json_sha256(config),
-        "runs": [run for _, run in runs],
+        "config_files": [_relative(path, root) for path in config_files],
+        "workflow": workflow_command(),
+        "steps": read_steps([entry["path"] for entry in (*inputs, *results)], root),
+        "runs": [{"file": name, **run} for name, run in runs],
         "models": [model for _, model in models],
         "dataset": dataset,
-        "inputs": [_file_entry(path, root) for path in (*run_files, *model_files, dataset_manifest)],
-        "results": [_file_entry(path, root) for path in result_files],
+        "seeds": _seeds(config, runs),
+        "inputs": inputs,
+        "results": results,
         "machine": capture_machine(),
-        "gpu": gpu,
+        "gpu": capture_gpu(),
         "environment": capture_environment(),
-        "software": capture_software(),
-        "git": git,
-        # The code that ran, which an installed copy may have from elsewhere than `root`.
-        "source_sha256": hash_source_tree(Path(specsplit.__file__).parent),
+        "software": software,
+        "lock": capture_lock(root, software["packages"]),
+        "git": {**capture_git(root), "changes": capture_diff(root)},
+        "source_sha256": combined_sha256(source_files),
+        "run_code_sha256": hash_run_code(source_files),
+        "source_files": source_files,
+        "workflow_sha256": combined_sha256(workflow_files),
+        "workflow_files": workflow_files,
     }
+    # Not the files themselves, whose hashes are recorded: they are written without secrets already.
+    record |= {key: redact(record[key]) for key in ("runs", "models", "dataset", "steps")}
+    dataset_files = [*sorted(dataset_manifest.parent.glob("*.jsonl")), *result_files]
+    record["checklist"] = make_checklist(record, runs, models, dataset_files)
+    record["complete"] = all(item["ok"] for item in record["checklist"])
+    check_record(record)
+    return record
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Raise UserError that lists where a record is not what record_schema.json says."""
+    problems = []
+    for error in _validator().iter_errors(record):
+        place = ".".join(map(str, error.absolute_path)) or "the record"
+        problems.append(f"{place}: {error.message[:200]}")
+    if problems:
+        more = f"\n... and {len(problems) - LISTED_PROBLEMS} more" if len(problems) > LISTED_PROBLEMS else ""
+        listed = "\n".join(problems[:LISTED_PROBLEMS])
+        raise UserError(f"not a provenance record of version {SCHEMA_VERSION}:\n{listed}{more}")
+
+
+@cache
+def _validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -89,95 +135,18 @@ def _file_entry(path: Path, root: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror or error}; make it again with the workflow") from None
 
 
-def _item(item: str, problems: Sequence[str], detail: str) -> dict[str, Any]:
-    """One line of the checklist; `detail` is what it says when there is no problem."""
-    return {"item": item, "ok": not problems, "detail": "; ".join(problems) or detail}
+def _explain_model(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with a `reason` for the nulls in each of its parts."""
+    explained = {key: _explain_model(value) if isinstance(value, dict) else value for key, value in manifest.items()}
+    nulls = [f"{key}: {MODEL_REASONS.get(key, 'not given')}" for key, value in manifest.items() if value is None]
+    return {**explained, "reason": "; ".join(nulls)} if nulls else explained
 
 
-Named = Sequence[tuple[str, Mapping[str, Any]]]
-
-
-def _check_seeds(config: Mapping[str, Any], runs: Named) -> dict[str, Any]:
-    seed = config.get("seed")
-    problems = [] if type(seed) is int else ["the configuration has no seed"]
-    for name, run in runs:
-        if run.get("seed", seed) != seed:
-            problems.append(f"{name}: seed {run['seed']}, but the configuration has {seed}")
-    return _item("seeds recorded", problems, f"seed {seed}")
-
-
-def _check_variable(variable: str, value: str, runs: Named) -> dict[str, Any]:
-    """The variable in the client of every run and in each worker that it used."""
-    problems = [] if runs else ["no run recorded"]
-    for name, run in runs:
-        processes = {name: run, **{f"{name}, {role} worker": w for role, w in (run.get("workers") or {}).items()}}
-        for where, process in processes.items():
-            environment = process.get("environment")
-            found = environment.get(variable) if isinstance(environment, Mapping) else None
-            if found != value:
-                problems.append(f"{where}: {'not set' if found is None else found}")
-    return _item(f"{variable}={value} in every run and its workers", problems, f"{len(runs)} run(s)")
-
-
-def _check_commands(runs: Named) -> dict[str, Any]:
-    problems = [] if runs else ["no run recorded"]
-    for name, run in runs:
-        argv = run.get("argv")
-        if not argv or not isinstance(argv, list):
-            problems.append(f"{name}: no command (argv)")
-        started, finished = _utc(run.get("started")), _utc(run.get("finished"))
-        if started is None or finished is None:
-            problems.append(f"{name}: started or finished is not a UTC time")
-        elif finished < started:
-            problems.append(f"{name}: finished before it started")
-        code = run.get("exit_code")
-        if type(code) is not int or code != 0:
-            problems.append(f"{name}: exit code {code}")
-    return _item("command, UTC times and exit code 0 of every run", problems, f"{len(runs)} run(s)")
-
-
-def _utc(text: Any) -> datetime | None:
-    try:
-        time = datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        return None
-    return time if time.utcoffset() == timedelta(0) else None
-
-
-def _check_models(models: Named) -> dict[str, Any]:
-    problems = [] if models else ["no model recorded"]
-    for name, model in models:
-        if _weights_sha256(model) is None:
-            problems.append(f"{name}: no weights_sha256")
-    detail = ", ".join(f"{model.get('name', name)} {_weights_sha256(model)}" for name, model in models)
-    return _item("models pinned by the hash of their weights", problems, detail)
-
-
-def _weights_sha256(model: Mapping[str, Any]) -> str | None:
-    fingerprint = model.get("fingerprint")
-    found = fingerprint.get("weights_sha256") if isinstance(fingerprint, Mapping) else None
-    return found if isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found) else None
-
-
-def _check_dataset(manifest: Mapping[str, Any], where: Path, results: Sequence[Path]) -> dict[str, Any]:
-    """The dataset lies beside its manifest, or among the results."""
-    item = "dataset matches the hash in its manifest"
-    expected = manifest.get("output_sha256")
-    if not isinstance(expected, str):
-        return _item(item, [f"{where.name}: no output_sha256"], "")
-    for path in (*sorted(where.parent.glob("*.jsonl")), *results):
-        if path.is_file() and sha256_file(path) == expected:
-            return _item(item, [], f"{path.name} {expected}")
-    return _item(item, [f"no file beside {where.name} has sha256 {expected}"], "")
-
-
-def _check_gpu(gpu: Mapping[str, Any]) -> dict[str, Any]:
-    problems = [] if gpu["available"] or gpu["reason"] else ["neither a GPU nor a reason"]
-    detail = f"{len(gpu['gpus'])} GPU(s)" if gpu["available"] else f"no GPU: {gpu['reason']}"
-    return _item("GPU state recorded or its absence explained", problems, detail)
-
-
-def _check_git(git: Mapping[str, Any]) -> dict[str, Any]:
-    problems = [] if git["commit"] else [str(git["reason"])]
-    changes = " with uncommitted changes" if git["dirty"] else ""
-    return _item("git commit known", problems, f"{git['commit']}{changes}")
+def _seeds(config: Mapping[str, Any], runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    return {
+        "configuration": config.get("seed"),
+        "bootstrap": config.get("seed"),
+        "requests": "of the run's seed and the request's id; results/requests.csv, column seed",
+        "runs": {name: run.get("seeds") for name, run in runs},
+        "reason": None if "seed" in config else "the configuration has no seed",
+    }

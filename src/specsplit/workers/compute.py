@@ -5,6 +5,8 @@ Torch keeps a team of worker threads for every thread that calls it, so all pass
 
 from __future__ import annotations
 
+import platform
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,25 @@ import torch
 from specsplit.workers.environment import usable_cores
 
 T = TypeVar("T")
+
+
+def describe_runtime(device: Any, seed: int) -> dict[str, str]:
+    """What beside the model decides what this process computes, for Describe. device: PyTorch's, of the model."""
+    cuda = torch.device(device).type == "cuda"
+    algorithms = "warn only" if torch.is_deterministic_algorithms_warn_only_enabled() else "enforced"
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "gpu": torch.cuda.get_device_name(device) if cuda else "None",
+        "seed": str(seed),
+        "deterministic_algorithms": algorithms if torch.are_deterministic_algorithms_enabled() else "off",
+        "cudnn_deterministic": str(torch.backends.cudnn.deterministic),
+        "cudnn_benchmark": str(torch.backends.cudnn.benchmark),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,7 @@ class ModelThread:
     """
 
     def __init__(self, threads: int | None, seed: int) -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # of the whole process
         self.threads = threads or usable_cores()
         self._closed = False
         self._entry = threading.Lock()  # nothing is queued behind the end
@@ -70,7 +92,6 @@ class ModelThread:
     def _work(self, seed: int) -> None:
         torch.set_num_threads(self.threads)
         torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True, warn_only=True)
         while (job := self._jobs.get()) is not None:
             work, answer = job
             value, started = None, time.perf_counter()
