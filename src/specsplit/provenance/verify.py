@@ -101,10 +101,12 @@ def _check_sums(name: str, experiment: Experiment, hashes: _Hashes, crate: Mappi
         verdict.blame(name, str(error))
         return
     verdict.checked.add(name)
-    crate_is_whole = sums.get(CRATE) == hashes.of(CRATE)
+    other, witness = (CRATE, crate) if crate else (RECORD, _record_hashes(experiment))
     for file, expected in sums.items():
-        if crate_is_whole and hashes.of(file) not in (None, expected) and crate.get(file) == hashes.of(file):
-            verdict.blame(name, f"its hash of {file} is neither the file's nor that in {CRATE}")
+        found = hashes.of(file)
+        # A second witness, itself as it was sealed, tells which of the two was changed.
+        if found not in (None, expected) and witness.get(file) == found and sums.get(other) == hashes.of(other):
+            verdict.blame(name, f"its hash of {file} is neither the file's nor that in {other}")
         else:
             _compare(file, expected, name, hashes, verdict)
 
@@ -129,6 +131,14 @@ def _crate_hashes(experiment: Experiment) -> dict[str, str]:
         return {unquote(entity["@id"]): entity["sha256"] for entity in files}
     except (UserError, KeyError, TypeError):
         return {}  # its own hash tells that it was changed
+
+
+def _record_hashes(experiment: Experiment) -> dict[str, str]:
+    try:
+        record = experiment.record()
+        return {entry["path"]: entry["sha256"] for entry in (*record["inputs"], *record["results"])}
+    except (UserError, KeyError, TypeError):
+        return {}
 
 
 # ---- the record
