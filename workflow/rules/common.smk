@@ -49,7 +49,7 @@ wildcard_constraints:
 
 # Jobs and workers end when this process does, and what a killed run left behind is cleared.
 begin_run()
-remember_workflow(workflow.cores)
+remember_workflow(workflow.cores, [os.path.relpath(file) for file in workflow.configfiles])
 
 
 # ---- for all rules

@@ -31,13 +31,10 @@ rule provenance:
         "results/logs/provenance.log",
     conda:
         "../../envs/specsplit.yaml"
-    # As a resource: the names of the files change no result.
-    resources:
-        config_files=shlex.join(map(os.path.relpath, workflow.configfiles)),
     shell:
-        "specsplit provenance record --config {input.config} --config-files {resources.config_files}"
-        " --runs {input.runs} --models {input.models} --dataset {input.dataset}"
-        " --results {input.prompts} {input.results} --output {output.record} --patch {output.patch} > {log} 2>&1"
+        "specsplit provenance record --config {input.config} --runs {input.runs} --models {input.models}"
+        " --dataset {input.dataset} --results {input.prompts} {input.results}"
+        " --output {output.record} --patch {output.patch} > {log} 2>&1"
 
 
 # All that was made, the code and the logs, without the weights: a Workflow Run RO-Crate.

@@ -16,7 +16,6 @@ def add_commands(subparsers: Any) -> None:
 
     record = commands.add_parser("record", help="write the record (the workflow does)")
     record.add_argument("--config", type=Path, required=True, help="the resolved configuration, as JSON")
-    record.add_argument("--config-files", type=Path, nargs="*", default=[], help="what it was read from")
     record.add_argument("--runs", type=Path, nargs="+", required=True, help="run.json of every run")
     record.add_argument("--models", type=Path, nargs="+", required=True, help="model.json of every model")
     record.add_argument("--dataset", type=Path, required=True, help="manifest of the dataset")
@@ -58,7 +57,6 @@ def run_record(args: argparse.Namespace) -> None:
 
     record = build_record(
         config=read_json_object(args.config),
-        config_files=args.config_files,
         run_files=args.runs,
         model_files=args.models,
         dataset_manifest=args.dataset,

@@ -14,7 +14,7 @@ from specsplit.workers.environment import REQUIRED
 Named = Sequence[tuple[str, Mapping[str, Any]]]
 
 # Here a null is an answer: not set, no limit, no error.
-OWN_WORDS = ("config", "environment", "dataset", "orchestrator", "error", "inputs", "config_files")
+OWN_WORDS = ("config", "environment", "dataset", "orchestrator", "error", "inputs")
 
 
 def make_checklist(record: Mapping[str, Any], runs: Named, models: Named, dataset_files: Sequence[Path]) -> list[Any]:

@@ -48,16 +48,14 @@ def build_record(
     model_files: Sequence[Path],
     dataset_manifest: Path,
     result_files: Sequence[Path],
-    config_files: Sequence[Path] = (),
     root: Path,
 ) -> dict[str, Any]:
     """The provenance record of one experiment: inputs, commands, surroundings, hashes of the results.
 
     run_files: the run.json of every run. model_files: the model.json of every model. They and the manifest of the
-    dataset are embedded as they are. config_files: what the configuration was read from, by name only, since a comment
-    in them changes nothing. root: the project's folder;
-    paths inside it are recorded relative to it. `checklist` is what a reviewer would ask for, as {item, ok, detail};
-    `complete`: all of it is there. Secrets are left out. Raises UserError that names a missing or malformed file.
+    dataset are embedded as they are. root: the project's folder; paths inside it are recorded relative to it.
+    `checklist` is what a reviewer would ask for, as {item, ok, detail}; `complete`: all of it is there. Secrets are
+    left out. Raises UserError that names a missing or malformed file.
     """
     config = redact(config)
     runs = [(_relative(path, root), read_json_object(path)) for path in run_files]
@@ -76,7 +74,6 @@ def build_record(
         "checklist": [],
         "config": config,
         "config_sha256": json_sha256(config),
-        "config_files": [_relative(path, root) for path in config_files],
         "workflow": workflow_command(),
         "steps": read_steps([entry["path"] for entry in (*inputs, *results)], root),
         "runs": [{"file": name, **run} for name, run in runs],
@@ -108,6 +105,12 @@ def build_record(
 
 def check_record(record: Mapping[str, Any]) -> None:
     """Raise UserError that lists where a record is not what record_schema.json says."""
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"a record of version {version}, not {SCHEMA_VERSION}: make it again with "
+            "snakemake --cores N --forcerun provenance -- results/summary.csv"
+        )
     problems = []
     for error in _validator().iter_errors(record):
         place = ".".join(map(str, error.absolute_path)) or "the record"

@@ -31,9 +31,9 @@ def is_secret_name(name: str) -> bool:
     return bool(_WORDS & set(words)) or any(pair in _PAIRS for pair in pairwise(words))
 
 
-def find_secret(text: str) -> int | None:
-    """Where in `text` a secret begins, if there is one."""
-    places = [found.start() for found in [_TOKEN.search(text)] if found]
+def find_secret(text: str, patterns: bool = True) -> int | None:
+    """Where in `text` a secret begins, if there is one. patterns: look for well-known forms too, beside known values."""
+    places = [found.start() for found in [_TOKEN.search(text) if patterns else None] if found]
     places += [text.index(value) for value in _secret_values() if value in text]
     return min(places, default=None)
 

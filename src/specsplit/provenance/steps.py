@@ -20,24 +20,28 @@ COMMAND = "SPECSPLIT_WORKFLOW_COMMAND"
 NAME_LENGTH = 254  # Snakemake cuts longer names into folders: the longest name of a file, less one
 
 
-def remember_workflow(cores: int | None) -> None:
-    """Leave the command line of this Snakemake in the environment, for the jobs that it starts."""
-    # Jobs read the Snakefile too.
-    os.environ.setdefault(COMMAND, json.dumps({"argv": ["snakemake", *sys.argv[1:]], "cores": cores}))
+def remember_workflow(cores: int | None, config_files: Sequence[str]) -> None:
+    """Leave the command line of this Snakemake in the environment, for the jobs that it starts.
+
+    Neither inputs nor parameters of the rules: another way to ask for the same results reruns nothing.
+    """
+    told = {"argv": ["snakemake", *sys.argv[1:]], "cores": cores, "config_files": list(config_files)}
+    os.environ.setdefault(COMMAND, json.dumps(told))  # jobs read the Snakefile too
 
 
 def workflow_command() -> dict[str, Any]:
-    """{command, argv, cores, reason} of the Snakemake that this process is a job of."""
+    """{command, argv, cores, config_files, reason} of the Snakemake that this process is a job of."""
     try:
         told = json.loads(os.environ[COMMAND])
     except (KeyError, ValueError):
         reason = "not started by the workflow, or on a host that does not get its environment"
-        return {"command": None, "argv": None, "cores": None, "reason": reason}
+        return {**dict.fromkeys(("command", "argv", "cores", "config_files")), "reason": reason}
     argv = redact_arguments(told["argv"])
     return {
         "command": shlex.join(argv),
         "argv": argv,
         "cores": told["cores"],
+        "config_files": told["config_files"],
         "reason": None if told["cores"] else "cores: the scheduler decides",
     }
 
