@@ -105,6 +105,7 @@ def make_run(gamma: int = 2, **changes: Any) -> dict[str, Any]:
             "command": "snakemake --cores 2",
             "argv": ["snakemake", "--cores", "2"],
             "cores": 2,
+            "config_files": ["config/config.yaml"],
             "reason": None,
         },
         "started": "2025-01-31T12:00:00Z",
@@ -240,8 +241,8 @@ class Experiment:
         folder = self.results / "provenance"
         write_json(folder / "config.json", self.config)
         status, printed = specsplit(
-            *("provenance", "record", "--config", "results/provenance/config.json", "--config-files"),
-            *("config/config.yaml", "--runs", *self._names(self.runs), "--models", *self._names([self.model])),
+            *("provenance", "record", "--config", "results/provenance/config.json"),
+            *("--runs", *self._names(self.runs), "--models", *self._names([self.model])),
             *("--dataset", "results/dataset/manifest.json", "--results", "results/requests.csv"),
             *("results/per_round.csv", "--output", RECORD, "--patch", "results/provenance/changes.patch"),
             folder=self.root,

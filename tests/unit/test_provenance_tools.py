@@ -116,6 +116,8 @@ def test_a_record_that_contradicts_itself(finished: Experiment, key: str) -> Non
 def test_a_file_that_is_no_record(finished: Experiment) -> None:
     (finished.root / SEAL).unlink()
     write_json(finished.root / RECORD, {"schema_version": 1})
+    assert differing(finished.results)[RECORD].startswith("a record of version 1, not 2: make it again")
+    write_json(finished.root / RECORD, {"schema_version": 2})
     assert differing(finished.results)[RECORD].startswith("not a provenance record of version 2:")
 
 
@@ -237,6 +239,13 @@ def test_no_archive_with_a_secret(finished: Experiment, monkeypatch: pytest.Monk
     with pytest.raises(AssertionError, match=r"results/logs/merge\.log, line 2: looks like a password or token"):
         finished.archive()
     assert not (finished.results / "archive.zip").exists()
+    (finished.results / "logs" / "merge.log").write_text("merged\n")
+    outputs = finished.runs[1].with_name("outputs.jsonl")
+    outputs.write_text('{"text": "curl https://user:password@example.org"}\n')  # what a model may well write
+    finished.archive()
+    outputs.write_text('{"text": "correct-horse-battery"}\n')
+    with pytest.raises(AssertionError, match=r"gamma_2/outputs\.jsonl, line 1: looks like"):
+        finished.archive()
 
 
 def test_no_archive_of_other_code_than_the_record_has(finished: Experiment) -> None:

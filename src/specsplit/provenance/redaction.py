@@ -32,7 +32,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def find_secret(text: str, patterns: bool = True) -> int | None:
-    """Where in `text` a secret begins, if there is one. patterns: look for well-known forms too, beside known values."""
+    """Where in `text` a secret begins, if there is one. patterns: look for well-known forms as well as known values."""
     places = [found.start() for found in [_TOKEN.search(text) if patterns else None] if found]
     places += [text.index(value) for value in _secret_values() if value in text]
     return min(places, default=None)
