@@ -48,16 +48,19 @@ rule summary:
         provenance="results/provenance/provenance.json",
         code=source("analysis/tables.py", "analysis/reading.py", "analysis/statistics.py"),
     output:
-        "results/summary.csv",
+        summary="results/summary.csv",
+        seal="results/provenance/SHA256SUMS",
     log:
         "results/logs/summary.log",
     conda:
         "../../envs/specsplit.yaml"
     params:
-        flags(
+        settings=flags(
             confidence=config["statistics"]["confidence"],
             bootstrap_samples=config["statistics"]["bootstrap_samples"],
             seed=config["seed"],
         ),
+        sealed=lambda wildcards: result_files(),
     shell:
-        "specsplit analyze --no-figures --results-dir results {params} > {log} 2>&1"
+        "specsplit analyze --no-figures --results-dir results {params.settings} > {log} 2>&1"
+        " && specsplit provenance seal --output {output.seal} {params.sealed} >> {log} 2>&1"

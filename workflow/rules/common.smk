@@ -10,6 +10,8 @@ try:
     from specsplit.bench.sweep import plain_number, sweep_points
     from specsplit.errors import UserError
     from specsplit.pipeline_config import load_pipeline_config
+    from specsplit.provenance.capture import RUN_CODE, WORKFLOW_FILES
+    from specsplit.provenance.steps import remember_workflow
     from specsplit.workers.environment import threads_beside_another
     from specsplit.workflow_runs import begin_run
 except ModuleNotFoundError as error:
@@ -62,6 +64,7 @@ wildcard_constraints:
 
 # Jobs and workers end when this process does, and what a killed run left behind is cleared.
 begin_run()
+remember_workflow(workflow.cores, [os.path.relpath(file) for file in workflow.configfiles])
 
 
 # ---- for all rules
@@ -77,10 +80,7 @@ def source(*parts):
 
 
 # What decides the texts and times of every measurement with workers.
-MEASURED_WITH = source(
-    *("decoding", "models", "workers", "rpc", "config.py"),
-    *("bench/runner.py", "bench/metrics.py", "bench/dataset.py", "bench/sweep.py"),
-)
+MEASURED_WITH = source(*RUN_CODE)
 
 
 def flags(**values):
@@ -189,6 +189,28 @@ def speaks_through(role):
 def attach_address(role):
     """host:port of the running worker to use, or nothing: start one."""
     return os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or config["workers"][f"{role}_address"] or ""
+
+
+# ---- results
+
+
+def run_files(*names):
+    """Files of every run's folder."""
+    return expand("results/runs/{point}/{name}", point=POINTS, name=names)
+
+
+def result_files():
+    """All that the main job leaves, but for the logs and what seals it."""
+    return [
+        "results/summary.csv",
+        "results/requests.csv",
+        "results/per_round.csv",
+        *rules.figures.output,
+        *rules.prepare_dataset.output,
+        *rules.resolved_config.output,
+        *rules.provenance.output,
+        *run_files("requests.csv", "per_round.csv", "outputs.jsonl", "run.json"),
+    ]
 
 
 # ---- runs

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -24,15 +24,28 @@ from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecor
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import UserError
+from specsplit.hashing import combined_sha256
 from specsplit.jsonio import write_json
 from specsplit.models.text import TextCodec
-from specsplit.provenance.capture import capture_environment, capture_software, utc_now
+from specsplit.provenance.capture import (
+    capture_environment,
+    capture_machine,
+    capture_software,
+    hash_run_code,
+    hash_tree,
+    utc_now,
+)
+from specsplit.provenance.git import capture_git
+from specsplit.provenance.gpu import GpuSampler, capture_gpu
+from specsplit.provenance.redaction import redact, redact_arguments
+from specsplit.provenance.steps import workflow_command
 from specsplit.workers.endpoint import Endpoint, description_dict
 from specsplit.workers.orchestrator.connection import Connection
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import SpeculativeResult
 
-RUN_SCHEMA_VERSION = 1
+RUN_SCHEMA_VERSION = 2
+PACKAGE = Path(specsplit.__file__).parent
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl")
 
 
@@ -48,6 +61,24 @@ class Request:
 def resolve_address(address: str) -> str:
     """host:port as it is; the path of an endpoint file (ending in .json) gives the address in it."""
     return Endpoint.read(Path(address)).address if address.endswith(".json") else address
+
+
+def worker_origin(address: str) -> dict[str, Any]:
+    """Who started the worker at an address or endpoint file: {attached, host, process_started, log, reason}.
+
+    What is not known of a worker that was attached to is null.
+    """
+    reason = "attached to: whoever started the worker knows"
+    if not address.endswith(".json"):
+        return {"attached": True, "host": None, "process_started": None, "log": None, "reason": reason}
+    endpoint = Endpoint.read(Path(address))
+    return {
+        "attached": endpoint.attached,
+        "host": endpoint.host,
+        "process_started": endpoint.started,
+        "log": endpoint.log,
+        "reason": reason if endpoint.log is None or endpoint.started is None else None,
+    }
 
 
 def encode_prompts(prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int) -> list[Request]:
@@ -74,6 +105,7 @@ def run_requests(
     warmup: int = 1,
     repeats: int = 1,
     inputs: dict[str, Any] | None = None,
+    origins: Mapping[str, Mapping[str, Any]] | None = None,
     on_done: Callable[[RequestRecord], None] = lambda record: None,
 ) -> None:
     """One run: every request in order, as the configuration says, and all of them `repeats` times; writes `run_dir`.
@@ -81,17 +113,26 @@ def run_requests(
     draft: may be None when gamma is 0. config.seed: each text gets a seed of its own, from it and the request's id.
     warmup: requests run first and not recorded. repeats: a request has the same seed each time.
     inputs: what run.json says of files read (path, sha256).
+    origins: what it says of each role's worker beside Describe's reply, as worker_origin gives it.
     on_done: called after each request. Raises WorkerError; then run.json holds the error and exit_code 1.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in (*TABLES, *(f"{table}.part" for table in TABLES), "run.json"):
         (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
-    run = _describe_run(draft, target, codec, config, warmup, repeats, inputs or {})
+    gpu_before = capture_gpu()
+    run = _describe_run(draft, target, codec, config, warmup, repeats, inputs or {}, origins or {})
     controller = None
     if config.max_draft_tokens == "auto":
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+    sampler = GpuSampler()
+
+    def end(code: int, error: str | None) -> None:
+        finished = {"finished": utc_now(), "exit_code": code, "error": error}
+        gpu = {"before": gpu_before, "after": capture_gpu(), "samples": sampler.samples}
+        write_json(run_dir / "run.json", redact({**run, **finished, "gpu": gpu}))
+
     try:
-        with TextWriter(draft.address if draft else None, target.address) as writer:
+        with sampler, TextWriter(draft.address if draft else None, target.address) as writer:
 
             def write(request: Request) -> tuple[OrchestratorConfig, SpeculativeResult]:
                 own = config.model_copy(update={"seed": request_seed(config.seed, request.id)})
@@ -101,10 +142,9 @@ def run_requests(
                 write(requests[i % len(requests)])
             _write_rows(requests, repeats, write, codec, run_dir, on_done)
     except BaseException as error:
-        reason = str(error) if isinstance(error, UserError) else repr(error)
-        write_json(run_dir / "run.json", {**run, "finished": utc_now(), "exit_code": 1, "error": reason})
+        end(1, str(error) if isinstance(error, UserError) else repr(error))
         raise
-    write_json(run_dir / "run.json", {**run, "finished": utc_now(), "exit_code": 0, "error": None})
+    end(0, None)
 
 
 def request_seed(seed: int, request_id: str) -> int:
@@ -219,21 +259,37 @@ def _describe_run(
     warmup: int,
     repeats: int,
     inputs: dict[str, Any],
+    origins: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
+    argv = redact_arguments(["specsplit", *sys.argv[1:]])
+    workers = {
+        c.role: {"address": c.address, **origins.get(c.role, {}), **description_dict(c.description)}
+        for c in (draft, target)
+        if c
+    }
+    source_files = hash_tree(PACKAGE)
     return {
         "schema_version": RUN_SCHEMA_VERSION,
-        "command": shlex.join(["specsplit", *sys.argv[1:]]),
-        "argv": ["specsplit", *sys.argv[1:]],
+        "command": shlex.join(argv),
+        "argv": argv,
+        "workflow": workflow_command(),
         "started": utc_now(),
         "gamma": config.max_draft_tokens,
-        "seeds": {"orchestrator": config.seed},
+        "seeds": {
+            "orchestrator": config.seed,
+            **{f"{role}_worker": int(w["runtime"]["seed"]) for role, w in workers.items() if "seed" in w["runtime"]},
+        },
         "warmup_requests": warmup,
         "repeats": repeats,
         "orchestrator": config.model_dump(mode="json"),
-        "workers": {c.role: {"address": c.address, **description_dict(c.description)} for c in (draft, target) if c},
+        "workers": workers,
         "inputs": inputs,
         "tokenizer_sha256": codec.sha256,
+        "machine": capture_machine(),
         "environment": capture_environment(),
         "software_sha256": capture_software()["sha256"],
         "specsplit_version": specsplit.__version__,
+        "source_sha256": combined_sha256(source_files),
+        "run_code_sha256": hash_run_code(source_files),
+        "git": capture_git(PACKAGE),
     }

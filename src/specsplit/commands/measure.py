@@ -104,7 +104,7 @@ def run_bench(args: argparse.Namespace) -> None:
 
     ensure_deterministic_environment()
     from specsplit.bench.progress import Progress
-    from specsplit.bench.runner import encode_prompts, resolve_address, run_requests
+    from specsplit.bench.runner import encode_prompts, resolve_address, run_requests, worker_origin
     from specsplit.commands.plan import plan_bench
     from specsplit.workers.lease import end_with_lease
     from specsplit.workers.orchestrator.connection import connected_pair
@@ -118,10 +118,12 @@ def run_bench(args: argparse.Namespace) -> None:
         return
     points, config = plan.points, plan.config
     run_dirs = {point: args.results_dir / "runs" / point.label for point in points}
-    resolved = {"target_address": resolve_address(config.target_address)}
+    addresses = {"target": config.target_address}
     drafting = [point for point in points if point.gamma != 0]
     if drafting:
-        resolved["draft_address"] = resolve_address(config.draft_address)
+        addresses["draft"] = config.draft_address
+    resolved = {f"{role}_address": resolve_address(address) for role, address in addresses.items()}
+    origins = {role: worker_origin(address) for role, address in addresses.items()}
     # A point that drafts, if there is one, decides whether a draft worker is needed.
     first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
     with connected_pair(first, plan.codec.sha256) as (draft, target):
@@ -139,6 +141,7 @@ def run_bench(args: argparse.Namespace) -> None:
                     warmup=args.warmup,
                     repeats=args.repeats,
                     inputs=plan.inputs,
+                    origins=origins,
                     on_done=progress.done,
                 )
     if not args.only:

@@ -24,6 +24,7 @@ class Endpoint:
     address: host:port. attached: it was running before and is never stopped by the workflow.
     pid, started: its process on `host` (null when attached). holder: the process whose lease it holds.
     worker: what Describe says. shared: others may use this process too, and it ends after the last of them.
+    log: the file with what it prints (null when attached).
     """
 
     address: str
@@ -35,6 +36,7 @@ class Endpoint:
     holder_started: float | None
     worker: dict[str, Any]
     shared: bool = False
+    log: str | None = None
 
     @classmethod
     def local(cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None) -> Endpoint:

@@ -102,7 +102,7 @@ def share_worker(
             endpoint = start_worker(role, arguments, endpoint_file=own_file, log_file=log_file, timeout_s=timeout_s)
         with users.open("a", encoding="utf-8") as file:
             file.write(f"{endpoint_file.absolute()}\n")
-        endpoint = replace(endpoint, shared=True)
+        endpoint = replace(endpoint, shared=True, log=str(log_file))
         endpoint.write(endpoint_file)
     return endpoint
 
