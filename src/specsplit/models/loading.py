@@ -56,7 +56,7 @@ class LanguageModel(Protocol):
 
 
 def load_model(
-    folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int
+    folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int = 1
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """The model in `folder`, ready to run, and its identity: model, weights_sha256, tokenizer_sha256, parameters.
 
