@@ -108,7 +108,7 @@ def test_text_is_the_targets_own(architecture):
     rates = {}
     for name, draft in drafts.items():
         runs = []
-        for gamma in GAMMAS:
+        for gamma in GAMMAS if name == "noisy" else (3,):
             for shape in SHAPES:
                 runs.append(generate(target, draft, gamma, shape, check=name == "noisy" and gamma in (2, 5)))
                 assert runs[-1].text == expected, (name, gamma, shape)

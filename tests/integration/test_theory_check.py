@@ -15,7 +15,7 @@ from specsplit.decoding.theory import expected_tokens, tpot_ms
 
 def test_the_table_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, figure = tmp_path / "tables" / "check.csv", tmp_path / "check.png"
-    settings = ["--gamma", "2", "auto", "--rtt-ms", "0", "6", "--tokens", "40", "--texts", "1"]
+    settings = ["--gamma", "2", "auto", "--rtt-ms", "0", "6", "--tokens", "24", "--texts", "1"]
     times = ["--draft-ms", "1", "--verify-ms", "8"]
     main(["theory-check", "--output", str(output), "--figure", str(figure), *settings, *times])
     rows = pd.read_csv(output)

@@ -253,6 +253,7 @@ def test_dead_worker_address(workspace):
     assert "no target worker answers at 127.0.0.1:1" in text
 
 
+@pytest.mark.slow
 def test_attach_to_a_running_worker(workspace):
     """The address in the environment is used, the worker is checked and left running."""
     workspace.run("--until", "prepare_model")
@@ -299,6 +300,7 @@ def test_one_failed_gamma_keeps_the_others(workspace):
     workspace.run()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_other_axes_with_layers_that_are_looked_for(workspace):
     """Modes, a tree, auto and a temperature, and a draft made by rule pick_layers, in real runs."""
     workspace.config |= {
