@@ -29,7 +29,8 @@ from specsplit.workers.launch import start_worker, stop_worker
 from specsplit.workers.lease import hold_lease
 
 MB = 1e6
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2}  # int8: of the cache, and at most of the weights
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2}  # int8: at most, with an embedding in bfloat16
+CACHE_BYTES = 4  # engine fused keeps float32
 # What a process takes that has loaded the libraries and multiplied once.
 LIBRARIES = """
 import psutil, torch, grpc
@@ -99,7 +100,7 @@ def budget(args: argparse.Namespace, dtype: str, endpoint: Endpoint) -> dict[str
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         tokens = endpoint.worker["max_context"] * args.max_sessions
-        cache = 2 * config.num_hidden_layers * heads * head * tokens * BYTES[dtype]
+        cache = 2 * config.num_hidden_layers * heads * head * tokens * CACHE_BYTES
     return {"weights_mb": endpoint.worker["parameters"] * BYTES[dtype] / MB, "cache_mb": cache / MB}
 
 

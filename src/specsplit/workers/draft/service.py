@@ -1,4 +1,4 @@
-"""DraftService: checks requests, keeps sessions, calls the engine on the model thread."""
+"""DraftService: checks requests, keeps sessions, calls the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TargetService: checks requests, keeps sessions, calls the engine on the model thread."""
+"""TargetService: checks requests, keeps sessions, calls the engine."""
 
 from __future__ import annotations
 
