@@ -17,8 +17,8 @@ from specsplit.config import OrchestratorConfig
 from specsplit.models.sources import prepare_model
 from specsplit.workers.orchestrator.pipeline import TextWriter
 
-from conftest import VOCAB, make_tokenizer
 from grpc_fixtures import PROMPTS, Reference, Worker, serving
+from tiny_models import VOCAB, make_tokenizer
 
 LENGTH = 24
 KINDS = ("ngram", "int8", "skipped layer", "reduced head", "another tokenizer")

@@ -14,7 +14,7 @@ from specsplit.workers.draft.engine import Drafter, DraftSettings
 from specsplit.workers.sessions import Session
 from specsplit.workers.target.engine import verify_tree
 
-from conftest import ARCHITECTURES, make_tiny_model
+from tiny_models import ARCHITECTURES, make_tiny_model
 
 PROMPT = [5, 9, 33, 71, 12]
 LENGTH = 24

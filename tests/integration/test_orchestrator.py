@@ -19,8 +19,8 @@ from specsplit.workers.orchestrator.client import run_speculative_loop
 from specsplit.workers.orchestrator.connection import WorkerError, check_tokenizers, connect, connected_pair
 from specsplit.workers.orchestrator.result import SpeculativeResult
 
-from conftest import SMALL, make_tokenizer
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
+from tiny_models import SMALL, make_tokenizer
 
 PROMPT = PROMPTS[0]
 LENGTH = 40

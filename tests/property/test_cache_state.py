@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.models.causal_lm import CausalLM
 
-from conftest import ARCHITECTURES, VOCAB, make_tiny_model
+from tiny_models import ARCHITECTURES, VOCAB, make_tiny_model
 
 CAPACITY = 96
 LOADED = {architecture: CausalLM(make_tiny_model(architecture)) for architecture in ARCHITECTURES}

@@ -17,7 +17,7 @@ from specsplit.models import causal_lm
 from specsplit.models.causal_lm import CausalLM
 from specsplit.models.kv_cache import KVCache
 
-from conftest import ARCHITECTURES, COMMON, SMALL, make_tiny_model, random_model
+from tiny_models import ARCHITECTURES, COMMON, SMALL, make_tiny_model, random_model
 
 PROMPT = [5, 9, 33, 71, 12, 90, 44, 8, 101, 63, 27]
 
@@ -38,7 +38,7 @@ def test_logits_are_those_of_transformers(architecture):
     torch.testing.assert_close(chain, expected[4:], rtol=1e-4, atol=1e-3)
 
 
-# Beyond the models of conftest: other attention, other norms, experts, learned positions, logits with a soft cap.
+# Beyond the tiny models of every test: other attention, other norms, experts, learned positions, logits with a soft cap.
 OTHERS = {
     "gemma2": transformers.Gemma2Config(**SMALL, sliding_window=8),
     "phi3": transformers.Phi3Config(**{**SMALL, "num_key_value_heads": 4, "sliding_window": 8}),

@@ -18,7 +18,7 @@ from specsplit.models.passes import Pass
 from specsplit.models.quantise import quantise_linears
 from specsplit.models.sources import resolve_model
 
-from conftest import SMALL, make_tiny_model, random_model
+from tiny_models import SMALL, make_tiny_model, random_model
 
 PROMPT = [5, 9, 33, 71, 12, 90, 44, 8, 101, 63, 27]
 TREE = TokenTree([5, 6, 7, 8, 9], [-1, -1, 0, 1, 3], [-1.0] * 5)

@@ -15,7 +15,7 @@ from specsplit.errors import UserError
 from specsplit.models.causal_lm import CausalLM, without_layers
 from specsplit.models.layer_search import search_layers
 
-from conftest import SMALL, make_tiny_model, make_tokenizer, random_model
+from tiny_models import SMALL, make_tiny_model, make_tokenizer, random_model
 
 PROMPTS = [[5, 9, 33, 71], [12, 90, 44, 8, 101], [63, 27]]
 LAYER_TYPES = ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]

@@ -13,7 +13,7 @@ from specsplit.models import causal_lm
 from specsplit.models.causal_lm import CausalLM
 from specsplit.models.quantise import MANY_ROWS, Int8Linear, quantise_linears
 
-from conftest import ARCHITECTURES, SMALL, make_tiny_model, random_model
+from tiny_models import ARCHITECTURES, SMALL, make_tiny_model, random_model
 
 PROMPT = [5, 9, 33, 71, 12, 90, 44, 8, 101, 63, 27]
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from specsplit.errors import UserError
 from specsplit.models.text import TextCodec, TextStream
 
-from conftest import make_tokenizer
+from tiny_models import make_tokenizer
 
 
 def byte_codec() -> TextCodec:

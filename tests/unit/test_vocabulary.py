@@ -23,7 +23,7 @@ from specsplit.models.vocabulary import (
     spellings,
 )
 
-from conftest import VOCAB, make_tokenizer
+from tiny_models import VOCAB, make_tokenizer
 
 CORPUS = ["The quick brown fox jumps over the lazy dog. ", "naïve café text, new lines\n\nand 12 numbers."] * 20
 SENTENCE = "The quick dog, the café\nand the 🙂 fox."
