@@ -18,10 +18,10 @@ results: .venv/installed
 	$(RUN) snakemake --cores $(CORES) results/summary.csv
 	@cat results/logs/summary.log
 
-# Tests of processes and workflows run one at a time: they take every core, and some wait for one another's ends.
+# Tests of the workflow run one at a time: a workflow takes every core.
 test: .venv/installed-dev
-	$(RUN) pytest -n $(CORES) --dist loadfile -m "not slow" tests/unit tests/property
-	$(RUN) pytest -m "not slow" tests/integration tests/workflow
+	$(RUN) pytest -n $(CORES) --dist loadfile -m "not slow" tests/unit tests/property tests/integration
+	$(RUN) pytest -m "not slow" tests/workflow
 
 test-all: .venv/installed-dev
 	$(RUN) pytest

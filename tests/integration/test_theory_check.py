@@ -61,6 +61,7 @@ def test_a_bare_round_trip_takes_time_and_leaves_no_process() -> None:
     assert 0 < bare_round_trip_ms(1.0, repeats=5) < 1000
 
 
+@pytest.mark.slow
 def test_a_text_that_is_not_the_targets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(theory_check, "bare_round_trip_ms", lambda pause_ms: 0.1)
     written = theory_check.TextWriter.write

@@ -28,8 +28,8 @@ class Workspace:
         for name in ("Snakefile", "workflow", "config", "profiles", "envs", "src"):
             source = ROOT / name
             if source.is_dir():
-                ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-                shutil.copytree(source, folder / name, ignore=ignore)
+                # With __pycache__, which holds the compiled kernels.
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.egg-info"))
             else:
                 shutil.copy(source, folder / name)
         self.config = {

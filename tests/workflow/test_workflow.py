@@ -281,6 +281,7 @@ def test_attach_to_a_running_worker(workspace):
         (workspace.folder / "mine.json").unlink()
 
 
+@pytest.mark.slow
 def test_one_failed_gamma_keeps_the_others(workspace):
     """With --keep-going a run that fails loses nothing of the runs that worked, and the next call makes it."""
     marker = workspace.folder / "fail"
