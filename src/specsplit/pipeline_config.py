@@ -301,6 +301,12 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     draft = models.get(config["draft"]["model"], {})
     if config["draft"]["skip_layers"] and draft.get("source") in ("synthetic", "ngram"):
         yield f"draft.skip_layers: the {draft['source']} model {config['draft']['model']} has no layers; write []"
+    workers = config["workers"]
+    if workers["gpus"] and workers["device"] not in ("auto", "cuda"):
+        yield (
+            f"workers.gpus: {workers['gpus']} with workers.device {workers['device']}; each worker sees only its own GPU "
+            "then: write device auto or cuda"
+        )
     yield from _check_ngram_models(config)
 
 

@@ -19,14 +19,13 @@ from specsplit.bench.runner import (
     encode_prompts,
     request_record,
     request_seed,
-    resolve_address,
     round_records,
     run_requests,
 )
 from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.endpoint import Endpoint
+from specsplit.workers.endpoint import Endpoint, resolve_address
 from specsplit.workers.orchestrator.connection import Connection, WorkerError
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import Round, SpeculativeResult

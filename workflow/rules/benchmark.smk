@@ -3,9 +3,7 @@
 
 rule benchmark:
     input:
-        endpoints=lambda wildcards: expand(
-            "results/workers/{point}/{role}.json", point=wildcards.point, role=run_roles(wildcards.point)
-        ),
+        endpoints=lambda wildcards: run_endpoints(wildcards.point),
         prompts="results/dataset/prompts.jsonl",
         models=lambda wildcards: sorted({role_model(role) for role in run_roles(wildcards.point)}),
         layers=lambda wildcards: [file for role in run_roles(wildcards.point) for file in layers_file(role)],
@@ -20,12 +18,14 @@ rule benchmark:
     conda:
         "../../envs/specsplit.yaml"
     threads: workflow.cores or 1
+    resources:
+        gpu=config["workers"]["gpus"],
+        workers=lambda wildcards: run_workers(wildcards.point),
     params:
-        addresses=lambda wildcards, input: flags(**{f"{Path(file).stem}_addr": file for file in input.endpoints}),
         settings=lambda wildcards: run_settings(wildcards.point),
-        # Not used by the command: other workers, other results.
+        # Not used by the command, which has it from the resources: other workers, other results.
         workers=lambda wildcards: [worker_settings(role, wildcards.point) for role in run_roles(wildcards.point)],
         tokenizer=f"resources/models/{config['target']['model']}",
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results"
-        " --tokenizer {params.tokenizer} {params.addresses} {params.settings} > {log} 2>&1"
+        " --tokenizer {params.tokenizer} {resources.workers} --gpus {resources.gpu} {params.settings} > {log} 2>&1"

@@ -147,8 +147,19 @@ def speaks_through(role):
 
 
 def attach_address(role):
-    """host:port of the running worker to use, or nothing: start one."""
+    """Address, or address file, of the running worker to use, or nothing: start one."""
     return os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or config["workers"][f"{role}_address"] or ""
+
+
+def worker_operation(role):
+    """How a run's worker is operated. No params: it changes no result, so a change of it reruns nothing."""
+    workers = config["workers"]
+    return flags(
+        max_sessions=workers["max_sessions"],
+        session_ttl_s=workers["session_ttl_s"],
+        startup_timeout_s=workers["startup_timeout_s"],
+        attach=attach_address(role) or None,
+    )
 
 
 # ---- runs
@@ -157,6 +168,33 @@ def attach_address(role):
 def run_roles(label):
     """Gamma 0 is the target alone."""
     return ["target"] if POINTS[label].gamma == 0 else ROLES
+
+
+def run_endpoints(label):
+    """Endpoint files of the workers that are started before the run; nothing when the run's own job starts them."""
+    if config["workers"]["lifecycle"] == "job":
+        return []
+    if workflow.non_local_exec and not all(map(attach_address, run_roles(label))):
+        raise WorkflowError(
+            "workers.lifecycle is workflow, but jobs go to a cluster, where a worker ends with the job that started it: "
+            "set workers.lifecycle to job (profiles/slurm does), or name running workers by workers.draft_address and "
+            "workers.target_address"
+        )
+    return expand("results/workers/{point}/{role}.json", point=label, role=run_roles(label))
+
+
+def run_workers(label):
+    """Flags of bench that say where its workers are, or how to start them."""
+    roles = run_roles(label)
+    if config["workers"]["lifecycle"] == "workflow":
+        return flags(**{f"{role}_addr": f"results/workers/{label}/{role}.json" for role in roles})
+    return flags(
+        **{
+            f"start_{role}": f"--model {role_model(role)} --worker-log results/logs/workers/{label}_{role}.log "
+            f"{worker_settings(role, label)} {worker_operation(role)}"
+            for role in roles
+        }
+    )
 
 
 def run_settings(label):

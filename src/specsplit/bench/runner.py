@@ -26,7 +26,7 @@ from specsplit.errors import UserError
 from specsplit.jsonio import write_json
 from specsplit.models.text import TextCodec
 from specsplit.provenance.capture import capture_environment, capture_software, utc_now
-from specsplit.workers.endpoint import Endpoint, description_dict
+from specsplit.workers.endpoint import description_dict
 from specsplit.workers.orchestrator.connection import Connection
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import SpeculativeResult
@@ -42,11 +42,6 @@ class Request:
     id: str
     category: str
     token_ids: list[int]
-
-
-def resolve_address(address: str) -> str:
-    """host:port as it is; the path of an endpoint file (ending in .json) gives the address in it."""
-    return Endpoint.read(Path(address)).address if address.endswith(".json") else address
 
 
 def encode_prompts(prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int) -> list[Request]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS, sweep_points
 from specsplit.commands.flags import add_setting_flags, load_settings
+from specsplit.commands.serve import ROLES, add_gpus_flag, own_worker
 from specsplit.config import MAX_GAMMA, OrchestratorConfig
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
@@ -59,6 +61,13 @@ def add_commands(subparsers: Any) -> None:
         action="store_true",
         help="run just the points named and write no merged tables (the workflow merges)",
     )
+    for role in ROLES:
+        bench.add_argument(
+            f"--start-{role}",
+            metavar="FLAGS",
+            help=f"start a {role} worker with these flags of start-worker for this call alone, and stop it again",
+        )
+    add_gpus_flag(bench)
     add_setting_flags(bench, OrchestratorConfig, only=BENCH_SETTINGS)
     bench.set_defaults(run=run_bench)
 
@@ -82,10 +91,12 @@ def run_bench(args: argparse.Namespace) -> None:
     ensure_deterministic_environment()
     from specsplit.bench.dataset import load_prompts, select_prompts
     from specsplit.bench.progress import Progress
-    from specsplit.bench.runner import encode_prompts, resolve_address, run_requests
+    from specsplit.bench.runner import encode_prompts, run_requests
     from specsplit.hashing import sha256_file
     from specsplit.models.sources import resolve_model
     from specsplit.models.text import TextCodec
+    from specsplit.workers.endpoint import resolve_address
+    from specsplit.workers.launch import own_workers
     from specsplit.workers.lease import end_with_lease
     from specsplit.workers.orchestrator.connection import connected_pair
 
@@ -112,13 +123,22 @@ def run_bench(args: argparse.Namespace) -> None:
     prompts = select_prompts(prompts, args.limit)
     codec = TextCodec.load(resolve_model(config.tokenizer)[0])
     inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
-    resolved = {"target_address": resolve_address(config.target_address)}
     drafting = [point for point in points if point.gamma != 0]
-    if drafting:
-        resolved["draft_address"] = resolve_address(config.draft_address)
-    # A point that drafts, if there is one, decides whether a draft worker is needed.
-    first = configs[(drafting or points)[0]].model_copy(update=resolved)
-    with connected_pair(first, codec.sha256) as (draft, target):
+    roles = [role for role in ROLES if role == "target" or drafting]
+    starts = {
+        role: own_worker(role, getattr(args, f"start_{role}"), gpus=args.gpus)
+        for role in roles
+        if getattr(args, f"start_{role}")
+    }
+    with ExitStack() as stack:
+        started = stack.enter_context(own_workers(starts)) if starts else {}
+        resolved = {
+            f"{role}_address": started.get(role) or resolve_address(getattr(config, f"{role}_address"))
+            for role in roles
+        }
+        # A point that drafts, if there is one, decides whether a draft worker is needed.
+        first = configs[(drafting or points)[0]].model_copy(update=resolved)
+        draft, target = stack.enter_context(connected_pair(first, codec.sha256))
         requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=target.description.max_context)
         with Progress(total=len(points) * len(requests)) as progress:
             for point in points:

@@ -12,9 +12,25 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from specsplit.errors import UserError
-from specsplit.jsonio import read_json
+from specsplit.jsonio import read_json, read_json_object
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.lease import ProcessIdentity
+
+EVERY_ADDRESS = ("0.0.0.0", "[::]", "::")
+
+
+def resolve_address(address: str) -> str:
+    """host:port as it is; of an address file (the path of a .json file) the `address` in it.
+
+    An endpoint file is one, and so is {"address": "gpu-1:50051"} written by hand. Raises UserError when the file is
+    missing or holds no address.
+    """
+    if not address.endswith(".json"):
+        return address
+    found = read_json_object(Path(address)).get("address")
+    if not isinstance(found, str):
+        raise UserError(f'{address}: holds no address; wanted an endpoint file or {{"address": "host:port"}}')
+    return found
 
 
 @dataclass(frozen=True)
@@ -38,10 +54,10 @@ class Endpoint:
 
     @classmethod
     def local(cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None) -> Endpoint:
-        """The endpoint of this very process."""
+        """The endpoint of this very process. One that listens on every address is found under its host's name."""
         me = ProcessIdentity.of(os.getpid())
         return cls(
-            address=f"{host}:{port}",
+            address=f"{socket.gethostname() if host in EVERY_ADDRESS else host}:{port}",
             attached=False,
             host=socket.gethostname(),
             pid=os.getpid(),
