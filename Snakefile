@@ -22,6 +22,19 @@ include: "workflow/rules/provenance.smk"
 include: "workflow/rules/theory.smk"
 
 
+# Light work, or work that needs the internet: on a cluster it is done where snakemake runs, the rest in jobs.
+localrules:
+    all,
+    prepare_model,
+    prepare_dataset,
+    calibration_prompts,
+    merge,
+    figures,
+    summary,
+    resolved_config,
+    provenance,
+
+
 rule all:
     default_target: True
     input:

@@ -304,8 +304,8 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     workers = config["workers"]
     if workers["gpus"] and workers["device"] not in ("auto", "cuda"):
         yield (
-            f"workers.gpus: {workers['gpus']} with workers.device {workers['device']}; each worker sees only its own GPU "
-            "then: write device auto or cuda"
+            f"workers.gpus: {workers['gpus']} with workers.device {workers['device']}; each worker sees only its own "
+            "GPU then: write device auto or cuda"
         )
     yield from _check_ngram_models(config)
 

@@ -17,7 +17,7 @@ rule benchmark:
         "results/logs/benchmark/{point}.log",
     conda:
         "../../envs/specsplit.yaml"
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
     resources:
         gpu=config["workers"]["gpus"],
         workers=lambda wildcards: run_workers(wildcards.point),

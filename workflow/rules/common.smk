@@ -52,6 +52,18 @@ begin_run()
 # ---- for all rules
 
 
+def every_core():
+    """The cores that Snakemake was given; 1 with --jobs alone, where each job has its own (set-threads in the profile)."""
+    try:
+        return workflow.cores or 1
+    except WorkflowError:
+        return 1
+
+
+# Of jobs that measure time: nothing may run beside them.
+EVERY_CORE = every_core()
+
+
 def source(*parts):
     """Files of the package that decide a result: declared as inputs, so that a change of code reruns it."""
     root = Path(workflow.basedir) / "src" / "specsplit"

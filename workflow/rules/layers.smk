@@ -31,7 +31,7 @@ rule pick_layers:
         "results/logs/pick_layers/{model}.log",
     conda:
         "../../envs/specsplit.yaml"
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
     params:
         flags(
             count=config["draft"]["skip_count"],

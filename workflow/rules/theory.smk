@@ -12,6 +12,6 @@ rule theory_check:
     conda:
         "../../envs/specsplit.yaml"
     # It measures times, so nothing may run beside it.
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
     shell:
         "specsplit theory-check --output {output.table} --figure {output.figures[0]} > {log} 2>&1"

@@ -49,7 +49,7 @@ def threads_beside_another() -> int:
 def own_gpu(role: str, gpus: int, visible: str | None) -> str | None:
     """CUDA_VISIBLE_DEVICES of the `role` worker of a run that has `gpus` GPUs; None = leave it as it is.
 
-    gpus: 0 is none of our business, 1 is shared by both workers, of 2 the target has the first and the draft the second.
+    gpus: 0 leaves it alone, 1 is shared by both workers, of 2 the target has the first and the draft the second.
     visible: the variable as a scheduler or the user set it; None = not set, so that the GPUs count from 0.
     Raises UserError when fewer are visible.
     """

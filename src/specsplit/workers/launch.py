@@ -36,8 +36,9 @@ def start_worker(
     """Start `specsplit worker ROLE` detached from this process and wait until it serves.
 
     worker_args: its flags. endpoint_file: written by the worker when it serves; deleting it stops the worker.
-    log_file: gets everything that the worker prints. cuda_devices: its CUDA_VISIBLE_DEVICES. Raises UserError, with the end of the log, when the worker
-    ends or does not serve within `timeout_s` seconds; no process is left then.
+    log_file: gets everything that the worker prints. cuda_devices: its CUDA_VISIBLE_DEVICES; None = ours.
+    Raises UserError, with the end of the log, when the worker ends or does not serve within `timeout_s` seconds; no
+    process is left then.
     """
     endpoint_file.unlink(missing_ok=True)
     log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -136,10 +137,10 @@ def attach_worker(
     skip_layers: Sequence[int] = (),
     timeout_s: float = 10.0,
 ) -> Endpoint:
-    """Write the endpoint file of a worker that already runs at host:port (or in an address file), after checking that it is the one meant.
+    """Write the endpoint file of a worker that already runs, after checking that it is the one meant.
 
-    Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those asked
-    for. Such a worker is never stopped.
+    address: host:port, or an address file. Such a worker is never stopped. Raises UserError when nothing answers
+    there, or when its weights, dtype or skipped layers are not those asked for.
     """
     address = resolve_address(address)
     with connect(role, address, timeout_s=timeout_s) as connection:
