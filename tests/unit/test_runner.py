@@ -149,6 +149,11 @@ def test_an_address_may_be_an_endpoint_file(tmp_path: Path) -> None:
     Endpoint.of_running("gpu:50052", pb.DescribeReply()).write(tmp_path / "target.json")
     assert resolve_address("127.0.0.1:9") == "127.0.0.1:9"
     assert resolve_address(str(tmp_path / "target.json")) == "gpu:50052"
+    (tmp_path / "hand.json").write_text('{"address": "gpu-1:50051"}')
+    assert resolve_address(str(tmp_path / "hand.json")) == "gpu-1:50051"
+    (tmp_path / "none.json").write_text('{"host": "gpu-1"}')
+    with pytest.raises(UserError, match=r"none\.json: holds no address; wanted"):
+        resolve_address(str(tmp_path / "none.json"))
     with pytest.raises(UserError, match=r"gone\.json: no such file"):
         resolve_address(str(tmp_path / "gone.json"))
 

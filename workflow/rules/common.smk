@@ -8,7 +8,7 @@ from pathlib import Path
 try:
     from specsplit.bench.sweep import plain_number, sweep_points
     from specsplit.errors import UserError
-    from specsplit.pipeline_config import load_pipeline_config
+    from specsplit.pipeline_config import load_pipeline_config, swept_drafts
     from specsplit.workers.environment import threads_beside_another
     from specsplit.workflow_runs import begin_run
 except ModuleNotFoundError as error:
@@ -25,6 +25,7 @@ except UserError as error:
 config.clear()
 config.update(resolved)
 
+DRAFTS = swept_drafts(config)
 POINTS = {
     point.label: point
     for point in sweep_points(
@@ -33,15 +34,17 @@ POINTS = {
         config["tree"],
         config["sampling"]["temperature"],
         config["network"]["rtt_ms"],
+        DRAFTS,
     )
 }
-MODELS = sorted({config["target"]["model"], config["draft"]["model"]})
+MODELS = sorted({config["target"]["model"], *(draft["model"] for draft in DRAFTS.values())})
 ROLES = ["draft", "target"]
 
 
 wildcard_constraints:
     point="|".join(map(re.escape, POINTS)),
     role="|".join(ROLES),
+    draft="|".join(map(re.escape, DRAFTS)),
     model="|".join(config["models"]),  # all: an ngram model may take the tokenizer of one that is not run
 
 
@@ -115,17 +118,22 @@ def local_files(name):
     return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors"})
 
 
-def role_model(role):
-    return f"resources/models/{config[role]['model']}/model.json"
+def role_settings(role, label):
+    """The section of the configuration that a run's worker is made from."""
+    return config["target"] if role == "target" else DRAFTS[POINTS[label].draft]
+
+
+def role_model(role, label):
+    return f"resources/models/{role_settings(role, label)['model']}/model.json"
 
 
 # ---- workers
 
 
-def layers_file(role):
+def layers_file(role, label):
     """The layers that rule pick_layers finds for the draft; nothing when the configuration names them."""
-    auto = role == "draft" and config["draft"]["skip_layers"] == "auto"
-    return [f"results/skip_layers/{config['draft']['model']}.json"] if auto else []
+    auto = role == "draft" and role_settings(role, label)["skip_layers"] == "auto"
+    return [f"results/skip_layers/{POINTS[label].draft}.json"] if auto else []
 
 
 def worker_threads(label):
@@ -139,23 +147,24 @@ def worker_threads(label):
 def worker_settings(role, label):
     """What decides the results of a run's worker; a change of it reruns the run."""
     workers = config["workers"]
-    picked = layers_file(role)
+    own, picked = role_settings(role, label), layers_file(role, label)
     return flags(
-        dtype=config[role]["dtype"],
-        skip_layers=None if picked else config[role].get("skip_layers"),
+        dtype=own["dtype"],
+        skip_layers=None if picked else own.get("skip_layers"),
         skip_layers_file=picked[0] if picked else None,
         device=workers["device"],
         engine=workers["engine"],
         threads=worker_threads(label),
         max_context=workers["max_context"],
         seed=config["seed"],
-        target_tokenizer=f"resources/models/{config['target']['model']}" if speaks_through(role) else None,
+        target_tokenizer=f"resources/models/{config['target']['model']}" if speaks_through(role, label) else None,
     )
 
 
-def speaks_through(role):
+def speaks_through(role, label):
     """The target's manifest when the draft is another model: it may have another tokenizer."""
-    return [role_model("target")] if role == "draft" and config["draft"]["model"] != config["target"]["model"] else []
+    other = role_model(role, label) != role_model("target", label)
+    return [role_model("target", label)] if other else []
 
 
 def attach_address(role):
@@ -202,7 +211,7 @@ def run_workers(label):
         return flags(**{f"{role}_addr": f"results/workers/{label}/{role}.json" for role in roles})
     return flags(
         **{
-            f"start_{role}": f"--model {role_model(role)} --worker-log results/logs/workers/{label}_{role}.log "
+            f"start_{role}": f"--model {role_model(role, label)} --worker-log results/logs/workers/{label}_{role}.log "
             f"{worker_settings(role, label)} {worker_operation(role)}"
             for role in roles
         }

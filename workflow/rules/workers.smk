@@ -8,9 +8,9 @@
 
 rule start_worker:
     input:
-        model=lambda wildcards: role_model(wildcards.role),
-        layers=lambda wildcards: layers_file(wildcards.role),
-        tokenizer=lambda wildcards: speaks_through(wildcards.role),
+        model=lambda wildcards: role_model(wildcards.role, wildcards.point),
+        layers=lambda wildcards: layers_file(wildcards.role, wildcards.point),
+        tokenizer=lambda wildcards: speaks_through(wildcards.role, wildcards.point),
     output:
         endpoint=temp("results/workers/{point}/{role}.json"),
     log:

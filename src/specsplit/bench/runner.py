@@ -176,6 +176,7 @@ def request_record(request: Request, result: SpeculativeResult, config: Orchestr
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
         mode=config.mode,
         tree=config.tree,
+        draft=config.draft_name,
         sampling=config.sampling,
         temperature=config.temperature,
         top_k=config.top_k,

@@ -19,6 +19,7 @@ BENCH_SETTINGS = (
     "draft_address",
     "target_address",
     "tokenizer",
+    "draft_name",
     *SHARED_DEFAULTS,
     "max_output_tokens",
     "max_rounds",
@@ -112,6 +113,7 @@ def run_bench(args: argparse.Namespace) -> None:
         args.trees or [config.tree],
         args.temperatures or [config.temperature],
         args.rtts_ms or [config.rtt_ms],
+        [config.draft_name],
     )
     shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
     # Every point is checked before the first one is run.
