@@ -15,7 +15,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 .PHONY: results test test-all lint proto clean
 
 results: .venv/installed
-	$(RUN) snakemake --cores $(CORES) results/summary.csv
+	$(RUN) snakemake --cores $(CORES) results/summary.csv results/report.html
 	@cat results/logs/summary.log
 
 test: .venv/installed-dev

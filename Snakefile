@@ -11,6 +11,9 @@ min_version("9.11")
 configfile: "config/config.yaml"
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/dataset.smk"
@@ -31,6 +34,7 @@ localrules:
     merge,
     figures,
     summary,
+    report,
     resolved_config,
     provenance,
 
@@ -39,3 +43,4 @@ rule all:
     default_target: True
     input:
         "results/summary.csv",
+        "results/report.html",

@@ -120,7 +120,7 @@ class OrchestratorConfig(Settings):
     )
     tree: str = Field("chain", description="shape of the draft: chain | 3x2 (children per level) | dynamic-16x4")
     draft_name: str = Field(
-        "draft", pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$", description="the draft's name in the tables"
+        "draft", pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$", description="name of the draft in tables and run folders"
     )
     fan_out: int = Field(16, ge=1, le=64, description="outcomes of a verification that lookahead prepares drafts for")
     temperature: float = Field(0.0, ge=0, le=100, description="0 = greedy")

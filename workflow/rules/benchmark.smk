@@ -5,10 +5,10 @@ rule benchmark:
     input:
         endpoints=lambda wildcards: run_endpoints(wildcards.point),
         prompts="results/dataset/prompts.jsonl",
-        models=lambda wildcards: sorted(
-            {role_model(role, wildcards.point) for role in run_roles(wildcards.point)}
-        ),
-        layers=lambda wildcards: [file for role in run_roles(wildcards.point) for file in layers_file(role, wildcards.point)],
+        models=lambda wildcards: sorted({role_model(role, wildcards.point) for role in run_roles(wildcards.point)}),
+        layers=lambda wildcards: [
+            file for role in run_roles(wildcards.point) for file in layers_file(role, wildcards.point)
+        ],
         code=source("decoding", "models", "workers", "rpc", "bench", "config.py"),
     output:
         requests="results/runs/{point}/requests.csv",

@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 
 try:
+    from specsplit.analysis.figures import FIGURE_TITLES
+    from specsplit.analysis.report import MORE_TABLES
     from specsplit.bench.sweep import plain_number, sweep_points
     from specsplit.errors import UserError
     from specsplit.pipeline_config import load_pipeline_config, swept_drafts
@@ -88,6 +90,23 @@ def flags(**values):
         elif value is not None and value != []:
             words.extend([flag, str(value)])
     return shlex.join(words)
+
+
+def figure_output(name, category):
+    """A figure that `snakemake --report` shows, under its caption."""
+    return report(
+        f"results/figures/{name}.svg",
+        caption=f"../report/{name}.rst",
+        category=category,
+        labels={"figure": FIGURE_TITLES[name]},
+    )
+
+
+def measured_beside_the_sweep():
+    """Tables that the report shows when they have been made, and their figures."""
+    tables = [f"results/{name}" for name in MORE_TABLES]
+    figures = [f"results/figures/{Path(name).stem}.svg" for name in MORE_TABLES]
+    return [path for path in tables + figures if Path(path).exists()]
 
 
 # ---- models

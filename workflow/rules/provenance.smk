@@ -29,7 +29,7 @@ rule provenance:
         ],
         code=source("provenance"),
     output:
-        "results/provenance/provenance.json",
+        report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
     log:
         "results/logs/provenance.log",
     conda:

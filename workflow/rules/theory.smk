@@ -5,8 +5,8 @@ rule theory_check:
     input:
         code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py", "bench/transport.py"),
     output:
-        table="results/theory_check.csv",
-        figures=expand("results/figures/theory_check.{type}", type=["png", "svg"]),
+        table=report("results/theory_check.csv", caption="../report/theory_check.rst", category="Tables"),
+        figures=["results/figures/theory_check.png", figure_output("theory_check", "Figures")],
     log:
         "results/logs/theory_check.log",
     conda:

@@ -83,6 +83,9 @@ _PLOTS = {
 }
 
 
+FIGURE_TITLES = {**{name: plot.title for name, plot in _PLOTS.items()}, "theory_check": "Modes beside their formulas"}
+
+
 def draw_figures(
     requests: DataFrame,
     rounds: DataFrame,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS, sweep_points
-from specsplit.commands.flags import add_setting_flags, load_settings
+from specsplit.commands.flags import add_interval_flags, add_setting_flags, interval_settings, load_settings
 from specsplit.commands.serve import ROLES, add_gpus_flag, own_worker
 from specsplit.config import MAX_GAMMA, OrchestratorConfig
 from specsplit.decoding.tree import TreeShape
@@ -79,9 +79,7 @@ def add_commands(subparsers: Any) -> None:
 
     analyze = subparsers.add_parser("analyze", help="summary.csv and figures from requests.csv and per_round.csv")
     analyze.add_argument("--results-dir", type=Path, required=True)
-    analyze.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
-    analyze.add_argument("--bootstrap-samples", type=int, default=10_000)
-    analyze.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    add_interval_flags(analyze)
     analyze.add_argument("--no-figures", action="store_true", help="write the summary alone")
     analyze.set_defaults(run=run_analyze)
 
@@ -174,16 +172,11 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 def run_analyze(args: argparse.Namespace) -> None:
-    from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize, write_csv
+    from specsplit.analysis.findings import find_best, lossless_sentence, summary_table, text_table
+    from specsplit.analysis.tables import read_tables, summarize, write_csv
 
-    if not 0 < args.confidence < 1:
-        raise UserError(f"--confidence {args.confidence}: a level between 0 and 1, as 0.95")
+    settings = interval_settings(args)
     requests, rounds = read_tables(args.results_dir)
-    settings = {
-        "confidence": args.confidence,
-        "bootstrap_samples": args.bootstrap_samples,
-        "seed": args.seed,
-    }
     summary = summarize(requests, rounds, **settings)
     write_csv(summary, args.results_dir / "summary.csv")
     if not args.no_figures:
@@ -192,9 +185,14 @@ def run_analyze(args: argparse.Namespace) -> None:
         for path in draw_figures(requests, rounds, args.results_dir / "figures", **settings):
             print(path)
     print(args.results_dir / "summary.csv")
-    varied = [name for name in CONFIGURATION if name == "gamma" or summary[name].nunique() > 1]
-    shown = [*varied, "tpot_ms_mean", "ttft_ms_mean", "average_acceptance_rate_mean", "speedup", "lossless"]
-    print(summary[shown].to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
+    count = requests["request_id"].nunique()
+    prompts = "1 prompt" if count == 1 else f"{count} prompts"
+    print(f"\n{prompts}; [{100 * args.confidence:g} % interval]; γ = 0 is the target alone\n")
+    print(text_table(*summary_table(summary)))
+    print()
+    for finding in find_best(requests, rounds, summary, **settings):
+        print(f"{finding.where or 'Best'}:", *finding.sentences())
+    print("Lossless:", lossless_sentence(summary))
 
 
 def _gamma(text: str) -> int | str:
