@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,5 +291,19 @@ def test_progress_in_a_log_is_a_line_a_request(capsys: pytest.CaptureFixture[str
         for request in REQUESTS[:2]:
             progress.done(request_record(request, TWO_ROUNDS, CONFIG))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("[1/2] gamma 4 a: 4 tokens, 40.0 tokens/s, about ")
-    assert lines[1] == "[2/2] gamma 4 b: 4 tokens, 40.0 tokens/s, about 0 s left"
+    assert lines[0].startswith("[1/2] gamma 4 a: 4 tokens, 40.0 tokens/s; 40.0 tokens/s so far, about ")
+    assert lines[1].endswith("about 0 s left")
+    assert lines[2].startswith("2 of 2 prompts in 0 s: 40.0 tokens/s")
+
+
+def test_progress_on_the_terminal_behind_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = os.openpty()
+    try:
+        with Progress(2, theirs) as progress:
+            progress.done(request_record(REQUESTS[0], TWO_ROUNDS, CONFIG))
+        shown = os.read(ours, 10_000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "gamma 4, 40.0 tokens/s" in shown
+    assert capsys.readouterr().out.startswith("[1/2] gamma 4")

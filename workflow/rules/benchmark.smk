@@ -30,4 +30,6 @@ rule benchmark:
         tokenizer=f"resources/models/{config['target']['model']}",
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results"
-        " --tokenizer {params.tokenizer} {resources.workers} --gpus {resources.gpu} {params.settings} > {log} 2>&1"
+        " --tokenizer {params.tokenizer} {resources.workers} --gpus {resources.gpu} {params.settings}"
+        # The log gets everything; a terminal, if there is one behind it, the bar.
+        " --terminal-fd 3 3>&2 > {log} 2>&1"

@@ -10,9 +10,9 @@ CAPTIONS = {
         "faint dots single requests."
     ),
     "acceptance_rate": (
-        "How much of a draft the target accepts. Above, accepted / drafted against γ: it falls with γ, since a token "
-        "counts only when all before it were accepted. Below, by position in the longest draft, among the rounds that "
-        "got so far: a flat line means that every token is as easy to guess as the one before."
+        "How much of a draft the target accepts. Above, accepted / drafted against γ: as a rule it falls, since a "
+        "token counts only when all before it were accepted. Below, by position in the longest draft, among the rounds "
+        "that got so far: a flat line means that every token is as easy to guess as the one before."
     ),
     "ttft": (
         "Time to the first token against γ. It holds the prefill of both models and the whole first draft, so it grows "
@@ -20,7 +20,7 @@ CAPTIONS = {
     ),
     "network_idle": (
         "The share of a request's latency in which neither worker did anything for it: messages under way and waiting. "
-        "It falls with γ, since longer drafts need fewer round trips, and in the modes that draft ahead."
+        "Longer drafts need fewer round trips, and the modes that draft ahead hide them."
     ),
     "speculation": (
         "How often a draft that was made ahead, while the round before was still verified, fitted what was accepted. "

@@ -72,7 +72,7 @@ class Finding:
             elif low <= 1:
                 lines.append("The interval includes 1: it may be no faster at all.")
         if self.ties:
-            lines.append(f"Not to be told from it on these requests: {'; '.join(self.ties)}.")
+            lines.append(f"Not distinguishable from it on these prompts: {'; '.join(self.ties)}.")
         return lines
 
 
@@ -89,7 +89,7 @@ def find_best(
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
     for panel in split_panels(requests, rounds, summary):
-        rows = panel.summary
+        rows: Any = panel.summary
         known = rows[rows["speedup"].notna()]
         best = known.loc[known["speedup"].idxmax()] if len(known) else rows.iloc[0]
         drafts = rows[rows["gamma"] != 0]
@@ -179,7 +179,7 @@ def summary_table(summary: DataFrame, *, intervals: bool = True) -> tuple[list[s
         "tokens_per_second": ("", "ms"),
         "hit_rate": ("", ".2f"),
         "speedup": ("", ".2f"),
-        "lossless": ("", "%"),
+        "lossless": ("", "share"),
     }
     for metric, (suffix, form) in formats.items():
         if summary[f"{metric}{suffix}"].isna().all():
@@ -211,6 +211,8 @@ def _cell(row: Series, metric: str, suffix: str, form: str, intervals: bool) -> 
 def _number(value: float, form: str) -> str:
     if form == "ms":  # three digits
         return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    if form == "share":  # of requests: most often all
+        return f"{100 * value:.1f} %".replace("100.0", "100")
     return f"{100 * value:.1f} %" if form == "%" else f"{value:{form}}"
 
 

@@ -63,7 +63,11 @@ def write_report(
         "headings": headings,
         "rows": rows,
         "captions": CAPTIONS,
-        "figures": [(name, _figure(results_dir / "figures" / f"{name}.svg")) for name in FIGURES],
+        "figures": [
+            (name, _figure(results_dir / "figures" / f"{name}.svg"))
+            for name in FIGURES
+            if name != "speculation" or summary["hit_rate"].notna().any()  # an empty one has nothing to see
+        ],
         "more": [table for name in MORE_TABLES if (table := _more_table(results_dir, name))],
         "checklist": record.get("checklist", []),
         "runs": [_run(run) for run in record.get("runs", [])],

@@ -62,6 +62,9 @@ def add_commands(subparsers: Any) -> None:
         action="store_true",
         help="run just the points named and write no merged tables (the workflow merges)",
     )
+    bench.add_argument(
+        "--terminal-fd", type=int, metavar="N", help="show a bar on the terminal behind this descriptor as well"
+    )
     for role in ROLES:
         bench.add_argument(
             f"--start-{role}",
@@ -140,7 +143,7 @@ def run_bench(args: argparse.Namespace) -> None:
         first = configs[(drafting or points)[0]].model_copy(update=resolved)
         draft, target = stack.enter_context(connected_pair(first, codec.sha256))
         requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=target.description.max_context)
-        with Progress(total=len(points) * len(requests)) as progress:
+        with Progress(len(points) * len(requests), args.terminal_fd) as progress:
             for point in points:
                 run_requests(
                     requests,
