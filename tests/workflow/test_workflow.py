@@ -75,6 +75,15 @@ def test_nothing_to_do_afterwards(finished):
         ({"draft": {"skip_layers": [0]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
         ({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
         ({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        ({"workers": {"gpus": 1}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        (
+            {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
+            {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS},
+        ),
+        (
+            {"models": {"tiny": {"source": "huggingface", "repo": "a/b", "revision": "c"}}},
+            {"prepare_model": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
+        ),
         (
             {"dataset": {"limit": 2}},
             {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
@@ -112,6 +121,33 @@ def test_what_changed_code_reruns(finished, file, expected):
     finally:
         path.write_bytes(original)
         os.utime(path, times)
+
+
+def test_a_comment_in_the_configuration_reruns_nothing(finished):
+    path = finished.folder / "config" / "config.yaml"
+    original = path.read_text()
+    path.write_text(f"# A remark.\n{original}\n# Another one.\n")
+    try:
+        assert finished.planned() == {}
+    finally:
+        path.write_text(original)
+
+
+def test_the_report_of_the_experiment_and_that_of_snakemake(finished):
+    """One page of our own, whose template decides it alone, and what `snakemake --report` makes of the same results."""
+    page = "results/report.html"
+    finished.run(target=page)
+    text = (finished.folder / page).read_text("utf-8")
+    assert "Yes: each of the 6 texts written with a draft" in text
+    assert "--gamma 3" in text
+    assert finished.planned(target=page) == {}
+    template = finished.folder / "src" / "specsplit" / "analysis" / "report.html.j2"
+    template.write_text(template.read_text() + "<!-- changed -->\n")
+    assert finished.planned(target=page) == {"report": 1}
+    finished.run("--report", "snakemake.html", target=page)
+    made = (finished.folder / "snakemake.html").read_text("utf-8")
+    for shown in ("Time per output token", "Figures", "Tables", "so the curve has a minimum where one more costs"):
+        assert shown in made, shown
 
 
 def test_gammas_on_the_command_line(finished):
