@@ -56,6 +56,9 @@ begin_run()
 
 # ---- for all rules
 
+# The folder of the project, whichever Snakefile of it was called.
+PROJECT = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)) / "../.."
+
 
 def every_core():
     """The cores that Snakemake was given; 1 with --jobs alone, where each job has its own (set-threads in the profile)."""
@@ -71,7 +74,7 @@ EVERY_CORE = every_core()
 
 def source(*parts):
     """Files of the package that decide a result: declared as inputs, so that a change of code reruns it."""
-    root = Path(workflow.basedir) / "src" / "specsplit"
+    root = PROJECT / "src" / "specsplit"
     files = [
         f for part in parts for f in ([root / part] if part.endswith(".py") else sorted((root / part).rglob("*.py")))
     ]
