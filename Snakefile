@@ -23,6 +23,9 @@ include: "workflow/rules/benchmark.smk"
 include: "workflow/rules/analysis.smk"
 include: "workflow/rules/provenance.smk"
 include: "workflow/rules/theory.smk"
+include: "workflow/rules/baselines.smk"
+include: "workflow/rules/capacity.smk"
+include: "workflow/rules/profile.smk"
 
 
 # Light work, or work that needs the internet: on a cluster it is done where snakemake runs, the rest in jobs.

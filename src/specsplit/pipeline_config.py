@@ -55,14 +55,18 @@ def load_pipeline_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     # A dict, not a set: keeps the order. One mistake can break two keywords (type and enum) and is told once.
     lines = list(dict.fromkeys(line for error in errors for line in _explain(error)))
     if not lines:
-        lines = [*_check_trees(config), *_cross_check(config)]
+        lines = [*_check_trees(config), *_read_trees("baselines.tree", config["baselines"]["tree"], {})]
+        lines += _cross_check(config)
     if lines:
         count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise UserError(
             f"The configuration has {count} (config/README.md explains every key):\n  " + "\n  ".join(lines)
         )
     config["gammas"] = sorted({0, *config["gammas"]}, key=gamma_order)
-    config["tree"] = [str(TreeShape.parse(tree)) for tree in config["tree"]]
+    for section in (config, config["baselines"]):
+        section["tree"] = [str(TreeShape.parse(tree)) for tree in section["tree"]]
+    config["capacity"]["clients"] = sorted({1, *config["capacity"]["clients"]})
+    config["context"]["lengths"] = sorted(config["context"]["lengths"])
     return config
 
 
@@ -274,18 +278,9 @@ def _hint(value: Any, schema: Mapping[str, Any]) -> str:
 
 
 def _check_trees(config: Mapping[str, Any]) -> Iterator[str]:
-    """Every tree can be read, and none is there twice in two spellings; then dynamic ones are not to be sampled from
-    by rejection."""
+    """As `_read_trees`; then dynamic ones are not to be sampled from by rejection."""
     shapes: dict[TreeShape, str] = {}
-    for index, text in enumerate(config["tree"]):
-        try:
-            shape = TreeShape.parse(text)
-        except ValueError as error:
-            yield f"tree[{index}]: {error}"
-            continue
-        if shape in shapes:
-            yield f"tree: {text} is the same tree as {shapes[shape]}; remove one of them"
-        shapes[shape] = text
+    yield from _read_trees("tree", config["tree"], shapes)
     dynamic = [text for shape, text in shapes.items() if shape.nodes]
     warm = [temperature for temperature in config["sampling"]["temperature"] if temperature > 0]
     if config["sampling"]["method"] == "rejection" and dynamic and warm:
@@ -294,6 +289,19 @@ def _check_trees(config: Mapping[str, Any]) -> Iterator[str]:
             "keeps drafted tokens by their probability, which biases rejection sampling; use coupled, or a chain or "
             "static tree"
         )
+
+
+def _read_trees(key: str, trees: list[str], shapes: dict[TreeShape, str]) -> Iterator[str]:
+    """Put every tree into `shapes`; a line for each that cannot be read or is there twice in two spellings."""
+    for index, text in enumerate(trees):
+        try:
+            shape = TreeShape.parse(text)
+        except ValueError as error:
+            yield f"{key}[{index}]: {error}"
+            continue
+        if shape in shapes:
+            yield f"{key}: {text} is the same tree as {shapes[shape]}; remove one of them"
+        shapes[shape] = text
 
 
 def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:

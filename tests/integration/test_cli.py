@@ -30,7 +30,7 @@ PROMPT = "hello"
 COMMANDS = (
     ["generate"], ["worker"], ["worker", "draft"], ["worker", "target"], ["start-worker"], ["start-worker", "draft"],
     ["start-worker", "target"], ["stop-worker"], ["bench"], ["merge"], ["analyze"], ["prepare-model"],
-    ["prepare-dataset"], ["provenance"],
+    ["prepare-dataset"], ["provenance"], ["profile"], ["capacity"], ["context-curve"], ["theory-check"], ["overhead"],
 )  # fmt: skip
 
 
@@ -419,6 +419,7 @@ def test_a_benchmark_that_fails_half_way_and_is_run_again(
     ("flags", "message"),
     [
         (["--warmup", "-1"], "--warmup -1: a number of requests, 0 or more"),
+        (["--repeats", "0"], "--repeats 0: a number of times, 1 or more"),
         (["--limit", "0"], "--limit"),
         (["--prompts", "none.jsonl"], "none.jsonl: No such file or directory"),
         (["--target-addr", "none.json"], "none.json: no such file"),

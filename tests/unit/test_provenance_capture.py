@@ -7,62 +7,35 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import specsplit
 from specsplit.errors import UserError
+from specsplit.hashing import combined_sha256
 from specsplit.jsonio import json_sha256, read_json, read_json_object, write_json
 from specsplit.provenance.capture import (
-    build_record,
     capture_environment,
-    capture_git,
-    capture_gpu,
+    capture_lock,
     capture_machine,
     capture_software,
-    hash_source_tree,
+    hash_run_code,
+    hash_tree,
     utc_now,
 )
+from specsplit.provenance.git import LARGEST_NEW_FILE, capture_diff, capture_git
+from specsplit.provenance.gpu import GpuSampler, capture_gpu
+from specsplit.provenance.redaction import find_secret, is_secret_name, redact, redact_arguments
+
+from experiments import NO_GIT, SMI_FULL, git, nvidia_smi
 
 # ---- GPU
-
-
-SMI_TABLE = """\
-NVIDIA H100 80GB HBM3, GPU-11111111-aaaa, 550.54.15, 81559, P0, 1980, 2619, 118.27
-"Tesla T4, rev 2", GPU-22222222-bbbb, 550.54.15, 15360, P8, 300, 405, [N/A]
-"""
-SMI_FULL = """\
-==============NVSMI LOG==============
-
-Driver Version                            : 550.54.15
-CUDA Version                              : 12.4
-Attached GPUs                             : 2
-"""
-
-
-@pytest.fixture
-def fake_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Put a shell script of that name first on PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-
-    def make(name: str, script: str) -> None:
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-
-    return make
-
-
-def nvidia_smi(table: str = SMI_TABLE, full: str = SMI_FULL, full_status: int = 0) -> str:
-    return (
-        f"case \"$1\" in\n-q) cat <<'END'\n{full}END\nexit {full_status};;\n"
-        f"--query-gpu=name,uuid,*) cat <<'END'\n{table}END\nexit 0;;\nesac\nexit 9"
-    )
 
 
 def test_gpus_are_read_from_nvidia_smi(fake_command: Callable[[str, str], None]) -> None:
@@ -82,6 +55,7 @@ def test_gpus_are_read_from_nvidia_smi(fake_command: Callable[[str, str], None])
             "clocks_sm_mhz": 1980.0,
             "clocks_mem_mhz": 2619.0,
             "power_draw_w": 118.27,
+            "reason": None,
         },
         {
             "name": "Tesla T4, rev 2",
@@ -92,6 +66,7 @@ def test_gpus_are_read_from_nvidia_smi(fake_command: Callable[[str, str], None])
             "clocks_sm_mhz": 300.0,
             "clocks_mem_mhz": 405.0,
             "power_draw_w": None,
+            "reason": "nvidia-smi: power.draw is [N/A]",
         },
     ]
 
@@ -134,6 +109,36 @@ def test_a_gpu_that_cannot_be_read_is_explained(
     }
 
 
+def test_samples_while_something_runs(fake_command: Callable[[str, str], None]) -> None:
+    line = "GPU-1, 2025/01/31 13:00:00.123, 118.27, 1980, 97, [N/A]"
+    fake_command("nvidia-smi", f"echo '{line}'; echo '{line}'; echo 'GPU-1, 2025/01/31 13'; exec sleep 60")
+    with GpuSampler(period_s=0.5) as sampler:
+        time.sleep(0.3)
+    samples = sampler.samples
+    assert (samples["available"], samples["reason"], samples["period_s"]) == (True, None, 0.5)
+    (gpu,) = samples["gpus"]
+    assert (gpu["uuid"], gpu["power_draw_w"], gpu["clocks_sm_mhz"]) == ("GPU-1", [118.27] * 2, [1980.0] * 2)
+    assert (gpu["utilization_percent"], gpu["temperature_c"]) == ([97.0] * 2, [None] * 2)
+    local = datetime(2025, 1, 31, 13, 0, 0, 123000).astimezone()
+    assert datetime.fromisoformat(gpu["time"][0]) == local
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [(None, "nvidia-smi: command not found"), ("echo broken; exit 9", "nvidia-smi: no sample: broken")],
+)
+def test_no_samples_are_explained(
+    fake_command: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, script: str | None, reason: str
+) -> None:
+    if script is None:
+        monkeypatch.setenv("PATH", "/nonexistent")
+    else:
+        fake_command("nvidia-smi", script)
+    with GpuSampler() as sampler:
+        time.sleep(0.2)
+    assert sampler.samples == {"available": False, "reason": reason, "period_s": 1.0, "gpus": []}
+
+
 def test_no_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert capture_gpu()["reason"] == "nvidia-smi: command not found"
@@ -152,14 +157,15 @@ def test_an_nvidia_smi_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 4 if logical else None)
     machine = capture_machine()
     assert machine["hostname"]
     assert machine["kernel"].split()[0] in ("Linux", "Darwin", "Windows")
-    assert 1 <= machine["cores_usable"] <= machine["cores_logical"]
+    assert machine["cores_usable"] >= 1
     assert machine["memory_bytes"] > 2**28
     assert machine["python"] == sys.version
-    assert machine["OMP_NUM_THREADS"] == "3"
+    assert machine["cores_physical"] is None
+    assert machine["reason"] == "cores_physical: the system does not say"
     assert machine["torch"]["available"]
     assert machine["torch"]["threads"] >= 1
     assert "ATen" in machine["torch"]["parallel"]
@@ -193,8 +199,10 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(environment) == {
         "PYTHONHASHSEED",
         "CUBLAS_WORKSPACE_CONFIG",
+        "CUDA_VISIBLE_DEVICES",
         "OMP_NUM_THREADS",
         "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
         "TOKENIZERS_PARALLELISM",
         "HF_HUB_OFFLINE",
         "hash_randomization",
@@ -220,30 +228,13 @@ def test_utc_now() -> None:
 # ---- git and source
 
 
-def git(root: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
-    command = ["git", "-C", str(root), *identity, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    root = tmp_path / "checkout"
-    root.mkdir()
-    git(root, "init", "-q", "-b", "trunk")
-    (root / "a.txt").write_text("a")
-    (root / ".gitignore").write_text("/results/\n")
-    git(root, "add", ".")
-    git(root, "commit", "-q", "-m", "first")
-    return root
-
-
 def test_git_of_a_clean_checkout(checkout: Path) -> None:
     assert capture_git(checkout) == {
         "commit": git(checkout, "rev-parse", "HEAD"),
         "branch": "trunk",
         "dirty": False,
-        "reason": None,
+        "remote": None,
+        "reason": "git: no remote origin",
     }
 
 
@@ -263,6 +254,7 @@ def test_git_on_a_detached_head(checkout: Path) -> None:
     state = capture_git(checkout)
     assert state["commit"]
     assert state["branch"] is None
+    assert "git: detached head" in state["reason"]
 
 
 def test_git_of_a_folder_that_an_outer_checkout_does_not_track(checkout: Path) -> None:
@@ -291,15 +283,15 @@ def test_git_without_a_checkout_or_a_folder(tmp_path: Path, monkeypatch: pytest.
 
 def test_git_missing(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    expected = {"commit": None, "branch": None, "dirty": None, "reason": "git: command not found"}
-    assert capture_git(checkout) == expected
+    assert capture_git(checkout) == {**NO_GIT, "reason": "git: command not found"}
+    assert capture_diff(checkout)["reason"] == "git: command not found"
 
 
 def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.py").write_text("1")
     (tmp_path / "sub" / "b.py").write_text("2")
-    first = hash_source_tree(tmp_path)
+    first = combined_sha256(hash_tree(tmp_path))
     lines = "".join(
         f"{hashlib.sha256(text.encode()).hexdigest()}  {name}\n" for name, text in (("a.py", "1"), ("sub/b.py", "2"))
     )
@@ -307,226 +299,109 @@ def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
 
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__" / "a.pyc").write_text("compiled")
-    assert hash_source_tree(tmp_path) == first
+    assert combined_sha256(hash_tree(tmp_path)) == first
     (tmp_path / "a.py").write_text("12")
-    changed = hash_source_tree(tmp_path)
+    changed = combined_sha256(hash_tree(tmp_path))
     (tmp_path / "a.py").write_text("1")
     (tmp_path / "sub" / "b.py").rename(tmp_path / "b.py")
-    assert len({first, changed, hash_source_tree(tmp_path)}) == 3
+    assert len({first, changed, combined_sha256(hash_tree(tmp_path))}) == 3
 
 
-# ---- the record
+def test_run_code_is_what_decides_a_run() -> None:
+    files = hash_tree(Path(specsplit.__file__).parent)
+    first = hash_run_code(files)
+    assert hash_run_code({**files, "analysis/figures.py": "0"}) == first
+    assert hash_run_code({**files, "cli.py": "0"}) == first
+    assert hash_run_code({**files, "config.py": "0"}) != first
+    assert hash_run_code({**files, "decoding/tree.py": "0"}) != first
 
 
-CONFIG = {"seed": 7, "gammas": [0, 2]}
+def test_what_differs_from_the_lock(tmp_path: Path) -> None:
+    installed = {"torch": "2.13.0+cpu", "ruamel-yaml": "1.0", "new": "3"}
+    missing = capture_lock(tmp_path, installed)
+    assert missing["sha256"] is None
+    assert missing["reason"].startswith("envs/constraints.txt: ")
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "envs" / "constraints.txt").write_text("# pins\ntorch==2.13.0\nruamel.yaml==0.9\nabsent==1\n")
+    lock = capture_lock(tmp_path, installed)
+    assert lock["differs"] == {"ruamel-yaml": {"installed": "1.0", "locked": "0.9"}}
+    assert len(lock["sha256"]) == 64
 
 
-class Experiment:
-    """A finished experiment on disk; `record` builds its provenance record."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.config: dict[str, Any] = dict(CONFIG)
-        results = root / "results"
-        self.runs = [results / f"gamma-{gamma}" / "run.json" for gamma in (0, 2)]
-        self.model = results / "model.json"
-        self.manifest = results / "dataset" / "manifest.json"
-        self.summary = results / "summary.csv"
-        for path in self.runs:
-            write_json(path, self.run())
-        write_json(self.model, {"name": "tiny", "fingerprint": {"weights_sha256": "a" * 64}})
-        self.dataset = self.manifest.parent / "prompts.jsonl"
-        self.manifest.parent.mkdir()
-        self.dataset.write_bytes(b'{"prompt": "hi"}\n')
-        digest = hashlib.sha256(self.dataset.read_bytes()).hexdigest()
-        write_json(self.manifest, {"output_sha256": digest, "prompts": 1})
-        self.summary.write_bytes(b"gamma,tpot\n0,1.5\n")
-
-    @staticmethod
-    def run(**changes: Any) -> dict[str, Any]:
-        return {
-            "argv": ["specsplit", "bench", "--gamma", "2"],
-            "started": "2025-01-31T12:00:00Z",
-            "finished": "2025-01-31T12:01:00.5+00:00",
-            "exit_code": 0,
-            "seed": 7,
-            "environment": {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
-            **changes,
-        }
-
-    def record(self) -> dict[str, Any]:
-        return build_record(
-            config=self.config,
-            run_files=self.runs,
-            model_files=[self.model] if self.model else [],
-            dataset_manifest=self.manifest,
-            result_files=[self.summary],
-            root=self.root,
-        )
-
-    def failures(self) -> dict[str, str]:
-        """item -> detail of what the checklist refuses."""
-        record = self.record()
-        failed = {item["item"]: item["detail"] for item in record["checklist"] if not item["ok"]}
-        assert record["complete"] is (not failed)
-        return failed
+# ---- uncommitted changes
 
 
-@pytest.fixture
-def experiment(checkout: Path) -> Experiment:
-    return Experiment(checkout)
+def test_no_changes(checkout: Path) -> None:
+    empty = hashlib.sha256(b"").hexdigest()
+    assert capture_diff(checkout) == {"diff": "", "sha256": empty, "redacted": False, "new_files": [], "reason": None}
 
 
-def test_a_complete_record(experiment: Experiment, tmp_path: Path) -> None:
-    record = experiment.record()
-    assert record["complete"] is True
-    assert [item["item"] for item in record["checklist"] if item["ok"]] == [
-        "seeds recorded",
-        "PYTHONHASHSEED=0 in every run and its workers",
-        "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run and its workers",
-        "command, UTC times and exit code 0 of every run",
-        "models pinned by the hash of their weights",
-        "dataset matches the hash in its manifest",
-        "GPU state recorded or its absence explained",
-        "git commit known",
-    ]
-    assert all(item["detail"] for item in record["checklist"])
-    assert record["schema_version"] == 1
-    assert record["config"] == CONFIG
-    canonical = b'{"gammas":[0,2],"seed":7}'
-    assert record["config_sha256"] == hashlib.sha256(canonical).hexdigest()
-    assert record["runs"] == [Experiment.run(), Experiment.run()]
-    assert record["models"] == [read_json(experiment.model)]
-    assert record["dataset"] == read_json(experiment.manifest)
-    assert record["results"] == [
-        {
-            "path": "results/summary.csv",
-            "sha256": hashlib.sha256(b"gamma,tpot\n0,1.5\n").hexdigest(),
-            "bytes": 17,
-        }
-    ]
-    assert [entry["path"] for entry in record["inputs"]] == [
-        "results/gamma-0/run.json",
-        "results/gamma-2/run.json",
-        "results/model.json",
-        "results/dataset/manifest.json",
-    ]
-    assert record["source_sha256"] == hash_source_tree(Path(specsplit.__file__).parent)
-    assert record["git"]["commit"] == git(experiment.root, "rev-parse", "HEAD")
-    write_json(tmp_path / "record.json", record)
-    assert read_json(tmp_path / "record.json") == record
+def test_the_changes_make_the_files_again(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "a.txt").write_text("changed\n")
+    (checkout / "sub").mkdir()
+    (checkout / "sub" / "new.bin").write_bytes(bytes(range(256)))
+    (checkout / "results").mkdir()
+    (checkout / "results" / "ignored").write_text("x")
+    changes = capture_diff(checkout)
+    assert [(file["path"], file["in_diff"]) for file in changes["new_files"]] == [("sub/new.bin", True)]
+    assert changes["sha256"] == hashlib.sha256(changes["diff"].encode()).hexdigest()
+    git(tmp_path, "clone", "-q", str(checkout), "again")
+    (tmp_path / "patch").write_text(changes["diff"])
+    git(tmp_path / "again", "apply", str(tmp_path / "patch"))
+    assert (tmp_path / "again" / "a.txt").read_text() == "changed\n"
+    assert (tmp_path / "again" / "sub" / "new.bin").read_bytes() == bytes(range(256))
+    assert not (tmp_path / "again" / "results").exists()
+    assert git(checkout, "diff", "--cached") == ""  # the index is as it was
 
 
-@pytest.mark.parametrize(
-    ("change", "item", "said"),
-    [
-        ({"exit_code": 1}, "command, UTC times", "gamma-2/run.json: exit code 1"),
-        ({"exit_code": False}, "command, UTC times", "exit code False"),
-        ({"argv": []}, "command, UTC times", "no command"),
-        ({"started": "2025-01-31T12:00:00"}, "command, UTC times", "not a UTC time"),
-        ({"started": "2025-01-31T12:00:00+02:00"}, "command, UTC times", "not a UTC time"),
-        ({"finished": None}, "command, UTC times", "not a UTC time"),
-        ({"finished": "2025-01-31T11:00:00Z"}, "command, UTC times", "finished before it started"),
-        ({"seed": 8}, "seeds recorded", "gamma-2/run.json: seed 8, but the configuration has 7"),
-    ],
-)
-def test_a_run_that_lacks_something(experiment: Experiment, change: dict[str, Any], item: str, said: str) -> None:
-    write_json(experiment.runs[1], Experiment.run(**change))
-    ((failed, detail),) = experiment.failures().items()
-    assert failed.startswith(item)
-    assert said in detail
-    assert "gamma-0" not in detail
+def test_secrets_and_large_files_stay_out_of_the_changes(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
+    (checkout / "a.txt").write_text("login correct-horse-battery\n")
+    (checkout / ".env").write_text("PASSWORD=hunter2\n")
+    (checkout / "large").write_bytes(b"x" * (LARGEST_NEW_FILE + 1))
+    changes = capture_diff(checkout)
+    assert "horse" not in changes["diff"]
+    assert "hunter2" not in changes["diff"]
+    assert changes["redacted"] is True
+    assert {file["path"]: file["in_diff"] for file in changes["new_files"]} == {".env": False, "large": False}
 
 
-@pytest.mark.parametrize("environment", [None, {}, {"PYTHONHASHSEED": "1"}])
-def test_a_run_in_another_environment(experiment: Experiment, environment: Any) -> None:
-    write_json(experiment.runs[0], Experiment.run(environment=environment))
-    failed = experiment.failures()
-    assert set(failed) == {
-        "PYTHONHASHSEED=0 in every run and its workers",
-        "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run and its workers",
+def test_the_remote_without_its_password(checkout: Path) -> None:
+    git(checkout, "remote", "add", "origin", "https://me:hunter2@example.org/x.git")
+    assert capture_git(checkout)["remote"] == "https://[redacted]@example.org/x.git"
+
+
+# ---- secrets
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "--hf-token", "db_password", "AWS_SECRET_ACCESS_KEY", "openai.api-key"])
+def test_names_of_secrets(name: str) -> None:
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize("name", ["max_output_tokens", "tokenizer_sha256", "TOKENIZERS_PARALLELISM", "key", "path"])
+def test_names_of_no_secrets(name: str) -> None:
+    assert not is_secret_name(name)
+
+
+def test_redaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "hf_" + "a" * 34
+    monkeypatch.setenv("SOME_PASSWORD", "open sesame!")
+    monkeypatch.setenv("SHORT_TOKEN", "1")
+    value = {"api_key": "k", "n": [1, None, f"say open sesame! and {token}."], "eos_token": 2, "url": "http://u:p@h/"}
+    assert redact(value) == {
+        "api_key": "[redacted]",
+        "n": [1, None, "say [redacted] and [redacted]."],
+        "eos_token": 2,
+        "url": "http://[redacted]@h/",
     }
-    expected = "1" if environment and "PYTHONHASHSEED" in environment else "not set"
-    assert failed["PYTHONHASHSEED=0 in every run and its workers"] == f"results/gamma-0/run.json: {expected}"
-
-
-def test_a_worker_in_another_environment(experiment: Experiment) -> None:
-    workers = {"draft": {"environment": {"PYTHONHASHSEED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}}
-    write_json(experiment.runs[0], Experiment.run(workers=workers))
-    assert experiment.failures() == {
-        "PYTHONHASHSEED=0 in every run and its workers": "results/gamma-0/run.json, draft worker: 1"
-    }
-
-
-def test_nothing_recorded_is_not_complete(experiment: Experiment) -> None:
-    experiment.runs = []
-    experiment.model = None  # type: ignore[assignment]
-    experiment.config = {}
-    assert list(experiment.failures()) == [
-        "seeds recorded",
-        "PYTHONHASHSEED=0 in every run and its workers",
-        "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run and its workers",
-        "command, UTC times and exit code 0 of every run",
-        "models pinned by the hash of their weights",
+    line = ["run", "--token", "x", "--hf-token=y", "password=z", "--max-output-tokens", "64", token]
+    assert redact_arguments(line) == [
+        *("run", "--token", "[redacted]", "--hf-token=[redacted]", "password=[redacted]"),
+        *("--max-output-tokens", "64", "[redacted]"),
     ]
-
-
-@pytest.mark.parametrize("fingerprint", [None, {}, {"weights_sha256": None}, {"weights_sha256": "abc"}])
-def test_a_model_without_a_hash(experiment: Experiment, fingerprint: Any) -> None:
-    write_json(experiment.model, {"name": "tiny", "fingerprint": fingerprint})
-    expected = {"models pinned by the hash of their weights": "results/model.json: no weights_sha256"}
-    assert experiment.failures() == expected
-
-
-def test_a_dataset_that_changed_after_its_manifest(experiment: Experiment) -> None:
-    experiment.dataset.write_bytes(b'{"prompt": "other"}\n')
-    (detail,) = experiment.failures().values()
-    assert detail.startswith("no file beside manifest.json has sha256 ")
-    write_json(experiment.manifest, {})
-    (detail,) = experiment.failures().values()
-    assert detail == "manifest.json: no output_sha256"
-
-
-def test_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    root = tmp_path / "archive"
-    root.mkdir()
-    failed = Experiment(root).failures()
-    assert list(failed) == ["git commit known"]
-    assert "not a git repository" in failed["git commit known"]
-
-
-def test_uncommitted_changes_are_told(experiment: Experiment) -> None:
-    (experiment.root / "a.txt").write_text("changed")
-    detail = experiment.record()["checklist"][-1]["detail"]
-    assert detail.endswith(" with uncommitted changes")
-
-
-def test_the_gpu_is_in_the_record(experiment: Experiment, fake_command: Callable[[str, str], None]) -> None:
-    fake_command("nvidia-smi", nvidia_smi())
-    record = experiment.record()
-    assert record["gpu"]["gpus"][0]["name"] == "NVIDIA H100 80GB HBM3"
-    assert "2 GPU(s)" in [item["detail"] for item in record["checklist"]]
-
-
-@pytest.mark.parametrize("what", ["run", "model", "manifest", "result"])
-def test_a_missing_file_is_named(experiment: Experiment, what: str) -> None:
-    paths = {
-        "run": experiment.runs[1],
-        "model": experiment.model,
-        "manifest": experiment.manifest,
-        "result": experiment.summary,
-    }
-    paths[what].unlink()
-    with pytest.raises(UserError, match=re.escape(str(paths[what]))):
-        experiment.record()
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "", "null"])
-def test_a_malformed_file_is_named(experiment: Experiment, content: str) -> None:
-    experiment.runs[0].write_text(content)
-    with pytest.raises(UserError, match=re.escape(str(experiment.runs[0]))):
-        experiment.record()
+    assert find_secret("a " + token) == 2
+    assert find_secret("nothing here: task-force-of-many-words, 1 of 2") is None
 
 
 # ---- JSON files

@@ -97,6 +97,13 @@ def test_figures_of_a_text() -> None:
     assert record.output_sha256 == hashlib.sha256(b"[7, 8, 9, 10]").hexdigest()
 
 
+def test_time_between_tokens_leaves_out_those_of_the_first_round() -> None:
+    # 60 ms after the first round, which brought two of the four tokens.
+    assert request_record(REQUESTS[0], TWO_ROUNDS, CONFIG).itl_ms == pytest.approx(60.0 / 2)
+    at_once = SpeculativeResult([7, 8], "length", [one_round(1, 4, 1)], 40.0, 40.0)
+    assert request_record(REQUESTS[0], at_once, CONFIG).itl_ms is None
+
+
 def test_without_a_draft_there_is_no_acceptance_rate() -> None:
     alone = SpeculativeResult([7, 8], "length", [one_round(1, 0, 0), one_round(2, 0, 0)], 10.0, 20.0)
     record = request_record(REQUESTS[0], alone, OrchestratorConfig(max_draft_tokens=0))
@@ -227,7 +234,13 @@ def test_a_run_leaves_tables_texts_and_its_record(calls: list[Any], run: Callabl
     assert [row["request_id"] for row in requests] == ["a", "b", "c"]
     assert [(row["request_id"], row["round"]) for row in rounds] == [(r, n) for r in "abc" for n in "12"]
     outputs = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
-    assert outputs[1] == {"request_id": "b", "finish_reason": "length", "text": "7 8 9 10", "token_ids": [7, 8, 9, 10]}
+    assert outputs[1] == {
+        "request_id": "b",
+        "repeat": 1,
+        "finish_reason": "length",
+        "text": "7 8 9 10",
+        "token_ids": [7, 8, 9, 10],
+    }
 
     record = json.loads((folder / "run.json").read_text())
     assert (record["exit_code"], record["error"]) == (0, None)
@@ -240,6 +253,17 @@ def test_a_run_leaves_tables_texts_and_its_record(calls: list[Any], run: Callabl
     assert record["inputs"]["prompts"]["path"] == "p.jsonl"
     assert record["tokenizer_sha256"] == CODEC.sha256
     assert record["argv"][0] == "specsplit"
+
+
+def test_repeats_go_through_all_requests_and_again(calls: list[Any], run: Callable[..., Path]) -> None:
+    folder = run(warmup=0, repeats=2)
+    assert calls == [[1, 2, 3], [4], [5, 6]] * 2
+    requests, rounds = rows(folder / "requests.csv"), rows(folder / "per_round.csv")
+    assert [(row["request_id"], row["repeat"]) for row in requests] == [(r, n) for n in "12" for r in "abc"]
+    assert len({(row["request_id"], row["repeat"], row["round"]) for row in rounds}) == len(rounds) == 12
+    outputs = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
+    assert [(line["request_id"], line["repeat"]) for line in outputs] == [(r, n) for n in (1, 2) for r in "abc"]
+    assert json.loads((folder / "run.json").read_text())["repeats"] == 2
 
 
 def test_more_warm_up_than_requests(calls: list[Any], run: Callable[..., Path]) -> None:

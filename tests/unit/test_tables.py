@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -309,11 +309,12 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     summary = summarize(requests, rounds, bootstrap_samples=100)
     assert summary["gamma"].to_list() == [0, 1, 3]
     expected = ["gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"]
-    expected += ["requests", "generated_tokens"]
+    expected += ["requests", "repeats", "generated_tokens"]
     expected += ["speedup", "speedup_ci_low", "speedup_ci_high"]
     for metric in METRICS:
         expected += [f"{metric}_{part}" for part in ("mean", "ci_low", "ci_high", "median")]
         expected += [f"{metric}_{part}" for part in ("p90", "p99") if metric in TIMES]
+    expected += ["inter_chunk_ms_median", "inter_chunk_ms_p90", "inter_chunk_ms_p99"]
     expected += ["tokens_per_second", "speculation_hits", "speculation_misses"]
     expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
     expected += ["acceptance_at_1", "acceptance_at_2", "acceptance_at_3", "lossless"]
@@ -372,6 +373,44 @@ def test_mean_median_and_percentiles():
     assert row["ttft_ms_p90"] == pytest.approx(76.0)  # 0.6 of the way from 40 to 100
     assert row["ttft_ms_p99"] == pytest.approx(97.6)
     assert 10.0 < row["ttft_ms_ci_low"] < 40.0 < row["ttft_ms_ci_high"] < 100.0
+
+
+def test_repeats_count_once_with_their_median(tmp_path):
+    def run(gamma: int, *latencies: float, **last: Any) -> list[RequestRecord]:
+        return [
+            a_request(name, gamma, repeat=repeat, total_latency_ms=ms, **(last if repeat == len(latencies) else {}))
+            for repeat, ms in enumerate(latencies, start=1)
+            for name in "ab"
+        ]
+
+    drafted = run(2, 400.0, 500.0, 90000.0, output_sha256="other")
+    runs = [write_run(tmp_path / "a", run(0, 1000.0, 9000.0, 1000.0)), write_run(tmp_path / "b", drafted)]
+    requests, rounds = merge_runs(runs)
+    assert len(requests) == 12
+    summary = summarize(requests, rounds, bootstrap_samples=100)
+    assert list(summary["requests"]) == [2, 2]
+    assert list(summary["repeats"]) == [3, 3]
+    assert list(summary["generated_tokens"]) == [20, 20]
+    assert list(summary["total_latency_ms_mean"]) == [1000.0, 500.0]
+    assert summary["speedup"].iloc[1] == pytest.approx(2.0)
+    assert list(summary["lossless"]) == [1.0, 0.0]  # one repeat that differs is enough
+
+
+def test_a_repeat_that_is_missing_is_named(tmp_path):
+    full = [a_request("a", 0), a_request("a", 0, repeat=2)]
+    message = refusal(write_run(tmp_path / "a", full), write_run(tmp_path / "b", [a_request("a", 2)]))
+    assert "gamma 2 lacks 1 of 2 requests that other runs have: a (repeat 2)" in message
+
+
+def test_chunks_are_apart_by_the_time_between_arrivals():
+    rounds = [
+        replace(a_round(name, 3, number, 1), arrived_ms=ms, repeat=repeat)
+        for name, repeat, times in (("a", 1, (100.0, 140.0, 200.0)), ("a", 2, (50.0, 90.0)), ("b", 1, (70.0,)))
+        for number, ms in enumerate(times, start=1)
+    ]
+    summary = summarize(*tables([a_request("a", 3), a_request("b", 3)], rounds), bootstrap_samples=100)
+    row = summary.iloc[0]
+    assert (row["inter_chunk_ms_median"], row["inter_chunk_ms_p90"]) == pytest.approx((40.0, 56.0))
 
 
 def test_missing_values_are_left_out_and_an_empty_metric_is_empty():

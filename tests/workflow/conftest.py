@@ -57,7 +57,7 @@ class Workspace:
 
     def command(self, *arguments: str, target: str = SUMMARY) -> list[str]:
         (self.folder / "my.yaml").write_text(yaml.safe_dump(self.config))
-        return [*SNAKEMAKE, *arguments, "--configfile", "my.yaml", "--", target]
+        return [*SNAKEMAKE, *arguments, "--configfile", "my.yaml", "--", *target.split()]
 
     def snakemake(self, *arguments: str, target: str = SUMMARY, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

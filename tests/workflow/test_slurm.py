@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cluster of this machine alone, started by hand: no systemd, no accounting. Needs root, and Debian's packages."""
+    """A cluster of this machine alone, started by hand: no systemd, no accounting. Needs root and Debian."""
     pytest.importorskip("snakemake_executor_plugin_slurm", reason="pip install -e '.[slurm]'")
     if os.geteuid() != 0:
         pytest.skip("SLURM's daemons are started by root")

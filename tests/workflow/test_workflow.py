@@ -171,6 +171,46 @@ def test_timing_runs_take_every_core(finished):
     assert all("threads: 2" in job for job in benchmarks)
 
 
+BESIDE = "results/peers.csv results/capacity.csv results/context_curve.csv results/profile.csv"
+
+
+def test_measurements_beside_the_sweep_are_planned(finished):
+    workers = 7 + 3 + 3  # raced: gamma 0 and 3, 5 in two modes; many clients and contexts: gamma 0 and 3
+    assert finished.planned(target=BESIDE) == {
+        **{"race_peers": 1, "peers": 1, "benchmark_capacity": 1, "capacity": 1, "context_curve": 1, "profile": 1},
+        "start_worker": workers + 2,
+    }
+    text = finished.run("--dry-run", "--printshellcmds", target=BESIDE)
+    started = {
+        line.split("--endpoint-file ")[1].split()[0]: line for line in text.splitlines() if "start-worker" in line
+    }
+    assert "--max-sessions 16" in started["results/workers/capacity/gamma_3/target.json"]
+    assert "--max-context 4192" in started["results/workers/context/gamma_0/target.json"]
+    assert "--max-sessions 8" in started["results/workers/race/gamma_3/draft.json"]
+    assert finished.planned() == {}  # none of it is part of the main job
+
+
+@pytest.mark.slow
+def test_measurements_beside_the_sweep(workspace):
+    workspace.config |= {
+        "baselines": {"peers": ["generate", "assisted"], "gammas": [2], "mode": "overlap"},
+        "capacity": {"clients": [3], "gammas": [2], "requests": 4},
+        "context": {"lengths": [16, 64], "gammas": [0], "output_tokens": 8, "texts": 1},
+        "repeats": 2,
+    }
+    workspace.run(target=BESIDE)
+    results = workspace.folder / "results"
+    peers = pd.read_csv(results / "peers.csv")
+    assert list(peers["contender"]) == ["gamma_0", "overlap_gamma_2", "hf_assisted", "hf_generate"]
+    assert (peers["identical"] == 1).all()
+    assert (pd.read_csv(results / "capacity.csv")["matches_single"] == 1).all()
+    assert list(pd.read_csv(results / "context_curve.csv")["context_tokens"]) == [16, 64]
+    assert set(pd.read_csv(results / "profile.csv")["phase"]) == {"prefill", "decode"}
+    for name in ("peers", "capacity", "context_curve", "profile"):
+        assert (results / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert workspace.planned(target=BESIDE) == {}
+
+
 def test_workers_that_compute_at_once_share_the_cores(workspace):
     workspace.config |= {"gammas": [0, 2], "mode": ["sync", "lookahead"]}
     del workspace.config["workers"]["threads"]

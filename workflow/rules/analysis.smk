@@ -6,7 +6,7 @@ rule merge:
     input:
         requests=expand("results/runs/{point}/requests.csv", point=POINTS),
         rounds=expand("results/runs/{point}/per_round.csv", point=POINTS),
-        code=source("analysis/tables.py"),
+        code=source("analysis/tables.py", "analysis/reading.py"),
     output:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
@@ -47,21 +47,26 @@ rule summary:
         rounds="results/per_round.csv",
         figures=rules.figures.output,
         provenance="results/provenance/provenance.json",
-        code=source("analysis/tables.py", "analysis/statistics.py"),
+        code=source("analysis/tables.py", "analysis/reading.py", "analysis/statistics.py"),
     output:
-        report("results/summary.csv", caption="../report/summary.rst", category="Tables", labels={"what": "summary"}),
+        summary=report(
+            "results/summary.csv", caption="../report/summary.rst", category="Tables", labels={"what": "summary"}
+        ),
+        seal="results/provenance/SHA256SUMS",
     log:
         "results/logs/summary.log",
     conda:
         "../../envs/specsplit.yaml"
     params:
-        flags(
+        settings=flags(
             confidence=config["statistics"]["confidence"],
             bootstrap_samples=config["statistics"]["bootstrap_samples"],
             seed=config["seed"],
         ),
+        sealed=lambda wildcards: result_files(),
     shell:
-        "specsplit analyze --no-figures --results-dir results {params} > {log} 2>&1"
+        "specsplit analyze --no-figures --results-dir results {params.settings} > {log} 2>&1"
+        " && specsplit provenance seal --output {output.seal} {params.sealed} >> {log} 2>&1"
 
 
 # Everything on one page that needs no other file.
@@ -82,6 +87,6 @@ rule report:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        rules.summary.params[0],
+        rules.summary.params.settings,
     shell:
         "specsplit report --results-dir results --output {output} {params} > {log} 2>&1"

@@ -5,11 +5,9 @@ rule benchmark:
     input:
         endpoints=lambda wildcards: run_endpoints(wildcards.point),
         prompts="results/dataset/prompts.jsonl",
-        models=lambda wildcards: sorted({role_model(role, wildcards.point) for role in run_roles(wildcards.point)}),
-        layers=lambda wildcards: [
-            file for role in run_roles(wildcards.point) for file in layers_file(role, wildcards.point)
-        ],
-        code=source("decoding", "models", "workers", "rpc", "bench", "config.py"),
+        models=lambda wildcards: models_of([wildcards.point])[0],
+        layers=lambda wildcards: models_of([wildcards.point])[1],
+        code=MEASURED_WITH,
     output:
         requests="results/runs/{point}/requests.csv",
         rounds="results/runs/{point}/per_round.csv",
@@ -27,7 +25,7 @@ rule benchmark:
         settings=lambda wildcards: run_settings(wildcards.point),
         # Not used by the command, which has it from the resources: other workers, other results.
         workers=lambda wildcards: [worker_settings(role, wildcards.point) for role in run_roles(wildcards.point)],
-        tokenizer=f"resources/models/{config['target']['model']}",
+        tokenizer=TARGET_FOLDER,
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results"
         " --tokenizer {params.tokenizer} {resources.workers} --gpus {resources.gpu} {params.settings}"

@@ -9,8 +9,11 @@ try:
     from specsplit.analysis.figures import FIGURE_TITLES
     from specsplit.analysis.report import MORE_TABLES
     from specsplit.bench.sweep import plain_number, sweep_points
+    from specsplit.config import MAX_GAMMA
     from specsplit.errors import UserError
     from specsplit.pipeline_config import load_pipeline_config, swept_drafts
+    from specsplit.provenance.capture import RUN_CODE, WORKFLOW_FILES
+    from specsplit.provenance.steps import remember_workflow
     from specsplit.workers.environment import threads_beside_another
     from specsplit.workflow_runs import begin_run
 except ModuleNotFoundError as error:
@@ -39,37 +42,58 @@ POINTS = {
         DRAFTS,
     )
 }
+# Measurements beside the sweep have workers too, under names of their own: an endpoint file that is made anew would make
+# the finished run of its name out of date. The processes are shared all the same where their flags are. Of several drafts
+# they take the first.
+FIRST_DRAFT = next(iter(DRAFTS))
+RACED = {
+    f"race/{point.label}": point
+    for point in sweep_points(
+        [0, *config["baselines"]["gammas"]],
+        config["baselines"]["mode"],
+        config["baselines"]["tree"],
+        drafts=[FIRST_DRAFT],
+    )
+}
+CAPACITY = {
+    f"capacity/{point.label}": point
+    for point in sweep_points(config["capacity"]["gammas"], [config["capacity"]["mode"]], drafts=[FIRST_DRAFT])
+}
+CONTEXT = {f"context/{point.label}": point for point in sweep_points(config["context"]["gammas"], drafts=[FIRST_DRAFT])}
+WORKER_POINTS = {**RACED, **CAPACITY, **CONTEXT, **POINTS}
 MODELS = sorted({config["target"]["model"], *(draft["model"] for draft in DRAFTS.values())})
+TARGET_FOLDER = f"resources/models/{config['target']['model']}"
 ROLES = ["draft", "target"]
 
 
 wildcard_constraints:
-    point="|".join(map(re.escape, POINTS)),
+    point="|".join(map(re.escape, WORKER_POINTS)),
     role="|".join(ROLES),
     draft="|".join(map(re.escape, DRAFTS)),
     model="|".join(config["models"]),  # all: an ngram model may take the tokenizer of one that is not run
 
 
+def given_cores():
+    """The cores that Snakemake was given; None with --jobs alone, where each job has its own (set-threads in the profile)."""
+    try:
+        return workflow.cores
+    except WorkflowError:
+        return None
+
+
+# Of jobs that measure time: nothing may run beside them.
+EVERY_CORE = given_cores() or 1
+
+
 # Jobs and workers end when this process does, and what a killed run left behind is cleared.
 begin_run()
+remember_workflow(given_cores(), [os.path.relpath(file) for file in workflow.configfiles])
 
 
 # ---- for all rules
 
 # The folder of the project, whichever Snakefile of it was called.
 PROJECT = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)) / "../.."
-
-
-def every_core():
-    """The cores that Snakemake was given; 1 with --jobs alone, where each job has its own (set-threads in the profile)."""
-    try:
-        return workflow.cores or 1
-    except WorkflowError:
-        return 1
-
-
-# Of jobs that measure time: nothing may run beside them.
-EVERY_CORE = every_core()
 
 
 def source(*parts):
@@ -79,6 +103,10 @@ def source(*parts):
         f for part in parts for f in ([root / part] if part.endswith(".py") else sorted((root / part).rglob("*.py")))
     ]
     return [os.path.relpath(f) for f in files]
+
+
+# What decides the texts and times of every measurement with workers.
+MEASURED_WITH = source(*RUN_CODE)
 
 
 def flags(**values):
@@ -142,7 +170,7 @@ def local_files(name):
 
 def role_settings(role, label):
     """The section of the configuration that a run's worker is made from."""
-    return config["target"] if role == "target" else DRAFTS[POINTS[label].draft]
+    return config["target"] if role == "target" else DRAFTS[WORKER_POINTS[label].draft]
 
 
 def role_model(role, label):
@@ -155,15 +183,29 @@ def role_model(role, label):
 def layers_file(role, label):
     """The layers that rule pick_layers finds for the draft; nothing when the configuration names them."""
     auto = role == "draft" and role_settings(role, label)["skip_layers"] == "auto"
-    return [f"results/skip_layers/{POINTS[label].draft}.json"] if auto else []
+    return [f"results/skip_layers/{WORKER_POINTS[label].draft}.json"] if auto else []
 
 
 def worker_threads(label):
     """Compute threads of each worker of a run; None = every core. Two workers that compute at once share the cores."""
-    workers = config["workers"]
-    at_once = POINTS[label].gamma != 0 and POINTS[label].mode != "sync"
+    workers, point = config["workers"], WORKER_POINTS[label]
+    # With many clients one is drafted for while another is verified.
+    at_once = point.gamma != 0 and (point.mode != "sync" or label in CAPACITY)
     own_cores = workers["device"].startswith("cuda") or any(map(attach_address, ROLES))
     return threads_beside_another() if at_once and not own_cores and workers["threads"] is None else workers["threads"]
+
+
+def worker_context(label):
+    """Tokens that a session can hold; the context curve needs room for its longest context that the user asked for."""
+    context = config["context"]
+    needed = max(context["lengths"]) + context["output_tokens"] + MAX_GAMMA if label in CONTEXT else 0
+    return max(config["workers"]["max_context"], needed)
+
+
+def worker_sessions(label):
+    """Sessions that a worker keeps: one for every client at least."""
+    clients = max(config["capacity"]["clients"]) if label in CAPACITY else 0
+    return max(config["workers"]["max_sessions"], clients)
 
 
 def worker_settings(role, label):
@@ -177,9 +219,9 @@ def worker_settings(role, label):
         device=workers["device"],
         engine=workers["engine"],
         threads=worker_threads(label),
-        max_context=workers["max_context"],
+        max_context=worker_context(label),
         seed=config["seed"],
-        target_tokenizer=f"resources/models/{config['target']['model']}" if speaks_through(role, label) else None,
+        target_tokenizer=TARGET_FOLDER if speaks_through(role, label) else None,
     )
 
 
@@ -194,15 +236,37 @@ def attach_address(role):
     return os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or config["workers"][f"{role}_address"] or ""
 
 
-def worker_operation(role):
+def worker_operation(role, label):
     """How a run's worker is operated. No params: it changes no result, so a change of it reruns nothing."""
     workers = config["workers"]
     return flags(
-        max_sessions=workers["max_sessions"],
+        max_sessions=worker_sessions(label),
         session_ttl_s=workers["session_ttl_s"],
         startup_timeout_s=workers["startup_timeout_s"],
         attach=attach_address(role) or None,
     )
+
+
+# ---- results
+
+
+def run_files(*names):
+    """Files of every run's folder."""
+    return expand("results/runs/{point}/{name}", point=POINTS, name=names)
+
+
+def result_files():
+    """All that the main job leaves, but for the logs and what seals it."""
+    return [
+        "results/summary.csv",
+        "results/requests.csv",
+        "results/per_round.csv",
+        *rules.figures.output,
+        *rules.prepare_dataset.output,
+        *rules.resolved_config.output,
+        *rules.provenance.output,
+        *run_files("requests.csv", "per_round.csv", "outputs.jsonl", "run.json"),
+    ]
 
 
 # ---- runs
@@ -210,20 +274,32 @@ def worker_operation(role):
 
 def run_roles(label):
     """Gamma 0 is the target alone."""
-    return ["target"] if POINTS[label].gamma == 0 else ROLES
+    return ["target"] if WORKER_POINTS[label].gamma == 0 else ROLES
+
+
+def endpoints_of(labels):
+    """The endpoint files of the workers of several runs, which are started before they are measured with."""
+    pairs = [(label, role) for label in labels for role in run_roles(label)]
+    if workflow.non_local_exec and not all(attach_address(role) for _, role in pairs):
+        raise WorkflowError(
+            "Jobs go to a cluster, where a worker ends with the job that started it, so none can be started for others. "
+            "For the runs of the sweep set workers.lifecycle to job (profiles/slurm does). For any measurement name "
+            "running workers by workers.draft_address and workers.target_address, or make it without the executor"
+        )
+    return [f"results/workers/{label}/{role}.json" for label, role in pairs]
+
+
+def models_of(labels):
+    """The manifests of the models that these runs need, and the layers that their drafts do without."""
+    pairs = [(role, label) for label in labels for role in run_roles(label)]
+    models = {role_model(role, label) for role, label in pairs}
+    layers = {file for role, label in pairs for file in layers_file(role, label)}
+    return sorted(models), sorted(layers)
 
 
 def run_endpoints(label):
-    """Endpoint files of the workers that are started before the run; nothing when the run's own job starts them."""
-    if config["workers"]["lifecycle"] == "job":
-        return []
-    if workflow.non_local_exec and not all(map(attach_address, run_roles(label))):
-        raise WorkflowError(
-            "workers.lifecycle is workflow, but jobs go to a cluster, where a worker ends with the job that started it: "
-            "set workers.lifecycle to job (profiles/slurm does), or name running workers by workers.draft_address and "
-            "workers.target_address"
-        )
-    return expand("results/workers/{point}/{role}.json", point=label, role=run_roles(label))
+    """Endpoint files that a run of the sweep waits for; none when its own job starts its workers."""
+    return [] if config["workers"]["lifecycle"] == "job" else endpoints_of([label])
 
 
 def run_workers(label):
@@ -231,18 +307,18 @@ def run_workers(label):
     roles = run_roles(label)
     if config["workers"]["lifecycle"] == "workflow":
         return flags(**{f"{role}_addr": f"results/workers/{label}/{role}.json" for role in roles})
-    return flags(
-        **{
-            f"start_{role}": f"--model {role_model(role, label)} --worker-log results/logs/workers/{label}_{role}.log "
-            f"{worker_settings(role, label)} {worker_operation(role)}"
-            for role in roles
-        }
-    )
+    return flags(**{f"start_{role}": own_worker(role, label) for role in roles})
+
+
+def own_worker(role, label):
+    """Flags of start-worker, in one string, for a worker that a run's own job starts."""
+    files = flags(model=role_model(role, label), worker_log=f"results/logs/workers/{label}_{role}.log")
+    return f"{files} {worker_settings(role, label)} {worker_operation(role, label)}"
 
 
 def run_settings(label):
     """Flags of bench that decide a run's results."""
-    generation, sampling = config["generation"], config["sampling"]
+    sampling = config["sampling"]
     settings = POINTS[label].settings(
         {
             "fan_out": config["lookahead"]["fan_out"],
@@ -256,10 +332,19 @@ def run_settings(label):
     return flags(
         gamma=settings.pop("max_draft_tokens"),
         **settings,
-        max_output_tokens=generation["max_output_tokens"],
-        max_rounds=generation["max_rounds"],
-        use_chat_template=generation["use_chat_template"],
-        ignore_eos=generation["ignore_eos"],
-        warmup=config["warmup_requests"],
-        seed=config["seed"],
+        max_rounds=config["generation"]["max_rounds"],
+        repeats=config["repeats"],
+        **text_settings(),
     )
+
+
+def text_settings():
+    """Flags of every measurement with prompts that decide its texts."""
+    generation = config["generation"]
+    return {
+        "max_output_tokens": generation["max_output_tokens"],
+        "use_chat_template": generation["use_chat_template"],
+        "ignore_eos": generation["ignore_eos"],
+        "warmup": config["warmup_requests"],
+        "seed": config["seed"],
+    }

@@ -1,4 +1,4 @@
-# What was run, on what, with what: the record that belongs to the tables.
+# What was run, on what, with what: the record that belongs to the tables, and the archive of it all.
 from specsplit.jsonio import json_sha256
 
 
@@ -18,22 +18,38 @@ rule resolved_config:
 rule provenance:
     input:
         config="results/provenance/config.json",
-        runs=expand("results/runs/{point}/run.json", point=POINTS),
+        runs=run_files("run.json"),
         models=expand("resources/models/{model}/model.json", model=MODELS),
         dataset="results/dataset/manifest.json",
         prompts="results/dataset/prompts.jsonl",
-        results=[
-            "results/requests.csv",
-            "results/per_round.csv",
-            *expand("results/runs/{point}/outputs.jsonl", point=POINTS),
-        ],
+        results=["results/requests.csv", "results/per_round.csv", *run_files("outputs.jsonl")],
         code=source("provenance"),
     output:
-        report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
+        record=report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
+        patch="results/provenance/changes.patch",
     log:
         "results/logs/provenance.log",
     conda:
         "../../envs/specsplit.yaml"
     shell:
-        "specsplit provenance --config {input.config} --runs {input.runs} --models {input.models}"
-        " --dataset {input.dataset} --results {input.prompts} {input.results} --output {output} > {log} 2>&1"
+        "specsplit provenance record --config {input.config} --runs {input.runs} --models {input.models}"
+        " --dataset {input.dataset} --results {input.prompts} {input.results}"
+        " --output {output.record} --patch {output.patch} > {log} 2>&1"
+
+
+# All that was made, the code and the logs, without the weights: a Workflow Run RO-Crate.
+rule archive:
+    input:
+        results=result_files(),
+        seal="results/provenance/SHA256SUMS",
+        models=expand("resources/models/{model}/model.json", model=MODELS),
+        project=[str(file) for pattern in WORKFLOW_FILES for file in sorted(Path().glob(pattern)) if file.is_file()],
+        code=source("."),
+    output:
+        "results/archive.zip",
+    log:
+        "results/logs/archive.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    shell:
+        "specsplit provenance archive --output {output} {input.results} {input.seal} {input.models} > {log} 2>&1"

@@ -21,7 +21,7 @@ rule start_worker:
         "../../envs/specsplit.yaml"
     resources:
         gpu=config["workers"]["gpus"],
-        operation=lambda wildcards: worker_operation(wildcards.role),
+        operation=lambda wildcards: worker_operation(wildcards.role, wildcards.point),
     params:
         settings=lambda wildcards: worker_settings(wildcards.role, wildcards.point),
     shell:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from specsplit.jsonio import write_json
+from specsplit.provenance.redaction import redact
 
 with open(snakemake.log[0], "w") as sys.stderr:  # noqa: F821, PTH123
-    write_json(Path(snakemake.output[0]), snakemake.config)  # noqa: F821
+    write_json(Path(snakemake.output[0]), redact(snakemake.config))  # noqa: F821

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
@@ -27,6 +29,31 @@ RED, GREY = "#D55E00", "#8C8C8C"  # Okabe and Ito's vermilion, and a grey
 NOTHING_DRAFTED = "Nothing was drafted, so there is no acceptance to show."
 
 
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "svg.fonttype": "none",  # text stays text: searchable, and set in the page's font
+    "svg.hashsalt": "specsplit",  # the same data give the same bytes
+}
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """How every figure looks; a reader's own matplotlibrc must not change a published one."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
 @dataclass(frozen=True)
 class Plot:
     """What a figure shows: a metric of the summary, the text around it, and why it may have no data."""
@@ -39,6 +66,13 @@ class Plot:
     mark_best: bool = False  # a ring around the lowest mean
     top: float | None = None  # end of the y axis; None = what the data need
     drafting: bool = False  # without gamma 0
+
+
+def settle_layout(figure: Figure) -> None:
+    """Fix the layout of a finished figure, so that both formats get the same one."""
+    for _ in range(2):  # the second pass makes room for the tick labels that the first one chose
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def save_figure(figure: Figure, path: Path, metadata: dict[str, Any] | None = None) -> list[Path]:

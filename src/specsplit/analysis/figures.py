@@ -11,36 +11,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from specsplit.analysis.curves import MOST_PANELS, Curve, Panel, left_out, split_curves, split_panels
-from specsplit.analysis.drawing import DPI, NOTHING_DRAFTED, Plot, draw_metric, draw_positions, save_figure
-from specsplit.analysis.tables import summarize
+from specsplit.analysis.drawing import (
+    DPI,
+    NOTHING_DRAFTED,
+    Plot,
+    draw_metric,
+    draw_positions,
+    house_style,
+    save_figure,
+    settle_layout,
+)
+from specsplit.analysis.repeats import median_over_repeats
+from specsplit.analysis.tables import PER_REQUEST, summarize
 
 FIGURES = ("tpot", "acceptance_rate", "ttft", "network_idle", "speculation")
 
 WIDTH_IN, HEIGHT_IN, TALL_IN = 3.4, 2.6, 4.6
 PANEL_WIDTH_IN, PANEL_HEIGHT_IN = 2.5, 2.0  # of several beside each other
-
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
-    "font.size": 7.5,
-    "axes.titlesize": 8,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "svg.fonttype": "none",  # text stays text: searchable, and set in the page's font
-    "svg.hashsalt": "specsplit",  # the same data give the same bytes
-}
-
 
 _PLOTS = {
     "tpot": Plot(
@@ -104,13 +97,12 @@ def draw_figures(
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     summary = summarize(requests, rounds, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
     summary = summary.rename(columns={"hit_rate": "hit_rate_mean"})
+    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0")
     ahead = requests["speculation_hits"] + requests["speculation_misses"]
     requests = requests.assign(hit_rate=requests["speculation_hits"] / ahead.where(ahead > 0))
     panels, curves = split_panels(requests, rounds, summary), split_curves(summary)
     paths = []
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a reader's own matplotlibrc must not change a published figure
-        matplotlib.rcParams.update(_STYLE)
+    with house_style():
         for name in FIGURES:
             plot = _PLOTS[name]
             shown, own = panels, curves
@@ -124,9 +116,7 @@ def draw_figures(
                 _draw_alone(figure, plot, shown[0], own or curves[:1], settings, omitted)
             else:
                 _draw_panels(figure, plot, shown[:MOST_PANELS], own, settings, omitted)
-            for _ in range(2):  # the second pass makes room for the tick labels that the first one chose
-                figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # both formats get this layout
+            settle_layout(figure)
             metadata = {"Title": f"{plot.title} against draft length"}
             paths += save_figure(figure, Path(out_dir) / f"{name}.png", metadata)
     return paths

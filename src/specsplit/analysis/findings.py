@@ -14,8 +14,9 @@ from typing import Any
 from pandas import DataFrame, Series, isna
 
 from specsplit.analysis.curves import split_panels
+from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import paired_ratio_ci
-from specsplit.analysis.tables import CONFIGURATION, configuration_of
+from specsplit.analysis.tables import CONFIGURATION, PER_REQUEST, configuration_of
 from specsplit.bench.sweep import plain_number
 
 _WORDS = {"gamma": "γ = {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
@@ -86,6 +87,7 @@ def find_best(
     ratio of their milliseconds per token, from a paired bootstrap over requests, includes 1.
     """
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
+    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0")
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
     for panel in split_panels(requests, rounds, summary):

@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals for means and for ratios of sums.
+"""Percentile bootstrap intervals for means, ratios of sums and ratios of medians.
 
 A request is the unit that is drawn again: requests are independent of each other, rounds of one request are
 not. With few requests (under about 20) percentile intervals are a little too narrow: measure more prompts.
@@ -78,6 +78,25 @@ def paired_ratio_ci(
         for index in _resamples(count, samples, seed):
             top_a, bottom_a, top_b, bottom_b = (column[index].sum(axis=1) for column in columns)
             ratios.append((top_a / bottom_a) / (top_b / bottom_b))
+    every = np.concatenate(ratios)
+    return _percentiles(every, confidence) if np.isfinite(every).all() else _UNKNOWN
+
+
+def paired_median_ratio_ci(
+    values_a: ArrayLike, values_b: ArrayLike, *, confidence: float, samples: int, seed: int
+) -> tuple[float, float]:
+    """Interval of median(values_a) / median(values_b), where entry i of both is request i. Otherwise as
+    `paired_ratio_ci`."""
+    _check_settings(confidence, samples)
+    a, b = _numbers("values_a", values_a), _numbers("values_b", values_b)
+    if a.size != b.size:
+        raise ValueError(f"columns of different lengths: {[a.size, b.size]}")
+    if a.size < 2:
+        return _UNKNOWN
+    ratios = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for index in _resamples(a.size, samples, seed):
+            ratios.append(np.median(a[index], axis=1) / np.median(b[index], axis=1))
     every = np.concatenate(ratios)
     return _percentiles(every, confidence) if np.isfinite(every).all() else _UNKNOWN
 

@@ -46,6 +46,8 @@ class RequestRecord:
     speculation_hits: int
     speculation_misses: int
     output_sha256: str
+    itl_ms: float | None = None
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class _Attribution:
 @dataclass(frozen=True)
 class RoundRecord(Round, _Attribution):
     """One round of a request: one row of `per_round.csv`."""
+
+    repeat: int = 1
 
 
 REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))

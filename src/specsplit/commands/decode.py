@@ -82,8 +82,8 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
         return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0)
 
     roles = ("target", "draft") if config.max_draft_tokens else ("target",)
-    with own_workers({role: partial(start, role) for role in roles}) as addresses:
-        yield {f"{role}_address": address for role, address in addresses.items()}
+    with own_workers({role: partial(start, role) for role in roles}) as started:
+        yield {f"{role}_address": endpoint.address for role, endpoint in started.items()}
 
 
 def _figures(result: SpeculativeResult) -> str:

@@ -1,15 +1,15 @@
-"""specsplit bench | merge | analyze"""
+"""specsplit bench | merge | analyze | profile"""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS, sweep_points
-from specsplit.commands.flags import add_interval_flags, add_setting_flags, interval_settings, load_settings
+from specsplit.bench.baselines import Peer
+from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS
+from specsplit.commands.flags import add_interval_flags, add_setting_flags, interval_settings
 from specsplit.commands.serve import ROLES, add_gpus_flag, own_worker
 from specsplit.config import MAX_GAMMA, OrchestratorConfig
 from specsplit.decoding.tree import TreeShape
@@ -39,7 +39,7 @@ def add_commands(subparsers: Any) -> None:
     bench.add_argument("--results-dir", type=Path, required=True, help="runs go to DIR/runs/POINT, tables to DIR")
     bench.add_argument(
         "--gamma",
-        type=_gamma,
+        type=parse_gamma,
         nargs="+",
         default=list(DEFAULT_GAMMAS),
         metavar="N",
@@ -57,10 +57,29 @@ def add_commands(subparsers: Any) -> None:
     bench.add_argument("--limit", type=int, help="take a stratified slice of this many prompts (default: all)")
     bench.add_argument("--on-bad-line", choices=("stop", "skip"), default="stop", help="what a bad prompt line does")
     bench.add_argument("--warmup", type=int, default=1, metavar="N", help="requests run before the clock starts")
+    bench.add_argument("--repeats", type=int, default=1, metavar="N", help="times that every request is measured")
     bench.add_argument(
         "--only",
         action="store_true",
-        help="run just the points named and write no merged tables (the workflow merges)",
+        help="run just the points named and write no tables of all of them (the workflow does)",
+    )
+    race = bench.add_argument_group("race (with --baseline: peers_requests.csv and peers.csv instead of runs)")
+    race.add_argument(
+        "--baseline",
+        dest="baselines",
+        type=_peer,
+        nargs="+",
+        metavar="PEER",
+        help="race each point, request by request in turn, against Hugging Face's generate, assisted (or assisted-N: "
+        "drafts of N tokens) and prompt-lookup",
+    )
+    race.add_argument("--target-model", type=Path, metavar="FOLDER", help="what the target worker serves")
+    race.add_argument("--draft-model", type=Path, metavar="FOLDER", help="what the draft worker serves (assisted)")
+    race.add_argument(
+        "--workers-dir",
+        type=Path,
+        metavar="DIR",
+        help="endpoint files DIR/POINT/ROLE.json, for points with workers of their own, instead of the two addresses",
     )
     bench.add_argument(
         "--terminal-fd", type=int, metavar="N", help="show a bar on the terminal behind this descriptor as well"
@@ -86,46 +105,32 @@ def add_commands(subparsers: Any) -> None:
     analyze.add_argument("--no-figures", action="store_true", help="write the summary alone")
     analyze.set_defaults(run=run_analyze)
 
+    profile = subparsers.add_parser("profile", help="where a round's time goes, from requests.csv and per_round.csv")
+    profile.add_argument("--results-dir", type=Path, required=True, help="for profile.csv and figures/profile.png")
+    profile.set_defaults(run=run_profile)
+
 
 def run_bench(args: argparse.Namespace) -> None:
     from specsplit.workers.environment import ensure_deterministic_environment
 
     ensure_deterministic_environment()
-    from specsplit.bench.dataset import load_prompts, select_prompts
     from specsplit.bench.progress import Progress
     from specsplit.bench.runner import encode_prompts, run_requests
-    from specsplit.hashing import sha256_file
-    from specsplit.models.sources import resolve_model
-    from specsplit.models.text import TextCodec
-    from specsplit.workers.endpoint import resolve_address
+    from specsplit.commands.plan import plan_bench
+    from specsplit.workers.endpoint import resolve_address, worker_origin
     from specsplit.workers.launch import own_workers
     from specsplit.workers.lease import end_with_lease
     from specsplit.workers.orchestrator.connection import connected_pair
 
     end_with_lease()
-    config = load_settings(OrchestratorConfig, args)
-    if config.tokenizer is None:
-        raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
-    if args.warmup < 0:
-        raise UserError(f"--warmup {args.warmup}: a number of requests, 0 or more")
-    points = sweep_points(
-        args.gamma if args.only else [0, *args.gamma],
-        args.modes or [config.mode],
-        args.trees or [config.tree],
-        args.temperatures or [config.temperature],
-        args.rtts_ms or [config.rtt_ms],
-        [config.draft_name],
-    )
-    shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
-    # Every point is checked before the first one is run.
-    configs = {point: load_settings(OrchestratorConfig, args, **point.settings(shared)) for point in points}
+    plan = plan_bench(args)
+    if args.baselines:
+        from specsplit.commands.race import run_race
+
+        run_race(args, plan)
+        return
+    points, config = plan.points, plan.config
     run_dirs = {point: args.results_dir / "runs" / point.label for point in points}
-    prompts, skipped = load_prompts(args.prompts, args.on_bad_line)
-    for line in skipped:
-        print(f"{args.prompts}:{line.line}: skipped: {line.reason}", file=sys.stderr)
-    prompts = select_prompts(prompts, args.limit)
-    codec = TextCodec.load(resolve_model(config.tokenizer)[0])
-    inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
     drafting = [point for point in points if point.gamma != 0]
     roles = [role for role in ROLES if role == "target" or drafting]
     starts = {
@@ -135,25 +140,30 @@ def run_bench(args: argparse.Namespace) -> None:
     }
     with ExitStack() as stack:
         started = stack.enter_context(own_workers(starts)) if starts else {}
-        resolved = {
-            f"{role}_address": started.get(role) or resolve_address(getattr(config, f"{role}_address"))
-            for role in roles
-        }
+        resolved, origins = {}, {}
+        for role in roles:
+            address = getattr(config, f"{role}_address")
+            own = started.get(role)
+            resolved[f"{role}_address"] = own.address if own else resolve_address(address)
+            origins[role] = own.origin() if own else worker_origin(address)
         # A point that drafts, if there is one, decides whether a draft worker is needed.
-        first = configs[(drafting or points)[0]].model_copy(update=resolved)
-        draft, target = stack.enter_context(connected_pair(first, codec.sha256))
-        requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=target.description.max_context)
-        with Progress(len(points) * len(requests), args.terminal_fd) as progress:
+        first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
+        draft, target = stack.enter_context(connected_pair(first, plan.codec.sha256))
+        limit = target.description.max_context
+        requests = encode_prompts(plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit)
+        with Progress(len(points) * len(requests) * args.repeats, args.terminal_fd) as progress:
             for point in points:
                 run_requests(
                     requests,
                     draft if point in drafting else None,
                     target,
-                    codec,
-                    configs[point].model_copy(update=resolved),
+                    plan.codec,
+                    plan.configs[point].model_copy(update=resolved),
                     run_dirs[point],
                     warmup=args.warmup,
-                    inputs=inputs,
+                    repeats=args.repeats,
+                    inputs=plan.inputs,
+                    origins=origins,
                     on_done=progress.done,
                 )
     if not args.only:
@@ -198,7 +208,30 @@ def run_analyze(args: argparse.Namespace) -> None:
     print("Lossless:", lossless_sentence(summary))
 
 
-def _gamma(text: str) -> int | str:
+def run_profile(args: argparse.Namespace) -> None:
+    from specsplit.analysis.profile import PARTS, draw_profile, profile
+    from specsplit.analysis.tables import CONFIGURATION, read_tables, write_csv
+
+    table = profile(read_tables(args.results_dir)[1])
+    for path in draw_profile(table, args.results_dir / "figures" / "profile.png"):
+        print(path)
+    write_csv(table, args.results_dir / "profile.csv")
+    print(args.results_dir / "profile.csv")
+    varied = [name for name in CONFIGURATION if name == "gamma" or table[name].nunique() > 1]
+    shown = table.loc[table["phase"] == "decode", [*varied, "rounds", "round_ms", *PARTS, "ms_per_token"]]
+    print("Means of a round, without the first of each text:")
+    print(shown.to_string(index=False, float_format="{:.2f}".format))
+
+
+def _peer(text: str) -> Peer:
+    try:
+        return Peer.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_gamma(text: str) -> int | str:
+    """A draft length of the command line: a number or auto."""
     if text == AUTO:
         return text
     if not text.isdigit() or int(text) > MAX_GAMMA:

@@ -1,4 +1,4 @@
-"""specsplit theory-check"""
+"""specsplit theory-check | overhead"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from specsplit.bench.sweep import MODES
 from specsplit.errors import UserError
 
 
@@ -26,6 +27,36 @@ def add_commands(subparsers: Any) -> None:
     check.add_argument("--texts", type=int, default=2, help="texts at each point")
     check.add_argument("--seed", type=int, default=0, help="of the simulated text")
     check.set_defaults(run=run_theory_check)
+
+    overhead = subparsers.add_parser(
+        "overhead", help="what a round costs beyond model time: real workers on this machine, models that take no time"
+    )
+    overhead.add_argument("--output", type=Path, required=True, help="CSV table, one row a mode and gamma")
+    overhead.add_argument("--mode", dest="modes", nargs="+", choices=MODES, default=list(MODES), help="pipeline modes")
+    overhead.add_argument("--gamma", type=int, nargs="+", default=[3, 5], metavar="N", help="draft lengths, from 1")
+    overhead.add_argument("--tokens", type=int, default=400, help="length of a text")
+    overhead.add_argument("--texts", type=int, default=4, help="texts at each point")
+    overhead.set_defaults(run=run_overhead)
+
+
+def run_overhead(args: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from specsplit.analysis.profile import summarize_overhead
+    from specsplit.analysis.tables import write_csv
+    from specsplit.bench.overhead import measure_overhead
+    from specsplit.workers.lease import hold_lease
+
+    for name, values, least in (("gamma", args.gamma, 1), ("tokens", [args.tokens], 2), ("texts", [args.texts], 1)):
+        if min(values) < least:
+            raise UserError(f"--{name} {min(values)}: wanted a whole number >= {least}")
+    hold_lease()
+    table = summarize_overhead(
+        pd.DataFrame(measure_overhead(args.modes, args.gamma, tokens=args.tokens, texts=args.texts))
+    )
+    write_csv(table, args.output)
+    print(table.to_string(index=False, float_format="{:.3f}".format))
+    print(args.output)
 
 
 def run_theory_check(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.hashing import sha256_file
+from specsplit.hashing import combined_sha256, sha256_file
 from specsplit.jsonio import read_json
 
 # The only files taken from a source: no Python code, and no pickles, which run code when they are loaded.
@@ -62,12 +62,6 @@ def hash_files(folder: Path) -> dict[str, str]:
     """File name -> sha256 of every model file in `folder`, by name."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and matches(path.name, MODEL_FILES))
     return {path.name: sha256_file(path) for path in paths}
-
-
-def combined_sha256(files: Mapping[str, str]) -> str:
-    """One hash for several files (name -> sha256): what `LC_ALL=C sha256sum FILE... | sha256sum` prints."""
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

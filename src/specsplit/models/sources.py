@@ -22,13 +22,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.hashing import sha256_file
+from specsplit.hashing import combined_sha256, sha256_file
 from specsplit.jsonio import read_json, write_json
 from specsplit.models.fingerprint import (
     MODEL_FILES,
     WEIGHT_FILES,
     check_model_folder,
-    combined_sha256,
     fingerprint_model,
     hash_files,
     matches,

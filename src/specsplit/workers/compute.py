@@ -6,6 +6,8 @@ verifications of several clients read the weights once.
 
 from __future__ import annotations
 
+import platform
+import socket
 import threading
 import time
 from collections import deque
@@ -23,6 +25,25 @@ from specsplit.models.passes import EMPTY, Pass
 
 if TYPE_CHECKING:
     from specsplit.models.loading import LanguageModel
+
+
+def describe_runtime(device: Any, seed: int) -> dict[str, str]:
+    """What beside the model decides what this process computes, for Describe. device: PyTorch's, of the model."""
+    cuda = torch.device(device).type == "cuda"
+    algorithms = "warn only" if torch.is_deterministic_algorithms_warn_only_enabled() else "enforced"
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "gpu": torch.cuda.get_device_name(device) if cuda else "None",
+        "seed": str(seed),
+        "deterministic_algorithms": algorithms if torch.are_deterministic_algorithms_enabled() else "off",
+        "cudnn_deterministic": str(torch.backends.cudnn.deterministic),
+        "cudnn_benchmark": str(torch.backends.cudnn.benchmark),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
 
 
 @dataclass

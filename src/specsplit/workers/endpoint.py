@@ -17,6 +17,7 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.lease import ProcessIdentity
 
 EVERY_ADDRESS = ("0.0.0.0", "[::]", "::")
+ATTACHED = "attached to: whoever started the worker knows"
 
 
 def resolve_address(address: str) -> str:
@@ -33,6 +34,19 @@ def resolve_address(address: str) -> str:
     return found
 
 
+def worker_origin(address: str) -> dict[str, Any]:
+    """Who started the worker at an address or address file: {attached, host, process_started, log, reason}.
+
+    What is not known, as of a worker that was attached to, is null.
+    """
+    if address.endswith(".json"):
+        try:
+            return Endpoint.read(Path(address)).origin()
+        except UserError:
+            pass  # an address written by hand
+    return {"attached": True, "host": None, "process_started": None, "log": None, "reason": ATTACHED}
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A worker that serves.
@@ -40,6 +54,7 @@ class Endpoint:
     address: host:port. attached: it was running before and is never stopped by the workflow.
     pid, started: its process on `host` (null when attached). holder: the process whose lease it holds.
     worker: what Describe says. shared: others may use this process too, and it ends after the last of them.
+    log: the file with what it prints (null when attached).
     """
 
     address: str
@@ -51,6 +66,7 @@ class Endpoint:
     holder_started: float | None
     worker: dict[str, Any]
     shared: bool = False
+    log: str | None = None
 
     @classmethod
     def local(cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None) -> Endpoint:
@@ -107,6 +123,17 @@ class Endpoint:
         if self.pid is None or self.started is None or self.host != socket.gethostname():
             return None
         return ProcessIdentity(self.pid, self.started)
+
+    def origin(self) -> dict[str, Any]:
+        """Who started the worker, as `worker_origin` says it."""
+        unknown = ATTACHED if self.attached else "its endpoint file names no log"
+        return {
+            "attached": self.attached,
+            "host": self.host,
+            "process_started": self.started,
+            "log": self.log,
+            "reason": unknown if self.log is None or self.started is None else None,
+        }
 
     def stale(self) -> bool:
         """True when the worker is known to be gone, or about to go because its holder is."""

@@ -86,7 +86,7 @@ def start_worker(
             process.wait()
         endpoint_file.unlink(missing_ok=True)
         raise
-    return Endpoint.read(endpoint_file)
+    return replace(Endpoint.read(endpoint_file), log=str(log_file))
 
 
 def share_worker(
@@ -122,7 +122,7 @@ def share_worker(
             )
         with users.open("a", encoding="utf-8") as file:
             file.write(f"{endpoint_file.absolute()}\n")
-        endpoint = replace(endpoint, shared=True)
+        endpoint = replace(endpoint, shared=True, log=str(log_file))
         endpoint.write(endpoint_file)
     return endpoint
 
@@ -168,20 +168,20 @@ def attach_worker(
 
 
 @contextmanager
-def own_workers(starts: Mapping[str, Callable[[Path], Endpoint]]) -> Iterator[dict[str, str]]:
-    """Workers of this process alone, as {role: address}: stopped on the way out, and gone with it however it goes.
+def own_workers(starts: Mapping[str, Callable[[Path], Endpoint]]) -> Iterator[dict[str, Endpoint]]:
+    """Workers of this process alone, by role: stopped on the way out, and gone with it however it goes.
 
     starts: role -> what starts its worker, given the endpoint file to write. What this process itself was started for
     ends it as before.
     """
     hold_lease()
     with tempfile.TemporaryDirectory(prefix="specsplit-") as folder, ExitStack() as stack:
-        addresses = {}
+        started = {}
         for role, start in starts.items():
             file = Path(folder) / f"{role}.json"
             stack.callback(stop_worker, file)
-            addresses[role] = start(file).address
-        yield addresses
+            started[role] = start(file)
+        yield started
 
 
 def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | None:

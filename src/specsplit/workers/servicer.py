@@ -15,7 +15,7 @@ import grpc
 import specsplit
 from specsplit.config import WorkerSettings
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.compute import SharedModel
+from specsplit.workers.compute import SharedModel, describe_runtime
 from specsplit.workers.environment import DETERMINISM_VARIABLES
 from specsplit.workers.errors import InvalidRequest, LimitReached, Refusal
 from specsplit.workers.inbox import Inbox
@@ -61,6 +61,7 @@ class WorkerServicer:
             eos_token_ids=self.model.model.eos_token_ids,
             pid=os.getpid(),
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
+            runtime=describe_runtime(self.model.model.device, self.config.seed),
             **self.identity,
         )
 

@@ -181,8 +181,15 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("role", "model", "version", "weights_sha256", "tokenizer_sha256", "parameters", "dtype", "device", "threads", "skip_layers", "vocab_size", "max_context", "eos_token_ids", "pid", "environment")
+    __slots__ = ("role", "model", "version", "weights_sha256", "tokenizer_sha256", "parameters", "dtype", "device", "threads", "skip_layers", "vocab_size", "max_context", "eos_token_ids", "pid", "environment", "runtime")
     class EnvironmentEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class RuntimeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +211,7 @@ class DescribeReply(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
+    RUNTIME_FIELD_NUMBER: _ClassVar[int]
     role: str
     model: str
     version: str
@@ -219,4 +227,5 @@ class DescribeReply(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     pid: int
     environment: _containers.ScalarMap[str, str]
-    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., skip_layers: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pid: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    runtime: _containers.ScalarMap[str, str]
+    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., skip_layers: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pid: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., runtime: _Optional[_Mapping[str, str]] = ...) -> None: ...

@@ -18,6 +18,7 @@ class Round:
     speculation: `hit` when the draft was made ahead, while the round before was verified; `miss` when that did not
         foresee what was accepted, or not in time; `none` when nothing was drafted ahead.
     gamma_asked: depth asked of the draft worker: less than gamma near the end of a text, chosen when gamma is auto.
+    arrived_ms: from the start of the request until its tokens were at the client.
     """
 
     round: int
@@ -33,6 +34,7 @@ class Round:
     network_ms: float
     speculation: str = "none"
     gamma_asked: int = 0
+    arrived_ms: float = 0.0
 
 
 @dataclass

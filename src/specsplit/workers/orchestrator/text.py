@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.sampling import Sampling
@@ -82,7 +83,7 @@ class Text:
             if self._on_tokens is not None:
                 self._on_tokens(fresh)
         result.total_ms = now_ms
-        result.rounds.append(measured)
+        result.rounds.append(replace(measured, arrived_ms=now_ms))
         if ended:
             result.finish_reason = "eos"
         elif len(result.output_tokens) >= self.config.max_output_tokens:

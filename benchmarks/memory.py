@@ -1,0 +1,170 @@
+"""Memory of the workers: what they take beside weights, cache and torch, and whether it grows.
+
+    python benchmarks/memory.py --model resources/models/smollm2-135m-instruct --requests 1000
+
+starts a target worker (and with --gamma a draft worker on the same model), fills every session to its last token,
+writes so many short texts, and prints the resident memory of each worker in MB. Linux only (peak memory is read from
+/proc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+from transformers import AutoConfig
+
+from specsplit.bench.capacity import Job, run_clients
+from specsplit.bench.runner import Request
+from specsplit.config import OrchestratorConfig
+from specsplit.models.sources import resolve_model
+from specsplit.workers.endpoint import Endpoint
+from specsplit.workers.launch import start_worker, stop_worker
+from specsplit.workers.lease import hold_lease
+
+MB = 1e6
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2}  # int8: of the cache, and at most of the weights
+# What a process takes that has loaded the libraries and multiplied once.
+LIBRARIES = """
+import psutil, torch, grpc
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama import modeling_llama
+torch.set_num_threads({threads})
+torch.ones(256, 256) @ torch.ones(256, 256)
+print(psutil.Process().memory_info().rss)
+"""
+
+
+def main() -> None:
+    args = parse_arguments()
+    hold_lease()
+    code = LIBRARIES.format(threads=args.threads)
+    libraries = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    dtypes = {"target": args.dtype, **({"draft": args.draft_dtype} if args.gamma else {})}
+    with tempfile.TemporaryDirectory(prefix="specsplit-") as name:
+        folder, endpoints = Path(name), {}
+        try:
+            for role, dtype in dtypes.items():
+                endpoints[role] = start_worker(role, worker_flags(args, dtype), endpoint_file=folder / f"{role}.json",
+                                               log_file=folder / f"{role}.log", timeout_s=300.0)  # fmt: skip
+            report = {role: {**budget(args, dtypes[role], endpoint), "libraries_mb": libraries / MB,
+                             "loaded_mb": resident(endpoint)} for role, endpoint in endpoints.items()}  # fmt: skip
+            fill_and_write(args, endpoints, report)
+        finally:
+            for role in dtypes:
+                stop_worker(folder / f"{role}.json")
+    for row in report.values():
+        planned = row["weights_mb"] + row["cache_mb"] + row["libraries_mb"]
+        row["beside_mb"] = row["peak_mb"] - planned
+        row["growth_mb"] = row["end_mb"] - row["after_tenth_mb"]
+    print(json.dumps(report, indent=2, default=lambda value: round(value, 1)) if args.json else as_text(report, args))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a prepared or local model")
+    parser.add_argument("--dtype", default="float32", help="of the target (default: float32)")
+    parser.add_argument("--draft-dtype", default="bfloat16", help="of the draft (default: bfloat16)")
+    parser.add_argument("--gamma", type=int, default=0, help="draft length; above 0 a draft worker is measured as well")
+    parser.add_argument("--requests", type=int, default=1000, help="short texts after the sessions were filled")
+    parser.add_argument("--output-tokens", type=int, default=4, help="of each short text")
+    parser.add_argument("--max-context", type=int, default=2048, help="tokens of a session")
+    parser.add_argument("--max-sessions", type=int, default=4, help="sessions, and clients at once")
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1, help="of each worker")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    if args.requests < 10:
+        parser.error(f"--requests {args.requests}: at least 10")
+    return args
+
+
+def worker_flags(args: argparse.Namespace, dtype: str) -> list[str]:
+    flags = {"model": args.model, "dtype": dtype, "port": 0, "threads": args.threads,
+             "max-context": args.max_context, "max-sessions": args.max_sessions}  # fmt: skip
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def budget(args: argparse.Namespace, dtype: str, endpoint: Endpoint) -> dict[str, float]:
+    """What the settings ask for: MB of weights, and of keys and values of all sessions; zero without weights."""
+    folder, manifest = resolve_model(args.model)
+    cache = 0
+    if "weights_sha256" in manifest["fingerprint"] and (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        tokens = endpoint.worker["max_context"] * args.max_sessions
+        cache = 2 * config.num_hidden_layers * heads * head * tokens * BYTES[dtype]
+    return {"weights_mb": endpoint.worker["parameters"] * BYTES[dtype] / MB, "cache_mb": cache / MB}
+
+
+def fill_and_write(args: argparse.Namespace, endpoints: dict[str, Endpoint], report: dict[str, Any]) -> None:
+    addresses = {f"{role}_address": endpoint.address for role, endpoint in endpoints.items()}
+    limit = min(endpoint.worker["max_context"] for endpoint in endpoints.values())
+    vocabulary = min(endpoint.worker["vocab_size"] for endpoint in endpoints.values())
+
+    def jobs(count: int, length: int, tokens: int) -> list[Job]:
+        settings = {"max_draft_tokens": args.gamma, "max_output_tokens": tokens, "ignore_eos": True, **addresses}
+        config = OrchestratorConfig.load(settings)
+        texts = [[(7919 * (i + 1) + 31 * j) % vocabulary for j in range(length)] for i in range(count)]
+        return [Job(Request(str(i), "", text), 1, config) for i, text in enumerate(texts)]
+
+    run_clients(jobs(args.max_sessions, limit - 8, 8), args.max_sessions)
+    note(endpoints, report, "filled_mb")
+    tenth = args.requests // 10
+    short = min(32, limit // 2)
+    for part in range(10):
+        count = tenth if part < 9 else args.requests - 9 * tenth
+        run_clients(jobs(count, short, args.output_tokens), args.max_sessions)
+        if part == 0:
+            note(endpoints, report, "after_tenth_mb")
+        print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    note(endpoints, report, "end_mb")
+    for role, endpoint in endpoints.items():
+        report[role]["peak_mb"] = peak(endpoint)
+
+
+def note(endpoints: dict[str, Endpoint], report: dict[str, Any], name: str) -> None:
+    for role, endpoint in endpoints.items():
+        report[role][name] = resident(endpoint)
+
+
+def resident(endpoint: Endpoint) -> float:
+    return psutil.Process(endpoint.pid).memory_info().rss / MB
+
+
+def peak(endpoint: Endpoint) -> float:
+    status = Path(f"/proc/{endpoint.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024 / MB
+
+
+WORDS = {
+    "weights_mb": "weights",
+    "cache_mb": "cache, as configured",
+    "libraries_mb": "libraries (torch, transformers, grpc)",
+    "loaded_mb": "worker with its model loaded",
+    "filled_mb": "worker with every session filled",
+    "after_tenth_mb": "after a tenth of the requests",
+    "end_mb": "after all of them",
+    "peak_mb": "peak",
+    "beside_mb": "peak beside weights, cache and libraries",
+    "growth_mb": "growth over the last nine tenths",
+}
+
+
+def as_text(report: dict[str, Any], args: argparse.Namespace) -> str:
+    head = f"{args.requests} requests, {args.max_sessions} sessions of {args.max_context} tokens; resident memory, MB"
+    lines = [head, f"{'':42}" + "".join(f"{role:>10}" for role in report)]
+    for name, words in WORDS.items():
+        lines.append(f"{words:42}" + "".join(f"{row[name]:10.1f}" for row in report.values()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

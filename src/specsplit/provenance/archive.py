@@ -1,0 +1,126 @@
+"""results/archive.zip: everything that a reader of the results needs, but for the weights, in one file.
+
+The same results give the same bytes: names are sorted, times are fixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import specsplit
+from specsplit.errors import UserError
+from specsplit.jsonio import read_json_object
+from specsplit.provenance.capture import WORKFLOW_FILES, hash_tree
+from specsplit.provenance.crate import build_crate
+from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, RECORD, RESULTS, write_sums
+from specsplit.provenance.record import check_record
+from specsplit.provenance.redaction import find_secret
+from specsplit.provenance.steps import read_steps
+
+# Of the project's folder, beside the package.
+PROJECT_FILES = (*WORKFLOW_FILES, "config/**/*", "LICENSE", "README.md", "Makefile", "CITATION.cff")
+FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
+BINARY = (".png", ".pdf", ".ico")
+WORKER_END_S = 10.0
+
+
+def write_archive(output: Path, result_files: Sequence[Path], root: Path) -> int:
+    """Write the archive of an experiment; returns how many files are in it.
+
+    result_files: what of the results goes in, below `root`, the project's folder. All logs go in as well but that of
+    the archive itself, and of the project what the results were made with. Raises UserError when a file is missing, or
+    when one holds a password or token.
+    """
+    record = read_json_object(root / RECORD)
+    check_record(record)
+    _refuse_other_code(record, root)
+    _await_workers(root)
+    files = _collect(
+        result_files, [*(record["workflow"]["config_files"] or ()), record["dataset"].get("source") or ""], root, output
+    )
+    content = {name: _read(path) for name, path in files.items()}
+    for name, data in content.items():
+        _refuse_secrets(name, data)
+    made = [name for name in content if name.startswith((f"{RESULTS}/", "resources/models/"))]
+    known = {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in content.items()}
+    content[CRATE] = build_crate(record, read_steps(sorted(made), root), known)
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    content[ARCHIVE_SUMS] = write_sums(sums).encode()
+    _write_zip(output, content)
+    return len(content)
+
+
+def _collect(result_files: Sequence[Path], others: Sequence[str], root: Path, output: Path) -> dict[str, Path]:
+    """Name in the archive -> file. others: paths that may be outside the project, or gone; then they are left out."""
+    root = root.resolve()
+    files = {path.resolve().relative_to(root).as_posix(): path for path in result_files}
+    for path in (root / name for name in others):
+        if path.is_file() and path.resolve().is_relative_to(root):
+            files[path.resolve().relative_to(root).as_posix()] = path
+    own_log = f"{RESULTS}/logs/{output.stem}.log"
+    for name in hash_tree(root, (*PROJECT_FILES, f"{RESULTS}/logs/**/*.log")):
+        if name != own_log:
+            files[name] = root / name
+    # The code that ran, which an installed copy may have from elsewhere.
+    package = Path(specsplit.__file__).parent
+    return files | {f"src/{package.name}/{name}": package / name for name in hash_tree(package)}
+
+
+def _refuse_other_code(record: Mapping[str, Any], root: Path) -> None:
+    """The archive must not say that its results were made by code that it does not hold."""
+    now = {f"src/specsplit/{name}": digest for name, digest in hash_tree(Path(specsplit.__file__).parent).items()}
+    now |= hash_tree(root, WORKFLOW_FILES)
+    then = {f"src/specsplit/{name}": digest for name, digest in record["source_files"].items()}
+    then |= record["workflow_files"]
+    changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"changed since the record was made: {', '.join(changed[:5])}{more}. Make it again: "
+            f"snakemake --cores N --forcerun provenance -- {RESULTS}/archive.zip"
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; make it again with the workflow") from None
+
+
+def _refuse_secrets(name: str, data: bytes) -> None:
+    if name.endswith(BINARY):
+        return
+    text = data.decode("utf-8", errors="replace")
+    # Prompts and what models write of themselves may look like anything.
+    place = find_secret(text, patterns=not name.endswith(".jsonl"))
+    if place is not None:
+        line = text.count("\n", 0, place) + 1
+        raise UserError(f"{name}, line {line}: looks like a password or token. Take it out; nothing was archived")
+
+
+def _await_workers(root: Path) -> None:
+    """Workers that are stopping still write to their logs: wait until they are gone, for a while."""
+    deadline = time.monotonic() + WORKER_END_S
+    while any((root / RESULTS / "workers").rglob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _write_zip(output: Path, content: Mapping[str, bytes]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f".{output.name}.part")
+    try:
+        with zipfile.ZipFile(part, "w") as archive:
+            for name in sorted(content, key=lambda name: (name != CRATE, name)):  # what it is comes first
+                entry = zipfile.ZipInfo(name, FIXED_TIME)
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                entry.create_system, entry.external_attr = 3, 0o100644 << 16  # Unix, on every system
+                archive.writestr(entry, content[name], compresslevel=9)
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)

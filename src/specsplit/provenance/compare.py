@@ -1,0 +1,231 @@
+"""What changed between two runs of an experiment: configuration, code, models, data, machine, results."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from specsplit.analysis.tables import CONFIGURATION
+from specsplit.errors import UserError
+from specsplit.provenance.folder import Experiment
+from specsplit.provenance.record import check_record
+
+# Columns of requests.csv that a clock decides; all others follow from the inputs.
+TIMES = (
+    "ttft_ms",
+    "tpot_ms",
+    "total_network_idle_ms",
+    "total_latency_ms",
+    "network_idle_fraction",
+    "draft_compute_ms",
+    "target_compute_ms",
+)
+SHOWN = 60  # characters of a value
+
+
+@dataclass
+class Group:
+    """One group of the comparison. differences: a line each. times: lines that differ between any two runs."""
+
+    name: str
+    same: str
+    differences: list[str] = field(default_factory=list)
+    times: list[str] = field(default_factory=list)
+
+
+def compare(a: Experiment, b: Experiment) -> list[Group]:
+    """The groups config, code, model, data, machine and results, in this order.
+
+    Raises UserError when a record or a table is missing or malformed.
+    """
+    first, second = _read(a), _read(b)
+    config = Group("config", f"sha256 {first['config_sha256'][:12]}")
+    config.differences = _lines(_flat(first["config"]), _flat(second["config"]))
+    code = Group("code", f"commit {str(first['git']['commit'])[:12]}, {len(first['source_files'])} source files")
+    code.differences = _lines(_code(first), _code(second))
+    if first["git"]["commit"] and second["git"]["commit"]:
+        # An unpacked archive has no commit; its files are compared all the same.
+        code.differences = [*_lines(_commit(first), _commit(second)), *code.differences]
+    model = Group("model", ", ".join(str(entry.get("name")) for entry in first["models"]))
+    model.differences = _lines(_models(first), _models(second))
+    data = Group("data", f"{first['dataset'].get('count')} prompts")
+    data.differences = _lines(_flat(first["dataset"]), _flat(second["dataset"]))
+    machine = Group("machine", f"{first['machine']['hostname']}, {first['machine']['cpu_model']}")
+    machine.differences = _lines(_machine(first), _machine(second))
+    return [config, code, model, data, machine, _results(a, b)]
+
+
+def _read(experiment: Experiment) -> dict[str, Any]:
+    record = experiment.record()
+    try:
+        check_record(record)
+    except UserError as error:
+        raise UserError(f"{experiment.shown}: {error}") from None
+    return record
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys; reasons of nulls left out."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if key != "reason":
+            flat |= _flat(item, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key in dict.fromkeys((*a, *b)):
+        if key not in b:
+            lines.append(f"{key}: {_shown(a[key])} -> gone")
+        elif key not in a:
+            lines.append(f"{key}: new: {_shown(b[key])}")
+        elif a[key] != b[key]:
+            lines.append(f"{key}: {_shown(a[key])} -> {_shown(b[key])}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = " ".join(text.split())
+    if len(text) == 64 and all(letter in "0123456789abcdef" for letter in text):
+        return text[:12]
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _commit(record: Mapping[str, Any]) -> dict[str, Any]:
+    git = record["git"]
+    return {"commit": git["commit"], "uncommitted changes": git["changes"]["sha256"] if git["dirty"] else "none"}
+
+
+def _code(record: Mapping[str, Any]) -> dict[str, Any]:
+    software = record["software"]
+    return {
+        **{f"src/specsplit/{file}": digest for file, digest in record["source_files"].items()},
+        **record["workflow_files"],
+        **{f"code of {_label(run)}": run.get("run_code_sha256") for run in record["runs"]},
+        "Python": software["python"],
+        **{f"package {name}": version for name, version in software["packages"].items()},
+    }
+
+
+def _label(run: Mapping[str, Any]) -> str:
+    return Path(run["file"]).parent.name
+
+
+def _models(record: Mapping[str, Any]) -> dict[str, Any]:
+    models: dict[str, Any] = {}
+    for model in record["models"]:
+        kept = {
+            key: model.get(key) for key in ("source", "pinned", "revision", "upstream_sha256", "fingerprint", "files")
+        }
+        models |= _flat(kept, str(model.get("name")))
+    return models
+
+
+def _machine(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runs ran on, without what no two runs share: process numbers, addresses, clocks, power."""
+    facts = _flat(record["machine"])
+    facts |= _gpus(record["gpu"], "gpu")
+    for run in record["runs"]:
+        label = _label(run)
+        facts |= _flat(run.get("environment") or {}, label)
+        facts[f"{label}.cores of the workflow"] = (run.get("workflow") or {}).get("cores")
+        facts |= _flat(run.get("machine") or {}, label)
+        facts |= _gpus((run.get("gpu") or {}).get("before") or {}, f"{label}.gpu")
+        for role, worker in (run.get("workers") or {}).items():
+            kept = {key: worker.get(key) for key in ("host", "device", "threads", "environment", "runtime")}
+            facts |= _flat(kept, f"{label}.{role} worker")
+    return facts
+
+
+def _gpus(state: Mapping[str, Any], name: str) -> dict[str, Any]:
+    facts = {f"{name}.cuda_version": state.get("cuda_version")}
+    for i, gpu in enumerate(state.get("gpus") or []):
+        for key in ("name", "uuid", "driver_version", "memory_total_mib"):
+            facts[f"{name}.{i}.{key}"] = gpu[key]
+    return facts
+
+
+# ---- the results
+
+
+Row = dict[str, str]
+
+
+def _results(a: Experiment, b: Experiment) -> Group:
+    """Request by request: the same text and counts, and how the times moved."""
+    first, second = _requests(a), _requests(b)
+    shared = [key for key in first if key in second]
+    texts = sum(first[key]["output_sha256"] == second[key]["output_sha256"] for key in shared)
+    group = Group("results", f"{texts} of {len(shared)} texts are the same")
+    for name, only, other in ((a.shown, first, second), (b.shown, second, first)):
+        points = _count(key[:-1] for key in only if key not in other)
+        group.differences += [
+            f"only in {name}: {_point(point)}, {number} request(s)" for point, number in points.items()
+        ]
+    changed: dict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
+    for key in shared:
+        for column in first[key]:
+            if column not in TIMES and first[key][column] != second[key].get(column):
+                changed[key[:-1], column].append(key[-1])
+    for (point, column), requests in changed.items():
+        what = "text" if column == "output_sha256" else column
+        more = ", ..." if len(requests) > 3 else ""
+        group.differences.append(
+            f"{_point(point)}: {what} of {len(requests)} request(s) differs: {', '.join(requests[:3])}{more}"
+        )
+    for point in dict.fromkeys(key[:-1] for key in shared):
+        keys = [key for key in shared if key[:-1] == point]
+        moved = [_moved(column, [(first[key][column], second[key][column]) for key in keys]) for column in TIMES[:2]]
+        if any(moved):
+            group.times.append(f"{_point(point)}: {', '.join(filter(None, moved))}")
+    return group
+
+
+def _requests(experiment: Experiment) -> dict[tuple[str, ...], Row]:
+    """The rows of requests.csv by configuration and request."""
+    path = experiment.results / "requests.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    missing = {*CONFIGURATION, *TIMES, "request_id", "output_sha256"} - set(rows[0] if rows else ())
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(sorted(missing))}; make it again with this version")
+    return {(*(row[name] for name in CONFIGURATION), row["request_id"]): row for row in rows}
+
+
+def _count(items: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
+    counts: dict[tuple[str, ...], int] = defaultdict(int)
+    for item in items:
+        counts[item] += 1
+    return counts
+
+
+def _point(values: tuple[str, ...]) -> str:
+    """gamma, and what is not as in a plain sweep."""
+    plain = dict(zip(CONFIGURATION[1:], ("sync", "chain", "coupled", "0", "0", "1", "0", "0"), strict=True))
+    named = dict(zip(CONFIGURATION, values, strict=True))
+    rest = [
+        f"{key} {value}" for key, value in named.items() if key != "gamma" and value.removesuffix(".0") != plain[key]
+    ]
+    return " ".join([f"gamma {named['gamma']}", *rest])
+
+
+def _moved(column: str, pairs: list[tuple[str, str]]) -> str:
+    numbers = [(float(old), float(new)) for old, new in pairs if old and new]
+    if not numbers or all(old == new for old, new in numbers):
+        return ""
+    old, new = median(old for old, _ in numbers), median(new for _, new in numbers)
+    change = f" ({(new / old - 1) * 100:+.1f} %)" if old else ""
+    return f"median {column} {old:.4g} -> {new:.4g}{change}"

@@ -1,0 +1,158 @@
+"""The measurements beside the sweep, with tiny models behind real workers: race, capacity, context curve, overhead."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from specsplit.bench.baselines import HuggingFace, Peer, PeerModel
+from specsplit.cli import main
+from specsplit.errors import UserError
+from specsplit.workers.environment import REQUIRED
+
+from grpc_fixtures import Reference, noisy_copy, serving
+
+PROMPTS = {"p0": "hello", "p1": "the quick brown fox", "p2": "one two one two one"}
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("SPECSPLIT_")]:
+        monkeypatch.delenv(name)
+    for name, value in REQUIRED.items():  # the command need not start anew
+        monkeypatch.setenv(name, value)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Target and a draft that is right some of the time."""
+    target = tiny_model_folder("llama")
+    return target, noisy_copy(target, tmp_path_factory.mktemp("draft"), noise=0.03)
+
+
+@pytest.fixture(scope="module")
+def clients(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Flags that name prompts, workers and tokenizer."""
+    target, draft = folders
+    prompts = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"id": name, "prompt": text}) + "\n" for name, text in PROMPTS.items()))
+    with serving("target", target, max_sessions=4) as one, serving("draft", draft, max_sessions=4) as other:
+        addresses = ["--target-addr", one.address, "--draft-addr", other.address]
+        yield ["--prompts", str(prompts), *addresses, "--tokenizer", str(target)]
+
+
+def test_hugging_face_writes_its_own_text_in_every_way(folders: tuple[Path, Path]) -> None:
+    target, draft = folders
+    prompt = [5, 6, 7, 5, 6, 7, 5, 6]
+    text = Reference(target).text(prompt, 12)
+    stop = text[7]
+    with HuggingFace(
+        PeerModel(target, "float32", "cpu"), PeerModel(draft, "float32", "cpu", skip_layers=(1,)), threads=1
+    ) as peers:
+        assert peers.description["threads"] == 1
+        for name in ("generate", "assisted", "assisted-3", "prompt-lookup"):
+            whole = peers.write(Peer.parse(name), prompt, max_tokens=12, stop_ids=[])
+            assert (whole.output_tokens, whole.finish_reason) == (text, "length")
+            assert sum(whole.chunks) == 12
+            assert whole.arrived_ms == sorted(whole.arrived_ms)
+            assert whole.ttft_ms == whole.arrived_ms[0]
+            ended = peers.write(Peer.parse(name), prompt, max_tokens=12, stop_ids=[stop])
+            assert (ended.output_tokens, ended.finish_reason) == (text[: text.index(stop)], "eos")
+        assert len(peers.write(Peer("assisted", 3), prompt, max_tokens=12, stop_ids=[]).chunks) < 12
+        assert peers.margin(prompt, text[0], (text[0] + 1) % 128) > 0
+
+
+def test_a_model_that_hugging_face_cannot_load_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="Unrecognized model"),
+        HuggingFace(PeerModel(tmp_path, "float32", "cpu"), None, threads=1),
+    ):
+        raise AssertionError("it has no model")
+
+
+def test_a_race_from_the_command_line(folders: tuple[Path, Path], clients: list[str], tmp_path: Path) -> None:
+    models = ["--target-model", str(folders[0]), "--draft-model", str(folders[1])]
+    race = ["--baseline", "generate", "assisted-3", "--gamma", "3", "--mode", "sync", "overlap", "--repeats", "2"]
+    rest = ["--results-dir", str(tmp_path), "--max-output-tokens", "8", "--ignore-eos"]
+    main(["bench", *clients, *models, *race, *rest])
+    rows = pd.read_csv(tmp_path / "peers_requests.csv")
+    assert len(rows) == 5 * 3 * 2
+    assert rows["identical"].all()
+    assert (rows["generated_tokens"] == 8).all()
+    summary = pd.read_csv(tmp_path / "peers.csv").set_index("contender")
+    assert list(summary.index) == ["gamma_0", "gamma_3", "overlap_gamma_3", "hf_assisted_3", "hf_generate"]
+    assert summary.loc["hf_generate", "tpot_vs_hf_generate"] == 1
+    assert (summary["tpot_vs_hf_assisted_3"] > 0).all()
+    run = json.loads((tmp_path / "peers_run.json").read_text())
+    assert run["hugging_face"]["threads"] == run["ours"]["gamma_0"]["workers"]["target"]["threads"]
+    assert (tmp_path / "figures" / "peers.png").stat().st_size
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "0.7"], "a race is greedy"),
+        (["--rtt-ms", "5"], "without a simulated network"),
+        (["--max-rounds", "3"], "Hugging Face knows no such limit"),
+        ([], "--target-model is missing"),
+    ],
+)
+def test_a_race_that_makes_no_sense_is_refused(
+    clients: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", *clients, "--baseline", "generate", "--results-dir", str(tmp_path), *flags])
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_clients_at_once_get_the_texts_of_one(clients: list[str], tmp_path: Path) -> None:
+    load = ["--clients", "3", "--gamma", "0", "3", "--requests", "7", "--max-output-tokens", "6", "--ignore-eos"]
+    main(["capacity", *clients, "--results-dir", str(tmp_path), *load])
+    rows = pd.read_csv(tmp_path / "capacity_requests.csv")
+    assert rows.groupby(["gamma", "clients"]).size().to_dict() == {(0, 1): 7, (0, 3): 7, (3, 1): 7, (3, 3): 7}
+    assert rows["matches_single"].all()
+    assert sorted(rows.loc[rows["clients"] == 3, "client"].unique()) == [0, 1, 2]
+    assert rows.groupby(["gamma", "clients", "request_id", "repeat"]).size().eq(1).all()
+    assert rows["repeat"].max() == 3  # seven requests of three prompts
+    assert rows.groupby("request_id")["output_sha256"].nunique().eq(1).all()
+    summary = pd.read_csv(tmp_path / "capacity.csv")
+    assert list(summary["clients"]) == [1, 3, 1, 3]
+    assert list(summary.loc[summary["clients"] == 1, "gain"]) == [1, 1]
+    assert (tmp_path / "figures" / "capacity.svg").stat().st_size
+
+
+def test_cost_of_a_token_against_its_context(
+    clients: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, figure = tmp_path / "curve.csv", tmp_path / "curve.png"
+    flags = ["--length", "16", "64", "4096", "--gamma", "0", "3", "--output-tokens", "10", "--texts", "2"]
+    main(["context-curve", *clients, "--output", str(table), "--figure", str(figure), *flags])
+    assert "left out, for the workers hold 128 tokens: 4096" in capsys.readouterr().out
+    rows = pd.read_csv(table)
+    assert list(zip(rows["gamma"], rows["context_tokens"], strict=True)) == [(0, 16), (0, 64), (3, 16), (3, 64)]
+    assert (rows["output_tokens"] == 10).all()
+    assert rows["itl_ms_median"].notna().all()
+    assert figure.stat().st_size
+    with pytest.raises(SystemExit):
+        main(["context-curve", *clients, "--output", str(table), "--length", "4096"])
+    assert "it exceeds the 128 of a worker" in capsys.readouterr().err
+
+
+def test_overhead_of_models_that_take_no_time(tmp_path: Path) -> None:
+    table = tmp_path / "overhead.csv"
+    main(["overhead", "--output", str(table), "--mode", "sync", "--gamma", "2", "--tokens", "8", "--texts", "1"])
+    rows = pd.read_csv(table)
+    assert list(zip(rows["mode"], rows["gamma"], strict=True)) == [("sync", 0), ("sync", 2)]
+    assert (rows["overhead_ms_median"] > 0).all()
+    assert (rows["overhead_ms_median"] <= rows["round_ms_median"]).all()

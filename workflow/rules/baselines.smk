@@ -1,0 +1,59 @@
+# Ours and Hugging Face's decoding on the same prompts, request by request in turn: results/peers.csv.
+
+
+# Every core, as a run. All workers and Hugging Face's process are loaded, and one of them computes.
+rule race_peers:
+    input:
+        endpoints=lambda wildcards: endpoints_of(RACED),
+        prompts="results/dataset/prompts.jsonl",
+        models=models_of(RACED)[0],
+        layers=models_of(RACED)[1],
+        code=[*MEASURED_WITH, *source("bench/baselines.py", "bench/race.py")],
+    output:
+        requests="results/peers_requests.csv",
+        run="results/peers_run.json",
+    log:
+        "results/logs/race_peers.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: EVERY_CORE
+    params:
+        settings=flags(
+            baseline=config["baselines"]["peers"],
+            gamma=config["baselines"]["gammas"],
+            mode=config["baselines"]["mode"],
+            tree=config["baselines"]["tree"],
+            fan_out=config["lookahead"]["fan_out"],
+            repeats=config["repeats"],
+            draft_name=FIRST_DRAFT,
+            **text_settings(),
+        ),
+        # Not used by the command: other workers, other results.
+        workers=[worker_settings(role, label) for label in RACED for role in run_roles(label)],
+        models=flags(
+            tokenizer=TARGET_FOLDER,
+            target_model=TARGET_FOLDER,
+            draft_model=f"resources/models/{DRAFTS[FIRST_DRAFT]['model']}",
+        ),
+    shell:
+        "specsplit bench --only --prompts {input.prompts} --results-dir results --workers-dir results/workers/race"
+        " {params.models} {params.settings} > {log} 2>&1"
+
+
+rule peers:
+    input:
+        requests="results/peers_requests.csv",
+        code=source("analysis/peers.py", "analysis/repeats.py", "analysis/statistics.py", "analysis/drawing.py"),
+    output:
+        "results/peers.csv",
+        expand("results/figures/peers.{type}", type=["png", "svg"]),
+    log:
+        "results/logs/peers.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    params:
+        confidence=config["statistics"]["confidence"],
+        bootstrap_samples=config["statistics"]["bootstrap_samples"],
+        seed=config["seed"],
+    script:
+        "../scripts/peers.py"

@@ -1,0 +1,50 @@
+# Many clients at once through the same workers: results/capacity.csv.
+
+
+rule benchmark_capacity:
+    input:
+        endpoints=lambda wildcards: endpoints_of(CAPACITY),
+        prompts="results/dataset/prompts.jsonl",
+        models=models_of(CAPACITY)[0],
+        layers=models_of(CAPACITY)[1],
+        code=[*MEASURED_WITH, *source("bench/capacity.py")],
+    output:
+        "results/capacity_requests.csv",
+    log:
+        "results/logs/benchmark_capacity.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: EVERY_CORE
+    params:
+        settings=flags(
+            clients=config["capacity"]["clients"],
+            gamma=config["capacity"]["gammas"],
+            mode=config["capacity"]["mode"],
+            requests=config["capacity"]["requests"],
+            fan_out=config["lookahead"]["fan_out"],
+            draft_name=FIRST_DRAFT,
+            **text_settings(),
+        ),
+        # Not used by the command: other workers, other results.
+        workers=[worker_settings(role, label) for label in CAPACITY for role in run_roles(label)],
+        tokenizer=lambda wildcards: TARGET_FOLDER,
+    shell:
+        "specsplit capacity --only --prompts {input.prompts} --results-dir results"
+        " --workers-dir results/workers/capacity --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"
+
+
+rule capacity:
+    input:
+        requests="results/capacity_requests.csv",
+        code=source("analysis/capacity.py", "analysis/drawing.py"),
+    output:
+        "results/capacity.csv",
+        expand("results/figures/capacity.{type}", type=["png", "svg"]),
+    log:
+        "results/logs/capacity.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    params:
+        tpot_limit_ms=config["capacity"]["tpot_limit_ms"],
+    script:
+        "../scripts/capacity.py"

@@ -1,0 +1,64 @@
+# Where the time goes: of the rounds of the sweep, of rounds whose models take none, and with the length of the context.
+
+
+rule profile:
+    input:
+        requests="results/requests.csv",
+        rounds="results/per_round.csv",
+        code=source("analysis/profile.py", "analysis/drawing.py", "analysis/tables.py", "analysis/reading.py"),
+    output:
+        "results/profile.csv",
+        expand("results/figures/profile.{type}", type=["png", "svg"]),
+    log:
+        "results/logs/profile.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    shell:
+        "specsplit profile --results-dir results > {log} 2>&1"
+
+
+rule overhead:
+    input:
+        code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/overhead.py", "bench/transport.py"),
+    output:
+        "results/overhead.csv",
+    log:
+        "results/logs/overhead.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: EVERY_CORE
+    shell:
+        "specsplit overhead --output {output} > {log} 2>&1"
+
+
+rule context_curve:
+    input:
+        endpoints=lambda wildcards: endpoints_of(CONTEXT),
+        prompts="results/dataset/prompts.jsonl",
+        models=models_of(CONTEXT)[0],
+        layers=models_of(CONTEXT)[1],
+        code=[*MEASURED_WITH, *source("bench/context_curve.py")],
+    output:
+        table="results/context_curve.csv",
+        figures=expand("results/figures/context_curve.{type}", type=["png", "svg"]),
+    log:
+        "results/logs/context_curve.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: EVERY_CORE
+    params:
+        settings=flags(
+            length=config["context"]["lengths"],
+            gamma=config["context"]["gammas"],
+            output_tokens=config["context"]["output_tokens"],
+            texts=config["context"]["texts"],
+            use_chat_template=config["generation"]["use_chat_template"],
+            seed=config["seed"],
+            draft_name=FIRST_DRAFT,
+        ),
+        # Not used by the command: other workers, other results.
+        workers=[worker_settings(role, label) for label in CONTEXT for role in run_roles(label)],
+        tokenizer=lambda wildcards: TARGET_FOLDER,
+    shell:
+        "specsplit context-curve --prompts {input.prompts} --output {output.table} --figure {output.figures[0]}"
+        " --workers-dir results/workers/context --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"

@@ -1,0 +1,9 @@
+"""Write the table and draw the figure of rule `peers`."""
+
+import sys
+from pathlib import Path
+
+from specsplit.analysis.peers import write_peers
+
+with open(snakemake.log[0], "w") as sys.stderr:  # noqa: F821, PTH123
+    write_peers(Path(snakemake.output[0]).parent, **dict(snakemake.params))  # noqa: F821
