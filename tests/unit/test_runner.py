@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,8 @@ def test_progress_in_a_log_is_a_line_a_request(capsys: pytest.CaptureFixture[str
 
 def test_progress_on_the_terminal_behind_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))  # a bar needs room
+    os.set_blocking(ours, False)
     try:
         with Progress(2, theirs) as progress:
             progress.done(request_record(REQUESTS[0], TWO_ROUNDS, CONFIG))

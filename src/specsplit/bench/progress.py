@@ -23,7 +23,13 @@ class Progress:
         self._lines = not sys.stderr.isatty()
         terminal = _terminal(terminal_fd) if self._lines else sys.stderr
         self._bar = tqdm(
-            total=total, unit="req", dynamic_ncols=True, leave=not self._lines, file=terminal, disable=terminal is None
+            total=total,
+            unit="req",
+            dynamic_ncols=True,
+            mininterval=0,  # every request is shown, fast ones too
+            leave=not self._lines,
+            file=terminal,
+            disable=terminal is None,
         )
         self._total = total
         self._count = 0
