@@ -192,12 +192,16 @@ def test_the_page_needs_no_other_file(results: Path, tmp_path: Path) -> None:
 
 
 def test_tables_measured_beside_the_sweep_are_shown_when_there(results: Path, tmp_path: Path) -> None:
-    assert "Peers" not in page(results, tmp_path / "before.html")
+    assert "More measurements" not in page(results, tmp_path / "before.html")
     peers = results / "peers.csv"
-    peers.write_text("peer,tokens_per_second\n<someone>,12.3456789\n")
+    peers.write_text(
+        "contender,requests,tpot_ms_mean,tpot_ms_ci_low,tpot_ms_ci_high,latency_vs_hf_generate,identical\n"
+        "<gamma_0>,8,12.3456789,11.111,13.999,,1\n"
+    )
     try:
         text = page(results, tmp_path / "after.html")
-        assert "<td>&lt;someone&gt;</td><td>12.35</td>" in text
+        assert "tpot ms</th>" in text
+        assert "<td>&lt;gamma_0&gt;</td><td>12.3 [11.1, 14]</td><td>-</td><td>1</td>" in text
         peers.write_text("")
         with pytest.raises(UserError, match=r"peers\.csv: is empty"):
             page(results, tmp_path / "bad.html")

@@ -45,8 +45,9 @@ rule peers:
         requests="results/peers_requests.csv",
         code=source("analysis/peers.py", "analysis/repeats.py", "analysis/statistics.py", "analysis/drawing.py"),
     output:
-        "results/peers.csv",
-        expand("results/figures/peers.{type}", type=["png", "svg"]),
+        more_table("peers"),
+        "results/figures/peers.png",
+        figure_output("peers", "Figures"),
     log:
         "results/logs/peers.log",
     conda:

@@ -38,8 +38,9 @@ rule capacity:
         requests="results/capacity_requests.csv",
         code=source("analysis/capacity.py", "analysis/drawing.py"),
     output:
-        "results/capacity.csv",
-        expand("results/figures/capacity.{type}", type=["png", "svg"]),
+        more_table("capacity"),
+        "results/figures/capacity.png",
+        figure_output("capacity", "Figures"),
     log:
         "results/logs/capacity.log",
     conda:

@@ -133,11 +133,17 @@ def figure_output(name, category):
     )
 
 
+def more_table(name):
+    """A table of a measurement beside the sweep, in `snakemake --report`."""
+    return report(f"results/{name}.csv", caption=f"../report/{name}.rst", category="Tables", labels={"what": name})
+
+
 def measured_beside_the_sweep():
-    """Tables that the report shows when they have been made, and their figures."""
-    tables = [f"results/{name}" for name in MORE_TABLES]
-    figures = [f"results/figures/{Path(name).stem}.svg" for name in MORE_TABLES]
-    return [path for path in tables + figures if Path(path).exists()]
+    """What was made beside the sweep, tables, their rows and figures: shown in the report, and archived."""
+    stems = [Path(name).stem for name in MORE_TABLES]
+    paths = [f"results/{stem}{rows}.csv" for stem in stems for rows in ("", "_requests")] + ["results/peers_run.json"]
+    paths += [f"results/figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "svg")]
+    return [path for path in paths if Path(path).exists()]
 
 
 # ---- models

@@ -7,8 +7,9 @@ rule profile:
         rounds="results/per_round.csv",
         code=source("analysis/profile.py", "analysis/drawing.py", "analysis/tables.py", "analysis/reading.py"),
     output:
-        "results/profile.csv",
-        expand("results/figures/profile.{type}", type=["png", "svg"]),
+        more_table("profile"),
+        "results/figures/profile.png",
+        figure_output("profile", "Figures"),
     log:
         "results/logs/profile.log",
     conda:
@@ -21,7 +22,7 @@ rule overhead:
     input:
         code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/overhead.py", "bench/transport.py"),
     output:
-        "results/overhead.csv",
+        more_table("overhead"),
     log:
         "results/logs/overhead.log",
     conda:
@@ -39,8 +40,8 @@ rule context_curve:
         layers=models_of(CONTEXT)[1],
         code=[*MEASURED_WITH, *source("bench/context_curve.py")],
     output:
-        table="results/context_curve.csv",
-        figures=expand("results/figures/context_curve.{type}", type=["png", "svg"]),
+        table=more_table("context_curve"),
+        figures=["results/figures/context_curve.png", figure_output("context_curve", "Figures")],
     log:
         "results/logs/context_curve.log",
     conda:

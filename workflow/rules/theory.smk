@@ -5,7 +5,7 @@ rule theory_check:
     input:
         code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py", "bench/transport.py"),
     output:
-        table=report("results/theory_check.csv", caption="../report/theory_check.rst", category="Tables"),
+        table=more_table("theory_check"),
         figures=["results/figures/theory_check.png", figure_output("theory_check", "Figures")],
     log:
         "results/logs/theory_check.log",

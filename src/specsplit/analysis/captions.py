@@ -30,6 +30,28 @@ CAPTIONS = {
         "Simulated models behind real workers: the measured time per token of each pipeline mode beside its formula, "
         "at several round-trip times. Where points leave the lines, the system costs something that the formula lacks."
     ),
+    "peers": (
+        "Ours beside Hugging Face's ways to decode: the same models, prompts and machine, request by request in turn, "
+        "greedy. A ratio divides the milliseconds per token of the row by those of the peer, so below 1 the row is "
+        "faster. Identical is the share of texts that are, token for token, those of our target alone."
+    ),
+    "capacity": (
+        "Several clients at once on one pair of workers. Tokens per second rise as long as the workers serve clients "
+        "together, and each client waits longer; goodput counts only requests whose time per token stays under the "
+        "limit. Where drafting stops to pay, the target alone has the higher throughput."
+    ),
+    "profile": (
+        "Where the time of a round goes: the models, waiting for other work, messages under way, the rest of the "
+        "workers, the orchestrator. The parts add up to the round; what is not the models' is the price of the system."
+    ),
+    "overhead": (
+        "What a round costs beside its models: simulated models that take no time, behind real workers, and a bare "
+        "gRPC message with its answer for comparison."
+    ),
+    "context_curve": (
+        "What a token costs as its context grows. Relative to the shortest context: where the cost stays below the "
+        "length, growth is less than linear."
+    ),
     "summary": (
         "One row for each configuration: means over requests with bootstrap intervals; speedup end to end, prefill "
         "included, against the target alone on the same prompts; lossless is the share of texts that are, token for "

@@ -173,6 +173,7 @@ def summary_table(summary: DataFrame, *, intervals: bool = True) -> tuple[list[s
     names = varied(summary)
     columns: dict[str, list[str]] = {name: [_plain(value) for value in summary[name]] for name in names}
     formats: Mapping[str, tuple[str, str]] = {
+        "speedup": ("", ".2f"),
         "tpot_ms": ("_mean", "ms"),
         "ttft_ms": ("_mean", "ms"),
         "average_acceptance_rate": ("_mean", ".3f"),
@@ -180,7 +181,6 @@ def summary_table(summary: DataFrame, *, intervals: bool = True) -> tuple[list[s
         "network_idle_fraction": ("_mean", "%"),
         "tokens_per_second": ("", "ms"),
         "hit_rate": ("", ".2f"),
-        "speedup": ("", ".2f"),
         "lossless": ("", "share"),
     }
     for metric, (suffix, form) in formats.items():

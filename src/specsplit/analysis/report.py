@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,34 @@ import specsplit
 from specsplit.analysis.captions import CAPTIONS
 from specsplit.analysis.figures import FIGURES
 from specsplit.analysis.findings import find_best, lossless_sentence, summary_table
-from specsplit.analysis.tables import read_tables, summarize, write_atomically
+from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize, write_atomically
 from specsplit.errors import UserError
 from specsplit.jsonio import read_json_object
 
-# Tables of measurements beside the sweep, shown when they are there: file -> heading and what it is.
+# Tables of measurements beside the sweep, shown when they are there: file -> heading, and the columns to show, in their
+# order; an interval stands beside its column.
 MORE_TABLES = {
-    "peers.csv": ("Peers", "Other implementations of the same task, on the same models, prompts and machine."),
-    "baselines.csv": ("Baselines", "What the same engine does without drafting, and what bounds it."),
-    "capacity.csv": ("Capacity", "Several clients at once on one pair of workers."),
-    "profile.csv": ("Profile", "Where the time of a round goes."),
-    "theory_check.csv": ("Modes beside their formulas", CAPTIONS["theory_check"]),
+    "peers.csv": (
+        "Beside Hugging Face's decoding",
+        "contender tpot_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical",
+    ),
+    "capacity.csv": (
+        "Many clients at once",
+        "mode gamma clients tokens_per_second gain tpot_ms_median tpot_ms_p99 ttft_ms_median tpot_limit_ms "
+        "goodput_share goodput_tokens_per_second matches_single",
+    ),
+    "profile.csv": (
+        "Where the time of a round goes",
+        f"{' '.join(CONFIGURATION)} phase rounds tokens_per_round round_ms *_compute_ms *_queue_ms network_ms "
+        "worker_ms orchestrator_ms hidden_ms ms_per_token",
+    ),
+    "overhead.csv": ("A round beyond its models", "*"),
+    "context_curve.csv": (
+        "Cost of a token against its context",
+        "gamma context_tokens ttft_ms_median itl_ms_median *_compute_ms_median tokens_per_round relative_length "
+        "relative_cost",
+    ),
+    "theory_check.csv": ("Modes beside their formulas", "*"),
 }
 MOST_ROWS = 200  # of such a table; the file itself has the rest
 _UNKNOWN = "not recorded"
@@ -70,6 +88,7 @@ def write_report(
         ],
         "more": [table for name in MORE_TABLES if (table := _more_table(results_dir, name))],
         "checklist": record.get("checklist", []),
+        "made_by": record.get("workflow", {}).get("command"),
         "runs": [_run(run) for run in record.get("runs", [])],
         "config": json.dumps(record.get("config", {}), indent=2, ensure_ascii=False),
         "files": [
@@ -137,7 +156,8 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
             + ("chat template" if generation["use_chat_template"] else "plain prompts")
             + (", written on after the end of text" if generation["ignore_eos"] else ""),
         ),
-        ("Warm-up", f"{config['warmup_requests']} request(s) for each configuration, in no table"),
+        ("Warm-up", f"requests run before each configuration, in no table: {config['warmup_requests']}"),
+        ("Repeats", f"each request is measured this often, and its median counts: {config['repeats']}"),
         ("Seed", str(config["seed"])),
     ]
     return pairs
@@ -150,7 +170,8 @@ def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> 
     kind = source.pop("source", "")
     parts = [f"{role['model']}, {role['dtype']}"]
     if parameters := fingerprint.get("parameters"):
-        parts.append(f"{parameters / 1e6:,.1f} million parameters")
+        million = parameters >= 1e6
+        parts.append(f"{parameters / 1e6:,.1f} million parameters" if million else f"{parameters:,} parameters")
     if layers := role.get("skip_layers"):
         parts.append(f"without layers {layers}" if layers != "auto" else f"without {role['skip_count']} layers (auto)")
     if kind:
@@ -205,8 +226,8 @@ def _workers(record: Mapping[str, Any]) -> list[str]:
         for role, worker in (run.get("workers") or {}).items():
             skipped = f" without layers {worker['skip_layers']}" if worker.get("skip_layers") else ""
             found.append(
-                f"{role}: {worker.get('model')}{skipped}, {worker.get('dtype')}, on {worker.get('device')} "
-                f"with {worker.get('threads')} thread(s)"
+                f"{role}: {worker.get('model')}{skipped}, {worker.get('dtype')}, on {worker.get('device')}, "
+                f"threads {worker.get('threads')}"
             )
     return list(dict.fromkeys(found))
 
@@ -260,14 +281,14 @@ def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:
         lines = list(csv.reader(file))
     if not lines:
         raise UserError(f"{path}: is empty; make it again, or delete it to have a report without it")
-    headings, rows = lines[0], lines[1:]
-    heading, what = MORE_TABLES[name]
+    heading, patterns = MORE_TABLES[name]
+    headings, rows = _chosen(lines[0], lines[1:], patterns.split())
     figure = results_dir / "figures" / f"{path.stem}.svg"
     return {
         "heading": heading,
-        "what": what,
+        "what": CAPTIONS[path.stem],
         "headings": headings,
-        "rows": [[_short(cell) for cell in row] for row in rows[:MOST_ROWS]],
+        "rows": rows[:MOST_ROWS],
         "left_out": len(rows) - MOST_ROWS,
         "name": name,
         "uri": _data_uri(path, "text/csv"),
@@ -275,10 +296,35 @@ def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:
     }
 
 
+def _chosen(headings: list[str], rows: list[list[str]], patterns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The columns that match, in the order of the patterns, numbers shortened; intervals in brackets beside them.
+
+    What is the same in every row and only tells configurations apart, as `tree`, is left out.
+    """
+    places = {name: place for place, name in enumerate(headings)}
+    constant = {name for name in CONFIGURATION[1:] if name in places and len({row[places[name]] for row in rows}) <= 1}
+    ends = {name for name in headings if name.endswith(("_ci_low", "_ci_high"))}
+    names = [name for pattern in patterns for name in headings if fnmatchcase(name, pattern)]
+    names = [name for name in dict.fromkeys(names) if name not in ends | constant]
+    columns = []
+    for name in names:
+        stem = name.removesuffix("_mean")
+        low, high = places.get(f"{stem}_ci_low"), places.get(f"{stem}_ci_high")
+        cells = []
+        for row in rows:
+            cell = _short(row[places[name]]) or "-"
+            if low is not None and high is not None and row[low]:
+                cell += f" [{_short(row[low])}, {_short(row[high])}]"
+            cells.append(cell)
+        columns.append(cells)
+    headings = [name.removesuffix("_mean").replace("_", " ") for name in names]
+    return headings, [list(cells) for cells in zip(*columns, strict=True)]
+
+
 def _short(cell: str) -> str:
-    """Numbers with four digits: the file itself has the rest."""
+    """Numbers with three digits: the file itself has the rest."""
     try:
         value = float(cell)
     except ValueError:
         return cell
-    return cell if len(cell) <= 6 else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return cell if len(cell) <= 4 else f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"
