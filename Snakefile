@@ -40,6 +40,10 @@ localrules:
     report,
     resolved_config,
     provenance,
+    archive,
+    peers,
+    capacity,
+    profile,
 
 
 rule all:

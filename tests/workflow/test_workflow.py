@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -317,6 +318,39 @@ def test_attach_to_a_running_worker(workspace):
         assert any("worker target" in line for line in workspace.processes())
     finally:
         (workspace.folder / "mine.json").unlink()
+
+
+def test_runs_that_own_their_workers(workspace):
+    """workers.lifecycle job: no worker outlives its run; another draft; the record says which process and log."""
+    workspace.config |= {"gammas": [1], "drafts": {"less": {"skip_layers": [0]}}}
+    workspace.config["workers"]["lifecycle"] = "job"
+    workspace.run()
+    results = workspace.folder / "results"
+    assert not workspace.processes()
+    assert not (results / "logs" / "start_worker").exists()
+    summary = pd.read_csv(results / "summary.csv")
+    assert list(zip(summary["draft"], summary["gamma"], strict=True)) == [("draft", 0), ("less", 1)]
+    assert (summary["lossless"] == 1).all()
+    run = json.loads((results / "runs" / "draft-less_gamma_1" / "run.json").read_text())
+    assert run["workers"]["draft"]["skip_layers"] == [0]
+    for role, worker in run["workers"].items():
+        assert not worker["attached"]
+        assert worker["log"] == f"results/logs/workers/draft-less_gamma_1_{role}.log"
+        assert worker["process_started"] is not None
+        assert (workspace.folder / worker["log"]).stat().st_size
+    assert workspace.planned() == {}
+
+
+def test_flags_of_own_workers_are_quoted_twice(workspace):
+    """Once for the shell, once for bench: an address file may have a space in its name."""
+    workspace.config["workers"] |= {"lifecycle": "job", "target_address": "my target.json"}
+    text = workspace.run("--dry-run", "--printshellcmds")
+    commands = [shlex.split(line) for line in text.splitlines() if "specsplit bench" in line]
+    assert len(commands) == 3
+    for command in commands:
+        target = shlex.split(command[command.index("--start-target") + 1])
+        assert target[target.index("--attach") + 1] == "my target.json"
+        assert target[target.index("--model") + 1] == "resources/models/tiny/model.json"
 
 
 def test_one_failed_gamma_keeps_the_others(workspace):

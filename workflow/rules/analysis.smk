@@ -78,8 +78,7 @@ rule report:
         "results/provenance/provenance.json",
         [path for path in rules.figures.output if path.endswith(".svg")],
         measured_beside_the_sweep(),
-        code=source("analysis"),
-        template="src/specsplit/analysis/report.html.j2",
+        code=source("analysis", "analysis/report.html.j2"),
     output:
         report("results/report.html", caption="../report/report.rst", category="Report", labels={"what": "one page"}),
     log:

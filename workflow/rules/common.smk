@@ -99,9 +99,7 @@ PROJECT = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)) / "..
 def source(*parts):
     """Files of the package that decide a result: declared as inputs, so that a change of code reruns it."""
     root = PROJECT / "src" / "specsplit"
-    files = [
-        f for part in parts for f in ([root / part] if part.endswith(".py") else sorted((root / part).rglob("*.py")))
-    ]
+    files = [f for part in parts for f in ([root / part] if Path(part).suffix else sorted((root / part).rglob("*.py")))]
     return [os.path.relpath(f) for f in files]
 
 
