@@ -1,6 +1,7 @@
 # make results   install into .venv and run the main job on the embedded default model
 # make test      install into .venv with the development tools and pass the tests
 # make lint      style, types, workflow lint, generated stubs
+# make rulegraph draw docs/rulegraph.svg again (needs graphviz)
 PYTHON ?= python3.11
 CORES ?= 2
 # Where to look for PyTorch as well, as for its CPU build: make results TORCH_INDEX=URL
@@ -12,10 +13,10 @@ PIP_INSTALL := $(BIN)/pip install --quiet --constraint envs/constraints.txt \
 # Rules call `specsplit`: the environment must be on the path.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: results test test-all lint proto clean
+.PHONY: results test test-all test-slurm lint proto rulegraph clean
 
 results: .venv/installed
-	$(RUN) snakemake --cores $(CORES) results/summary.csv
+	$(RUN) snakemake --cores $(CORES) results/summary.csv results/report.html
 	@cat results/logs/summary.log
 
 # Tests of the workflow run one at a time: a workflow takes every core.
@@ -25,6 +26,10 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-dev
 	$(RUN) pytest
+
+# A SLURM cluster of one node: needs root and Debian, and is skipped elsewhere.
+test-slurm: .venv/installed-dev
+	$(RUN) pytest -m slow tests/workflow/test_slurm.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -37,6 +42,10 @@ lint: .venv/installed-dev
 # Generate the gRPC stubs from the .proto file.
 proto: .venv/installed-dev
 	$(RUN) scripts/proto.sh
+
+# What depends on what, by rule. The dates of files and the names of runs are not in it.
+rulegraph: .venv/installed
+	$(RUN) snakemake --rulegraph dot all | dot -Tsvg -Nfontname=sans-serif | sed '/Config MD5/d' > docs/rulegraph.svg
 
 clean:
 	rm -rf results .snakemake

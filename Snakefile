@@ -11,6 +11,9 @@ min_version("9.11")
 configfile: "config/config.yaml"
 
 
+report: "workflow/report/workflow.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/dataset.smk"
@@ -25,7 +28,26 @@ include: "workflow/rules/capacity.smk"
 include: "workflow/rules/profile.smk"
 
 
+# Light work, or work that needs the internet: on a cluster it is done where snakemake runs, the rest in jobs.
+localrules:
+    all,
+    prepare_model,
+    prepare_dataset,
+    calibration_prompts,
+    merge,
+    figures,
+    summary,
+    report,
+    resolved_config,
+    provenance,
+    archive,
+    peers,
+    capacity,
+    profile,
+
+
 rule all:
     default_target: True
     input:
         "results/summary.csv",
+        "results/report.html",

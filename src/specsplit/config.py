@@ -119,6 +119,9 @@ class OrchestratorConfig(Settings):
         5, description="gamma: depth of each draft; 0 = no draft; auto = chosen in every round from what was measured"
     )
     tree: str = Field("chain", description="shape of the draft: chain | 3x2 (children per level) | dynamic-16x4")
+    draft_name: str = Field(
+        "draft", pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$", description="name of the draft in tables and run folders"
+    )
     fan_out: int = Field(16, ge=1, le=64, description="outcomes of a verification that lookahead prepares drafts for")
     temperature: float = Field(0.0, ge=0, le=100, description="0 = greedy")
     top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 = from all")

@@ -18,7 +18,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
-from specsplit.bench.sweep import gamma_order
+from specsplit.bench.sweep import DEFAULT_DRAFT, gamma_order
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 
@@ -70,6 +70,12 @@ def load_pipeline_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def swept_drafts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every draft of the sweep by its name, each with all keys of `draft`; without `drafts` that one alone."""
+    drafts = config["drafts"] or {DEFAULT_DRAFT: {}}
+    return {name: {**config["draft"], **changes} for name, changes in drafts.items()}
+
+
 def schema_keys() -> dict[str, dict[str, Any]]:
     """Every key of the configuration, dotted, with its schema. A model's keys are `models.<name>.KEY`."""
     keys: dict[str, dict[str, Any]] = {}
@@ -77,6 +83,9 @@ def schema_keys() -> dict[str, dict[str, Any]]:
         keys[name] = _resolve(section, None)
         for key, child in section.get("properties", {}).items():
             keys[f"{name}.{key}"] = _resolve(child, None)
+        if name == "drafts":
+            for key, child in section["additionalProperties"]["properties"].items():
+                keys[f"drafts.<name>.{key}"] = _resolve(child, None)
         if name == "models":
             sources = _model_sources()
             keys["models.<name>.source"] = {
@@ -200,10 +209,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
     value: Any = error.instance
     schema: Any = error.schema
     if "propertyNames" in error.schema_path:
-        yield (
-            f"{path}: the name {_show(value)} cannot be a folder name; wanted a letter or digit first, "
-            "then letters, digits and . _ -"
-        )
+        signs = "letters, digits and . -" if path == "drafts" else "letters, digits and . _ -"
+        yield (f"{path}: the name {_show(value)} cannot be a folder name; wanted a letter or digit first, then {signs}")
     elif error.validator == "oneOf":
         yield from _explain_model(error, path)
     elif error.validator == "required":
@@ -300,15 +307,23 @@ def _read_trees(key: str, trees: list[str], shapes: dict[TreeShape, str]) -> Ite
 def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     """What the schema cannot say: keys that must agree with each other."""
     models = config["models"]
-    for role in ("target", "draft"):
-        name = config[role]["model"]
+    drafts = {f"drafts.{name}" if config["drafts"] else "draft": own for name, own in swept_drafts(config).items()}
+    for path, own in {"target": config["target"], **drafts}.items():
+        name = own["model"]
         if name not in models:
             close = difflib.get_close_matches(name, models, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
-            yield f"{role}.model: {_show(name)} is not in models; {hint}known models: {', '.join(models)}"
-    draft = models.get(config["draft"]["model"], {})
-    if config["draft"]["skip_layers"] and draft.get("source") in ("synthetic", "ngram"):
-        yield f"draft.skip_layers: the {draft['source']} model {config['draft']['model']} has no layers; write []"
+            yield f"{path}.model: {_show(name)} is not in models; {hint}known models: {', '.join(models)}"
+    for path, own in drafts.items():
+        source = models.get(own["model"], {}).get("source")
+        if own["skip_layers"] and source in ("synthetic", "ngram"):
+            yield f"{path}.skip_layers: the {source} model {own['model']} has no layers; write []"
+    workers = config["workers"]
+    if workers["gpus"] and workers["device"] not in ("auto", "cuda"):
+        yield (
+            f"workers.gpus: {workers['gpus']} with workers.device {workers['device']}; each worker sees only its own "
+            "GPU then: write device auto or cuda"
+        )
     yield from _check_ngram_models(config)
 
 

@@ -38,7 +38,7 @@ def test_logits_are_those_of_transformers(architecture):
     torch.testing.assert_close(chain, expected[4:], rtol=1e-4, atol=1e-3)
 
 
-# Beyond the tiny models of every test: other attention, other norms, experts, learned positions, logits with a soft cap.
+# Beyond those of every test: other attention, other norms, experts, learned positions, logits with a soft cap.
 OTHERS = {
     "gemma2": transformers.Gemma2Config(**SMALL, sliding_window=8),
     "phi3": transformers.Phi3Config(**{**SMALL, "num_key_value_heads": 4, "sliding_window": 8}),

@@ -36,7 +36,7 @@ def experiment(
     """
     rng = np.random.default_rng(0)
     rows, rounds = [], []
-    for label, axis in [(g, a) for a in axes for g in gammas if g != 0 or not {"mode", "tree"} & a.keys()]:
+    for label, axis in [(g, a) for a in axes for g in gammas if g != 0 or not {"mode", "tree", "draft"} & a.keys()]:
         gamma = 4 if label == "auto" else int(label)
         mode, rtt = axis.get("mode", "sync"), axis.get("rtt_ms", 0.0)
         hidden = {"sync": 0.0, "overlap": 0.4, "lookahead": 0.8}[mode] if gamma else 0.0
@@ -76,6 +76,7 @@ def experiment(
                     target_compute_ms=0.0,
                     mode=mode,
                     tree=axis.get("tree", "chain"),
+                    draft=axis.get("draft", "draft"),
                     sampling="coupled",
                     temperature=axis.get("temperature", 0.0),
                     top_k=0,
@@ -347,6 +348,13 @@ def test_each_temperature_and_network_is_a_panel_on_the_same_scale(tmp_path):
 def test_only_what_varies_is_in_the_title_of_a_panel(tmp_path):
     draw_figures(*experiment((0, 1), requests=2, axes=[{"rtt_ms": rtt} for rtt in (0.0, 50.0)]), tmp_path, **QUICK)
     assert [text for text in texts(tmp_path / "ttft.svg") if "RTT" in text] == ["RTT 0 ms", "RTT 50 ms"]
+
+
+def test_drafts_are_curves_by_name():
+    axes = [{}, {"draft": "int8"}, {"draft": "lookup", "tree": "3x2"}]
+    curves = split_curves(summarize(*experiment((0, 1), requests=2, axes=axes), bootstrap_samples=10))
+    assert [curve.name for curve in curves] == ["draft, chain", "int8, chain", "lookup, 3x2"]
+    assert len({curve.colour for curve in curves}) == len({curve.marker for curve in curves}) == 3
 
 
 def test_what_does_not_fit_is_said(tmp_path):

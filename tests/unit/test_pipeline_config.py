@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from specsplit.errors import UserError
-from specsplit.pipeline_config import SCHEMA, load_pipeline_config, schema_keys, wanted
+from specsplit.pipeline_config import SCHEMA, load_pipeline_config, schema_keys, swept_drafts, wanted
 
 CONFIG = Path(__file__).parents[2] / "config"
 LOCAL = {"source": "local", "path": "/data/m"}
@@ -194,7 +194,7 @@ def test_loading_twice_changes_nothing() -> None:
         (
             "workers.draft_address",
             "localhost",
-            'workers.draft_address: "localhost"; wanted host:port or null',
+            'workers.draft_address: "localhost"; wanted host:port or a .json file or null',
         ),
         ("workers.session_ttl_s", math.nan, "workers.session_ttl_s: NaN; wanted a number > 0"),
         ("workers.session_ttl_s", math.inf, "workers.session_ttl_s: Infinity; wanted a number > 0"),
@@ -326,6 +326,32 @@ def test_an_ngram_model_is_no_target_and_its_range_is_in_order() -> None:
     ]
 
 
+# ---- drafts by name
+
+
+def test_drafts_have_what_draft_has_and_what_they_change() -> None:
+    raw = {"draft": {"dtype": "int8"}, "drafts": {"draft": {}, "less": {"skip_layers": "[13,14]"}}}
+    drafts = swept_drafts(load_pipeline_config(raw))
+    assert drafts["draft"] == load_pipeline_config(raw)["draft"]
+    assert drafts["less"] == {**drafts["draft"], "skip_layers": [13, 14]}
+    assert list(swept_drafts(load_pipeline_config({}))) == ["draft"]
+
+
+def test_mistakes_in_drafts() -> None:
+    raw = {"drafts": {"a": {"model": "nobody"}, "b": {"calibration_prompts": 2}}}
+    lines = mistakes(raw)
+    assert any(line.startswith("drafts.b.calibration_prompts: unknown key") for line in lines)
+    assert mistakes({"drafts": {"a": {"model": "nobody"}}}) == [
+        'drafts.a.model: "nobody" is not in models; known models: smollm2-135m-instruct'
+    ]
+    assert "wanted a letter or digit first, then letters, digits and . -" in mistakes({"drafts": {"a_b": {}}})[0]
+
+
+def test_gpus_need_a_device_that_they_decide() -> None:
+    assert "workers.gpus: 2 with workers.device cuda:1" in mistakes({"workers": {"gpus": 2, "device": "cuda:1"}})[0]
+    assert load_pipeline_config({"workers": {"gpus": 2, "device": "cuda"}})["workers"]["gpus"] == 2
+
+
 # ---- schema, config.yaml and README say the same
 
 
@@ -339,8 +365,10 @@ def expected_table() -> list[str]:
     for key, schema in schema_keys().items():
         cells = [f"`{key}`", wanted(schema), "", schema["description"], ""]
         if schema.get("type") != "object":
-            required = key.startswith("models.") and "default" not in schema
-            cells[2] = "required" if required else f"`{json.dumps(schema['default'])}`"
+            if "default" in schema:
+                cells[2] = f"`{json.dumps(schema['default'])}`"
+            else:
+                cells[2] = "required" if key.startswith("models.") else "that of `draft`"
             cells[4] = f"`{json.dumps(schema['examples'][0])}`"
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -355,7 +383,7 @@ def test_readme_has_the_table_of_the_schema() -> None:
 def test_config_file_holds_every_key_with_its_default() -> None:
     raw = yaml.safe_load((CONFIG / "config.yaml").read_text(encoding="utf-8"))
     for key, schema in leaf_keys().items():
-        if not key.startswith("models."):
+        if not key.startswith(("models.", "drafts.")):
             assert lookup(raw, key) == schema["default"], key
     (model,) = raw["models"].values()
     assert set(model) == {"source", "package", "version", "file", "sha256"}
@@ -373,9 +401,19 @@ def test_every_example_is_valid_and_differs_from_the_default() -> None:
                 raw = {"models": {"m": {**base, name: example}, "my-target": LOCAL}, **both_use("my-target")}
             elif key.endswith(".model"):
                 raw = {"models": {example: LOCAL}, **both_use(example)}
+            elif key.startswith("drafts."):
+                raw = {"drafts": {"mine": {key.rpartition(".")[2]: example}}}
             else:
                 raw = nested(key, example)
             load_pipeline_config(raw)
+
+
+def example(path: Path) -> dict[str, Any]:
+    """What an example file holds; its models are beside the default ones, as Snakemake merges them."""
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "models" in raw:
+        raw["models"] |= load_pipeline_config({})["models"]
+    return raw
 
 
 EXAMPLES = sorted((CONFIG / "examples").glob("*.yaml"))
@@ -384,20 +422,21 @@ EXAMPLES = sorted((CONFIG / "examples").glob("*.yaml"))
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_file_is_a_valid_sweep_of_its_own(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    raw = yaml.safe_load(text)
+    raw = example(path)
     config = load_pipeline_config(raw)
     assert any(config[key] != load_pipeline_config({})[key] for key in raw)
     assert f"--configfile config/examples/{path.name} " in text
 
 
 def test_the_examples_show_every_axis() -> None:
-    configs = [load_pipeline_config(yaml.safe_load(path.read_text(encoding="utf-8"))) for path in EXAMPLES]
+    configs = [load_pipeline_config(example(path)) for path in EXAMPLES]
     axes = [
         lambda config: len(config["mode"]) == 3,
         lambda config: len(config["tree"]) == 3,
         lambda config: len(config["sampling"]["temperature"]) > 1,
         lambda config: len(config["network"]["rtt_ms"]) > 1,
         lambda config: config["draft"]["skip_layers"] == "auto",
+        lambda config: len(config["drafts"]) > 1,
         lambda config: "auto" in config["gammas"],
     ]
     assert all(any(shows(config) for config in configs) for shows in axes)
@@ -416,6 +455,6 @@ def test_the_schema_allows_no_unknown_key_and_describes_all() -> None:
         here = [schema] if "properties" in schema and schema.get("type") == "object" else []
         return here + [found for item in schema.values() for found in objects(item)]
 
-    assert len(objects(SCHEMA)) == 18  # the whole, nine sections, five sources
+    assert len(objects(SCHEMA)) == 19  # the whole, twelve sections, a draft by name, five sources
     assert all(schema["additionalProperties"] is False for schema in objects(SCHEMA))
     assert all(schema["description"].endswith(".") for schema in schema_keys().values())

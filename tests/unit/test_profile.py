@@ -14,7 +14,7 @@ from specsplit.analysis.tables import CONFIGURATION
 from specsplit.bench.context_curve import ContextText
 from specsplit.workers.orchestrator.result import Round
 
-SETTINGS = ("sync", "chain", "coupled", 0.0, 0, 1.0, 0.0, 0.0)
+SETTINGS = ("sync", "chain", "draft", "coupled", 0.0, 0, 1.0, 0.0, 0.0)
 PLAIN: dict[str, Any] = {**dict(zip(CONFIGURATION[1:], SETTINGS, strict=True)), "request_id": "a", "repeat": 1}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,13 @@ from specsplit.bench.runner import (
     encode_prompts,
     request_record,
     request_seed,
-    resolve_address,
     round_records,
     run_requests,
 )
 from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.endpoint import Endpoint
+from specsplit.workers.endpoint import Endpoint, resolve_address
 from specsplit.workers.orchestrator.connection import Connection, WorkerError
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import Round, SpeculativeResult
@@ -157,6 +158,11 @@ def test_an_address_may_be_an_endpoint_file(tmp_path: Path) -> None:
     Endpoint.of_running("gpu:50052", pb.DescribeReply()).write(tmp_path / "target.json")
     assert resolve_address("127.0.0.1:9") == "127.0.0.1:9"
     assert resolve_address(str(tmp_path / "target.json")) == "gpu:50052"
+    (tmp_path / "hand.json").write_text('{"address": "gpu-1:50051"}')
+    assert resolve_address(str(tmp_path / "hand.json")) == "gpu-1:50051"
+    (tmp_path / "none.json").write_text('{"host": "gpu-1"}')
+    with pytest.raises(UserError, match=r"none\.json: holds no address; wanted"):
+        resolve_address(str(tmp_path / "none.json"))
     with pytest.raises(UserError, match=r"gone\.json: no such file"):
         resolve_address(str(tmp_path / "gone.json"))
 
@@ -310,5 +316,21 @@ def test_progress_in_a_log_is_a_line_a_request(capsys: pytest.CaptureFixture[str
         for request in REQUESTS[:2]:
             progress.done(request_record(request, TWO_ROUNDS, CONFIG))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("[1/2] gamma 4 a: 4 tokens, 40.0 tokens/s, about ")
-    assert lines[1] == "[2/2] gamma 4 b: 4 tokens, 40.0 tokens/s, about 0 s left"
+    assert lines[0].startswith("[1/2] gamma 4 a: 4 tokens, 40.0 tokens/s; 40.0 tokens/s so far, about ")
+    assert lines[1].endswith("about 0 s left")
+    assert lines[2].startswith("2 of 2 prompts in 0 s: 40.0 tokens/s")
+
+
+def test_progress_on_the_terminal_behind_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))  # a bar needs room
+    os.set_blocking(ours, False)
+    try:
+        with Progress(2, theirs) as progress:
+            progress.done(request_record(REQUESTS[0], TWO_ROUNDS, CONFIG))
+        shown = os.read(ours, 10_000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "gamma 4, 40.0 tokens/s" in shown
+    assert capsys.readouterr().out.startswith("[1/2] gamma 4")

@@ -94,3 +94,16 @@ def test_defaults_are_those_of_the_orchestrator() -> None:
     plain = Point(1)
     for name in ("mode", "tree", "temperature", "rtt_ms"):
         assert fields[name].default == getattr(plain, name)
+    assert fields["draft_name"].default == plain.draft
+
+
+def test_drafts_are_an_axis_that_gamma_0_does_not_have() -> None:
+    points = sweep_points([0, 3], ["sync", "overlap"], drafts=["draft", "int8"])
+    assert [point.label for point in points] == [
+        "gamma_0",
+        "gamma_3",
+        "overlap_gamma_3",
+        "draft-int8_gamma_3",
+        "draft-int8_overlap_gamma_3",
+    ]
+    assert points[-1].settings(SHARED)["draft_name"] == "int8"

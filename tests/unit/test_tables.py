@@ -38,6 +38,7 @@ def a_request(request_id: str, gamma: int | str, **changes: Any) -> RequestRecor
         "target_compute_ms": 700.0,
         "mode": "sync",
         "tree": "chain",
+        "draft": "draft",
         "sampling": "coupled",
         "temperature": 0.0,
         "top_k": 0,
@@ -307,7 +308,7 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     requests, rounds = tables([a_request(i, g) for g in (3, 0, 1) for i in "ab"], [a_round("a", 3, 0, 1)])
     summary = summarize(requests, rounds, bootstrap_samples=100)
     assert summary["gamma"].to_list() == [0, 1, 3]
-    expected = ["gamma", "mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"]
+    expected = ["gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"]
     expected += ["requests", "repeats", "generated_tokens"]
     expected += ["speedup", "speedup_ci_low", "speedup_ci_high"]
     for metric in METRICS:

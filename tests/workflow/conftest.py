@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+SUMMARY = "results/summary.csv"
 SNAKEMAKE = [sys.executable, "-m", "snakemake", "--cores", "2"]
 
 
@@ -54,13 +55,11 @@ class Workspace:
         # The copy's own code, so that a test may change it.
         return {**kept, "PATH": path, "PYTHONPATH": str(self.folder / "src")}
 
-    def command(self, *arguments: str, target: str = "results/summary.csv") -> list[str]:
+    def command(self, *arguments: str, target: str = SUMMARY) -> list[str]:
         (self.folder / "my.yaml").write_text(yaml.safe_dump(self.config))
         return [*SNAKEMAKE, *arguments, "--configfile", "my.yaml", "--", *target.split()]
 
-    def snakemake(
-        self, *arguments: str, target: str = "results/summary.csv", **variables: str
-    ) -> subprocess.CompletedProcess[str]:
+    def snakemake(self, *arguments: str, target: str = SUMMARY, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments, target=target),
             cwd=self.folder,
@@ -71,7 +70,7 @@ class Workspace:
             check=False,
         )
 
-    def run(self, *arguments: str, target: str = "results/summary.csv") -> str:
+    def run(self, *arguments: str, target: str = SUMMARY) -> str:
         done = self.snakemake(*arguments, target=target)
         assert done.returncode == 0, done.stdout + done.stderr + self.logs()
         return done.stdout + done.stderr
@@ -88,7 +87,7 @@ class Workspace:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
-    def planned(self, *arguments: str, target: str = "results/summary.csv") -> dict[str, int]:
+    def planned(self, *arguments: str, target: str = SUMMARY) -> dict[str, int]:
         """Jobs that a dry run would execute, by rule."""
         text = self.run("--dry-run", "--quiet", "rules", *arguments, target=target)
         if "Job stats:" not in text:

@@ -35,7 +35,7 @@ def test_archive(finished):
     for where in (ARCHIVE, "results"):
         assert " files as recorded, 0 not" in specsplit(finished, "verify", where)
     with zipfile.ZipFile(archive) as packed:
-        assert "my.yaml" in packed.namelist()
+        assert {"my.yaml", "results/report.html"} <= set(packed.namelist())
         record = json.loads(packed.read("results/provenance/provenance.json"))
         crate = json.loads(packed.read("ro-crate-metadata.json"))
     assert record["workflow"]["command"].startswith("snakemake --cores 2 --configfile my.yaml")
@@ -53,7 +53,7 @@ def test_archive(finished):
     rules = {identifier.split("/")[1] for identifier in jobs}
     assert rules == {
         *("prepare_dataset", "prepare_model", "resolved_config", "benchmark"),
-        *("merge", "figures", "provenance", "summary"),
+        *("merge", "figures", "provenance", "summary", "report"),
     }
     assert all(job["startTime"] < job["endTime"] for job in jobs.values())
     assert "specsplit bench --only" in jobs["#job/benchmark/results/runs/gamma_1/outputs.jsonl"]["description"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -75,6 +76,15 @@ def test_nothing_to_do_afterwards(finished):
         ({"draft": {"skip_layers": [0]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
         ({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
         ({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        ({"workers": {"gpus": 1}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        (
+            {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
+            {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS},
+        ),
+        (
+            {"models": {"tiny": {"source": "huggingface", "repo": "a/b", "revision": "c"}}},
+            {"prepare_model": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
+        ),
         (
             {"dataset": {"limit": 2}},
             {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
@@ -112,6 +122,36 @@ def test_what_changed_code_reruns(finished, file, expected):
     finally:
         path.write_bytes(original)
         os.utime(path, times)
+
+
+def test_a_comment_in_the_configuration_reruns_nothing(finished):
+    path = finished.folder / "config" / "config.yaml"
+    original = path.read_text()
+    path.write_text(f"# A remark.\n{original}\n# Another one.\n")
+    try:
+        assert finished.planned() == {}
+    finally:
+        path.write_text(original)
+
+
+def test_the_report_of_the_experiment_and_that_of_snakemake(finished):
+    """One page of our own, whose template decides it alone, and what `snakemake --report` makes of the same results."""
+    page = "results/report.html"
+    finished.run(target=page)
+    text = (finished.folder / page).read_text("utf-8")
+    assert "Yes: each of the 6 texts written with a draft" in text
+    assert "--gamma 3" in text
+    assert finished.planned(target=page) == {}
+    template = finished.folder / "src" / "specsplit" / "analysis" / "report.html.j2"
+    original, times = template.read_bytes(), (template.stat().st_atime, template.stat().st_mtime)
+    template.write_bytes(original + b"<!-- changed -->\n")
+    assert finished.planned(target=page) == {"report": 1}
+    template.write_bytes(original)
+    os.utime(template, times)
+    finished.run("--report", "snakemake.html", target=page)
+    made = (finished.folder / "snakemake.html").read_text("utf-8")
+    for shown in ("Time per output token", "Figures", "Tables", "so the curve has a minimum where one more costs"):
+        assert shown in made, shown
 
 
 def test_gammas_on_the_command_line(finished):
@@ -281,6 +321,39 @@ def test_attach_to_a_running_worker(workspace):
         (workspace.folder / "mine.json").unlink()
 
 
+def test_runs_that_own_their_workers(workspace):
+    """workers.lifecycle job: no worker outlives its run; another draft; the record says which process and log."""
+    workspace.config |= {"gammas": [1], "drafts": {"less": {"skip_layers": [0]}}}
+    workspace.config["workers"]["lifecycle"] = "job"
+    workspace.run()
+    results = workspace.folder / "results"
+    assert not workspace.processes()
+    assert not (results / "logs" / "start_worker").exists()
+    summary = pd.read_csv(results / "summary.csv")
+    assert list(zip(summary["draft"], summary["gamma"], strict=True)) == [("draft", 0), ("less", 1)]
+    assert (summary["lossless"] == 1).all()
+    run = json.loads((results / "runs" / "draft-less_gamma_1" / "run.json").read_text())
+    assert run["workers"]["draft"]["skip_layers"] == [0]
+    for role, worker in run["workers"].items():
+        assert not worker["attached"]
+        assert worker["log"] == f"results/logs/workers/draft-less_gamma_1_{role}.log"
+        assert worker["process_started"] is not None
+        assert (workspace.folder / worker["log"]).stat().st_size
+    assert workspace.planned() == {}
+
+
+def test_flags_of_own_workers_are_quoted_twice(workspace):
+    """Once for the shell, once for bench: an address file may have a space in its name."""
+    workspace.config["workers"] |= {"lifecycle": "job", "target_address": "my target.json"}
+    text = workspace.run("--dry-run", "--printshellcmds")
+    commands = [shlex.split(line) for line in text.splitlines() if "specsplit bench" in line]
+    assert len(commands) == 3
+    for command in commands:
+        target = shlex.split(command[command.index("--start-target") + 1])
+        assert target[target.index("--attach") + 1] == "my target.json"
+        assert target[target.index("--model") + 1] == "resources/models/tiny/model.json"
+
+
 @pytest.mark.slow
 def test_one_failed_gamma_keeps_the_others(workspace):
     """With --keep-going a run that fails loses nothing of the runs that worked, and the next call makes it."""
@@ -336,7 +409,7 @@ def test_a_sweep_of_other_axes_with_layers_that_are_looked_for(workspace):
     calibration = (results / "dataset" / "calibration.jsonl").read_text().splitlines()
     assert (len(measured), len(calibration)) == (2, 1)
     assert not set(measured) & set(calibration)
-    layers = json.loads((results / "skip_layers" / "tiny.json").read_text())["layers"]
+    layers = json.loads((results / "skip_layers" / "draft.json").read_text())["layers"]
     assert len(layers) == 1
     run = json.loads((results / "runs" / "lookahead_2x2_t1_gamma_2" / "run.json").read_text())
     assert run["workers"]["draft"]["skip_layers"] == layers

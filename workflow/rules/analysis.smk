@@ -26,7 +26,8 @@ rule figures:
         rounds="results/per_round.csv",
         code=source("analysis"),
     output:
-        expand("results/figures/{name}.{type}", name=FIGURES, type=["png", "svg"]),
+        expand("results/figures/{name}.png", name=FIGURES),
+        [figure_output(name, "Figures") for name in FIGURES],
     log:
         "results/logs/figures.log",
     conda:
@@ -48,7 +49,9 @@ rule summary:
         provenance="results/provenance/provenance.json",
         code=source("analysis/tables.py", "analysis/reading.py", "analysis/statistics.py"),
     output:
-        summary="results/summary.csv",
+        summary=report(
+            "results/summary.csv", caption="../report/summary.rst", category="Tables", labels={"what": "summary"}
+        ),
         seal="results/provenance/SHA256SUMS",
     log:
         "results/logs/summary.log",
@@ -64,3 +67,25 @@ rule summary:
     shell:
         "specsplit analyze --no-figures --results-dir results {params.settings} > {log} 2>&1"
         " && specsplit provenance seal --output {output.seal} {params.sealed} >> {log} 2>&1"
+
+
+# Everything on one page that needs no other file.
+rule report:
+    input:
+        "results/requests.csv",
+        "results/per_round.csv",
+        "results/summary.csv",
+        "results/provenance/provenance.json",
+        [path for path in rules.figures.output if path.endswith(".svg")],
+        measured_beside_the_sweep(),
+        code=source("analysis", "analysis/report.html.j2"),
+    output:
+        report("results/report.html", caption="../report/report.rst", category="Report", labels={"what": "one page"}),
+    log:
+        "results/logs/report.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    params:
+        rules.summary.params.settings,
+    shell:
+        "specsplit report --results-dir results --output {output} {params} > {log} 2>&1"

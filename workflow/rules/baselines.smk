@@ -4,7 +4,7 @@
 # Every core, as a run. All workers and Hugging Face's process are loaded, and one of them computes.
 rule race_peers:
     input:
-        endpoints=endpoints_of(RACED),
+        endpoints=lambda wildcards: endpoints_of(RACED),
         prompts="results/dataset/prompts.jsonl",
         models=models_of(RACED)[0],
         layers=models_of(RACED)[1],
@@ -16,7 +16,7 @@ rule race_peers:
         "results/logs/race_peers.log",
     conda:
         "../../envs/specsplit.yaml"
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
     params:
         settings=flags(
             baseline=config["baselines"]["peers"],
@@ -25,12 +25,15 @@ rule race_peers:
             tree=config["baselines"]["tree"],
             fan_out=config["lookahead"]["fan_out"],
             repeats=config["repeats"],
+            draft_name=FIRST_DRAFT,
             **text_settings(),
         ),
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in RACED for role in run_roles(label)],
-        models=lambda wildcards: flags(
-            tokenizer=model_folder("target"), target_model=model_folder("target"), draft_model=model_folder("draft")
+        models=flags(
+            tokenizer=TARGET_FOLDER,
+            target_model=TARGET_FOLDER,
+            draft_model=f"resources/models/{DRAFTS[FIRST_DRAFT]['model']}",
         ),
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results --workers-dir results/workers/race"
@@ -42,8 +45,9 @@ rule peers:
         requests="results/peers_requests.csv",
         code=source("analysis/peers.py", "analysis/repeats.py", "analysis/statistics.py", "analysis/drawing.py"),
     output:
-        "results/peers.csv",
-        expand("results/figures/peers.{type}", type=["png", "svg"]),
+        more_table("peers"),
+        "results/figures/peers.png",
+        figure_output("peers", "Figures"),
     log:
         "results/logs/peers.log",
     conda:

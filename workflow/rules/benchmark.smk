@@ -3,7 +3,7 @@
 
 rule benchmark:
     input:
-        endpoints=lambda wildcards: endpoints_of([wildcards.point]),
+        endpoints=lambda wildcards: run_endpoints(wildcards.point),
         prompts="results/dataset/prompts.jsonl",
         models=lambda wildcards: models_of([wildcards.point])[0],
         layers=lambda wildcards: models_of([wildcards.point])[1],
@@ -17,13 +17,17 @@ rule benchmark:
         "results/logs/benchmark/{point}.log",
     conda:
         "../../envs/specsplit.yaml"
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
+    resources:
+        gpu=config["workers"]["gpus"],
+        workers=lambda wildcards: run_workers(wildcards.point),
     params:
-        addresses=lambda wildcards, input: flags(**{f"{Path(file).stem}_addr": file for file in input.endpoints}),
         settings=lambda wildcards: run_settings(wildcards.point),
-        # Not used by the command: other workers, other results.
+        # Not used by the command, which has it from the resources: other workers, other results.
         workers=lambda wildcards: [worker_settings(role, wildcards.point) for role in run_roles(wildcards.point)],
-        tokenizer=f"resources/models/{config['target']['model']}",
+        tokenizer=TARGET_FOLDER,
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results"
-        " --tokenizer {params.tokenizer} {params.addresses} {params.settings} > {log} 2>&1"
+        " --tokenizer {params.tokenizer} {resources.workers} --gpus {resources.gpu} {params.settings}"
+        # The log gets everything; a terminal, if there is one behind it, the bar.
+        " --terminal-fd 3 3>&2 > {log} 2>&1"

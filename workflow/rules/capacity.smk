@@ -3,7 +3,7 @@
 
 rule benchmark_capacity:
     input:
-        endpoints=endpoints_of(CAPACITY),
+        endpoints=lambda wildcards: endpoints_of(CAPACITY),
         prompts="results/dataset/prompts.jsonl",
         models=models_of(CAPACITY)[0],
         layers=models_of(CAPACITY)[1],
@@ -14,7 +14,7 @@ rule benchmark_capacity:
         "results/logs/benchmark_capacity.log",
     conda:
         "../../envs/specsplit.yaml"
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
     params:
         settings=flags(
             clients=config["capacity"]["clients"],
@@ -22,11 +22,12 @@ rule benchmark_capacity:
             mode=config["capacity"]["mode"],
             requests=config["capacity"]["requests"],
             fan_out=config["lookahead"]["fan_out"],
+            draft_name=FIRST_DRAFT,
             **text_settings(),
         ),
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in CAPACITY for role in run_roles(label)],
-        tokenizer=lambda wildcards: model_folder("target"),
+        tokenizer=lambda wildcards: TARGET_FOLDER,
     shell:
         "specsplit capacity --only --prompts {input.prompts} --results-dir results"
         " --workers-dir results/workers/capacity --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"
@@ -37,8 +38,9 @@ rule capacity:
         requests="results/capacity_requests.csv",
         code=source("analysis/capacity.py", "analysis/drawing.py"),
     output:
-        "results/capacity.csv",
-        expand("results/figures/capacity.{type}", type=["png", "svg"]),
+        more_table("capacity"),
+        "results/figures/capacity.png",
+        figure_output("capacity", "Figures"),
     log:
         "results/logs/capacity.log",
     conda:

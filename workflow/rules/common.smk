@@ -6,10 +6,12 @@ import shlex
 from pathlib import Path
 
 try:
-    from specsplit.config import MAX_GAMMA
+    from specsplit.analysis.figures import FIGURE_TITLES
+    from specsplit.analysis.report import MORE_TABLES
     from specsplit.bench.sweep import plain_number, sweep_points
+    from specsplit.config import MAX_GAMMA
     from specsplit.errors import UserError
-    from specsplit.pipeline_config import load_pipeline_config
+    from specsplit.pipeline_config import load_pipeline_config, swept_drafts
     from specsplit.provenance.capture import RUN_CODE, WORKFLOW_FILES
     from specsplit.provenance.steps import remember_workflow
     from specsplit.workers.environment import threads_beside_another
@@ -28,6 +30,7 @@ except UserError as error:
 config.clear()
 config.update(resolved)
 
+DRAFTS = swept_drafts(config)
 POINTS = {
     point.label: point
     for point in sweep_points(
@@ -36,46 +39,67 @@ POINTS = {
         config["tree"],
         config["sampling"]["temperature"],
         config["network"]["rtt_ms"],
+        DRAFTS,
     )
 }
 # Measurements beside the sweep have workers too, under names of their own: an endpoint file that is made anew would make
-# the finished run of its name out of date. The processes are shared all the same where their flags are.
+# the finished run of its name out of date. The processes are shared all the same where their flags are. Of several drafts
+# they take the first.
+FIRST_DRAFT = next(iter(DRAFTS))
 RACED = {
     f"race/{point.label}": point
     for point in sweep_points(
-        [0, *config["baselines"]["gammas"]], config["baselines"]["mode"], config["baselines"]["tree"]
+        [0, *config["baselines"]["gammas"]],
+        config["baselines"]["mode"],
+        config["baselines"]["tree"],
+        drafts=[FIRST_DRAFT],
     )
 }
 CAPACITY = {
     f"capacity/{point.label}": point
-    for point in sweep_points(config["capacity"]["gammas"], [config["capacity"]["mode"]])
+    for point in sweep_points(config["capacity"]["gammas"], [config["capacity"]["mode"]], drafts=[FIRST_DRAFT])
 }
-CONTEXT = {f"context/{point.label}": point for point in sweep_points(config["context"]["gammas"])}
+CONTEXT = {f"context/{point.label}": point for point in sweep_points(config["context"]["gammas"], drafts=[FIRST_DRAFT])}
 WORKER_POINTS = {**RACED, **CAPACITY, **CONTEXT, **POINTS}
-MODELS = sorted({config["target"]["model"], config["draft"]["model"]})
+MODELS = sorted({config["target"]["model"], *(draft["model"] for draft in DRAFTS.values())})
+TARGET_FOLDER = f"resources/models/{config['target']['model']}"
 ROLES = ["draft", "target"]
 
 
 wildcard_constraints:
     point="|".join(map(re.escape, WORKER_POINTS)),
     role="|".join(ROLES),
+    draft="|".join(map(re.escape, DRAFTS)),
     model="|".join(config["models"]),  # all: an ngram model may take the tokenizer of one that is not run
+
+
+def given_cores():
+    """The cores that Snakemake was given; None with --jobs alone, where each job has its own (set-threads in the profile)."""
+    try:
+        return workflow.cores
+    except WorkflowError:
+        return None
+
+
+# Of jobs that measure time: nothing may run beside them.
+EVERY_CORE = given_cores() or 1
 
 
 # Jobs and workers end when this process does, and what a killed run left behind is cleared.
 begin_run()
-remember_workflow(workflow.cores, [os.path.relpath(file) for file in workflow.configfiles])
+remember_workflow(given_cores(), [os.path.relpath(file) for file in workflow.configfiles])
 
 
 # ---- for all rules
 
+# The folder of the project, whichever Snakefile of it was called.
+PROJECT = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)) / "../.."
+
 
 def source(*parts):
     """Files of the package that decide a result: declared as inputs, so that a change of code reruns it."""
-    root = Path(workflow.basedir) / "src" / "specsplit"
-    files = [
-        f for part in parts for f in ([root / part] if part.endswith(".py") else sorted((root / part).rglob("*.py")))
-    ]
+    root = PROJECT / "src" / "specsplit"
+    files = [f for part in parts for f in ([root / part] if Path(part).suffix else sorted((root / part).rglob("*.py")))]
     return [os.path.relpath(f) for f in files]
 
 
@@ -95,6 +119,29 @@ def flags(**values):
         elif value is not None and value != []:
             words.extend([flag, str(value)])
     return shlex.join(words)
+
+
+def figure_output(name, category):
+    """A figure that `snakemake --report` shows, under its caption."""
+    return report(
+        f"results/figures/{name}.svg",
+        caption=f"../report/{name}.rst",
+        category=category,
+        labels={"figure": FIGURE_TITLES[name]},
+    )
+
+
+def more_table(name):
+    """A table of a measurement beside the sweep, in `snakemake --report`."""
+    return report(f"results/{name}.csv", caption=f"../report/{name}.rst", category="Tables", labels={"what": name})
+
+
+def measured_beside_the_sweep():
+    """What was made beside the sweep, tables, their rows and figures: shown in the report, and archived."""
+    stems = [Path(name).stem for name in MORE_TABLES]
+    paths = [f"results/{stem}{rows}.csv" for stem in stems for rows in ("", "_requests")] + ["results/peers_run.json"]
+    paths += [f"results/figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "svg")]
+    return [path for path in paths if Path(path).exists()]
 
 
 # ---- models
@@ -125,21 +172,22 @@ def local_files(name):
     return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors"})
 
 
-def model_folder(role):
-    return str(Path(role_model(role)).parent)
+def role_settings(role, label):
+    """The section of the configuration that a run's worker is made from."""
+    return config["target"] if role == "target" else DRAFTS[WORKER_POINTS[label].draft]
 
 
-def role_model(role):
-    return f"resources/models/{config[role]['model']}/model.json"
+def role_model(role, label):
+    return f"resources/models/{role_settings(role, label)['model']}/model.json"
 
 
 # ---- workers
 
 
-def layers_file(role):
+def layers_file(role, label):
     """The layers that rule pick_layers finds for the draft; nothing when the configuration names them."""
-    auto = role == "draft" and config["draft"]["skip_layers"] == "auto"
-    return [f"results/skip_layers/{config['draft']['model']}.json"] if auto else []
+    auto = role == "draft" and role_settings(role, label)["skip_layers"] == "auto"
+    return [f"results/skip_layers/{WORKER_POINTS[label].draft}.json"] if auto else []
 
 
 def worker_threads(label):
@@ -167,28 +215,40 @@ def worker_sessions(label):
 def worker_settings(role, label):
     """What decides the results of a run's worker; a change of it reruns the run."""
     workers = config["workers"]
-    picked = layers_file(role)
+    own, picked = role_settings(role, label), layers_file(role, label)
     return flags(
-        dtype=config[role]["dtype"],
-        skip_layers=None if picked else config[role].get("skip_layers"),
+        dtype=own["dtype"],
+        skip_layers=None if picked else own.get("skip_layers"),
         skip_layers_file=picked[0] if picked else None,
         device=workers["device"],
         engine=workers["engine"],
         threads=worker_threads(label),
         max_context=worker_context(label),
         seed=config["seed"],
-        target_tokenizer=f"resources/models/{config['target']['model']}" if speaks_through(role) else None,
+        target_tokenizer=TARGET_FOLDER if speaks_through(role, label) else None,
     )
 
 
-def speaks_through(role):
+def speaks_through(role, label):
     """The target's manifest when the draft is another model: it may have another tokenizer."""
-    return [role_model("target")] if role == "draft" and config["draft"]["model"] != config["target"]["model"] else []
+    other = role_model(role, label) != role_model("target", label)
+    return [role_model("target", label)] if other else []
 
 
 def attach_address(role):
-    """host:port of the running worker to use, or nothing: start one."""
+    """Address, or address file, of the running worker to use, or nothing: start one."""
     return os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or config["workers"][f"{role}_address"] or ""
+
+
+def worker_operation(role, label):
+    """How a run's worker is operated. No params: it changes no result, so a change of it reruns nothing."""
+    workers = config["workers"]
+    return flags(
+        max_sessions=worker_sessions(label),
+        session_ttl_s=workers["session_ttl_s"],
+        startup_timeout_s=workers["startup_timeout_s"],
+        attach=attach_address(role) or None,
+    )
 
 
 # ---- results
@@ -222,14 +282,42 @@ def run_roles(label):
 
 
 def endpoints_of(labels):
-    """The endpoint files of the workers of several runs."""
-    return [f"results/workers/{label}/{role}.json" for label in labels for role in run_roles(label)]
+    """The endpoint files of the workers of several runs, which are started before they are measured with."""
+    pairs = [(label, role) for label in labels for role in run_roles(label)]
+    if workflow.non_local_exec and not all(attach_address(role) for _, role in pairs):
+        raise WorkflowError(
+            "Jobs go to a cluster, where a worker ends with the job that started it, so none can be started for others. "
+            "For the runs of the sweep set workers.lifecycle to job (profiles/slurm does). For any measurement name "
+            "running workers by workers.draft_address and workers.target_address, or make it without the executor"
+        )
+    return [f"results/workers/{label}/{role}.json" for label, role in pairs]
 
 
 def models_of(labels):
-    """The manifests of the models that these runs need, and the layers that a draft does without."""
-    roles = [role for role in ROLES if any(role in run_roles(label) for label in labels)]
-    return sorted({role_model(role) for role in roles}), [file for role in roles for file in layers_file(role)]
+    """The manifests of the models that these runs need, and the layers that their drafts do without."""
+    pairs = [(role, label) for label in labels for role in run_roles(label)]
+    models = {role_model(role, label) for role, label in pairs}
+    layers = {file for role, label in pairs for file in layers_file(role, label)}
+    return sorted(models), sorted(layers)
+
+
+def run_endpoints(label):
+    """Endpoint files that a run of the sweep waits for; none when its own job starts its workers."""
+    return [] if config["workers"]["lifecycle"] == "job" else endpoints_of([label])
+
+
+def run_workers(label):
+    """Flags of bench that say where its workers are, or how to start them."""
+    roles = run_roles(label)
+    if config["workers"]["lifecycle"] == "workflow":
+        return flags(**{f"{role}_addr": f"results/workers/{label}/{role}.json" for role in roles})
+    return flags(**{f"start_{role}": own_worker(role, label) for role in roles})
+
+
+def own_worker(role, label):
+    """Flags of start-worker, in one string, for a worker that a run's own job starts."""
+    files = flags(model=role_model(role, label), worker_log=f"results/logs/workers/{label}_{role}.log")
+    return f"{files} {worker_settings(role, label)} {worker_operation(role, label)}"
 
 
 def run_settings(label):

@@ -22,25 +22,25 @@ rule calibration_prompts:
 # Every core, as a run: it must not run beside one.
 rule pick_layers:
     input:
-        model="resources/models/{model}/model.json",
+        model=lambda wildcards: f"resources/models/{DRAFTS[wildcards.draft]['model']}/model.json",
         prompts="results/dataset/calibration.jsonl",
         code=source("models"),
     output:
-        "results/skip_layers/{model}.json",
+        "results/skip_layers/{draft}.json",
     log:
-        "results/logs/pick_layers/{model}.log",
+        "results/logs/pick_layers/{draft}.log",
     conda:
         "../../envs/specsplit.yaml"
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
     params:
-        flags(
-            count=config["draft"]["skip_count"],
+        lambda wildcards: flags(
+            count=DRAFTS[wildcards.draft]["skip_count"],
             limit=config["draft"]["calibration_prompts"],
-            dtype=config["draft"]["dtype"],
+            dtype=DRAFTS[wildcards.draft]["dtype"],
             use_chat_template=config["generation"]["use_chat_template"],
             device=config["workers"]["device"],
             threads=config["workers"]["threads"],
         ),
     shell:
-        "specsplit pick-layers --model resources/models/{wildcards.model} --prompts {input.prompts} {params}"
+        "specsplit pick-layers --model {input.model} --prompts {input.prompts} {params}"
         " --output {output} > {log} 2>&1"

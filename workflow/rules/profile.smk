@@ -7,8 +7,9 @@ rule profile:
         rounds="results/per_round.csv",
         code=source("analysis/profile.py", "analysis/drawing.py", "analysis/tables.py", "analysis/reading.py"),
     output:
-        "results/profile.csv",
-        expand("results/figures/profile.{type}", type=["png", "svg"]),
+        more_table("profile"),
+        "results/figures/profile.png",
+        figure_output("profile", "Figures"),
     log:
         "results/logs/profile.log",
     conda:
@@ -21,31 +22,31 @@ rule overhead:
     input:
         code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/overhead.py", "bench/transport.py"),
     output:
-        "results/overhead.csv",
+        more_table("overhead"),
     log:
         "results/logs/overhead.log",
     conda:
         "../../envs/specsplit.yaml"
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
     shell:
         "specsplit overhead --output {output} > {log} 2>&1"
 
 
 rule context_curve:
     input:
-        endpoints=endpoints_of(CONTEXT),
+        endpoints=lambda wildcards: endpoints_of(CONTEXT),
         prompts="results/dataset/prompts.jsonl",
         models=models_of(CONTEXT)[0],
         layers=models_of(CONTEXT)[1],
         code=[*MEASURED_WITH, *source("bench/context_curve.py")],
     output:
-        table="results/context_curve.csv",
-        figures=expand("results/figures/context_curve.{type}", type=["png", "svg"]),
+        table=more_table("context_curve"),
+        figures=["results/figures/context_curve.png", figure_output("context_curve", "Figures")],
     log:
         "results/logs/context_curve.log",
     conda:
         "../../envs/specsplit.yaml"
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
     params:
         settings=flags(
             length=config["context"]["lengths"],
@@ -54,10 +55,11 @@ rule context_curve:
             texts=config["context"]["texts"],
             use_chat_template=config["generation"]["use_chat_template"],
             seed=config["seed"],
+            draft_name=FIRST_DRAFT,
         ),
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in CONTEXT for role in run_roles(label)],
-        tokenizer=lambda wildcards: model_folder("target"),
+        tokenizer=lambda wildcards: TARGET_FOLDER,
     shell:
         "specsplit context-curve --prompts {input.prompts} --output {output.table} --figure {output.figures[0]}"
         " --workers-dir results/workers/context --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"

@@ -25,7 +25,7 @@ rule provenance:
         results=["results/requests.csv", "results/per_round.csv", *run_files("outputs.jsonl")],
         code=source("provenance"),
     output:
-        record="results/provenance/provenance.json",
+        record=report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
         patch="results/provenance/changes.patch",
     log:
         "results/logs/provenance.log",
@@ -40,7 +40,7 @@ rule provenance:
 # All that was made, the code and the logs, without the weights: a Workflow Run RO-Crate.
 rule archive:
     input:
-        results=result_files(),
+        results=[*result_files(), "results/report.html", *measured_beside_the_sweep()],
         seal="results/provenance/SHA256SUMS",
         models=expand("resources/models/{model}/model.json", model=MODELS),
         project=[str(file) for pattern in WORKFLOW_FILES for file in sorted(Path().glob(pattern)) if file.is_file()],

@@ -5,13 +5,13 @@ rule theory_check:
     input:
         code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py", "bench/transport.py"),
     output:
-        table="results/theory_check.csv",
-        figures=expand("results/figures/theory_check.{type}", type=["png", "svg"]),
+        table=more_table("theory_check"),
+        figures=["results/figures/theory_check.png", figure_output("theory_check", "Figures")],
     log:
         "results/logs/theory_check.log",
     conda:
         "../../envs/specsplit.yaml"
     # It measures times, so nothing may run beside it.
-    threads: workflow.cores or 1
+    threads: EVERY_CORE
     shell:
         "specsplit theory-check --output {output.table} --figure {output.figures[0]} > {log} 2>&1"

@@ -8,9 +8,9 @@
 
 rule start_worker:
     input:
-        model=lambda wildcards: role_model(wildcards.role),
-        layers=lambda wildcards: layers_file(wildcards.role),
-        tokenizer=lambda wildcards: speaks_through(wildcards.role),
+        model=lambda wildcards: role_model(wildcards.role, wildcards.point),
+        layers=lambda wildcards: layers_file(wildcards.role, wildcards.point),
+        tokenizer=lambda wildcards: speaks_through(wildcards.role, wildcards.point),
     output:
         endpoint=temp("results/workers/{point}/{role}.json"),
     log:
@@ -19,16 +19,12 @@ rule start_worker:
     priority: 10
     conda:
         "../../envs/specsplit.yaml"
-    # As resources, not params: they change no result, so a change of them reruns nothing.
     resources:
-        max_sessions=lambda wildcards: worker_sessions(wildcards.point),
-        session_ttl_s=str(config["workers"]["session_ttl_s"]),
-        startup_timeout_s=str(config["workers"]["startup_timeout_s"]),
-        attach=lambda wildcards: attach_address(wildcards.role),
+        gpu=config["workers"]["gpus"],
+        operation=lambda wildcards: worker_operation(wildcards.role, wildcards.point),
     params:
         settings=lambda wildcards: worker_settings(wildcards.role, wildcards.point),
     shell:
         "specsplit start-worker {wildcards.role} --model {input.model} --endpoint-file {output.endpoint}"
         " --pool results/workers/.pool --worker-log results/logs/workers/{wildcards.role}.log"
-        " {params.settings} --max-sessions {resources.max_sessions} --session-ttl-s {resources.session_ttl_s}"
-        " --startup-timeout-s {resources.startup_timeout_s} --attach={resources.attach} > {log} 2>&1"
+        " {params.settings} {resources.operation} --gpus {resources.gpu} > {log} 2>&1"

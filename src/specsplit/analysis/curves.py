@@ -1,4 +1,4 @@
-"""How a sweep is laid out in a figure: a panel for each temperature and network, a curve for each mode and tree."""
+"""How a sweep is laid out in a figure: panels for temperatures and networks, curves for drafts, modes and trees."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from pandas import DataFrame
 
 from specsplit.analysis.tables import configuration_of
-from specsplit.bench.sweep import plain_number
+from specsplit.bench.sweep import DEFAULT_DRAFT, plain_number
 
 MOST_PANELS, MOST_CURVES = 6, 9  # more cannot be read; the rest is in summary.csv
 
@@ -18,8 +18,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A
 _MODE_LINES = {"sync": "-", "overlap": (0, (5, 1.5)), "lookahead": (0, (1.2, 1.2))}
 _MODE_COLOURS = {"sync": BLUE, "overlap": ORANGE, "lookahead": GREEN}
 _MODE_MARKERS = {"sync": "o", "overlap": "s", "lookahead": "^"}
-_TREE_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, "#444444")
-_TREE_MARKERS = ("o", "s", "^", "D", "v", "P")
+_VARIANT_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, "#444444")
+_VARIANT_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 _PANEL = ("sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
 _WORDS = {
@@ -34,10 +34,11 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One mode and tree, and how it is drawn. name: what tells it from the others; empty in a plain sweep."""
+    """One draft, mode and tree, and how it is drawn. name: what tells it from the others; empty in a plain sweep."""
 
     mode: str
     tree: str
+    draft: str = DEFAULT_DRAFT
     name: str = ""
     colour: str = BLUE
     marker: str = "o"
@@ -46,7 +47,8 @@ class Curve:
 
     def own(self, table: DataFrame) -> DataFrame:
         """Its rows that draft."""
-        return table[(table["gamma"] != 0) & (table["mode"] == self.mode) & (table["tree"] == self.tree)]
+        same = (table["mode"] == self.mode) & (table["tree"] == self.tree) & (table["draft"] == self.draft)
+        return table[(table["gamma"] != 0) & same]
 
     @property
     def marks(self) -> dict[str, Any]:
@@ -91,28 +93,34 @@ def split_panels(requests: DataFrame, rounds: DataFrame, summary: DataFrame) -> 
 
 
 def split_curves(summary: DataFrame) -> list[Curve]:
-    """A curve for each mode and tree that drafts, in the order of `summary`; no two look alike, in grey neither."""
-    drafting = summary[summary["gamma"] != 0]
-    combinations = list(dict.fromkeys(zip(drafting["mode"], drafting["tree"], strict=True)))
+    """A curve for each draft, mode and tree, in the order of `summary`; no two look alike, in grey neither."""
+    combinations = _combinations(summary)
     if not combinations:
         return [Curve("sync", "chain")]
-    modes, trees = (list(dict.fromkeys(values)) for values in zip(*combinations, strict=True))
-    combinations = [(mode, tree) for mode, tree in combinations if trees.index(tree) < len(_TREE_MARKERS)]
+    modes, trees, drafts = (list(dict.fromkeys(values)) for values in zip(*combinations, strict=True))
+    # What tells the curves of one mode apart: the draft together with its tree.
+    variants = list(dict.fromkeys(combination[1:] for combination in combinations))
+    combinations = [each for each in combinations if variants.index(each[1:]) < len(_VARIANT_MARKERS)]
     curves = []
-    for mode, tree in combinations[:MOST_CURVES]:
-        plain = ("sync" if len(modes) == 1 else "", "chain" if len(trees) == 1 else "")
-        name = ", ".join(part for part, usual in zip((mode, tree), plain, strict=True) if part != usual)
+    for mode, tree, draft in combinations[:MOST_CURVES]:
+        usual = (
+            DEFAULT_DRAFT if len(drafts) == 1 else "",
+            "sync" if len(modes) == 1 else "",
+            "chain" if len(trees) == 1 else "",
+        )
+        name = ", ".join(part for part, plain in zip((draft, mode, tree), usual, strict=True) if part != plain)
         if len(combinations) == 1:
-            curves.append(Curve(mode, tree, name))
+            curves.append(Curve(mode, tree, draft, name))
             continue
-        place = trees.index(tree)
+        place = variants.index((tree, draft))
         curves.append(
             Curve(
                 mode,
                 tree,
+                draft,
                 name,
-                colour=_MODE_COLOURS[mode] if len(modes) > 1 else _TREE_COLOURS[place],
-                marker=_TREE_MARKERS[place] if len(trees) > 1 else _MODE_MARKERS[mode],
+                colour=_MODE_COLOURS[mode] if len(modes) > 1 else _VARIANT_COLOURS[place],
+                marker=_VARIANT_MARKERS[place] if len(variants) > 1 else _MODE_MARKERS[mode],
                 line=_MODE_LINES[mode] if len(modes) > 1 else "-",
                 hollow=len(modes) > 1 and mode == "overlap",
             )
@@ -122,14 +130,19 @@ def split_curves(summary: DataFrame) -> list[Curve]:
 
 def left_out(panels: list[Panel], summary: DataFrame, curves: list[Curve]) -> str:
     """What a figure cannot show of the sweep, in words; empty when it shows everything."""
-    drafting = summary[summary["gamma"] != 0]
-    every = len(set(zip(drafting["mode"], drafting["tree"], strict=True)))
+    every = len(_combinations(summary))
     parts = []
     if len(panels) > MOST_PANELS:
         parts.append(f"{MOST_PANELS} of {len(panels)} panels")
     if every > len(curves):
         parts.append(f"{len(curves)} of {every} curves")
     return f"{' and '.join(parts)} shown; all are in summary.csv" if parts else ""
+
+
+def _combinations(summary: DataFrame) -> list[tuple[str, str, str]]:
+    """(mode, tree, draft) of everything that drafts, in the order of `summary`."""
+    drafting = summary[summary["gamma"] != 0]
+    return list(dict.fromkeys(zip(drafting["mode"], drafting["tree"], drafting["draft"], strict=True)))
 
 
 def _title(row: dict[str, Any], names: list[str]) -> str:

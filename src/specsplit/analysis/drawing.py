@@ -86,7 +86,7 @@ def save_figure(figure: Figure, path: Path, metadata: dict[str, Any] | None = No
     return paths
 
 
-_ALONE = Curve("sync", "chain", "target alone", colour="black", marker="D", line="none")
+_ALONE = Curve("sync", "chain", name="target alone", colour="black", marker="D", line="none")
 
 
 def draw_metric(
@@ -148,7 +148,7 @@ def draw_metric(
         ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none", "markeredgewidth": 1.4}
         handles += axes.plot(*lowest[:2], linestyle="none", color=RED, clip_on=False, label=text, **ring)
     _value_axis(axes, np.concatenate(values), plot.top)
-    return handles, known.groupby(["mode", "tree", "gamma"], sort=False).size().to_list()
+    return handles, known.groupby(["draft", "mode", "tree", "gamma"], sort=False).size().to_list()
 
 
 def draw_positions(

@@ -76,6 +76,16 @@ _PLOTS = {
 }
 
 
+FIGURE_TITLES = {
+    **{name: plot.title for name, plot in _PLOTS.items()},
+    "peers": "Beside Hugging Face's decoding",
+    "capacity": "Many clients at once",
+    "profile": "Where the time of a round goes",
+    "context_curve": "Cost of a token against context",
+    "theory_check": "Modes beside their formulas",
+}
+
+
 def draw_figures(
     requests: DataFrame,
     rounds: DataFrame,

@@ -35,6 +35,7 @@ class RequestRecord:
     target_compute_ms: float
     mode: str
     tree: str
+    draft: str
     sampling: str
     temperature: float
     top_k: int

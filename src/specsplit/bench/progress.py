@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -11,12 +13,28 @@ from specsplit.bench.metrics import RequestRecord
 
 
 class Progress:
-    """Counts finished requests. Use as a context manager; call `done` with each request's record."""
+    """Counts finished requests. Use as a context manager; call `done` with each request's record.
 
-    def __init__(self, total: int) -> None:
-        self._bar = tqdm(total=total, unit="req", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    A terminal at stderr gets a bar. Otherwise stdout, a log, gets a line for each request: its place, its speed, the
+    speed of all so far, the time left; and the terminal behind `terminal_fd`, where there is one, the bar.
+    """
+
+    def __init__(self, total: int, terminal_fd: int | None = None) -> None:
+        self._lines = not sys.stderr.isatty()
+        terminal = _terminal(terminal_fd) if self._lines else sys.stderr
+        self._bar = tqdm(
+            total=total,
+            unit="req",
+            dynamic_ncols=True,
+            mininterval=0,  # every request is shown, fast ones too
+            leave=not self._lines,
+            file=terminal,
+            disable=terminal is None,
+        )
         self._total = total
         self._count = 0
+        self._tokens = 0
+        self._busy_ms = 0.0
         self._started = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -24,17 +42,44 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        if self._count:
+            print(f"{self._count} of {self._total} prompts in {_lasting(self._elapsed())}: {self._speed()}", flush=True)
 
     def done(self, record: RequestRecord) -> None:
         self._count += 1
-        speed = record.generated_tokens / record.total_latency_ms * 1e3
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"gamma {record.gamma}, {speed:.1f} tokens/s", refresh=False)
-            self._bar.update()
+        self._tokens += record.generated_tokens
+        self._busy_ms += record.total_latency_ms
+        self._bar.set_postfix_str(f"gamma {record.gamma}, {self._speed()}", refresh=False)
+        self._bar.update()
+        if not self._lines:
             return
-        left = (time.monotonic() - self._started) / self._count * (self._total - self._count)
+        left = self._elapsed() / self._count * (self._total - self._count)
+        speed = record.generated_tokens / record.total_latency_ms * 1e3
+        own = f"{record.generated_tokens} tokens, {speed:.1f} tokens/s"
         print(
-            f"[{self._count}/{self._total}] gamma {record.gamma} {record.request_id}: "
-            f"{record.generated_tokens} tokens, {speed:.1f} tokens/s, about {left:.0f} s left",
+            f"[{self._count}/{self._total}] gamma {record.gamma} {record.request_id}: {own}; "
+            f"{self._speed()} so far, about {_lasting(left)} left",
             flush=True,
         )
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def _speed(self) -> str:
+        return f"{self._tokens / self._busy_ms * 1e3:.1f} tokens/s"
+
+
+def _terminal(fd: int | None) -> TextIO | None:
+    """The terminal behind a file descriptor; None when there is none, as in a job of a cluster."""
+    try:
+        return os.fdopen(fd, "w", closefd=False) if fd is not None and os.isatty(fd) else None
+    except OSError:
+        return None
+
+
+def _lasting(seconds: float) -> str:
+    """45 s, 3 min 20 s, 2 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

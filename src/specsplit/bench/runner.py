@@ -39,7 +39,7 @@ from specsplit.provenance.git import capture_git
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
 from specsplit.provenance.redaction import redact, redact_arguments
 from specsplit.provenance.steps import workflow_command
-from specsplit.workers.endpoint import Endpoint, description_dict
+from specsplit.workers.endpoint import description_dict
 from specsplit.workers.orchestrator.connection import Connection
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import SpeculativeResult
@@ -56,29 +56,6 @@ class Request:
     id: str
     category: str
     token_ids: list[int]
-
-
-def resolve_address(address: str) -> str:
-    """host:port as it is; the path of an endpoint file (ending in .json) gives the address in it."""
-    return Endpoint.read(Path(address)).address if address.endswith(".json") else address
-
-
-def worker_origin(address: str) -> dict[str, Any]:
-    """Who started the worker at an address or endpoint file: {attached, host, process_started, log, reason}.
-
-    What is not known of a worker that was attached to is null.
-    """
-    reason = "attached to: whoever started the worker knows"
-    if not address.endswith(".json"):
-        return {"attached": True, "host": None, "process_started": None, "log": None, "reason": reason}
-    endpoint = Endpoint.read(Path(address))
-    return {
-        "attached": endpoint.attached,
-        "host": endpoint.host,
-        "process_started": endpoint.started,
-        "log": endpoint.log,
-        "reason": reason if endpoint.log is None or endpoint.started is None else None,
-    }
 
 
 def encode_prompts(prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int) -> list[Request]:
@@ -236,6 +213,7 @@ def request_record(
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
         mode=config.mode,
         tree=config.tree,
+        draft=config.draft_name,
         sampling=config.sampling,
         temperature=config.temperature,
         top_k=config.top_k,

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from specsplit.decoding.theory import PipelineMode
 
 AUTO = "auto"
+DEFAULT_DRAFT = "draft"  # name of a draft that has no other
 MODES = get_args(PipelineMode)
 # Settings that every point of a sweep shares, with what they are where they decide nothing.
 SHARED_DEFAULTS: dict[str, Any] = {
@@ -23,13 +24,17 @@ SHARED_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep. gamma: draft length in tokens, or `auto`. rtt_ms: simulated round-trip time."""
+    """One run of a sweep.
+
+    gamma: draft length in tokens, or `auto`. rtt_ms: simulated round-trip time. draft: name of the draft model.
+    """
 
     gamma: int | str
     mode: str = "sync"
     tree: str = "chain"
     temperature: float = 0.0
     rtt_ms: float = 0.0
+    draft: str = DEFAULT_DRAFT
 
     @property
     def label(self) -> str:
@@ -38,6 +43,7 @@ class Point:
         An axis is in it only where it is not at its default, so another value on an axis renames no finished run.
         """
         parts = [
+            f"draft-{self.draft}" if self.draft != DEFAULT_DRAFT else "",
             self.mode if self.mode != "sync" else "",
             self.tree if self.tree != "chain" else "",
             f"t{plain_number(self.temperature)}" if self.temperature else "",
@@ -65,6 +71,7 @@ class Point:
             "tree": self.tree,
             "temperature": self.temperature,
             "rtt_ms": self.rtt_ms,
+            "draft_name": self.draft,
             # Each in the type of its default: 1 and 1.0 are one setting.
             **{
                 key: type(default)(shared[key]) if concerned[key] else default
@@ -79,18 +86,19 @@ def sweep_points(
     trees: Iterable[str] = ("chain",),
     temperatures: Iterable[float] = (0.0,),
     rtts_ms: Iterable[float] = (0.0,),
+    drafts: Iterable[str] = (DEFAULT_DRAFT,),
 ) -> list[Point]:
     """The product of the axes, each point once, in the order in which they are best run and read.
 
-    Gamma 0 drafts nothing, so mode and tree are nothing to it: it is one synchronous point for each temperature and
-    round-trip time.
+    Gamma 0 drafts nothing, so mode, tree and draft are nothing to it: it is one synchronous point for each temperature
+    and round-trip time.
     """
-    every = product(temperatures, rtts_ms, modes, trees, sorted(set(gammas), key=gamma_order))
+    every = product(temperatures, rtts_ms, drafts, modes, trees, sorted(set(gammas), key=gamma_order))
     points = [
-        Point(gamma, mode, tree, float(temperature), float(rtt))
+        Point(gamma, mode, tree, float(temperature), float(rtt), draft)
         if gamma != 0
         else Point(0, temperature=float(temperature), rtt_ms=float(rtt))
-        for temperature, rtt, mode, tree, gamma in every
+        for temperature, rtt, draft, mode, tree, gamma in every
     ]
     return list(dict.fromkeys(points))
 

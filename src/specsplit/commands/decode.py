@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 
 if TYPE_CHECKING:
+    from specsplit.workers.endpoint import Endpoint
     from specsplit.workers.orchestrator.result import SpeculativeResult
 
 
@@ -32,9 +33,9 @@ def add_commands(subparsers: Any) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    from specsplit.bench.runner import resolve_address
     from specsplit.models.sources import resolve_model
     from specsplit.models.text import TextCodec, TextStream
+    from specsplit.workers.endpoint import resolve_address
     from specsplit.workers.orchestrator.connection import connected_pair
     from specsplit.workers.orchestrator.pipeline import TextWriter
 
@@ -69,30 +70,20 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
         yield {"draft_address": config.draft_address, "target_address": config.target_address}
         return
     from specsplit.workers.environment import threads_beside_another
-    from specsplit.workers.launch import start_worker, stop_worker
-    from specsplit.workers.lease import hold_lease
+    from specsplit.workers.launch import own_workers, start_worker
 
-    hold_lease()
     at_once = config.max_draft_tokens != 0 and config.mode != "sync"
     threads = ["--threads", str(threads_beside_another())] if at_once else []
-    with tempfile.TemporaryDirectory(prefix="specsplit-") as folder:
-        files: dict[str, Path] = {}
-        try:
-            for role in ("target", "draft") if config.max_draft_tokens else ("target",):
-                print(f"starting the {role} worker ...", file=sys.stderr)
-                file = Path(folder) / f"{role}.json"
-                start_worker(
-                    role,
-                    ["--model", str(model), "--port", "0", *threads],
-                    endpoint_file=file,
-                    log_file=Path(folder) / f"{role}.log",
-                    timeout_s=300.0,
-                )
-                files[f"{role}_address"] = file
-            yield {role: str(file) for role, file in files.items()}
-        finally:
-            for file in files.values():
-                stop_worker(file)
+    arguments = ["--model", str(model), "--port", "0", *threads]
+
+    def start(role: str, file: Path) -> Endpoint:
+        print(f"starting the {role} worker ...", file=sys.stderr)
+        log_file = file.with_suffix(".log")
+        return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0)
+
+    roles = ("target", "draft") if config.max_draft_tokens else ("target",)
+    with own_workers({role: partial(start, role) for role in roles}) as started:
+        yield {f"{role}_address": endpoint.address for role, endpoint in started.items()}
 
 
 def _figures(result: SpeculativeResult) -> str:

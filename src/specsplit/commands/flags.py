@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from specsplit.config import Settings
+from specsplit.errors import UserError
 
 S = TypeVar("S", bound=Settings)
 
@@ -54,3 +55,17 @@ def setting_arguments(settings: Settings, only: Sequence[str]) -> list[str]:
             arguments.append(settings.flag(field))
             arguments += [str(item) for item in value] if isinstance(value, list) else [str(value)]
     return arguments
+
+
+def add_interval_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that states intervals."""
+    parser.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
+    parser.add_argument("--bootstrap-samples", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+
+
+def interval_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What those flags say, as `summarize` wants it."""
+    if not 0 < args.confidence < 1:
+        raise UserError(f"--confidence {args.confidence}: a level between 0 and 1, as 0.95")
+    return {"confidence": args.confidence, "bootstrap_samples": args.bootstrap_samples, "seed": args.seed}

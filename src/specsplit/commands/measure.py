@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from specsplit.bench.baselines import Peer
 from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS
-from specsplit.commands.flags import add_setting_flags
+from specsplit.commands.flags import add_interval_flags, add_setting_flags, interval_settings
+from specsplit.commands.serve import ROLES, add_gpus_flag, own_worker
 from specsplit.config import MAX_GAMMA, OrchestratorConfig
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
@@ -17,6 +19,7 @@ BENCH_SETTINGS = (
     "draft_address",
     "target_address",
     "tokenizer",
+    "draft_name",
     *SHARED_DEFAULTS,
     "max_output_tokens",
     "max_rounds",
@@ -78,6 +81,16 @@ def add_commands(subparsers: Any) -> None:
         metavar="DIR",
         help="endpoint files DIR/POINT/ROLE.json, for points with workers of their own, instead of the two addresses",
     )
+    bench.add_argument(
+        "--terminal-fd", type=int, metavar="N", help="show a bar on the terminal behind this descriptor as well"
+    )
+    for role in ROLES:
+        bench.add_argument(
+            f"--start-{role}",
+            metavar="FLAGS",
+            help=f"start a {role} worker with these flags of start-worker for this call alone, and stop it again",
+        )
+    add_gpus_flag(bench)
     add_setting_flags(bench, OrchestratorConfig, only=BENCH_SETTINGS)
     bench.set_defaults(run=run_bench)
 
@@ -88,9 +101,7 @@ def add_commands(subparsers: Any) -> None:
 
     analyze = subparsers.add_parser("analyze", help="summary.csv and figures from requests.csv and per_round.csv")
     analyze.add_argument("--results-dir", type=Path, required=True)
-    analyze.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
-    analyze.add_argument("--bootstrap-samples", type=int, default=10_000)
-    analyze.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    add_interval_flags(analyze)
     analyze.add_argument("--no-figures", action="store_true", help="write the summary alone")
     analyze.set_defaults(run=run_analyze)
 
@@ -104,8 +115,10 @@ def run_bench(args: argparse.Namespace) -> None:
 
     ensure_deterministic_environment()
     from specsplit.bench.progress import Progress
-    from specsplit.bench.runner import encode_prompts, resolve_address, run_requests, worker_origin
+    from specsplit.bench.runner import encode_prompts, run_requests
     from specsplit.commands.plan import plan_bench
+    from specsplit.workers.endpoint import resolve_address, worker_origin
+    from specsplit.workers.launch import own_workers
     from specsplit.workers.lease import end_with_lease
     from specsplit.workers.orchestrator.connection import connected_pair
 
@@ -118,18 +131,27 @@ def run_bench(args: argparse.Namespace) -> None:
         return
     points, config = plan.points, plan.config
     run_dirs = {point: args.results_dir / "runs" / point.label for point in points}
-    addresses = {"target": config.target_address}
     drafting = [point for point in points if point.gamma != 0]
-    if drafting:
-        addresses["draft"] = config.draft_address
-    resolved = {f"{role}_address": resolve_address(address) for role, address in addresses.items()}
-    origins = {role: worker_origin(address) for role, address in addresses.items()}
-    # A point that drafts, if there is one, decides whether a draft worker is needed.
-    first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
-    with connected_pair(first, plan.codec.sha256) as (draft, target):
+    roles = [role for role in ROLES if role == "target" or drafting]
+    starts = {
+        role: own_worker(role, getattr(args, f"start_{role}"), gpus=args.gpus)
+        for role in roles
+        if getattr(args, f"start_{role}")
+    }
+    with ExitStack() as stack:
+        started = stack.enter_context(own_workers(starts)) if starts else {}
+        resolved, origins = {}, {}
+        for role in roles:
+            address = getattr(config, f"{role}_address")
+            own = started.get(role)
+            resolved[f"{role}_address"] = own.address if own else resolve_address(address)
+            origins[role] = own.origin() if own else worker_origin(address)
+        # A point that drafts, if there is one, decides whether a draft worker is needed.
+        first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
+        draft, target = stack.enter_context(connected_pair(first, plan.codec.sha256))
         limit = target.description.max_context
         requests = encode_prompts(plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit)
-        with Progress(total=len(points) * len(requests) * args.repeats) as progress:
+        with Progress(len(points) * len(requests) * args.repeats, args.terminal_fd) as progress:
             for point in points:
                 run_requests(
                     requests,
@@ -163,16 +185,11 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 def run_analyze(args: argparse.Namespace) -> None:
-    from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize, write_csv
+    from specsplit.analysis.findings import find_best, lossless_sentence, summary_table, text_table
+    from specsplit.analysis.tables import read_tables, summarize, write_csv
 
-    if not 0 < args.confidence < 1:
-        raise UserError(f"--confidence {args.confidence}: a level between 0 and 1, as 0.95")
+    settings = interval_settings(args)
     requests, rounds = read_tables(args.results_dir)
-    settings = {
-        "confidence": args.confidence,
-        "bootstrap_samples": args.bootstrap_samples,
-        "seed": args.seed,
-    }
     summary = summarize(requests, rounds, **settings)
     write_csv(summary, args.results_dir / "summary.csv")
     if not args.no_figures:
@@ -181,9 +198,14 @@ def run_analyze(args: argparse.Namespace) -> None:
         for path in draw_figures(requests, rounds, args.results_dir / "figures", **settings):
             print(path)
     print(args.results_dir / "summary.csv")
-    varied = [name for name in CONFIGURATION if name == "gamma" or summary[name].nunique() > 1]
-    shown = [*varied, "tpot_ms_mean", "ttft_ms_mean", "average_acceptance_rate_mean", "speedup", "lossless"]
-    print(summary[shown].to_string(index=False, float_format="{:.3g}".format, na_rep="-"))
+    count = requests["request_id"].nunique()
+    prompts = "1 prompt" if count == 1 else f"{count} prompts"
+    print(f"\n{prompts}; [{100 * args.confidence:g} % interval]; γ = 0 is the target alone\n")
+    print(text_table(*summary_table(summary)))
+    print()
+    for finding in find_best(requests, rounds, summary, **settings):
+        print(f"{finding.where or 'Best'}:", *finding.sentences())
+    print("Lossless:", lossless_sentence(summary))
 
 
 def run_profile(args: argparse.Namespace) -> None:

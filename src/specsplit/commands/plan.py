@@ -45,6 +45,7 @@ def plan_bench(args: argparse.Namespace) -> Plan:
         args.trees or [config.tree],
         args.temperatures or [config.temperature],
         args.rtts_ms or [config.rtt_ms],
+        [config.draft_name],
     )
     shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
     # Every point is checked before the first one is run.
@@ -74,7 +75,7 @@ def connected_configs(
     from specsplit.workers.orchestrator.connection import connected_pair
 
     configs, limits = [], []
-    for point in sweep_points(args.gamma, [config.mode], [config.tree]):
+    for point in sweep_points(args.gamma, [config.mode], [config.tree], drafts=[config.draft_name]):
         own = with_addresses(config.model_copy(update={"max_draft_tokens": point.gamma}), args.workers_dir, point)
         with connected_pair(own, codec.sha256) as workers:
             limits += [worker.description.max_context for worker in workers if worker is not None]
@@ -87,7 +88,7 @@ def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: 
 
     Where nothing is drafted the address of the draft worker is left as it is.
     """
-    from specsplit.bench.runner import resolve_address
+    from specsplit.workers.endpoint import resolve_address
 
     found = {}
     for role in ("target", "draft") if point.gamma != 0 else ("target",):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specsplit.commands.flags import add_setting_flags, load_settings, setting_arguments
 from specsplit.config import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.errors import UserError
 from specsplit.jsonio import read_json_object
+
+if TYPE_CHECKING:
+    from specsplit.workers.endpoint import Endpoint
 
 ROLES: dict[str, type[WorkerSettings]] = {"draft": DraftWorkerConfig, "target": TargetWorkerConfig}
 
@@ -32,21 +38,15 @@ def add_commands(subparsers: Any) -> None:
 
     start = subparsers.add_parser("start-worker", help="start a worker in the background, or attach to a running one")
     roles = start.add_subparsers(dest="role", required=True, metavar="ROLE")
-    for role, settings in ROLES.items():
+    for role in ROLES:
         parser = roles.add_parser(role, help=f"the {role} worker")
         parser.add_argument("--endpoint-file", type=Path, required=True, help="where to write address and identity")
         parser.add_argument("--worker-log", type=Path, required=True, help="file for what the worker prints")
         parser.add_argument(
             "--pool", type=Path, help="folder of workers to share: use one started with the same flags if it runs"
         )
-        parser.add_argument("--startup-timeout-s", type=float, default=300.0, help="seconds to wait until it serves")
-        parser.add_argument(
-            "--attach",
-            metavar="HOST:PORT",
-            help="use this running worker instead; it is checked and never stopped",
-        )
-        _add_layers_file(parser, role)
-        add_setting_flags(parser, settings)
+        add_gpus_flag(parser)
+        _add_start_flags(parser, role)
         parser.set_defaults(run=run_start_worker)
 
     stop = subparsers.add_parser("stop-worker", help="stop a worker that start-worker started")
@@ -69,35 +69,84 @@ def run_worker(args: argparse.Namespace) -> None:
 
 
 def run_start_worker(args: argparse.Namespace) -> None:
+    endpoint = _start(args.role, args, args.endpoint_file, args.worker_log, gpus=args.gpus, pool=args.pool)
+    if endpoint.attached:
+        print(f"attached to the {args.role} worker at {endpoint.address}")
+    else:
+        print(f"{args.role} worker, process {endpoint.pid}, serves at {endpoint.address}")
+
+
+def own_worker(role: str, flags: str, *, gpus: int = 0) -> Callable[[Path], Endpoint]:
+    """What starts a worker for `own_workers` from the flags of start-worker in one string.
+
+    Raises UserError, before anything is started, for flags that are none of a worker.
+    """
+    parser = argparse.ArgumentParser(prog=f"--start-{role}", add_help=False, exit_on_error=False)
+    parser.add_argument("--worker-log", type=Path, default=None)
+    _add_start_flags(parser, role)
+    try:
+        args, unknown = parser.parse_known_args(shlex.split(flags))
+    except (argparse.ArgumentError, ValueError) as error:
+        raise UserError(f"--start-{role}: {error}; it takes the flags of `specsplit start-worker {role}`") from None
+    if unknown:
+        raise UserError(f"--start-{role}: {unknown[0]} is no flag of `specsplit start-worker {role}`")
+    return lambda file: _start(role, args, file, args.worker_log or file.with_suffix(".log"), gpus=gpus)
+
+
+def _start(
+    role: str, args: argparse.Namespace, endpoint_file: Path, worker_log: Path, *, gpus: int, pool: Path | None = None
+) -> Endpoint:
+    """Start the worker that the flags describe, or attach to the one that they name."""
+    from specsplit.workers.environment import own_gpu
     from specsplit.workers.launch import attach_worker, share_worker, start_worker
 
-    settings = ROLES[args.role]
+    settings = ROLES[role]
     _read_layers_file(args)
     config = load_settings(settings, args)
     if config.model is None:
         raise UserError("--model is missing: the folder of a prepared model, or any local Hugging Face model")
     if args.attach:
-        endpoint = attach_worker(
-            args.role,
+        return attach_worker(
+            role,
             args.attach,
-            endpoint_file=args.endpoint_file,
+            endpoint_file=endpoint_file,
             model=config.model,
             dtype=config.dtype,
             skip_layers=getattr(config, "skip_layers", []),
         )
-        print(f"attached to the {args.role} worker at {endpoint.address}")
-        return
     # A fixed port may be taken; the endpoint file says which one it got.
     config = load_settings(settings, args, port=args.port or 0)
-    launch = partial(share_worker, pool=args.pool) if args.pool else start_worker
-    endpoint = launch(
-        args.role,
+    launch = partial(share_worker, pool=pool) if pool else start_worker
+    return launch(
+        role,
         setting_arguments(config, list(settings.model_fields)),
-        endpoint_file=args.endpoint_file,
-        log_file=args.worker_log,
+        endpoint_file=endpoint_file,
+        log_file=worker_log,
         timeout_s=args.startup_timeout_s,
+        cuda_devices=own_gpu(role, gpus, os.environ.get("CUDA_VISIBLE_DEVICES")),
     )
-    print(f"{args.role} worker, process {endpoint.pid}, serves at {endpoint.address}")
+
+
+def add_gpus_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        choices=(0, 1, 2),
+        default=0,
+        help="GPUs for both workers that are started, from CUDA_VISIBLE_DEVICES: 1 is shared, of 2 each has its own "
+        "(default: 0, leave the variable as it is)",
+    )
+
+
+def _add_start_flags(parser: argparse.ArgumentParser, role: str) -> None:
+    parser.add_argument("--startup-timeout-s", type=float, default=300.0, help="seconds to wait until it serves")
+    parser.add_argument(
+        "--attach",
+        metavar="ADDRESS",
+        help="use this running worker instead, host:port or an address file; it is checked and never stopped",
+    )
+    _add_layers_file(parser, role)
+    add_setting_flags(parser, ROLES[role])
 
 
 def _add_layers_file(parser: argparse.ArgumentParser, role: str) -> None:

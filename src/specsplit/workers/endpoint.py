@@ -12,9 +12,39 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from specsplit.errors import UserError
-from specsplit.jsonio import read_json
+from specsplit.jsonio import read_json, read_json_object
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.lease import ProcessIdentity
+
+EVERY_ADDRESS = ("0.0.0.0", "[::]", "::")
+ATTACHED = "attached to: whoever started the worker knows"
+
+
+def resolve_address(address: str) -> str:
+    """host:port as it is; of an address file (the path of a .json file) the `address` in it.
+
+    An endpoint file is one, and so is {"address": "gpu-1:50051"} written by hand. Raises UserError when the file is
+    missing or holds no address.
+    """
+    if not address.endswith(".json"):
+        return address
+    found = read_json_object(Path(address)).get("address")
+    if not isinstance(found, str):
+        raise UserError(f'{address}: holds no address; wanted an endpoint file or {{"address": "host:port"}}')
+    return found
+
+
+def worker_origin(address: str) -> dict[str, Any]:
+    """Who started the worker at an address or address file: {attached, host, process_started, log, reason}.
+
+    What is not known, as of a worker that was attached to, is null.
+    """
+    if address.endswith(".json"):
+        try:
+            return Endpoint.read(Path(address)).origin()
+        except UserError:
+            pass  # an address written by hand
+    return {"attached": True, "host": None, "process_started": None, "log": None, "reason": ATTACHED}
 
 
 @dataclass(frozen=True)
@@ -40,10 +70,10 @@ class Endpoint:
 
     @classmethod
     def local(cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None) -> Endpoint:
-        """The endpoint of this very process."""
+        """The endpoint of this very process. One that listens on every address is found under its host's name."""
         me = ProcessIdentity.of(os.getpid())
         return cls(
-            address=f"{host}:{port}",
+            address=f"{socket.gethostname() if host in EVERY_ADDRESS else host}:{port}",
             attached=False,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -93,6 +123,17 @@ class Endpoint:
         if self.pid is None or self.started is None or self.host != socket.gethostname():
             return None
         return ProcessIdentity(self.pid, self.started)
+
+    def origin(self) -> dict[str, Any]:
+        """Who started the worker, as `worker_origin` says it."""
+        unknown = ATTACHED if self.attached else "its endpoint file names no log"
+        return {
+            "attached": self.attached,
+            "host": self.host,
+            "process_started": self.started,
+            "log": self.log,
+            "reason": unknown if self.log is None or self.started is None else None,
+        }
 
     def stale(self) -> bool:
         """True when the worker is known to be gone, or about to go because its holder is."""

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+from specsplit.errors import UserError
+
 # Without the working directory on sys.path (-P), where a file of the user's could stand for a module.
 COMMAND = (sys.executable, "-P", "-m", "specsplit")
 REQUIRED = {
@@ -42,3 +44,21 @@ def threads_beside_another() -> int:
     a pass several times slower.
     """
     return max(1, usable_cores() // 2)
+
+
+def own_gpu(role: str, gpus: int, visible: str | None) -> str | None:
+    """CUDA_VISIBLE_DEVICES of the `role` worker of a run that has `gpus` GPUs; None = leave it as it is.
+
+    gpus: 0 leaves it alone, 1 is shared by both workers, of 2 the target has the first and the draft the second.
+    visible: the variable as a scheduler or the user set it; None = not set, so that the GPUs count from 0.
+    Raises UserError when fewer are visible.
+    """
+    if gpus == 0:
+        return None
+    devices = [str(number) for number in range(gpus)] if visible is None else [d for d in visible.split(",") if d]
+    if len(devices) < gpus:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible} shows {len(devices)} GPUs where the run takes {gpus} (resource gpu, "
+            "workers.gpus): ask for fewer, or show it more"
+        )
+    return devices[1] if role == "draft" and gpus > 1 else devices[0]

@@ -6,16 +6,18 @@ import hashlib
 import json
 import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from specsplit.errors import UserError
 from specsplit.models.sources import resolve_model
-from specsplit.workers.endpoint import Endpoint
+from specsplit.workers.endpoint import Endpoint, resolve_address
 from specsplit.workers.environment import COMMAND, deterministic_environment
-from specsplit.workers.lease import user_lock
+from specsplit.workers.lease import hold_lease, user_lock
 from specsplit.workers.orchestrator.connection import connect
 
 POLL_S = 0.1
@@ -23,17 +25,27 @@ LOG_TAIL_LINES = 15
 
 
 def start_worker(
-    role: str, worker_args: Sequence[str], *, endpoint_file: Path, log_file: Path, timeout_s: float
+    role: str,
+    worker_args: Sequence[str],
+    *,
+    endpoint_file: Path,
+    log_file: Path,
+    timeout_s: float,
+    cuda_devices: str | None = None,
 ) -> Endpoint:
     """Start `specsplit worker ROLE` detached from this process and wait until it serves.
 
     worker_args: its flags. endpoint_file: written by the worker when it serves; deleting it stops the worker.
-    log_file: gets everything that the worker prints. Raises UserError, with the end of the log, when the worker
-    ends or does not serve within `timeout_s` seconds; no process is left then.
+    log_file: gets everything that the worker prints. cuda_devices: its CUDA_VISIBLE_DEVICES; None = ours.
+    Raises UserError, with the end of the log, when the worker ends or does not serve within `timeout_s` seconds; no
+    process is left then.
     """
     endpoint_file.unlink(missing_ok=True)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [*COMMAND, "worker", role, *worker_args, "--endpoint-file", str(endpoint_file)]
+    environment = deterministic_environment()
+    if cuda_devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = cuda_devices
     deadline = time.monotonic() + timeout_s
     # A signal that came while the process is being made would leave it with nobody to end it: it waits for the try.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
@@ -45,7 +57,7 @@ def start_worker(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=deterministic_environment(),
+                env=environment,
                 start_new_session=True,  # a Ctrl-C at the terminal must not reach it before its lease ends
                 preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
             )
@@ -74,7 +86,7 @@ def start_worker(
             process.wait()
         endpoint_file.unlink(missing_ok=True)
         raise
-    return Endpoint.read(endpoint_file)
+    return replace(Endpoint.read(endpoint_file), log=str(log_file))
 
 
 def share_worker(
@@ -85,13 +97,14 @@ def share_worker(
     endpoint_file: Path,
     log_file: Path,
     timeout_s: float,
+    cuda_devices: str | None = None,
 ) -> Endpoint:
     """Like `start_worker`, but use a worker of this pool that was started with the same flags and still runs.
 
     pool: a folder. The worker ends when the endpoint files of all who share it are gone, so each user's file is a
     lease of its own.
     """
-    key = hashlib.sha256(json.dumps([role, *worker_args]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([role, *worker_args, cuda_devices]).encode()).hexdigest()[:12]
     own_file, users = pool / f"{role}-{key}.json", pool / f"{role}-{key}.users"
     pool.mkdir(parents=True, exist_ok=True)
     with user_lock(users):
@@ -99,7 +112,14 @@ def share_worker(
         if endpoint is None or endpoint.stale():
             users.unlink(missing_ok=True)
             arguments = [*worker_args, "--users-file", str(users)]
-            endpoint = start_worker(role, arguments, endpoint_file=own_file, log_file=log_file, timeout_s=timeout_s)
+            endpoint = start_worker(
+                role,
+                arguments,
+                endpoint_file=own_file,
+                log_file=log_file,
+                timeout_s=timeout_s,
+                cuda_devices=cuda_devices,
+            )
         with users.open("a", encoding="utf-8") as file:
             file.write(f"{endpoint_file.absolute()}\n")
         endpoint = replace(endpoint, shared=True, log=str(log_file))
@@ -117,11 +137,12 @@ def attach_worker(
     skip_layers: Sequence[int] = (),
     timeout_s: float = 10.0,
 ) -> Endpoint:
-    """Write the endpoint file of a worker that already runs at host:port, after checking that it is the one meant.
+    """Write the endpoint file of a worker that already runs, after checking that it is the one meant.
 
-    Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those asked
-    for. Such a worker is never stopped.
+    address: host:port, or an address file. Such a worker is never stopped. Raises UserError when nothing answers
+    there, or when its weights, dtype or skipped layers are not those asked for.
     """
+    address = resolve_address(address)
     with connect(role, address, timeout_s=timeout_s) as connection:
         description = connection.description
     _, manifest = resolve_model(model)
@@ -144,6 +165,23 @@ def attach_worker(
     endpoint = Endpoint.of_running(address, description)
     endpoint.write(endpoint_file)
     return endpoint
+
+
+@contextmanager
+def own_workers(starts: Mapping[str, Callable[[Path], Endpoint]]) -> Iterator[dict[str, Endpoint]]:
+    """Workers of this process alone, by role: stopped on the way out, and gone with it however it goes.
+
+    starts: role -> what starts its worker, given the endpoint file to write. What this process itself was started for
+    ends it as before.
+    """
+    hold_lease()
+    with tempfile.TemporaryDirectory(prefix="specsplit-") as folder, ExitStack() as stack:
+        started = {}
+        for role, start in starts.items():
+            file = Path(folder) / f"{role}.json"
+            stack.callback(stop_worker, file)
+            started[role] = start(file)
+        yield started
 
 
 def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | None:

@@ -1,0 +1,65 @@
+"""What to see in each figure and table; workflow/report/NAME.rst holds the same for `snakemake --report`."""
+
+from __future__ import annotations
+
+CAPTIONS = {
+    "tpot": (
+        "Time per output token against the draft length γ, the first token apart. A drafted token costs time and saves "
+        "time when it is accepted, so the curve has a minimum where one more costs more than it saves. The dashed line "
+        "is the target alone: only what is below it is a gain. Points are means over requests, bars their intervals, "
+        "faint dots single requests."
+    ),
+    "acceptance_rate": (
+        "How much of a draft the target accepts. Above, accepted / drafted against γ: as a rule it falls, since a "
+        "token counts only when all before it were accepted. Below, by position in the longest draft, among the rounds "
+        "that got so far: a flat line means that every token is as easy to guess as the one before."
+    ),
+    "ttft": (
+        "Time to the first token against γ. It holds the prefill of both models and the whole first draft, so it grows "
+        "with γ: what a user waits for before anything appears."
+    ),
+    "network_idle": (
+        "The share of a request's latency in which neither worker did anything for it: messages under way and waiting. "
+        "Longer drafts need fewer round trips, and the modes that draft ahead hide them."
+    ),
+    "speculation": (
+        "How often a draft that was made ahead, while the round before was still verified, fitted what was accepted. "
+        "Only the modes overlap and lookahead draft ahead; a hit hides the time of a whole draft."
+    ),
+    "theory_check": (
+        "Simulated models behind real workers: the measured time per token of each pipeline mode beside its formula, "
+        "at several round-trip times. Where points leave the lines, the system costs something that the formula lacks."
+    ),
+    "peers": (
+        "Ours beside Hugging Face's ways to decode: the same models, prompts and machine, request by request in turn, "
+        "greedy. A ratio divides the milliseconds per token of the row by those of the peer, so below 1 the row is "
+        "faster. Identical is the share of texts that are, token for token, those of our target alone."
+    ),
+    "capacity": (
+        "Several clients at once on one pair of workers. Tokens per second rise as long as the workers serve clients "
+        "together, and each client waits longer; goodput counts only requests whose time per token stays under the "
+        "limit. Where drafting stops to pay, the target alone has the higher throughput."
+    ),
+    "profile": (
+        "Where the time of a round goes: the models, waiting for other work, messages under way, the rest of the "
+        "workers, the orchestrator. The parts add up to the round; what is not the models' is the price of the system."
+    ),
+    "overhead": (
+        "What a round costs beside its models: simulated models that take no time, behind real workers, and a bare "
+        "gRPC message with its answer for comparison."
+    ),
+    "context_curve": (
+        "What a token costs as its context grows. Relative to the shortest context: where the cost stays below the "
+        "length, growth is less than linear."
+    ),
+    "summary": (
+        "One row for each configuration: means over requests with bootstrap intervals; speedup end to end, prefill "
+        "included, against the target alone on the same prompts; lossless is the share of texts that are, token for "
+        "token, those of the target alone. docs/results.md explains every column."
+    ),
+    "report": "Everything on one page: what was asked, on what machine, what came out, and whether it can be repeated.",
+    "provenance": (
+        "The record of the experiment: configuration, commands, times, hashes of models, data, code and results, "
+        "machine, packages, and a checklist of what a reviewer would ask for."
+    ),
+}

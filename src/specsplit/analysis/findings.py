@@ -1,0 +1,227 @@
+"""What a summary says, in words and as a table for a screen: which configuration is best, by how much, how surely.
+
+The best of several means is a little too good to be true, and its neighbours are often as good: so each of the others
+is compared with it on the same requests, and those that cannot be told from it are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pandas import DataFrame, Series, isna
+
+from specsplit.analysis.curves import split_panels
+from specsplit.analysis.repeats import median_over_repeats
+from specsplit.analysis.statistics import paired_ratio_ci
+from specsplit.analysis.tables import CONFIGURATION, PER_REQUEST, configuration_of
+from specsplit.bench.sweep import plain_number
+
+_WORDS = {"gamma": "γ = {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
+_HEADINGS = {
+    "gamma": "γ",
+    "tpot_ms": "TPOT, ms",
+    "ttft_ms": "TTFT, ms",
+    "average_acceptance_rate": "acceptance",
+    "mean_accepted_length": "tokens/round",
+    "network_idle_fraction": "network",
+    "tokens_per_second": "tokens/s",
+    "speedup": "speedup",
+    "hit_rate": "ahead, hit",
+    "lossless": "lossless",
+    "rtt_ms": "RTT, ms",
+    "jitter_ms": "jitter, ms",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The best configuration of those that choose tokens alike on one network.
+
+    where: what tells these from the others, e.g. "RTT 14 ms"; empty when all are alike. best: its row of the summary.
+    drafting: the best row that drafts, None when nothing does. ties: names of those that cannot be told from the best.
+    """
+
+    where: str
+    best: Series
+    drafting: Series | None
+    ties: tuple[str, ...]
+    name: str
+    drafting_name: str
+    confidence: float
+
+    def sentences(self) -> list[str]:
+        """The finding in plain words."""
+        level = f"{100 * self.confidence:g} % interval"
+        if self.drafting is None:
+            return ["Only the target alone was run, so there is no speedup to report."]
+        if isna(self.drafting["speedup"]):
+            return ["Nothing can be said of a speedup: gamma 0, the target alone, is missing or wrote no tokens."]
+        if self.best["gamma"] == 0:
+            lines = [
+                f"The target alone is fastest. The best draft, {self.drafting_name}, has a speedup of "
+                f"{_with_interval(self.drafting, level)}."
+            ]
+        else:
+            gain = _with_interval(self.best, level)
+            lines = [f"{self.name} is fastest: a speedup of {gain} against the target alone."]
+            low = self.best["speedup_ci_low"]
+            if isna(low):
+                lines.append("There are too few requests to say how sure that is.")
+            elif low <= 1:
+                lines.append("The interval includes 1: it may be no faster at all.")
+        if self.ties:
+            lines.append(f"Not distinguishable from it on these prompts: {'; '.join(self.ties)}.")
+        return lines
+
+
+def find_best(
+    requests: DataFrame, rounds: DataFrame, summary: DataFrame, *, confidence: float, bootstrap_samples: int, seed: int
+) -> list[Finding]:
+    """One finding for each way to choose tokens and network, in the order of `summary`.
+
+    requests, rounds: the tables of `read_tables`. summary: of `summarize`, as the other arguments. Best is the largest
+    speedup end to end, gamma 0 with its 1 among them. A configuration is tied with the best when the interval of the
+    ratio of their milliseconds per token, from a paired bootstrap over requests, includes 1.
+    """
+    settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
+    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0")
+    names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
+    findings = []
+    for panel in split_panels(requests, rounds, summary):
+        rows: Any = panel.summary
+        known = rows[rows["speedup"].notna()]
+        best = known.loc[known["speedup"].idxmax()] if len(known) else rows.iloc[0]
+        drafts = rows[rows["gamma"] != 0]
+        ranked = drafts.sort_values("speedup", ascending=False, kind="stable", na_position="last")
+        own = dict(list(panel.requests.groupby(configuration_of(panel.requests), sort=False)))
+        keys = configuration_of(known).tolist()
+        chosen = own[tuple(best[list(CONFIGURATION)])]
+        ties = [
+            name_of(row, names)
+            for (index, row), key in zip(known.iterrows(), keys, strict=True)
+            if index != best.name and _tied(own[key], chosen, settings)
+        ]
+        findings.append(
+            Finding(
+                where=panel.title,
+                best=best,
+                drafting=ranked.iloc[0] if len(ranked) else None,
+                ties=tuple(ties),
+                name=name_of(best, names),
+                drafting_name=name_of(ranked.iloc[0], names) if len(ranked) else "",
+                confidence=confidence,
+            )
+        )
+    return findings
+
+
+def _tied(own: DataFrame, best: DataFrame, settings: dict[str, Any]) -> bool:
+    pairs = best.set_index("request_id").loc[own["request_id"]]
+    columns = [table[name] for table in (own, pairs) for name in ("total_latency_ms", "generated_tokens")]
+    low, _ = paired_ratio_ci(*columns, **settings)
+    return math.isnan(low) or low <= 1
+
+
+def lossless_sentence(summary: DataFrame) -> str:
+    """Whether the texts are those of the target alone, as a sentence with the counts."""
+    drafting = summary[summary["gamma"] != 0]
+    known = drafting[drafting["lossless"].notna()]
+    unknown = int(drafting.loc[drafting["lossless"].isna(), "requests"].sum())
+    same = round(float((known["lossless"] * known["requests"]).sum()))
+    every = int(known["requests"].sum())
+    parts = []
+    if every and same == every:
+        parts.append(
+            f"Yes: each of the {every} texts written with a draft is, token for token, that of the target alone."
+        )
+    elif every:
+        where = "; ".join(name_of(row, varied(summary)) for _, row in known[known["lossless"] < 1].iterrows())
+        parts.append(f"No: {every - same} of {every} texts differ from that of the target alone ({where}).")
+    if unknown:
+        parts.append(
+            f"Of {unknown} texts nothing can be said token for token: rejection sampling has the right distribution, "
+            "not the same text, or gamma 0 was not run."
+        )
+    return " ".join(parts) or "Nothing was drafted, so there is nothing to compare."
+
+
+def varied(summary: DataFrame) -> list[str]:
+    """The names of the configuration that take several values in this sweep; gamma always."""
+    return [name for name in CONFIGURATION if name == "gamma" or summary[name].nunique() > 1]
+
+
+def name_of(row: Series, names: Sequence[str]) -> str:
+    """A configuration in words, with what varies: "γ = 5, overlap". Gamma 0 is "the target alone"."""
+    if row["gamma"] == 0:
+        names = [name for name in names if name not in ("mode", "tree", "draft")]
+    words = []
+    for name in names:
+        value = plain_number(row[name]) if isinstance(row[name], float) else row[name]
+        alone = name == "gamma" and value == 0
+        words.append("the target alone" if alone else _WORDS.get(name, "{}").format(value))
+    return ", ".join(words)
+
+
+def summary_table(summary: DataFrame, *, intervals: bool = True) -> tuple[list[str], list[list[str]]]:
+    """The headings and the cells of the summary as a person reads it: what varies, then the measures.
+
+    An interval is beside its mean, in brackets. A column without any value is left out; a missing value is "-".
+    """
+    names = varied(summary)
+    columns: dict[str, list[str]] = {name: [_plain(value) for value in summary[name]] for name in names}
+    formats: Mapping[str, tuple[str, str]] = {
+        "speedup": ("", ".2f"),
+        "tpot_ms": ("_mean", "ms"),
+        "ttft_ms": ("_mean", "ms"),
+        "average_acceptance_rate": ("_mean", ".3f"),
+        "mean_accepted_length": ("_mean", ".2f"),
+        "network_idle_fraction": ("_mean", "%"),
+        "tokens_per_second": ("", "ms"),
+        "hit_rate": ("", ".2f"),
+        "lossless": ("", "share"),
+    }
+    for metric, (suffix, form) in formats.items():
+        if summary[f"{metric}{suffix}"].isna().all():
+            continue
+        columns[metric] = [_cell(row, metric, suffix, form, intervals) for _, row in summary.iterrows()]
+    headings = [_HEADINGS.get(name, name) for name in columns]
+    return headings, [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table for a terminal, columns to the right."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows)]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _cell(row: Series, metric: str, suffix: str, form: str, intervals: bool) -> str:
+    value = row[f"{metric}{suffix}"]
+    if isna(value):
+        return "-"
+    text = _number(value, form)
+    if not intervals or metric not in ("tpot_ms", "speedup"):
+        return text
+    low, high = row[f"{metric}_ci_low"], row[f"{metric}_ci_high"]
+    # Gamma 0 is its own measure: an interval of [1, 1] says nothing.
+    return text if isna(low) or low == high else f"{text} [{_number(low, form)}, {_number(high, form)}]"
+
+
+def _number(value: float, form: str) -> str:
+    if form == "ms":  # three digits
+        return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    if form == "share":  # of requests: most often all
+        return f"{100 * value:.1f} %".replace("100.0", "100")
+    return f"{100 * value:.1f} %" if form == "%" else f"{value:{form}}"
+
+
+def _plain(value: Any) -> str:
+    return plain_number(value) if isinstance(value, float) else str(value)
+
+
+def _with_interval(row: Series, level: str) -> str:
+    low, high = row["speedup_ci_low"], row["speedup_ci_high"]
+    return f"{row['speedup']:.2f}" + ("" if isna(low) else f" ({level} {low:.2f} to {high:.2f})")

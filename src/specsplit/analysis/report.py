@@ -1,0 +1,330 @@
+"""results/report.html: the experiment on one page that needs nothing beside itself.
+
+A reader who has this file alone can tell which models, data, machine and commands, whether the text was that of the
+target, which draft length is best, by how much and how surely.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import specsplit
+from specsplit.analysis.captions import CAPTIONS
+from specsplit.analysis.figures import FIGURES
+from specsplit.analysis.findings import find_best, lossless_sentence, summary_table
+from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize, write_atomically
+from specsplit.errors import UserError
+from specsplit.jsonio import read_json_object
+
+# Tables of measurements beside the sweep, shown when they are there: file -> heading, and the columns to show, in their
+# order; an interval stands beside its column.
+MORE_TABLES = {
+    "peers.csv": (
+        "Beside Hugging Face's decoding",
+        "contender tpot_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical",
+    ),
+    "capacity.csv": (
+        "Many clients at once",
+        "mode gamma clients tokens_per_second gain tpot_ms_median tpot_ms_p99 ttft_ms_median tpot_limit_ms "
+        "goodput_share goodput_tokens_per_second matches_single",
+    ),
+    "profile.csv": (
+        "Where the time of a round goes",
+        f"{' '.join(CONFIGURATION)} phase rounds tokens_per_round round_ms *_compute_ms *_queue_ms network_ms "
+        "worker_ms orchestrator_ms hidden_ms ms_per_token",
+    ),
+    "overhead.csv": ("A round beyond its models", "*"),
+    "context_curve.csv": (
+        "Cost of a token against its context",
+        "gamma context_tokens ttft_ms_median itl_ms_median *_compute_ms_median tokens_per_round relative_length "
+        "relative_cost",
+    ),
+    "theory_check.csv": ("Modes beside their formulas", "*"),
+}
+MOST_ROWS = 200  # of such a table; the file itself has the rest
+_UNKNOWN = "not recorded"
+
+
+def write_report(
+    results_dir: Path, output: Path, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
+) -> None:
+    """Write the page from what lies in `results_dir`: tables, figures, provenance record, and MORE_TABLES if there.
+
+    The other arguments are those of `summarize`. Raises UserError when a table, a figure or the record is missing.
+    """
+    settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
+    requests, rounds = read_tables(results_dir)
+    summary = summarize(requests, rounds, **settings)
+    record = read_json_object(results_dir / "provenance" / "provenance.json")
+    headings, rows = summary_table(summary)
+    page = {
+        "version": specsplit.__version__,
+        "created": _moment(record.get("created")),
+        "record": record,
+        "findings": find_best(requests, rounds, summary, **settings),
+        "lossless": lossless_sentence(summary),
+        "confidence": f"{100 * confidence:g} %",
+        "requests": int(requests["request_id"].nunique()),
+        "asked": _asked(record),
+        "machine": _machine(record),
+        "workers": _workers(record),
+        "headings": headings,
+        "rows": rows,
+        "captions": CAPTIONS,
+        "figures": [
+            (name, _figure(results_dir / "figures" / f"{name}.svg"))
+            for name in FIGURES
+            if name != "speculation" or summary["hit_rate"].notna().any()  # an empty one has nothing to see
+        ],
+        "more": [table for name in MORE_TABLES if (table := _more_table(results_dir, name))],
+        "checklist": record.get("checklist", []),
+        "made_by": record.get("workflow", {}).get("command"),
+        "runs": [_run(run) for run in record.get("runs", [])],
+        "config": json.dumps(record.get("config", {}), indent=2, ensure_ascii=False),
+        "files": [
+            (path.name, _data_uri(path, kind))
+            for path, kind in (
+                (results_dir / "summary.csv", "text/csv"),
+                (results_dir / "requests.csv", "text/csv"),
+                (results_dir / "provenance" / "config.json", "application/json"),
+            )
+            if path.exists()
+        ],
+    }
+    environment = Environment(
+        loader=PackageLoader("specsplit.analysis", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    write_atomically(output, environment.get_template("report.html.j2").render(page).encode("utf-8"))
+
+
+Pairs = list[tuple[str, str]]
+
+
+def _asked(record: Mapping[str, Any]) -> Pairs:
+    """Models, data, sweep and settings, as names and values."""
+    config, dataset = record.get("config", {}), record.get("dataset", {})
+    models = {model.get("name"): model for model in record.get("models", [])}
+    drafts = {name: {**config["draft"], **own} for name, own in (config.get("drafts") or {"draft": {}}).items()}
+    pairs = [("Target", _model(config["target"], models))]
+    for name, own in drafts.items():
+        pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(own, models)))
+    source = dataset.get("source") or config["dataset"]["path"]
+    categories = dataset.get("categories")
+    pairs.append(
+        (
+            "Prompts",
+            f"{dataset.get('count', _UNKNOWN)} of {source}"
+            + (f", categories {', '.join(categories)}" if categories else "")
+            + f"; sha256 {dataset.get('output_sha256', _UNKNOWN)}",
+        )
+    )
+    generation, sampling = config["generation"], config["sampling"]
+    pairs += [
+        ("Draft lengths γ", ", ".join(map(str, config["gammas"]))),
+        ("Pipeline modes", ", ".join(config["mode"])),
+        ("Draft trees", ", ".join(config["tree"])),
+        (
+            "Tokens chosen",
+            ", ".join("greedily" if t == 0 else f"at temperature {t:g}" for t in sampling["temperature"])
+            + (
+                f"; top-k {sampling['top_k']}, top-p {sampling['top_p']:g}, {sampling['method']} verification"
+                if any(sampling["temperature"])
+                else ""
+            ),
+        ),
+        (
+            "Network to the target",
+            ", ".join("as it is" if rtt == 0 else f"simulated RTT {rtt:g} ms" for rtt in config["network"]["rtt_ms"]),
+        ),
+        (
+            "Texts",
+            f"at most {generation['max_output_tokens']} tokens, "
+            + ("chat template" if generation["use_chat_template"] else "plain prompts")
+            + (", written on after the end of text" if generation["ignore_eos"] else ""),
+        ),
+        ("Warm-up", f"requests run before each configuration, in no table: {config['warmup_requests']}"),
+        ("Repeats", f"each request is measured this often, and its median counts: {config['repeats']}"),
+        ("Seed", str(config["seed"])),
+    ]
+    return pairs
+
+
+def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> str:
+    manifest = models.get(role["model"], {})
+    fingerprint = manifest.get("fingerprint", {})
+    source = {key: value for key, value in manifest.get("source", {}).items() if value is not None}
+    kind = source.pop("source", "")
+    parts = [f"{role['model']}, {role['dtype']}"]
+    if parameters := fingerprint.get("parameters"):
+        million = parameters >= 1e6
+        parts.append(f"{parameters / 1e6:,.1f} million parameters" if million else f"{parameters:,} parameters")
+    if layers := role.get("skip_layers"):
+        parts.append(f"without layers {layers}" if layers != "auto" else f"without {role['skip_count']} layers (auto)")
+    if kind:
+        parts.append(f"from {kind}: " + ", ".join(f"{key} {value}" for key, value in source.items() if key != "sha256"))
+    if weights := fingerprint.get("weights_sha256"):
+        parts.append(f"weights sha256 {weights}")
+    return "; ".join(parts)
+
+
+def _machine(record: Mapping[str, Any]) -> Pairs:
+    machine, software = record.get("machine", {}), record.get("software", {})
+    git, gpu = record.get("git", {}), record.get("gpu", {})
+    packages = software.get("packages") or {}
+    torch = machine.get("torch") or {}
+    gpus = [str(card.get("name")) for card in gpu.get("gpus") or []]
+    memory = machine.get("memory_bytes")
+    commit = git.get("commit")
+    return [
+        ("Host", str(machine.get("hostname") or _UNKNOWN)),
+        ("Processor", f"{machine.get('cpu_model') or _UNKNOWN}, {machine.get('cores_usable', '?')} cores usable"),
+        ("Memory", f"{memory / 2**30:.1f} GiB" if memory else _UNKNOWN),
+        ("GPU", ", ".join(gpus) if gpus else f"none ({gpu.get('reason') or _UNKNOWN})"),
+        ("System", f"{machine.get('os') or _UNKNOWN}, {machine.get('kernel') or 'kernel ' + _UNKNOWN}"),
+        (
+            "Software",
+            ", ".join(
+                f"{name} {version}"
+                for name, version in (
+                    ("SpecSplit", software.get("specsplit")),
+                    ("Python", software.get("python")),
+                    ("PyTorch", torch.get("version") or packages.get("torch")),
+                    ("Transformers", packages.get("transformers")),
+                    ("gRPC", packages.get("grpcio")),
+                    ("Snakemake", software.get("snakemake")),
+                )
+                if version
+            ),
+        ),
+        (
+            "Code",
+            f"commit {commit}{' with uncommitted changes' if git.get('dirty') else ''}"
+            if commit
+            else f"commit unknown ({git.get('reason') or _UNKNOWN})",
+        ),
+    ]
+
+
+def _workers(record: Mapping[str, Any]) -> list[str]:
+    """What each kind of worker process was, each once."""
+    found = []
+    for run in record.get("runs", []):
+        for role, worker in (run.get("workers") or {}).items():
+            skipped = f" without layers {worker['skip_layers']}" if worker.get("skip_layers") else ""
+            found.append(
+                f"{role}: {worker.get('model')}{skipped}, {worker.get('dtype')}, on {worker.get('device')}, "
+                f"threads {worker.get('threads')}"
+            )
+    return list(dict.fromkeys(found))
+
+
+def _run(run: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "command": str(run.get("command") or _UNKNOWN),
+        "started": _moment(run.get("started")),
+        "seconds": _seconds(run.get("started"), run.get("finished")),
+        "exit_code": str(run.get("exit_code", _UNKNOWN)),
+    }
+
+
+def _seconds(started: Any, finished: Any) -> str:
+    try:
+        lasted = datetime.fromisoformat(str(finished)) - datetime.fromisoformat(str(started))
+    except ValueError:
+        return _UNKNOWN
+    return f"{lasted.total_seconds():.1f}"
+
+
+def _moment(text: Any) -> str:
+    """A recorded time to the second, in UTC: 2025-01-31 12:00:00 UTC."""
+    try:
+        return datetime.fromisoformat(str(text)).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except ValueError:
+        return _UNKNOWN
+
+
+def _figure(path: Path) -> Markup:
+    """An <img> that holds the picture itself: an SVG of its own, whose ids and fonts touch no other."""
+    return Markup('<img src="{}" alt="{}">').format(
+        _data_uri(path, "image/svg+xml"), f"Figure {path.stem}. {CAPTIONS.get(path.stem, '')}"
+    )
+
+
+def _data_uri(path: Path, kind: str) -> str:
+    try:
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}; make it with the workflow or `specsplit analyze`"
+        ) from None
+
+
+def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:
+    path = results_dir / name
+    if not path.exists():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))
+    if not lines:
+        raise UserError(f"{path}: is empty; make it again, or delete it to have a report without it")
+    heading, patterns = MORE_TABLES[name]
+    headings, rows = _chosen(lines[0], lines[1:], patterns.split())
+    figure = results_dir / "figures" / f"{path.stem}.svg"
+    return {
+        "heading": heading,
+        "what": CAPTIONS[path.stem],
+        "headings": headings,
+        "rows": rows[:MOST_ROWS],
+        "left_out": len(rows) - MOST_ROWS,
+        "name": name,
+        "uri": _data_uri(path, "text/csv"),
+        "figure": _figure(figure) if figure.exists() else None,
+    }
+
+
+def _chosen(headings: list[str], rows: list[list[str]], patterns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """The columns that match, in the order of the patterns, numbers shortened; intervals in brackets beside them.
+
+    What is the same in every row and only tells configurations apart, as `tree`, is left out.
+    """
+    places = {name: place for place, name in enumerate(headings)}
+    constant = {name for name in CONFIGURATION[1:] if name in places and len({row[places[name]] for row in rows}) <= 1}
+    ends = {name for name in headings if name.endswith(("_ci_low", "_ci_high"))}
+    names = [name for pattern in patterns for name in headings if fnmatchcase(name, pattern)]
+    names = [name for name in dict.fromkeys(names) if name not in ends | constant]
+    columns = []
+    for name in names:
+        stem = name.removesuffix("_mean")
+        low, high = places.get(f"{stem}_ci_low"), places.get(f"{stem}_ci_high")
+        cells = []
+        for row in rows:
+            cell = _short(row[places[name]]) or "-"
+            if low is not None and high is not None and row[low]:
+                cell += f" [{_short(row[low])}, {_short(row[high])}]"
+            cells.append(cell)
+        columns.append(cells)
+    headings = [name.removesuffix("_mean").replace("_", " ") for name in names]
+    return headings, [list(cells) for cells in zip(*columns, strict=True)]
+
+
+def _short(cell: str) -> str:
+    """Numbers with three digits: the file itself has the rest."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return cell
+    return cell if len(cell) <= 4 else f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"

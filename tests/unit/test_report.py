@@ -1,0 +1,220 @@
+"""The findings in words, the table for a screen, and the page that holds everything."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from specsplit.analysis.captions import CAPTIONS
+from specsplit.analysis.figures import FIGURES, draw_figures
+from specsplit.analysis.findings import find_best, lossless_sentence, summary_table, text_table
+from specsplit.analysis.report import write_report
+from specsplit.analysis.tables import CONFIGURATION, summarize, write_csv
+from specsplit.bench.metrics import ROUND_COLUMNS
+from specsplit.errors import UserError
+from specsplit.pipeline_config import load_pipeline_config
+
+from test_tables import a_request
+
+ROOT = Path(__file__).parents[2]
+SETTINGS: dict[str, Any] = {"confidence": 0.95, "bootstrap_samples": 200, "seed": 0}
+
+
+def a_sweep(latencies: dict[Any, float], requests: int = 8, **changes: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Requests whose latency is `latencies[gamma]` ms, give and take by request, and no rounds."""
+    spread = [1 + 0.1 * math.sin(3 * i) for i in range(requests)]
+    rows = [
+        vars(a_request(f"p{i}", gamma, total_latency_ms=latency * spread[i], **({} if gamma == 0 else changes)))
+        for gamma, latency in latencies.items()
+        for i in range(requests)
+    ]
+    rounds = pd.DataFrame([], columns=[*ROUND_COLUMNS, *CONFIGURATION[1:]])
+    return pd.DataFrame(rows).assign(matches_gamma0=pd.array([True] * len(rows), dtype="boolean")), rounds
+
+
+def findings(latencies: dict[Any, float], **changes: Any) -> list[str]:
+    requests, rounds = a_sweep(latencies, **changes)
+    summary = summarize(requests, rounds, **SETTINGS)
+    (finding,) = find_best(requests, rounds, summary, **SETTINGS)
+    return finding.sentences()
+
+
+def test_the_best_draft_length_with_its_interval() -> None:
+    (sentence,) = findings({0: 1000.0, 1: 800.0, 3: 500.0})
+    assert sentence == "γ = 3 is fastest: a speedup of 2.00 (95 % interval 2.00 to 2.00) against the target alone."
+
+
+def test_what_cannot_be_told_from_the_best_is_named() -> None:
+    requests, rounds = a_sweep({0: 1000.0, 1: 500.0, 3: 500.0})
+    third = requests["gamma"] == 3
+    requests.loc[third, "total_latency_ms"] *= [0.9, 1.09] * 4  # faster on some prompts, slower on others
+    summary = summarize(requests, rounds, **SETTINGS)
+    (finding,) = find_best(requests, rounds, summary, **SETTINGS)
+    assert finding.best["gamma"] == 3
+    assert finding.ties == ("γ = 1",)
+    assert finding.sentences()[-1] == "Not distinguishable from it on these prompts: γ = 1."
+
+
+def test_when_the_target_alone_is_fastest_the_best_draft_is_told() -> None:
+    (sentence,) = findings({0: 500.0, 1: 1000.0, 3: 800.0})
+    assert sentence.startswith("The target alone is fastest. The best draft, γ = 3, has a speedup of 0.62 (95 %")
+
+
+def test_one_request_gives_no_interval_and_says_so() -> None:
+    sentences = findings({0: 1000.0, 1: 500.0}, requests=1)
+    assert sentences[0] == "γ = 1 is fastest: a speedup of 2.00 against the target alone."
+    assert sentences[1] == "There are too few requests to say how sure that is."
+
+
+def test_the_target_alone_has_no_speedup_to_report() -> None:
+    assert findings({0: 500.0}) == ["Only the target alone was run, so there is no speedup to report."]
+
+
+def test_each_network_has_its_own_best() -> None:
+    near, far = a_sweep({0: 1000.0, 1: 500.0}), a_sweep({0: 1500.0, 1: 1600.0})
+    requests = pd.concat([near[0], far[0].assign(rtt_ms=14.0)], ignore_index=True)
+    found = find_best(requests, near[1], summarize(requests, near[1], **SETTINGS), **SETTINGS)
+    assert [(finding.where, finding.best["gamma"]) for finding in found] == [("RTT 0 ms", 1), ("RTT 14 ms", 0)]
+
+
+def test_lossless_in_words() -> None:
+    requests, rounds = a_sweep({0: 1000.0, 1: 500.0, 3: 400.0}, requests=4)
+    assert lossless_sentence(summarize(requests, rounds, **SETTINGS)).startswith("Yes: each of the 8 texts")
+    requests.loc[requests.index[-1], "matches_gamma0"] = False
+    assert lossless_sentence(summarize(requests, rounds, **SETTINGS)) == (
+        "No: 1 of 8 texts differ from that of the target alone (γ = 3)."
+    )
+    unknown = requests.assign(matches_gamma0=pd.array([pd.NA] * len(requests), dtype="boolean"))
+    assert "Of 8 texts nothing can be said" in lossless_sentence(summarize(unknown, rounds, **SETTINGS))
+
+
+def test_table_for_a_screen() -> None:
+    requests, rounds = a_sweep({0: 1000.0, 3: 500.0}, mode="overlap")
+    table = text_table(*summary_table(summarize(requests, rounds, **SETTINGS)))
+    lines = table.splitlines()
+    assert lines[0].split()[:2] == ["γ", "mode"]
+    assert len({len(line) for line in lines}) == 1
+    assert "2.00" in lines[3]
+    assert "100 %" in lines[3]
+    assert "nan" not in table
+
+
+def test_captions_of_the_workflow_are_those_of_the_report() -> None:
+    for name, caption in CAPTIONS.items():
+        assert " ".join((ROOT / "workflow" / "report" / f"{name}.rst").read_text("utf-8").split()) == caption
+    assert set(FIGURES) <= set(CAPTIONS)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with everything that a report needs."""
+    folder = tmp_path_factory.mktemp("results")
+    requests, rounds = a_sweep({0: 1000.0, 1: 800.0, 3: 500.0}, num_rounds=0)
+    write_csv(requests, folder / "requests.csv")
+    write_csv(summarize(requests, rounds, **SETTINGS), folder / "summary.csv")
+    write_csv(rounds, folder / "per_round.csv")
+    draw_figures(requests, rounds, folder / "figures", bootstrap_samples=100)
+    run = {
+        "command": "specsplit bench --gamma 3 --prompts <prompts>.jsonl",
+        "started": "2025-01-31T12:00:00.5Z",
+        "finished": "2025-01-31T12:01:00.5Z",
+        "exit_code": 0,
+        "workers": {"target": {"model": "big", "dtype": "float32", "device": "cpu", "threads": 2, "skip_layers": []}},
+    }
+    record = {
+        "created": "2025-01-31T12:02:00Z",
+        "complete": False,
+        "checklist": [
+            {"item": "seeds recorded", "ok": True, "detail": "seed 0"},
+            {"item": "git commit known", "ok": False, "detail": "git: command not found"},
+        ],
+        "config": load_pipeline_config({}),
+        "runs": [run],
+        "models": [
+            {
+                "name": "smollm2-135m-instruct",
+                "source": {"source": "huggingface", "repo": "someone/model", "revision": "abc123"},
+                "fingerprint": {"weights_sha256": "f" * 64, "parameters": 134515008},
+            }
+        ],
+        "dataset": {"count": 8, "source": "prompts.jsonl", "output_sha256": "e" * 64},
+        "machine": {"hostname": "lab-7", "cpu_model": "A processor", "cores_usable": 2, "memory_bytes": 2**34},
+        "gpu": {"gpus": [], "reason": "nvidia-smi: command not found"},
+        "software": {"specsplit": "0.1.0", "python": "3.11", "packages": {"grpcio": "1.85"}},
+        "git": {"commit": None, "reason": "git: command not found"},
+    }
+    (folder / "provenance").mkdir()
+    (folder / "provenance" / "provenance.json").write_text(json.dumps(record))
+    return folder
+
+
+def page(results: Path, output: Path) -> str:
+    write_report(results, output, **SETTINGS)
+    return output.read_text("utf-8")
+
+
+def test_a_reader_of_the_page_alone_gets_every_answer(results: Path, tmp_path: Path) -> None:
+    text = page(results, tmp_path / "report.html")
+    for answer in (
+        "γ = 3 is fastest: a speedup of 2.00 (95 % interval 2.00 to 2.00)",
+        "Yes: each of the 16 texts",
+        "someone/model",
+        "abc123",
+        "134.5 million parameters",
+        "f" * 64,
+        "8 of prompts.jsonl",
+        "e" * 64,
+        "lab-7",
+        "A processor, 2 cores usable",
+        "16.0 GiB",
+        "none (nvidia-smi: command not found)",
+        "specsplit bench --gamma 3 --prompts &lt;prompts&gt;.jsonl",
+        "2025-01-31 12:00:00 UTC",
+        "✗ no",
+        "“git commit known” (git: command not found)",
+    ):
+        assert answer in text, answer
+
+
+def test_the_page_needs_no_other_file(results: Path, tmp_path: Path) -> None:
+    text = page(results, tmp_path / "report.html")
+    links = re.findall(r"(?:src|href)=\"([^\"]{0,40})", text)
+    assert links
+    assert all(link.startswith(("data:", "#")) for link in links)
+    assert "http" not in re.sub(r"data:[^\"]+", "", text)
+    assert text.count("data:image/svg+xml") == len(FIGURES) - 1  # nothing was drafted ahead
+
+
+def test_tables_measured_beside_the_sweep_are_shown_when_there(results: Path, tmp_path: Path) -> None:
+    assert "More measurements" not in page(results, tmp_path / "before.html")
+    peers = results / "peers.csv"
+    peers.write_text(
+        "contender,requests,tpot_ms_mean,tpot_ms_ci_low,tpot_ms_ci_high,latency_vs_hf_generate,identical\n"
+        "<gamma_0>,8,12.3456789,11.111,13.999,,1\n"
+    )
+    try:
+        text = page(results, tmp_path / "after.html")
+        assert "tpot ms</th>" in text
+        assert "<td>&lt;gamma_0&gt;</td><td>12.3 [11.1, 14]</td><td>-</td><td>1</td>" in text
+        peers.write_text("")
+        with pytest.raises(UserError, match=r"peers\.csv: is empty"):
+            page(results, tmp_path / "bad.html")
+    finally:
+        peers.unlink()
+
+
+def test_a_missing_figure_is_named(results: Path, tmp_path: Path) -> None:
+    figure = results / "figures" / "ttft.svg"
+    kept = figure.read_bytes()
+    figure.unlink()
+    try:
+        with pytest.raises(UserError, match=r"ttft\.svg: No such file or directory; make it with"):
+            page(results, tmp_path / "report.html")
+    finally:
+        figure.write_bytes(kept)
