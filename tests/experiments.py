@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from specsplit.analysis.tables import PLAIN
 from specsplit.bench.metrics import REQUEST_COLUMNS
 from specsplit.cli import main
 from specsplit.hashing import sha256_file
@@ -208,14 +209,13 @@ class Experiment:
 
     def write_requests(self, tpot: float = 5.0, text: str = "text", **cells: Any) -> None:
         """requests.csv with one request of gamma 0 and 2."""
-        plain = {"mode": "sync", "tree": "chain", "sampling": "coupled", "temperature": 0.0, "top_k": 0, "top_p": 1.0}
         with (self.results / "requests.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, REQUEST_COLUMNS, restval="0", lineterminator="\n")
             table.writeheader()
             for gamma in (0, 2):
                 digest = hashlib.sha256(text.encode()).hexdigest()
                 row = {"request_id": "a", "gamma": gamma, "tpot_ms": tpot, "ttft_ms": 2 * tpot, "output_sha256": digest}
-                table.writerow({**plain, **row, **(cells if gamma else {})})
+                table.writerow({**PLAIN, **row, **(cells if gamma else {})})
 
     def record(self) -> dict[str, Any]:
         from specsplit.provenance.record import build_record

@@ -65,7 +65,7 @@ def started_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *flags: str) -
 
     def start(role: str, arguments: list[str], **_: Any) -> argparse.Namespace:
         given.append(arguments)
-        return argparse.Namespace(pid=1, address="127.0.0.1:1")
+        return argparse.Namespace(pid=1, address="127.0.0.1:1", attached=False)
 
     monkeypatch.setattr("specsplit.workers.launch.start_worker", start)
     command = ["start-worker", "draft", "--model", str(tmp_path), "--endpoint-file", "e.json", "--worker-log", "w.log"]

@@ -11,8 +11,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from specsplit.analysis.captions import CAPTIONS
-from specsplit.analysis.figures import FIGURES, draw_figures
+from specsplit.analysis.captions import CAPTIONS, FIGURES
+from specsplit.analysis.figures import draw_figures
 from specsplit.analysis.findings import find_best, lossless_sentence, summary_table, text_table
 from specsplit.analysis.report import write_report
 from specsplit.analysis.tables import CONFIGURATION, summarize, write_csv

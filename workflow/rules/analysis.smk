@@ -1,5 +1,4 @@
 # From the runs to the tables and figures.
-from specsplit.analysis.figures import FIGURES
 
 
 rule merge:

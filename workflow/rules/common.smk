@@ -6,8 +6,7 @@ import shlex
 from pathlib import Path
 
 try:
-    from specsplit.analysis.figures import FIGURE_TITLES
-    from specsplit.analysis.report import MORE_TABLES
+    from specsplit.analysis.captions import BESIDE, FIGURES
     from specsplit.bench.sweep import plain_number, sweep_points
     from specsplit.config import MAX_GAMMA
     from specsplit.errors import UserError
@@ -127,7 +126,7 @@ def figure_output(name, category):
         f"results/figures/{name}.svg",
         caption=f"../report/{name}.rst",
         category=category,
-        labels={"figure": FIGURE_TITLES[name]},
+        labels={"figure": {**FIGURES, **BESIDE}[name]},
     )
 
 
@@ -138,9 +137,8 @@ def more_table(name):
 
 def measured_beside_the_sweep():
     """What was made beside the sweep, tables, their rows and figures: shown in the report, and archived."""
-    stems = [Path(name).stem for name in MORE_TABLES]
-    paths = [f"results/{stem}{rows}.csv" for stem in stems for rows in ("", "_requests")] + ["results/peers_run.json"]
-    paths += [f"results/figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "svg")]
+    paths = [f"results/{name}{rows}.csv" for name in BESIDE for rows in ("", "_requests")] + ["results/peers_run.json"]
+    paths += [f"results/figures/{name}.{suffix}" for name in BESIDE for suffix in ("png", "svg")]
     return [path for path in paths if Path(path).exists()]
 
 

@@ -1,7 +1,27 @@
-"""What to see in each figure and table; workflow/report/NAME.rst holds the same for `snakemake --report`."""
+"""Which figures and tables there are, and what to see in each; workflow/report/NAME.rst holds the same captions for
+`snakemake --report`.
+
+No imports: the workflow reads it at every start, in each job of a cluster too.
+"""
 
 from __future__ import annotations
 
+# Figures of every sweep, and measurements beside it (tables, most with a figure), with their titles.
+FIGURES = {
+    "tpot": "Time per output token",
+    "acceptance_rate": "Acceptance rate",
+    "ttft": "Time to first token",
+    "network_idle": "Waiting for the network",
+    "speculation": "Drafts made ahead that fit",
+}
+BESIDE = {
+    "peers": "Beside Hugging Face's decoding",
+    "capacity": "Many clients at once",
+    "profile": "Where the time of a round goes",
+    "overhead": "A round beyond its models",
+    "context_curve": "Cost of a token against its context",
+    "theory_check": "Modes beside their formulas",
+}
 CAPTIONS = {
     "tpot": (
         "Time per output token against the draft length γ, the first token apart. A drafted token costs time and saves "

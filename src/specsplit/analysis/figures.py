@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from specsplit.analysis.captions import FIGURES
 from specsplit.analysis.curves import MOST_PANELS, Curve, Panel, left_out, split_curves, split_panels
 from specsplit.analysis.drawing import (
     DPI,
@@ -30,15 +31,13 @@ from specsplit.analysis.drawing import (
 from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.tables import PER_REQUEST, summarize
 
-FIGURES = ("tpot", "acceptance_rate", "ttft", "network_idle", "speculation")
-
 WIDTH_IN, HEIGHT_IN, TALL_IN = 3.4, 2.6, 4.6
 PANEL_WIDTH_IN, PANEL_HEIGHT_IN = 2.5, 2.0  # of several beside each other
 
 _PLOTS = {
     "tpot": Plot(
         "tpot_ms",
-        "Time per output token",
+        FIGURES["tpot"],
         "TPOT (ms)",
         "No request generated two tokens, so there is no time between tokens.",
         target_alone=True,
@@ -46,7 +45,7 @@ _PLOTS = {
     ),
     "acceptance_rate": Plot(
         "average_acceptance_rate",
-        "Acceptance rate",
+        FIGURES["acceptance_rate"],
         "accepted / drafted",
         NOTHING_DRAFTED,
         top=1.0,
@@ -54,35 +53,25 @@ _PLOTS = {
     ),
     "ttft": Plot(
         "ttft_ms",
-        "Time to first token",
+        FIGURES["ttft"],
         "TTFT (ms)",
         "No request generated a token.",
         target_alone=True,
     ),
     "network_idle": Plot(
         "network_idle_fraction",
-        "Waiting for the network",
+        FIGURES["network_idle"],
         "share of total latency",
         "No request has a network time.",
     ),
     "speculation": Plot(
         "hit_rate",
-        "Drafts made ahead that fit",
+        FIGURES["speculation"],
         "hits / (hits + misses)",
         "No draft was made ahead: only the modes overlap and lookahead do that.",
         top=1.0,
         drafting=True,
     ),
-}
-
-
-FIGURE_TITLES = {
-    **{name: plot.title for name, plot in _PLOTS.items()},
-    "peers": "Beside Hugging Face's decoding",
-    "capacity": "Many clients at once",
-    "profile": "Where the time of a round goes",
-    "context_curve": "Cost of a token against context",
-    "theory_check": "Modes beside their formulas",
 }
 
 

@@ -19,37 +19,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import specsplit
-from specsplit.analysis.captions import CAPTIONS
-from specsplit.analysis.figures import FIGURES
+from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
 from specsplit.analysis.findings import find_best, lossless_sentence, summary_table
 from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize, write_atomically
 from specsplit.errors import UserError
 from specsplit.jsonio import read_json_object
 
-# Tables of measurements beside the sweep, shown when they are there: file -> heading, and the columns to show, in their
-# order; an interval stands beside its column.
-MORE_TABLES = {
-    "peers.csv": (
-        "Beside Hugging Face's decoding",
-        "contender tpot_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical",
-    ),
-    "capacity.csv": (
-        "Many clients at once",
-        "mode gamma clients tokens_per_second gain tpot_ms_median tpot_ms_p99 ttft_ms_median tpot_limit_ms "
-        "goodput_share goodput_tokens_per_second matches_single",
-    ),
-    "profile.csv": (
-        "Where the time of a round goes",
-        f"{' '.join(CONFIGURATION)} phase rounds tokens_per_round round_ms *_compute_ms *_queue_ms network_ms "
-        "worker_ms orchestrator_ms hidden_ms ms_per_token",
-    ),
-    "overhead.csv": ("A round beyond its models", "*"),
-    "context_curve.csv": (
-        "Cost of a token against its context",
-        "gamma context_tokens ttft_ms_median itl_ms_median *_compute_ms_median tokens_per_round relative_length "
-        "relative_cost",
-    ),
-    "theory_check.csv": ("Modes beside their formulas", "*"),
+# What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
+_COLUMNS = {
+    "peers": "contender tpot_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical",
+    "capacity": "mode gamma clients tokens_per_second gain tpot_ms_median tpot_ms_p99 ttft_ms_median tpot_limit_ms "
+    "goodput_share goodput_tokens_per_second matches_single",
+    "profile": f"{' '.join(CONFIGURATION)} phase rounds tokens_per_round round_ms *_compute_ms *_queue_ms network_ms "
+    "worker_ms orchestrator_ms hidden_ms ms_per_token",
+    "context_curve": "gamma context_tokens ttft_ms_median itl_ms_median *_compute_ms_median tokens_per_round "
+    "relative_length relative_cost",
 }
 MOST_ROWS = 200  # of such a table; the file itself has the rest
 _UNKNOWN = "not recorded"
@@ -58,7 +42,7 @@ _UNKNOWN = "not recorded"
 def write_report(
     results_dir: Path, output: Path, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
 ) -> None:
-    """Write the page from what lies in `results_dir`: tables, figures, provenance record, and MORE_TABLES if there.
+    """Write the page from what lies in `results_dir`: tables, figures, record, and what was measured beside the sweep.
 
     The other arguments are those of `summarize`. Raises UserError when a table, a figure or the record is missing.
     """
@@ -86,7 +70,7 @@ def write_report(
             for name in FIGURES
             if name != "speculation" or summary["hit_rate"].notna().any()  # an empty one has nothing to see
         ],
-        "more": [table for name in MORE_TABLES if (table := _more_table(results_dir, name))],
+        "more": [table for name in BESIDE if (table := _more_table(results_dir, name))],
         "checklist": record.get("checklist", []),
         "made_by": record.get("workflow", {}).get("command"),
         "runs": [_run(run) for run in record.get("runs", [])],
@@ -274,23 +258,22 @@ def _data_uri(path: Path, kind: str) -> str:
 
 
 def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:
-    path = results_dir / name
+    path = results_dir / f"{name}.csv"
     if not path.exists():
         return None
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))
     if not lines:
         raise UserError(f"{path}: is empty; make it again, or delete it to have a report without it")
-    heading, patterns = MORE_TABLES[name]
-    headings, rows = _chosen(lines[0], lines[1:], patterns.split())
-    figure = results_dir / "figures" / f"{path.stem}.svg"
+    headings, rows = _chosen(lines[0], lines[1:], _COLUMNS.get(name, "*").split())
+    figure = results_dir / "figures" / f"{name}.svg"
     return {
-        "heading": heading,
-        "what": CAPTIONS[path.stem],
+        "heading": BESIDE[name],
+        "what": CAPTIONS[name],
         "headings": headings,
         "rows": rows[:MOST_ROWS],
         "left_out": len(rows) - MOST_ROWS,
-        "name": name,
+        "name": path.name,
         "uri": _data_uri(path, "text/csv"),
         "figure": _figure(figure) if figure.exists() else None,
     }

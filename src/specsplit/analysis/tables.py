@@ -29,7 +29,7 @@ METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_i
 # What makes one run differ from another; the names, and what they are in a plain sweep over gamma.
 CONFIGURATION = ("gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
 PER_REQUEST = (*CONFIGURATION, "request_id")
-_PLAIN = dict(zip(CONFIGURATION[1:], ("sync", "chain", DEFAULT_DRAFT, "coupled", 0.0, 0, 1.0, 0.0, 0.0), strict=True))
+PLAIN = dict(zip(CONFIGURATION[1:], ("sync", "chain", DEFAULT_DRAFT, "coupled", 0.0, 0, 1.0, 0.0, 0.0), strict=True))
 _CHOICE = ("sampling", "temperature", "top_k", "top_p")  # what the text depends on
 _NETWORK = ("rtt_ms", "jitter_ms")
 
@@ -250,7 +250,7 @@ def configuration_of(table: DataFrame, names: Sequence[str] = CONFIGURATION) -> 
 def _conditions(requests: DataFrame, *more: str) -> Series:
     """How the tokens of each row are chosen, and `more` columns. To greedy decoding the rest of sampling is nothing."""
     greedy = requests["temperature"] == 0
-    chosen = {name: requests[name].mask(greedy, _PLAIN[name]) for name in _CHOICE}
+    chosen = {name: requests[name].mask(greedy, PLAIN[name]) for name in _CHOICE}
     return _tuples(DataFrame({**chosen, **{name: requests[name] for name in more}}))
 
 
@@ -276,10 +276,10 @@ def _sorted(table: DataFrame) -> DataFrame:
     """By configuration, each curve together; rows of one configuration stay in their order."""
     ranks = {
         **{name: table[name] for name in ("temperature", "top_k", "top_p", "sampling", *_NETWORK)},
-        "other_draft": table["draft"] != _PLAIN["draft"],
+        "other_draft": table["draft"] != PLAIN["draft"],
         "draft": table["draft"],
         "mode": table["mode"].map({mode: rank for rank, mode in enumerate(MODES)}),
-        "other_tree": table["tree"] != _PLAIN["tree"],
+        "other_tree": table["tree"] != PLAIN["tree"],
         "tree": table["tree"],
         "gamma": table["gamma"].map(gamma_order),
     }
@@ -289,7 +289,7 @@ def _sorted(table: DataFrame) -> DataFrame:
 
 def _named(row: Series) -> str:
     """A configuration in words, with what is not plain: "gamma 5, mode overlap"."""
-    others = [name for name, plain in _PLAIN.items() if row[name] != plain]
+    others = [name for name, plain in PLAIN.items() if row[name] != plain]
     return ", ".join(f"{name} {row[name]}" for name in ("gamma", *others))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from specsplit.analysis.tables import CONFIGURATION
+from specsplit.analysis.tables import CONFIGURATION, PLAIN
 from specsplit.errors import UserError
 from specsplit.provenance.folder import Experiment
 from specsplit.provenance.record import check_record
@@ -214,10 +214,11 @@ def _count(items: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
 
 def _point(values: tuple[str, ...]) -> str:
     """gamma, and what is not as in a plain sweep."""
-    plain = dict(zip(CONFIGURATION[1:], ("sync", "chain", "coupled", "0", "0", "1", "0", "0"), strict=True))
     named = dict(zip(CONFIGURATION, values, strict=True))
     rest = [
-        f"{key} {value}" for key, value in named.items() if key != "gamma" and value.removesuffix(".0") != plain[key]
+        f"{key} {named[key]}"
+        for key, plain in PLAIN.items()
+        if named[key].removesuffix(".0") != str(plain).removesuffix(".0")
     ]
     return " ".join([f"gamma {named['gamma']}", *rest])
 
