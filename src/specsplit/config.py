@@ -16,7 +16,7 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 
-Engine = Literal["auto", "fused", "transformers"]
+Engine = Literal["auto", "fused", "graphs", "transformers"]
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 SamplingMethod = Literal["coupled", "rejection"]
 MAX_GAMMA = 64
@@ -71,7 +71,9 @@ class WorkerSettings(Settings):
     dtype: Dtype = Field("float32", description="float32 | bfloat16 | float16 | int8 (CPU)")
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N")
     engine: Engine = Field(
-        "auto", description="fused (fast, Llama-type models on the CPU) | transformers (any) | auto: fused where it can"
+        "auto",
+        description="fused (fast, Llama-type models on the CPU) | graphs (CUDA graphs of most models) | "
+        "transformers (any) | auto: the fast one of the device where it can",
     )
     threads: int | None = Field(None, ge=1, description="compute threads; default: every core it may use")
     max_context: int = Field(2048, ge=16, description="tokens a session can hold, drafted ones included")

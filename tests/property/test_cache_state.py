@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.models.causal_lm import CausalLM
+from specsplit.models.graph_lm import GraphLM
 
 from tiny_models import ARCHITECTURES, VOCAB, make_tiny_model
 
 CAPACITY = 96
-LOADED = {architecture: CausalLM(make_tiny_model(architecture)) for architecture in ARCHITECTURES}
+LOADED = {architecture: CausalLM(make_tiny_model(architecture)) for architecture in ARCHITECTURES} | {
+    f"{architecture}, graphs": GraphLM(make_tiny_model(architecture)) for architecture in ("gpt2", "qwen3-mixed")
+}
 tokens = st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=6)
 
 
@@ -62,7 +65,7 @@ def random_tree(data, max_nodes: int = 8) -> TokenTree:
     return tree
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", LOADED)
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_sequence_of_operations(architecture, data):

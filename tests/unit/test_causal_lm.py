@@ -15,6 +15,7 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.errors import UserError
 from specsplit.models import causal_lm
 from specsplit.models.causal_lm import CausalLM
+from specsplit.models.graph_lm import GraphLM
 from specsplit.models.kv_cache import KVCache
 
 from tiny_models import ARCHITECTURES, COMMON, SMALL, make_tiny_model, random_model
@@ -22,10 +23,11 @@ from tiny_models import ARCHITECTURES, COMMON, SMALL, make_tiny_model, random_mo
 PROMPT = [5, 9, 33, 71, 12, 90, 44, 8, 101, 63, 27]
 
 
+@pytest.mark.parametrize("engine", [CausalLM, GraphLM])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logits_are_those_of_transformers(architecture):
+def test_logits_are_those_of_transformers(architecture, engine):
     model = make_tiny_model(architecture)
-    ours = CausalLM(model)
+    ours = engine(model)
     cache = ours.new_cache(64)
     with torch.inference_mode():
         expected = model(torch.tensor([PROMPT])).logits[0]
@@ -51,10 +53,11 @@ OTHERS = {
 }
 
 
+@pytest.mark.parametrize("engine", [CausalLM, GraphLM])
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_tree_after_a_cached_prompt(name):
+def test_a_tree_after_a_cached_prompt(name, engine):
     model = random_model(OTHERS[name])
-    ours = CausalLM(model)
+    ours = engine(model)
     ours.check_tree_attention()
     cache = ours.new_cache(64)
     ours.step(cache, PROMPT[:7])
@@ -101,10 +104,11 @@ def test_the_context_ends_where_a_cached_token_would_change(name):
     assert distance(24) > 1e-2
 
 
+@pytest.mark.parametrize("engine", [CausalLM, GraphLM])
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 @pytest.mark.parametrize("length", [3, 4, 5, 8, 9, 12])
-def test_long_prompts_are_fed_in_chunks(monkeypatch, architecture, length):
-    model = CausalLM(make_tiny_model(architecture))
+def test_long_prompts_are_fed_in_chunks(monkeypatch, architecture, length, engine):
+    model = engine(make_tiny_model(architecture))
     tokens = list(range(10, 10 + length))
     tree = TokenTree([3, 4, 5], [-1, -1, 0], [-1.0] * 3)
     expected = model.step(model.new_cache(64), tokens, tree)

@@ -19,7 +19,7 @@ from torch import nn
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.errors import UserError
 from specsplit.models.fingerprint import weight_files
-from specsplit.models.kv_cache import KVCache
+from specsplit.models.kv_cache import KVCache, LayeredSlots
 from specsplit.models.passes import EMPTY, Pass
 from specsplit.models.quantise import quantise_linears
 from specsplit.models.tree_attn import additive, positions, visible
@@ -155,13 +155,13 @@ class CausalLM:
                 f"Choose a decoder-only model with plain attention and a key/value cache."
             )
 
-    def new_cache(self, capacity: int) -> KVCache:
+    def new_cache(self, capacity: int) -> LayeredSlots:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
         return KVCache(self.num_layers, capacity)
 
     @torch.inference_mode()
     def step(
-        self, cache: KVCache, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
+        self, cache: LayeredSlots, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
     ) -> torch.Tensor:
         """One pass over `tokens`, which continue the cached context, then the nodes of `tree` from `cached_nodes` on.
 
@@ -186,7 +186,7 @@ class CausalLM:
         return [self.step(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
 
     def _forward(
-        self, cache: KVCache, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int
+        self, cache: Any, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int
     ) -> torch.Tensor:
         fed = [*tokens, *tree.token_ids[cached_nodes:]]
         context = cache.length - cached_nodes

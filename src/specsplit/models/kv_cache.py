@@ -54,17 +54,10 @@ class StaticLayer(CacheLayerMixin):
         return self.owner.capacity
 
 
-class KVCache(Slots, Cache):
-    """The cache of one session, for `past_key_values` of a Hugging Face model.
+class LayeredSlots(Slots):
+    """A cache whose `layers` have keys and values of shape [1, kv_heads, slots, head_dim]."""
 
-    length: tokens held. capacity: the most it can hold; memory is reserved for all of them at the first pass
-    (the operating system commits it page by page as it is written).
-    """
-
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        self.length = 0
-        self.capacity = capacity
-        super().__init__(layers=[StaticLayer(self) for _ in range(num_layers)])
+    layers: list[Any]
 
     @torch.inference_mode()
     def keep(self, context: int, path: Sequence[int]) -> None:
@@ -89,3 +82,16 @@ class KVCache(Slots, Cache):
             if layer.is_initialized
             for tensor in (layer.keys, layer.values)
         )
+
+
+class KVCache(LayeredSlots, Cache):
+    """The cache of one session, for `past_key_values` of a Hugging Face model.
+
+    length: tokens held. capacity: the most it can hold; memory is reserved for all of them at the first pass
+    (the operating system commits it page by page as it is written).
+    """
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.length = 0
+        self.capacity = capacity
+        super().__init__(layers=[StaticLayer(self) for _ in range(num_layers)])

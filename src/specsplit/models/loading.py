@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from specsplit.errors import UserError
 from specsplit.models.causal_lm import CausalLM
 from specsplit.models.fingerprint import fingerprint_model
 from specsplit.models.fused_lm import FusedLM, unsuitable
+from specsplit.models.graph_lm import GraphLM
 from specsplit.models.ngram import NGramLM
 from specsplit.models.passes import EMPTY, Pass
 from specsplit.models.sources import manifest_file, resolve_model
@@ -34,7 +35,7 @@ COMPILED_S = 3.0  # a first pass that took longer compiled
 
 
 class LanguageModel(Protocol):
-    """A model that can draft or verify: CausalLM, FusedLM, SyntheticLM, NGramLM. CausalLM documents the methods.
+    """A model that drafts or verifies: CausalLM and GraphLM, FusedLM, SyntheticLM, NGramLM. CausalLM says how.
 
     Its caches are of its own kind and have length, capacity, advance, rollback and keep, as KVCache documents them.
     """
@@ -94,32 +95,47 @@ def _load_causal_lm(
     model = CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers)
     if config.engine == "transformers":
         return model, weights_sha256
+    if config.engine == "graphs" or (config.engine == "auto" and model.device.type == "cuda"):
+        return _graphs(model, folder, config.engine), weights_sha256
     if reason := unsuitable(model):
         if config.engine == "fused":
             raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
         log.info("engine transformers, as %s", reason)
         return model, weights_sha256
-    return _fuse(model, threads), weights_sha256
+    return _compared(model, lambda: FusedLM(model, threads), "fused"), weights_sha256
 
 
-def _fuse(model: CausalLM, threads: int) -> FusedLM:
-    """The same model in the fast engine, compared with the first over a tree of a few tokens."""
+def _graphs(model: CausalLM, folder: Path, engine: str) -> LanguageModel:
+    try:
+        return _compared(model, lambda: GraphLM(model.model), "graphs")
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        if engine == "graphs":
+            raise UserError(
+                f"engine graphs cannot run {folder} ({reason}). Use engine auto, or transformers."
+            ) from None
+        log.warning("engine transformers, as passes of this model cannot be recorded (%s)", reason)
+        return model
+
+
+def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> LanguageModel:
+    """The same model in a fast engine, compared with the first over a tree of a few tokens."""
     tokens = [i % model.vocab_size for i in (11, 37, 41, 23, 29, 31, 43)]
     tree = TokenTree(tokens[2:], [ROOT, 0, ROOT, 2, 2], [-1.0] * 5)
     expected = model.step(model.new_cache(16), tokens[:2], tree).double()
     started = time.perf_counter()
-    fused = FusedLM(model, threads)
-    found = fused.step(fused.new_cache(16), tokens[:2], tree).double()
+    fast = make()
+    found = fast.step(fast.new_cache(16), tokens[:2], tree).double()
     if (seconds := time.perf_counter() - started) > COMPILED_S:
-        log.info("compiled the kernels for this processor in %.0f s; they are kept for the next time", seconds)
-    # Activations of half precision models are rounded there and not here.
+        log.info("engine %s was compiled in %.0f s", name, seconds)
+    # Activations of half precision models are rounded at other places.
     limit = 0.99999 if model.dtype == torch.float32 else 0.99
     if not bool((torch.cosine_similarity(expected, found, dim=-1) > limit).all()):
         raise UserError(
-            "engine fused does not give the logits of engine transformers for this model: use engine transformers, "
+            f"engine {name} does not give the logits of engine transformers for this model: use engine transformers, "
             "and please report it"
         )
-    return fused
+    return fast
 
 
 def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, str]:
