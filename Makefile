@@ -19,10 +19,9 @@ results: .venv/installed
 	$(RUN) snakemake --cores $(CORES) results/summary.csv results/report.html
 	@cat results/logs/summary.log
 
-# Tests of the workflow run one at a time: a workflow takes every core.
+# One process a core. Tests of a file share workers and workflows, so they stay together; the long files come first.
 test: .venv/installed-dev
-	$(RUN) pytest -n $(CORES) --dist loadfile -m "not slow" tests/unit tests/property tests/integration
-	$(RUN) pytest -m "not slow" tests/workflow
+	$(RUN) pytest -n $(CORES) --dist loadfile --no-loadscope-reorder -m "not slow" tests/workflow tests/integration tests/property tests/unit
 
 test-all: .venv/installed-dev
 	$(RUN) pytest
