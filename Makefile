@@ -26,9 +26,9 @@ test: .venv/installed-dev
 test-all: .venv/installed-dev
 	$(RUN) pytest
 
-# A SLURM cluster of one node: needs root and Debian, and is skipped elsewhere.
+# A sweep on a SLURM cluster of one node: needs root and Debian, and is skipped elsewhere.
 test-slurm: .venv/installed-dev
-	$(RUN) pytest -m slow tests/workflow/test_slurm.py
+	$(RUN) pytest -m slow tests/workflow/test_slurm.py -k sweep
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

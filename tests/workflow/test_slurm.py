@@ -19,6 +19,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 FLAGS = (
     *("--workflow-profile", "profiles/slurm", "--set-threads", "benchmark=2", "--default-resources", "mem_mb=1000"),
     *("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2"),
+    *("--seconds-between-status-checks", "2"),
 )
 
 pytestmark = pytest.mark.slow
