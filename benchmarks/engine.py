@@ -76,7 +76,8 @@ def library_step(model: torch.nn.Module, tokens: list[int], context: int) -> Cal
     past = model(torch.tensor([tokens[:context]]), use_cache=True).past_key_values
 
     def step(size: int) -> object:
-        past.crop(context)
+        if beyond := past.get_seq_length() - context:
+            past.crop(-beyond)
         return model(torch.tensor([tokens[context : context + size]]), past_key_values=past, use_cache=True)
 
     return step
