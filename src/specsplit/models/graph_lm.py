@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from specsplit.decoding.tree import TokenTree
 from specsplit.models.causal_lm import CausalLM
-from specsplit.models.kv_cache import LayeredSlots
-from specsplit.models.tree_attn import positions, visible
+from specsplit.models.kv_cache import LayeredSlots, StaticLayer
+from specsplit.models.tree_attn import additive, positions, visible
 
 SMALLEST_PASS = 16  # as long as the weights' way takes, for one token as for so many
 SMALLEST_VIEW = 256  # slots that attention looks at; more in powers of two
@@ -28,38 +28,26 @@ SMALLEST_VIEW = 256  # slots that attention looks at; more in powers of two
 class Buffers(Cache):
     """Where keys and values are, and the passes recorded on them. Used by one session after another.
 
-    slots: that tokens can have; there is one more, for padding.
+    capacity: slots for tokens, and a last one for padding.
     """
 
     def __init__(self, num_layers: int, slots: int) -> None:
-        self.slots = slots
+        self.capacity = slots + 1
         self.programs: dict[tuple[int, int, int], Program] = {}
         self.written: torch.Tensor  # slots that the pass being recorded writes
         self.seen = 0  # slots that it looks at
         super().__init__(layers=[BufferLayer(self) for _ in range(num_layers)])
 
 
-class BufferLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, [1, kv_heads, slots, head_dim]."""
-
-    is_sliding = False
-
-    def __init__(self, owner: Buffers) -> None:
-        super().__init__()
-        self.owner = owner
+class BufferLayer(StaticLayer):
+    """Keys and values of one decoder layer, [1, kv_heads, capacity, head_dim], at places read from a tensor."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        _, heads, _, key_dim = key_states.shape
-        # Zero, since a slot that is masked still counts 0 times what is in it.
-        self.keys = key_states.new_zeros(1, heads, self.owner.slots + 1, key_dim)
-        self.values = value_states.new_zeros(1, heads, self.owner.slots + 1, value_states.shape[-1])
-        self.is_initialized = True
+        super().lazy_initialization(key_states, value_states)
+        for states in (self.keys, self.values):  # a slot that is masked still counts 0 times what is in it
+            states.zero_()
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys.index_copy_(2, self.owner.written, key_states)
         self.values.index_copy_(2, self.owner.written, value_states)
         return self.keys[:, :, : self.owner.seen], self.values[:, :, : self.owner.seen]
@@ -69,9 +57,6 @@ class BufferLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return 0  # the positions are given
-
-    def get_max_length(self) -> int:
-        return self.owner.slots
 
 
 class GraphCache(LayeredSlots):
@@ -178,13 +163,9 @@ class Program:
     def _pass(self) -> torch.Tensor:
         size, buffers = self._size, self._buffers
         slots = self._numbers[-1] + torch.arange(size, device=self._numbers.device)
-        buffers.written = slots.clamp_(max=buffers.slots)
+        buffers.written = slots.clamp_(max=buffers.capacity - 1)
         buffers.seen = self._seen
-        lowest = torch.finfo(self._lm.dtype).min
-        masks = [
-            torch.zeros_like(bits, dtype=self._lm.dtype).masked_fill_(~bits, lowest)[None, None]
-            for bits in self._mask_bits
-        ]
+        masks = [additive(bits, self._lm.dtype, self._lm.device) for bits in self._mask_bits]
         kinds = ("full_attention", "sliding_attention")
         output = self._lm.model(
             input_ids=self._numbers[None, :size],

@@ -20,7 +20,7 @@ class StaticLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, owner: KVCache) -> None:
+    def __init__(self, owner: Any) -> None:
         super().__init__()
         self.owner = owner
 
@@ -38,6 +38,10 @@ class StaticLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        return self.write(key_states, value_states)
+
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the states in their place; returns the keys and values that attention looks at."""
         start = self.owner.length
         end = start + key_states.shape[-2]
         self.keys[:, :, start:end] = key_states

@@ -13,7 +13,7 @@ import torch
 from specsplit.config import DraftWorkerConfig, WorkerSettings
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.errors import UserError
-from specsplit.models.causal_lm import CausalLM
+from specsplit.models.causal_lm import CANNOT_RUN, CausalLM
 from specsplit.models.fingerprint import fingerprint_model
 from specsplit.models.fused_lm import FusedLM, unsuitable
 from specsplit.models.graph_lm import GraphLM
@@ -108,7 +108,7 @@ def _load_causal_lm(
 def _graphs(model: CausalLM, folder: Path, engine: str) -> LanguageModel:
     try:
         return _compared(model, lambda: GraphLM(model.model), "graphs")
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except CANNOT_RUN as error:
         reason = f"{type(error).__name__}: {error}"
         if engine == "graphs":
             raise UserError(

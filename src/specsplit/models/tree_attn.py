@@ -53,5 +53,5 @@ def visible(
 
 def additive(mask: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The mask as [1, 1, queries, keys] of 0 and the type's lowest number, for eager and sdpa attention alike."""
-    floats = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    floats = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
     return floats[None, None].to(device)
