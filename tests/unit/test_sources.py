@@ -714,8 +714,9 @@ def test_workers_serve_models_without_weights(tmp_path: Path) -> None:
         ("draft", DraftWorkerConfig(model=tmp_path / "look", port=0, threads=1), look),
     ]
     for role, config, manifest in workers:
-        server = WorkerServer(load_servicer(config))
+        server = WorkerServer(config)
         server.start()
+        server.open(load_servicer(config))
         try:
             with connect(role, f"127.0.0.1:{server.port}", timeout_s=20) as connection:
                 found = connection.description

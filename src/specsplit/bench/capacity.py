@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import grpc
-
 from specsplit.bench.metrics import RequestRecord
 from specsplit.bench.rows import RowFile
 from specsplit.bench.runner import Request, request_record, request_seed
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
 from specsplit.rpc.codec import CHANNEL_OPTIONS
-from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.workers.access import Access
 from specsplit.workers.orchestrator.pipeline import event_loop, run_speculative_loop_async
 from specsplit.workers.orchestrator.result import SpeculativeResult
 
@@ -134,11 +132,12 @@ async def _run_clients(jobs: Sequence[Job], clients: int) -> list[Done]:
         controller = None
         if config.max_draft_tokens == "auto":
             controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+        access = Access.of(config)
         async with (
-            grpc.aio.insecure_channel(config.draft_address, options=options) as draft,
-            grpc.aio.insecure_channel(config.target_address, options=options) as target,
+            access.aio_channel(config.draft_address, options) as draft,
+            access.aio_channel(config.target_address, options) as target,
         ):
-            stubs = pb_grpc.DraftServiceStub(draft), pb_grpc.TargetServiceStub(target)
+            stubs = access.stub("draft", draft), access.stub("target", target)
             while waiting:
                 job = waiting.popleft()
                 started_ms = (time.perf_counter() - began) * 1e3

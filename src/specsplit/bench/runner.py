@@ -39,6 +39,7 @@ from specsplit.provenance.git import capture_git
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
 from specsplit.provenance.redaction import redact, redact_arguments
 from specsplit.provenance.steps import workflow_command
+from specsplit.workers.access import Access
 from specsplit.workers.endpoint import description_dict
 from specsplit.workers.orchestrator.connection import Connection
 from specsplit.workers.orchestrator.pipeline import TextWriter
@@ -109,7 +110,7 @@ def run_requests(
         write_json(run_dir / "run.json", redact({**run, **finished, "gpu": gpu}))
 
     try:
-        with sampler, TextWriter(draft.address if draft else None, target.address) as writer:
+        with sampler, TextWriter(draft.address if draft else None, target.address, Access.of(config)) as writer:
 
             def write(request: Request) -> tuple[OrchestratorConfig, SpeculativeResult]:
                 own = config.model_copy(update={"seed": request_seed(config.seed, request.id)})

@@ -35,6 +35,7 @@ def add_commands(subparsers: Any) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     from specsplit.models.sources import resolve_model
     from specsplit.models.text import TextCodec, TextStream
+    from specsplit.workers.access import Access
     from specsplit.workers.endpoint import resolve_address
     from specsplit.workers.orchestrator.connection import connected_pair
     from specsplit.workers.orchestrator.pipeline import TextWriter
@@ -55,7 +56,7 @@ def run_generate(args: argparse.Namespace) -> None:
         config = config.model_copy(update={role: resolve_address(a) for role, a in addresses.items()})
         with connected_pair(config, codec.sha256) as (draft, target):
             prompt_ids = codec.encode(prompt, use_chat_template=config.use_chat_template)
-            with TextWriter(draft.address if draft else None, target.address) as writer:
+            with TextWriter(draft.address if draft else None, target.address, Access.of(config)) as writer:
                 result = writer.write(prompt_ids, config, on_tokens=show)
     show([], last=True)
     print()

@@ -11,7 +11,7 @@ from specsplit.bench.baselines import Peer
 from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS
 from specsplit.commands.flags import add_interval_flags, add_setting_flags, interval_settings
 from specsplit.commands.serve import ROLES, add_gpus_flag, own_worker
-from specsplit.config import MAX_GAMMA, OrchestratorConfig
+from specsplit.config import MAX_GAMMA, AccessSettings, OrchestratorConfig
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 
@@ -25,6 +25,8 @@ BENCH_SETTINGS = (
     "max_rounds",
     "use_chat_template",
     "ignore_eos",
+    *AccessSettings.model_fields,
+    "tls_name",
     "connect_timeout_s",
     "rpc_timeout_s",
     "rpc_retries",

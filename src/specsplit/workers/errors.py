@@ -30,6 +30,18 @@ class StaleRound(Refusal):
 
 
 class LimitReached(Refusal):
-    """A limit of the worker: context, sessions, tree size."""
+    """A limit of the worker: context, sessions, tree size, calls at once, memory."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Abandoned(Refusal):
+    """The client cancelled the call or its deadline passed: nothing more is computed for it."""
+
+    status = grpc.StatusCode.CANCELLED
+
+
+class Stopped(Refusal):
+    """The worker is stopping; the call may be made again where another one serves."""
+
+    status = grpc.StatusCode.UNAVAILABLE

@@ -22,9 +22,9 @@ import grpc
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.tree import TokenTree
-from specsplit.rpc.codec import CHANNEL_OPTIONS, tree_from_message
+from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.workers.access import Access
 from specsplit.workers.orchestrator.connection import WorkerError
 from specsplit.workers.orchestrator.requests import draft_fields, verify_fields
 from specsplit.workers.orchestrator.result import Round, SpeculativeResult
@@ -266,11 +266,12 @@ def event_loop() -> asyncio.Runner:
 class TextWriter:
     """Writes texts from synchronous code, over channels that stay. Use as a context manager.
 
-    draft: address of the draft worker, None when gamma is 0.
+    draft: address of the draft worker, None when gamma is 0. access: how we show the workers who we are.
     """
 
-    def __init__(self, draft: str | None, target: str) -> None:
+    def __init__(self, draft: str | None, target: str, access: Access | None = None) -> None:
         self._addresses = draft, target
+        self._access = access or Access()
 
     def __enter__(self) -> Self:
         self._channels = event_loop().run(self._open())
@@ -293,8 +294,8 @@ class TextWriter:
         draft, target = self._channels
         return event_loop().run(
             run_speculative_loop_async(
-                pb_grpc.DraftServiceStub(draft) if draft is not None else None,
-                pb_grpc.TargetServiceStub(target),
+                self._access.stub("draft", draft) if draft is not None else None,
+                self._access.stub("target", target),
                 prompt_ids,
                 config,
                 on_tokens=on_tokens,
@@ -303,7 +304,7 @@ class TextWriter:
         )
 
     async def _open(self) -> list[grpc.aio.Channel | None]:
-        return [a and grpc.aio.insecure_channel(a, options=CHANNEL_OPTIONS) for a in self._addresses]
+        return [address and self._access.aio_channel(address) for address in self._addresses]
 
     async def _close(self) -> None:
         for channel in self._channels:
