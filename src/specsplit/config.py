@@ -64,7 +64,7 @@ class Settings(BaseSettings):
 
 
 class AccessSettings(Settings):
-    """Who may call a worker, and how a client shows that it may. A process has a certificate and trusts an authority."""
+    """Who may call a worker, and how a client shows that it may."""
 
     tls_cert: Path | None = Field(None, description="own certificate, PEM, with those between it and the authority")
     tls_key: Path | None = Field(None, description="key of that certificate, PEM, unencrypted")
@@ -134,8 +134,8 @@ class OrchestratorConfig(AccessSettings):
     model_config = SettingsConfigDict(env_prefix="SPECSPLIT_ORCH_")
     short_flags = {"draft_address": "--draft-addr", "target_address": "--target-addr", "max_draft_tokens": "--gamma"}
 
-    draft_address: str = Field("127.0.0.1:50051", description="host:port of the draft worker; grpcs://host:port with TLS")
-    target_address: str = Field("127.0.0.1:50052", description="host:port of the target worker; grpcs://host:port with TLS")
+    draft_address: str = Field("127.0.0.1:50051", description="host:port of the draft worker; grpcs:// before it: TLS")
+    target_address: str = Field("127.0.0.1:50052", description="host:port of the target worker, likewise")
     tokenizer: Path | None = Field(None, description="folder of the tokenizer: a prepared or local model")
     mode: PipelineMode = Field(
         "sync", description="sync | overlap | lookahead: what is drafted while the target verifies"

@@ -131,7 +131,9 @@ def race(
 
 def _our_writer(contender: Ours, stack: ExitStack) -> Callable[[Request], _Text]:
     draft, config = contender.draft, contender.config
-    writer = stack.enter_context(TextWriter(draft.address if draft else None, contender.target.address, Access.of(config)))
+    writer = stack.enter_context(
+        TextWriter(draft.address if draft else None, contender.target.address, Access.of(config))
+    )
     controller = None
     if config.max_draft_tokens == "auto":
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)

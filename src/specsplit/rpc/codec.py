@@ -26,7 +26,7 @@ CHANNEL_OPTIONS = [
 
 
 class _Malformed:
-    """Stands for a message whose bytes are none of its type. gRPC itself would answer INTERNAL, as for a fault of ours."""
+    """A message whose bytes are none of its type. gRPC alone would answer INTERNAL, as for a fault of ours."""
 
     why = "the bytes of the request are not a message of this method, or a text in it is not UTF-8"
 

@@ -1,7 +1,7 @@
 """Who may reach a worker, and how a client shows that it may: TLS, mutual TLS, bearer tokens.
 
-An address is `host:port` without TLS and `grpcs://host:port` with it. Tokens come from a file or from SPECSPLIT_TOKEN and
-go nowhere else: they are in no message, log or record.
+An address is `host:port` without TLS and `grpcs://host:port` with it. Tokens come from a file or from SPECSPLIT_TOKEN
+and go nowhere else: they are in no message, log or record.
 """
 
 from __future__ import annotations

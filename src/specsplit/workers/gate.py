@@ -18,7 +18,7 @@ OWN = "/specsplit."
 
 
 class Gate(grpc.ServerInterceptor):
-    """Refuses, in this order: strangers, what is not served here, and calls of ours while there is no model (`loading`).
+    """Refuses, in this order: strangers, calls of ours while there is no model (`loading`), what is not served here.
 
     Bytes that are not a message are INVALID_ARGUMENT, for which gRPC alone would say INTERNAL.
     served: what to tell about a method that is not. on_refused: gets the status of each call refused here.

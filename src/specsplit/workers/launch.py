@@ -141,8 +141,9 @@ def attach_worker(
 ) -> Endpoint:
     """Write the endpoint file of a worker that already runs, after checking that it is the one meant.
 
-    address: host:port, grpcs://host:port, or an address file. access: how we show who we are. Such a worker is never stopped. Raises UserError when nothing answers
-    there, or when its weights, dtype or skipped layers are not those asked for.
+    address: host:port, grpcs://host:port, or an address file. access: how we show who we are. Such a worker is never
+    stopped. Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those
+    asked for.
     """
     address = resolve_address(address)
     with connect(role, address, timeout_s=timeout_s, access=access) as connection:

@@ -15,7 +15,6 @@ from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.errors import LimitReached, SessionLost, StaleRound
 
-
 PATIENCE_S = 1.0  # a text that ended may keep its session busy for a pass more
 
 

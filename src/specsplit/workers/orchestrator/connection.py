@@ -67,6 +67,11 @@ def connect(role: str, address: str, *, timeout_s: float = 10.0, access: Access 
             raise WorkerError(
                 f"{where} asks for a token and {shown}: set --token-file, workers.token_file or SPECSPLIT_TOKEN"
             ) from None
+        if _failed_handshake(error):
+            last = error.details().rpartition("last error: ")[2]
+            raise WorkerError(
+                f"no TLS with {where}: {last[:300]}. Its certificate must be from --tls-ca and for that name"
+            ) from None
         if status in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
             raise WorkerError(
                 f"no {role} worker answers at {address} within {timeout_s:g} s. Start one with "
@@ -84,19 +89,25 @@ def _describe(stub: Any, timeout_s: float) -> pb.DescribeReply:
         try:
             return stub.Describe(pb.DescribeRequest(), timeout=max(deadline - time.monotonic(), 0.01))
         except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() + POLL_S > deadline:
+            if error.code() != grpc.StatusCode.UNAVAILABLE or _failed_handshake(error):
+                raise
+            if time.monotonic() + POLL_S > deadline:
                 raise
         time.sleep(POLL_S)
 
 
+def _failed_handshake(error: grpc.RpcError) -> bool:
+    """What a second try does not mend: no TLS there, or a certificate that we do not trust."""
+    return any(words in error.details() for words in ("handshake failed", "verification check failed"))
+
+
 def _why_not(details: str, address: str) -> str:
     """What gRPC says of a connection that did not come about, where it is more than that nobody listens."""
-    last = details.rpartition("last error: ")[2]
-    if "andshake" in details or "SSL" in details.upper():
-        return f" TLS: {last[:300]}"
     if "Socket closed" in details or "SETTINGS" in details:
-        return f" It may want TLS: {TLS_SCHEME}{address.removeprefix(TLS_SCHEME)}."
-    return f" ({last[:300]})" if "loaded" in details else ""
+        if address.startswith(TLS_SCHEME):
+            return " It closes the connection: it may want a certificate of ours, --tls-cert and --tls-key."
+        return f" It closes the connection: it may want TLS, {TLS_SCHEME}{address}."
+    return f" ({details})" if "loaded" in details else ""
 
 
 @contextmanager
