@@ -101,6 +101,10 @@ class WorkerSettings(AccessSettings):
     max_tree_nodes: int = Field(256, ge=1, description="largest tree drafted or verified")
     seed: int = Field(0, description="seed of torch in this process")
     drain_s: float = Field(3.0, ge=0, description="seconds that running calls get to finish after SIGTERM")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port for Prometheus; 0 = any free port; default: none"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address to show the metrics on")
 
     @property
     def call_limit(self) -> int:

@@ -141,7 +141,7 @@ def test_with_the_token_texts_are_written_in_every_way(guarded: dict[str, Worker
     with connected_pair(config, sha256) as (first, second):
         assert first is not None
         assert run_speculative_loop(first.stub, second.stub, PROMPT, config).output_tokens == expected
-    with TextWriter(draft.address, target.address, Access.of(config)) as writer:
+    with TextWriter(draft.address, target.address, access=Access.of(config)) as writer:
         assert writer.write(PROMPT, config).output_tokens == expected
     with TextWriter(draft.address, target.address) as writer, pytest.raises(WorkerError, match="UNAUTHENTICATED"):
         writer.write(PROMPT, config)
@@ -211,7 +211,7 @@ def test_tls_encrypts_and_the_certificate_is_checked(encrypted: Worker, files: d
         connect("target", encrypted.address)  # the system's authorities do not know it either
     config = OrchestratorConfig.load({"max_draft_tokens": 0, "max_output_tokens": 8, "ignore_eos": True})
     assert encrypted.passes == passes
-    with TextWriter(None, encrypted.address, encrypted.access) as writer:
+    with TextWriter(None, encrypted.address, access=encrypted.access) as writer:
         assert writer.write(PROMPT, config).output_tokens == Reference(folder).text(PROMPT, 8)
 
 

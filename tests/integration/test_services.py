@@ -254,6 +254,7 @@ def test_what_goes_wrong_in_the_model_has_a_status_and_mends_itself(target: Work
         assert answer[0] == status
         assert answer[1].startswith(details)
         assert ask(target, PROMPT).next_token == wanted
+        target.stub.EndSession(pb.EndSessionRequest(session_id="s"))
 
 
 def _raise(failure: Exception) -> None:

@@ -63,7 +63,7 @@ def measure_contexts(
 
 def _writer(config: OrchestratorConfig) -> TextWriter:
     draft = config.draft_address if config.max_draft_tokens else None
-    return TextWriter(draft, config.target_address, Access.of(config))
+    return TextWriter(draft, config.target_address, access=Access.of(config))
 
 
 def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: SpeculativeResult) -> ContextText:

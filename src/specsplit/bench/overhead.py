@@ -27,7 +27,7 @@ def measure_overhead(
     simulation = Simulation(acceptance=acceptance, draft_ms=0.0, verify_ms=0.0)
     rows = []
     ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
-    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target, ours) as writer:
+    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target, access=ours) as writer:
         bare_ms = bare_round_trip_ms(0.0, repeats=500)
         for text in range(-1, texts):  # -1: the warm-up
             for mode, gamma in points:

@@ -132,7 +132,7 @@ def race(
 def _our_writer(contender: Ours, stack: ExitStack) -> Callable[[Request], _Text]:
     draft, config = contender.draft, contender.config
     writer = stack.enter_context(
-        TextWriter(draft.address if draft else None, contender.target.address, Access.of(config))
+        TextWriter(draft.address if draft else None, contender.target.address, access=Access.of(config))
     )
     controller = None
     if config.max_draft_tokens == "auto":

@@ -110,7 +110,7 @@ def run_requests(
         write_json(run_dir / "run.json", redact({**run, **finished, "gpu": gpu}))
 
     try:
-        with sampler, TextWriter(draft.address if draft else None, target.address, Access.of(config)) as writer:
+        with sampler, TextWriter(draft.address if draft else None, target.address, access=Access.of(config)) as writer:
 
             def write(request: Request) -> tuple[OrchestratorConfig, SpeculativeResult]:
                 own = config.model_copy(update={"seed": request_seed(config.seed, request.id)})

@@ -112,7 +112,7 @@ def check_theory(
     # A worker rests about as long as the other one works.
     bare_ms = bare_round_trip_ms(simulation.verify_ms / 2)
     ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
-    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target, ours) as writer:
+    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target, access=ours) as writer:
         for rtt_ms in rtts_ms:
             alone: list[list[int]] = []
             points: list[tuple[PipelineMode, int | str]] = [

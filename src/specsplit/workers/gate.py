@@ -25,7 +25,7 @@ class Gate(grpc.ServerInterceptor):
     """
 
     def __init__(
-        self, access: ServerAccess, served: str, on_refused: Callable[[grpc.StatusCode], None] = lambda status: None
+        self, access: ServerAccess, served: str, on_refused: Callable[[grpc.StatusCode], None] | None = None
     ) -> None:
         self.loading = True
         self._access = access
@@ -53,7 +53,8 @@ class Gate(grpc.ServerInterceptor):
 
     def _refuse(self, status: grpc.StatusCode, details: str) -> grpc.RpcMethodHandler:
         """A handler that ends the call without reading a message, whatever kind of call it is."""
-        self._on_refused(status)
+        if self._on_refused is not None:
+            self._on_refused(status)
         return grpc.stream_stream_rpc_method_handler(lambda requests, context: context.abort(status, details))
 
 

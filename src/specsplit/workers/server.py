@@ -8,6 +8,7 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -30,6 +31,9 @@ from specsplit.workers.gate import Gate
 from specsplit.workers.lease import Lease, lease_holder
 from specsplit.workers.servicer import WorkerServicer
 from specsplit.workers.target.service import TargetServicer
+
+if TYPE_CHECKING:
+    from specsplit.workers.metrics import Metrics
 
 log = logging.getLogger(__name__)
 LEASE_POLL_S = 0.5
@@ -76,7 +80,12 @@ class WorkerServer:
         self.servicer: WorkerServicer | None = None
         self.service = DRAFT_SERVICE if isinstance(config, DraftWorkerConfig) else TARGET_SERVICE
         self._access = ServerAccess.load(config)
-        self._gate = Gate(self._access, self.service)
+        self.metrics: Metrics | None = None
+        if config.metrics_port is not None:
+            from specsplit.workers.metrics import Metrics
+
+            self.metrics = Metrics()
+        self._gate = Gate(self._access, self.service, self.metrics and self.metrics.refused)
         threads = config.call_limit + SPARE_CALLS
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "rpc"),  # made as they are needed; they mostly wait for the model
@@ -106,12 +115,18 @@ class WorkerServer:
                 f"Choose another --port (0 = any free one) or --host."
             ) from error
         self._server.start()
+        if self.metrics is not None:
+            assert self.config.metrics_port is not None
+            self.metrics.listen(self.config.metrics_host, self.config.metrics_port)
 
     def open(self, servicer: WorkerServicer) -> None:
         """Serve what was loaded and report SERVING."""
         # Of a call that passed the gate.
         servicer.owner_of = lambda metadata: self._access.owner(metadata) or ""
         self.servicer = servicer
+        if self.metrics is not None:
+            self.metrics.watch(servicer, servicer.Describe(pb.DescribeRequest(), None))
+            servicer.metrics = self.metrics
         if isinstance(servicer, DraftServicer):
             pb_grpc.add_DraftServiceServicer_to_server(servicer, self._late)
         else:
@@ -126,6 +141,8 @@ class WorkerServer:
         """
         self._health.enter_graceful_shutdown()
         self._server.stop(grace=self.config.drain_s).wait()
+        if self.metrics is not None:
+            self.metrics.close()
         return self.servicer is None or self.servicer.model.close()
 
     def _report(self, status: int) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from queue import SimpleQueue
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 import torch
@@ -25,6 +25,9 @@ from specsplit.workers.errors import InvalidRequest, LimitReached, Refusal
 from specsplit.workers.inbox import MOST_WAITING, Inbox
 from specsplit.workers.memory import sessions_that_fit
 from specsplit.workers.sessions import Session, SessionStore
+
+if TYPE_CHECKING:
+    from specsplit.workers.metrics import Metrics
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -52,6 +55,7 @@ class WorkerServicer:
 
     role = ""
     owner_of: Callable[[Any], str] = staticmethod(lambda metadata: "")
+    metrics: Metrics | None = None
 
     def __init__(self, model: SharedModel, config: WorkerSettings, identity: Mapping[str, Any]) -> None:
         self.model = model
@@ -116,11 +120,13 @@ class WorkerServicer:
         caller: Caller,
         work: Callable[[Session, list[int]], T],
         reply_to: Callable[[T], R],
+        count: Callable[[T], tuple[int, int]],
         arrived: float | None = None,
     ) -> R:
         """One round of a checked request: the reply given before, or what `work(session, context)` comes to.
 
-        reply_to makes the reply of what `work` returns; the round and the timings are filled in here.
+        reply_to makes the reply of what `work` returns; the round and the timings are filled in here. count: its tokens
+        drafted and accepted, for the metrics.
         arrived: time.perf_counter() when the request came, if it waited before this call.
         """
         called = time.perf_counter()
@@ -139,6 +145,8 @@ class WorkerServicer:
             reply.timings.compute_ms = watch.compute_ms
             reply.timings.server_ms = (time.perf_counter() - arrived) * 1e3
             session.remember(request.context.round, raw, reply)
+            if self.metrics is not None:
+                self.metrics.round(watch.queue_ms, watch.compute_ms, *count(value))
             return reply
 
     def guard_stream(
@@ -200,11 +208,14 @@ class WorkerServicer:
         if _is_out_of_memory(error):
             log.error("out of memory: %s %s", error, about)
             error = LimitReached("not enough memory on this worker for the request; lower max_context or max_sessions")
+        status = error.status if isinstance(error, Refusal) else grpc.StatusCode.INTERNAL
+        if self.metrics is not None:
+            self.metrics.refused(status)
         if isinstance(error, Refusal):
-            log.info("refused %s: %s %s", error.status.name, error, about)
-            context.abort(error.status, str(error)[:MAX_DETAILS])
+            log.info("refused %s: %s %s", status.name, error, about)
+            context.abort(status, str(error)[:MAX_DETAILS])
         log.error("request failed %s", about, exc_info=error)
-        context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"[:MAX_DETAILS])
+        context.abort(status, f"{type(error).__name__}: {error}"[:MAX_DETAILS])
         raise AssertionError("abort always raises")
 
 

@@ -77,7 +77,12 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             return made[0]
 
         reply = self.answer(
-            request, caller, work, lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)), arrived
+            request,
+            caller,
+            work,
+            lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)),
+            lambda tree: (len(tree), 0),
+            arrived,
         )
         return reply, made[0] if made else None
 

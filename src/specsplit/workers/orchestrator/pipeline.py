@@ -269,7 +269,7 @@ class TextWriter:
     draft: address of the draft worker, None when gamma is 0. access: how we show the workers who we are.
     """
 
-    def __init__(self, draft: str | None, target: str, access: Access | None = None) -> None:
+    def __init__(self, draft: str | None, target: str, *, access: Access | None = None) -> None:
         self._addresses = draft, target
         self._access = access or Access()
 

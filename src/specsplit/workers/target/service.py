@@ -83,6 +83,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 accepted_tokens=[tree.token_ids[node] for node in verdict.path],
                 next_token=verdict.next_token,
             ),
+            lambda verdict: (tree.depth(), len(verdict.path)),
             arrived,
         )
 
