@@ -17,7 +17,7 @@ from specsplit.config import WorkerSettings
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.compute import SharedModel, describe_runtime
 from specsplit.workers.environment import DETERMINISM_VARIABLES
-from specsplit.workers.errors import InvalidRequest, LimitReached, Refusal
+from specsplit.workers.errors import RETRY_AFTER, Busy, InvalidRequest, LimitReached, Refusal
 from specsplit.workers.inbox import Inbox
 from specsplit.workers.sessions import Session, SessionStore
 
@@ -153,6 +153,8 @@ class WorkerServicer:
         """End a call: a Refusal with its own status, anything else INTERNAL with the traceback in the log."""
         if isinstance(error, Refusal):
             log.info("refused %s: %s", error.status.name, error)
+            if isinstance(error, Busy):
+                context.set_trailing_metadata(((RETRY_AFTER, str(error.retry_after_ms)),))
             context.abort(error.status, str(error))
         log.error("request failed", exc_info=error)
         context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")

@@ -13,7 +13,7 @@ from typing import Any
 from specsplit.models.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.errors import LimitReached, SessionLost, StaleRound
+from specsplit.workers.errors import Busy, SessionLost, StaleRound
 
 
 @dataclass
@@ -118,7 +118,7 @@ class SessionStore:
         while len(self._sessions) >= self._limit:
             idle = next((key for key, session in self._sessions.items() if not session.users), None)
             if idle is None:
-                raise LimitReached(f"all {self._limit} sessions are in use; try again later or raise max_sessions")
+                raise Busy(f"all {self._limit} sessions are in use; try again later or raise max_sessions")
             self._spare.append(self._sessions.pop(idle).cache)
         cache = self._spare.pop() if self._spare else self._new_cache()
         cache.rollback(0)

@@ -14,6 +14,7 @@ from specsplit.errors import UserError
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.workers.orchestrator.result import SpeculativeResult
 
 STUBS: dict[str, Callable[[grpc.Channel], Any]] = {
     "draft": pb_grpc.DraftServiceStub,
@@ -22,7 +23,14 @@ STUBS: dict[str, Callable[[grpc.Channel], Any]] = {
 
 
 class WorkerError(UserError):
-    """A worker did not answer, or refused; the message names it, the call and the status."""
+    """A worker did not answer, or refused; the message names it, the call and the status.
+
+    code: name of the gRPC status. result: the text so far, None when it had not begun.
+    """
+
+    def __init__(self, message: str, *, code: str = "", result: SpeculativeResult | None = None) -> None:
+        super().__init__(message)
+        self.code, self.result = code, result
 
 
 @dataclass
