@@ -19,6 +19,7 @@ from specsplit.errors import UserError
 Engine = Literal["auto", "fused", "transformers"]
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 SamplingMethod = Literal["coupled", "rejection"]
+DraftFailure = Literal["reconnect", "target_alone", "fail"]
 MAX_GAMMA = 64
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0  # but for 0: beyond them logits overflow, or say nothing
 AUTO_GAMMA_LIMIT = 16  # drafts longer than this pay nowhere that was measured
@@ -173,7 +174,13 @@ class OrchestratorConfig(AccessSettings):
     )
     connect_timeout_s: float = Field(10.0, gt=0, description="seconds to wait for a worker to answer")
     rpc_timeout_s: float = Field(120.0, gt=0, description="deadline of one call")
-    rpc_retries: int = Field(3, ge=0, description="times a call is sent again while its worker is unavailable")
+    recovery_timeout_s: float = Field(
+        60.0, ge=0, description="seconds that a worker that failed gets to be back; 0 = give up at once"
+    )
+    on_draft_failure: DraftFailure = Field(
+        "reconnect",
+        description="when a draft worker fails: reconnect | target_alone (it finishes the text) | fail",
+    )
     seed: int = Field(
         0, ge=0, lt=1 << 32, description="of the text: decides what is sampled; greedy text does not depend on it"
     )

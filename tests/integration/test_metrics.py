@@ -69,7 +69,7 @@ def test_metrics_are_off_by_default_and_their_port_is_checked(tiny_model_folder:
     with serving("target", folder) as worker:
         assert worker.server.metrics is worker.servicer.metrics is None
         server = WorkerServer(TargetWorkerConfig.load({"port": 0, "metrics_port": worker.server.port}))
-        with pytest.raises(UserError, match="--metrics-port .* choose another one"):
+        with pytest.raises(UserError, match=r"--metrics-port .* choose another one"):
             server.start()
         server.stop()
 

@@ -892,7 +892,7 @@ def test_no_file_of_a_prepared_model_can_be_exchanged(
     else:
         with (tmp_path / "out" / change).open("a") as file:
             file.write(" ")
-    with pytest.raises(UserError, match="is not as .*model.json says|are not those of its model.json"):
+    with pytest.raises(UserError, match=r"is not as .*model\.json says|are not those of its model\.json"):
         load_model(*resolve_model(tmp_path / "out"), TargetWorkerConfig(model=tmp_path / "out"))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice, product
 from statistics import median
 
-from specsplit.bench.runner import Request, request_record
+from specsplit.bench.records import Request, request_record
 from specsplit.config import OrchestratorConfig
 from specsplit.workers.access import Access
 from specsplit.workers.orchestrator.pipeline import TextWriter

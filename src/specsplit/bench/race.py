@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.bench.baselines import HuggingFace, Peer, PeerText
+from specsplit.bench.records import Request, request_seed
 from specsplit.bench.rows import RowFile
-from specsplit.bench.runner import Request, request_seed
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import UserError

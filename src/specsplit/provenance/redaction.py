@@ -29,8 +29,8 @@ _TOKEN = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key or variable of this name holds a secret: HF_TOKEN, --api-key; not max_output_tokens, nor the name of
-    a file with one: token_file, HF_TOKEN_PATH."""
+    """Whether a key or variable of this name holds a secret: HF_TOKEN, --api-key; not max_output_tokens, nor the name
+    of a file with one: token_file, HF_TOKEN_PATH."""
     words = _words(name)
     return not _is_file_name(words) and _say_secret(words)
 

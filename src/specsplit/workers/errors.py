@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import grpc
 
+RETRY_AFTER = "retry-after-ms"  # comes with a refusal that is for now only
+
 
 class Refusal(Exception):
     """A request that a worker will not serve; the message goes to the client with `status`."""
@@ -33,6 +35,12 @@ class LimitReached(Refusal):
     """A limit of the worker: context, sessions, tree size, calls at once, memory."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Busy(LimitReached):
+    """There is no room now; there may be after `retry_after_ms`."""
+
+    retry_after_ms = 100
 
 
 class Abandoned(Refusal):

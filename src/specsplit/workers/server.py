@@ -41,10 +41,6 @@ SPARE_CALLS = 16  # beyond those that work: health, Describe and what is refused
 SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
     ("grpc.so_reuseport", 0),  # or two workers could listen on one port and share its calls
-    # A client that is gone without a word is noticed, and its sessions are freed.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # what a client may ask that watches us likewise
 ]
 DRAFT_SERVICE = pb.DESCRIPTOR.services_by_name["DraftService"].full_name
 TARGET_SERVICE = pb.DESCRIPTOR.services_by_name["TargetService"].full_name

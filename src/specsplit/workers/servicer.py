@@ -21,7 +21,7 @@ from specsplit.config import WorkerSettings
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.compute import SharedModel, describe_runtime
 from specsplit.workers.environment import DETERMINISM_VARIABLES
-from specsplit.workers.errors import InvalidRequest, LimitReached, Refusal
+from specsplit.workers.errors import RETRY_AFTER, Busy, InvalidRequest, LimitReached, Refusal
 from specsplit.workers.inbox import MOST_WAITING, Inbox
 from specsplit.workers.memory import sessions_that_fit
 from specsplit.workers.sessions import Session, SessionStore
@@ -193,9 +193,7 @@ class WorkerServicer:
         """One of the calls that may run at once. Describe, EndSession and health are none of them: they are answered in
         any case."""
         if not self._calls.acquire(blocking=False):
-            raise LimitReached(
-                f"{self.config.call_limit} calls and streams run already; try again later or raise max_calls"
-            )
+            raise Busy(f"{self.config.call_limit} calls and streams run already; try again later or raise max_calls")
         try:
             yield
         finally:
@@ -213,6 +211,8 @@ class WorkerServicer:
             self.metrics.refused(status)
         if isinstance(error, Refusal):
             log.info("refused %s: %s %s", status.name, error, about)
+            if isinstance(error, Busy):
+                context.set_trailing_metadata(((RETRY_AFTER, str(error.retry_after_ms)),))
             context.abort(status, str(error)[:MAX_DETAILS])
         log.error("request failed %s", about, exc_info=error)
         context.abort(status, f"{type(error).__name__}: {error}"[:MAX_DETAILS])

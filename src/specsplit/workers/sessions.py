@@ -13,9 +13,9 @@ from typing import Any
 from specsplit.models.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.errors import LimitReached, SessionLost, StaleRound
+from specsplit.workers.errors import Busy, SessionLost, StaleRound
 
-PATIENCE_S = 1.0  # a text that ended may keep its session busy for a pass more
+PATIENCE_S = 0.25  # a text that ended may keep its session busy for a pass more
 
 
 @dataclass
@@ -145,7 +145,7 @@ class SessionStore:
                 session = self._sessions[key] = Session(cache, last_used=self._clock())
                 return session
             if (left := deadline - time.monotonic()) <= 0:
-                raise LimitReached(f"all {self._limit} sessions are in use; try again later or raise max_sessions")
+                raise Busy(f"all {self._limit} sessions are in use; try again later or raise max_sessions")
             self._lock.wait(left)
 
     def _free_cache(self) -> KVCache | None:

@@ -14,13 +14,21 @@ from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.access import TLS_SCHEME, Access, split_address
+from specsplit.workers.orchestrator.result import SpeculativeResult
 
 OPEN = Access()
 POLL_S = 0.1
 
 
 class WorkerError(UserError):
-    """A worker did not answer, or refused; the message names it, the call and the status."""
+    """A worker did not answer, or refused; the message names it, the call and the status.
+
+    code: name of the gRPC status. result: the text so far, None when it had not begun.
+    """
+
+    def __init__(self, message: str, *, code: str = "", result: SpeculativeResult | None = None) -> None:
+        super().__init__(message)
+        self.code, self.result = code, result
 
 
 @dataclass
