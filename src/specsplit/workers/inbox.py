@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from specsplit.rpc.codec import MALFORMED
-from specsplit.workers.errors import Abandoned, InvalidRequest, LimitReached
+from specsplit.workers.errors import InvalidRequest, LimitReached
 
 MOST_WAITING = 64  # messages of a stream; a client of ours has three under way at most
 
@@ -19,8 +19,8 @@ MOST_WAITING = 64  # messages of a stream; a client of ours has three under way 
 class Inbox:
     """Reads `requests` on a thread of its own until the client has sent all or is gone.
 
-    Iterating gives (message, time.perf_counter() of its arrival). It raises InvalidRequest for a message that cannot be
-    read, LimitReached when more than MOST_WAITING wait, and Abandoned as soon as the client is gone, whatever waits.
+    Iterating gives (message, time.perf_counter() of its arrival), and ends as soon as the client is gone, whatever waits.
+    It raises InvalidRequest for a message that cannot be read and LimitReached when more than MOST_WAITING wait.
     session_id, round: of the last message, noted by the handler (`of_session`).
     """
 
@@ -51,8 +51,6 @@ class Inbox:
             if item[0] is MALFORMED:
                 raise InvalidRequest(MALFORMED.why)
             yield item
-        if self._gone:
-            raise Abandoned("the client is gone")
 
     def of_session(self, session_id: str, round_number: int) -> None:
         """Note whose message it is. Raises InvalidRequest when it is of another session than those before it."""

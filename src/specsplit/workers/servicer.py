@@ -21,7 +21,7 @@ from specsplit.config import WorkerSettings
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.compute import SharedModel, describe_runtime
 from specsplit.workers.environment import DETERMINISM_VARIABLES
-from specsplit.workers.errors import RETRY_AFTER, Busy, InvalidRequest, LimitReached, Refusal
+from specsplit.workers.errors import RETRY_AFTER, Abandoned, Busy, InvalidRequest, LimitReached, Refusal
 from specsplit.workers.inbox import MOST_WAITING, Inbox
 from specsplit.workers.memory import sessions_that_fit
 from specsplit.workers.sessions import Session, SessionStore
@@ -202,7 +202,7 @@ class WorkerServicer:
     def abort(self, context: grpc.ServicerContext, error: Exception, session_id: str, round_number: int) -> NoReturn:
         """End a call: a Refusal with its own status, want of memory as RESOURCE_EXHAUSTED, anything else INTERNAL with
         the traceback in the log."""
-        about = f"session={session_id[:8]} round={round_number}"
+        about = f"session={ascii(session_id[:8])[1:-1]} round={round_number}"  # on one line, whatever it holds
         if _is_out_of_memory(error):
             log.error("out of memory: %s %s", error, about)
             error = LimitReached("not enough memory on this worker for the request; lower max_context or max_sessions")
@@ -210,7 +210,8 @@ class WorkerServicer:
         if self.metrics is not None:
             self.metrics.refused(status)
         if isinstance(error, Refusal):
-            log.info("refused %s: %s %s", status.name, error, about)
+            level = logging.DEBUG if isinstance(error, Abandoned) else logging.INFO
+            log.log(level, "refused %s: %s %s", status.name, error, about)
             if isinstance(error, Busy):
                 context.set_trailing_metadata(((RETRY_AFTER, str(error.retry_after_ms)),))
             context.abort(status, str(error)[:MAX_DETAILS])
