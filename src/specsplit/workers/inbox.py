@@ -19,8 +19,8 @@ MOST_WAITING = 64  # messages of a stream; a client of ours has three under way 
 class Inbox:
     """Reads `requests` on a thread of its own until the client has sent all or is gone.
 
-    Iterating gives (message, time.perf_counter() of its arrival), and ends as soon as the client is gone, whatever waits.
-    It raises InvalidRequest for a message that cannot be read and LimitReached when more than MOST_WAITING wait.
+    Iterating gives (message, time.perf_counter() of its arrival), and ends as soon as the client is gone, whatever
+    waits. It raises InvalidRequest for a message that cannot be read and LimitReached when over MOST_WAITING wait.
     session_id, round: of the last message, noted by the handler (`of_session`).
     """
 
