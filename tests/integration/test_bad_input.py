@@ -124,7 +124,7 @@ def _merged(request: Any, other: Any) -> bytes:
     return data
 
 
-FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def answered(workers: dict[str, Worker], method: str, data: bytes | list[bytes]) -> None:

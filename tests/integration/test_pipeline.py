@@ -362,8 +362,8 @@ def test_drafts_prepared_for_another_outcome_or_round_are_ignored(pair: tuple[Wo
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"sampling": pb.Sampling(temperature=-1)}, "temperature -1.0 is not a finite number"),
-        ({"sampling": pb.Sampling(temperature=float("nan"))}, "temperature nan is not a finite number"),
+        ({"sampling": pb.Sampling(temperature=-1)}, "temperature -1.0 is neither 0 nor from"),
+        ({"sampling": pb.Sampling(temperature=float("nan"))}, "temperature nan is neither 0 nor from"),
         ({"sampling": pb.Sampling(temperature=1, top_p=1.5)}, "top_p 1.5 is not above 0 and at most 1"),
         ({"tree_nodes": 1000, "tree_width": 1}, "tree_nodes and tree_width must be 1 to 256"),
         ({"tree_nodes": 10}, "tree_nodes and tree_width must be 1 to 256"),

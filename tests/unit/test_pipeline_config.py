@@ -194,7 +194,7 @@ def test_loading_twice_changes_nothing() -> None:
         (
             "workers.draft_address",
             "localhost",
-            'workers.draft_address: "localhost"; wanted host:port or a .json file or null',
+            'workers.draft_address: "localhost"; wanted host:port, grpcs://host:port or a .json file, or null',
         ),
         ("workers.session_ttl_s", math.nan, "workers.session_ttl_s: NaN; wanted a number > 0"),
         ("workers.session_ttl_s", math.inf, "workers.session_ttl_s: Infinity; wanted a number > 0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
@@ -27,7 +27,8 @@ class Metrics:
     def __init__(self) -> None:
         # Of its own, so that workers in one process do not share their numbers.
         self.registry = CollectorRegistry()
-        known = {"namespace": "specsplit", "registry": self.registry}
+        self._server: Any = None
+        known: dict[str, Any] = {"namespace": "specsplit", "registry": self.registry}
         self._rounds = Counter("rounds", "Rounds answered; a round sent again is not counted again", **known)
         self._drafted = Counter(
             "drafted_tokens",
@@ -56,8 +57,9 @@ class Metrics:
         return int(self._server.server_port)
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
 
     def watch(self, servicer: WorkerServicer, description: pb.DescribeReply) -> None:
         """Show what a worker holds, asked anew at every scrape."""

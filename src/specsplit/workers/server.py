@@ -67,7 +67,7 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
 class WorkerServer:
     """A gRPC server: health and reflection from `start` on, the service of a worker from `open` on.
 
-    port: the one it listens on after `start`. address: what clients of this machine call it by.
+    port: the one it listens on after `start`.
     """
 
     def __init__(self, config: WorkerSettings) -> None:
@@ -81,7 +81,7 @@ class WorkerServer:
             from specsplit.workers.metrics import Metrics
 
             self.metrics = Metrics()
-        self._gate = Gate(self._access, self.service, self.metrics and self.metrics.refused)
+        self._gate = Gate(self._access, self.service, self.metrics.refused if self.metrics else None)
         threads = config.call_limit + SPARE_CALLS
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "rpc"),  # made as they are needed; they mostly wait for the model
