@@ -19,7 +19,9 @@ from specsplit.errors import UserError
 Engine = Literal["auto", "fused", "graphs", "transformers"]
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 SamplingMethod = Literal["coupled", "rejection"]
+DraftFailure = Literal["reconnect", "target_alone", "fail"]
 MAX_GAMMA = 64
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0  # but for 0: beyond them logits overflow, or say nothing
 AUTO_GAMMA_LIMIT = 16  # drafts longer than this pay nowhere that was measured
 
 
@@ -62,8 +64,22 @@ class Settings(BaseSettings):
             raise UserError(f"{', '.join(malformed)}: not JSON; write a list as [1, 2] or null") from error
 
 
-class WorkerSettings(Settings):
-    """What both workers share."""
+class AccessSettings(Settings):
+    """Who may call a worker, and how a client shows that it may."""
+
+    tls_cert: Path | None = Field(None, description="own certificate, PEM, with those between it and the authority")
+    tls_key: Path | None = Field(None, description="key of that certificate, PEM, unencrypted")
+    tls_ca: Path | None = Field(
+        None, description="certificates, PEM, of the authority that the other side's certificate must be from"
+    )
+    token_file: Path | None = Field(
+        None, description="bearer token; a worker takes any of several, one a line. SPECSPLIT_TOKEN holds one itself"
+    )
+    insecure: bool = Field(False, description="allow another address than loopback, or a token to one, without TLS")
+
+
+class WorkerSettings(AccessSettings):
+    """What both workers share. A worker with a certificate speaks TLS; with tls_ca as well, clients need one too."""
 
     model: Path | None = Field(None, description="folder of a prepared model, or any local Hugging Face model")
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -79,9 +95,23 @@ class WorkerSettings(Settings):
     max_context: int = Field(2048, ge=16, description="tokens a session can hold, drafted ones included")
     max_sessions: int = Field(8, ge=1, description="sessions kept; the least recently used idle one goes first")
     session_ttl_s: float = Field(600.0, gt=0, description="seconds after which an idle session is dropped")
+    max_calls: int | None = Field(
+        None, ge=1, description="calls and streams at once; default: 16 more than twice max_sessions"
+    )
+    cache_memory_mb: int | None = Field(
+        None, ge=1, description="MiB for the caches of all sessions; default: half of what is free after loading"
+    )
     max_tree_nodes: int = Field(256, ge=1, description="largest tree drafted or verified")
     seed: int = Field(0, description="seed of torch in this process")
     drain_s: float = Field(3.0, ge=0, description="seconds that running calls get to finish after SIGTERM")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="port for Prometheus; 0 = any free port; default: none"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address to show the metrics on")
+
+    @property
+    def call_limit(self) -> int:
+        return self.max_calls or 2 * self.max_sessions + 16
 
 
 class DraftWorkerConfig(WorkerSettings):
@@ -105,14 +135,14 @@ class TargetWorkerConfig(WorkerSettings):
     port: int = Field(50052, ge=0, le=65535, description="port to listen on; 0 = any free port")
 
 
-class OrchestratorConfig(Settings):
+class OrchestratorConfig(AccessSettings):
     """The draft -> verify loop. Environment: SPECSPLIT_ORCH_*."""
 
     model_config = SettingsConfigDict(env_prefix="SPECSPLIT_ORCH_")
     short_flags = {"draft_address": "--draft-addr", "target_address": "--target-addr", "max_draft_tokens": "--gamma"}
 
-    draft_address: str = Field("127.0.0.1:50051", description="host:port of the draft worker")
-    target_address: str = Field("127.0.0.1:50052", description="host:port of the target worker")
+    draft_address: str = Field("127.0.0.1:50051", description="host:port of the draft worker; grpcs:// before it: TLS")
+    target_address: str = Field("127.0.0.1:50052", description="host:port of the target worker, likewise")
     tokenizer: Path | None = Field(None, description="folder of the tokenizer: a prepared or local model")
     mode: PipelineMode = Field(
         "sync", description="sync | overlap | lookahead: what is drafted while the target verifies"
@@ -125,7 +155,7 @@ class OrchestratorConfig(Settings):
         "draft", pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$", description="name of the draft in tables and run folders"
     )
     fan_out: int = Field(16, ge=1, le=64, description="outcomes of a verification that lookahead prepares drafts for")
-    temperature: float = Field(0.0, ge=0, le=100, description="0 = greedy")
+    temperature: float = Field(0.0, ge=0, le=MAX_TEMPERATURE, description="0 = greedy")
     top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens; 0 = from all")
     top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability")
     sampling: SamplingMethod = Field("coupled", description="coupled | rejection: how sampled drafts are verified")
@@ -141,9 +171,18 @@ class OrchestratorConfig(Settings):
     max_context: int | None = Field(
         None, ge=2, description="longest text, prompt included; default: what the target can hold"
     )
+    tls_name: str | None = Field(
+        None, description="name in a worker's certificate, where it is not that of the address, as behind a tunnel"
+    )
     connect_timeout_s: float = Field(10.0, gt=0, description="seconds to wait for a worker to answer")
     rpc_timeout_s: float = Field(120.0, gt=0, description="deadline of one call")
-    rpc_retries: int = Field(3, ge=0, description="times a call is sent again while its worker is unavailable")
+    recovery_timeout_s: float = Field(
+        60.0, ge=0, description="seconds that a worker that failed gets to be back; 0 = give up at once"
+    )
+    on_draft_failure: DraftFailure = Field(
+        "reconnect",
+        description="when a draft worker fails: reconnect | target_alone (it finishes the text) | fail",
+    )
     seed: int = Field(
         0, ge=0, lt=1 << 32, description="of the text: decides what is sampled; greedy text does not depend on it"
     )
@@ -152,6 +191,13 @@ class OrchestratorConfig(Settings):
     @classmethod
     def _tree_shape(cls, value: str) -> str:
         return str(TreeShape.parse(value))
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_in_range(cls, value: float) -> float:
+        if 0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"write 0 for greedy, or {MIN_TEMPERATURE:g} at least")
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

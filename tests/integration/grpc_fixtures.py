@@ -16,7 +16,8 @@ from specsplit.config import DraftWorkerConfig, TargetWorkerConfig
 from specsplit.models.passes import Pass
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.orchestrator.connection import Connection, connect
+from specsplit.workers.access import TLS_SCHEME, Access
+from specsplit.workers.orchestrator.connection import OPEN, Connection, connect
 from specsplit.workers.server import WorkerServer, load_servicer
 
 VOCAB = 128
@@ -58,9 +59,10 @@ class Reference:
 class Worker:
     """One worker that this process serves. `passes` counts the passes of its model, each session's part as one."""
 
-    def __init__(self, role: str, model: Path, **settings: Any) -> None:
+    def __init__(self, role: str, model: Path, *, access: Access = OPEN, **settings: Any) -> None:
         defaults = {"port": 0, "threads": 1, "dtype": "float32", "max_context": 128}
         self.role = role
+        self.access = access
         self.settings = {**defaults, "model": model, **settings}
         self.passes = 0
         self.before_pass: Callable[[], None] = lambda: None
@@ -80,8 +82,9 @@ class Worker:
             return step_many(passes)
 
         model.step_many = counted
-        self.server = WorkerServer(self.servicer)
+        self.server = WorkerServer(self.servicer.config)
         self.server.start()
+        self.server.open(self.servicer)
         self.settings["port"] = self.server.port
 
     def restart(self) -> None:
@@ -90,11 +93,11 @@ class Worker:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.server.port}"
+        return f"{TLS_SCHEME if 'tls_cert' in self.settings else ''}127.0.0.1:{self.server.port}"
 
     def connect(self) -> Connection:
-        """A channel of its own, closed when the worker is."""
-        self._channels.append(connect(self.role, self.address, timeout_s=20))
+        """A channel of its own, closed when the worker is. It shows what `access` says."""
+        self._channels.append(connect(self.role, self.address, timeout_s=20, access=self.access))
         return self._channels[-1]
 
     @property

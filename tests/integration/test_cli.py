@@ -142,10 +142,20 @@ def test_generate_prints_the_text_of_the_target(
 def test_generate_can_be_quiet_and_read_its_prompt(
     monkeypatch: pytest.MonkeyPatch, specsplit: Command, addresses: list[str], model: Path, text: str
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     flags = ["--tokenizer", model, *addresses, "--max-output-tokens", 12, "--quiet"]
     shown = specsplit("generate", "--prompt", "-", *flags)
     assert (shown.status, shown.out, shown.err) == (0, f"{text}\n", "")
+
+
+def test_a_prompt_that_is_not_utf8_is_told(
+    monkeypatch: pytest.MonkeyPatch, specsplit: Command, addresses: list[str], model: Path
+) -> None:
+    flags = ["--tokenizer", model, *addresses]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"good \xff")))
+    assert "standard input: not UTF-8 (byte 6)" in specsplit("generate", "--prompt", "-", *flags).error()
+    argument = b"\x80".decode("utf-8", errors="surrogateescape")  # as Python hands it over
+    assert "--prompt: not UTF-8 (byte 1)" in specsplit("generate", "--prompt", argument, *flags).error()
 
 
 def test_the_environment_stands_for_flags(

@@ -14,7 +14,7 @@ import transformers
 from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.orchestrator import session
+from specsplit.workers.orchestrator import recovery
 from specsplit.workers.orchestrator.client import run_speculative_loop
 from specsplit.workers.orchestrator.connection import WorkerError, check_tokenizers, connect, connected_pair
 from specsplit.workers.orchestrator.result import SpeculativeResult
@@ -60,7 +60,8 @@ def draft(folders: tuple[Path, Path]) -> Iterator[Worker]:
 
 @pytest.fixture(autouse=True)
 def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "RETRY_WAIT_S", 0.02)
+    monkeypatch.setattr(recovery, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(recovery, "LAST_CHANCE_S", 0.2)
 
 
 def write(
@@ -278,6 +279,9 @@ class LostReply(grpc.RpcError):
     def details(self) -> str:
         return "connection reset"
 
+    def trailing_metadata(self) -> None:
+        return None
+
 
 @pytest.mark.parametrize("role", ["draft", "target"])
 @pytest.mark.parametrize("shape", ["chain-3", "tree"])
@@ -288,7 +292,7 @@ def test_a_worker_restarted_during_a_text(
         stubs: dict[str, Any] = {"draft": draft.stub, "target": target.stub}
         worker = draft if role == "draft" else target
         stubs[role] = Unreliable(worker, 4, lambda _: worker.restart())
-        result = write(**stubs, **SHAPES[shape], rpc_retries=8)
+        result = write(**stubs, **SHAPES[shape])
         assert result.output_tokens == reference.text(PROMPT, LENGTH)
         assert stubs[role].resent_whole == 1
 
@@ -341,15 +345,13 @@ def test_a_worker_that_stays_away_is_named(folders: tuple[Path, Path], draft: Wo
     gone = Worker("target", folders[0])
     stub = Unreliable(gone, 3, lambda _: gone.server.stop())
     with pytest.raises(WorkerError, match="target worker failed in round 3: UNAVAILABLE"):
-        write(draft, stub, rpc_retries=2)
-    assert len(stub.sent) == 2 + 3
+        write(draft, stub, recovery_timeout_s=0.3)
     with pytest.raises(WorkerError, match="target worker does not answer: UNAVAILABLE"):
-        write(draft, gone, rpc_retries=1)
+        write(draft, gone, recovery_timeout_s=0.1)
     gone.close()
 
 
-@pytest.mark.parametrize("retries", [0, 1, 3])
-def test_a_call_is_sent_again_rpc_retries_times(draft: Worker, target: Worker, retries: int) -> None:
+def test_a_call_is_sent_again_until_the_recovery_timeout(draft: Worker, target: Worker) -> None:
     class Away:
         Describe, EndSession, tries = target.stub.Describe, target.stub.EndSession, 0
 
@@ -358,9 +360,13 @@ def test_a_call_is_sent_again_rpc_retries_times(draft: Worker, target: Worker, r
             raise LostReply
 
     stub = Away()
-    with pytest.raises(WorkerError, match="target worker failed in round 1: UNAVAILABLE: connection reset"):
-        write(draft, stub, rpc_retries=retries)
-    assert stub.tries == retries + 1
+    failed = "target worker failed in round 1: UNAVAILABLE: connection reset"
+    with pytest.raises(WorkerError, match=f"{failed}$"):
+        write(draft, stub, recovery_timeout_s=0)
+    assert stub.tries == 1
+    with pytest.raises(WorkerError, match=rf"{failed}; gave up after 0\.\d s"):
+        write(draft, stub, recovery_timeout_s=0.2)
+    assert stub.tries > 3
 
 
 def test_a_refusal_is_not_tried_again(folders: tuple[Path, Path], target: Worker) -> None:

@@ -240,17 +240,25 @@ def test_when_every_session_is_busy_the_next_one_is_refused(folder: Path) -> Non
         assert ask(worker, PROMPT, session="late").next_token < VOCAB
 
 
-def test_what_goes_wrong_in_the_model_is_an_internal_error_and_mends_itself(target: Worker) -> None:
+def test_what_goes_wrong_in_the_model_has_a_status_and_mends_itself(target: Worker) -> None:
     wanted = ask(target, PROMPT, session="t").next_token
 
-    def fail() -> None:
-        raise MemoryError("no memory left")
+    for failure, status, details in (
+        (ZeroDivisionError("a fault of ours"), Code.INTERNAL, "ZeroDivisionError: a fault of ours"),
+        (MemoryError(), Code.RESOURCE_EXHAUSTED, "not enough memory on this worker"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), Code.RESOURCE_EXHAUSTED, "not enough memory"),
+    ):
+        target.before_pass = lambda failure=failure: _raise(failure)
+        answer = refused(lambda: ask(target, PROMPT))
+        target.before_pass = lambda: None
+        assert answer[0] == status
+        assert answer[1].startswith(details)
+        assert ask(target, PROMPT).next_token == wanted
+        target.stub.EndSession(pb.EndSessionRequest(session_id="s"))
 
-    target.before_pass = fail
-    answer = refused(lambda: ask(target, PROMPT))
-    target.before_pass = lambda: None
-    assert answer == (Code.INTERNAL, "MemoryError: no memory left")
-    assert ask(target, PROMPT).next_token == wanted
+
+def _raise(failure: Exception) -> None:
+    raise failure
 
 
 # ---- drafting and verifying

@@ -55,7 +55,7 @@ def test_a_malformed_message_is_read_as_it_is() -> None:
 
 samplings = st.builds(
     Sampling,
-    temperature=st.floats(0, 100),
+    temperature=st.just(0.0) | st.floats(1e-6, 100),
     top_k=st.integers(0, 2**32 - 1),
     top_p=st.floats(0, 1, exclude_min=True),
     seed=st.integers(0, 2**64 - 1),
@@ -77,9 +77,11 @@ def test_a_request_that_says_nothing_is_greedy() -> None:
 @pytest.mark.parametrize(
     ("message", "complaint"),
     [
-        (pb.Sampling(temperature=-0.1), "temperature -0.1 is not a finite number of at least 0"),
-        (pb.Sampling(temperature=math.nan), "temperature nan is not"),
-        (pb.Sampling(temperature=math.inf), "temperature inf is not"),
+        (pb.Sampling(temperature=-0.1), "temperature -0.1 is neither 0 nor from 1e-06 to 100"),
+        (pb.Sampling(temperature=math.nan), "temperature nan is neither"),
+        (pb.Sampling(temperature=math.inf), "temperature inf is neither"),
+        (pb.Sampling(temperature=1e-300), "temperature 1e-300 is neither"),
+        (pb.Sampling(temperature=101), "temperature 101.0 is neither"),
         (pb.Sampling(top_p=-0.5), "top_p -0.5 is not above 0 and at most 1"),
         (pb.Sampling(top_p=1.5), "top_p 1.5 is not"),
         (pb.Sampling(top_p=math.nan), "top_p nan is not"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.models.passes import Pass
 from specsplit.models.synthetic import SyntheticLM
 from specsplit.workers.compute import ModelThread, SharedModel
+from specsplit.workers.errors import Stopped
 
 
 class Held(SyntheticLM):
@@ -118,9 +119,9 @@ def test_closing_drops_what_waits_and_tells_what_runs() -> None:
         assert shared.close() is False
         model.leave.set()
         assert torch.equal(running.result(30), alone([40]))
-        with pytest.raises(CancelledError):
+        with pytest.raises(Stopped):
             waiting.result(30)
-    with pytest.raises(CancelledError):
+    with pytest.raises(Stopped):
         shared.step(shared.new_cache(8), [42])
     assert shared.close() is True
 

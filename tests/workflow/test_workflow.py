@@ -72,7 +72,10 @@ def test_nothing_to_do_afterwards(finished):
         ({"draft": {"skip_layers": [0]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
         ({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
         ({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
-        ({"workers": {"gpus": 1}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        (
+            {"workers": {"gpus": 1, "token_file": "secrets/token", "tls_ca": "ca.pem", "cache_memory_mb": 99}},
+            {"resolved_config": 1, "provenance": 1, "summary": 1},
+        ),
         (
             {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
             {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS},
@@ -118,6 +121,26 @@ def test_what_changed_code_reruns(finished, file, expected):
     finally:
         path.write_bytes(original)
         os.utime(path, times)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lifecycle", ["workflow", "job"])
+def test_workers_that_want_a_token_and_no_trace_of_it(workspace, lifecycle):
+    """The workers that the workflow starts ask for it, its clients have it, and it is in no file that is left."""
+    token = "0123456789abcdef-of-this-test"
+    (workspace.folder / "token").write_text(token)
+    (workspace.folder / "token").chmod(0o600)
+    workspace.config |= {"gammas": [0, 1]}
+    workspace.config["workers"] |= {"token_file": "token", "lifecycle": lifecycle}
+    workspace.run(target="results/summary.csv results/report.html")
+    (workspace.folder / "token").rename(workspace.folder.parent / f"token-{lifecycle}")
+    found = [path for path in workspace.folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert found == []
+    run = json.loads((workspace.folder / "results/runs/gamma_1/run.json").read_text())
+    assert run["orchestrator"]["token_file"] == "token"
+    logs = list((workspace.folder / "results/logs/workers").glob("*.log"))
+    assert logs
+    assert not any("UNAUTHENTICATED" in log.read_text() for log in logs)
 
 
 def test_a_comment_in_the_configuration_reruns_nothing(finished):

@@ -84,6 +84,16 @@ def given_cores():
 EVERY_CORE = given_cores() or 1
 
 
+def share_access():
+    """Tell every job how to reach workers. By the environment: it changes no result, so a change of it reruns nothing."""
+    for key in ["token_file", "tls_ca", "tls_cert", "tls_key", "insecure"]:
+        if value := config["workers"][key]:
+            # The token is also what workers that are started here ask for; their address is one of this machine alone.
+            for owner in ["ORCH", "DRAFT", "TARGET"] if key == "token_file" else ["ORCH"]:
+                os.environ.setdefault(f"SPECSPLIT_{owner}_{key.upper()}", str(value))
+
+
+share_access()
 # Jobs and workers end when this process does, and what a killed run left behind is cleared.
 begin_run()
 remember_workflow(given_cores(), [os.path.relpath(file) for file in workflow.configfiles])
@@ -243,6 +253,7 @@ def worker_operation(role, label):
     workers = config["workers"]
     return flags(
         max_sessions=worker_sessions(label),
+        cache_memory_mb=workers["cache_memory_mb"],
         session_ttl_s=workers["session_ttl_s"],
         startup_timeout_s=workers["startup_timeout_s"],
         attach=attach_address(role) or None,

@@ -14,6 +14,7 @@ from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_lay
 from specsplit.analysis.reading import read_records
 from specsplit.analysis.tables import write_csv
 from specsplit.bench.capacity import CapacityRecord
+from specsplit.bench.metrics import FAILED
 
 LEVEL = ("mode", "gamma", "clients")
 LIMIT_FACTOR = 2.0  # of the median TPOT of one client, when no limit is given
@@ -23,7 +24,7 @@ _MARKERS = ("D", "o", "s", "^", "v", "P")
 
 
 def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) -> DataFrame:
-    """One row a mode, gamma and number of clients.
+    """One row a mode, gamma and number of clients; all but wall_s and the last column over requests that did not fail.
 
     mode, gamma, clients, requests, generated_tokens
     wall_s
@@ -41,6 +42,8 @@ def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) 
         of the latency of all requests, the part in which a worker computed for others.
     matches_single
         share of requests with the text that one client alone got.
+    failed_requests
+        rows with status failed.
     """
     limit = tpot_limit_ms
     rows: list[dict[str, Any]] = []
@@ -48,6 +51,8 @@ def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) 
     for (mode, gamma, clients), own in requests.groupby(list(LEVEL), sort=False):
         ended = own["started_ms"] + own["total_latency_ms"]
         wall_s = float(ended.max() - own["started_ms"].min()) / 1e3
+        failed = own["status"] == FAILED
+        own = own[~failed]
         tokens = own["generated_tokens"].sum()
         row: dict[str, Any] = {"mode": mode, "gamma": gamma, "clients": clients, "requests": len(own)}
         row |= {"generated_tokens": int(tokens), "wall_s": wall_s, "tokens_per_second": tokens / wall_s}
@@ -66,7 +71,8 @@ def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) 
         row["goodput_tokens_per_second"] = good["generated_tokens"].sum() / wall_s
         row["goodput_requests_per_second"] = len(good) / wall_s
         row["queue_share"] = own["queue_ms"].sum() / own["total_latency_ms"].sum()
-        row["matches_single"] = own["matches_single"].mean()
+        row["matches_single"] = own["matches_single"].astype("Float64").mean()
+        row["failed_requests"] = int(failed.sum())
         rows.append(row)
     return DataFrame(rows)
 

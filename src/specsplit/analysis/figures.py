@@ -29,7 +29,7 @@ from specsplit.analysis.drawing import (
     settle_layout,
 )
 from specsplit.analysis.repeats import median_over_repeats
-from specsplit.analysis.tables import PER_REQUEST, summarize
+from specsplit.analysis.tables import PER_REQUEST, finished, summarize
 
 WIDTH_IN, HEIGHT_IN, TALL_IN = 3.4, 2.6, 4.6
 PANEL_WIDTH_IN, PANEL_HEIGHT_IN = 2.5, 2.0  # of several beside each other
@@ -93,6 +93,7 @@ def draw_figures(
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     summary = summarize(requests, rounds, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
     summary = summary.rename(columns={"hit_rate": "hit_rate_mean"})
+    requests, rounds = finished(requests, rounds)
     requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0")
     ahead = requests["speculation_hits"] + requests["speculation_misses"]
     requests = requests.assign(hit_rate=requests["speculation_hits"] / ahead.where(ahead > 0))

@@ -16,7 +16,7 @@ from pandas import DataFrame, Series, isna
 from specsplit.analysis.curves import split_panels
 from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import paired_ratio_ci
-from specsplit.analysis.tables import CONFIGURATION, PER_REQUEST, configuration_of
+from specsplit.analysis.tables import CONFIGURATION, PER_REQUEST, configuration_of, finished, paired
 from specsplit.bench.sweep import plain_number
 
 _WORDS = {"gamma": "γ = {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
@@ -87,6 +87,7 @@ def find_best(
     ratio of their milliseconds per token, from a paired bootstrap over requests, includes 1.
     """
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
+    requests, rounds = finished(requests, rounds)
     requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0")
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
@@ -119,8 +120,7 @@ def find_best(
 
 
 def _tied(own: DataFrame, best: DataFrame, settings: dict[str, Any]) -> bool:
-    pairs = best.set_index("request_id").loc[own["request_id"]]
-    columns = [table[name] for table in (own, pairs) for name in ("total_latency_ms", "generated_tokens")]
+    columns = [table[name] for table in paired(own, best) for name in ("total_latency_ms", "generated_tokens")]
     low, _ = paired_ratio_ci(*columns, **settings)
     return math.isnan(low) or low <= 1
 
@@ -146,6 +146,23 @@ def lossless_sentence(summary: DataFrame) -> str:
             "not the same text, or gamma 0 was not run."
         )
     return " ".join(parts) or "Nothing was drafted, so there is nothing to compare."
+
+
+def faults_sentence(summary: DataFrame) -> str:
+    """What failed while this was measured, as sentences; empty when nothing did."""
+    names, parts = varied(summary), []
+    failed = summary[summary["failed_requests"] > 0]
+    if len(failed):
+        where = "; ".join(f"{name_of(row, names)}: {row['failed_requests']}" for _, row in failed.iterrows())
+        parts.append(
+            f"{failed['failed_requests'].sum()} requests failed and are in no mean ({where}); requests.csv says why."
+        )
+    if count := int(summary["worker_failures"].sum()):
+        parts.append(
+            f"Workers failed in {count} rounds; what that cost the requests that got over it is in their latency "
+            "(requests.csv, recovery_ms)."
+        )
+    return " ".join(parts)
 
 
 def varied(summary: DataFrame) -> list[str]:

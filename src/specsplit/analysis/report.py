@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 import specsplit
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
-from specsplit.analysis.findings import find_best, lossless_sentence, summary_table
+from specsplit.analysis.findings import faults_sentence, find_best, lossless_sentence, summary_table
 from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize, write_atomically
 from specsplit.errors import UserError
 from specsplit.jsonio import read_json_object
@@ -57,6 +57,7 @@ def write_report(
         "record": record,
         "findings": find_best(requests, rounds, summary, **settings),
         "lossless": lossless_sentence(summary),
+        "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
         "requests": int(requests["request_id"].nunique()),
         "asked": _asked(record),

@@ -10,18 +10,17 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import grpc
-
-from specsplit.bench.metrics import RequestRecord
+from specsplit.bench.metrics import FAILED, OK, RequestRecord
+from specsplit.bench.records import Request, request_record, request_seed
 from specsplit.bench.rows import RowFile
-from specsplit.bench.runner import Request, request_record, request_seed
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
 from specsplit.rpc.codec import CHANNEL_OPTIONS
-from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.workers.access import Access
+from specsplit.workers.orchestrator.connection import WorkerError
 from specsplit.workers.orchestrator.pipeline import event_loop, run_speculative_loop_async
 from specsplit.workers.orchestrator.result import SpeculativeResult
 
@@ -41,11 +40,11 @@ class _Place:
 class CapacityRecord(RequestRecord, _Place):
     """One request with so many clients: one row of `capacity_requests.csv`.
 
-    repeat counts how often the prompt was taken. matches_single: the text that one client alone got. queue_ms: what its
-    rounds waited in the workers for other clients, summed.
+    repeat counts how often the prompt was taken. matches_single: the text that one client alone got; None when one of
+    the two failed. queue_ms: what its rounds waited in the workers for other clients, summed.
     """
 
-    matches_single: bool = True
+    matches_single: bool | None = True
     queue_ms: float = 0.0
 
 
@@ -63,12 +62,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished text, which client wrote it, and when it began."""
+    """A text, which client wrote it, when it began, and why it is not finished."""
 
     job: Job
     client: int
     started_ms: float
     result: SpeculativeResult
+    error: WorkerError | None = None
 
 
 def measure_capacity(
@@ -98,14 +98,17 @@ def measure_capacity(
                 done = run_clients(jobs, number)
                 records = [_record(text, number) for text in sorted(done, key=lambda text: text.started_ms)]
                 for record in records if number == 1 else ():
-                    single[record.request_id, record.repeat] = record.output_sha256
-                level = [
-                    CapacityRecord(**{**asdict(r), "matches_single": r.output_sha256 == single[r.request_id, r.repeat]})
-                    for r in records
-                ]
+                    if record.status == OK:
+                        single[record.request_id, record.repeat] = record.output_sha256
+                level = [replace(record, matches_single=_matches(record, single)) for record in records]
                 for record in level:
                     rows.write(asdict(record))
                 on_level(level)
+
+
+def _matches(record: CapacityRecord, single: dict[tuple[str, int], str]) -> bool | None:
+    expected = single.get((record.request_id, record.repeat))
+    return None if expected is None or record.status == FAILED else record.output_sha256 == expected
 
 
 def _jobs(requests: Sequence[Request], config: OrchestratorConfig, count: int) -> Iterator[Job]:
@@ -116,8 +119,14 @@ def _jobs(requests: Sequence[Request], config: OrchestratorConfig, count: int) -
 
 
 def run_clients(jobs: Sequence[Job], clients: int) -> list[Done]:
-    """All jobs by so many clients, each on channels of its own; in the order in which they ended."""
-    return event_loop().run(_run_clients(jobs, clients))
+    """All jobs by so many clients, each on channels of its own; in the order in which they ended.
+
+    Raises WorkerError when a worker does not answer before a text has begun; a text that fails later is an entry.
+    """
+    try:
+        return event_loop().run(_run_clients(jobs, clients))
+    except ExceptionGroup as group:  # one of them says enough
+        raise group.exceptions[0] from None
 
 
 async def _run_clients(jobs: Sequence[Job], clients: int) -> list[Done]:
@@ -134,17 +143,24 @@ async def _run_clients(jobs: Sequence[Job], clients: int) -> list[Done]:
         controller = None
         if config.max_draft_tokens == "auto":
             controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+        access = Access.of(config)
         async with (
-            grpc.aio.insecure_channel(config.draft_address, options=options) as draft,
-            grpc.aio.insecure_channel(config.target_address, options=options) as target,
+            access.aio_channel(config.draft_address, options) as draft,
+            access.aio_channel(config.target_address, options) as target,
         ):
-            stubs = pb_grpc.DraftServiceStub(draft), pb_grpc.TargetServiceStub(target)
+            stubs = access.stub("draft", draft), access.stub("target", target)
             while waiting:
                 job = waiting.popleft()
                 started_ms = (time.perf_counter() - began) * 1e3
                 tokens = job.request.token_ids
-                result = await run_speculative_loop_async(*stubs, tokens, job.config, controller=controller)
-                done.append(Done(job, number, started_ms, result))
+                error = None
+                try:
+                    result = await run_speculative_loop_async(*stubs, tokens, job.config, controller=controller)
+                except WorkerError as failure:
+                    if failure.result is None:
+                        raise
+                    result, error = failure.result, failure
+                done.append(Done(job, number, started_ms, result, error))
 
     async with asyncio.TaskGroup() as group:
         for number in range(clients):
@@ -153,7 +169,7 @@ async def _run_clients(jobs: Sequence[Job], clients: int) -> list[Done]:
 
 
 def _record(text: Done, clients: int) -> CapacityRecord:
-    record = request_record(text.job.request, text.result, text.job.config, text.job.repeat)
+    record = request_record(text.job.request, text.result, text.job.config, text.job.repeat, text.error)
     queued = sum(r.draft_queue_ms + r.verify_queue_ms for r in text.result.rounds)
     return CapacityRecord(
         clients=clients, client=text.client, started_ms=text.started_ms, queue_ms=queued, **asdict(record)

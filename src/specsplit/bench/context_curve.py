@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import cycle, islice, product
 from statistics import median
 
-from specsplit.bench.runner import Request, request_record
+from specsplit.bench.records import Request, request_record
 from specsplit.config import OrchestratorConfig
+from specsplit.workers.access import Access
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import SpeculativeResult
 
@@ -61,7 +62,8 @@ def measure_contexts(
 
 
 def _writer(config: OrchestratorConfig) -> TextWriter:
-    return TextWriter(config.draft_address if config.max_draft_tokens else None, config.target_address)
+    draft = config.draft_address if config.max_draft_tokens else None
+    return TextWriter(draft, config.target_address, access=Access.of(config))
 
 
 def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: SpeculativeResult) -> ContextText:

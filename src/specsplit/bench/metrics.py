@@ -1,4 +1,4 @@
-"""The columns of every table that a benchmark run writes, and how they follow from the rounds.
+"""The columns of every table that a benchmark run writes.
 
 The first ten columns of `requests.csv` are a contract: their names and order do not change.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from specsplit.workers.orchestrator.result import Round
+
+OK, FAILED = "ok", "failed"  # a request's status
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,16 @@ class RequestRecord:
     output_sha256: str
     itl_ms: float | None = None
     repeat: int = 1
+    # What failed on the way. status: ok | failed. A failed request has the counts and sums of what there is of its
+    # text, no TTFT, no times per token and no rates. error_code: a gRPC status. *_failures: rounds in which that worker
+    # failed. recovery_ms: waited for workers to be back. events: what failed, when, and what was done, in words.
+    status: str = OK
+    error_code: str = ""
+    error_message: str = ""
+    draft_failures: int = 0
+    target_failures: int = 0
+    recovery_ms: float = 0.0
+    events: str = ""
 
 
 @dataclass(frozen=True)

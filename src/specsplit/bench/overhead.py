@@ -10,6 +10,7 @@ from specsplit.bench.theory_check import Simulation, simulated_workers
 from specsplit.bench.transport import bare_round_trip_ms
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.theory import PipelineMode
+from specsplit.workers.access import Access
 from specsplit.workers.orchestrator.pipeline import TextWriter
 
 
@@ -25,7 +26,8 @@ def measure_overhead(
     points: list[tuple[PipelineMode, int]] = [("sync", 0), *((mode, gamma) for mode in modes for gamma in gammas)]
     simulation = Simulation(acceptance=acceptance, draft_ms=0.0, verify_ms=0.0)
     rows = []
-    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target) as writer:
+    ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
+    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target, access=ours) as writer:
         bare_ms = bare_round_trip_ms(0.0, repeats=500)
         for text in range(-1, texts):  # -1: the warm-up
             for mode, gamma in points:

@@ -9,7 +9,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from specsplit.bench.metrics import RequestRecord
+from specsplit.bench.metrics import FAILED, RequestRecord
 
 
 class Progress:
@@ -33,6 +33,7 @@ class Progress:
         )
         self._total = total
         self._count = 0
+        self._failed = 0
         self._tokens = 0
         self._busy_ms = 0.0
         self._started = time.monotonic()
@@ -44,9 +45,28 @@ class Progress:
         self._bar.close()
         if self._count:
             print(f"{self._count} of {self._total} prompts in {_lasting(self._elapsed())}: {self._speed()}", flush=True)
+        if self._failed:
+            print(f"{self._failed} requests failed: requests.csv says why; delete it and run again to try them again")
+
+    def kept(self, count: int) -> None:
+        """So many are there already, of an earlier run."""
+        self._total -= count
+        self._bar.update(count)
+        if count and self._lines:
+            print(f"{count} requests are kept from an earlier run with the same settings", flush=True)
 
     def done(self, record: RequestRecord) -> None:
         self._count += 1
+        if record.status == FAILED:
+            self._failed += 1
+            self._bar.update()
+            if self._lines:
+                print(
+                    f"[{self._count}/{self._total}] gamma {record.gamma} {record.request_id}: failed: "
+                    f"{record.error_message}",
+                    flush=True,
+                )
+            return
         self._tokens += record.generated_tokens
         self._busy_ms += record.total_latency_ms
         self._bar.set_postfix_str(f"gamma {record.gamma}, {self._speed()}", refresh=False)
@@ -66,7 +86,7 @@ class Progress:
         return time.monotonic() - self._started
 
     def _speed(self) -> str:
-        return f"{self._tokens / self._busy_ms * 1e3:.1f} tokens/s"
+        return f"{self._tokens / self._busy_ms * 1e3:.1f} tokens/s" if self._busy_ms else "nothing finished"
 
 
 def _terminal(fd: int | None) -> TextIO | None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.bench.baselines import HuggingFace, Peer, PeerText
+from specsplit.bench.records import Request, request_seed
 from specsplit.bench.rows import RowFile
-from specsplit.bench.runner import Request, request_seed
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import UserError
+from specsplit.workers.access import Access
 from specsplit.workers.orchestrator.connection import Connection
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import SpeculativeResult
@@ -130,7 +131,9 @@ def race(
 
 def _our_writer(contender: Ours, stack: ExitStack) -> Callable[[Request], _Text]:
     draft, config = contender.draft, contender.config
-    writer = stack.enter_context(TextWriter(draft.address if draft else None, contender.target.address))
+    writer = stack.enter_context(
+        TextWriter(draft.address if draft else None, contender.target.address, access=Access.of(config))
+    )
     controller = None
     if config.max_draft_tokens == "auto":
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)

@@ -1,31 +1,33 @@
 """Runs prompts through the loop at one gamma and leaves a run folder: tables, texts, and how they were made.
 
 A run folder holds `requests.csv`, `per_round.csv`, `outputs.jsonl` and `run.json`. While the run goes on, and when it
-fails, the rows so far are in `*.part` files; the final names appear only when every request is done.
+is cut short, what is done is in its journal, and the next run with the same settings goes on with that; the tables
+appear only when every request is done. A request that fails is a row too, and stays in the journal to be tried again.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
+import io
 import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import specsplit
 from specsplit.bench.dataset import Prompt
-from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
-from specsplit.config import OrchestratorConfig
+from specsplit.bench.journal import Entry, Journal
+from specsplit.bench.metrics import FAILED, OK, REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
+from specsplit.bench.records import Request, request_record, request_seed, round_records
+from specsplit.config import AccessSettings, OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import UserError
 from specsplit.hashing import combined_sha256
-from specsplit.jsonio import write_json
+from specsplit.jsonio import json_sha256, write_json
 from specsplit.models.text import TextCodec
 from specsplit.provenance.capture import (
     capture_environment,
@@ -39,23 +41,15 @@ from specsplit.provenance.git import capture_git
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
 from specsplit.provenance.redaction import redact, redact_arguments
 from specsplit.provenance.steps import workflow_command
+from specsplit.workers.access import Access
 from specsplit.workers.endpoint import description_dict
-from specsplit.workers.orchestrator.connection import Connection
+from specsplit.workers.orchestrator.connection import Connection, WorkerError
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import SpeculativeResult
 
 RUN_SCHEMA_VERSION = 2
 PACKAGE = Path(specsplit.__file__).parent
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl")
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt as the models get it."""
-
-    id: str
-    category: str
-    token_ids: list[int]
 
 
 def encode_prompts(prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int) -> list[Request]:
@@ -83,150 +77,170 @@ def run_requests(
     repeats: int = 1,
     inputs: dict[str, Any] | None = None,
     origins: Mapping[str, Mapping[str, Any]] | None = None,
+    resume: bool = True,
+    on_kept: Callable[[int], None] = lambda count: None,
     on_done: Callable[[RequestRecord], None] = lambda record: None,
 ) -> None:
     """One run: every request in order, as the configuration says, and all of them `repeats` times; writes `run_dir`.
+
+    What the journal of an earlier run with the same settings holds is not measured again, but for requests that failed.
+    A request that fails is a row with its reason. The run itself fails when a worker does not answer before a text
+    has begun, or when every request failed.
 
     draft: may be None when gamma is 0. config.seed: each text gets a seed of its own, from it and the request's id.
     warmup: requests run first and not recorded. repeats: a request has the same seed each time.
     inputs: what run.json says of files read (path, sha256).
     origins: what it says of each role's worker beside Describe's reply, as worker_origin gives it.
-    on_done: called after each request. Raises WorkerError; then run.json holds the error and exit_code 1.
+    resume: False forgets what an earlier run left. on_kept: gets the number of rows that are there already.
+    on_done: called after each request. Raises WorkerError and UserError; then run.json holds the error and exit_code 1.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for name in (*TABLES, *(f"{table}.part" for table in TABLES), "run.json"):
-        (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
     gpu_before = capture_gpu()
     run = _describe_run(draft, target, codec, config, warmup, repeats, inputs or {}, origins or {})
+    sampler = GpuSampler()
+    plan = list(product(range(1, repeats + 1), requests))
+    with Journal(run_dir, _what_decides(run, requests), resume=resume) as journal:
+        for name in (*TABLES, "run.json"):
+            (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
+        kept = [(repeat, request) for repeat, request in plan if _done(journal, repeat, request)]
+        on_kept(len(kept))
+
+        def end(code: int, error: str | None) -> None:
+            entries = [entry for repeat, request in plan if (entry := journal.get((repeat, request.id)))]
+            failed = sum(entry.request.status == FAILED for entry in entries)
+            finished = {
+                "finished": utc_now(),
+                "exit_code": code,
+                "error": error,
+                "requests": {"planned": len(plan), OK: len(entries) - failed, FAILED: failed, "kept": len(kept)},
+                "attempts": journal.attempts,
+            }
+            gpu = {"before": gpu_before, "after": capture_gpu(), "samples": sampler.samples}
+            write_json(run_dir / "run.json", redact({**run, **finished, "gpu": gpu}))
+
+        try:
+            with sampler:
+                _measure(plan, draft, target, codec, config, journal, warmup, on_done)
+            _write_tables(plan, journal, run_dir)
+        except BaseException as error:
+            end(1, str(error) if isinstance(error, UserError) else repr(error))
+            raise
+        end(0, None)
+        if all(_done(journal, repeat, request) for repeat, request in plan):
+            journal.remove()
+
+
+Turn = tuple[int, Request]  # which repeat
+
+
+def _done(journal: Journal, repeat: int, request: Request) -> bool:
+    entry = journal.get((repeat, request.id))
+    return entry is not None and entry.request.status == OK
+
+
+def _measure(
+    plan: Sequence[Turn],
+    draft: Connection | None,
+    target: Connection,
+    codec: TextCodec,
+    config: OrchestratorConfig,
+    journal: Journal,
+    warmup: int,
+    on_done: Callable[[RequestRecord], None],
+) -> None:
+    """Run what the journal does not have, in order; then what failed before."""
+    left = [turn for turn in plan if not _done(journal, *turn)]
+    left.sort(key=lambda turn: journal.get((turn[0], turn[1].id)) is not None)
+    if not left:
+        return
     controller = None
     if config.max_draft_tokens == "auto":
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
-    sampler = GpuSampler()
-
-    def end(code: int, error: str | None) -> None:
-        finished = {"finished": utc_now(), "exit_code": code, "error": error}
-        gpu = {"before": gpu_before, "after": capture_gpu(), "samples": sampler.samples}
-        write_json(run_dir / "run.json", redact({**run, **finished, "gpu": gpu}))
-
-    try:
-        with sampler, TextWriter(draft.address if draft else None, target.address) as writer:
-
-            def write(request: Request) -> tuple[OrchestratorConfig, SpeculativeResult]:
-                own = config.model_copy(update={"seed": request_seed(config.seed, request.id)})
-                return own, writer.write(request.token_ids, own, controller=controller)
-
-            for i in range(warmup):
-                write(requests[i % len(requests)])
-            _write_rows(requests, repeats, write, codec, run_dir, on_done)
-    except BaseException as error:
-        end(1, str(error) if isinstance(error, UserError) else repr(error))
-        raise
-    end(0, None)
+    known = {c.role: c.description for c in (draft, target) if c}
+    with TextWriter(draft.address if draft else None, target.address, known, access=Access.of(config)) as writer:
+        for i in range(warmup):
+            request = left[i % len(left)][1]
+            writer.write(request.token_ids, _own(config, request), controller=controller)
+        for repeat, request in left:
+            own = _own(config, request)
+            error = None
+            try:
+                result = writer.write(request.token_ids, own, controller=controller)
+            except WorkerError as failure:
+                # Without a text the worker cannot be reached at all; the next request would fare no better.
+                if failure.result is None:
+                    raise
+                result, error = failure.result, failure
+            entry = _entry(request, result, own, repeat, codec, error)
+            journal.add(entry)
+            on_done(entry.request)
 
 
-def request_seed(seed: int, request_id: str) -> int:
-    """The 32-bit seed of one text, from the run's and the request's id: other prompts do not change it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{request_id}".encode()).digest()[:4], "big")
+def _own(config: OrchestratorConfig, request: Request) -> OrchestratorConfig:
+    return config.model_copy(update={"seed": request_seed(config.seed, request.id)})
 
 
-def _write_rows(
-    requests: Sequence[Request],
-    repeats: int,
-    write: Callable[[Request], tuple[OrchestratorConfig, SpeculativeResult]],
+def _entry(
+    request: Request,
+    result: SpeculativeResult,
+    config: OrchestratorConfig,
+    repeat: int,
     codec: TextCodec,
-    run_dir: Path,
-    on_done: Callable[[RequestRecord], None],
-) -> None:
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context((run_dir / f"{name}.part").open("w", encoding="utf-8", newline="")) for name in TABLES
-        ]
-        request_rows = csv.DictWriter(files[0], REQUEST_COLUMNS, lineterminator="\n")
-        round_rows = csv.DictWriter(files[1], ROUND_COLUMNS, lineterminator="\n")
-        request_rows.writeheader()
-        round_rows.writeheader()
-        # All requests, then all again: what drifts in the course of a run is spread over every request.
-        for repeat, request in product(range(1, repeats + 1), requests):
-            config, result = write(request)
-            record = request_record(request, result, config, repeat)
-            request_rows.writerow(asdict(record))
-            round_rows.writerows(asdict(row) for row in round_records(request.id, result, config, repeat))
-            output = {
-                "request_id": request.id,
-                "repeat": repeat,
-                "finish_reason": result.finish_reason,
-                "text": codec.decode(result.output_tokens),
-                "token_ids": result.output_tokens,
-            }
-            files[2].write(json.dumps(output, ensure_ascii=False) + "\n")
-            for file in files:
-                file.flush()
-            on_done(record)
-    for name in TABLES:
-        (run_dir / f"{name}.part").replace(run_dir / name)
+    error: WorkerError | None,
+) -> Entry:
+    record = request_record(request, result, config, repeat, error)
+    output = {
+        "request_id": request.id,
+        "repeat": repeat,
+        "finish_reason": record.finish_reason,
+        "text": codec.decode(result.output_tokens),
+        "token_ids": result.output_tokens,
+        "status": record.status,
+    }
+    return Entry(record, round_records(request.id, result, config, repeat), output)
 
 
-def round_records(
-    request_id: str, result: SpeculativeResult, config: OrchestratorConfig, repeat: int = 1
-) -> list[RoundRecord]:
-    """The rows of `per_round.csv` of one finished text."""
-    gamma = config.max_draft_tokens
-    return [RoundRecord(request_id=request_id, gamma=gamma, repeat=repeat, **asdict(row)) for row in result.rounds]
+def _write_tables(plan: Sequence[Turn], journal: Journal, run_dir: Path) -> None:
+    """The tables of a run whose requests all ended. Raises UserError when every one failed."""
+    entries = [entry for repeat, request in plan if (entry := journal.get((repeat, request.id)))]
+    if entries and all(entry.request.status == FAILED for entry in entries):
+        raise UserError(f"every request failed, the first one with: {entries[0].request.error_message}")
+    requests, rounds, outputs = io.StringIO(), io.StringIO(), io.StringIO()
+    for file, columns, rows in (
+        (requests, REQUEST_COLUMNS, [entry.request for entry in entries]),
+        (rounds, ROUND_COLUMNS, [row for entry in entries for row in entry.rounds]),
+    ):
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(asdict(row) for row in rows)
+    for entry in entries:
+        outputs.write(json.dumps(entry.output, ensure_ascii=False) + "\n")
+    for name, content in zip(TABLES, (requests, rounds, outputs), strict=True):
+        part = run_dir / f".{name}.part"
+        part.write_text(content.getvalue(), encoding="utf-8", newline="")
+        part.replace(run_dir / name)
 
 
-def request_record(
-    request: Request, result: SpeculativeResult, config: OrchestratorConfig, repeat: int = 1
-) -> RequestRecord:
-    """The row of `requests.csv` of one finished text.
+# Where the workers are and how failures are met decides no text and no time, where nothing fails.
+_OPERATION = (
+    *("draft_address", "target_address", "tokenizer", "connect_timeout_s", "rpc_timeout_s"),
+    *("recovery_timeout_s", "on_draft_failure", *AccessSettings.model_fields, "tls_name"),
+)
+_WORKER_OPERATION = ("address", "pid", "attached", "process_started", "log", "reason")
 
-    average_acceptance_rate is the mean over the rounds that drafted something; None when none did.
-    mean_accepted_length is the mean number of tokens a round added: accepted ones and the target's own.
-    itl_ms is the time after the first round over the tokens of the later rounds; None when there were none. (tpot_ms
-    divides the same time by all tokens but one, so it counts the rest of the first round as if it took no time.)
-    """
-    rounds, generated = result.rounds, len(result.output_tokens)
-    rates = [r.accepted / r.drafted for r in rounds if r.drafted]
-    idle = sum(r.network_ms for r in rounds)
-    tpot, itl = None, None
-    if generated > 1 and result.ttft_ms is not None:
-        tpot = (result.total_ms - result.ttft_ms) / (generated - 1)
-        later = generated - (rounds[0].accepted + 1)
-        itl = (result.total_ms - result.ttft_ms) / later if later > 0 else None
-    return RequestRecord(
-        request_id=request.id,
-        gamma=config.max_draft_tokens,
-        prompt_length=len(request.token_ids),
-        generated_tokens=generated,
-        ttft_ms=result.ttft_ms,
-        tpot_ms=tpot,
-        average_acceptance_rate=sum(rates) / len(rates) if rates else None,
-        total_network_idle_ms=idle,
-        total_latency_ms=result.total_ms,
-        num_rounds=len(rounds),
-        category=request.category,
-        finish_reason=result.finish_reason,
-        drafted_tokens=sum(r.drafted for r in rounds),
-        accepted_tokens=sum(r.accepted for r in rounds),
-        mean_accepted_length=sum(r.accepted + 1 for r in rounds) / len(rounds),
-        network_idle_fraction=idle / result.total_ms,
-        draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
-        target_compute_ms=sum(r.verify_compute_ms for r in rounds),
-        mode=config.mode,
-        tree=config.tree,
-        draft=config.draft_name,
-        sampling=config.sampling,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        rtt_ms=config.rtt_ms,
-        jitter_ms=config.jitter_ms,
-        seed=config.seed,
-        speculation_hits=result.speculation_hits,
-        speculation_misses=result.speculation_misses,
-        output_sha256=hashlib.sha256(json.dumps(result.output_tokens).encode()).hexdigest(),
-        itl_ms=itl,
-        repeat=repeat,
-    )
+
+def _what_decides(run: Mapping[str, Any], requests: Sequence[Request]) -> dict[str, Any]:
+    """The settings that the rows of one run share: those of another run with the same ones may stand beside them."""
+    workers = {
+        role: {key: value for key, value in worker.items() if key not in _WORKER_OPERATION}
+        for role, worker in run["workers"].items()
+    }
+    return {
+        "requests_sha256": json_sha256([[r.id, r.category, r.token_ids] for r in requests]),
+        "orchestrator": {key: value for key, value in run["orchestrator"].items() if key not in _OPERATION},
+        "workers": workers,
+        **{key: run[key] for key in ("repeats", "warmup_requests", "tokenizer_sha256", "machine", "environment")},
+        **{key: run[key] for key in ("software_sha256", "run_code_sha256")},
+    }
 
 
 def _describe_run(

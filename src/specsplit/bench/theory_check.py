@@ -20,6 +20,7 @@ from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.theory import PipelineMode, expected_tokens, tpot_ms
 from specsplit.errors import UserError
 from specsplit.models.sources import prepare_model
+from specsplit.workers.access import Access
 from specsplit.workers.launch import start_worker, stop_worker
 from specsplit.workers.orchestrator.pipeline import TextWriter
 from specsplit.workers.orchestrator.result import SpeculativeResult
@@ -110,7 +111,8 @@ def check_theory(
     rows = []
     # A worker rests about as long as the other one works.
     bare_ms = bare_round_trip_ms(simulation.verify_ms / 2)
-    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target) as writer:
+    ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
+    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target, access=ours) as writer:
         for rtt_ms in rtts_ms:
             alone: list[list[int]] = []
             points: list[tuple[PipelineMode, int | str]] = [

@@ -35,6 +35,7 @@ def add_commands(subparsers: Any) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     from specsplit.models.sources import resolve_model
     from specsplit.models.text import TextCodec, TextStream
+    from specsplit.workers.access import Access
     from specsplit.workers.endpoint import resolve_address
     from specsplit.workers.orchestrator.connection import connected_pair
     from specsplit.workers.orchestrator.pipeline import TextWriter
@@ -44,7 +45,7 @@ def run_generate(args: argparse.Namespace) -> None:
     config = load_settings(OrchestratorConfig, args)
     if config.tokenizer is None:
         raise UserError("no tokenizer: give --tokenizer FOLDER, or --model FOLDER to start workers as well")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _prompt(args.prompt)
     codec = TextCodec.load(resolve_model(config.tokenizer)[0])
     stream = TextStream(codec)
 
@@ -55,12 +56,23 @@ def run_generate(args: argparse.Namespace) -> None:
         config = config.model_copy(update={role: resolve_address(a) for role, a in addresses.items()})
         with connected_pair(config, codec.sha256) as (draft, target):
             prompt_ids = codec.encode(prompt, use_chat_template=config.use_chat_template)
-            with TextWriter(draft.address if draft else None, target.address) as writer:
+            with TextWriter(draft.address if draft else None, target.address, access=Access.of(config)) as writer:
                 result = writer.write(prompt_ids, config, on_tokens=show)
     show([], last=True)
     print()
     if not args.quiet:
         print(_figures(result), file=sys.stderr)
+
+
+def _prompt(given: str) -> str:
+    """The prompt of the command line, or of standard input. Raises UserError when its bytes are not UTF-8."""
+    # What of an argument is not UTF-8 stands in the string as halves of surrogate pairs.
+    data = sys.stdin.buffer.read() if given == "-" else given.encode("utf-8", errors="surrogateescape")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = "standard input" if given == "-" else "--prompt"
+        raise UserError(f"{where}: not UTF-8 (byte {error.start + 1})") from None
 
 
 @contextmanager

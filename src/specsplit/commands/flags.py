@@ -51,7 +51,9 @@ def setting_arguments(settings: Settings, only: Sequence[str]) -> list[str]:
     arguments: list[str] = []
     for field in only:
         value = getattr(settings, field)
-        if value is not None:
+        if isinstance(value, bool):
+            arguments.append(settings.flag(field) if value else f"--no-{settings.flag(field)[2:]}")
+        elif value is not None:
             arguments.append(settings.flag(field))
             arguments += [str(item) for item in value] if isinstance(value, list) else [str(value)]
     return arguments

@@ -62,6 +62,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 def run_capacity(args: argparse.Namespace) -> None:
     from specsplit.bench.capacity import CapacityRecord, measure_capacity
+    from specsplit.bench.metrics import FAILED
     from specsplit.bench.runner import encode_prompts
     from specsplit.commands.plan import connected_configs, load_codec, read_prompts
     from specsplit.workers.lease import end_with_lease
@@ -85,10 +86,12 @@ def run_capacity(args: argparse.Namespace) -> None:
         tokens = sum(row.generated_tokens for row in rows)
         tpots = sorted(row.tpot_ms for row in rows if row.tpot_ms is not None)
         median = f", median TPOT {tpots[len(tpots) // 2]:.1f} ms" if tpots else ""
-        wrong = sum(not row.matches_single for row in rows)
+        wrong = sum(row.matches_single is False for row in rows)
+        failed = sum(row.status == FAILED for row in rows)
         print(
             f"gamma {rows[0].gamma}, {rows[0].clients} clients: {len(rows)} requests, {tokens / wall_s:.1f} tokens/s"
-            f"{median}{f', {wrong} TEXTS DIFFER from the single run' if wrong else ''}",
+            f"{median}{f', {failed} FAILED' if failed else ''}"
+            f"{f', {wrong} TEXTS DIFFER from the single run' if wrong else ''}",
             flush=True,
         )
 

@@ -11,7 +11,7 @@ from specsplit.bench.baselines import Peer
 from specsplit.bench.sweep import AUTO, MODES, SHARED_DEFAULTS
 from specsplit.commands.flags import add_interval_flags, add_setting_flags, interval_settings
 from specsplit.commands.serve import ROLES, add_gpus_flag, own_worker
-from specsplit.config import MAX_GAMMA, OrchestratorConfig
+from specsplit.config import MAX_GAMMA, AccessSettings, OrchestratorConfig
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 
@@ -25,9 +25,12 @@ BENCH_SETTINGS = (
     "max_rounds",
     "use_chat_template",
     "ignore_eos",
+    *AccessSettings.model_fields,
+    "tls_name",
     "connect_timeout_s",
     "rpc_timeout_s",
-    "rpc_retries",
+    "recovery_timeout_s",
+    "on_draft_failure",
     "seed",
 )
 DEFAULT_GAMMAS = (1, 3, 5, 8, 12)
@@ -57,6 +60,7 @@ def add_commands(subparsers: Any) -> None:
     bench.add_argument("--limit", type=int, help="take a stratified slice of this many prompts (default: all)")
     bench.add_argument("--on-bad-line", choices=("stop", "skip"), default="stop", help="what a bad prompt line does")
     bench.add_argument("--warmup", type=int, default=1, metavar="N", help="requests run before the clock starts")
+    bench.add_argument("--fresh", action="store_true", help="measure anew what an unfinished run has measured")
     bench.add_argument("--repeats", type=int, default=1, metavar="N", help="times that every request is measured")
     bench.add_argument(
         "--only",
@@ -164,6 +168,8 @@ def run_bench(args: argparse.Namespace) -> None:
                     repeats=args.repeats,
                     inputs=plan.inputs,
                     origins=origins,
+                    resume=not args.fresh,
+                    on_kept=progress.kept,
                     on_done=progress.done,
                 )
     if not args.only:
@@ -185,7 +191,7 @@ def run_merge(args: argparse.Namespace) -> None:
 
 
 def run_analyze(args: argparse.Namespace) -> None:
-    from specsplit.analysis.findings import find_best, lossless_sentence, summary_table, text_table
+    from specsplit.analysis.findings import faults_sentence, find_best, lossless_sentence, summary_table, text_table
     from specsplit.analysis.tables import read_tables, summarize, write_csv
 
     settings = interval_settings(args)
@@ -206,13 +212,15 @@ def run_analyze(args: argparse.Namespace) -> None:
     for finding in find_best(requests, rounds, summary, **settings):
         print(f"{finding.where or 'Best'}:", *finding.sentences())
     print("Lossless:", lossless_sentence(summary))
+    if faults := faults_sentence(summary):
+        print("Faults:", faults)
 
 
 def run_profile(args: argparse.Namespace) -> None:
     from specsplit.analysis.profile import PARTS, draw_profile, profile
-    from specsplit.analysis.tables import CONFIGURATION, read_tables, write_csv
+    from specsplit.analysis.tables import CONFIGURATION, finished, read_tables, write_csv
 
-    table = profile(read_tables(args.results_dir)[1])
+    table = profile(finished(*read_tables(args.results_dir))[1])
     for path in draw_profile(table, args.results_dir / "figures" / "profile.png"):
         print(path)
     write_csv(table, args.results_dir / "profile.csv")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specsplit.commands.flags import add_setting_flags, load_settings, setting_arguments
-from specsplit.config import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.config import AccessSettings, DraftWorkerConfig, OrchestratorConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.errors import UserError
 from specsplit.jsonio import read_json_object
 
@@ -97,6 +97,7 @@ def _start(
     role: str, args: argparse.Namespace, endpoint_file: Path, worker_log: Path, *, gpus: int, pool: Path | None = None
 ) -> Endpoint:
     """Start the worker that the flags describe, or attach to the one that they name."""
+    from specsplit.workers.access import Access
     from specsplit.workers.environment import own_gpu
     from specsplit.workers.launch import attach_worker, share_worker, start_worker
 
@@ -113,6 +114,7 @@ def _start(
             model=config.model,
             dtype=config.dtype,
             skip_layers=getattr(config, "skip_layers", []),
+            access=Access.of(OrchestratorConfig.load({key: getattr(args, key) for key in AccessSettings.model_fields})),
         )
     # A fixed port may be taken; the endpoint file says which one it got.
     config = load_settings(settings, args, port=args.port or 0)

@@ -17,6 +17,14 @@ class TreeError(ValueError):
     """The arrays do not describe a tree of drafted tokens; the message names the node and the reason."""
 
 
+def check_lengths(token_ids: int, parents: int, log_probs: int) -> None:
+    """Raise TreeError unless the arrays of a tree have one length."""
+    if not token_ids == parents == log_probs:
+        raise TreeError(
+            f"token_ids, parents and log_probs must have one length, got {token_ids}, {parents} and {log_probs}"
+        )
+
+
 @dataclass
 class TokenTree:
     """Drafted tokens as parallel arrays of length n.
@@ -84,11 +92,7 @@ class TokenTree:
         """Raise TreeError unless the arrays form a tree: equal lengths, parents before children, token ids
         inside the vocabulary, finite log-probabilities of at most 0, no token twice under one parent."""
         n = len(self.token_ids)
-        if not n == len(self.parents) == len(self.log_probs):
-            raise TreeError(
-                f"token_ids, parents and log_probs must have one length, "
-                f"got {n}, {len(self.parents)} and {len(self.log_probs)}"
-            )
+        check_lengths(n, len(self.parents), len(self.log_probs))
         if max_nodes is not None and n > max_nodes:
             raise TreeError(f"tree has {n} nodes, the limit is {max_nodes}")
         seen: set[tuple[int, int]] = set()

@@ -157,6 +157,13 @@ class CausalLM:
                 f"Choose a decoder-only model with plain attention and a key/value cache."
             )
 
+    def cache_bytes(self, capacity: int) -> int:
+        """Bytes that a cache of so many tokens takes; of a model with compressed keys and values, at most."""
+        config = self.model.config.get_text_config()
+        heads = _known(config, "num_key_value_heads") or config.num_attention_heads
+        head_dim = _known(config, "head_dim") or config.hidden_size // config.num_attention_heads
+        return 2 * self.num_layers * heads * head_dim * self.dtype.itemsize * capacity
+
     def new_cache(self, capacity: int) -> LayeredSlots:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
         return KVCache(self.num_layers, capacity)

@@ -114,6 +114,9 @@ class FusedLM:
         self._team = Team(threads)
         self._room = _Room(self._weights, threads, 0, 0)
 
+    def cache_bytes(self, capacity: int) -> int:
+        return 8 * self.num_layers * self._kv_heads * self._head_dim * capacity  # keys and values in float32
+
     def new_cache(self, capacity: int) -> FusedCache:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
         if capacity > len(self._cos):

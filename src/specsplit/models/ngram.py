@@ -37,6 +37,9 @@ class NGramLM:
         self.device = torch.device("cpu")
         self.parameters = 0
 
+    def cache_bytes(self, capacity: int) -> int:
+        return 8 * capacity
+
     def new_cache(self, capacity: int) -> TokenCache:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
         return TokenCache(capacity)

@@ -135,12 +135,26 @@ def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
         check_tokenizer(folder) if is_weightless(manifest["source"]) else check_model_folder(folder)
     except UserError as error:
         raise UserError(f"{error} ({manifest_path} points there; prepare the model again)") from None
-    if manifest["path"] != ".":  # someone else's files: the manifest must not vouch for other weights
+    if manifest["path"] == ".":
+        _check_small_files(folder, manifest_path, manifest["files"])
+    else:  # someone else's files: the manifest must not vouch for other weights
         made = manifest_path.stat().st_mtime_ns
         for file in manifest["files"]:
             if not (folder / file).is_file() or (folder / file).stat().st_mtime_ns > made:
                 raise UserError(f"{folder / file} changed after {manifest_path}; prepare the model again")
     return folder, manifest
+
+
+def _check_small_files(folder: Path, manifest_path: Path, files: Mapping[str, str]) -> None:
+    """Raise UserError unless configuration and tokenizer are the files that the manifest names, and no more.
+
+    The weights, which take longer, are hashed where they are loaded.
+    """
+    present = {path.name for path in folder.iterdir() if matches(path.name, MODEL_FILES)}
+    for name in sorted(present | set(files)):
+        as_named = name in present and name in files
+        if not as_named or (not matches(name, WEIGHT_FILES) and sha256_file(folder / name) != files[name]):
+            raise UserError(f"{folder / name} is not as {manifest_path} says: prepare the model again")
 
 
 def parse_model_id(text: str) -> dict[str, str]:

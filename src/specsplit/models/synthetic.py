@@ -67,6 +67,9 @@ class SyntheticLM:
         # Row i of this view has rank 0 at token -i modulo vocab_size, rank 1 at the token after it, and so on.
         self._rows = by_rank.repeat(2).unfold(0, vocab_size, 1)
 
+    def cache_bytes(self, capacity: int) -> int:
+        return 8 * capacity
+
     def new_cache(self, capacity: int) -> TokenCache:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
         return TokenCache(capacity)

@@ -29,7 +29,8 @@ LOCK = Path("envs/constraints.txt")
 # What of the package decides what a run writes; relative to it, as the workflow names it.
 RUN_CODE = (
     *("decoding", "models", "workers", "rpc", "config.py"),
-    *("bench/runner.py", "bench/metrics.py", "bench/dataset.py", "bench/sweep.py"),
+    *("bench/runner.py", "bench/journal.py", "bench/records.py", "bench/metrics.py", "bench/dataset.py"),
+    "bench/sweep.py",
 )
 # What decides a result beside the package, relative to the project's folder.
 WORKFLOW_FILES = ("Snakefile", "workflow/**/*", "profiles/**/*", "envs/*", "pyproject.toml")

@@ -25,6 +25,8 @@ TIMES = (
     "network_idle_fraction",
     "draft_compute_ms",
     "target_compute_ms",
+    "itl_ms",
+    "recovery_ms",
 )
 SHOWN = 60  # characters of a value
 

@@ -1,7 +1,7 @@
 """Passwords and tokens never get into a record or an archive.
 
-What counts as one: the value of an environment variable or a key with such a name, a string in the form of a well-known
-kind of token, and the user part of an address.
+What counts as one: the value of an environment variable or a key with such a name, each line of a file that a variable
+names for it, a string in the form of a well-known kind of token, and the user part of an address.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 REDACTED = "[redacted]"
 _WORDS = {"token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "apikey", "pat"}
 _PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key")}
+_LARGEST_FILE = 1 << 16
 _SHORTEST = 8  # a shorter value of a variable would be found in harmless text
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|pypi-[\w-]{40,}"
@@ -26,8 +29,21 @@ _TOKEN = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key or variable of this name holds a secret: HF_TOKEN, --api-key; not max_output_tokens."""
-    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+    """Whether a key or variable of this name holds a secret: HF_TOKEN, --api-key; not max_output_tokens, nor the name
+    of a file with one: token_file, HF_TOKEN_PATH."""
+    words = _words(name)
+    return not _is_file_name(words) and _say_secret(words)
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+
+
+def _is_file_name(words: Sequence[str]) -> bool:
+    return words[-1:] in (["file"], ["path"])
+
+
+def _say_secret(words: Sequence[str]) -> bool:
     return bool(_WORDS & set(words)) or any(pair in _PAIRS for pair in pairwise(words))
 
 
@@ -74,5 +90,22 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
 
 def _secret_values() -> list[str]:
     """Longest first: one may be part of another."""
-    found = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST}
+    found = set()
+    for name, value in os.environ.items():
+        words = _words(name)
+        if value and _say_secret(words):
+            found |= set(_lines_of(value)) if _is_file_name(words) else {value}
+    found = {value for value in found if len(value) >= _SHORTEST}
     return sorted(found, key=lambda value: (-len(value), value))
+
+
+@cache
+def _lines_of(path: str) -> tuple[str, ...]:
+    """The lines of a file of secrets; none when it cannot be read, or is no such file."""
+    try:
+        file = Path(path)
+        if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
+            return ()
+        return tuple(line.strip() for line in file.read_text("utf-8", errors="replace").splitlines())
+    except OSError:
+        return ()

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -22,6 +21,7 @@ import torch
 
 from specsplit.decoding.tree import TokenTree
 from specsplit.models.passes import EMPTY, Pass
+from specsplit.workers.errors import Abandoned, Stopped
 
 if TYPE_CHECKING:
     from specsplit.models.loading import LanguageModel
@@ -48,10 +48,14 @@ def describe_runtime(device: Any, seed: int) -> dict[str, str]:
 
 @dataclass
 class Stopwatch:
-    """Milliseconds of one request: waiting for the model, and all of its work without that."""
+    """Milliseconds of one request: waiting for the model, and all of its work without that.
+
+    gone: whether nobody waits for the request any more; asked before every pass.
+    """
 
     queue_ms: float = 0.0
     compute_ms: float = 0.0
+    gone: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -92,10 +96,18 @@ class SharedModel:
     def max_context(self) -> int:
         return self.model.max_context
 
+    @property
+    def waiting(self) -> int:
+        """Passes that wait for the model."""
+        return len(self._waiting)
+
     @contextmanager
-    def timed(self) -> Iterator[Stopwatch]:
-        """Times what this thread does; the numbers are there at the end."""
-        watch = self._clock.watch = Stopwatch()
+    def timed(self, gone: Callable[[], bool] = lambda: False) -> Iterator[Stopwatch]:
+        """Times what this thread does; the numbers are there at the end.
+
+        gone: once it says that nobody waits for the answer, the next pass raises Abandoned instead of being run.
+        """
+        watch = self._clock.watch = Stopwatch(gone=gone)
         started = time.perf_counter()
         try:
             yield watch
@@ -106,7 +118,7 @@ class SharedModel:
     def step(self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0) -> torch.Tensor:
         """One pass, as CausalLM.step; waits for the model. A long prompt is fed in parts, so that others get turns.
 
-        Raises CancelledError when the model is closed before it came to that.
+        Raises Stopped when the model is closed before it came to that, Abandoned when nobody waits any more (`timed`).
         """
         held, most = cache.length, self.model.batch_tokens or len(tokens)
         try:
@@ -124,13 +136,15 @@ class SharedModel:
         return not self._busy.locked()
 
     def _pass(self, what: Pass) -> torch.Tensor:
+        watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
+        if watch.gone():
+            raise Abandoned("the client is gone")
         job, arrived = _Job(what), time.perf_counter()
         self._waiting.append(job)
         while not job.done:
             with self._busy:
                 if not job.done:
                     self._run_waiting()
-        watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
         watch.queue_ms += (job.began - arrived) * 1e3
         if job.error is not None:
             raise job.error
@@ -149,11 +163,11 @@ class SharedModel:
             job.began = began
         try:
             if self._closed:
-                raise CancelledError("the model is closed")
+                raise Stopped("this worker is stopping")
             for job, logits in zip(jobs, self._together([job.what for job in jobs]), strict=True):
                 job.logits = logits
         except BaseException as error:
-            if len(jobs) > 1 and not isinstance(error, CancelledError):
+            if len(jobs) > 1 and not isinstance(error, Stopped):
                 self._one_by_one(jobs)
             else:
                 for job in jobs:

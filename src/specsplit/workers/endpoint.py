@@ -14,6 +14,7 @@ from google.protobuf.json_format import MessageToDict
 from specsplit.errors import UserError
 from specsplit.jsonio import read_json, read_json_object
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workers.access import TLS_SCHEME, split_address
 from specsplit.workers.lease import ProcessIdentity
 
 EVERY_ADDRESS = ("0.0.0.0", "[::]", "::")
@@ -69,11 +70,20 @@ class Endpoint:
     log: str | None = None
 
     @classmethod
-    def local(cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None) -> Endpoint:
+    def local(
+        cls,
+        host: str,
+        port: int,
+        description: pb.DescribeReply,
+        holder: ProcessIdentity | None,
+        *,
+        tls: bool = False,
+    ) -> Endpoint:
         """The endpoint of this very process. One that listens on every address is found under its host's name."""
         me = ProcessIdentity.of(os.getpid())
+        reached = socket.gethostname() if host in EVERY_ADDRESS else host
         return cls(
-            address=f"{socket.gethostname() if host in EVERY_ADDRESS else host}:{port}",
+            address=f"{TLS_SCHEME if tls else ''}{reached}:{port}",
             attached=False,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -86,7 +96,7 @@ class Endpoint:
     @classmethod
     def of_running(cls, address: str, description: pb.DescribeReply) -> Endpoint:
         """The endpoint of a worker that somebody else runs."""
-        return cls(address, True, address.rpartition(":")[0], None, None, None, None, description_dict(description))
+        return cls(address, True, split_address(address)[1], None, None, None, None, description_dict(description))
 
     @classmethod
     def read(cls, path: Path) -> Endpoint:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import grpc
 
+RETRY_AFTER = "retry-after-ms"  # comes with a refusal that is for now only
+
 
 class Refusal(Exception):
     """A request that a worker will not serve; the message goes to the client with `status`."""
@@ -30,6 +32,24 @@ class StaleRound(Refusal):
 
 
 class LimitReached(Refusal):
-    """A limit of the worker: context, sessions, tree size."""
+    """A limit of the worker: context, sessions, tree size, calls at once, memory."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Busy(LimitReached):
+    """There is no room now; there may be after `retry_after_ms`."""
+
+    retry_after_ms = 100
+
+
+class Abandoned(Refusal):
+    """The client cancelled the call or its deadline passed: nothing more is computed for it."""
+
+    status = grpc.StatusCode.CANCELLED
+
+
+class Stopped(Refusal):
+    """The worker is stopping; the call may be made again where another one serves."""
+
+    status = grpc.StatusCode.UNAVAILABLE

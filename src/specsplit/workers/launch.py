@@ -15,10 +15,11 @@ from pathlib import Path
 
 from specsplit.errors import UserError
 from specsplit.models.sources import resolve_model
+from specsplit.workers.access import Access
 from specsplit.workers.endpoint import Endpoint, resolve_address
 from specsplit.workers.environment import COMMAND, deterministic_environment
 from specsplit.workers.lease import hold_lease, user_lock
-from specsplit.workers.orchestrator.connection import connect
+from specsplit.workers.orchestrator.connection import OPEN, connect
 
 POLL_S = 0.1
 LOG_TAIL_LINES = 15
@@ -136,14 +137,16 @@ def attach_worker(
     dtype: str,
     skip_layers: Sequence[int] = (),
     timeout_s: float = 10.0,
+    access: Access = OPEN,
 ) -> Endpoint:
     """Write the endpoint file of a worker that already runs, after checking that it is the one meant.
 
-    address: host:port, or an address file. Such a worker is never stopped. Raises UserError when nothing answers
-    there, or when its weights, dtype or skipped layers are not those asked for.
+    address: host:port, grpcs://host:port, or an address file. access: how we show who we are. Such a worker is never
+    stopped. Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those
+    asked for.
     """
     address = resolve_address(address)
-    with connect(role, address, timeout_s=timeout_s) as connection:
+    with connect(role, address, timeout_s=timeout_s, access=access) as connection:
         description = connection.description
     _, manifest = resolve_model(model)
     wanted = {

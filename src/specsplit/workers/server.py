@@ -8,6 +8,7 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -21,17 +22,26 @@ from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.workers.access import ServerAccess
 from specsplit.workers.compute import SharedModel
 from specsplit.workers.draft.service import DraftServicer
 from specsplit.workers.endpoint import Endpoint, describe_identity
 from specsplit.workers.environment import usable_cores
+from specsplit.workers.gate import Gate
 from specsplit.workers.lease import Lease, lease_holder
 from specsplit.workers.servicer import WorkerServicer
 from specsplit.workers.target.service import TargetServicer
 
+if TYPE_CHECKING:
+    from specsplit.workers.metrics import Metrics
+
 log = logging.getLogger(__name__)
 LEASE_POLL_S = 0.5
-HANDLER_THREADS = 32  # they mostly wait for the model
+SPARE_CALLS = 16  # beyond those that work: health, Describe and what is refused are answered in any case
+SERVER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.so_reuseport", 0),  # or two workers could listen on one port and share its calls
+]
 DRAFT_SERVICE = pb.DESCRIPTOR.services_by_name["DraftService"].full_name
 TARGET_SERVICE = pb.DESCRIPTOR.services_by_name["TargetService"].full_name
 
@@ -55,41 +65,70 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
 
 
 class WorkerServer:
-    """A gRPC server around one servicer. `port` is the one it listens on after `start`."""
+    """A gRPC server: health and reflection from `start` on, the service of a worker from `open` on.
 
-    def __init__(self, servicer: WorkerServicer) -> None:
-        self.servicer = servicer
+    port: the one it listens on after `start`.
+    """
+
+    def __init__(self, config: WorkerSettings) -> None:
+        self.config = config
         self.port = 0
+        self.servicer: WorkerServicer | None = None
+        self.service = DRAFT_SERVICE if isinstance(config, DraftWorkerConfig) else TARGET_SERVICE
+        self._access = ServerAccess.load(config)
+        self.metrics: Metrics | None = None
+        if config.metrics_port is not None:
+            from specsplit.workers.metrics import Metrics
+
+            self.metrics = Metrics()
+        self._gate = Gate(self._access, self.service, self.metrics.refused if self.metrics else None)
+        threads = config.call_limit + SPARE_CALLS
         self._server = grpc.server(
-            ThreadPoolExecutor(HANDLER_THREADS, "rpc"),
-            # Without this two workers could listen on one port and share its calls.
-            options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)],
+            ThreadPoolExecutor(threads, "rpc"),  # made as they are needed; they mostly wait for the model
+            interceptors=[self._gate],
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=threads,
         )
+        self._late = _LateService()
+        self._server.add_generic_rpc_handlers((self._late,))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if isinstance(servicer, DraftServicer):
-            self.service = DRAFT_SERVICE
-            pb_grpc.add_DraftServiceServicer_to_server(servicer, self._server)
-        else:
-            self.service = TARGET_SERVICE
-            pb_grpc.add_TargetServiceServicer_to_server(servicer, self._server)
         names = (self.service, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     def start(self) -> None:
-        """Listen and report SERVING. UserError when the address cannot be had."""
-        config = self.servicer.config
-        address = f"{config.host}:{config.port}"
+        """Listen and report NOT_SERVING. UserError when the address cannot be had."""
+        address = f"{self.config.host}:{self.config.port}"
+        self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            self.port = self._server.add_insecure_port(address)
+            if self._access.credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, self._access.credentials)
         except RuntimeError as error:
             raise UserError(
                 f"cannot listen on {address}: it is in use or not an address of this machine. "
                 f"Choose another --port (0 = any free one) or --host."
             ) from error
         self._server.start()
-        for name in ("", self.service):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if self.metrics is not None:
+            assert self.config.metrics_port is not None
+            self.metrics.listen(self.config.metrics_host, self.config.metrics_port)
+
+    def open(self, servicer: WorkerServicer) -> None:
+        """Serve what was loaded and report SERVING."""
+        # Of a call that passed the gate.
+        servicer.owner_of = lambda metadata: self._access.owner(metadata) or ""
+        self.servicer = servicer
+        if self.metrics is not None:
+            self.metrics.watch(servicer, servicer.Describe(pb.DescribeRequest(), None))
+            servicer.metrics = self.metrics
+        if isinstance(servicer, DraftServicer):
+            pb_grpc.add_DraftServiceServicer_to_server(servicer, self._late)
+        else:
+            pb_grpc.add_TargetServiceServicer_to_server(servicer, self._late)
+        self._gate.loading = False
+        self._report(health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> bool:
         """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s`, stop.
@@ -97,8 +136,30 @@ class WorkerServer:
         Returns False when a pass of the model outlasts that.
         """
         self._health.enter_graceful_shutdown()
-        self._server.stop(grace=self.servicer.config.drain_s).wait()
-        return self.servicer.model.close()
+        self._server.stop(grace=self.config.drain_s).wait()
+        if self.metrics is not None:
+            self.metrics.close()
+        return self.servicer is None or self.servicer.model.close()
+
+    def _report(self, status: int) -> None:
+        for name in ("", self.service):
+            self._health.set(name, status)
+
+
+class _LateService(grpc.GenericRpcHandler):
+    """The handlers of a service that comes when the server runs already. Stands in for a server when they are added."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._handlers.get(details.method)
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+        self._handlers.update({f"/{service}/{method}": handler for method, handler in handlers.items()})
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """The same ones in another form."""
 
 
 def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_file: Path | None = None) -> None:
@@ -111,15 +172,19 @@ def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_fi
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     lease = Lease(lease_holder(), endpoint_file, users_file)
-    server = WorkerServer(load_servicer(config))
+    server = WorkerServer(config)
+    server.start()  # first: health is answered while the model is loaded, and a port in use is told at once
+    servicer = load_servicer(config)
     if stop.is_set() or lease.lost():
+        server.stop()
         log.info("stopped while loading")
         return
-    server.start()
-    description = server.servicer.Describe(pb.DescribeRequest(), None)
+    server.open(servicer)
+    description = servicer.Describe(pb.DescribeRequest(), None)
     log.info("serving %s on %s:%d", describe_identity(description), config.host, server.port)
     if endpoint_file is not None:
-        Endpoint.local(config.host, server.port, description, lease.holder).write(endpoint_file)
+        tls = config.tls_cert is not None
+        Endpoint.local(config.host, server.port, description, lease.holder, tls=tls).write(endpoint_file)
         lease.written = True
     while not stop.wait(LEASE_POLL_S):
         if reason := lease.lost():

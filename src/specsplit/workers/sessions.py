@@ -13,7 +13,9 @@ from typing import Any
 from specsplit.models.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.errors import LimitReached, SessionLost, StaleRound
+from specsplit.workers.errors import Busy, SessionLost, StaleRound
+
+PATIENCE_S = 0.25  # a text that ended may keep its session busy for a pass more
 
 
 @dataclass
@@ -62,7 +64,11 @@ class Session:
 
 
 class SessionStore:
-    """Sessions by id. At most `limit` are kept; idle ones go after `ttl_s` seconds, the least recently used first."""
+    """Sessions by owner and id. At most `limit` are kept, each with a cache, and no more caches are ever made; idle
+    sessions go after `ttl_s` seconds, the least recently used first.
+
+    owner: who may use a session, where clients can be told apart; to everybody else it is an unknown one.
+    """
 
     def __init__(
         self,
@@ -70,33 +76,36 @@ class SessionStore:
         *,
         limit: int,
         ttl_s: float,
+        patience_s: float = PATIENCE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._new_cache = new_cache
         self._limit = limit
         self._ttl_s = ttl_s
+        self._patience_s = patience_s
         self._clock = clock
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._spare: list[KVCache] = []  # caches of ended sessions: their memory is used again
-        self._lock = threading.Lock()
+        self._made = 0  # caches, those of sessions that were ended while a call still used them included
+        self._lock = threading.Condition()
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    @contextmanager
-    def use(self, context: pb.Context) -> Iterator[Session]:
-        """The session of a request, locked. A request with prefix_length 0 opens it when it is not there."""
+    @property
+    def cache_bytes(self) -> int:
+        """Memory reserved for caches."""
         with self._lock:
-            self._expire()
-            session = self._sessions.get(context.session_id)
-            if session is None:
-                if context.prefix_length:
-                    raise SessionLost(
-                        "this worker does not know the session (restarted or evicted); "
-                        "send the full context with prefix_length 0"
-                    )
-                session = self._open(context.session_id)
-            self._sessions.move_to_end(context.session_id)
+            caches = [*self._spare, *(session.cache for session in self._sessions.values())]
+        return sum(cache.nbytes() for cache in caches)
+
+    @contextmanager
+    def use(self, context: pb.Context, owner: str = "") -> Iterator[Session]:
+        """The session of a request, locked. A request with prefix_length 0 opens it when it is not there."""
+        key = owner + context.session_id
+        with self._lock:
+            session = self._find(key, new=not context.prefix_length)
+            self._sessions.move_to_end(key)
             session.users += 1
         try:
             with session.lock:
@@ -105,25 +114,50 @@ class SessionStore:
             with self._lock:
                 session.users -= 1
                 session.last_used = self._clock()
+                if not session.users:
+                    if self._sessions.get(key) is not session:  # ended meanwhile
+                        self._spare.append(session.cache)
+                    self._lock.notify_all()
 
-    def end(self, session_id: str) -> bool:
+    def end(self, session_id: str, owner: str = "") -> bool:
         """Drop a session; False when it was not there."""
         with self._lock:
-            session = self._sessions.pop(session_id, None)
+            session = self._sessions.pop(owner + session_id, None)
             if session is not None and not session.users:
                 self._spare.append(session.cache)
+                self._lock.notify_all()
             return session is not None
 
-    def _open(self, session_id: str) -> Session:
-        while len(self._sessions) >= self._limit:
-            idle = next((key for key, session in self._sessions.items() if not session.users), None)
-            if idle is None:
-                raise LimitReached(f"all {self._limit} sessions are in use; try again later or raise max_sessions")
-            self._spare.append(self._sessions.pop(idle).cache)
-        cache = self._spare.pop() if self._spare else self._new_cache()
-        cache.rollback(0)
-        session = self._sessions[session_id] = Session(cache, last_used=self._clock())
-        return session
+    def _find(self, key: str, *, new: bool) -> Session:
+        """The session, opened when it may be a new one: then what is busy gets a little time to become idle."""
+        deadline = time.monotonic() + self._patience_s
+        while True:
+            self._expire()
+            if (session := self._sessions.get(key)) is not None:
+                return session
+            if not new:
+                raise SessionLost(
+                    "this worker does not know the session (restarted or evicted); "
+                    "send the full context with prefix_length 0"
+                )
+            if (cache := self._free_cache()) is not None:
+                cache.rollback(0)
+                session = self._sessions[key] = Session(cache, last_used=self._clock())
+                return session
+            if (left := deadline - time.monotonic()) <= 0:
+                raise Busy(f"all {self._limit} sessions are in use; try again later or raise max_sessions")
+            self._lock.wait(left)
+
+    def _free_cache(self) -> KVCache | None:
+        """A spare cache, or a new one, or that of the session that was idle for longest; None when all are busy."""
+        if self._spare:
+            return self._spare.pop()
+        if self._made < self._limit:
+            cache = self._new_cache()
+            self._made += 1
+            return cache
+        idle = next((key for key, session in self._sessions.items() if not session.users), None)
+        return None if idle is None else self._sessions.pop(idle).cache
 
     def _expire(self) -> None:
         horizon = self._clock() - self._ttl_s

@@ -17,9 +17,9 @@ from specsplit.workers.compute import SharedModel
 from specsplit.workers.draft.engine import Drafter, DraftSettings
 from specsplit.workers.errors import InvalidRequest
 from specsplit.workers.inbox import Inbox
-from specsplit.workers.servicer import WorkerServicer
+from specsplit.workers.servicer import MAX_FAN_OUT, Caller, WorkerServicer
 
-MAX_FAN_OUT = 64
+MAX_STOP_TOKENS = 1024
 
 
 class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
@@ -42,26 +42,32 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
     def GenerateDrafts(
         self, request: pb.GenerateDraftsRequest, context: grpc.ServicerContext
     ) -> pb.GenerateDraftsReply:
-        return self.guard(context, lambda: self._generate(request, self._settings(request))[0])
+        return self.guard(
+            context, request.context, lambda caller: self._generate(request, caller, self._settings(request))[0]
+        )
 
     def StreamDrafts(
         self, requests: Iterator[pb.GenerateDraftsRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateDraftsReply]:
         return self.guard_stream(requests, context, self._stream)
 
-    def _stream(self, inbox: Inbox) -> Iterator[pb.GenerateDraftsReply]:
+    def _stream(self, inbox: Inbox, caller: Caller) -> Iterator[pb.GenerateDraftsReply]:
         for request, arrived in inbox:
-            inbox.session_ids.add(request.context.session_id)
+            inbox.of_session(request.context.session_id, request.context.round)
             settings = self._settings(request)
-            reply, tree = self._generate(request, settings, arrived)
+            reply, tree = self._generate(request, caller, settings, arrived)
             yield reply
             if request.ahead.fan_out and tree is not None and not inbox.waiting():
-                ahead = self._ahead(request, settings, tree, inbox.waiting)
+                ahead = self._ahead(request, caller, settings, tree, inbox.waiting)
                 if ahead is not None:
                     yield ahead
 
     def _generate(
-        self, request: pb.GenerateDraftsRequest, settings: DraftSettings, arrived: float | None = None
+        self,
+        request: pb.GenerateDraftsRequest,
+        caller: Caller,
+        settings: DraftSettings,
+        arrived: float | None = None,
     ) -> tuple[pb.GenerateDraftsReply, TokenTree | None]:
         """The reply and its tree; no tree when the reply was given before."""
         made: list[TokenTree] = []
@@ -70,22 +76,30 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             made.append(Drafter(self.model, self.vocabulary, session, tokens, settings).draft())
             return made[0]
 
-        reply = self.answer(request, work, lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)), arrived)
+        reply = self.answer(
+            request,
+            caller,
+            work,
+            lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)),
+            lambda tree: (len(tree), 0),
+            arrived,
+        )
         return reply, made[0] if made else None
 
     def _ahead(
         self,
         request: pb.GenerateDraftsRequest,
+        caller: Caller,
         settings: DraftSettings,
         tree: TokenTree,
         abandoned: Callable[[], bool],
     ) -> pb.GenerateDraftsReply | None:
         """Drafts for the outcomes of verifying `tree`; None when a newer request came meanwhile."""
         ahead = request.ahead
-        with self.sessions.use(request.context) as session:
+        with self.sessions.use(request.context, caller.owner) as session:
             if session.last_round != request.context.round:  # evicted and opened anew
                 return None
-            with self.model.timed() as watch:
+            with self.model.timed(caller.gone) as watch:
                 outcomes = Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
                     tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
                 )
@@ -109,18 +123,26 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         gamma, ahead = request.max_draft_tokens, request.ahead
         if not 1 <= gamma <= MAX_GAMMA:
             raise InvalidRequest(f"max_draft_tokens must be 1 to {MAX_GAMMA}, got {gamma}")
+        if len(request.branching) > MAX_GAMMA:
+            raise InvalidRequest(f"branching has {len(request.branching)} levels, a draft has at most {MAX_GAMMA}")
         branching = list(request.branching)
         if any(not 1 <= width <= MAX_BRANCHING for width in branching):
             raise InvalidRequest(f"branching {branching}: a level has 1 to {MAX_BRANCHING} children")
         nodes, width = request.tree_nodes, request.tree_width
         if nodes and not (nodes <= MAX_TREE_NODES and 1 <= width <= MAX_TREE_NODES):
             raise InvalidRequest(f"tree_nodes and tree_width must be 1 to {MAX_TREE_NODES}")
+        if nodes and branching:
+            raise InvalidRequest("a tree has either tree_nodes or branching")
+        if len(request.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InvalidRequest(f"{len(request.stop_token_ids)} stop tokens are more than {MAX_STOP_TOKENS}")
         if ahead.fan_out > MAX_FAN_OUT or ahead.max_draft_tokens > MAX_GAMMA:
             raise InvalidRequest(f"ahead: fan_out is at most {MAX_FAN_OUT}, max_draft_tokens at most {MAX_GAMMA}")
         try:
             sampling = sampling_from_message(request.sampling)
         except ValueError as error:
             raise InvalidRequest(f"sampling: {error}") from error
+        if nodes and sampling.uses_rejection:
+            raise InvalidRequest("a tree that keeps the likeliest tokens biases rejection sampling: use branching")
         shape = TreeShape(tuple(branching), nodes, width)
         self.check_request(request.context, shape.size(gamma))
         return DraftSettings(

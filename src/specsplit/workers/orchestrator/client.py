@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,10 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.errors import UserError
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workers.orchestrator.recovery import Recovery, WithoutDraft, reach
 from specsplit.workers.orchestrator.requests import draft_fields, verify_fields
 from specsplit.workers.orchestrator.result import Round, SpeculativeResult
-from specsplit.workers.orchestrator.session import Call, RemoteSession, describe
+from specsplit.workers.orchestrator.session import Call, RemoteSession
 from specsplit.workers.orchestrator.text import OnTokens, Text
 
 
@@ -32,24 +34,33 @@ def run_speculative_loop(
     target_stub: a TargetServiceStub. on_tokens: called with each round's new tokens as they are accepted.
     config: mode `sync` and a number for gamma; `pipeline.run_speculative_loop_async` has the other modes and `auto`.
 
-    The output is, token for token, what the target alone would write. Raises WorkerError when a worker fails for
-    good and UserError when the prompt does not fit.
+    The output is, token for token, what the target alone would write. A worker that fails is waited for and given the
+    whole text again (`recovery`). Raises WorkerError, with the text so far, when that did not help, and UserError when
+    the prompt does not fit.
     """
     if config.mode != "sync" or config.max_draft_tokens == "auto":
         raise UserError("this loop is synchronous, with a fixed gamma: use run_speculative_loop_async")
-    target_info = describe("target", target_stub, config)
-    draft_info = describe("draft", draft_stub, config) if config.max_draft_tokens else None
-    text = Text(prompt_ids, config, target_info, draft_info, on_tokens)
-    target = RemoteSession("target", target_stub.VerifyDrafts, config, rtt_ms=config.rtt_ms)
-    draft = RemoteSession("draft", draft_stub.GenerateDrafts, config) if draft_info else None
+    recovery = Recovery(config, {})
+    target_info = reach(recovery, "target", target_stub)
+    draft_info = None
+    if config.max_draft_tokens:
+        with suppress(WithoutDraft):
+            draft_info = reach(recovery, "draft", draft_stub)
+    text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+    target = RemoteSession("target", target_stub, "VerifyDrafts", config, recovery, rtt_ms=config.rtt_ms)
+    draft = RemoteSession("draft", draft_stub, "GenerateDrafts", config, recovery) if draft_info else None
     text.started = time.perf_counter()
     try:
         while not text.finished:
             tree, drafted, gamma = TokenTree(), None, text.room()
             if draft is not None and gamma > 0:
-                drafted = draft.call(text.tokens, partial(pb.GenerateDraftsRequest, **draft_fields(text, gamma)))
-                draft.holds(text.tokens)
-                tree = tree_from_message(drafted.reply.tree)
+                try:
+                    drafted = draft.call(text.tokens, partial(pb.GenerateDraftsRequest, **draft_fields(text, gamma)))
+                    draft.holds(text.tokens)
+                    tree = tree_from_message(drafted.reply.tree)
+                except WithoutDraft:
+                    draft, gamma = None, 0
+                    text.drop_draft()
             verified = target.call(text.tokens, partial(pb.VerifyDraftsRequest, **verify_fields(text, tree)))
             accepted = list(verified.reply.accepted_tokens)
             target.holds([*text.tokens, *accepted])
@@ -58,9 +69,9 @@ def run_speculative_loop(
                 accepted, verified.reply.next_token, _round(number, tree, len(accepted), drafted, verified, gamma)
             )
     finally:
-        target.end(target_stub.EndSession)
+        target.end()
         if draft is not None:
-            draft.end(draft_stub.EndSession)
+            draft.end()
     return text.result
 
 

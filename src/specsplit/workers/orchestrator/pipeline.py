@@ -9,9 +9,9 @@ nothing but the pass that runs at that moment; both workers roll their caches ba
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from types import TracebackType
@@ -22,17 +22,15 @@ import grpc
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.tree import TokenTree
-from specsplit.rpc.codec import CHANNEL_OPTIONS, tree_from_message
+from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.workers.orchestrator.connection import WorkerError
+from specsplit.workers.access import Access
+from specsplit.workers.orchestrator.recovery import Recovery, WithoutDraft, WorkerFailed, reach_async
 from specsplit.workers.orchestrator.requests import draft_fields, verify_fields
 from specsplit.workers.orchestrator.result import Round, SpeculativeResult
-from specsplit.workers.orchestrator.session import RETRY_WAIT_S, Confirmed
-from specsplit.workers.orchestrator.stream import Stream, StreamBroken
+from specsplit.workers.orchestrator.session import Confirmed
+from specsplit.workers.orchestrator.stream import Stream
 from specsplit.workers.orchestrator.text import OnTokens, Text
-
-log = logging.getLogger(__name__)
 
 
 async def run_speculative_loop_async(
@@ -43,41 +41,46 @@ async def run_speculative_loop_async(
     *,
     on_tokens: OnTokens | None = None,
     controller: GammaController | None = None,
+    known: dict[str, pb.DescribeReply] | None = None,
 ) -> SpeculativeResult:
     """Write one text with speculative decoding in the mode of the configuration.
 
     draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.max_draft_tokens is 0.
     target_stub: a TargetServiceStub on a grpc.aio channel. on_tokens: called with each round's new tokens.
     controller: chooses gamma when it is `auto`, and remembers from text to text; default: a new one.
+    known: role -> what the worker there said of itself before; filled here, and another worker is refused.
 
     The output is what the target alone would write, token for token (with rejection sampling: in distribution).
-    Raises WorkerError when a worker fails for good and UserError when the prompt does not fit.
+    A worker that fails is waited for and given the whole text again (`recovery`). Raises WorkerError, with the text so
+    far, when that did not help, and UserError when the prompt does not fit.
     """
-    if not config.max_draft_tokens:
-        draft_stub = None
-    target_info = await _describe("target", target_stub, config)
-    draft_info = await _describe("draft", draft_stub, config) if draft_stub is not None else None
-    text = Text(prompt_ids, config, target_info, draft_info, on_tokens)
+    recovery = Recovery(config, {} if known is None else known)
+    target_info = await reach_async(recovery, "target", target_stub)
+    draft_info = None
+    if config.max_draft_tokens:
+        with suppress(WithoutDraft):
+            draft_info = await reach_async(recovery, "draft", draft_stub)
+    text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+    stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
     if config.max_draft_tokens != "auto":
         controller = None
     elif controller is None:
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
     text.started = time.perf_counter()
-    failures, rounds = 0, 0
     while True:
-        pipeline = _Pipeline(text, draft_stub, target_stub, controller)
+        pipeline = _Pipeline(text, stubs["draft"], target_stub, controller)
         try:
             await pipeline.run()
             return text.result
-        except StreamBroken as broken:
-            failures = failures + 1 if len(text.result.rounds) == rounds else 1
-            rounds = len(text.result.rounds)
-            if not broken.mendable or failures > config.rpc_retries:
-                raise WorkerError(f"{broken.name} worker failed in round {rounds + 1}: {broken.reason}") from None
-            log.warning("%s; opening new streams with the whole context", broken)
+        except WorkerFailed as error:
+            failed = error
         finally:
             await pipeline.close()
-        await asyncio.sleep(RETRY_WAIT_S * 2 ** (failures - 1))
+        try:
+            await reach_async(recovery, failed.role, stubs[failed.role], failed)
+        except WithoutDraft:
+            stubs["draft"] = None
+            text.drop_draft()
 
 
 @dataclass
@@ -117,7 +120,7 @@ class _Pipeline:
             await self.draft.close()
 
     async def run(self) -> None:
-        """Rounds until the text is finished. Raises StreamBroken."""
+        """Rounds until the text is finished. Raises WorkerFailed."""
         ahead: _Ahead | None = None
         outcome: tuple[tuple[int, ...], int] = ((), -1)
         while not self.text.finished:
@@ -221,11 +224,20 @@ class _Pipeline:
             if reply.round == self.at_draft.round and reply.is_ahead == is_ahead:
                 return reply  # others belong to rounds that are over, or are known
 
+    async def _target_reply(self) -> pb.VerifyDraftsReply:
+        while True:
+            reply = await self.target.receive()
+            if reply.round == self.at_target.round:
+                return reply
+            if reply.round > self.at_target.round:
+                early = f"round {reply.round} was answered before round {self.at_target.round}"
+                raise WorkerFailed("target", grpc.StatusCode.ABORTED.name, early, "resend")
+
     async def _verdict(self, ahead: _Ahead | None) -> pb.VerifyDraftsReply:
         """Wait for the target, and meanwhile take, and in lookahead mode send on, what is drafted ahead."""
         if ahead is None:
-            return await self.target.receive()
-        verdict = asyncio.ensure_future(self.target.receive())
+            return await self._target_reply()
+        verdict = asyncio.ensure_future(self._target_reply())
         drafts = asyncio.ensure_future(self._draft_reply(is_ahead=True))
         try:
             await asyncio.wait({verdict, drafts}, return_when=asyncio.FIRST_COMPLETED)
@@ -245,18 +257,6 @@ class _Pipeline:
             await asyncio.gather(verdict, drafts, return_exceptions=True)
 
 
-async def _describe(name: str, stub: Any, config: OrchestratorConfig) -> pb.DescribeReply:
-    """What a worker says of itself; asked again while it is unavailable."""
-    for attempt in range(config.rpc_retries + 1):
-        try:
-            return await stub.Describe(pb.DescribeRequest(), timeout=config.connect_timeout_s)
-        except grpc.aio.AioRpcError as error:
-            if error.code() != grpc.StatusCode.UNAVAILABLE or attempt == config.rpc_retries:
-                raise WorkerError(f"{name} worker does not answer: {error.code().name}: {error.details()}") from None
-        await asyncio.sleep(RETRY_WAIT_S * 2**attempt)
-    raise AssertionError("the last attempt returns or raises")
-
-
 @cache
 def event_loop() -> asyncio.Runner:
     """The one event loop of this process: grpc.aio is unhappy when an earlier one was closed."""
@@ -266,11 +266,22 @@ def event_loop() -> asyncio.Runner:
 class TextWriter:
     """Writes texts from synchronous code, over channels that stay. Use as a context manager.
 
-    draft: address of the draft worker, None when gamma is 0.
+    draft: address of the draft worker, None when gamma is 0. known: role -> what the worker there said of itself, by
+    default before the first text; another model at the same address is refused from then on. access: how we show the
+    workers who we are.
     """
 
-    def __init__(self, draft: str | None, target: str) -> None:
+    def __init__(
+        self,
+        draft: str | None,
+        target: str,
+        known: Mapping[str, pb.DescribeReply] | None = None,
+        *,
+        access: Access | None = None,
+    ) -> None:
         self._addresses = draft, target
+        self._known = dict(known or {})
+        self._access = access or Access()
 
     def __enter__(self) -> Self:
         self._channels = event_loop().run(self._open())
@@ -293,17 +304,18 @@ class TextWriter:
         draft, target = self._channels
         return event_loop().run(
             run_speculative_loop_async(
-                pb_grpc.DraftServiceStub(draft) if draft is not None else None,
-                pb_grpc.TargetServiceStub(target),
+                self._access.stub("draft", draft) if draft is not None else None,
+                self._access.stub("target", target),
                 prompt_ids,
                 config,
                 on_tokens=on_tokens,
                 controller=controller,
+                known=self._known,
             )
         )
 
     async def _open(self) -> list[grpc.aio.Channel | None]:
-        return [a and grpc.aio.insecure_channel(a, options=CHANNEL_OPTIONS) for a in self._addresses]
+        return [address and self._access.aio_channel(address) for address in self._addresses]
 
     async def _close(self) -> None:
         for channel in self._channels:

@@ -38,14 +38,33 @@ class Round:
 
 
 @dataclass
+class Failure:
+    """A worker that failed while a text was written, however often it was tried again in that round.
+
+    worker: draft | target. round: the one under way, from 1. code, message: the first status, by its gRPC name.
+    action: reconnect | target_alone (the rest of the text) | gave_up. lost_ms: from noticing it until the worker was
+    back, or was no longer waited for.
+    """
+
+    worker: str
+    round: int
+    code: str
+    message: str
+    action: str = "reconnect"
+    lost_ms: float = 0.0
+
+
+@dataclass
 class SpeculativeResult:
-    """A finished text.
+    """A finished text, or what there is of one that failed.
 
     output_tokens: generated token ids, the end-of-text token left out.
-    finish_reason: eos | length (max_output_tokens) | max_rounds | context (the target can hold no more).
+    finish_reason: eos | length (max_output_tokens) | max_rounds | context (the target can hold no more); empty while
+        the text is not finished.
     ttft_ms: start of the request to the first token, None when none came. total_ms: start to the last round.
     speculation_hits, speculation_misses: rounds whose draft was made ahead, and those whose was to be but could not be
         used; both 0 in sync mode.
+    failures: of workers, in order, those that were got over included.
     """
 
     output_tokens: list[int] = field(default_factory=list)
@@ -53,6 +72,7 @@ class SpeculativeResult:
     rounds: list[Round] = field(default_factory=list)
     ttft_ms: float | None = None
     total_ms: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
 
     @property
     def total_rounds(self) -> int:

@@ -11,19 +11,9 @@ from typing import Any
 
 import grpc
 
+from specsplit.workers.orchestrator.recovery import WorkerFailed, failure_of
+
 SPIN_S = 0.001  # an event loop sleeps in whole milliseconds, which is too coarse for a simulated network
-
-# The worker is gone, or has lost the session: a new stream with the whole context mends both.
-MENDABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.CANCELLED}
-CUT_OFF = "Internal error from Core"  # what grpc.aio makes of a message that could not be written any more
-
-
-class StreamBroken(Exception):
-    """A stream ended before its text did. mendable: a new one may go on where it ended."""
-
-    def __init__(self, name: str, reason: str, *, mendable: bool) -> None:
-        super().__init__(f"{name} worker failed: {reason}")
-        self.name, self.reason, self.mendable = name, reason, mendable
 
 
 class Stream:
@@ -64,14 +54,15 @@ class Stream:
             await self._put(message)
 
     async def receive(self) -> Any:
-        """The next message. Raises StreamBroken when the stream has ended or nothing came in time."""
+        """The next message. Raises WorkerFailed when the stream has ended or nothing came in time."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 due, message = await self._inbox.get()
         except TimeoutError:
-            raise StreamBroken(self.name, f"no answer within {self._timeout_s:g} s", mendable=False) from None
+            late = f"no answer within {self._timeout_s:g} s"
+            raise WorkerFailed(self.name, grpc.StatusCode.DEADLINE_EXCEEDED.name, late, "wait") from None
         await _until(due)
-        if isinstance(message, StreamBroken):
+        if isinstance(message, WorkerFailed):
             raise message
         return message
 
@@ -86,13 +77,13 @@ class Stream:
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
                 self._inbox.put_nowait((self._due(), message))
-            broken = StreamBroken(self.name, "the stream was closed", mendable=True)
         except grpc.aio.AioRpcError:
-            # The status of the call says more than this error, which may be that a read was cut off.
-            code, details = await self._call.code(), await self._call.details()
-            mendable = code in MENDABLE or details == CUT_OFF
-            broken = StreamBroken(self.name, f"{code.name}: {details}", mendable=mendable)
-        self._inbox.put_nowait((0.0, broken))
+            pass  # the status of the call says more than this error, which may be that a read was cut off
+        code, details = await self._call.code(), await self._call.details()
+        if code == grpc.StatusCode.OK:
+            code, details = grpc.StatusCode.UNAVAILABLE, "the worker closed the stream"
+        failed = failure_of(self.name, code, details, await self._call.trailing_metadata())
+        self._inbox.put_nowait((0.0, failed))
 
     async def _write(self) -> None:
         while True:

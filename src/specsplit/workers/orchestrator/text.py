@@ -71,6 +71,14 @@ class Text:
             gamma -= 1
         return max(gamma, 0)
 
+    def drop_draft(self) -> None:
+        """From here on the target writes alone."""
+        self._draft_vocab = 0
+
+    def stopped(self) -> None:
+        """Note that the text ends here, unfinished."""
+        self.result.total_ms = (time.perf_counter() - self.started) * 1e3
+
     def take(self, accepted: list[int], next_token: int, measured: Round) -> None:
         """Add what a round brought; sets result.finish_reason when the text ends with it."""
         result = self.result

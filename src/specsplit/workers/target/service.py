@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import grpc
 
 from specsplit.config import TargetWorkerConfig
-from specsplit.decoding.tree import TreeError
+from specsplit.decoding.tree import TreeError, check_lengths
 from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.workers.errors import InvalidRequest
 from specsplit.workers.inbox import Inbox
-from specsplit.workers.servicer import WorkerServicer
+from specsplit.workers.servicer import MAX_FAN_OUT, Caller, WorkerServicer
 from specsplit.workers.target.engine import verify_tree
 
 
@@ -24,32 +24,46 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
     config: TargetWorkerConfig
 
     def VerifyDrafts(self, request: pb.VerifyDraftsRequest, context: grpc.ServicerContext) -> pb.VerifyDraftsReply:
-        return self.guard(context, lambda: self._verify(request))
+        return self.guard(context, request.context, lambda caller: self._verify(request, caller))
 
     def StreamVerify(
         self, requests: Iterator[pb.StreamVerifyRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.VerifyDraftsReply]:
         return self.guard_stream(requests, context, self._stream)
 
-    def _stream(self, inbox: Inbox) -> Iterator[pb.VerifyDraftsReply]:
+    def _stream(self, inbox: Inbox, caller: Caller) -> Iterator[pb.VerifyDraftsReply]:
         # Messages are taken in order, so drafts prepared for a round come up right when that round is done.
         last: tuple[pb.VerifyDraftsRequest, pb.VerifyDraftsReply] | None = None
         for message, arrived in inbox:
             request: pb.VerifyDraftsRequest | None = message.verify
             waiting_since: float | None = arrived
-            if message.WhichOneof("what") == "prepared":
+            what = message.WhichOneof("what")
+            if what is None:
+                raise InvalidRequest("a message of this stream is either verify or prepared")
+            if what == "prepared":
+                if len(message.prepared.outcomes) > MAX_FAN_OUT:
+                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {MAX_FAN_OUT}")
                 request, waiting_since = last and _next_round(*last, message.prepared), None
             if request is None:
                 continue
-            inbox.session_ids.add(request.context.session_id)
-            reply = self._verify(request, waiting_since)
+            inbox.of_session(request.context.session_id, request.context.round)
+            reply = self._verify(request, caller, waiting_since)
             last = request, reply
             yield reply
 
-    def _verify(self, request: pb.VerifyDraftsRequest, arrived: float | None = None) -> pb.VerifyDraftsReply:
-        tree = tree_from_message(request.tree)
-        self.check_request(request.context, len(tree))
+    def _verify(
+        self, request: pb.VerifyDraftsRequest, caller: Caller, arrived: float | None = None
+    ) -> pb.VerifyDraftsReply:
+        # Counted before they are taken out of the message: a few megabytes of it would be many of Python's numbers.
+        nodes = len(request.tree.token_ids)
+        self.check_request(request.context, nodes)
         try:
+            check_lengths(nodes, len(request.tree.parents), len(request.tree.log_probs))
+            if len(request.tree.distributions) > nodes + 1:
+                raise TreeError(f"{len(request.tree.distributions)} distributions are more than {nodes} nodes have")
+            if any(len(d.token_ids) > self.vocab_size for d in request.tree.distributions):
+                raise TreeError(f"a distribution has more tokens than the vocabulary of {self.vocab_size}")
+            tree = tree_from_message(request.tree)
             tree.validate(vocab_size=self.model.vocab_size)
             sampling = sampling_from_message(request.sampling)
             if sampling.uses_rejection:
@@ -60,6 +74,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             raise InvalidRequest(f"sampling: {error}") from error
         return self.answer(
             request,
+            caller,
             lambda session, tokens: verify_tree(
                 self.model, session, tokens, request.context.prefix_length, tree, sampling
             ),
@@ -68,6 +83,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 accepted_tokens=[tree.token_ids[node] for node in verdict.path],
                 next_token=verdict.next_token,
             ),
+            lambda verdict: (tree.depth(), len(verdict.path)),
             arrived,
         )
 
