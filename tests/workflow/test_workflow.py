@@ -76,6 +76,7 @@ def test_nothing_to_do_afterwards(finished):
         ({"draft": {"skip_layers": [0]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
         ({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
         ({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        ({"faults": {"on_draft_failure": "fail"}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         ({"workers": {"gpus": 1}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         (
             {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
