@@ -14,7 +14,7 @@ from specsplit.config import OrchestratorConfig
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.rpc.v1.specsplit_pb2_grpc import TargetServiceStub
 from specsplit.workers.orchestrator import pipeline, recovery
 from specsplit.workers.orchestrator.client import run_speculative_loop
 from specsplit.workers.orchestrator.connection import WorkerError
@@ -231,7 +231,7 @@ class Twice:
     """A target's stub whose replies come twice each."""
 
     def __init__(self, channel: Any) -> None:
-        stub = pb_grpc.TargetServiceStub(channel)
+        stub = TargetServiceStub(channel)
         self.Describe, self._stream = stub.Describe, stub.StreamVerify
 
     def StreamVerify(self) -> Any:
@@ -260,12 +260,13 @@ def test_a_reply_that_comes_twice_is_taken_once(pair: tuple[Worker, Worker], mon
 
 
 def test_workers_killed_at_random_moments() -> None:
-    figures = soak.kill_workers(6, seed=1, downtime_s=0.1)
+    figures = soak.kill_workers(3, seed=1, downtime_s=0.1)
     assert figures["ok"], figures
-    assert sum(figures["kills"].values()) == 6
+    assert sum(figures["kills"].values()) == 3
     assert figures["texts"].get("right", 0) > 0
 
 
+@pytest.mark.slow
 def test_bench_killed_at_random_moments() -> None:
     figures = soak.kill_bench(3, seed=2, prompts=6)
     assert figures["ok"], figures

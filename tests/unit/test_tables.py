@@ -320,7 +320,14 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     expected += ["inter_chunk_ms_median", "inter_chunk_ms_p90", "inter_chunk_ms_p99"]
     expected += ["tokens_per_second", "speculation_hits", "speculation_misses"]
     expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
-    expected += ["acceptance_at_1", "acceptance_at_2", "acceptance_at_3", "lossless"]
+    expected += [
+        "acceptance_at_1",
+        "acceptance_at_2",
+        "acceptance_at_3",
+        "lossless",
+        "failed_requests",
+        "worker_failures",
+    ]
     assert list(summary.columns) == expected
 
 
@@ -653,7 +660,7 @@ def test_failed_requests_are_rows_and_in_no_mean(tmp_path):
     write_csv(rounds, tmp_path / "per_round.csv")
     requests, rounds = read_tables(tmp_path)
     assert list(requests["status"]) == ["ok", "ok", "failed", "ok", "failed", "ok"]
-    assert requests["matches_gamma0"].fillna("?").tolist() == [True, True, "?", True, "?", "?"]
+    assert requests["matches_gamma0"].astype(object).tolist() == [True, True, pd.NA, True, pd.NA, pd.NA]
     assert requests["error_message"].iloc[2] == "target worker failed in round 2: gone"
 
     first, second = (row for _, row in summarize(requests, rounds).iterrows())
