@@ -1,5 +1,6 @@
 # make results   install into .venv and run the main job on the embedded default model
 # make test      install into .venv with the development tools and pass the tests
+# make soak      break things for an hour and count what came of it
 # make lint      style, types, workflow lint, generated stubs
 # make rulegraph draw docs/rulegraph.svg again (needs graphviz)
 PYTHON ?= python3.11
@@ -13,7 +14,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --constraint envs/constraints.txt \
 # Rules call `specsplit`: the environment must be on the path.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: results test test-all test-slurm lint proto rulegraph clean
+.PHONY: results test test-all test-slurm soak lint proto rulegraph clean
 
 results: .venv/installed
 	$(RUN) snakemake --cores $(CORES) results/summary.csv results/report.html
@@ -25,6 +26,13 @@ test: .venv/installed-dev
 
 test-all: .venv/installed-dev
 	$(RUN) pytest
+
+# About an hour: workers, benchmarks and networks broken on purpose; docs/reliability.md has its figures.
+soak: .venv/installed-dev
+	for seed in 1 2 3 4; do $(RUN) python tests/soak.py workers --kills 40 --seed $$seed || exit 1; done
+	$(RUN) python tests/soak.py bench --kills 30 --seed 5
+	$(RUN) python tests/soak.py own --kills 10 --seed 6
+	$(RUN) python tests/soak.py load --minutes 30 --clients 8 --curve soak-memory.csv
 
 # A sweep on a SLURM cluster of one node: needs root and Debian, and is skipped elsewhere.
 test-slurm: .venv/installed-dev

@@ -431,10 +431,10 @@ def test_progress_of_a_run_that_is_gone_on_with_and_fails(capsys: pytest.Capture
         progress.done(request_record(REQUESTS[1], error.result, CONFIG, error=error))
         progress.done(request_record(REQUESTS[2], TWO_ROUNDS, CONFIG))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "1 requests are kept from an earlier run with the same settings"
+    assert lines[0] == "1 done by an earlier run with the same settings are kept"
     assert lines[1] == "[1/2] gamma 4 b: failed: target worker failed in round 2: INTERNAL: it broke on two lines"
     assert lines[2].startswith("[2/2] gamma 4 c: 4 tokens")
-    assert lines[-1].startswith("1 requests failed: requests.csv says why")
+    assert lines[-1].startswith("1 failed: requests.csv says why")
 
 
 def test_progress_on_the_terminal_behind_a_log(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from specsplit.analysis.findings import faults_sentence, find_best
 from specsplit.analysis.tables import CONFIGURATION, METRICS, TIMES, merge_runs, read_tables, summarize, write_csv
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
 from specsplit.errors import UserError
+
+SETTINGS: dict[str, Any] = {"confidence": 0.95, "bootstrap_samples": 100, "seed": 0}
 
 
 def a_request(request_id: str, gamma: int | str, **changes: Any) -> RequestRecord:
@@ -317,7 +320,14 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     expected += ["inter_chunk_ms_median", "inter_chunk_ms_p90", "inter_chunk_ms_p99"]
     expected += ["tokens_per_second", "speculation_hits", "speculation_misses"]
     expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
-    expected += ["acceptance_at_1", "acceptance_at_2", "acceptance_at_3", "lossless"]
+    expected += [
+        "acceptance_at_1",
+        "acceptance_at_2",
+        "acceptance_at_3",
+        "lossless",
+        "failed_requests",
+        "worker_failures",
+    ]
     assert list(summary.columns) == expected
 
 
@@ -626,3 +636,62 @@ def test_settings_are_checked():
     requests, rounds = tables([a_request("a", 0)])
     with pytest.raises(UserError, match="confidence is 2"):
         summarize(requests, rounds, confidence=2)
+
+
+# Requests that failed.
+
+
+def failed(request_id: str, gamma: int, **changes: Any) -> RequestRecord:
+    means = dict.fromkeys(("ttft_ms", "tpot_ms", "average_acceptance_rate", "mean_accepted_length"))
+    error = {"status": "failed", "error_code": "UNAVAILABLE", "error_message": "target worker failed in round 2: gone"}
+    values = {**means, **error, "finish_reason": "error", "output_sha256": "part", "total_latency_ms": 9e6, **changes}
+    return a_request(request_id, gamma, **{"target_failures": 1, **values})
+
+
+def test_failed_requests_are_rows_and_in_no_mean(tmp_path):
+    alone = [a_request("a", 0), a_request("b", 0), failed("c", 0)]
+    drafted = [a_request("a", 2, tpot_ms=50.0), failed("b", 2), a_request("c", 2, draft_failures=2, tpot_ms=70.0)]
+    runs = [
+        write_run(tmp_path / "0", alone, [a_round(r, 0, 0, 0) for r in "abc"]),
+        write_run(tmp_path / "2", drafted, [a_round("a", 2, 1, 2), a_round("b", 2, 0, 2), a_round("c", 2, 1, 2)]),
+    ]
+    requests, rounds = merge_runs(runs)
+    write_csv(requests, tmp_path / "requests.csv")
+    write_csv(rounds, tmp_path / "per_round.csv")
+    requests, rounds = read_tables(tmp_path)
+    assert list(requests["status"]) == ["ok", "ok", "failed", "ok", "failed", "ok"]
+    assert requests["matches_gamma0"].astype(object).tolist() == [True, True, pd.NA, True, pd.NA, pd.NA]
+    assert requests["error_message"].iloc[2] == "target worker failed in round 2: gone"
+
+    first, second = (row for _, row in summarize(requests, rounds).iterrows())
+    assert list(first.index[-2:]) == ["failed_requests", "worker_failures"]
+    assert (first["requests"], first["failed_requests"], first["worker_failures"]) == (2, 1, 1)
+    assert (second["requests"], second["failed_requests"], second["worker_failures"]) == (2, 1, 3)
+    assert (second["tpot_ms_mean"], second["total_latency_ms_mean"]) == (60.0, 1000.0)
+    assert second["acceptance_at_1"] == 1.0  # the round of b drafted one and had none accepted
+    assert (second["speedup"], second["lossless"]) == (1.0, 1.0)  # over a alone
+
+    said = faults_sentence(summarize(requests, rounds))
+    assert said.startswith(
+        "2 requests failed and are in no mean (the target alone: 1; γ = 2: 1); requests.csv says why."
+    )
+    assert "Workers failed in 4 rounds" in said
+    for finding in find_best(requests, rounds, summarize(requests, rounds), **SETTINGS):
+        assert finding.sentences()
+
+
+def test_without_faults_there_is_nothing_to_say(runs):
+    assert faults_sentence(summarize(*merge_runs(runs))) == ""
+
+
+def test_a_configuration_whose_requests_all_failed_is_refused(tmp_path):
+    run = write_run(tmp_path / "2", [failed("a", 2), failed("b", 2)])
+    with pytest.raises(UserError, match="every request of gamma 2 failed, the first one with: target worker failed"):
+        merge_runs([run])
+
+
+def test_a_repeat_that_failed_is_not_in_the_median(tmp_path):
+    rows = [a_request("a", 0, repeat=n, total_latency_ms=100.0 * n) for n in (1, 2)]
+    run = write_run(tmp_path / "0", [*rows, failed("a", 0, repeat=3)])
+    (summary,) = (row for _, row in summarize(*merge_runs([run])).iterrows())
+    assert (summary["requests"], summary["total_latency_ms_mean"], summary["failed_requests"]) == (1, 150.0, 1)

@@ -76,6 +76,7 @@ def test_nothing_to_do_afterwards(finished):
             {"workers": {"gpus": 1, "token_file": "secrets/token", "tls_ca": "ca.pem", "cache_memory_mb": 99}},
             {"resolved_config": 1, "provenance": 1, "summary": 1},
         ),
+        ({"faults": {"on_draft_failure": "fail"}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         (
             {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
             {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS},

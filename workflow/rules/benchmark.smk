@@ -21,6 +21,7 @@ rule benchmark:
     resources:
         gpu=config["workers"]["gpus"],
         workers=lambda wildcards: run_workers(wildcards.point),
+        faults=fault_settings(),
     params:
         settings=lambda wildcards: run_settings(wildcards.point),
         # Not used by the command, which has it from the resources: other workers, other results.
@@ -28,6 +29,6 @@ rule benchmark:
         tokenizer=TARGET_FOLDER,
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results"
-        " --tokenizer {params.tokenizer} {resources.workers} --gpus {resources.gpu} {params.settings}"
+        " --tokenizer {params.tokenizer} {resources.workers} {resources.faults} --gpus {resources.gpu} {params.settings}"
         # The log gets everything; a terminal, if there is one behind it, the bar.
         " --terminal-fd 3 3>&2 > {log} 2>&1"

@@ -15,6 +15,8 @@ rule benchmark_capacity:
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
+    resources:
+        faults=fault_settings(),
     params:
         settings=flags(
             clients=config["capacity"]["clients"],
@@ -30,7 +32,7 @@ rule benchmark_capacity:
         tokenizer=lambda wildcards: TARGET_FOLDER,
     shell:
         "specsplit capacity --only --prompts {input.prompts} --results-dir results"
-        " --workers-dir results/workers/capacity --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"
+        " --workers-dir results/workers/capacity --tokenizer {params.tokenizer} {params.settings} {resources.faults} > {log} 2>&1"
 
 
 rule capacity:

@@ -260,6 +260,16 @@ def worker_operation(role, label):
     )
 
 
+def fault_settings():
+    """What a run does when a worker fails. No params: it changes no result where nothing fails."""
+    faults = config["faults"]
+    return flags(
+        on_draft_failure=faults["on_draft_failure"],
+        recovery_timeout_s=plain_number(faults["recovery_timeout_s"]),
+        rpc_timeout_s=plain_number(faults["call_timeout_s"]),
+    )
+
+
 # ---- results
 
 

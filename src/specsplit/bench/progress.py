@@ -46,14 +46,16 @@ class Progress:
         if self._count:
             print(f"{self._count} of {self._total} prompts in {_lasting(self._elapsed())}: {self._speed()}", flush=True)
         if self._failed:
-            print(f"{self._failed} requests failed: requests.csv says why; delete it and run again to try them again")
+            print(
+                f"{self._failed} failed: requests.csv says why; delete it and run again to try them again", flush=True
+            )
 
     def kept(self, count: int) -> None:
         """So many are there already, of an earlier run."""
         self._total -= count
         self._bar.update(count)
         if count and self._lines:
-            print(f"{count} requests are kept from an earlier run with the same settings", flush=True)
+            print(f"{count} done by an earlier run with the same settings are kept", flush=True)
 
     def done(self, record: RequestRecord) -> None:
         self._count += 1

@@ -37,7 +37,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from specsplit.models.text import TextCodec, TextStream
     from specsplit.workers.access import Access
     from specsplit.workers.endpoint import resolve_address
-    from specsplit.workers.orchestrator.connection import connected_pair
+    from specsplit.workers.orchestrator.connection import WorkerError, connected_pair
     from specsplit.workers.orchestrator.pipeline import TextWriter
 
     if args.model is not None:
@@ -57,7 +57,12 @@ def run_generate(args: argparse.Namespace) -> None:
         with connected_pair(config, codec.sha256) as (draft, target):
             prompt_ids = codec.encode(prompt, use_chat_template=config.use_chat_template)
             with TextWriter(draft.address if draft else None, target.address, access=Access.of(config)) as writer:
-                result = writer.write(prompt_ids, config, on_tokens=show)
+                try:
+                    result = writer.write(prompt_ids, config, on_tokens=show)
+                except WorkerError:
+                    show([], last=True)
+                    print()  # the message stands below the text so far
+                    raise
     show([], last=True)
     print()
     if not args.quiet:
@@ -108,4 +113,5 @@ def _figures(result: SpeculativeResult) -> str:
         parts.append(f"TTFT {result.ttft_ms:.0f} ms")
         if tokens > 1:
             parts.append(f"TPOT {(result.total_ms - result.ttft_ms) / (tokens - 1):.1f} ms")
+    parts += [f"{f.worker} worker failed in round {f.round} ({f.code}, {f.action})" for f in result.failures]
     return "[" + ", ".join(parts) + "]"

@@ -22,11 +22,12 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # workers are reached directly, whatever http_proxy says
     ("grpc.initial_reconnect_backoff_ms", 100),  # a restarted worker is found again soon
     ("grpc.max_reconnect_backoff_ms", 2000),
-    # A peer that is silent, as behind a connection that is open on one side only, is noticed after 15 s, by both sides.
+    # A peer that is silent, as behind a connection that is open on one side only, is noticed after 15 s, by both
+    # sides. A worker answers pings whatever its Python threads do.
     ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),  # of a client that waits for a long pass: no limit
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # nor does the server mind
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # nor does the server mind
 ]
 
 

@@ -61,11 +61,13 @@ class WithoutDraft(Exception):
 def failure_of(role: str, code: grpc.StatusCode, details: str | None, metadata: Any) -> WorkerFailed:
     """What a gRPC status means. metadata: pairs that came with it, or None."""
     details = details or "no details"
+    if details.startswith(_CUT_OFF):
+        code, details = grpc.StatusCode.UNAVAILABLE, f"the connection broke ({details})"
     after_ms = dict(metadata or ()).get(RETRY_AFTER)
     remedy: Remedy = "none"
     if code in _LOST:
         remedy = "resend"
-    elif code in _AWAY or after_ms is not None or details.startswith(_CUT_OFF):
+    elif code in _AWAY or after_ms is not None:
         remedy = "wait"
     return WorkerFailed(role, code.name, details, remedy, float(after_ms or 0) / 1e3)
 
