@@ -15,7 +15,7 @@ import pytest
 
 from specsplit.bench.dataset import Prompt
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
-from specsplit.bench.progress import Progress
+from specsplit.bench.progress import Bar, Progress
 from specsplit.bench.runner import (
     Request,
     encode_prompts,
@@ -319,6 +319,15 @@ def test_progress_in_a_log_is_a_line_a_request(capsys: pytest.CaptureFixture[str
     assert lines[0].startswith("[1/2] gamma 4 a: 4 tokens, 40.0 tokens/s; 40.0 tokens/s so far, about ")
     assert lines[1].endswith("about 0 s left")
     assert lines[2].startswith("2 of 2 prompts in 0 s: 40.0 tokens/s")
+
+
+def test_progress_of_a_step_is_a_line_where_there_is_something_to_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar(30, "step") as bar:
+        bar.to(10, "went on from here")
+        bar.to(20, "not told", show=False)
+        bar.to(33, "more than was wanted")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["[10/30] went on from here", "[33/30] more than was wanted, about 0 s left"]
 
 
 def test_progress_on_the_terminal_behind_a_log(capsys: pytest.CaptureFixture[str]) -> None:
