@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def run_write_data(args: argparse.Namespace) -> None:
             said += [f"{count} {name.replace('_', ' ')}" for name, count in written.counts().items() if count]
             bar.to(tokens, ", ".join([*said, f"{fresh / fresh_s:.0f} tokens/s" if seconds else "was there"]))
 
-        manifest = write_texts(writer, args.output, about, show)
+        with _fits_memory("write_batch", settings.write_batch):
+            manifest = write_texts(writer, args.output, about, show)
     print(
         f"{args.output / 'manifest.json'}: {manifest['texts']} texts, {manifest['answer_tokens']} tokens of answers, "
         f"sha256 {manifest['data_sha256'][:12]}, written in {manifest['seconds']:.0f} s"
@@ -169,7 +171,8 @@ def run_train(args: argparse.Namespace) -> None:
                 said.append(f"validation {row['validation_loss']:.3f}, agreement {row['validation_agreement']:.3f}")
             bar.to(row["step"], ", ".join(said), show="validation_loss" in row or row["step"] % every == 0)
 
-        trainer.run(show)
+        with _fits_memory("batch_size", settings.batch_size):
+            trainer.run(show)
     save_draft(model, tokens, settings.draft_dtype, folder, args.output)
     write_csv(pd.DataFrame(trainer.rows, columns=list(LOSS_COLUMNS)), args.losses)
     fingerprint = fingerprint_model(args.output)
@@ -300,6 +303,18 @@ def _find_target(path: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"--target {path} is a {manifest['source']['source']} model; a draft is made of weights")
     known = ("weights_sha256", "tokenizer_sha256", "vocab_size")
     return folder, {"model": manifest["name"], **{key: manifest["fingerprint"][key] for key in known}}
+
+
+@contextmanager
+def _fits_memory(field: str, value: int) -> Iterator[None]:
+    """What is too much for the memory of a GPU is a setting to mend."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise UserError(f"--{field.replace('_', '-')} {value} is too much for this GPU, take less: {reason}") from None
 
 
 def _prepare_process(seed: int, threads: int | None) -> None:
