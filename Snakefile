@@ -26,6 +26,7 @@ include: "workflow/rules/theory.smk"
 include: "workflow/rules/baselines.smk"
 include: "workflow/rules/capacity.smk"
 include: "workflow/rules/profile.smk"
+include: "workflow/rules/distill.smk"
 
 
 # Light work, or work that needs the internet: on a cluster it is done where snakemake runs, the rest in jobs.
@@ -44,6 +45,7 @@ localrules:
     peers,
     capacity,
     profile,
+    distill_card,
 
 
 rule all:

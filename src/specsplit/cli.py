@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import specsplit
-from specsplit.commands import decode, derive, load, measure, prepare, publish, record, serve, simulate
+from specsplit.commands import decode, derive, distill, load, measure, prepare, publish, record, serve, simulate
 from specsplit.errors import UserError
 
 
@@ -42,6 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="specsplit", description=specsplit.__doc__)
     parser.add_argument("--version", action="version", version=f"specsplit {specsplit.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (decode, serve, measure, load, simulate, prepare, derive, record, publish):
+    for module in (decode, serve, measure, load, simulate, prepare, derive, distill, record, publish):
         module.add_commands(subparsers)
     return parser

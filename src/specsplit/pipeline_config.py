@@ -318,6 +318,9 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
         source = models.get(own["model"], {}).get("source")
         if own["skip_layers"] and source in ("synthetic", "ngram"):
             yield f"{path}.skip_layers: the {source} model {own['model']} has no layers; write []"
+    target = models.get(config["target"]["model"], {})
+    if target.get("path", "").rstrip("/") == f"results/distill/{config['distill']['name']}/draft":
+        yield f"target.model: {_show(config['target']['model'])} is the draft that distill makes from the target"
     workers = config["workers"]
     if workers["gpus"] and workers["device"] not in ("auto", "cuda"):
         yield (

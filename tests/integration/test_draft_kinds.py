@@ -14,20 +14,40 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from specsplit.config import OrchestratorConfig
+from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
+from specsplit.distill.recipe import TrainingSettings, WritingSettings
+from specsplit.distill.training import Trainer
+from specsplit.distill.writing import Writer
+from specsplit.models.causal_lm import CausalLM
 from specsplit.models.sources import prepare_model
+from specsplit.models.text import TextCodec
 from specsplit.workers.orchestrator.pipeline import TextWriter
 
 from grpc_fixtures import PROMPTS, Reference, Worker, serving
 from tiny_models import VOCAB, make_tokenizer
 
 LENGTH = 24
-KINDS = ("ngram", "int8", "skipped layer", "reduced head", "another tokenizer")
+KINDS = ("ngram", "int8", "skipped layer", "reduced head", "distilled", "another tokenizer")
 
 
 def reduced_head(folder: Path, copy: Path) -> Path:
     """The model of `folder`, able to say every second token only."""
     shutil.copytree(folder, copy)
     (copy / "draft_to_target.json").write_text(json.dumps(list(range(0, VOCAB, 2))))
+    return copy
+
+
+def distilled(folder: Path, copy: Path) -> Path:
+    """Two layers and half of the tokens of the model of `folder`, trained for a moment on what it writes."""
+    target = CausalLM.load(folder, device="cpu")
+    lengths = {"max_user_tokens": 3, "max_answer_tokens": 16, "write_batch": 64, "top_k": 8}
+    writer = Writer(target, TextCodec.load(folder), WritingSettings.load({**lengths, "user_temperature": 4}))
+    texts = writer.batch(0).texts
+    settings = TrainingSettings.load({"vocab_size": VOCAB // 2, "batch_size": 4, "validation_texts": 2, "epochs": 2})
+    tokens = pick_vocabulary(settings, texts, target, top_k=8)
+    trainer = Trainer(build_draft(target, pick_layers(settings, target.num_layers), tokens), texts, tokens, settings)
+    trainer.run()
+    save_draft(trainer.model, tokens, "float32", folder, copy)
     return copy
 
 
@@ -62,6 +82,8 @@ def drafting(kind: str, folder: Path, copy: Path) -> Iterator[Worker]:
         prepare_model(parameters, "ngram", copy)
     elif kind == "reduced head":
         reduced_head(folder, copy)
+    elif kind == "distilled":
+        distilled(folder, copy)
     elif kind == "another tokenizer":
         renumbered(folder, copy)
         settings["target_tokenizer"] = folder

@@ -16,7 +16,7 @@ import pytest
 from specsplit.bench.dataset import Prompt
 from specsplit.bench.journal import JOURNAL, Journal
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
-from specsplit.bench.progress import Progress
+from specsplit.bench.progress import Bar, Progress
 from specsplit.bench.records import Request, request_record, request_seed, round_records
 from specsplit.bench.runner import encode_prompts, run_requests
 from specsplit.config import OrchestratorConfig
@@ -435,6 +435,15 @@ def test_progress_of_a_run_that_is_gone_on_with_and_fails(capsys: pytest.Capture
     assert lines[1] == "[1/2] gamma 4 b: failed: target worker failed in round 2: INTERNAL: it broke on two lines"
     assert lines[2].startswith("[2/2] gamma 4 c: 4 tokens")
     assert lines[-1].startswith("1 failed: requests.csv says why")
+
+
+def test_progress_of_a_step_is_a_line_where_there_is_something_to_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar(30, "step") as bar:
+        bar.to(10, "went on from here")
+        bar.to(20, "not told", show=False)
+        bar.to(33, "more than was wanted")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["[10/30] went on from here", "[33/30] more than was wanted, about 0 s left"]
 
 
 def test_progress_on_the_terminal_behind_a_log(capsys: pytest.CaptureFixture[str]) -> None:

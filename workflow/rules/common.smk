@@ -63,12 +63,16 @@ WORKER_POINTS = {**RACED, **CAPACITY, **CONTEXT, **POINTS}
 MODELS = sorted({config["target"]["model"], *(draft["model"] for draft in DRAFTS.values())})
 TARGET_FOLDER = f"resources/models/{config['target']['model']}"
 ROLES = ["draft", "target"]
+# The draft that distill.smk makes, as the path of a model, and the GPU that its steps ask for.
+DISTILLED = f"results/distill/{config['distill']['name']}/draft"
+DISTILL_GPU = min(1, config["workers"]["gpus"])
 
 
 wildcard_constraints:
     point="|".join(map(re.escape, WORKER_POINTS)),
     role="|".join(ROLES),
     draft="|".join(map(re.escape, DRAFTS)),
+    recipe=re.escape(config["distill"]["name"]),
     model="|".join(config["models"]),  # all: an ngram model may take the tokenizer of one that is not run
 
 
@@ -177,7 +181,16 @@ def local_files(name):
         return [f"resources/models/{spec['tokenizer']}/model.json"]
     if spec["source"] != "local":
         return []
+    if os.path.normpath(spec["path"]) == DISTILLED:  # made by the workflow, so named whether it is there or not
+        return [f"{DISTILLED}/model.safetensors", f"{DISTILLED}/config.json"]
     return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors"})
+
+
+def distill_flags(*names):
+    """Flags of a step of the distillation: these keys of its section, and what all steps share."""
+    values = {name: config["distill"][name] for name in names}
+    workers = config["workers"]
+    return flags(**values, seed=config["seed"], device=workers["device"], threads=workers["threads"])
 
 
 def role_settings(role, label):

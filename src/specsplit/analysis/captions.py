@@ -72,6 +72,12 @@ CAPTIONS = {
         "What a token costs as its context grows. Relative to the shortest context: where the cost stays below the "
         "length, growth is less than linear."
     ),
+    "distill": (
+        "A draft in training. Left, how far it is from its target, on texts that it learns from and on others; middle, "
+        "how often the likeliest tokens of both are the same; right, how often the target accepts what it proposes, "
+        "by position in the draft, among the rounds that got so far, on the prompts of the dataset, which it was not "
+        "trained on."
+    ),
     "summary": (
         "One row for each configuration: means over requests with bootstrap intervals; speedup end to end, prefill "
         "included, against the target alone on the same prompts; lossless is the share of texts that are, token for "

@@ -1,11 +1,11 @@
-"""Progress of a benchmark: a bar on a terminal, a line a request in a log."""
+"""Progress: a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -21,16 +21,8 @@ class Progress:
 
     def __init__(self, total: int, terminal_fd: int | None = None) -> None:
         self._lines = not sys.stderr.isatty()
-        terminal = _terminal(terminal_fd) if self._lines else sys.stderr
-        self._bar = tqdm(
-            total=total,
-            unit="req",
-            dynamic_ncols=True,
-            mininterval=0,  # every request is shown, fast ones too
-            leave=not self._lines,
-            file=terminal,
-            disable=terminal is None,
-        )
+        # Every request is shown, fast ones too.
+        self._bar = _make_bar(self._lines, terminal_fd, total=total, unit="req", mininterval=0)
         self._total = total
         self._count = 0
         self._failed = 0
@@ -89,6 +81,45 @@ class Progress:
 
     def _speed(self) -> str:
         return f"{self._tokens / self._busy_ms * 1e3:.1f} tokens/s" if self._busy_ms else "nothing finished"
+
+
+class Bar:
+    """Counts towards `total`. Use as a context manager.
+
+    A terminal at stderr gets a bar. Otherwise stdout, a log, gets a line for each call of `to` that is to be shown, and
+    the terminal behind `terminal_fd`, where there is one, the bar.
+    """
+
+    def __init__(self, total: int, unit: str, terminal_fd: int | None = None) -> None:
+        self._lines = not sys.stderr.isatty()
+        self._bar = _make_bar(self._lines, terminal_fd, total=total, unit=unit, unit_scale=total >= 10_000)
+        self._total = total
+        self._began: tuple[int, float] | None = None  # where the first call was: work of an earlier process is no speed
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def to(self, count: int, said: str = "", *, show: bool = True) -> None:
+        """`count` of the total are done. said: what else there is to tell. show: in the log."""
+        self._bar.set_postfix_str(said, refresh=False)
+        self._bar.update(min(count, self._total) - self._bar.n)
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (count, now)
+        if not (self._lines and show):
+            return
+        done = count - self._began[0]
+        left = (now - self._began[1]) / done * max(0, self._total - count) if done > 0 else None
+        words = [said, "" if left is None else f"about {_lasting(left)} left"]
+        print(f"[{count}/{self._total}]", ", ".join(filter(None, words)), flush=True)
+
+
+def _make_bar(in_log: bool, terminal_fd: int | None, **options: Any) -> tqdm[Any]:
+    terminal = _terminal(terminal_fd) if in_log else sys.stderr
+    return tqdm(dynamic_ncols=True, leave=not in_log, file=terminal, disable=terminal is None, **options)
 
 
 def _terminal(fd: int | None) -> TextIO | None:

@@ -7,21 +7,21 @@ verification, `new_cache` makes one.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.errors import UserError
-from specsplit.models.fingerprint import weight_files
 from specsplit.models.kv_cache import KVCache, LayeredSlots
 from specsplit.models.passes import EMPTY, Pass
 from specsplit.models.quantise import quantise_linears
+from specsplit.models.reduced import reduce_loaded
 from specsplit.models.tree_attn import additive, positions, visible
 from specsplit.models.vocabulary import read_reduced_map
 
@@ -90,7 +90,7 @@ class CausalLM:
         device: auto (cuda when there is one) | cpu | cuda | cuda:N.
         skip_layers: decoder layers to leave out, for a cheaper and weaker draft from the same weights.
         A folder with a `draft_to_target` map (see vocabulary.read_reduced_map) gives a model with an output head of
-        its rows alone, whether the weights hold these or the full head.
+        its rows alone, whether the weights hold these or the full head (models/reduced.py).
         """
         from transformers import AutoModelForCausalLM
 
@@ -120,7 +120,7 @@ class CausalLM:
                 f"Fetch or convert the model again."
             )
         if head_tokens is not None:
-            reduce_head(model, folder, head_tokens, {key for key, *_ in report["mismatched_keys"]})
+            reduce_loaded(model, folder, head_tokens, {key for key, *_ in report["mismatched_keys"]})
         if skip_layers:
             drop_layers(model, skip_layers)
         model = model.to(target_device)
@@ -237,37 +237,6 @@ def pick_device(name: str) -> torch.device:
             f"Use device auto or cpu."
         )
     return torch.device(name)
-
-
-def reduce_head(model: Any, folder: Path, tokens: Sequence[int], mismatched: Collection[str]) -> None:
-    """Give a loaded model an output head with a row for each of `tokens` alone, in place.
-
-    mismatched: tensors in the files of `folder` that have another shape than the model; the only one allowed is the
-    head, when it is reduced there already. Else the rows are taken from the full head, which may be tied.
-    """
-    head = model.get_output_embeddings()
-    name = next(f"{path}.weight" for path, module in model.named_modules() if module is head)
-    if strange := sorted(set(mismatched) - {name}):
-        raise UserError(f"{folder}: {strange[0]} has another shape than config.json says")
-    if not mismatched and max(tokens) >= len(head.weight):
-        raise UserError(f"{folder}: draft_to_target names token {max(tokens)}; the model has {len(head.weight)}")
-    rows = _stored_tensor(folder, name) if mismatched else head.weight[list(tokens)]
-    if rows.shape != (len(tokens), head.weight.shape[1]):
-        raise UserError(f"{folder}: {name} has {len(rows)} rows, but draft_to_target {len(tokens)} entries")
-    reduced = nn.Linear(rows.shape[1], len(tokens), bias=head.bias is not None, dtype=head.weight.dtype)
-    with torch.no_grad():
-        reduced.weight.copy_(rows)
-        if head.bias is not None:
-            reduced.bias.copy_(head.bias[list(tokens)])
-    model.set_output_embeddings(reduced)
-
-
-def _stored_tensor(folder: Path, name: str) -> torch.Tensor:
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 (not a dict)
-                return tensors.get_tensor(name)
-    raise UserError(f"{folder}: no weights called {name}")
 
 
 def drop_layers(model: Any, skip: Sequence[int]) -> None:

@@ -40,7 +40,9 @@ TOKENIZER_EXTRAS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-MODEL_FILES = CONFIG_FILES + WEIGHT_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS
+# Of a draft with a reduced vocabulary: the target token of every row of its output head (models/vocabulary.py).
+MAP_FILES = ("draft_to_target.json", "draft_to_target.safetensors")
+MODEL_FILES = CONFIG_FILES + WEIGHT_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS + MAP_FILES
 
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -116,14 +118,16 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     """Identity and shape of the model in `folder`.
 
     files: sha256 by file name when already known (see hash_files), so that large weights are read once.
-    Returns weights_sha256, tokenizer_sha256, parameters (as stored: tied weights count once), dtype (as
-    stored, `+` between several), architecture, vocab_size, max_context (None when the model states no limit).
+    Returns weights_sha256 (with that of the map of a reduced vocabulary), tokenizer_sha256, parameters (as stored: tied
+    weights count once), dtype (as stored, `+` between several), architecture, vocab_size, max_context (None when the
+    model states no limit).
     Raises UserError for a folder that does not hold a readable causal language model.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     check_model_folder(folder)
     weights = weight_files(folder)
+    hashed = [*weights, *(folder / name for name in MAP_FILES if (folder / name).is_file())]
     known = files or {}
     parameters, dtype = _count_parameters(weights)
     try:
@@ -133,7 +137,7 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
         raise UserError(f"{folder}: transformers cannot read its configuration or tokenizer: {error}") from error
     text = config.get_text_config()
     return {
-        "weights_sha256": combined_sha256({w.name: known.get(w.name) or sha256_file(w) for w in weights}),
+        "weights_sha256": combined_sha256({f.name: known.get(f.name) or sha256_file(f) for f in hashed}),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "parameters": parameters,
         "dtype": dtype,

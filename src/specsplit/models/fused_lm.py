@@ -17,6 +17,7 @@ from specsplit.models.causal_lm import CausalLM
 from specsplit.models.kernels import BLOCK, run_pass
 from specsplit.models.passes import EMPTY, Pass
 from specsplit.models.quantise import Int8Linear
+from specsplit.models.reduced import ReducedEmbedding
 from specsplit.models.token_cache import Slots, tokens_of_pass
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -110,7 +111,9 @@ class FusedLM:
         self._cos = self._sin = np.zeros((0, self._head_dim // 2), np.float32)
         self._windows = np.array(source.windows(), np.int64)
         self._weights = _stack(source.model)
-        self._embedding = _bits(source.model.get_input_embeddings().weight)
+        embedding = source.model.get_input_embeddings()
+        self._embedding = _bits(embedding.weight)
+        self._row_of = embedding.rows.numpy() if isinstance(embedding, ReducedEmbedding) else None
         self._team = Team(threads)
         self._room = _Room(self._weights, threads, 0, 0)
 
@@ -163,7 +166,7 @@ class FusedLM:
         count, padded = len(ids), -(-len(ids) // BLOCK) * BLOCK
         lengths = np.array([len(seen) for seen in visible], np.int64)
         room = self._room = self._room.fitting(padded, int(lengths.max()))
-        room.x[:count] = _floats(self._embedding[ids])
+        room.x[:count] = _floats(self._embedding[ids if self._row_of is None else self._row_of[ids]])
         room.x[count:padded] = 0.0
         logits = np.empty((-(-len(wanted) // BLOCK) * BLOCK, self.vocab_size), np.float32)
         keys, values, capacity = np.array(addresses, np.int64).T.copy()

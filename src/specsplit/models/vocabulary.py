@@ -23,9 +23,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specsplit.errors import UserError
 from specsplit.jsonio import read_json
+from specsplit.models.fingerprint import MAP_FILES
 from specsplit.models.text import TextCodec
 
-MAP_FILES = ("draft_to_target.json", "draft_to_target.safetensors")
 MAP_TENSOR = "draft_to_target"
 
 

@@ -1,0 +1,98 @@
+"""The model card of a distilled draft, and the hashes of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pandas import DataFrame
+
+from specsplit.analysis.tables import write_atomically
+from specsplit.hashing import sha256_file
+from specsplit.provenance.folder import write_sums
+
+CARD, SUMS = "MODEL_CARD.md", "SHA256SUMS"
+USEFUL = 0.5  # greedy acceptance of the first token from which such a draft is worth keeping
+
+
+def write_card(folder: Path, training: Mapping[str, Any], acceptance: DataFrame, measured: Mapping[str, Any]) -> None:
+    """Write the card and `SHA256SUMS`, which names every other file of the draft's folder.
+
+    training, measured: the reports of the steps train and measure. acceptance: the table of the latter.
+    """
+    write_atomically(folder / CARD, card(training, acceptance, measured).encode())
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != SUMS and not p.name.startswith("."))
+    write_atomically(folder / SUMS, write_sums({p.name: sha256_file(p) for p in files}).encode())
+
+
+def card(training: Mapping[str, Any], acceptance: DataFrame, measured: Mapping[str, Any]) -> str:
+    """The text of MODEL_CARD.md."""
+    data, settings = training["data"], training["settings"]
+    writing = data["settings"]
+    first = float(acceptance["acceptance_rate"].iloc[0]) if len(acceptance) else 0.0
+    reached = (
+        f"The target accepts {first:.1%} of its first tokens, greedy, on {measured['prompts']} prompts that it was not "
+        f"trained on (sha256 `{measured['prompts_sha256'][:16]}`), "
+        f"in texts of at most {measured['max_output_tokens']} tokens."
+    )
+    if first < USEFUL:
+        reached += f" That is below {USEFUL:g}: a trial of the recipe, not a draft to use."
+    vocabulary = (
+        f"the {training['vocab_size']:,} most frequent of {training['target']['vocab_size']:,} tokens; all others are "
+        "read as one, and never proposed"
+        if training["vocab_size"] < training["target"]["vocab_size"]
+        else "the target's"
+    )
+    hardware = training["hardware"]
+    facts = [
+        ("target", f"{training['target']['model']}, weights sha256 `{training['target']['weights_sha256']}`"),
+        ("kind", f"{training['architecture']}, layers {training['layers']} of the target, its embeddings"),
+        ("vocabulary", vocabulary),
+        ("parameters", f"{training['parameters']:,}, saved in {settings['draft_dtype']}"),
+        ("weights sha256", f"`{training['weights_sha256']}`"),
+        (
+            "training text",
+            f"{data['texts']:,} texts, {data['answer_tokens']:,} tokens of answers, written by the target alone; "
+            f"sha256 `{data['data_sha256']}`",
+        ),
+        (
+            "written at",
+            f"temperature {writing['user_temperature']:g} (user turns), "
+            f"{', '.join(f'{t:g}' for t in writing['answer_temperature'])} (answers)",
+        ),
+        ("left out", ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in data["left_out"].items())),
+        ("loss", f"KL to the {writing['top_k']} likeliest tokens of the target and all others together"),
+        (
+            "training",
+            f"{settings['epochs']} epochs, {training['steps']:,} steps of {settings['batch_size']} texts; AdamW, peak "
+            f"{settings['learning_rate']:g}, warm-up {settings['warmup_share']:g}, cosine; weight decay "
+            f"{settings['weight_decay']:g}, gradients clipped at {settings['clip_norm']:g}",
+        ),
+        ("seed", str(settings["seed"])),
+        ("hardware", hardware["name"]),
+        ("software", f"torch {hardware['torch']}, transformers {hardware['transformers']}"),
+        ("time", f"{data['seconds']:.0f} s to write, {training['seconds']:.0f} s to train"),
+    ]
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
+    table = "\n".join(
+        f"| {r.position} | {r.reached} | {r.accepted} | {r.acceptance_rate:.3f} |" for r in acceptance.itertuples()
+    )
+    return f"""# {training["name"]}: a draft for speculative decoding
+
+Distilled by SpecSplit from {training["target"]["model"]}, for it alone. {reached}
+
+| | |
+|---|---|
+{rows}
+
+Validation, on texts of the target that were not trained on: divergence {training["validation_loss"]:.3f} nats a token,
+the same likeliest token at {training["validation_agreement"]:.1%} of the positions (before training
+{training["untrained_agreement"]:.1%}).
+
+| position in the draft | rounds that reached it | accepted | acceptance rate |
+|---|---|---|---|
+{table}
+
+A draft changes no text: the target verifies every token. Made of its weights, it is under its licence.
+"""

@@ -1,0 +1,92 @@
+"""The draft as a model: made of the target's own parts, and saved in a folder that is loaded like any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+
+from specsplit.distill.recipe import TrainingSettings
+from specsplit.distill.shards import Text, frequent_tokens
+from specsplit.errors import UserError
+from specsplit.models.causal_lm import DTYPES, CausalLM, drop_layers
+from specsplit.models.fingerprint import MAP_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
+from specsplit.models.fused_lm import ARCHITECTURES
+from specsplit.models.reduced import reduce_vocabulary
+
+WEIGHTS = "model.safetensors"
+
+
+def pick_layers(settings: TrainingSettings, available: int) -> list[int]:
+    """The target's layers that become the draft's, sorted: those that are named, or as many, the first and the last
+    among them and the others evenly between; one alone is the first, which reads embeddings.
+
+    Raises UserError when the target does not have them.
+    """
+    if settings.take_layers is not None:
+        if beyond := [layer for layer in settings.take_layers if layer >= available]:
+            raise UserError(f"take_layers: {beyond[0]} is not one of the target's layers, 0 to {available - 1}")
+        return sorted(settings.take_layers)
+    if settings.layers > available:
+        raise UserError(f"layers {settings.layers}: the target has {available}")
+    return [int(layer) for layer in np.linspace(0, available - 1, settings.layers).round()]
+
+
+def pick_vocabulary(
+    settings: TrainingSettings, texts: Sequence[Text], target: CausalLM, top_k: int
+) -> list[int] | None:
+    """The target's tokens that the draft knows, a row each, the most frequent first; None = all of them.
+
+    Raises UserError when they are too few to learn from `top_k` likely ones, or to hold the tokens that end a text.
+    """
+    size, least = settings.vocab_size, top_k + len(target.eos_token_ids) + 1
+    if size is None or size >= target.vocab_size:
+        return None
+    if size < least:
+        raise UserError(f"vocab_size {size}: wanted at least {least}, for {top_k} likely tokens of a position")
+    return frequent_tokens(texts, size, target.vocab_size, target.eos_token_ids)
+
+
+def build_draft(target: CausalLM, layers: Sequence[int], tokens: Sequence[int] | None) -> Any:
+    """Make the draft out of a loaded target, in place, in float32: these layers and, of its tokens, these.
+
+    Raises UserError when the target is of no type that a draft can be made of in this way.
+    """
+    model = target.model
+    if type(model).__name__ not in ARCHITECTURES:
+        raise UserError(
+            f"a draft is made of the layers of its target, which is a {type(model).__name__}; wanted one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    if skipped := sorted(set(range(target.num_layers)) - set(layers)):
+        drop_layers(model, skipped)
+    if tokens is not None:
+        reduce_vocabulary(model, tokens)
+    return model.float()
+
+
+def save_draft(model: Any, tokens: Sequence[int] | None, dtype: str, target_folder: Path, folder: Path) -> None:
+    """Write weights, configuration, map and the target's tokenizer files into `folder`, the weights last.
+
+    What is there of an earlier draft is replaced. The same model gives the same bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, *MAP_FILES):
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(target_folder.iterdir()):
+        if matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS, "generation_config.json")):
+            shutil.copyfile(path, folder / path.name)
+    model.config.dtype = DTYPES[dtype]
+    model.config.save_pretrained(folder)
+    if tokens is not None:
+        (folder / MAP_FILES[0]).write_text(json.dumps(list(tokens)) + "\n", encoding="utf-8")
+    weights = {name: p.detach().to("cpu", DTYPES[dtype]).contiguous() for name, p in model.named_parameters()}
+    part = folder / f".{WEIGHTS}.part"
+    save_file(weights, part, {"format": "pt"})
+    shutil.copymode(folder / "config.json", part)  # saved readable by their owner alone
+    part.replace(folder / WEIGHTS)

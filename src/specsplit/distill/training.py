@@ -1,0 +1,234 @@
+"""Training the draft on the target's probabilities: AdamW, a cosine, checkpoints from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from specsplit.distill.losses import agreement, to_draft_rows, top_k_divergence
+from specsplit.distill.recipe import TrainingSettings
+from specsplit.distill.shards import Text, batches
+from specsplit.errors import UserError
+
+BETAS = (0.9, 0.95)
+HEADER = "specsplit"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LOSS_COLUMNS = ("step", "tokens", "learning_rate", "loss", "grad_norm", "validation_loss", "validation_agreement")
+Row = dict[str, Any]  # of LOSS_COLUMNS, those that are known
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids: [texts, length], padded at the right. places: of the flattened ids, those after which an answer's token
+    comes. rows, log_probs: [places, k], the target's likeliest tokens there, as rows of the draft's head."""
+
+    ids: torch.Tensor
+    places: torch.Tensor
+    rows: torch.Tensor
+    log_probs: torch.Tensor
+
+
+def split_texts(texts: Sequence[Text], validation: int, seed: int) -> tuple[list[Text], list[Text]]:
+    """(to train on, to evaluate on), drawn by the seed. Raises UserError when nothing is left to train on."""
+    if validation >= len(texts):
+        raise UserError(
+            f"validation_texts {validation}: there are {len(texts)} texts, and some must be left to train on. "
+            "Write more (tokens), or hold back fewer"
+        )
+    order = np.random.default_rng([seed, len(texts)]).permutation(len(texts)).tolist()
+    held = set(order[:validation])
+    return [t for i, t in enumerate(texts) if i not in held], [t for i, t in enumerate(texts) if i in held]
+
+
+def collate(texts: Sequence[Text], row_of: torch.Tensor | None, device: torch.device) -> Batch:
+    """A batch of texts on a device. row_of: as of losses.to_draft_rows."""
+    length = max(len(text.tokens) for text in texts)
+    ids = torch.zeros(len(texts), length, dtype=torch.long)
+    places = []
+    for i, text in enumerate(texts):
+        ids[i, : len(text.tokens)] = text.tokens
+        places.append(torch.arange(text.answer - 1, len(text.tokens) - 1) + i * length)
+    rows = to_draft_rows(torch.cat([text.top_ids for text in texts]).long(), row_of)
+    log_probs = torch.cat([text.top_log_probs for text in texts]).float()
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in (ids, torch.cat(places), rows, log_probs)))
+
+
+def learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
+    """Of step `step`, counted from 1: a linear rise over the warm-up, then a cosine that ends near 0 at `steps`."""
+    warmup = math.ceil(settings.warmup_share * steps)
+    if step <= warmup:
+        return settings.learning_rate * step / (warmup + 1)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, steps - warmup)))
+
+
+class Trainer:
+    """Trains `model` (HF, float32, its vocabulary reduced to `tokens` or whole) in place.
+
+    recipe_sha256: of everything that decides the result; a checkpoint of another one is not gone on from. checkpoint:
+    its file; None = none are written. rows: the loss curve, LOSS_COLUMNS; tokens are those of answers so far, losses
+    are nats a token, grad_norm is that before clipping.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        texts: Sequence[Text],
+        tokens: Sequence[int] | None,
+        settings: TrainingSettings,
+        *,
+        recipe_sha256: str = "",
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.model, self.settings = model.eval(), settings  # no dropout, whatever the target was trained with
+        self.device: torch.device = next(model.parameters()).device
+        self.train_texts, self.validation_texts = split_texts(texts, settings.validation_texts, settings.seed)
+        self._lengths = [len(text.tokens) for text in self.train_texts]
+        self._row_of = None
+        if tokens is not None:
+            self._row_of = torch.full((model.config.get_text_config().vocab_size,), -1)
+            self._row_of[list(tokens)] = torch.arange(len(tokens))
+        self._parameters: dict[str, torch.nn.Parameter] = dict(model.named_parameters())  # tied ones once
+        matrices = [p for p in self._parameters.values() if p.dim() > 1]
+        vectors = [p for p in self._parameters.values() if p.dim() <= 1]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+            betas=BETAS,
+        )
+        self._recipe, self._checkpoint = recipe_sha256, checkpoint
+        self.steps = sum(1 for epoch in range(settings.epochs) for _ in self._epoch(epoch))
+        self.step = self.resumed_at = 0
+        self.seconds = 0.0  # of training, in all calls
+        self.learnt = 0  # tokens of answers
+        self.rows: list[Row] = []
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are trained."""
+        return sum(p.numel() for p in self._parameters.values())
+
+    def run(self, on_step: Callable[[Row], None] = lambda row: None) -> None:
+        """Train to the end, from the checkpoint where there is one. on_step(row): after each step.
+
+        Raises UserError when the loss is no number any more.
+        """
+        self._load_checkpoint()
+        started, before = time.monotonic(), self.seconds
+        if not self.rows:
+            self._note({"step": 0, "tokens": 0, **self.evaluate()}, on_step)
+        place = 0
+        for epoch in range(self.settings.epochs):
+            for indices in self._epoch(epoch):
+                place += 1
+                if place <= self.step:  # before the checkpoint
+                    continue
+                row = self._learn([self.train_texts[index] for index in indices])
+                if self.step % self.settings.evaluate_every == 0 or self.step == self.steps:
+                    row |= self.evaluate()
+                self._note(row, on_step)
+                self.seconds = before + time.monotonic() - started
+                if self.step % self.settings.checkpoint_every == 0:
+                    self._save_checkpoint()
+
+    @torch.inference_mode()
+    def evaluate(self) -> Row:
+        """On the texts that are not trained on: mean divergence, nats, and share of positions at which the likeliest
+        tokens agree."""
+        divergence, same, count, size = 0.0, 0, 0, self.settings.batch_size
+        texts = sorted(self.validation_texts, key=lambda text: len(text.tokens))
+        for start in range(0, len(texts), size):
+            batch = collate(texts[start : start + size], self._row_of, self.device)
+            logits = self._logits(batch)
+            divergence += float(top_k_divergence(logits, batch.rows, batch.log_probs).double().sum())
+            same += int(agreement(logits, batch.rows, batch.log_probs).sum())
+            count += len(batch.places)
+        return {"validation_loss": divergence / count, "validation_agreement": same / count}
+
+    def _epoch(self, epoch: int) -> Iterator[list[int]]:
+        return batches(self._lengths, self.settings.batch_size, self.settings.seed, epoch)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        """[places, rows of the head]"""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            hidden = self.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+            logits: torch.Tensor = self.model.get_output_embeddings()(hidden.flatten(0, 1)[batch.places])
+            return logits
+
+    def _learn(self, texts: Sequence[Text]) -> Row:
+        self.step += 1
+        rate = learning_rate(self.step, self.steps, self.settings)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        batch = collate(texts, self._row_of, self.device)
+        loss = top_k_divergence(self._logits(batch), batch.rows, batch.log_probs).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self.settings.clip_norm)
+        if not torch.isfinite(norm):
+            raise UserError(f"step {self.step}: the loss is {float(loss.detach())}; train with a lower learning_rate")
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.learnt += len(batch.places)
+        return {
+            "step": self.step,
+            "tokens": self.learnt,
+            "learning_rate": rate,
+            "loss": float(loss.detach()),
+            "grad_norm": float(norm),
+        }
+
+    def _note(self, row: Row, on_step: Callable[[Row], None]) -> None:
+        self.rows.append(row)
+        on_step(row)
+
+    # ---- checkpoints: safetensors, which run no code when they are read
+
+    def _save_checkpoint(self) -> None:
+        if self._checkpoint is None:
+            return
+        state = self._optimizer.state
+        tensors = {f"param.{name}": p.detach() for name, p in self._parameters.items()}
+        tensors |= {f"{m}.{name}": state[p][m] for name, p in self._parameters.items() for m in MOMENTS}
+        header = {"recipe": self._recipe, "step": self.step, "seconds": self.seconds, "learnt": self.learnt}
+        part = self._checkpoint.with_suffix(".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(
+                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                part,
+                {HEADER: json.dumps({**header, "rows": self.rows})},
+            )
+            part.replace(self._checkpoint)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _load_checkpoint(self) -> None:
+        """Go on from the checkpoint, when there is one of this recipe; another one is left to be written over."""
+        if self._checkpoint is None or not self._checkpoint.is_file():
+            return
+        try:
+            with safe_open(self._checkpoint, framework="pt") as kept:
+                header = json.loads(kept.metadata()[HEADER])
+                if header["recipe"] != self._recipe:
+                    return
+                with torch.no_grad():
+                    for name, p in self._parameters.items():
+                        p.copy_(kept.get_tensor(f"param.{name}"))
+                        moments = {m: kept.get_tensor(f"{m}.{name}").to(self.device) for m in MOMENTS}
+                        self._optimizer.state[p] = {"step": torch.tensor(float(header["step"])), **moments}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self._checkpoint}: not a readable checkpoint ({error}); delete it") from None
+        self.step = self.resumed_at = header["step"]
+        self.seconds, self.learnt, self.rows = header["seconds"], header["learnt"], header["rows"]

@@ -1,0 +1,143 @@
+# A small draft made from the target: it writes its own training text, the draft learns its probabilities, and its
+# acceptance is measured on prompts that are not in that text. Made for a GPU; config/examples/distill_test.yaml is not.
+
+
+rule distill:
+    input:
+        expand(
+            "results/distill/{recipe}/{file}",
+            recipe=config["distill"]["name"],
+            file=["draft/MODEL_CARD.md", "acceptance.csv", "curves.svg"],
+        ),
+
+
+# Shards are no outputs, which Snakemake would delete before it goes on where an interrupted job was.
+rule distill_write_data:
+    input:
+        target=f"{TARGET_FOLDER}/model.json",
+        held_out=config["dataset"]["path"],
+        code=source("distill/writing.py", "distill/shards.py", "models/causal_lm.py", "models/text.py"),
+    output:
+        "results/distill/{recipe}/data/manifest.json",
+    log:
+        "results/logs/distill/{recipe}_write_data.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: EVERY_CORE
+    resources:
+        gpu=DISTILL_GPU,
+    params:
+        settings=distill_flags(
+            *("tokens", "user_temperature", "answer_temperature", "max_user_tokens", "max_answer_tokens"),
+            *("write_batch", "top_k", "target_dtype"),
+        ),
+        on_bad_line=config["dataset"]["on_bad_line"],
+        folder=lambda wildcards, output: os.path.dirname(output[0]),
+    shell:
+        "specsplit distill write-data --target {input.target} --held-out {input.held_out}"
+        " --on-bad-line {params.on_bad_line} --output {params.folder} {params.settings}"
+        " --terminal-fd 3 3>&2 > {log} 2>&1"
+
+
+# The folder has the target's tokenizer files and, for a reduced vocabulary, its map as well.
+rule distill_train:
+    input:
+        target=f"{TARGET_FOLDER}/model.json",
+        data="results/distill/{recipe}/data/manifest.json",
+        code=source(
+            *("distill/draft.py", "distill/losses.py", "distill/shards.py", "distill/training.py"),
+            *("models/causal_lm.py", "models/reduced.py"),
+        ),
+    output:
+        weights="results/distill/{recipe}/draft/model.safetensors",
+        config="results/distill/{recipe}/draft/config.json",
+        losses="results/distill/{recipe}/loss.csv",
+        report="results/distill/{recipe}/training.json",
+    log:
+        "results/logs/distill/{recipe}_train.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: EVERY_CORE
+    resources:
+        gpu=DISTILL_GPU,
+        # It changes no result, so a change of it reruns nothing.
+        operation=flags(checkpoint_every=config["distill"]["checkpoint_every"]),
+    params:
+        settings=distill_flags(
+            *("layers", "take_layers", "vocab_size", "draft_dtype", "epochs", "batch_size", "learning_rate"),
+            *("warmup_share", "weight_decay", "clip_norm", "validation_texts", "evaluate_every"),
+        ),
+        folder=lambda wildcards, output: os.path.dirname(output.weights),
+        checkpoint="results/distill/{recipe}/checkpoint.safetensors",
+    shell:
+        "specsplit distill train --target {input.target} --data {input.data} --name {wildcards.recipe}"
+        " --output {params.folder} --losses {output.losses} --report {output.report}"
+        " --checkpoint {params.checkpoint} {params.settings} {resources.operation}"
+        " --terminal-fd 3 3>&2 > {log} 2>&1"
+
+
+rule distill_measure:
+    input:
+        target=f"{TARGET_FOLDER}/model.json",
+        weights="results/distill/{recipe}/draft/model.safetensors",
+        prompts="results/dataset/prompts.jsonl",
+        code=[*MEASURED_WITH, *source("distill/measuring.py", "analysis/statistics.py")],
+    output:
+        acceptance="results/distill/{recipe}/acceptance.csv",
+        rounds="results/distill/{recipe}/acceptance_rounds.csv",
+        report="results/distill/{recipe}/acceptance.json",
+    log:
+        "results/logs/distill/{recipe}_measure.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: EVERY_CORE
+    resources:
+        gpu=DISTILL_GPU,
+    params:
+        settings=flags(
+            gamma=config["distill"]["gamma"],
+            max_output_tokens=config["generation"]["max_output_tokens"],
+            use_chat_template=config["generation"]["use_chat_template"],
+            target_dtype=config["target"]["dtype"],
+            draft_dtype=config["distill"]["draft_dtype"],
+            device=config["workers"]["device"],
+            engine=config["workers"]["engine"],
+            threads=config["workers"]["threads"],
+            confidence=config["statistics"]["confidence"],
+            bootstrap_samples=config["statistics"]["bootstrap_samples"],
+            seed=config["seed"],
+        ),
+        draft=lambda wildcards, input: os.path.dirname(input.weights),
+    shell:
+        "specsplit distill measure --target {input.target} --draft {params.draft} --prompts {input.prompts}"
+        " --output {output.acceptance} --rounds {output.rounds} --report {output.report} {params.settings}"
+        " --terminal-fd 3 3>&2 > {log} 2>&1"
+
+
+rule distill_card:
+    input:
+        weights="results/distill/{recipe}/draft/model.safetensors",
+        training="results/distill/{recipe}/training.json",
+        losses="results/distill/{recipe}/loss.csv",
+        acceptance="results/distill/{recipe}/acceptance.csv",
+        measured="results/distill/{recipe}/acceptance.json",
+        code=source("distill/card.py", "distill/figure.py", "analysis/drawing.py"),
+    output:
+        card="results/distill/{recipe}/draft/MODEL_CARD.md",
+        sums="results/distill/{recipe}/draft/SHA256SUMS",
+        png="results/distill/{recipe}/curves.png",
+        svg=report(
+            "results/distill/{recipe}/curves.svg",
+            caption="../report/distill.rst",
+            category="Distillation",
+            labels={"figure": "Training and acceptance"},
+        ),
+    log:
+        "results/logs/distill/{recipe}_card.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    params:
+        draft=lambda wildcards, input: os.path.dirname(input.weights),
+    shell:
+        "specsplit distill card --draft {params.draft} --training {input.training} --losses {input.losses}"
+        " --acceptance {input.acceptance} --measured {input.measured} --figure {output.png} > {log} 2>&1"
