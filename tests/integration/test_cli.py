@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from specsplit.analysis.tables import CONFIGURATION
+from specsplit.bench.journal import JOURNAL
 from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS
 from specsplit.cli import main
 from specsplit.models.text import TextCodec
@@ -398,7 +399,7 @@ def test_the_target_alone_needs_no_draft_worker(specsplit: Command, bench: Seque
     assert shown.status == 0, shown.err
 
 
-def test_a_benchmark_that_fails_half_way_and_is_run_again(
+def test_a_benchmark_whose_requests_fail_half_way_and_is_run_again(
     specsplit: Command, bench: Sequence[object], tmp_path: Path, workers: dict[str, Worker]
 ) -> None:
     target, results = workers["target"], tmp_path / "results"
@@ -408,31 +409,47 @@ def test_a_benchmark_that_fails_half_way_and_is_run_again(
 
     def fail() -> None:
         if target.passes > last:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("it is broken")
 
     target.before_pass = fail
-    message = specsplit(*command).error()
+    shown = specsplit(*command)
     target.before_pass = lambda: None
-    assert "target worker failed in round" in message
-    assert "INTERNAL: RuntimeError: out of memory" in message
-    done, failed = results / "runs" / "gamma_0", results / "runs" / "gamma_1"
-    assert len(rows(done / "requests.csv")) == 3
-    assert {path.name for path in failed.iterdir()} == {
-        "requests.csv.part",
-        "per_round.csv.part",
-        "outputs.jsonl.part",
-        "run.json",
-    }
-    assert 1 <= len(rows(failed / "requests.csv.part")) < 3
-    run = json.loads((failed / "run.json").read_text())
-    assert (run["exit_code"], run["error"]) == (1, message.rstrip("\n"))
-    assert not (results / "requests.csv").exists()
+    assert shown.status == 0, shown.err
+    assert "failed: requests.csv says why" in shown.out
+    done, half = results / "runs" / "gamma_0", results / "runs" / "gamma_1"
+    assert {row["status"] for row in rows(done / "requests.csv")} == {"ok"}
+    before = rows(half / "requests.csv")
+    assert [row["status"] for row in before] in (["ok", "failed", "failed"], ["ok", "ok", "failed"])
+    assert before[2]["error_code"] == "INTERNAL"
+    assert "target worker failed in round 1: INTERNAL: RuntimeError: it is broken" in before[2]["error_message"]
+    assert (half / JOURNAL).exists()
+    assert not (done / JOURNAL).exists()
 
     shown = specsplit(*command)
     assert shown.status == 0, shown.err
-    assert list(results.rglob("*.part")) == []
+    after = rows(half / "requests.csv")
+    assert [row["status"] for row in after] == ["ok"] * 3
+    assert after[0] == before[0]  # kept, not measured again
     assert len(rows(results / "requests.csv")) == 6
+    assert not (half / JOURNAL).exists()
     assert all(len(worker.servicer.sessions) == 0 for worker in workers.values())
+
+
+def test_a_benchmark_whose_requests_all_fail_is_an_error(
+    specsplit: Command, bench: Sequence[object], tmp_path: Path, workers: dict[str, Worker]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("it is broken")
+
+    workers["target"].before_pass = fail
+    results = tmp_path / "results"
+    message = specsplit(*bench, "--only", "--gamma", 0, "--warmup", 0, "--results-dir", results).error()
+    workers["target"].before_pass = lambda: None
+    assert "every request failed, the first one with: target worker failed in round 1: INTERNAL" in message
+    run = json.loads((results / "runs" / "gamma_0" / "run.json").read_text())
+    assert (run["exit_code"], run["error"], run["requests"]["failed"]) == (1, message.rstrip("\n"), 3)
+    assert not (results / "runs" / "gamma_0" / "requests.csv").exists()
+    assert not (results / "requests.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from specsplit.models.sources import prepare_model
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1.specsplit_pb2_grpc import TargetServiceStub
-from specsplit.workers.orchestrator import pipeline, recovery
+from specsplit.workers.access import STUBS, Access
+from specsplit.workers.orchestrator import recovery
 from specsplit.workers.orchestrator.client import run_speculative_loop
 from specsplit.workers.orchestrator.connection import WorkerError
 from specsplit.workers.orchestrator.pipeline import TextWriter
@@ -35,7 +36,8 @@ QUICK = {"grpc.keepalive_time_ms": 200, "grpc.http2.ping_timeout_ms": 200}
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "FIRST_WAIT_S", 0.02)
     monkeypatch.setattr(recovery, "LAST_CHANCE_S", 0.1)
-    monkeypatch.setattr(pipeline, "CHANNEL_OPTIONS", list({**dict(CHANNEL_OPTIONS), **QUICK}.items()))
+    channel, options = Access.aio_channel, list({**dict(CHANNEL_OPTIONS), **QUICK}.items())
+    monkeypatch.setattr(Access, "aio_channel", lambda access, address: channel(access, address, options))
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +254,7 @@ class Twice:
 def test_a_reply_that_comes_twice_is_taken_once(pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch) -> None:
     draft, target = pair
     expected = alone(target)
-    monkeypatch.setattr(pipeline.pb_grpc, "TargetServiceStub", Twice)
+    monkeypatch.setitem(STUBS, "target", Twice)
     assert write(draft, target, mode="lookahead").output_tokens == expected
 
 
