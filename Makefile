@@ -9,7 +9,8 @@ CORES ?= 2
 TORCH_INDEX ?=
 
 BIN := .venv/bin
-PIP_INSTALL := $(BIN)/pip install --quiet --constraint envs/constraints.txt \
+# Python compiles what it imports; all of PyTorch at once takes a minute.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint envs/constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Rules call `specsplit`: the environment must be on the path.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"

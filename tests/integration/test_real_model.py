@@ -111,6 +111,7 @@ def test_text_is_the_targets_own(workers, model_folder):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_text_is_the_targets_own_in_every_mode(workers, model_folder):
     settings = {"modes": MODES, "shapes": SHAPES, "temperatures": (0.7,), "drafts": ("weak",)}
     counts = check_identity(workers, model_folder, 1, (4,), 12, **settings)

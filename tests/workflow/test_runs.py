@@ -40,10 +40,10 @@ def test_workers_that_compute_at_once_share_the_cores(workspace):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_run_leaves_nothing_and_the_next_finishes(workspace, how):
-    workspace.config["generation"] = {"max_output_tokens": 100, "ignore_eos": True}
+    workspace.config |= {"gammas": [0, 1], "generation": {"max_output_tokens": 100, "ignore_eos": True}}
     process = workspace.start()
     try:
-        benchmark = "results/runs/gamma_*/requests.csv.part"
+        benchmark = "results/runs/gamma_*/unfinished.jsonl"
         assert workspace.wait_until(lambda: any(workspace.folder.glob(benchmark)), 120), workspace.logs()
         if how == signal.SIGINT:
             os.killpg(process.pid, how)  # Ctrl-C reaches the whole group
@@ -58,7 +58,7 @@ def test_killed_run_leaves_nothing_and_the_next_finishes(workspace, how):
     workspace.run()
     requests = pd.read_csv(workspace.folder / "results" / "requests.csv")
     assert not requests.duplicated(["gamma", "request_id"]).any()
-    assert len(requests) == 9
+    assert len(requests) == 6
 
 
 def failure(workspace, *arguments, **variables):
@@ -122,6 +122,7 @@ def test_attach_to_a_running_worker(workspace):
         (workspace.folder / "mine.json").unlink()
 
 
+@pytest.mark.slow
 def test_runs_that_own_their_workers(workspace):
     """workers.lifecycle job: no worker outlives its run; another draft; the record says which process and log."""
     workspace.config |= {"gammas": [1], "drafts": {"less": {"skip_layers": [0]}}}

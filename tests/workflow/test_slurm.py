@@ -121,7 +121,7 @@ def test_a_cancelled_job_leaves_no_worker(cluster: None, workspace) -> None:
     workspace.write_prompts(*["one two three"] * 200)
     process = workspace.start(*FLAGS)
     try:
-        serving = "results/runs/gamma_*/requests.csv.part"
+        serving = "results/runs/gamma_*/unfinished.jsonl"
         assert workspace.wait_until(lambda: any(workspace.folder.glob(serving)), 120), workspace.logs()
         subprocess.run(["scancel", "--user", "root"], check=True)
         assert workspace.wait_until(
