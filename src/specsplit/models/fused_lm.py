@@ -110,6 +110,7 @@ class FusedLM:
         self._rotary = source.model.model.rotary_emb
         self._cos = self._sin = np.zeros((0, self._head_dim // 2), np.float32)
         self._windows = np.array(source.windows(), np.int64)
+        _leave_the_file(source.model)
         self._weights = _stack(source.model)
         embedding = source.model.get_input_embeddings()
         self._embedding = _bits(embedding.weight)
@@ -278,6 +279,17 @@ def _chunks(passes: Sequence[Pass], fed: Sequence[Sequence[int]]) -> Iterator[di
 
 
 # ---- weights
+
+
+def _leave_the_file(hf: Any) -> None:
+    """Copy the embedding and the output head, which are not stacked, in place.
+
+    Weights are read by mapping their file to memory, all of which stays there as long as one of them does.
+    """
+    embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    embedding.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    head.weight = embedding.weight if tied else nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
 def _stack(hf: Any) -> tuple[np.ndarray, ...]:

@@ -1,7 +1,9 @@
 """The model of a worker, shared by its sessions.
 
 Whoever finds the model free runs, in one pass, what all sessions are waiting for (continuous batching): the
-verifications of several clients read the weights once.
+verifications of several clients read the weights once. A moment after a pass is waited for the sessions that were in
+it, which are back as soon as their clients have the reply; else the clients of a worker fall into two groups that take
+turns, each with half a batch.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from specsplit.workers.errors import Abandoned, Stopped
 
 if TYPE_CHECKING:
     from specsplit.models.loading import LanguageModel
+
+PATIENCE = 0.15  # of the time of a pass is waited for sessions to be back
+LONGEST_DOUBT = 32  # passes without waiting, after waiting was in vain again and again
 
 
 def describe_runtime(device: Any, seed: int) -> dict[str, str]:
@@ -79,6 +84,10 @@ class SharedModel:
         self.new_cache = model.new_cache
         self._busy = threading.Lock()  # held by the thread that runs passes
         self._waiting: deque[_Job] = deque()
+        self._arrived = threading.Event()
+        self._sessions: tuple[set[int], set[int]] = (set(), set())  # in the last pass and the one before, by cache
+        self._until = 0.0  # when nobody is waited for any longer, by time.perf_counter()
+        self._doubt = self._skipped = 0  # passes before which nobody is waited for, and how many of them are over
         self._closed = False
         self._clock = threading.local()
         torch.manual_seed(seed)
@@ -141,6 +150,7 @@ class SharedModel:
             raise Abandoned("the client is gone")
         job, arrived = _Job(what), time.perf_counter()
         self._waiting.append(job)
+        self._arrived.set()
         while not job.done:
             with self._busy:
                 if not job.done:
@@ -151,8 +161,26 @@ class SharedModel:
         assert job.logits is not None
         return job.logits
 
+    def _gather(self) -> None:
+        """Wait for the sessions of the last passes, if they are likely to be back in a moment."""
+        expected = len(self._sessions[0] | self._sessions[1])
+        if len(self._waiting) >= expected or time.perf_counter() > self._until:
+            return
+        if self._skipped < self._doubt:
+            self._skipped += 1
+            return
+        before = len(self._waiting)
+        while len(self._waiting) < expected and (left := self._until - time.perf_counter()) > 0:
+            self._arrived.clear()
+            if len(self._waiting) < expected:
+                self._arrived.wait(left)
+        in_vain = len(self._waiting) == before
+        self._doubt = min(2 * self._doubt + 1, LONGEST_DOUBT) if in_vain else 0
+        self._skipped = 0
+
     def _run_waiting(self) -> None:
         """The passes that came first, as many as fit into one."""
+        self._gather()
         jobs = [self._waiting.popleft()]
         room = self.model.batch_tokens - jobs[0].what.size
         while self._waiting and self._waiting[0].what.size <= room:
@@ -172,6 +200,9 @@ class SharedModel:
             else:
                 for job in jobs:
                     job.error = error
+        ended = time.perf_counter()
+        self._until = ended + PATIENCE * (ended - began)
+        self._sessions = {id(job.what.cache) for job in jobs}, self._sessions[0]
         for job in jobs:
             job.done = True
 
