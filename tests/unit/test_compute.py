@@ -13,7 +13,8 @@ import torch
 from specsplit.decoding.tree import TokenTree
 from specsplit.models.passes import Pass
 from specsplit.models.synthetic import SyntheticLM
-from specsplit.workers.compute import ModelThread, SharedModel
+from specsplit.workers import compute
+from specsplit.workers.compute import LONGEST_DOUBT, ModelThread, SharedModel
 from specsplit.workers.errors import Stopped
 
 
@@ -68,6 +69,35 @@ def test_passes_that_wait_are_run_as_one() -> None:
     assert all(torch.equal(logits, alone(tokens)) for (logits, _, _), tokens in zip(results, texts, strict=True))
     assert results[0][1] < 20 <= results[0][2]  # the first did not wait, but computed
     assert all(queued > 15 for _, queued, _ in results[1:])
+
+
+def test_sessions_that_are_back_in_a_moment_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "PATIENCE", 2.0)  # a moment, on a machine that is busy with other tests
+    model = Held(step_ms=50)
+    shared = SharedModel(model, 1, seed=0)
+
+    def write(token: int) -> list[torch.Tensor]:
+        cache = shared.new_cache(64)
+        return [shared.step(cache, [token]) for _ in range(8)]
+
+    with ThreadPoolExecutor(2) as callers:
+        first = callers.submit(write, 40)
+        assert model.entered.wait(10)
+        second = callers.submit(write, 41)  # would always come when the other one has just begun
+        wait_for(shared, 1)
+        model.leave.set()
+        texts = [first.result(30), second.result(30)]
+    assert model.together.count([1, 1]) >= 4
+    for token, text in zip((40, 41), texts, strict=True):
+        assert all(torch.equal(logits, alone([token] * (i + 1))) for i, logits in enumerate(text))
+
+
+def test_sessions_that_never_are_back_soon_are_not_waited_for_any_more() -> None:
+    shared = SharedModel(SyntheticLM(step_ms=0.5), 1, seed=0)
+    caches = [shared.new_cache(256) for _ in range(2)]
+    for i in range(400):
+        shared.step(caches[i % 2], [40])
+    assert shared._doubt == LONGEST_DOUBT
 
 
 def test_a_pass_that_fails_fails_alone() -> None:
