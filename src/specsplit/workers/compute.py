@@ -82,9 +82,11 @@ class SharedModel:
         self.model = model
         self.threads = threads
         self.new_cache = model.new_cache
-        self._busy = threading.Lock()  # held by the thread that runs passes
         self._waiting: deque[_Job] = deque()
-        self._arrived = threading.Event()
+        self._running = False  # whether one of the waiting threads runs passes, for all of them
+        self._lock = threading.Lock()
+        self._over = threading.Condition(self._lock)  # a pass, for those whose work was in it
+        self._arrived = threading.Condition(self._lock)  # work, for the thread that gathers it
         self._sessions: tuple[set[int], set[int]] = (set(), set())  # in the last pass and the one before, by cache
         self._until = 0.0  # when nobody is waited for any longer, by time.perf_counter()
         self._doubt = self._skipped = 0  # passes before which nobody is waited for, and how many of them are over
@@ -142,19 +144,30 @@ class SharedModel:
     def close(self) -> bool:
         """Take no more work and drop what waits; False when a pass still runs, which cannot be interrupted."""
         self._closed = True
-        return not self._busy.locked()
+        return not self._running
 
     def _pass(self, what: Pass) -> torch.Tensor:
         watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
         if watch.gone():
             raise Abandoned("the client is gone")
         job, arrived = _Job(what), time.perf_counter()
-        self._waiting.append(job)
-        self._arrived.set()
+        with self._lock:
+            self._waiting.append(job)
+            self._arrived.notify()
         while not job.done:
-            with self._busy:
-                if not job.done:
-                    self._run_waiting()
+            with self._lock:
+                while self._running and not job.done:
+                    self._over.wait()
+                if job.done:
+                    break
+                self._running = True
+                self._gather()
+            try:
+                self._run_waiting()
+            finally:
+                with self._lock:
+                    self._running = False
+                    self._over.notify_all()
         watch.queue_ms += (job.began - arrived) * 1e3
         if job.error is not None:
             raise job.error
@@ -163,24 +176,20 @@ class SharedModel:
 
     def _gather(self) -> None:
         """Wait for the sessions of the last passes, if they are likely to be back in a moment."""
-        expected = len(self._sessions[0] | self._sessions[1])
-        if len(self._waiting) >= expected or time.perf_counter() > self._until:
+        expected, before = len(self._sessions[0] | self._sessions[1]), len(self._waiting)
+        if before >= expected or time.perf_counter() > self._until:
             return
         if self._skipped < self._doubt:
             self._skipped += 1
             return
-        before = len(self._waiting)
         while len(self._waiting) < expected and (left := self._until - time.perf_counter()) > 0:
-            self._arrived.clear()
-            if len(self._waiting) < expected:
-                self._arrived.wait(left)
+            self._arrived.wait(left)
         in_vain = len(self._waiting) == before
         self._doubt = min(2 * self._doubt + 1, LONGEST_DOUBT) if in_vain else 0
         self._skipped = 0
 
     def _run_waiting(self) -> None:
         """The passes that came first, as many as fit into one."""
-        self._gather()
         jobs = [self._waiting.popleft()]
         room = self.model.batch_tokens - jobs[0].what.size
         while self._waiting and self._waiting[0].what.size <= room:
