@@ -55,7 +55,7 @@ def test_killed_run_leaves_nothing_and_the_next_finishes(workspace, how):
         if process.poll() is None:
             process.kill()
             process.wait()
-    workspace.run()
+    workspace.run(target="results/requests.csv")
     requests = pd.read_csv(workspace.folder / "results" / "requests.csv")
     assert not requests.duplicated(["gamma", "request_id"]).any()
     assert len(requests) == 6
@@ -81,7 +81,7 @@ def test_bad_configuration(workspace):
 def test_bad_prompt_line(workspace):
     with (workspace.folder / "prompts.jsonl").open("a") as file:
         file.write('{"prompt": ""}\n')
-    assert "prompts.jsonl:4: the prompt is empty" in failure(workspace)
+    assert "prompts.jsonl:4: the prompt is empty" in failure(workspace, target="results/dataset/prompts.jsonl")
     workspace.config["dataset"]["on_bad_line"] = "skip"
     workspace.run("--until", "prepare_dataset")
     manifest = json.loads((workspace.folder / "results" / "dataset" / "manifest.json").read_text())
@@ -90,7 +90,7 @@ def test_bad_prompt_line(workspace):
 
 def test_dead_worker_address(workspace):
     workspace.config["workers"]["target_address"] = "127.0.0.1:1"
-    text = failure(workspace)
+    text = failure(workspace, target="results/workers/gamma_0/target.json")
     assert "no target worker answers at 127.0.0.1:1" in text
 
 
