@@ -5,7 +5,6 @@ rule merge:
     input:
         requests=expand("results/runs/{point}/requests.csv", point=POINTS),
         rounds=expand("results/runs/{point}/per_round.csv", point=POINTS),
-        code=source("analysis/tables.py", "analysis/reading.py"),
     output:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
@@ -15,6 +14,7 @@ rule merge:
         "../../envs/specsplit.yaml"
     params:
         runs=expand("results/runs/{point}", point=POINTS),
+        code=code_sha256("analysis/tables.py", "analysis/reading.py"),
     shell:
         "specsplit merge --results-dir results {params.runs} > {log} 2>&1"
 
@@ -23,7 +23,6 @@ rule figures:
     input:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
-        code=source("analysis"),
     output:
         expand("results/figures/{name}.png", name=FIGURES),
         [figure_output(name, "Figures") for name in FIGURES],
@@ -35,6 +34,7 @@ rule figures:
         confidence=config["statistics"]["confidence"],
         bootstrap_samples=config["statistics"]["bootstrap_samples"],
         seed=config["seed"],
+        code=code_sha256("analysis"),
     script:
         "../scripts/figures.py"
 
@@ -46,7 +46,6 @@ rule summary:
         rounds="results/per_round.csv",
         figures=rules.figures.output,
         provenance="results/provenance/provenance.json",
-        code=source("analysis/tables.py", "analysis/reading.py", "analysis/statistics.py"),
     output:
         summary=report(
             "results/summary.csv", caption="../report/summary.rst", category="Tables", labels={"what": "summary"}
@@ -63,6 +62,7 @@ rule summary:
             seed=config["seed"],
         ),
         sealed=lambda wildcards: result_files(),
+        code=code_sha256("analysis/tables.py", "analysis/reading.py", "analysis/statistics.py"),
     shell:
         "specsplit analyze --no-figures --results-dir results {params.settings} > {log} 2>&1"
         " && specsplit provenance seal --output {output.seal} {params.sealed} >> {log} 2>&1"
@@ -77,7 +77,6 @@ rule report:
         "results/provenance/provenance.json",
         [path for path in rules.figures.output if path.endswith(".svg")],
         measured_beside_the_sweep(),
-        code=source("analysis", "analysis/report.html.j2"),
     output:
         report("results/report.html", caption="../report/report.rst", category="Report", labels={"what": "one page"}),
     log:
@@ -85,6 +84,7 @@ rule report:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        rules.summary.params.settings,
+        settings=rules.summary.params.settings,
+        code=code_sha256("analysis", "analysis/report.html.j2"),
     shell:
-        "specsplit report --results-dir results --output {output} {params} > {log} 2>&1"
+        "specsplit report --results-dir results --output {output} {params.settings} > {log} 2>&1"

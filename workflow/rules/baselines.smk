@@ -8,7 +8,6 @@ rule race_peers:
         prompts="results/dataset/prompts.jsonl",
         models=models_of(RACED)[0],
         layers=models_of(RACED)[1],
-        code=[*MEASURED_WITH, *source("bench/baselines.py", "bench/race.py")],
     output:
         requests="results/peers_requests.csv",
         run="results/peers_run.json",
@@ -35,6 +34,7 @@ rule race_peers:
             target_model=TARGET_FOLDER,
             draft_model=f"resources/models/{DRAFTS[FIRST_DRAFT]['model']}",
         ),
+        code=code_sha256(*RUN_CODE, "bench/baselines.py", "bench/race.py"),
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results --workers-dir results/workers/race"
         " {params.models} {params.settings} > {log} 2>&1"
@@ -43,7 +43,6 @@ rule race_peers:
 rule peers:
     input:
         requests="results/peers_requests.csv",
-        code=source("analysis/peers.py", "analysis/repeats.py", "analysis/statistics.py", "analysis/drawing.py"),
     output:
         more_table("peers"),
         "results/figures/peers.png",
@@ -56,5 +55,6 @@ rule peers:
         confidence=config["statistics"]["confidence"],
         bootstrap_samples=config["statistics"]["bootstrap_samples"],
         seed=config["seed"],
+        code=code_sha256("analysis/peers.py", "analysis/repeats.py", "analysis/statistics.py", "analysis/drawing.py"),
     script:
         "../scripts/peers.py"

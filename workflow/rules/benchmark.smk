@@ -7,7 +7,6 @@ rule benchmark:
         prompts="results/dataset/prompts.jsonl",
         models=lambda wildcards: models_of([wildcards.point])[0],
         layers=lambda wildcards: models_of([wildcards.point])[1],
-        code=MEASURED_WITH,
     output:
         requests="results/runs/{point}/requests.csv",
         rounds="results/runs/{point}/per_round.csv",
@@ -27,6 +26,7 @@ rule benchmark:
         # Not used by the command, which has it from the resources: other workers, other results.
         workers=lambda wildcards: [worker_settings(role, wildcards.point) for role in run_roles(wildcards.point)],
         tokenizer=TARGET_FOLDER,
+        code=code_sha256(*RUN_CODE),
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results"
         " --tokenizer {params.tokenizer} {resources.workers} {resources.faults} --gpus {resources.gpu} {params.settings}"

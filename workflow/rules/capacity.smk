@@ -7,7 +7,6 @@ rule benchmark_capacity:
         prompts="results/dataset/prompts.jsonl",
         models=models_of(CAPACITY)[0],
         layers=models_of(CAPACITY)[1],
-        code=[*MEASURED_WITH, *source("bench/capacity.py")],
     output:
         "results/capacity_requests.csv",
     log:
@@ -30,6 +29,7 @@ rule benchmark_capacity:
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in CAPACITY for role in run_roles(label)],
         tokenizer=lambda wildcards: TARGET_FOLDER,
+        code=code_sha256(*RUN_CODE, "bench/capacity.py"),
     shell:
         "specsplit capacity --only --prompts {input.prompts} --results-dir results"
         " --workers-dir results/workers/capacity --tokenizer {params.tokenizer} {params.settings} {resources.faults} > {log} 2>&1"
@@ -38,7 +38,6 @@ rule benchmark_capacity:
 rule capacity:
     input:
         requests="results/capacity_requests.csv",
-        code=source("analysis/capacity.py", "analysis/drawing.py"),
     output:
         more_table("capacity"),
         "results/figures/capacity.png",
@@ -49,5 +48,6 @@ rule capacity:
         "../../envs/specsplit.yaml"
     params:
         tpot_limit_ms=config["capacity"]["tpot_limit_ms"],
+        code=code_sha256("analysis/capacity.py", "analysis/drawing.py"),
     script:
         "../scripts/capacity.py"

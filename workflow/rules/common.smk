@@ -10,6 +10,7 @@ try:
     from specsplit.bench.sweep import plain_number, sweep_points
     from specsplit.config import MAX_GAMMA
     from specsplit.errors import UserError
+    from specsplit.hashing import combined_sha256, sha256_file
     from specsplit.pipeline_config import load_pipeline_config, swept_drafts
     from specsplit.provenance.capture import RUN_CODE, WORKFLOW_FILES
     from specsplit.provenance.steps import remember_workflow
@@ -110,14 +111,18 @@ PROJECT = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)) / "..
 
 
 def source(*parts):
-    """Files of the package that decide a result: declared as inputs, so that a change of code reruns it."""
+    """Files of the package, by folder or name."""
     root = PROJECT / "src" / "specsplit"
     files = [f for part in parts for f in ([root / part] if Path(part).suffix else sorted((root / part).rglob("*.py")))]
     return [os.path.relpath(f) for f in files]
 
 
-# What decides the texts and times of every measurement with workers.
-MEASURED_WITH = source(*RUN_CODE)
+def code_sha256(*parts):
+    """Hash of the files of the package that decide a result: a parameter, so that a change of code reruns the rule.
+
+    As inputs they would do that too, and every job would print a hundred names.
+    """
+    return combined_sha256({file: sha256_file(Path(file)) for file in source(*parts)})
 
 
 def flags(**values):

@@ -4,7 +4,6 @@
 rule prepare_dataset:
     input:
         prompts=config["dataset"]["path"],
-        code=source("bench/dataset.py"),
     output:
         prompts="results/dataset/prompts.jsonl",
         manifest="results/dataset/manifest.json",
@@ -13,10 +12,11 @@ rule prepare_dataset:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        flags(
+        flags=flags(
             limit=config["dataset"]["limit"],
             on_bad_line=config["dataset"]["on_bad_line"],
         ),
+        code=code_sha256("bench/dataset.py"),
     shell:
         "specsplit prepare-dataset --source {input.prompts} --output {output.prompts} --manifest {output.manifest}"
-        " {params} > {log} 2>&1"
+        " {params.flags} > {log} 2>&1"

@@ -16,7 +16,6 @@ rule distill_write_data:
     input:
         target=f"{TARGET_FOLDER}/model.json",
         held_out=config["dataset"]["path"],
-        code=source("distill/writing.py", "distill/shards.py", "models/causal_lm.py", "models/text.py"),
     output:
         "results/distill/{recipe}/data/manifest.json",
     log:
@@ -32,6 +31,7 @@ rule distill_write_data:
             *("write_batch", "top_k", "target_dtype"),
         ),
         on_bad_line=config["dataset"]["on_bad_line"],
+        code=code_sha256("distill/writing.py", "distill/shards.py", "models/causal_lm.py", "models/text.py"),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:
         "specsplit distill write-data --target {input.target} --held-out {input.held_out}"
@@ -44,10 +44,6 @@ rule distill_train:
     input:
         target=f"{TARGET_FOLDER}/model.json",
         data="results/distill/{recipe}/data/manifest.json",
-        code=source(
-            *("distill/draft.py", "distill/losses.py", "distill/shards.py", "distill/training.py"),
-            *("models/causal_lm.py", "models/reduced.py"),
-        ),
     output:
         weights="results/distill/{recipe}/draft/model.safetensors",
         config="results/distill/{recipe}/draft/config.json",
@@ -69,6 +65,10 @@ rule distill_train:
         ),
         folder=lambda wildcards, output: os.path.dirname(output.weights),
         checkpoint="results/distill/{recipe}/checkpoint.safetensors",
+        code=code_sha256(
+            *("distill/draft.py", "distill/losses.py", "distill/shards.py", "distill/training.py"),
+            *("models/causal_lm.py", "models/reduced.py"),
+        ),
     shell:
         "specsplit distill train --target {input.target} --data {input.data} --name {wildcards.recipe}"
         " --output {params.folder} --losses {output.losses} --report {output.report}"
@@ -81,7 +81,6 @@ rule distill_measure:
         target=f"{TARGET_FOLDER}/model.json",
         weights="results/distill/{recipe}/draft/model.safetensors",
         prompts="results/dataset/prompts.jsonl",
-        code=[*MEASURED_WITH, *source("distill/measuring.py", "analysis/statistics.py")],
     output:
         acceptance="results/distill/{recipe}/acceptance.csv",
         rounds="results/distill/{recipe}/acceptance_rounds.csv",
@@ -108,6 +107,7 @@ rule distill_measure:
             seed=config["seed"],
         ),
         draft=lambda wildcards, input: os.path.dirname(input.weights),
+        code=code_sha256(*RUN_CODE, "distill/measuring.py", "analysis/statistics.py"),
     shell:
         "specsplit distill measure --target {input.target} --draft {params.draft} --prompts {input.prompts}"
         " --output {output.acceptance} --rounds {output.rounds} --report {output.report} {params.settings}"
@@ -121,7 +121,6 @@ rule distill_card:
         losses="results/distill/{recipe}/loss.csv",
         acceptance="results/distill/{recipe}/acceptance.csv",
         measured="results/distill/{recipe}/acceptance.json",
-        code=source("distill/card.py", "distill/figure.py", "analysis/drawing.py"),
     output:
         card="results/distill/{recipe}/draft/MODEL_CARD.md",
         sums="results/distill/{recipe}/draft/SHA256SUMS",
@@ -138,6 +137,7 @@ rule distill_card:
         "../../envs/specsplit.yaml"
     params:
         draft=lambda wildcards, input: os.path.dirname(input.weights),
+        code=code_sha256("distill/card.py", "distill/figure.py", "analysis/drawing.py"),
     shell:
         "specsplit distill card --draft {params.draft} --training {input.training} --losses {input.losses}"
         " --acceptance {input.acceptance} --measured {input.measured} --figure {output.png} > {log} 2>&1"

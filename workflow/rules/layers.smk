@@ -5,7 +5,6 @@ rule calibration_prompts:
     input:
         prompts=config["dataset"]["path"],
         measured="results/dataset/prompts.jsonl",
-        code=source("bench/dataset.py", "bench/calibration.py"),
     output:
         "results/dataset/calibration.jsonl",
     log:
@@ -15,6 +14,7 @@ rule calibration_prompts:
     params:
         limit=config["draft"]["calibration_prompts"],
         on_bad_line=config["dataset"]["on_bad_line"],
+        code=code_sha256("bench/dataset.py", "bench/calibration.py"),
     script:
         "../scripts/calibration_prompts.py"
 
@@ -24,7 +24,6 @@ rule pick_layers:
     input:
         model=lambda wildcards: f"resources/models/{DRAFTS[wildcards.draft]['model']}/model.json",
         prompts="results/dataset/calibration.jsonl",
-        code=source("models"),
     output:
         "results/skip_layers/{draft}.json",
     log:
@@ -33,7 +32,7 @@ rule pick_layers:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
-        lambda wildcards: flags(
+        flags=lambda wildcards: flags(
             count=DRAFTS[wildcards.draft]["skip_count"],
             limit=config["draft"]["calibration_prompts"],
             dtype=DRAFTS[wildcards.draft]["dtype"],
@@ -41,6 +40,7 @@ rule pick_layers:
             device=config["workers"]["device"],
             threads=config["workers"]["threads"],
         ),
+        code=code_sha256("models"),
     shell:
-        "specsplit pick-layers --model {input.model} --prompts {input.prompts} {params}"
+        "specsplit pick-layers --model {input.model} --prompts {input.prompts} {params.flags}"
         " --output {output} > {log} 2>&1"

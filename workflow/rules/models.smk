@@ -4,7 +4,6 @@
 rule prepare_model:
     input:
         files=lambda wildcards: local_files(wildcards.model),
-        code=source("models/sources.py", "models/fingerprint.py", "models/weightless.py"),
     output:
         "resources/models/{model}/model.json",
     log:
@@ -14,5 +13,6 @@ rule prepare_model:
     params:
         source=lambda wildcards: model_source(wildcards.model),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
+        code=code_sha256("models/sources.py", "models/fingerprint.py", "models/weightless.py"),
     shell:
         "specsplit prepare-model {params.source} --name {wildcards.model} --output {params.folder} > {log} 2>&1"

@@ -5,7 +5,6 @@ rule profile:
     input:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
-        code=source("analysis/profile.py", "analysis/drawing.py", "analysis/tables.py", "analysis/reading.py"),
     output:
         more_table("profile"),
         "results/figures/profile.png",
@@ -14,13 +13,13 @@ rule profile:
         "results/logs/profile.log",
     conda:
         "../../envs/specsplit.yaml"
+    params:
+        code=code_sha256("analysis/profile.py", "analysis/drawing.py", "analysis/tables.py", "analysis/reading.py"),
     shell:
         "specsplit profile --results-dir results > {log} 2>&1"
 
 
 rule overhead:
-    input:
-        code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/overhead.py", "bench/transport.py"),
     output:
         more_table("overhead"),
     log:
@@ -28,6 +27,8 @@ rule overhead:
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
+    params:
+        code=code_sha256("decoding", "models/synthetic.py", "workers", "rpc", "bench/overhead.py", "bench/transport.py"),
     shell:
         "specsplit overhead --output {output} > {log} 2>&1"
 
@@ -38,7 +39,6 @@ rule context_curve:
         prompts="results/dataset/prompts.jsonl",
         models=models_of(CONTEXT)[0],
         layers=models_of(CONTEXT)[1],
-        code=[*MEASURED_WITH, *source("bench/context_curve.py")],
     output:
         table=more_table("context_curve"),
         figures=["results/figures/context_curve.png", figure_output("context_curve", "Figures")],
@@ -60,6 +60,7 @@ rule context_curve:
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in CONTEXT for role in run_roles(label)],
         tokenizer=lambda wildcards: TARGET_FOLDER,
+        code=code_sha256(*RUN_CODE, "bench/context_curve.py"),
     shell:
         "specsplit context-curve --prompts {input.prompts} --output {output.table} --figure {output.figures[0]}"
         " --workers-dir results/workers/context --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"

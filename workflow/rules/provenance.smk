@@ -23,7 +23,6 @@ rule provenance:
         dataset="results/dataset/manifest.json",
         prompts="results/dataset/prompts.jsonl",
         results=["results/requests.csv", "results/per_round.csv", *run_files("outputs.jsonl")],
-        code=source("provenance"),
     output:
         record=report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
         patch="results/provenance/changes.patch",
@@ -31,6 +30,8 @@ rule provenance:
         "results/logs/provenance.log",
     conda:
         "../../envs/specsplit.yaml"
+    params:
+        code=code_sha256("provenance"),
     shell:
         "specsplit provenance record --config {input.config} --runs {input.runs} --models {input.models}"
         " --dataset {input.dataset} --results {input.prompts} {input.results}"

@@ -2,8 +2,6 @@
 
 
 rule theory_check:
-    input:
-        code=source("decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py", "bench/transport.py"),
     output:
         table=more_table("theory_check"),
         figures=["results/figures/theory_check.png", figure_output("theory_check", "Figures")],
@@ -13,5 +11,7 @@ rule theory_check:
         "../../envs/specsplit.yaml"
     # It measures times, so nothing may run beside it.
     threads: EVERY_CORE
+    params:
+        code=code_sha256("decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py", "bench/transport.py"),
     shell:
         "specsplit theory-check --output {output.table} --figure {output.figures[0]} > {log} 2>&1"
