@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -288,8 +291,20 @@ def _leave_the_file(hf: Any) -> None:
     """
     embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
     tied = head.weight is embedding.weight
-    embedding.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
-    head.weight = embedding.weight if tied else nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for module in (embedding,) if tied else (embedding, head):
+        before, module.weight = module.weight, nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+        _give_back(before)
+    if tied:
+        head.weight = embedding.weight
+
+
+def _give_back(copied: torch.Tensor) -> None:
+    """Give back the memory of a weight that nobody reads any more: a mapped file's would stay until the last goes."""
+    if sys.platform == "linux" and copied.is_contiguous():
+        page, start, size = mmap.PAGESIZE, copied.data_ptr(), copied.nbytes
+        first, end = -(-start // page) * page, (start + size) // page * page  # whole pages of it alone
+        if end > first:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
 
 
 def _stack(hf: Any) -> tuple[np.ndarray, ...]:
@@ -332,7 +347,8 @@ def _stack_linears(modules: Sequence[Sequence[Any]]) -> tuple[np.ndarray, np.nda
             stacked[i, at : at + count] = _bits(module.weight)
             if scales.size:
                 scales[i, at : at + count] = _floats(_bits(module.scale))
-            module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)  # its memory is needed
+            _give_back(module.weight)
+            module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
             at += count
     return stacked, scales
 
