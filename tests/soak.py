@@ -266,8 +266,8 @@ def kill_workflow(kills: int, seed: int, *, prompts: int = 8) -> dict[str, Any]:
                 process = workspace.start(log=log, **{MARK: figures["mark"]})
                 kind = chance.choice(list(KILLS))
                 try:
-                    # What is left to do after a few kills is done now and then.
-                    process.wait(chance.uniform(0, undisturbed_s) if killed.total() < kills else 600)
+                    # Half of a whole run at most: after a few kills what is left to do fits in.
+                    process.wait(chance.uniform(0, undisturbed_s / 2) if killed.total() < kills else 600)
                     break
                 except subprocess.TimeoutExpired:
                     KILLS[kind](process.pid)
