@@ -239,6 +239,7 @@ KILLS: dict[str, Callable[[int], None]] = {
     "group": lambda pid: os.killpg(pid, signal.SIGKILL),
     "ctrl_c": lambda pid: os.killpg(pid, signal.SIGINT),
 }
+LAST_WORDS_S = 20.0
 
 
 def kill_workflow(kills: int, seed: int, *, prompts: int = 8) -> dict[str, Any]:
@@ -272,9 +273,12 @@ def kill_workflow(kills: int, seed: int, *, prompts: int = 8) -> dict[str, Any]:
                 except subprocess.TimeoutExpired:
                     KILLS[kind](process.pid)
                     killed[kind] += 1
+                # After Ctrl-C Snakemake takes a few seconds to end its jobs; its workers are there as long as it is.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LAST_WORDS_S)
                 workspace.wait_until(lambda: not workspace.processes(), LEFT_AFTER_S)
                 if found := workspace.processes():
-                    logging.error("left by a kill (%s): %s", kind, found)
+                    logging.error("left by %s: %s", kind, found)
                     left += len(found)
                 process.kill()
                 process.wait()
