@@ -193,6 +193,26 @@ def test_a_worker_ends_with_the_process_it_was_started_for(
         holder.communicate()
 
 
+def test_a_worker_that_has_stopped_waits_for_no_thread(model: Path, folder: Path) -> None:
+    """Python's own end would: a stopped worker was there for seconds."""
+    file = folder / "target.json"
+    code = f"""import threading, time
+from pathlib import Path
+from specsplit.config import TargetWorkerConfig
+from specsplit.workers.server import serve
+threading.Thread(target=time.sleep, args=(100,)).start()
+serve(TargetWorkerConfig(model={str(model)!r}, port=0, threads=1, max_context=128), endpoint_file=Path({str(file)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        assert wait_until(file.exists, 60)
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize(
     "command",
     [
