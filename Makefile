@@ -28,11 +28,12 @@ test: .venv/installed-dev
 test-all: .venv/installed-dev
 	$(RUN) pytest
 
-# About an hour: workers, benchmarks and networks broken on purpose; docs/reliability.md has its figures.
+# About an hour: workers, benchmarks, workflows and networks broken on purpose; docs/reliability.md has its figures.
 soak: .venv/installed-dev
 	for seed in 1 2 3 4; do $(RUN) python tests/soak.py workers --kills 40 --seed $$seed || exit 1; done
 	$(RUN) python tests/soak.py bench --kills 30 --seed 5
 	$(RUN) python tests/soak.py own --kills 10 --seed 6
+	$(RUN) python tests/soak.py workflow --kills 10 --seed 7
 	$(RUN) python tests/soak.py load --minutes 30 --clients 8 --curve soak-memory.csv
 
 # A sweep on a SLURM cluster of one node: needs root and Debian, and is skipped elsewhere.

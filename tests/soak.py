@@ -3,6 +3,7 @@
     python tests/soak.py workers --kills 100       a draft and a target worker killed at random moments
     python tests/soak.py bench --kills 40          `specsplit bench` killed at random moments and started again
     python tests/soak.py own --kills 5             the same while it starts and uses workers of its own
+    python tests/soak.py workflow --kills 10       `snakemake` killed at random moments and started again
     python tests/soak.py load --minutes 30         8 clients through a network with faults, memory of the workers
 
 Each prints one JSON object and ends with status 1 when something is wrong: a text that is neither right nor named as
@@ -16,14 +17,18 @@ import asyncio
 import csv
 import json
 import logging
+import os
 import random
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +46,7 @@ from specsplit.workers.orchestrator.pipeline import TextWriter, event_loop, run_
 
 from faulty_network import FaultyNetwork, faulty_network
 from worker_processes import WorkerProcess, start_command
+from workspace import Workspace
 
 MARK = "SPECSPLIT_SOAK"  # in the environment of every process of a campaign
 LEFT_AFTER_S = 5.0
@@ -227,6 +233,74 @@ def kill_bench(kills: int, seed: int, *, own: bool = False, prompts: int = 12) -
     return figures
 
 
+# Snakemake alone, it and those of its jobs that share its process group, and what Ctrl-C at a terminal does.
+KILLS: dict[str, Callable[[int], None]] = {
+    "snakemake": lambda pid: os.kill(pid, signal.SIGKILL),
+    "group": lambda pid: os.killpg(pid, signal.SIGKILL),
+    "ctrl_c": lambda pid: os.killpg(pid, signal.SIGINT),
+}
+LAST_WORDS_S = 20.0
+
+
+def kill_workflow(kills: int, seed: int, *, prompts: int = 8) -> dict[str, Any]:
+    """The workflow killed again and again, and called again as it was, until it ends by itself; then from the start.
+
+    Locks and half-made files of a killed run are the workflow's own affair: nothing is unlocked or deleted here.
+    """
+    chance = random.Random(seed)
+    with campaign() as (folder, figures):
+        workspace = Workspace(folder, {"source": "synthetic", "step_ms": 15})
+        workspace.config |= {"gammas": [0, 2], "generation": {"max_output_tokens": TOKENS}, "warmup_requests": 0}
+        workspace.write_prompts(*(f"number {i}" for i in range(prompts)))
+        results, log = folder / "results", folder / "snakemake.log"
+        began = time.monotonic()
+        workspace.run()
+        undisturbed_s = time.monotonic() - began
+        with (results / "requests.csv").open(newline="") as file:
+            texts = {row["request_id"]: row["output_sha256"] for row in csv.DictReader(file)}
+        killed: Counter[str] = Counter()
+        runs = rows = kept = lost = doubled = wrong = left = 0
+        while killed.total() < kills:
+            for made in (results, folder / "resources"):
+                shutil.rmtree(made)
+            while True:
+                process = workspace.start(log=log, **{MARK: figures["mark"]})
+                kind = chance.choice(list(KILLS))
+                try:
+                    # Half of a whole run at most: after a few kills what is left to do fits in.
+                    process.wait(chance.uniform(0, undisturbed_s / 2) if killed.total() < kills else 600)
+                    break
+                except subprocess.TimeoutExpired:
+                    KILLS[kind](process.pid)
+                    killed[kind] += 1
+                # After Ctrl-C Snakemake takes a few seconds to end its jobs; its workers are there as long as it is.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LAST_WORDS_S)
+                workspace.wait_until(lambda: not workspace.processes(), LEFT_AFTER_S)
+                if found := workspace.processes():
+                    logging.error("left by %s: %s", kind, found)
+                    left += len(found)
+                process.kill()
+                process.wait()
+            assert process.returncode == 0, log.read_text() + workspace.logs()
+            runs += 1
+            with (results / "requests.csv").open(newline="") as file:
+                table = list(csv.DictReader(file))
+            names = Counter((row["gamma"], row["request_id"]) for row in table)
+            rows += len(table)
+            kept += sum(json.loads(run.read_text())["requests"]["kept"] for run in results.glob("runs/*/run.json"))
+            lost += 2 * prompts - len(names)
+            doubled += sum(count - 1 for count in names.values())
+            wrong += sum(row["status"] != "ok" or texts.get(row["request_id"]) != row["output_sha256"] for row in table)
+            with (results / "summary.csv").open(newline="") as file:
+                wrong += sum(float(row["lossless"]) != 1 for row in csv.DictReader(file))
+        figures |= {"kills": dict(killed), "runs": runs, "rows": rows, "kept_from_a_killed_run": kept}
+        figures |= {"lost": lost, "doubled": doubled, "wrong": wrong, "left_by_a_kill": left}
+        figures["undisturbed_s"] = round(undisturbed_s, 1)
+    figures["ok"] = not (lost or doubled or wrong or left or figures["orphans"])
+    return figures
+
+
 FAULTS = ("cut", "silent", "stall", "slow", "twice")
 
 
@@ -331,7 +405,7 @@ def load(minutes: float, clients: int, seed: int, *, curve: Path | None = None, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaign", choices=("workers", "bench", "own", "load"))
+    parser.add_argument("campaign", choices=("workers", "bench", "own", "workflow", "load"))
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=8)
@@ -343,6 +417,8 @@ def main() -> None:
         figures = kill_workers(args.kills, args.seed)
     elif args.campaign == "load":
         figures = load(args.minutes, args.clients, args.seed, curve=args.curve)
+    elif args.campaign == "workflow":
+        figures = kill_workflow(args.kills, args.seed)
     else:
         figures = kill_bench(args.kills, args.seed, own=args.campaign == "own")
     print(json.dumps({"campaign": args.campaign, "seed": args.seed, **figures}))

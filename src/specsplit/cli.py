@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import specsplit
 from specsplit.commands import decode, derive, distill, load, measure, prepare, publish, record, serve, simulate
 from specsplit.errors import UserError
+from specsplit.workers.lease import end_with_lease
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status 0; 2 for what the user can mend; 130 after Ctrl-C, 143 after SIGTERM."""
     args = build_parser().parse_args(argv)
+    if args.command != "worker":  # which looks after its lease itself
+        end_with_lease()
     # As an exception, so that what was started is stopped on the way out. Workers have a handler of their own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     logging.basicConfig(

@@ -273,3 +273,10 @@ def test_bench_killed_at_random_moments() -> None:
     figures = soak.kill_bench(3, seed=2, prompts=6)
     assert figures["ok"], figures
     assert (figures["kills"], figures["rows"]) == (3, 6 * figures["runs"])
+
+
+@pytest.mark.slow
+def test_workflow_killed_at_random_moments() -> None:
+    figures = soak.kill_workflow(3, seed=3, prompts=3)
+    assert figures["ok"], figures
+    assert (sum(figures["kills"].values()), figures["rows"]) == (3, 6 * figures["runs"])

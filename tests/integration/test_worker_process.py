@@ -193,6 +193,50 @@ def test_a_worker_ends_with_the_process_it_was_started_for(
         holder.communicate()
 
 
+def test_a_worker_that_has_stopped_waits_for_no_thread(model: Path, folder: Path) -> None:
+    """Python's own end would: a stopped worker was there for seconds."""
+    file = folder / "target.json"
+    code = f"""import threading, time
+from pathlib import Path
+from specsplit.config import TargetWorkerConfig
+from specsplit.workers.server import serve
+threading.Thread(target=time.sleep, args=(100,)).start()
+serve(TargetWorkerConfig(model={str(model)!r}, port=0, threads=1, max_context=128), endpoint_file=Path({str(file)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        assert wait_until(file.exists, 60)
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "worker draft --model none --skip-layers-file pipe",
+        "prepare-dataset --source pipe --output prompts.jsonl --manifest manifest.json",
+    ],
+)
+def test_a_process_that_does_not_get_on_ends_with_the_one_it_was_started_for(folder: Path, command: str) -> None:
+    """A worker ends before its model is loaded, too: nobody waits for it."""
+    os.mkfifo(folder / "pipe")
+    holder = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    environment = {**os.environ, LEASE_PID: str(holder.pid), LEASE_HOST: socket.gethostname()}
+    process = subprocess.Popen([*SPECSPLIT, *command.split()], cwd=folder, env=environment)
+    try:
+        with (folder / "pipe").open("r+b", buffering=0):  # nothing ever comes out of it
+            assert process.poll() is None
+            holder.kill()
+            assert process.wait(20) == 143
+    finally:
+        for started in (holder, process):
+            started.kill()
+            started.communicate()
+
+
 def test_a_worker_that_cannot_start_leaves_nothing(model: Path, folder: Path) -> None:
     broken = folder / "broken"
     shutil.copytree(model, broken)

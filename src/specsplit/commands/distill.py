@@ -318,15 +318,13 @@ def _fits_memory(field: str, value: int) -> Iterator[None]:
 
 
 def _prepare_process(seed: int, threads: int | None) -> None:
-    """What every step needs of its process: the same numbers every time, and an end with the workflow."""
+    """What every step needs of its process: the same numbers every time."""
     from specsplit.workers.environment import ensure_deterministic_environment, usable_cores
-    from specsplit.workers.lease import end_with_lease
 
     ensure_deterministic_environment()
     import torch
     import transformers
 
-    end_with_lease()
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(threads or usable_cores())

@@ -65,9 +65,7 @@ def run_capacity(args: argparse.Namespace) -> None:
     from specsplit.bench.metrics import FAILED
     from specsplit.bench.runner import encode_prompts
     from specsplit.commands.plan import connected_configs, load_codec, read_prompts
-    from specsplit.workers.lease import end_with_lease
 
-    end_with_lease()
     for name, least in (("requests", 1), ("warmup", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: wanted a whole number >= {least}")
@@ -114,9 +112,7 @@ def run_context_curve(args: argparse.Namespace) -> None:
     from specsplit.bench.context_curve import ContextText, measure_contexts
     from specsplit.bench.runner import encode_prompts
     from specsplit.commands.plan import connected_configs, load_codec, read_prompts
-    from specsplit.workers.lease import end_with_lease
 
-    end_with_lease()
     for name, values, least in (
         ("length", args.lengths, 1),
         ("output-tokens", [args.output_tokens], 8),

@@ -123,10 +123,8 @@ def run_bench(args: argparse.Namespace) -> None:
     from specsplit.commands.plan import plan_bench
     from specsplit.workers.endpoint import resolve_address, worker_origin
     from specsplit.workers.launch import own_workers
-    from specsplit.workers.lease import end_with_lease
     from specsplit.workers.orchestrator.connection import connected_pair
 
-    end_with_lease()
     plan = plan_bench(args)
     if args.baselines:
         from specsplit.commands.race import run_race

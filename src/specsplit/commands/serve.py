@@ -14,6 +14,7 @@ from specsplit.commands.flags import add_setting_flags, load_settings, setting_a
 from specsplit.config import AccessSettings, DraftWorkerConfig, OrchestratorConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.errors import UserError
 from specsplit.jsonio import read_json_object
+from specsplit.workers.lease import end_with_lease
 
 if TYPE_CHECKING:
     from specsplit.workers.endpoint import Endpoint
@@ -58,6 +59,8 @@ def run_worker(args: argparse.Namespace) -> None:
     from specsplit.workers.environment import ensure_deterministic_environment
 
     ensure_deterministic_environment()
+    # Loading takes a minute at times: nobody waits for it any more when the holder of the lease is gone.
+    serves = end_with_lease()
     _read_layers_file(args)
     config = load_settings(ROLES[args.role], args)
     from transformers.utils import logging as transformers_logging
@@ -65,7 +68,7 @@ def run_worker(args: argparse.Namespace) -> None:
     from specsplit.workers.server import serve
 
     transformers_logging.disable_progress_bar()
-    serve(config, endpoint_file=args.endpoint_file, users_file=args.users_file)
+    serve(config, endpoint_file=args.endpoint_file, users_file=args.users_file, on_loaded=serves)
 
 
 def run_start_worker(args: argparse.Namespace) -> None:

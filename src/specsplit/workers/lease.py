@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,18 +105,20 @@ def user_lock(users: Path) -> FileLock:
     return FileLock(users.with_suffix(".lock"))
 
 
-def end_with_lease(poll_s: float = 0.5) -> None:
-    """End this process when the holder of SPECSPLIT_LEASE_PID is gone, so that a killed workflow leaves no client.
+def end_with_lease(poll_s: float = 0.5) -> Callable[[], None]:
+    """End this process when the holder of SPECSPLIT_LEASE_PID is gone, so that a killed workflow leaves nothing.
 
-    Does nothing when the variable is not set.
+    Does nothing when the variable is not set. Returns what calls it off.
     """
     holder = lease_holder()
-    if holder is None:
-        return
+    over = threading.Event()
 
-    def watch() -> None:
+    def watch(holder: ProcessIdentity) -> None:
         while holder.alive():
-            time.sleep(poll_s)
+            if over.wait(poll_s):
+                return
         os._exit(143)
 
-    threading.Thread(target=watch, name="lease", daemon=True).start()
+    if holder is not None:
+        threading.Thread(target=watch, args=(holder,), name="lease", daemon=True).start()
+    return over.set

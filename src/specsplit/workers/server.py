@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,11 +163,18 @@ class _LateService(grpc.GenericRpcHandler):
         """The same ones in another form."""
 
 
-def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_file: Path | None = None) -> None:
+def serve(
+    config: WorkerSettings,
+    *,
+    endpoint_file: Path | None = None,
+    users_file: Path | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
+) -> None:
     """Run a worker until SIGTERM, SIGINT or the end of its lease.
 
     endpoint_file: written once the worker serves; deleting it stops the worker.
     users_file: lists the endpoint files of those who share it; the worker stops when none of them exists.
+    on_loaded: called when the model is loaded; from then on we look after the lease here, and drain when it ends.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -175,6 +183,7 @@ def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_fi
     server = WorkerServer(config)
     server.start()  # first: health is answered while the model is loaded, and a port in use is told at once
     servicer = load_servicer(config)
+    on_loaded()
     if stop.is_set() or lease.lost():
         server.stop()
         log.info("stopped while loading")
@@ -190,9 +199,10 @@ def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_fi
         if reason := lease.lost():
             log.info("stopping: %s", reason)
             break
-    drained = server.stop()
+    server.stop()
     if endpoint_file is not None:
         Endpoint.remove(endpoint_file, pid=os.getpid())
     log.info("stopped")
-    if not drained:
-        os._exit(0)  # Python would wait for the pass, whose result nobody wants
+    # Nothing is left to be done, and Python's own end takes seconds at times: it waits for every thread, so for a pass
+    # of the model whose result nobody wants, and takes the libraries apart.
+    os._exit(0)
