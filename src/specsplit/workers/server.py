@@ -14,6 +14,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from specsplit import tracing
 from specsplit.config import DraftWorkerConfig, WorkerSettings
 from specsplit.errors import UserError
 from specsplit.models.loading import load_model, target_tokenizer
@@ -81,6 +82,7 @@ class WorkerServer:
             from specsplit.workers.metrics import Metrics
 
             self.metrics = Metrics()
+        self.spans = tracing.WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
         self._gate = Gate(self._access, self.service, self.metrics.refused if self.metrics else None)
         threads = config.call_limit + SPARE_CALLS
         self._server = grpc.server(
@@ -123,6 +125,7 @@ class WorkerServer:
         if self.metrics is not None:
             self.metrics.watch(servicer, servicer.Describe(pb.DescribeRequest(), None))
             servicer.metrics = self.metrics
+        servicer.spans = self.spans
         if isinstance(servicer, DraftServicer):
             pb_grpc.add_DraftServiceServicer_to_server(servicer, self._late)
         else:
@@ -194,5 +197,6 @@ def serve(config: WorkerSettings, *, endpoint_file: Path | None = None, users_fi
     if endpoint_file is not None:
         Endpoint.remove(endpoint_file, pid=os.getpid())
     log.info("stopped")
+    tracing.stop()  # here, for nothing is done at the end of a process that does not wait for it
     if not drained:
         os._exit(0)  # Python would wait for the pass, whose result nobody wants
