@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import specsplit
+from specsplit import logs
 from specsplit.commands import decode, derive, distill, load, measure, prepare, publish, record, serve, simulate
 from specsplit.errors import UserError
 from specsplit.workers.lease import end_with_lease
@@ -22,13 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         end_with_lease()
     # As an exception, so that what was started is stopped on the way out. Workers have a handler of their own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s" if args.command == "worker" else "%(message)s",
-    )
-    for noisy in ("httpx", "urllib3", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        logs.set_up(args.command, getattr(args, "log_format", None))
         args.run(args)
         sys.stdout.flush()  # here, where a closed pipe is dealt with
     except KeyboardInterrupt:
@@ -36,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
     except (UserError, OSError) as error:  # OSError: no space, no permission; it names the file
-        print(f"specsplit {args.command}: error: {error}", file=sys.stderr)
+        if logs.is_json():
+            logging.getLogger(__name__).error("%s", error)
+        else:
+            print(f"specsplit {args.command}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -155,7 +155,9 @@ async def _run_clients(jobs: Sequence[Job], clients: int) -> list[Done]:
                 tokens = job.request.token_ids
                 error = None
                 try:
-                    result = await run_speculative_loop_async(*stubs, tokens, job.config, controller=controller)
+                    result = await run_speculative_loop_async(
+                        *stubs, tokens, job.config, controller=controller, request_id=job.request.id
+                    )
                 except WorkerError as failure:
                     if failure.result is None:
                         raise

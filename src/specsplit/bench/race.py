@@ -140,7 +140,7 @@ def _our_writer(contender: Ours, stack: ExitStack) -> Callable[[Request], _Text]
 
     def write(request: Request) -> _Text:
         own = config.model_copy(update={"seed": request_seed(config.seed, request.id)})
-        result: SpeculativeResult = writer.write(request.token_ids, own, controller=controller)
+        result: SpeculativeResult = writer.write(request.token_ids, own, controller=controller, request_id=request.id)
         first = min(result.rounds[0].accepted + 1, len(result.output_tokens))
         return _Text(
             result.output_tokens, first, len(result.rounds), result.ttft_ms, result.total_ms, result.finish_reason

@@ -164,7 +164,7 @@ def _measure(
             own = _own(config, request)
             error = None
             try:
-                result = writer.write(request.token_ids, own, controller=controller)
+                result = writer.write(request.token_ids, own, controller=controller, request_id=request.id)
             except WorkerError as failure:
                 # Without a text the worker cannot be reached at all; the next request would fare no better.
                 if failure.result is None:

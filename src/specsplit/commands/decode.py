@@ -33,6 +33,7 @@ def add_commands(subparsers: Any) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
+    from specsplit import tracing
     from specsplit.models.sources import resolve_model
     from specsplit.models.text import TextCodec, TextStream
     from specsplit.workers.access import Access
@@ -43,6 +44,7 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.model is not None:
         args.tokenizer = args.tokenizer or args.model
     config = load_settings(OrchestratorConfig, args)
+    tracing.wanted()  # tells at once what it lacks
     if config.tokenizer is None:
         raise UserError("no tokenizer: give --tokenizer FOLDER, or --model FOLDER to start workers as well")
     prompt = _prompt(args.prompt)

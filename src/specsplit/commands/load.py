@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from specsplit import tracing
 from specsplit.bench.sweep import MODES
 from specsplit.commands.flags import add_setting_flags, load_settings
 from specsplit.commands.measure import BENCH_SETTINGS, parse_gamma
@@ -75,6 +76,7 @@ def run_capacity(args: argparse.Namespace) -> None:
         raise UserError(f"--tpot-limit-ms {args.tpot_limit_ms}: a time above 0 ms")
     settings = {"mode": args.pipeline_mode, "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0}
     config = load_settings(OrchestratorConfig, args, **settings)
+    tracing.wanted()  # tells at once what it lacks
     codec = load_codec(config)
     configs, limit = connected_configs(args, config, codec)
     requests = encode_prompts(read_prompts(args), codec, chat=config.use_chat_template, limit=limit)
@@ -123,6 +125,7 @@ def run_context_curve(args: argparse.Namespace) -> None:
     if args.figure is not None and args.figure.suffix != ".png":
         raise UserError(f"--figure {args.figure}: a path that ends in .png")
     settings = {"mode": "sync", "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0, "ignore_eos": True}
+    tracing.wanted()
     config = load_settings(OrchestratorConfig, args, **settings, max_output_tokens=args.output_tokens)
     codec = load_codec(config)
     configs, limit = connected_configs(args, config, codec)

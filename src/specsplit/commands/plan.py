@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specsplit import tracing
 from specsplit.bench.dataset import Prompt, load_prompts, select_prompts
 from specsplit.bench.sweep import SHARED_DEFAULTS, Point, sweep_points
 from specsplit.commands.flags import load_settings
@@ -34,6 +35,7 @@ class Plan:
 def plan_bench(args: argparse.Namespace) -> Plan:
     """The points, settings and prompts that the flags of `bench` ask for. Raises UserError."""
     config = load_settings(OrchestratorConfig, args)
+    tracing.wanted()  # tells at once what it lacks
     codec = load_codec(config)
     if args.warmup < 0:
         raise UserError(f"--warmup {args.warmup}: a number of requests, 0 or more")

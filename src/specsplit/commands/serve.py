@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specsplit import logs
 from specsplit.commands.flags import add_setting_flags, load_settings, setting_arguments
 from specsplit.config import AccessSettings, DraftWorkerConfig, OrchestratorConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.errors import UserError
@@ -34,6 +35,7 @@ def add_commands(subparsers: Any) -> None:
             "--users-file", type=Path, help="lists endpoint files; the worker stops when none of them exists"
         )
         _add_layers_file(parser, role)
+        _add_log_format(parser)
         add_setting_flags(parser, settings)
         parser.set_defaults(run=run_worker)
 
@@ -68,6 +70,9 @@ def run_worker(args: argparse.Namespace) -> None:
     from specsplit.workers.server import serve
 
     transformers_logging.disable_progress_bar()
+    if logs.is_json():
+        transformers_logging.disable_default_handler()
+        transformers_logging.enable_propagation()
     serve(config, endpoint_file=args.endpoint_file, users_file=args.users_file, on_loaded=serves)
 
 
@@ -121,10 +126,11 @@ def _start(
         )
     # A fixed port may be taken; the endpoint file says which one it got.
     config = load_settings(settings, args, port=args.port or 0)
+    log_format = ["--log-format", args.log_format] if args.log_format else []
     launch = partial(share_worker, pool=pool) if pool else start_worker
     return launch(
         role,
-        setting_arguments(config, list(settings.model_fields)),
+        [*setting_arguments(config, list(settings.model_fields)), *log_format],
         endpoint_file=endpoint_file,
         log_file=worker_log,
         timeout_s=args.startup_timeout_s,
@@ -151,7 +157,16 @@ def _add_start_flags(parser: argparse.ArgumentParser, role: str) -> None:
         help="use this running worker instead, host:port or an address file; it is checked and never stopped",
     )
     _add_layers_file(parser, role)
+    _add_log_format(parser)
     add_setting_flags(parser, ROLES[role])
+
+
+def _add_log_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-format",
+        choices=logs.FORMATS,
+        help=f"of the worker's log: text, or an object of JSON a line (default: {logs.VARIABLE}, or text)",
+    )
 
 
 def _add_layers_file(parser: argparse.ArgumentParser, role: str) -> None:

@@ -21,12 +21,13 @@ class Inbox:
 
     Iterating gives (message, time.perf_counter() of its arrival), and ends as soon as the client is gone, whatever
     waits. It raises InvalidRequest for a message that cannot be read and LimitReached when over MOST_WAITING wait.
-    session_id, round: of the last message, noted by the handler (`of_session`).
+    session_id, round: of the last message, noted by the handler (`of_session`). arrived: when that message came.
     """
 
     def __init__(self, requests: Iterator[Any]) -> None:
         self.session_id = ""
         self.round = 0
+        self.arrived = time.perf_counter()
         self._gone = self._flooded = False
         self._messages: queue.SimpleQueue[tuple[Any, float] | None] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(requests,), name="stream", daemon=True).start()
@@ -50,6 +51,7 @@ class Inbox:
                 raise LimitReached(f"over {MOST_WAITING} messages of this stream wait: send the next one after a reply")
             if item[0] is MALFORMED:
                 raise InvalidRequest(MALFORMED.why)
+            self.arrived = item[1]
             yield item
 
     def of_session(self, session_id: str, round_number: int) -> None:

@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from specsplit import tracing
 from specsplit.config import DraftWorkerConfig, WorkerSettings
 from specsplit.errors import UserError
 from specsplit.models.loading import load_model, target_tokenizer
@@ -82,6 +83,7 @@ class WorkerServer:
             from specsplit.workers.metrics import Metrics
 
             self.metrics = Metrics()
+        self.spans = tracing.WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
         self._gate = Gate(self._access, self.service, self.metrics.refused if self.metrics else None)
         threads = config.call_limit + SPARE_CALLS
         self._server = grpc.server(
@@ -124,6 +126,7 @@ class WorkerServer:
         if self.metrics is not None:
             self.metrics.watch(servicer, servicer.Describe(pb.DescribeRequest(), None))
             servicer.metrics = self.metrics
+        servicer.spans = self.spans
         if isinstance(servicer, DraftServicer):
             pb_grpc.add_DraftServiceServicer_to_server(servicer, self._late)
         else:
@@ -203,6 +206,7 @@ def serve(
     if endpoint_file is not None:
         Endpoint.remove(endpoint_file, pid=os.getpid())
     log.info("stopped")
+    tracing.stop()  # sends the last spans
     # Nothing is left to be done, and Python's own end takes seconds at times: it waits for every thread, so for a pass
     # of the model whose result nobody wants, and takes the libraries apart.
     os._exit(0)

@@ -17,6 +17,7 @@ import grpc
 import torch
 
 import specsplit
+from specsplit import tracing
 from specsplit.config import WorkerSettings
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.compute import SharedModel, describe_runtime
@@ -27,6 +28,8 @@ from specsplit.workers.memory import sessions_that_fit
 from specsplit.workers.sessions import Session, SessionStore
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
+
     from specsplit.workers.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -40,10 +43,14 @@ MAX_DETAILS = 500  # characters: a status goes into headers, whose size is limit
 
 @dataclass(frozen=True)
 class Caller:
-    """Who a request came from. owner: prefix of the names of its sessions. gone: nobody waits for the answer now."""
+    """Who a request came from. owner: prefix of the names of its sessions. gone: nobody waits for the answer now.
+
+    parent: of its spans; None where there are none.
+    """
 
     owner: str
     gone: Callable[[], bool]
+    parent: Context | None = None
 
 
 class WorkerServicer:
@@ -56,6 +63,7 @@ class WorkerServicer:
     role = ""
     owner_of: Callable[[Any], str] = staticmethod(lambda metadata: "")
     metrics: Metrics | None = None
+    spans: tracing.WorkerSpans | None = None
 
     def __init__(self, model: SharedModel, config: WorkerSettings, identity: Mapping[str, Any]) -> None:
         self.model = model
@@ -91,7 +99,9 @@ class WorkerServicer:
         )
 
     def caller(self, context: grpc.ServicerContext) -> Caller:
-        return Caller(self.owner_of(context.invocation_metadata()), lambda: not context.is_active())
+        metadata = context.invocation_metadata()
+        parent = None if self.spans is None else tracing.parent_of(metadata)
+        return Caller(self.owner_of(metadata), lambda: not context.is_active(), parent)
 
     def check_request(self, context: pb.Context, nodes: int) -> None:
         """Refuse what no session could serve, before one is opened and another evicted for it."""
@@ -126,7 +136,7 @@ class WorkerServicer:
         """One round of a checked request: the reply given before, or what `work(session, context)` comes to.
 
         reply_to makes the reply of what `work` returns; the round and the timings are filled in here. count: its tokens
-        drafted and accepted, for the metrics.
+        drafted and accepted, for the metrics and spans.
         arrived: time.perf_counter() when the request came, if it waited before this call.
         """
         called = time.perf_counter()
@@ -147,6 +157,9 @@ class WorkerServicer:
             session.remember(request.context.round, raw, reply)
             if self.metrics is not None:
                 self.metrics.round(watch.queue_ms, watch.compute_ms, *count(value))
+            if caller.parent is not None and self.spans is not None:
+                about = request.context.session_id, request.context.round
+                self.spans.round(caller.parent, *about, arrived, reply.timings, *count(value))
             return reply
 
     def guard_stream(
@@ -178,15 +191,16 @@ class WorkerServicer:
         while (item := outbox.get())[0] is not None:
             yield item[0]
         if item[1] is not None:
-            self.abort(context, item[1], inbox.session_id, inbox.round)
+            self.abort(context, item[1], inbox.session_id, inbox.round, inbox.arrived)
 
     def guard(self, context: grpc.ServicerContext, what: pb.Context, work: Callable[[Caller], R]) -> R:
         """Run a handler; what it raises becomes a status. what: of the request, for the log."""
+        arrived = time.perf_counter()
         try:
             with self._admitted():
                 return work(self.caller(context))
         except Exception as error:
-            self.abort(context, error, what.session_id, what.round)
+            self.abort(context, error, what.session_id, what.round, arrived)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -199,23 +213,34 @@ class WorkerServicer:
         finally:
             self._calls.release()
 
-    def abort(self, context: grpc.ServicerContext, error: Exception, session_id: str, round_number: int) -> NoReturn:
+    def abort(
+        self, context: grpc.ServicerContext, error: Exception, session_id: str, round_number: int, arrived: float
+    ) -> NoReturn:
         """End a call: a Refusal with its own status, want of memory as RESOURCE_EXHAUSTED, anything else INTERNAL with
-        the traceback in the log."""
-        about = f"session={ascii(session_id[:8])[1:-1]} round={round_number}"  # on one line, whatever it holds
+        the traceback in the log. arrived: time.perf_counter() when the request came."""
+        session = tracing.shown(session_id)
+        about = f"session={session} round={round_number}"
+        metadata = context.invocation_metadata()
+        fields = {
+            "session": session or None,
+            "round": round_number or None,
+            "trace_id": tracing.trace_id(metadata),
+        }
         if _is_out_of_memory(error):
-            log.error("out of memory: %s %s", error, about)
+            log.error("out of memory: %s %s", error, about, extra=fields)
             error = LimitReached("not enough memory on this worker for the request; lower max_context or max_sessions")
         status = error.status if isinstance(error, Refusal) else grpc.StatusCode.INTERNAL
         if self.metrics is not None:
             self.metrics.refused(status)
+        if self.spans is not None:
+            self.spans.refused(tracing.parent_of(metadata), session_id, round_number, arrived, status, error)
         if isinstance(error, Refusal):
             level = logging.DEBUG if isinstance(error, Abandoned) else logging.INFO
-            log.log(level, "refused %s: %s %s", status.name, error, about)
+            log.log(level, "refused %s: %s %s", status.name, error, about, extra=fields)
             if isinstance(error, Busy):
                 context.set_trailing_metadata(((RETRY_AFTER, str(error.retry_after_ms)),))
             context.abort(status, str(error)[:MAX_DETAILS])
-        log.error("request failed %s", about, exc_info=error)
+        log.error("request failed %s", about, exc_info=error, extra=fields)
         context.abort(status, f"{type(error).__name__}: {error}"[:MAX_DETAILS])
         raise AssertionError("abort always raises")
 

@@ -116,6 +116,9 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         reply.timings.queue_ms = watch.queue_ms
         reply.timings.compute_ms = watch.compute_ms
         reply.timings.server_ms = watch.queue_ms + watch.compute_ms
+        if caller.parent is not None and self.spans is not None:
+            drafted = sum(len(o.tree) for o in outcomes)
+            self.spans.ahead(caller.parent, request.context.session_id, reply.round, reply.timings, drafted)
         return reply
 
     def _settings(self, request: pb.GenerateDraftsRequest) -> DraftSettings:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from specsplit import tracing
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.tree import TokenTree
 from specsplit.errors import UserError
@@ -27,11 +28,13 @@ def run_speculative_loop(
     config: OrchestratorConfig,
     *,
     on_tokens: OnTokens | None = None,
+    request_id: str | None = None,
 ) -> SpeculativeResult:
     """Write one text with speculative decoding (Leviathan et al. 2023): one round after the other, unary calls.
 
     draft_stub: a DraftServiceStub; may be None when config.max_draft_tokens is 0 (the target alone, same path).
     target_stub: a TargetServiceStub. on_tokens: called with each round's new tokens as they are accepted.
+    request_id: what the span of the text calls it.
     config: mode `sync` and a number for gamma; `pipeline.run_speculative_loop_async` has the other modes and `auto`.
 
     The output is, token for token, what the target alone would write. A worker that fails is waited for and given the
@@ -40,7 +43,18 @@ def run_speculative_loop(
     """
     if config.mode != "sync" or config.max_draft_tokens == "auto":
         raise UserError("this loop is synchronous, with a fixed gamma: use run_speculative_loop_async")
-    recovery = Recovery(config, {})
+    with tracing.text_span(config, request_id) as span:
+        return _write(Recovery(config, {}, span), draft_stub, target_stub, prompt_ids, config, on_tokens)
+
+
+def _write(
+    recovery: Recovery,
+    draft_stub: Any,
+    target_stub: Any,
+    prompt_ids: Sequence[int],
+    config: OrchestratorConfig,
+    on_tokens: OnTokens | None,
+) -> SpeculativeResult:
     target_info = reach(recovery, "target", target_stub)
     draft_info = None
     if config.max_draft_tokens:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import grpc
 
+from specsplit import tracing
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.tree import TokenTree
@@ -42,6 +43,7 @@ async def run_speculative_loop_async(
     on_tokens: OnTokens | None = None,
     controller: GammaController | None = None,
     known: dict[str, pb.DescribeReply] | None = None,
+    request_id: str | None = None,
 ) -> SpeculativeResult:
     """Write one text with speculative decoding in the mode of the configuration.
 
@@ -49,12 +51,26 @@ async def run_speculative_loop_async(
     target_stub: a TargetServiceStub on a grpc.aio channel. on_tokens: called with each round's new tokens.
     controller: chooses gamma when it is `auto`, and remembers from text to text; default: a new one.
     known: role -> what the worker there said of itself before; filled here, and another worker is refused.
+    request_id: what the span of the text calls it.
 
     The output is what the target alone would write, token for token (with rejection sampling: in distribution).
     A worker that fails is waited for and given the whole text again (`recovery`). Raises WorkerError, with the text so
     far, when that did not help, and UserError when the prompt does not fit.
     """
-    recovery = Recovery(config, {} if known is None else known)
+    with tracing.text_span(config, request_id) as span:
+        recovery = Recovery(config, {} if known is None else known, span)
+        return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller)
+
+
+async def _write(
+    recovery: Recovery,
+    draft_stub: Any,
+    target_stub: Any,
+    prompt_ids: Sequence[int],
+    config: OrchestratorConfig,
+    on_tokens: OnTokens | None,
+    controller: GammaController | None,
+) -> SpeculativeResult:
     target_info = await reach_async(recovery, "target", target_stub)
     draft_info = None
     if config.max_draft_tokens:
@@ -101,9 +117,10 @@ class _Pipeline:
         self.text = text
         self.config = config
         self.controller = controller
+        carry = (lambda call: call) if text.span is None else text.span.carry
         self.target = Stream(
             "target",
-            target_stub.StreamVerify,
+            carry(target_stub.StreamVerify),
             timeout_s=config.rpc_timeout_s,
             rtt_ms=config.rtt_ms,
             jitter_ms=config.jitter_ms,
@@ -111,7 +128,7 @@ class _Pipeline:
         )
         self.draft = None
         if draft_stub is not None:
-            self.draft = Stream("draft", draft_stub.StreamDrafts, timeout_s=config.rpc_timeout_s)
+            self.draft = Stream("draft", carry(draft_stub.StreamDrafts), timeout_s=config.rpc_timeout_s)
         self.at_target, self.at_draft = Confirmed(), Confirmed()
 
     async def close(self) -> None:
@@ -299,6 +316,7 @@ class TextWriter:
         *,
         on_tokens: OnTokens | None = None,
         controller: GammaController | None = None,
+        request_id: str | None = None,
     ) -> SpeculativeResult:
         """As `run_speculative_loop_async`."""
         draft, target = self._channels
@@ -311,6 +329,7 @@ class TextWriter:
                 on_tokens=on_tokens,
                 controller=controller,
                 known=self._known,
+                request_id=request_id,
             )
         )
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 
@@ -21,6 +21,9 @@ from specsplit.workers.errors import RETRY_AFTER
 from specsplit.workers.orchestrator.connection import WorkerError
 from specsplit.workers.orchestrator.result import Failure
 from specsplit.workers.orchestrator.text import Text
+
+if TYPE_CHECKING:
+    from specsplit.tracing import TextSpan
 
 log = logging.getLogger(__name__)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # doubled from try to try; half of each is drawn, so that clients spread
@@ -76,10 +79,13 @@ class Recovery:
     """What is done about the failures of one text, as the configuration says.
 
     known: role -> what the worker said of itself when it was first met; filled here. A worker that comes back as
-    another model is refused.
+    another model is refused. span: of the text, told of failures; None where there are none.
     """
 
-    def __init__(self, config: OrchestratorConfig, known: dict[str, pb.DescribeReply]) -> None:
+    def __init__(
+        self, config: OrchestratorConfig, known: dict[str, pb.DescribeReply], span: TextSpan | None = None
+    ) -> None:
+        self.span = span
         self._config = config
         self._known = known
         self._text: Text | None = None
@@ -93,6 +99,9 @@ class Recovery:
         """From here on failures are those of this text."""
         self._text = text
         text.result.failures = self._failures
+        if self.span is not None:
+            text.span = self.span
+            self.span.begin(len(text.tokens), text.result)
         return text
 
     def timeout_s(self, *, again: bool) -> float:
@@ -109,10 +118,14 @@ class Recovery:
         self._tries += 1
         self._losses += failed.remedy == "resend"
         self._note(failed, rounds + 1)
+        if self.span is not None:
+            self.span.event("worker failed", worker=failed.role, round=rounds + 1, code=failed.code)
         policy = self._config.on_draft_failure if failed.role == "draft" else "reconnect"
         lost_session = failed.remedy == "resend" and self._losses <= MOST_LOSSES
         if policy == "target_alone" and not lost_session:
             self._failures[-1].action = policy
+            if self.span is not None:
+                self.span.event("target alone", round=rounds + 1)
             log.warning("%s; the target finishes the text alone", failed)
             raise WithoutDraft
         hopeless = failed.remedy == "none" or (failed.remedy == "resend" and not lost_session)
@@ -157,7 +170,10 @@ class Recovery:
 
     def resumed(self) -> None:
         """Note that the worker is back."""
-        self._failures[-1].lost_ms = (time.monotonic() - self._noticed) * 1e3
+        failure = self._failures[-1]
+        failure.lost_ms = (time.monotonic() - self._noticed) * 1e3
+        if self.span is not None:
+            self.span.event("worker back", worker=failure.worker, round=failure.round, lost_ms=failure.lost_ms)
 
     def _left(self) -> float:
         return self._began + self._config.recovery_timeout_s - time.monotonic()

@@ -103,6 +103,8 @@ class RemoteSession:
             try:
                 time.sleep(self._delay_s)
                 rpc = getattr(self._stub, self._verb)
+                if self._recovery.span is not None:
+                    rpc = self._recovery.span.carry(rpc)
                 reply = rpc(build(context=context), timeout=self._config.rpc_timeout_s)
                 time.sleep(self._delay_s)
                 return Call(reply, (time.perf_counter() - started) * 1e3)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from specsplit.config import OrchestratorConfig
 from specsplit.decoding.sampling import Sampling
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workers.orchestrator.result import Round, SpeculativeResult
+
+if TYPE_CHECKING:
+    from specsplit.tracing import TextSpan
 
 OnTokens = Callable[[list[int]], None]
 
@@ -19,8 +23,10 @@ class Text:
     """Prompt and generated tokens, with the limits that the workers and the configuration set.
 
     target, draft: what the workers say of themselves; draft may be None. Raises UserError when the prompt is empty or
-    leaves no room for a token.
+    leaves no room for a token. span: told of each round, where there is one.
     """
+
+    span: TextSpan | None = None
 
     def __init__(
         self,
@@ -92,6 +98,8 @@ class Text:
                 self._on_tokens(fresh)
         result.total_ms = now_ms
         result.rounds.append(replace(measured, arrived_ms=now_ms))
+        if self.span is not None:
+            self.span.round(measured)
         if ended:
             result.finish_reason = "eos"
         elif len(result.output_tokens) >= self.config.max_output_tokens:

@@ -1,0 +1,97 @@
+"""How the commands log: lines of text, and of a worker, where that is asked for, JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+from specsplit.errors import UserError
+
+FORMATS = ("text", "json")
+VARIABLE = "SPECSPLIT_LOG_FORMAT"
+FIELDS = ("session", "round", "trace_id")  # given as `extra` where a line is about a request
+NOISY = ("httpx", "urllib3", "matplotlib")
+log = logging.getLogger(__name__)
+
+
+def set_up(command: str, log_format: str | None = None) -> None:
+    """Log to standard error, as the command does.
+
+    log_format: of a worker's lines, one of FORMATS; default: SPECSPLIT_LOG_FORMAT, or text. Raises UserError.
+    """
+    formatter = logging.Formatter("%(message)s")
+    if command == "worker":
+        log_format = log_format or os.environ.get(VARIABLE) or "text"
+        if log_format not in FORMATS:
+            raise UserError(f"--log-format / {VARIABLE} = {log_format!r}: write {' or '.join(FORMATS)}")
+        formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        if log_format == "json":
+            formatter = JsonFormatter()
+            _log_what_is_printed()
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    handler.addFilter(FirstProblem("opentelemetry"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for noisy in NOISY:
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def is_json() -> bool:
+    """Whether this process logs JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, FIELDS where they are known, traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "time": when.replace("+00:00", "Z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: value for name in FIELDS if (value := getattr(record, name, None)) is not None}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)  # ASCII: one line, and readable whatever the terminal's encoding
+
+
+class FirstProblem(logging.Filter):
+    """Lets pass the first error of that logger and those below it, and nothing else of theirs.
+
+    What sends the spans would tell of every try at a collector that cannot be reached.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not super().filter(record):
+            return True
+        passes = record.levelno >= logging.ERROR and not self._told
+        self._told = self._told or passes
+        return passes
+
+
+def _log_what_is_printed() -> None:
+    """Log what Python would print by itself."""
+    logging.captureWarnings(True)
+
+    def failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        log.critical("failed: %s", kind.__name__, exc_info=(kind, error, trace))
+
+    def failed_thread(what: threading.ExceptHookArgs) -> None:
+        if what.exc_value is not None:
+            failed(what.exc_type, what.exc_value, what.exc_traceback)
+
+    sys.excepthook = failed
+    threading.excepthook = failed_thread
