@@ -141,10 +141,9 @@ class SharedModel:
             cache.rollback(held)
             raise
 
-    def close(self) -> bool:
-        """Take no more work and drop what waits; False when a pass still runs, which cannot be interrupted."""
+    def close(self) -> None:
+        """Take no more work and drop what waits. A pass that runs cannot be interrupted."""
         self._closed = True
-        return not self._running
 
     def _pass(self, what: Pass) -> torch.Tensor:
         watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()

@@ -134,16 +134,14 @@ class WorkerServer:
         self._gate.loading = False
         self._report(health_pb2.HealthCheckResponse.SERVING)
 
-    def stop(self) -> bool:
-        """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s`, stop.
-
-        Returns False when a pass of the model outlasts that.
-        """
+    def stop(self) -> None:
+        """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s`, stop."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace=self.config.drain_s).wait()
         if self.metrics is not None:
             self.metrics.close()
-        return self.servicer is None or self.servicer.model.close()
+        if self.servicer is not None:
+            self.servicer.model.close()
 
     def _report(self, status: int) -> None:
         for name in ("", self.service):
