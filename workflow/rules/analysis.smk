@@ -31,9 +31,11 @@ rule figures:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        confidence=config["statistics"]["confidence"],
-        bootstrap_samples=config["statistics"]["bootstrap_samples"],
-        seed=config["seed"],
+        settings=dict(
+            confidence=config["statistics"]["confidence"],
+            bootstrap_samples=config["statistics"]["bootstrap_samples"],
+            seed=config["seed"],
+        ),
         code=code_sha256("analysis"),
     script:
         "../scripts/figures.py"

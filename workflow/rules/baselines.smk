@@ -52,9 +52,11 @@ rule peers:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        confidence=config["statistics"]["confidence"],
-        bootstrap_samples=config["statistics"]["bootstrap_samples"],
-        seed=config["seed"],
+        settings=dict(
+            confidence=config["statistics"]["confidence"],
+            bootstrap_samples=config["statistics"]["bootstrap_samples"],
+            seed=config["seed"],
+        ),
         code=code_sha256("analysis/peers.py", "analysis/repeats.py", "analysis/statistics.py", "analysis/drawing.py"),
     script:
         "../scripts/peers.py"

@@ -47,7 +47,7 @@ rule capacity:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        tpot_limit_ms=config["capacity"]["tpot_limit_ms"],
+        settings=dict(tpot_limit_ms=config["capacity"]["tpot_limit_ms"]),
         code=code_sha256("analysis/capacity.py", "analysis/drawing.py"),
     script:
         "../scripts/capacity.py"

@@ -12,8 +12,10 @@ rule calibration_prompts:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        limit=config["draft"]["calibration_prompts"],
-        on_bad_line=config["dataset"]["on_bad_line"],
+        settings=dict(
+            limit=config["draft"]["calibration_prompts"],
+            on_bad_line=config["dataset"]["on_bad_line"],
+        ),
         code=code_sha256("bench/dataset.py", "bench/calibration.py"),
     script:
         "../scripts/calibration_prompts.py"

@@ -8,5 +8,4 @@ from specsplit.analysis.tables import read_tables
 
 with open(snakemake.log[0], "w") as sys.stderr:  # noqa: F821, PTH123
     requests, rounds = read_tables(Path(snakemake.input.requests).parent)  # noqa: F821
-    settings = {name: value for name, value in snakemake.params.items() if name != "code"}  # noqa: F821
-    draw_figures(requests, rounds, Path(snakemake.output[0]).parent, **settings)  # noqa: F821
+    draw_figures(requests, rounds, Path(snakemake.output[0]).parent, **snakemake.params.settings)  # noqa: F821
