@@ -12,6 +12,8 @@ rule theory_check:
     # It measures times, so nothing may run beside it.
     threads: EVERY_CORE
     params:
-        code=code_sha256("decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py", "bench/transport.py"),
+        code=code_sha256(
+            "decoding", "models/synthetic.py", "workers", "rpc", "bench/theory_check.py", "bench/transport.py"
+        ),
     shell:
         "specsplit theory-check --output {output.table} --figure {output.figures[0]} > {log} 2>&1"
