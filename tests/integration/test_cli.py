@@ -192,7 +192,10 @@ def test_generate_with_workers_of_its_own(model: Path, text: str, tmp_path: Path
     assert processes_of(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGTERM, id="SIGTERM"), pytest.param(signal.SIGKILL, id="SIGKILL", marks=pytest.mark.slow)],
+)
 def test_generate_that_is_stopped_leaves_no_worker(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(

@@ -79,6 +79,7 @@ def test_a_model_that_hugging_face_cannot_load_is_told(tmp_path: Path) -> None:
         raise AssertionError("it has no model")
 
 
+@pytest.mark.slow
 def test_a_race_from_the_command_line(folders: tuple[Path, Path], clients: list[str], tmp_path: Path) -> None:
     models = ["--target-model", str(folders[0]), "--draft-model", str(folders[1])]
     race = ["--baseline", "generate", "assisted-3", "--gamma", "3", "--mode", "sync", "overlap", "--repeats", "2"]

@@ -13,6 +13,7 @@ from specsplit.cli import main
 from specsplit.decoding.theory import expected_tokens, tpot_ms
 
 
+@pytest.mark.slow
 def test_the_table_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, figure = tmp_path / "tables" / "check.csv", tmp_path / "check.png"
     settings = ["--gamma", "2", "auto", "--rtt-ms", "0", "6", "--tokens", "24", "--texts", "1"]

@@ -281,6 +281,7 @@ def test_sigterm_to_start_worker_while_the_worker_loads_leaves_nothing(model: Pa
 # ---- workers that are shared
 
 
+@pytest.mark.slow
 def test_users_of_a_pool_share_a_worker_until_the_last_one_goes(model: Path, folder: Path) -> None:
     def share(user: str, *flags: str) -> Endpoint:
         file = folder / f"{user}.json"

@@ -16,6 +16,7 @@ import pytest
 from specsplit.workers.environment import threads_beside_another
 
 
+@pytest.mark.slow
 def test_workers_that_compute_at_once_share_the_cores(workspace):
     workspace.config |= {"gammas": [0, 2], "mode": ["sync", "lookahead"]}
     del workspace.config["workers"]["threads"]
@@ -38,7 +39,8 @@ def test_workers_that_compute_at_once_share_the_cores(workspace):
     assert all(found == ["3"] for found in threads().values())
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_run_leaves_nothing_and_the_next_finishes(workspace, how):
     workspace.config |= {"gammas": [0, 1], "generation": {"max_output_tokens": 100, "ignore_eos": True}}
     process = workspace.start()
@@ -218,6 +220,7 @@ def test_a_sweep_of_other_axes_with_layers_that_are_looked_for(workspace):
     assert workspace.planned() == {}
 
 
+@pytest.mark.slow
 def test_layers_are_not_looked_for_on_measured_prompts(workspace):
     workspace.config["draft"]["skip_layers"] = "auto"
     text = failure(workspace)

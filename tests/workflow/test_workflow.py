@@ -57,28 +57,35 @@ def test_nothing_to_do_afterwards(finished):
     assert finished.planned() == {}
 
 
+def also(*row):
+    """A row of a table for `make test-all`."""
+    return pytest.param(*row, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({"gammas": [0, 1, 2, 3]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
         ({"gammas": [0, 1]}, {"resolved_config": 1, **ANALYSIS}),
-        ({"gammas": [0, 1, 3, "auto"]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
+        also({"gammas": [0, 1, 3, "auto"]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
         ({"mode": ["sync", "lookahead"]}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
-        ({"tree": ["chain", "2x2"]}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
-        ({"sampling": {"temperature": [0, 1]}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        also({"tree": ["chain", "2x2"]}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
+        also(
+            {"sampling": {"temperature": [0, 1]}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}
+        ),
         ({"network": {"rtt_ms": [0, 5]}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
-        ({"network": {"jitter_ms": 1}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        also({"network": {"jitter_ms": 1}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
         ({"lookahead": {"fan_out": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
-        ({"sampling": {"top_k": 5}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        also({"sampling": {"top_k": 5}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         ({"statistics": {"confidence": 0.9}}, {"resolved_config": 1, **ANALYSIS} | {"merge": 0}),
         ({"draft": {"skip_layers": [0]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
-        ({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
-        ({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        also({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        also({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         (
             {"workers": {"gpus": 1, "token_file": "secrets/token", "tls_ca": "ca.pem", "cache_memory_mb": 99}},
             {"resolved_config": 1, "provenance": 1, "summary": 1},
         ),
-        ({"faults": {"on_draft_failure": "fail"}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        also({"faults": {"on_draft_failure": "fail"}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         (
             {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
             {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS},
