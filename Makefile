@@ -9,7 +9,8 @@ CORES ?= 2
 TORCH_INDEX ?=
 
 BIN := .venv/bin
-# Python compiles what it imports; all of PyTorch at once takes a minute.
+# Python compiles what it imports and keeps that; all of PyTorch at once takes a minute.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint envs/constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Rules call `specsplit`: the environment must be on the path.
