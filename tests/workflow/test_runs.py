@@ -166,7 +166,7 @@ def test_one_failed_gamma_keeps_the_others(workspace):
     code = runner.read_text()
     condition = f"config.max_draft_tokens == 3 and Path({str(marker)!r}).exists()"
     guard = f"    if {condition}:\n        raise UserError('on purpose')\n"
-    body = "    run_dir.mkdir(parents=True, exist_ok=True)\n"
+    body = "    gpu_before = capture_gpu()\n"
     assert body in code
     runner.write_text(code.replace(body, guard + body))
     marker.touch()
