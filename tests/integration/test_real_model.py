@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from itertools import product
@@ -19,6 +20,7 @@ from specsplit.models.sources import resolve_model
 from specsplit.models.text import TextCodec
 from specsplit.pipeline_config import load_pipeline_config
 from specsplit.workers.launch import start_worker, stop_worker
+from specsplit.workers.lease import LEASE_PID
 from specsplit.workers.orchestrator.connection import Connection, connect
 from specsplit.workers.orchestrator.pipeline import TextWriter
 
@@ -49,13 +51,15 @@ def workers(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     connections: dict[str, Connection] = {}
     files = []
     try:
-        for name, extra in flags.items():
-            role = "target" if name == "target" else "draft"
-            files.append(folder / f"{name}.json")
-            arguments = ["--model", str(model_folder), "--port", "0", "--threads", "1", *extra]
-            log = folder / f"{name}.log"
-            endpoint = start_worker(role, arguments, endpoint_file=files[-1], log_file=log, timeout_s=120)
-            connections[name] = connect(role, endpoint.address)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(LEASE_PID, str(os.getpid()))  # they end with the tests, even when those are killed
+            for name, extra in flags.items():
+                role = "target" if name == "target" else "draft"
+                files.append(folder / f"{name}.json")
+                arguments = ["--model", str(model_folder), "--port", "0", "--threads", "1", *extra]
+                log = folder / f"{name}.log"
+                endpoint = start_worker(role, arguments, endpoint_file=files[-1], log_file=log, timeout_s=120)
+                connections[name] = connect(role, endpoint.address)
         yield connections
     finally:
         for connection in connections.values():
