@@ -204,7 +204,7 @@ def test_generate_that_is_stopped_leaves_no_worker(model: Path, tmp_path: Path, 
         stderr=subprocess.DEVNULL,
     )
     try:
-        assert wait_until(lambda: len(processes_of(tmp_path)) > 0, 60)
+        assert wait_until(lambda: len(processes_of(tmp_path)) > 0)
         process.send_signal(number)
         assert process.wait(30) == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[number]
         assert wait_until(lambda: processes_of(tmp_path) == [])

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from subprocess import run
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from specsplit.models.sources import resolve_model
 from specsplit.models.text import TextCodec
 from specsplit.pipeline_config import load_pipeline_config
 from specsplit.workers.launch import start_worker, stop_worker
-from specsplit.workers.lease import LEASE_PID
+from specsplit.workers.lease import hold_lease
 from specsplit.workers.orchestrator.connection import Connection, connect
 from specsplit.workers.orchestrator.pipeline import TextWriter
 
@@ -51,8 +52,8 @@ def workers(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     connections: dict[str, Connection] = {}
     files = []
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(LEASE_PID, str(os.getpid()))  # they end with the tests, even when those are killed
+        with patch.dict(os.environ):
+            hold_lease()  # they end with the tests, even when those are killed
             for name, extra in flags.items():
                 role = "target" if name == "target" else "draft"
                 files.append(folder / f"{name}.json")
