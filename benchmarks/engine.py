@@ -22,9 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specsplit.decoding.tree import TokenTree
-from specsplit.models.causal_lm import DTYPES, CausalLM
-from specsplit.models.fused_lm import FusedLM
-from specsplit.workers.environment import usable_cores
+from specsplit.engines.numba import FusedLM
+from specsplit.engines.transformers import DTYPES, CausalLM
+from specsplit.launch.environment import usable_cores
 
 SIZES = (1, 2, 4, 8, 16)
 

@@ -20,13 +20,13 @@ from typing import Any
 import psutil
 from transformers import AutoConfig
 
-from specsplit.bench.capacity import Job, run_clients
-from specsplit.bench.runner import Request
-from specsplit.config import OrchestratorConfig
+from specsplit.experiment.capacity import Job, run_clients
+from specsplit.experiment.runner import Request
+from specsplit.launch.endpoint import Endpoint
+from specsplit.launch.lease import hold_lease
+from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import resolve_model
-from specsplit.workers.endpoint import Endpoint
-from specsplit.workers.launch import start_worker, stop_worker
-from specsplit.workers.lease import hold_lease
+from specsplit.settings.processes import OrchestratorConfig
 
 MB = 1e6
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2}  # int8: at most, with an embedding in bfloat16

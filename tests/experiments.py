@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.analysis.tables import PLAIN
-from specsplit.bench.metrics import REQUEST_COLUMNS
-from specsplit.cli import main
-from specsplit.hashing import sha256_file
-from specsplit.jsonio import write_json
+from specsplit.cli.main import main
+from specsplit.experiment.columns import REQUEST_COLUMNS
+from specsplit.io import sha256_file, write_json
 from specsplit.provenance import capture
 from specsplit.provenance.folder import RECORD, SEAL
 

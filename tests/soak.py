@@ -37,12 +37,12 @@ import grpc
 import numpy as np
 import psutil
 
-from specsplit.config import OrchestratorConfig
+from specsplit.client.connection import WorkerError
+from specsplit.client.pipeline import TextWriter, event_loop, run_speculative_loop_async
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.workers.orchestrator.connection import WorkerError
-from specsplit.workers.orchestrator.pipeline import TextWriter, event_loop, run_speculative_loop_async
+from specsplit.settings.processes import OrchestratorConfig
 
 from faulty_network import FaultyNetwork, faulty_network
 from worker_processes import WorkerProcess, start_command

@@ -15,11 +15,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from specsplit.workers.endpoint import Endpoint
+from specsplit.launch.endpoint import Endpoint
 
 _forks = multiprocessing.get_context("forkserver")
 # What loading a model imports, too: by use_deterministic_algorithms, for one.
-_IMPORTED = ("torch._inductor", "specsplit.models.synthetic", "specsplit.workers.server", "specsplit.bench.runner")
+_IMPORTED = ("torch._inductor", "specsplit.engines.synthetic", "specsplit.worker.server", "specsplit.experiment.runner")
 _forks.set_forkserver_preload([*_IMPORTED, "worker_processes"])
 
 
@@ -32,8 +32,8 @@ def _prepare(log: str, lease_pid: int) -> None:
 
 
 def _work(role: str, settings: dict[str, Any], endpoint_file: Path, log: str, lease_pid: int) -> None:
-    from specsplit.config import DraftWorkerConfig, TargetWorkerConfig
-    from specsplit.workers.server import serve
+    from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig
+    from specsplit.worker.server import serve
 
     _prepare(log, lease_pid)
     kind = DraftWorkerConfig if role == "draft" else TargetWorkerConfig
@@ -41,7 +41,7 @@ def _work(role: str, settings: dict[str, Any], endpoint_file: Path, log: str, le
 
 
 def _command(arguments: list[str], log: str, lease_pid: int, environment: dict[str, str]) -> None:
-    from specsplit.cli import main
+    from specsplit.cli.main import main
 
     _prepare(log, lease_pid)
     os.environ |= environment

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span, Tracer
 
-    from specsplit.config import OrchestratorConfig
-    from specsplit.workers.orchestrator.result import Round, SpeculativeResult
+    from specsplit.client.result import Round, SpeculativeResult
+    from specsplit.settings.processes import OrchestratorConfig
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")

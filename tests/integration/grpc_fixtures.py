@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specsplit.config import DraftWorkerConfig, TargetWorkerConfig
-from specsplit.models.passes import Pass
+from specsplit.client.connection import OPEN, Connection, connect
+from specsplit.engines.passes import Pass
 from specsplit.rpc.codec import tokens_crc32
+from specsplit.rpc.credentials import TLS_SCHEME, Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.access import TLS_SCHEME, Access
-from specsplit.workers.orchestrator.connection import OPEN, Connection, connect
-from specsplit.workers.server import WorkerServer, load_servicer
+from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig
+from specsplit.worker.server import WorkerServer, load_servicer
 
 VOCAB = 128
 PROMPTS = [[5, 6, 7], [10, 3, 40, 22], [33], [8, 8, 8, 8, 8], [50, 4], [61, 60, 59, 58], [12, 13], [120, 19, 18]]

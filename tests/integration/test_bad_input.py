@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.inbox import MOST_WAITING
+from specsplit.worker.inbox import MOST_WAITING
 
 from grpc_fixtures import Gate, Worker, context, draft_request, serving, verify_request, wait_until
 from malformed import (

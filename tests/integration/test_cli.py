@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 from specsplit.analysis.tables import CONFIGURATION
-from specsplit.bench.journal import JOURNAL
-from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS
-from specsplit.cli import main
-from specsplit.models.text import TextCodec
-from specsplit.workers.environment import REQUIRED
+from specsplit.cli.main import main
+from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS
+from specsplit.experiment.journal import JOURNAL
+from specsplit.launch.environment import REQUIRED
+from specsplit.models.tokenizer import TextCodec
 
 from grpc_fixtures import Reference, Worker, noisy_copy, serving, wait_until
 
@@ -114,7 +114,7 @@ def test_every_command_explains_itself(specsplit: Command, command: list[str]) -
 
 
 def test_the_list_of_commands_is_quick_and_complete() -> None:
-    code = "import sys; from specsplit.cli import main; main(['--help'])"
+    code = "import sys; from specsplit.cli.main import main; main(['--help'])"
     check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", f"{check}; {code}"], capture_output=True, text=True, check=True)
     assert {command[0] for command in COMMANDS} <= set(done.stdout.split())

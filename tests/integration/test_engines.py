@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from specsplit.decoding.tree import TokenTree, TreeShape
-from specsplit.models.causal_lm import CausalLM
+from specsplit.engines.transformers import CausalLM
 from specsplit.models.vocabulary import Vocabulary
-from specsplit.workers.draft.engine import Drafter, DraftSettings
-from specsplit.workers.sessions import Session
-from specsplit.workers.target.engine import verify_tree
+from specsplit.worker.draft import Drafter, DraftSettings
+from specsplit.worker.sessions import Session
+from specsplit.worker.target import verify_tree
 
 from tiny_models import ARCHITECTURES, make_tiny_model
 

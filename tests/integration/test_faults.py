@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from specsplit.config import OrchestratorConfig
+from specsplit.client import recovery
+from specsplit.client.connection import WorkerError
+from specsplit.client.pipeline import TextWriter
+from specsplit.client.result import SpeculativeResult
+from specsplit.client.unary import run_speculative_loop
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.codec import CHANNEL_OPTIONS
+from specsplit.rpc.credentials import STUBS, Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1.specsplit_pb2_grpc import TargetServiceStub
-from specsplit.workers.access import STUBS, Access
-from specsplit.workers.orchestrator import recovery
-from specsplit.workers.orchestrator.client import run_speculative_loop
-from specsplit.workers.orchestrator.connection import WorkerError
-from specsplit.workers.orchestrator.pipeline import TextWriter
-from specsplit.workers.orchestrator.result import SpeculativeResult
+from specsplit.settings.processes import OrchestratorConfig
 
 import soak
 from faulty_network import FaultyNetwork, faulty_network

@@ -9,11 +9,11 @@ import pytest
 
 from specsplit.decoding.sampling import Sampling
 from specsplit.decoding.tree import TokenTree, TreeShape
-from specsplit.models.synthetic import SyntheticLM
+from specsplit.engines.synthetic import SyntheticLM
 from specsplit.models.vocabulary import Vocabulary
-from specsplit.workers.draft.engine import Drafter, DraftSettings
-from specsplit.workers.sessions import Session
-from specsplit.workers.target.engine import verify_tree
+from specsplit.worker.draft import Drafter, DraftSettings
+from specsplit.worker.sessions import Session
+from specsplit.worker.target import verify_tree
 
 DRAFT, TARGET = SyntheticLM(acceptance=0.8, seed=1), SyntheticLM(seed=1)
 VOCABULARY = Vocabulary(TARGET.vocab_size)

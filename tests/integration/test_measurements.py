@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from specsplit.bench.baselines import HuggingFace, Peer, PeerModel
-from specsplit.cli import main
+from specsplit.cli.main import main
 from specsplit.errors import UserError
-from specsplit.workers.environment import REQUIRED
+from specsplit.experiment.peers import HuggingFace, Peer, PeerModel
+from specsplit.launch.environment import REQUIRED
 
 from grpc_fixtures import Reference, noisy_copy, serving
 

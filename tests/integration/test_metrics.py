@@ -12,12 +12,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from specsplit.config import OrchestratorConfig, TargetWorkerConfig
+from specsplit.client.connection import WorkerError, connect
+from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.orchestrator.client import run_speculative_loop
-from specsplit.workers.orchestrator.connection import WorkerError, connect
-from specsplit.workers.server import WorkerServer, load_servicer
+from specsplit.settings.processes import OrchestratorConfig, TargetWorkerConfig
+from specsplit.worker.server import WorkerServer, load_servicer
 
 from grpc_fixtures import PROMPTS, Worker, serving, verify_request, wait_until
 

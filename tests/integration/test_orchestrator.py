@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 
-from specsplit.config import OrchestratorConfig
+from specsplit.client import recovery
+from specsplit.client.connection import WorkerError, check_tokenizers, connect, connected_pair
+from specsplit.client.result import SpeculativeResult
+from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.orchestrator import recovery
-from specsplit.workers.orchestrator.client import run_speculative_loop
-from specsplit.workers.orchestrator.connection import WorkerError, check_tokenizers, connect, connected_pair
-from specsplit.workers.orchestrator.result import SpeculativeResult
+from specsplit.settings.processes import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
 from tiny_models import SMALL, make_tokenizer

@@ -10,16 +10,16 @@ from typing import Any
 import grpc
 import pytest
 
-from specsplit.config import OrchestratorConfig
+from specsplit.client import recovery
+from specsplit.client.connection import WorkerError
+from specsplit.client.pipeline import TextWriter, event_loop, run_speculative_loop_async
+from specsplit.client.result import SpeculativeResult
+from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.workers.orchestrator import recovery
-from specsplit.workers.orchestrator.client import run_speculative_loop
-from specsplit.workers.orchestrator.connection import WorkerError
-from specsplit.workers.orchestrator.pipeline import TextWriter, event_loop, run_speculative_loop_async
-from specsplit.workers.orchestrator.result import SpeculativeResult
+from specsplit.settings.processes import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving, wait_until
 

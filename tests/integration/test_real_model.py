@@ -15,15 +15,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from specsplit.bench.dataset import load_prompts, select_prompts
-from specsplit.config import OrchestratorConfig
+from specsplit.client.connection import Connection, connect
+from specsplit.client.pipeline import TextWriter
+from specsplit.experiment.dataset import load_prompts, select_prompts
+from specsplit.launch.lease import hold_lease
+from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import resolve_model
-from specsplit.models.text import TextCodec
-from specsplit.pipeline_config import load_pipeline_config
-from specsplit.workers.launch import start_worker, stop_worker
-from specsplit.workers.lease import hold_lease
-from specsplit.workers.orchestrator.connection import Connection, connect
-from specsplit.workers.orchestrator.pipeline import TextWriter
+from specsplit.models.tokenizer import TextCodec
+from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.workflow import load_pipeline_config
 
 ROOT = Path(__file__).parents[2]
 NAME = "smollm2-135m-instruct"

@@ -14,15 +14,15 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from specsplit.config import OrchestratorConfig
+from specsplit.client.connection import WorkerError, connect, connected_pair
+from specsplit.client.pipeline import TextWriter
+from specsplit.client.unary import run_speculative_loop
+from specsplit.launch.endpoint import Endpoint
+from specsplit.launch.start import attach_worker
 from specsplit.rpc.codec import CHANNEL_OPTIONS
+from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.access import Access
-from specsplit.workers.endpoint import Endpoint
-from specsplit.workers.launch import attach_worker
-from specsplit.workers.orchestrator.client import run_speculative_loop
-from specsplit.workers.orchestrator.connection import WorkerError, connect, connected_pair
-from specsplit.workers.orchestrator.pipeline import TextWriter
+from specsplit.settings.processes import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, serving, verify_request
 
@@ -259,7 +259,7 @@ def test_attaching_to_a_worker_with_a_certificate(
 
 
 def test_session_ids_are_not_guessable() -> None:
-    from specsplit.workers.orchestrator.session import Confirmed
+    from specsplit.client.session import Confirmed
 
     ids = {Confirmed().id for _ in range(1000)}
     assert len(ids) == 1000

@@ -17,10 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import specsplit
-from specsplit.config import MAX_GAMMA, OrchestratorConfig
+from specsplit.client.unary import run_speculative_loop
 from specsplit.models.fingerprint import fingerprint_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.orchestrator.client import run_speculative_loop
+from specsplit.settings.processes import MAX_GAMMA, OrchestratorConfig
 
 from grpc_fixtures import (
     PROMPTS,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from specsplit.bench import theory_check
-from specsplit.bench.transport import bare_round_trip_ms
-from specsplit.cli import main
+from specsplit.cli.main import main
 from specsplit.decoding.theory import expected_tokens, tpot_ms
+from specsplit.experiment import theory_check
+from specsplit.experiment.transport import bare_round_trip_ms
 
 
 @pytest.mark.slow

@@ -17,14 +17,15 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-from specsplit import cli, tracing
-from specsplit.config import OrchestratorConfig
+from specsplit import tracing
+from specsplit.cli import main as cli
+from specsplit.client.connection import WorkerError
+from specsplit.client.pipeline import TextWriter
+from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError
+from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.access import Access
-from specsplit.workers.orchestrator.client import run_speculative_loop
-from specsplit.workers.orchestrator.connection import WorkerError
-from specsplit.workers.orchestrator.pipeline import TextWriter
+from specsplit.settings.processes import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, noisy_copy, serving, verify_request, wait_until
 

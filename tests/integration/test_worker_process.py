@@ -19,14 +19,14 @@ import grpc
 import psutil
 import pytest
 
-from specsplit.config import DraftWorkerConfig
+from specsplit.client.connection import WorkerError, connect
 from specsplit.errors import UserError
+from specsplit.launch.endpoint import Endpoint
+from specsplit.launch.lease import LEASE_HOST, LEASE_PID
+from specsplit.launch.start import attach_worker, start_worker, stop_worker
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.endpoint import Endpoint
-from specsplit.workers.launch import attach_worker, start_worker, stop_worker
-from specsplit.workers.lease import LEASE_HOST, LEASE_PID
-from specsplit.workers.orchestrator.connection import WorkerError, connect
-from specsplit.workers.server import load_servicer
+from specsplit.settings.processes import DraftWorkerConfig
+from specsplit.worker.server import load_servicer
 
 from grpc_fixtures import draft_request, serving, wait_until
 
@@ -198,8 +198,8 @@ def test_a_worker_that_has_stopped_waits_for_no_thread(model: Path, folder: Path
     file = folder / "target.json"
     code = f"""import threading, time
 from pathlib import Path
-from specsplit.config import TargetWorkerConfig
-from specsplit.workers.server import serve
+from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.worker.server import serve
 threading.Thread(target=time.sleep, args=(100,)).start()
 serve(TargetWorkerConfig(model={str(model)!r}, port=0, threads=1, max_context=128), endpoint_file=Path({str(file)!r}))
 """

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.models.causal_lm import CausalLM
-from specsplit.models.graph_lm import GraphLM
+from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.transformers import CausalLM
 
 from tiny_models import ARCHITECTURES, VOCAB, make_tiny_model
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from specsplit.bench.calibration import write_calibration_prompts
-from specsplit.bench.dataset import load_prompts, prepare_dataset
-from specsplit.cli import main
+from specsplit.cli.main import main
 from specsplit.errors import UserError
+from specsplit.experiment.calibration import write_calibration_prompts
+from specsplit.experiment.dataset import load_prompts, prepare_dataset
 
 
 def write_prompts(path: Path, prompts: list[dict[str, Any]]) -> Path:
@@ -67,7 +67,7 @@ def started_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *flags: str) -
         given.append(arguments)
         return argparse.Namespace(pid=1, address="127.0.0.1:1", attached=False)
 
-    monkeypatch.setattr("specsplit.workers.launch.start_worker", start)
+    monkeypatch.setattr("specsplit.launch.start.start_worker", start)
     command = ["start-worker", "draft", "--model", str(tmp_path), "--endpoint-file", "e.json", "--worker-log", "w.log"]
     main([*command, *flags])
     return given[0]

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from specsplit.analysis.capacity import draw_capacity, summarize_capacity
-from specsplit.bench.capacity import CapacityRecord
+from specsplit.analysis.capacity_table import draw_capacity, summarize_capacity
+from specsplit.experiment.capacity import CapacityRecord
 
 
 def requests(clients: int, gamma: int, *times: tuple[float, float], tokens: int = 11, **more: Any) -> pd.DataFrame:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from specsplit.bench.dataset import Prompt, load_prompts, prepare_dataset, select_prompts
 from specsplit.errors import UserError
-from specsplit.hashing import sha256_file
+from specsplit.experiment.dataset import Prompt, load_prompts, prepare_dataset, select_prompts
+from specsplit.io import sha256_file
 
 SHIPPED = Path(__file__).parents[2] / "resources" / "prompts" / "specsplit-48.jsonl"
 
@@ -147,7 +147,7 @@ def test_a_failed_write_leaves_the_old_output_and_no_part(tmp_path, monkeypatch)
     def disk_full(*args: object, **kwargs: object) -> str:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("specsplit.bench.dataset.json.dumps", disk_full)
+    monkeypatch.setattr("specsplit.experiment.dataset.json.dumps", disk_full)
     with pytest.raises(OSError, match="No space"):
         prepare_dataset(source, output, folder / "manifest.json", limit=None, on_bad_line="stop")
     assert [path.name for path in folder.iterdir()] == ["prompts.jsonl"]

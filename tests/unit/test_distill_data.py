@@ -24,10 +24,10 @@ from specsplit.distill.shards import (
     write_shard,
 )
 from specsplit.distill.writing import Writer, chat_template, plain, write_texts
+from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
-from specsplit.hashing import sha256_file
-from specsplit.models.causal_lm import CausalLM
-from specsplit.models.text import TextCodec
+from specsplit.io import sha256_file
+from specsplit.models.tokenizer import TextCodec
 
 SMALL = {"tokens": 60, "max_user_tokens": 3, "max_answer_tokens": 8, "write_batch": 6, "top_k": 5, "threads": 1}
 ABOUT = {"target": {"model": "tiny"}, "held_out": {}}

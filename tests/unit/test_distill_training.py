@@ -19,11 +19,11 @@ from specsplit.distill.recipe import TrainingSettings, WritingSettings
 from specsplit.distill.shards import Text
 from specsplit.distill.training import Row, Trainer, collate, learning_rate, split_texts
 from specsplit.distill.writing import Writer
+from specsplit.engines.numba import FusedLM
+from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
-from specsplit.hashing import sha256_file
-from specsplit.models.causal_lm import CausalLM
-from specsplit.models.fused_lm import FusedLM
-from specsplit.models.text import TextCodec
+from specsplit.io import sha256_file
+from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import ReducedVocabulary, load_vocabulary, read_reduced_map
 
 from tiny_models import SMALL, make_tokenizer, random_model

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from specsplit.errors import UserError
+from specsplit.launch.endpoint import Endpoint, describe_identity, description_dict, remove_stale
+from specsplit.launch.lease import ProcessIdentity
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.endpoint import Endpoint, describe_identity, description_dict, remove_stale
-from specsplit.workers.lease import ProcessIdentity
 
 ME = ProcessIdentity(os.getpid(), psutil.Process().create_time())
 GONE = ProcessIdentity(os.getpid(), 1.0)  # our number, another start: a process that is no more

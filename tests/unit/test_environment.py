@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from specsplit.errors import UserError
-from specsplit.workers.environment import own_gpu
+from specsplit.launch.environment import own_gpu
 
 
 @pytest.mark.parametrize(

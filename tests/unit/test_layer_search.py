@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from specsplit.cli import main
+from specsplit.cli.main import main
+from specsplit.engines.layer_search import search_layers
+from specsplit.engines.transformers import CausalLM, without_layers
 from specsplit.errors import UserError
-from specsplit.models.causal_lm import CausalLM, without_layers
-from specsplit.models.layer_search import search_layers
 
 from tiny_models import SMALL, make_tiny_model, make_tokenizer, random_model
 

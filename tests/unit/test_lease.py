@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from specsplit.workers.lease import (
+from specsplit.launch.lease import (
     LEASE_HOST,
     LEASE_PID,
     Lease,
@@ -109,7 +109,7 @@ def test_a_process_holds_the_lease_of_what_it_starts() -> None:
 
 
 def test_a_client_ends_with_its_holder(child: subprocess.Popen[bytes]) -> None:
-    code = "from specsplit.workers.lease import *; end_with_lease(0.05); print('on', flush=True); time.sleep(60)"
+    code = "from specsplit.launch.lease import *; end_with_lease(0.05); print('on', flush=True); time.sleep(60)"
     environment = {**os.environ, LEASE_PID: str(child.pid)}
     client = subprocess.Popen([sys.executable, "-c", f"import time; {code}"], env=environment, stdout=subprocess.PIPE)
     try:

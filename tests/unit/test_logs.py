@@ -16,12 +16,13 @@ from typing import Any
 import grpc
 import pytest
 
-from specsplit import cli, logs
-from specsplit.config import TargetWorkerConfig
+from specsplit import logs
+from specsplit.cli import main as cli
 from specsplit.errors import UserError
+from specsplit.launch.environment import REQUIRED
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.environment import REQUIRED
-from specsplit.workers.server import load_servicer
+from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.worker.server import load_servicer
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
@@ -89,7 +90,7 @@ def test_json_has_the_fields_of_a_request(
     assert when.tzinfo is UTC
     assert refused == {
         "level": "INFO",
-        "logger": "specsplit.workers.servicer",
+        "logger": "specsplit.worker.servicer",
         "message": r"refused INVALID_ARGUMENT: token id 999 is outside the vocabulary of 128 session=sess\nion round=7",
         **about,
     }
@@ -113,7 +114,7 @@ def test_json_is_all_that_a_worker_prints(
     thread.start()
     thread.join()
     error, warning, crash, crashed_thread = lines(capsys)
-    assert (error["level"], error["logger"]) == ("ERROR", "specsplit.cli")
+    assert (error["level"], error["logger"]) == ("ERROR", "specsplit.cli.main")
     assert "/nowhere" in error["message"]
     assert "session" not in error
     assert "of a library\nin two lines" in warning["message"]
@@ -174,7 +175,7 @@ def test_start_worker_hands_the_format_on(
         given.append(arguments)
         raise UserError("enough")
 
-    monkeypatch.setattr("specsplit.workers.launch.start_worker", start)
+    monkeypatch.setattr("specsplit.launch.start.start_worker", start)
     flags = ["--endpoint-file", str(tmp_path / "e.json"), "--worker-log", str(tmp_path / "log"), "--model"]
     for more in ([], ["--log-format", "json"]):
         with pytest.raises(SystemExit):

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from specsplit.config import TargetWorkerConfig
+from specsplit.engines.numba import FusedLM
+from specsplit.engines.synthetic import SyntheticLM
+from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
-from specsplit.models.causal_lm import CausalLM
-from specsplit.models.fused_lm import FusedLM
-from specsplit.models.synthetic import SyntheticLM
-from specsplit.workers import memory
-from specsplit.workers.memory import MIB, free_memory, sessions_that_fit
+from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.worker import memory
+from specsplit.worker.memory import MIB, free_memory, sessions_that_fit
 
 from tiny_models import ARCHITECTURES
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.models.ngram import NGramLM
+from specsplit.engines.ngram import NGramLM
 
 VOCAB = 64
 

@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from specsplit.analysis.context_curve import draw_context_curve, summarize_contexts
+from specsplit.analysis.context_figure import draw_context_curve, summarize_contexts
 from specsplit.analysis.profile import PARTS, draw_profile, profile, round_parts, summarize_overhead
 from specsplit.analysis.tables import CONFIGURATION
-from specsplit.bench.context_curve import ContextText
-from specsplit.workers.orchestrator.result import Round
+from specsplit.client.result import Round
+from specsplit.experiment.context_curve import ContextText
 
 SETTINGS = ("sync", "chain", "draft", "coupled", 0.0, 0, 1.0, 0.0, 0.0)
 PLAIN: dict[str, Any] = {**dict(zip(CONFIGURATION[1:], SETTINGS, strict=True)), "request_id": "a", "repeat": 1}

@@ -18,8 +18,7 @@ import pytest
 
 import specsplit
 from specsplit.errors import UserError
-from specsplit.hashing import combined_sha256
-from specsplit.jsonio import json_sha256, read_json, read_json_object, write_json
+from specsplit.io import combined_sha256, json_sha256, read_json, read_json_object, write_json
 from specsplit.provenance.capture import (
     capture_environment,
     capture_lock,

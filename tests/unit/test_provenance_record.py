@@ -11,8 +11,7 @@ import pytest
 
 import specsplit
 from specsplit.errors import UserError
-from specsplit.hashing import combined_sha256, sha256_file
-from specsplit.jsonio import read_json, write_json
+from specsplit.io import combined_sha256, read_json, sha256_file, write_json
 from specsplit.provenance.capture import hash_tree
 from specsplit.provenance.record import check_record
 

@@ -21,7 +21,7 @@ from rocrate_validator.models import Severity
 from urllib3 import HTTPResponse
 
 from specsplit.errors import UserError
-from specsplit.jsonio import read_json, write_json
+from specsplit.io import read_json, write_json
 from specsplit.provenance.folder import CRATE, PATCH, RECORD, SEAL, open_experiment, read_sums
 from specsplit.provenance.verify import verify
 

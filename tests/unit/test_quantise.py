@@ -8,10 +8,10 @@ import transformers
 from torch import nn
 
 from specsplit.decoding.tree import TokenTree
+from specsplit.engines import transformers as engine
+from specsplit.engines.quantise import MANY_ROWS, Int8Linear, quantise_linears
+from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
-from specsplit.models import causal_lm
-from specsplit.models.causal_lm import CausalLM
-from specsplit.models.quantise import MANY_ROWS, Int8Linear, quantise_linears
 
 from tiny_models import ARCHITECTURES, SMALL, make_tiny_model, random_model
 
@@ -104,7 +104,7 @@ def test_loading(tiny_model_folder, monkeypatch):
     exact = CausalLM.load(folder, device="cpu", skip_layers=[1])
     found, expected = (m.step(m.new_cache(16), PROMPT)[0].float() for m in (model, exact))
     assert torch.cosine_similarity(found, expected, dim=0) > 0.99
-    monkeypatch.setattr(causal_lm, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(engine, "pick_device", lambda name: torch.device("cuda:0"))
     with pytest.raises(UserError, match="int8 is for the CPU, not for cuda:0"):
         CausalLM.load(folder, dtype="int8")
 

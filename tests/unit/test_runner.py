@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 
-from specsplit.bench.dataset import Prompt
-from specsplit.bench.journal import JOURNAL, Journal
-from specsplit.bench.metrics import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
-from specsplit.bench.progress import Bar, Progress
-from specsplit.bench.records import Request, request_record, request_seed, round_records
-from specsplit.bench.runner import encode_prompts, run_requests
-from specsplit.config import OrchestratorConfig
+from specsplit.client.connection import Connection, WorkerError
+from specsplit.client.pipeline import TextWriter
+from specsplit.client.result import Failure, Round, SpeculativeResult
 from specsplit.errors import UserError
+from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
+from specsplit.experiment.dataset import Prompt
+from specsplit.experiment.journal import JOURNAL, Journal
+from specsplit.experiment.progress import Bar, Progress
+from specsplit.experiment.records import Request, request_record, request_seed, round_records
+from specsplit.experiment.runner import encode_prompts, run_requests
+from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.endpoint import Endpoint, resolve_address
-from specsplit.workers.orchestrator.connection import Connection, WorkerError
-from specsplit.workers.orchestrator.pipeline import TextWriter
-from specsplit.workers.orchestrator.result import Failure, Round, SpeculativeResult
+from specsplit.settings.processes import OrchestratorConfig
 
 CONTRACT = (
     "request_id", "gamma", "prompt_length", "generated_tokens", "ttft_ms", "tpot_ms", "average_acceptance_rate",

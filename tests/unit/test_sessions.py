@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from specsplit.models.kv_cache import KVCache
+from specsplit.engines.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.errors import LimitReached, SessionLost, StaleRound
-from specsplit.workers.sessions import Session, SessionStore
+from specsplit.worker.refusals import LimitReached, SessionLost, StaleRound
+from specsplit.worker.sessions import Session, SessionStore
 
 
 class Clock:

@@ -29,20 +29,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from specsplit.commands import prepare
-from specsplit.config import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.cli import prepare
+from specsplit.client.connection import connect
 from specsplit.decoding.tree import TokenTree
+from specsplit.engines.loading import LanguageModel, load_model
+from specsplit.engines.ngram import NGramLM
 from specsplit.errors import UserError
-from specsplit.hashing import sha256_file
-from specsplit.jsonio import json_sha256
+from specsplit.io import json_sha256, sha256_file
 from specsplit.models import fingerprint, sources
 from specsplit.models.fingerprint import combined_sha256, fingerprint_model, hash_files, tokenizer_sha256
-from specsplit.models.loading import LanguageModel, load_model
-from specsplit.models.ngram import NGramLM
 from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
-from specsplit.models.text import TextCodec
-from specsplit.workers.orchestrator.connection import connect
-from specsplit.workers.server import WorkerServer, load_servicer
+from specsplit.models.tokenizer import TextCodec
+from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.worker.server import WorkerServer, load_servicer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # huggingface_hub does not promise which HTTP library it uses.

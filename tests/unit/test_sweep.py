@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from specsplit.bench.sweep import SHARED_DEFAULTS, Point, sweep_points
-from specsplit.config import OrchestratorConfig
+from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
+from specsplit.settings.processes import OrchestratorConfig
 
 SHARED = {"fan_out": 3, "top_k": 50, "top_p": 0.9, "sampling": "rejection", "jitter_ms": 2}
 

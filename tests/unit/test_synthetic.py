@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.models import synthetic
-from specsplit.models.synthetic import SyntheticLM
-from specsplit.models.token_cache import TokenCache
+from specsplit.engines import synthetic
+from specsplit.engines.synthetic import SyntheticLM
+from specsplit.engines.token_cache import TokenCache
 
 CAPACITY = 96
 TARGET = SyntheticLM(seed=3)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specsplit.decoding.tree import TokenTree
-from specsplit.models.kv_cache import KVCache
-from specsplit.models.token_cache import TokenCache, tokens_of_pass
+from specsplit.engines.kv_cache import KVCache
+from specsplit.engines.token_cache import TokenCache, tokens_of_pass
 
 CAPACITY = 24
 VALUES = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5)

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from specsplit.launch.endpoint import Endpoint
+from specsplit.launch.lease import LEASE_HOST, LEASE_PID, ProcessIdentity
+from specsplit.launch.workflow_runs import begin_run
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.workers.endpoint import Endpoint
-from specsplit.workers.lease import LEASE_HOST, LEASE_PID, ProcessIdentity
-from specsplit.workflow_runs import begin_run
 
 HOST = socket.gethostname()
 
@@ -116,6 +116,6 @@ def test_endpoint_files_of_dead_workers_are_removed(folder: Folder) -> None:
 
 @pytest.mark.parametrize("end", ["sys.exit()", "os._exit(1)"])
 def test_only_a_run_that_was_killed_leaves_its_file(folder: Folder, end: str) -> None:
-    code = f"import os, sys; from specsplit.workflow_runs import begin_run; begin_run(); os.chdir('/'); {end}"
+    code = f"import os, sys; from specsplit.launch.workflow_runs import begin_run; begin_run(); os.chdir('/'); {end}"
     subprocess.run([sys.executable, "-c", code], cwd=folder.state.parent, check=False)
     assert len(list(folder.runs.glob("*.json"))) == (1 if "_exit" in end else 0)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from specsplit.hashing import sha256_file
+from specsplit.io import sha256_file
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"distill_write_data": 1, "distill_train": 1, "distill_measure": 1, "distill_card": 1}

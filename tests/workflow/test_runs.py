@@ -13,7 +13,7 @@ import sys
 import pandas as pd
 import pytest
 
-from specsplit.workers.environment import threads_beside_another
+from specsplit.launch.environment import threads_beside_another
 
 
 @pytest.mark.slow

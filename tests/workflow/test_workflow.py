@@ -11,8 +11,8 @@ import zipfile
 import pandas as pd
 import pytest
 
-from specsplit.bench.metrics import REQUEST_COLUMNS
-from specsplit.hashing import sha256_file
+from specsplit.experiment.columns import REQUEST_COLUMNS
+from specsplit.io import sha256_file
 
 ARCHIVE = "results/archive.zip"
 ANALYSIS = {"merge": 1, "figures": 1, "provenance": 1, "summary": 1}
@@ -118,8 +118,8 @@ def test_what_a_changed_key_reruns(finished, change, expected):
     [
         ("decoding/verification.py", {"start_worker": 5, "benchmark": 3, **ANALYSIS}),
         ("analysis/figures.py", {"figures": 1, "summary": 1}),
-        ("bench/dataset.py", {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, **ANALYSIS}),
-        ("commands/decode.py", {}),
+        ("experiment/dataset.py", {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, **ANALYSIS}),
+        ("cli/generate.py", {}),
     ],
 )
 def test_what_changed_code_reruns(finished, file, expected):

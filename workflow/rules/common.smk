@@ -7,15 +7,15 @@ from pathlib import Path
 
 try:
     from specsplit.analysis.captions import BESIDE, FIGURES
-    from specsplit.bench.sweep import plain_number, sweep_points
-    from specsplit.config import MAX_GAMMA
+    from specsplit.experiment.sweep import plain_number, sweep_points
+    from specsplit.settings.processes import MAX_GAMMA
     from specsplit.errors import UserError
-    from specsplit.hashing import combined_sha256, sha256_file
-    from specsplit.pipeline_config import load_pipeline_config, swept_drafts
+    from specsplit.io import combined_sha256, sha256_file
+    from specsplit.settings.workflow import load_pipeline_config, swept_drafts
     from specsplit.provenance.capture import RUN_CODE, WORKFLOW_FILES
     from specsplit.provenance.steps import remember_workflow
-    from specsplit.workers.environment import threads_beside_another
-    from specsplit.workflow_runs import begin_run
+    from specsplit.launch.environment import threads_beside_another
+    from specsplit.launch.workflow_runs import begin_run
 except ModuleNotFoundError as error:
     raise WorkflowError(
         f"No module {error.name!r}: run in the environment that specsplit is installed in. "

@@ -31,7 +31,7 @@ rule distill_write_data:
             *("write_batch", "top_k", "target_dtype"),
         ),
         on_bad_line=config["dataset"]["on_bad_line"],
-        code=code_sha256("distill/writing.py", "distill/shards.py", "models/causal_lm.py", "models/text.py"),
+        code=code_sha256("distill/writing.py", "distill/shards.py", "engines/transformers.py", "models/tokenizer.py"),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:
         "specsplit distill write-data --target {input.target} --held-out {input.held_out}"
@@ -67,7 +67,7 @@ rule distill_train:
         checkpoint="results/distill/{recipe}/checkpoint.safetensors",
         code=code_sha256(
             *("distill/draft.py", "distill/losses.py", "distill/shards.py", "distill/training.py"),
-            *("models/causal_lm.py", "models/reduced.py"),
+            *("engines/transformers.py", "engines/reduced_vocabulary.py"),
         ),
     shell:
         "specsplit distill train --target {input.target} --data {input.data} --name {wildcards.recipe}"
@@ -107,7 +107,7 @@ rule distill_measure:
             seed=config["seed"],
         ),
         draft=lambda wildcards, input: os.path.dirname(input.weights),
-        code=code_sha256(*RUN_CODE, "distill/measuring.py", "analysis/statistics.py"),
+        code=code_sha256(*RUN_CODE, "distill/acceptance.py", "analysis/statistics.py"),
     shell:
         "specsplit distill measure --target {input.target} --draft {params.draft} --prompts {input.prompts}"
         " --output {output.acceptance} --rounds {output.rounds} --report {output.report} {params.settings}"
@@ -137,7 +137,7 @@ rule distill_card:
         "../../envs/specsplit.yaml"
     params:
         draft=lambda wildcards, input: os.path.dirname(input.weights),
-        code=code_sha256("distill/card.py", "distill/figure.py", "analysis/drawing.py"),
+        code=code_sha256("distill/card.py", "distill/distill_figure.py", "analysis/drawing.py"),
     shell:
         "specsplit distill card --draft {params.draft} --training {input.training} --losses {input.losses}"
         " --acceptance {input.acceptance} --measured {input.measured} --figure {output.png} > {log} 2>&1"

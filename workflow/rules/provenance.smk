@@ -1,5 +1,5 @@
 # What was run, on what, with what: the record that belongs to the tables, and the archive of it all.
-from specsplit.jsonio import json_sha256
+from specsplit.io import json_sha256
 
 
 rule resolved_config:

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from specsplit.bench.calibration import write_calibration_prompts
 from specsplit.errors import UserError
+from specsplit.experiment.calibration import write_calibration_prompts
 
 with open(snakemake.log[0], "w") as sys.stderr:  # noqa: F821, PTH123
     source, measured = Path(snakemake.input.prompts), Path(snakemake.input.measured)  # noqa: F821

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from specsplit.analysis.peers import write_peers
+from specsplit.analysis.peers_table import write_peers
 
 with open(snakemake.log[0], "w") as sys.stderr:  # noqa: F821, PTH123
     write_peers(Path(snakemake.output[0]).parent, **snakemake.params.settings)  # noqa: F821

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from specsplit.jsonio import write_json
+from specsplit.io import write_json
 from specsplit.provenance.redaction import redact
 
 with open(snakemake.log[0], "w") as sys.stderr:  # noqa: F821, PTH123

@@ -10,7 +10,7 @@ import numpy as np
 from pandas import DataFrame
 
 from specsplit.analysis.tables import configuration_of
-from specsplit.bench.sweep import DEFAULT_DRAFT, plain_number
+from specsplit.experiment.sweep import DEFAULT_DRAFT, plain_number
 
 MOST_PANELS, MOST_CURVES = 6, 9  # more cannot be read; the rest is in summary.csv
 

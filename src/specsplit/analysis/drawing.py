@@ -21,8 +21,9 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.curves import Curve, Panel
 from specsplit.analysis.statistics import bootstrap_ratio_ci
-from specsplit.analysis.tables import draft_position, write_atomically
-from specsplit.bench.sweep import AUTO
+from specsplit.analysis.tables import draft_position
+from specsplit.experiment.sweep import AUTO
+from specsplit.io import replace_file
 
 DPI = 200
 RED, GREY = "#D55E00", "#8C8C8C"  # Okabe and Ito's vermilion, and a grey
@@ -82,7 +83,7 @@ def save_figure(figure: Figure, path: Path, metadata: dict[str, Any] | None = No
         data = io.BytesIO()
         figure.savefig(data, format=suffix, dpi=DPI, metadata=(metadata or {}) | extra)
         paths.append(path.with_suffix(f".{suffix}"))
-        write_atomically(paths[-1], data.getvalue())
+        replace_file(paths[-1], data.getvalue())
     return paths
 
 

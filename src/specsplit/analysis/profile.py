@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
 from specsplit.analysis.tables import CONFIGURATION, configuration_of
-from specsplit.bench.sweep import Point
+from specsplit.experiment.sweep import Point
 
 # Part of a round -> what a figure calls it, and its colour.
 PARTS = {

@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
-from specsplit.bench.sweep import AUTO
 from specsplit.errors import UserError
+from specsplit.experiment.sweep import AUTO
 
 
 def read_files(paths: list[Path], types: dict[str, str], made_by: str) -> DataFrame:

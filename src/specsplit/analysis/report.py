@@ -21,9 +21,9 @@ from markupsafe import Markup
 import specsplit
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
 from specsplit.analysis.findings import faults_sentence, find_best, lossless_sentence, summary_table
-from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize, write_atomically
+from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize
 from specsplit.errors import UserError
-from specsplit.jsonio import read_json_object
+from specsplit.io import read_json_object, replace_file
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
@@ -93,7 +93,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    write_atomically(output, environment.get_template("report.html.j2").render(page).encode("utf-8"))
+    replace_file(output, environment.get_template("report.html.j2").render(page))
 
 
 Pairs = list[tuple[str, str]]

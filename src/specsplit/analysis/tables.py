@@ -8,7 +8,6 @@ table that lost rows on the way would still give plausible means.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,9 +18,10 @@ from pandas import DataFrame, Series
 from specsplit.analysis.reading import listed, read_files
 from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import bootstrap_mean_ci, bootstrap_ratio_ci, paired_ratio_ci
-from specsplit.bench.metrics import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.bench.sweep import AUTO, DEFAULT_DRAFT, MODES, gamma_order
 from specsplit.errors import UserError
+from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
+from specsplit.experiment.sweep import AUTO, DEFAULT_DRAFT, MODES, gamma_order
+from specsplit.io import replace_file
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")
@@ -44,8 +44,8 @@ def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
     """The requests and the rounds of all runs, each sorted by configuration, then in the order of the files.
 
     run_dirs: one folder a configuration, in any order, each with `requests.csv` and `per_round.csv`. Columns that the
-    records of `specsplit.bench.metrics` do not have are left out. Configurations are sorted by how tokens are chosen,
-    network, draft, mode, tree and gamma (`auto` last), so that each curve stands together.
+    records of `specsplit.experiment.columns` do not have are left out. Configurations are sorted by how tokens are
+    chosen, network, draft, mode, tree and gamma (`auto` last), so that each curve stands together.
 
     The requests get one more column, `matches_gamma0`: whether the text is the one that gamma 0, the target alone,
     gave for the same request and the same way to choose tokens. Empty without such a gamma 0, where one of the two
@@ -92,19 +92,7 @@ def write_csv(frame: DataFrame, path: Path) -> None:
     differ between machines. Missing values are empty cells.
     """
     text = frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
-    write_atomically(path, text.encode("utf-8"))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step, making its folder when it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder: a rename is atomic within one file system only.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, text)
 
 
 def finished(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:

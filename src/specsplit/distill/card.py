@@ -8,8 +8,7 @@ from typing import Any
 
 from pandas import DataFrame
 
-from specsplit.analysis.tables import write_atomically
-from specsplit.hashing import sha256_file
+from specsplit.io import replace_file, sha256_file
 from specsplit.provenance.folder import write_sums
 
 CARD, SUMS = "MODEL_CARD.md", "SHA256SUMS"
@@ -21,9 +20,9 @@ def write_card(folder: Path, training: Mapping[str, Any], acceptance: DataFrame,
 
     training, measured: the reports of the steps train and measure. acceptance: the table of the latter.
     """
-    write_atomically(folder / CARD, card(training, acceptance, measured).encode())
+    replace_file(folder / CARD, card(training, acceptance, measured))
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != SUMS and not p.name.startswith("."))
-    write_atomically(folder / SUMS, write_sums({p.name: sha256_file(p) for p in files}).encode())
+    replace_file(folder / SUMS, write_sums({p.name: sha256_file(p) for p in files}))
 
 
 def card(training: Mapping[str, Any], acceptance: DataFrame, measured: Mapping[str, Any]) -> str:

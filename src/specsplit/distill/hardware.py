@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import transformers
 
+from specsplit.launch.environment import usable_cores
 from specsplit.provenance.capture import capture_machine
-from specsplit.workers.environment import usable_cores
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
-from specsplit.config import Settings
+from specsplit.settings.processes import Settings
 
 ENVIRONMENT = SettingsConfigDict(env_prefix="SPECSPLIT_DISTILL_")
 Temperature = Annotated[float, Field(ge=0, le=100)]

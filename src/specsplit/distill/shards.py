@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from specsplit.errors import UserError
-from specsplit.hashing import combined_sha256, sha256_file
-from specsplit.jsonio import read_json_object, write_json
+from specsplit.io import combined_sha256, read_json_object, sha256_file, write_json
 
 MANIFEST = "manifest.json"
 HEADER = "specsplit"

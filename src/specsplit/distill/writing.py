@@ -26,10 +26,10 @@ from specsplit.distill.shards import (
     write_manifest,
     write_shard,
 )
+from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
-from specsplit.jsonio import json_sha256, read_json_object, write_json
-from specsplit.models.causal_lm import CausalLM
-from specsplit.models.text import TextCodec
+from specsplit.io import json_sha256, read_json_object, write_json
+from specsplit.models.tokenizer import TextCodec
 
 MARK = "\u2063specsplit\u2063"  # stands for what the user says while the template is taken apart
 LABEL_TOKENS = 1 << 13  # of a pass that asks for the probabilities: its logits are [tokens, vocabulary]

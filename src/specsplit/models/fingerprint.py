@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.hashing import combined_sha256, sha256_file
-from specsplit.jsonio import read_json
+from specsplit.io import combined_sha256, read_json, sha256_file
 
 # The only files taken from a source: no Python code, and no pickles, which run code when they are loaded.
 CONFIG_FILES = ("config.json", "generation_config.json")

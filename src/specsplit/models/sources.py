@@ -22,8 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.hashing import combined_sha256, sha256_file
-from specsplit.jsonio import read_json, write_json
+from specsplit.io import combined_sha256, read_json, sha256_file, write_json
 from specsplit.models.fingerprint import (
     MODEL_FILES,
     WEIGHT_FILES,

@@ -22,9 +22,9 @@ import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specsplit.errors import UserError
-from specsplit.jsonio import read_json
+from specsplit.io import read_json
 from specsplit.models.fingerprint import MAP_FILES
-from specsplit.models.text import TextCodec
+from specsplit.models.tokenizer import TextCodec
 
 MAP_TENSOR = "draft_to_target"
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from specsplit.errors import UserError
-from specsplit.jsonio import json_sha256, read_json_object
+from specsplit.io import json_sha256, read_json_object
 from specsplit.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
 
 BYTES = 256
@@ -134,7 +134,7 @@ def check_tokenizer(folder: Path) -> None:
 
 def fingerprint_weightless(parameters: SyntheticParameters | NGramParameters, folder: Path) -> dict[str, Any]:
     """What fingerprint_model says of a model with weights, for one prepared in `folder` from `parameters`."""
-    from specsplit.models.text import TextCodec
+    from specsplit.models.tokenizer import TextCodec
 
     tokenizer = TextCodec.load(folder).tokenizer
     if isinstance(parameters, SyntheticParameters):

@@ -14,7 +14,7 @@ from typing import Any
 
 import specsplit
 from specsplit.errors import UserError
-from specsplit.jsonio import read_json_object
+from specsplit.io import read_json_object
 from specsplit.provenance.capture import WORKFLOW_FILES, hash_tree
 from specsplit.provenance.crate import build_crate
 from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, RECORD, RESULTS, write_sums

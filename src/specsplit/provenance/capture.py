@@ -20,17 +20,22 @@ from typing import Any
 import psutil
 
 import specsplit
-from specsplit.hashing import combined_sha256, sha256_file
-from specsplit.jsonio import json_sha256
-from specsplit.workers.environment import DETERMINISM_VARIABLES
+from specsplit.io import combined_sha256, json_sha256, sha256_file
+from specsplit.launch.environment import DETERMINISM_VARIABLES
 
 ENVIRONMENT_VARIABLES = (*DETERMINISM_VARIABLES, "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
 LOCK = Path("envs/constraints.txt")
 # What of the package decides what a run writes; relative to it, as the workflow names it.
 RUN_CODE = (
-    *("decoding", "models", "workers", "rpc", "config.py"),
-    *("bench/runner.py", "bench/journal.py", "bench/records.py", "bench/metrics.py", "bench/dataset.py"),
-    "bench/sweep.py",
+    *("decoding", "engines", "models", "client", "worker", "launch", "rpc", "settings/processes.py"),
+    *(
+        "experiment/runner.py",
+        "experiment/journal.py",
+        "experiment/records.py",
+        "experiment/columns.py",
+        "experiment/dataset.py",
+    ),
+    "experiment/sweep.py",
 )
 # What decides a result beside the package, relative to the project's folder.
 WORKFLOW_FILES = ("Snakefile", "workflow/**/*", "profiles/**/*", "envs/*", "pyproject.toml")

@@ -8,8 +8,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from specsplit.hashing import sha256_file
-from specsplit.workers.environment import REQUIRED
+from specsplit.io import sha256_file
+from specsplit.launch.environment import REQUIRED
 
 Named = Sequence[tuple[str, Mapping[str, Any]]]
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.jsonio import read_json_object
+from specsplit.io import read_json_object
 
 RESULTS = "results"
 RECORD = "results/provenance/provenance.json"

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from specsplit.hashing import sha256_file
+from specsplit.io import sha256_file
 from specsplit.provenance.capture import run_tool
 from specsplit.provenance.redaction import redact_text
 

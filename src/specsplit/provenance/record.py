@@ -12,8 +12,7 @@ import jsonschema
 
 import specsplit
 from specsplit.errors import UserError
-from specsplit.hashing import combined_sha256, sha256_file
-from specsplit.jsonio import json_sha256, read_json_object
+from specsplit.io import combined_sha256, json_sha256, read_json_object, sha256_file
 from specsplit.provenance.capture import (
     WORKFLOW_FILES,
     capture_environment,

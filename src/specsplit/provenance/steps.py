@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.jsonio import read_json_object
+from specsplit.io import read_json_object
 from specsplit.provenance.redaction import redact_arguments, redact_text
 
 COMMAND = "SPECSPLIT_WORKFLOW_COMMAND"

@@ -9,8 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from specsplit.errors import UserError
-from specsplit.hashing import combined_sha256, sha256_file
-from specsplit.jsonio import json_sha256, read_json, read_json_object
+from specsplit.io import combined_sha256, json_sha256, read_json, read_json_object, sha256_file
 from specsplit.provenance.capture import hash_run_code
 from specsplit.provenance.folder import (
     ARCHIVE_SUMS,

@@ -10,10 +10,10 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from specsplit.config import MAX_TEMPERATURE, MIN_TEMPERATURE
 from specsplit.decoding.sampling import Sampling
 from specsplit.decoding.tree import TokenTree, TreeError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.processes import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 CHANNEL_OPTIONS = [

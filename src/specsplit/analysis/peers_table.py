@@ -1,0 +1,170 @@
+"""The race against Hugging Face's decoding: a row a contender with its ratios to every peer, and the figure."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pandas import DataFrame, Series
+
+from specsplit.analysis.curves import BLUE, ORANGE
+from specsplit.analysis.drawing import DPI, GREY, house_style, save_figure, settle_layout
+from specsplit.analysis.reading import read_records
+from specsplit.analysis.repeats import median_over_repeats
+from specsplit.analysis.statistics import bootstrap_mean_ci, paired_median_ratio_ci, paired_ratio_ci
+from specsplit.analysis.tables import write_csv
+from specsplit.experiment.peer_race import PeerRecord
+
+TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
+WIDTH_IN, ROW_IN = 6.8, 0.27
+
+
+def summarize_peers(
+    requests: DataFrame, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
+) -> DataFrame:
+    """One row a contender, ours first.
+
+    contender, engine, requests, repeats, generated_tokens
+    <t>_mean, _ci_low, _ci_high, _median, _p90, _p99 for each t of TIMES
+        over requests, of the medians over the repeats of each.
+    tokens_per_round, tokens_per_second
+    tpot_vs_P, _ci_low, _ci_high; latency_vs_P, _ci_low, _ci_high for each peer P
+        this contender's milliseconds divided by those of P: median TPOT by median TPOT, and end to end per token over
+        all requests. Below 1 this one is faster. Paired bootstrap: the same prompts on both sides.
+    identical
+        share of requests with, in every repeat, the text of our target alone.
+    """
+    settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
+    table = median_over_repeats(requests, ("contender", "request_id"), "identical")
+    own = {str(name): rows.set_index("request_id") for name, rows in table.groupby("contender", sort=False)}
+    order = sorted(own, key=lambda name: (own[name]["engine"].iloc[0] != "specsplit", _rank(name)))
+    peers = [name for name in order if own[name]["engine"].iloc[0] == "transformers"]
+    result = []
+    for name in order:
+        rows = own[name]
+        tokens, latency = rows["generated_tokens"].sum(), rows["total_latency_ms"].sum()
+        row: dict[str, Any] = {
+            "contender": name,
+            "engine": rows["engine"].iloc[0],
+            "requests": len(rows),
+            "repeats": requests["repeat"].nunique(),
+            "generated_tokens": int(tokens),
+        }
+        for metric in TIMES:
+            row |= _spread(rows[metric].dropna(), metric, settings)
+        row["tokens_per_round"] = tokens / rows["num_rounds"].sum()
+        row["tokens_per_second"] = 1e3 * tokens / latency if latency else math.nan
+        for peer in peers:
+            other = own[peer].loc[rows.index]
+            for what, ratio in (("tpot", _tpot_ratio), ("latency", _latency_ratio)):
+                found = ratio(rows, other, settings) if name != peer else (1.0, 1.0, 1.0)
+                keys = (f"{what}_vs_{peer}{suffix}" for suffix in ("", "_ci_low", "_ci_high"))
+                row |= dict(zip(keys, found, strict=True))
+        row["identical"] = rows["identical"].mean()
+        result.append(row)
+    return DataFrame(result)
+
+
+def _rank(name: str) -> tuple[bool, int, str]:
+    """The target alone first, then by gamma and mode; peers by name."""
+    number = name.rpartition("_")[2]
+    return (name != "gamma_0", int(number) if number.isdecimal() else 99, name)
+
+
+def _spread(values: Series, name: str, settings: dict[str, Any]) -> dict[str, float]:
+    low, high = bootstrap_mean_ci(values.to_numpy(), **settings)
+    row = {f"{name}_mean": float(values.mean()), f"{name}_ci_low": low, f"{name}_ci_high": high}
+    return row | {
+        f"{name}_{suffix}": float(values.quantile(q)) for suffix, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))
+    }
+
+
+def _tpot_ratio(rows: DataFrame, other: DataFrame, settings: dict[str, Any]) -> tuple[float, float, float]:
+    """Over the requests that have a time per token on both sides: one without a second token has none."""
+    both = rows["tpot_ms"].notna().to_numpy() & other["tpot_ms"].notna().to_numpy()
+    ours, theirs = rows["tpot_ms"].to_numpy(float)[both], other["tpot_ms"].to_numpy(float)[both]
+    if not both.any() or not np.median(theirs):
+        return math.nan, math.nan, math.nan
+    return float(np.median(ours) / np.median(theirs)), *paired_median_ratio_ci(ours, theirs, **settings)
+
+
+def _latency_ratio(rows: DataFrame, other: DataFrame, settings: dict[str, Any]) -> tuple[float, float, float]:
+    columns = [table[name] for table in (rows, other) for name in ("total_latency_ms", "generated_tokens")]
+    ours, our_tokens, theirs, their_tokens = (float(column.sum()) for column in columns)
+    if not (our_tokens and their_tokens and theirs):
+        return math.nan, math.nan, math.nan
+    return (ours / our_tokens) / (theirs / their_tokens), *paired_ratio_ci(*columns, **settings)
+
+
+def write_peers(
+    results_dir: Path, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
+) -> list[Path]:
+    """Summary and figure of `peers_requests.csv`: `peers.csv`, `figures/peers.png` and .svg; returns the paths."""
+    requests = read_records(results_dir / "peers_requests.csv", PeerRecord, "specsplit bench --baseline")
+    summary = summarize_peers(requests, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
+    figures = draw_peers(requests, summary, results_dir / "figures" / "peers.png", confidence=confidence)
+    write_csv(summary, results_dir / "peers.csv")
+    return [results_dir / "peers.csv", *figures]
+
+
+def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidence: float = 0.95) -> list[Path]:
+    """Draw TPOT and TTFT of every contender, and the ratio of TPOT to the fastest peer, as `path` .png and .svg."""
+    table = median_over_repeats(requests, ("contender", "request_id"), "identical")
+    names = list(summary["contender"])
+    peers = summary[(summary["engine"] == "transformers") & summary["tpot_ms_median"].notna()]
+    best = "" if peers.empty else str(peers.sort_values("tpot_ms_median")["contender"].iloc[0])
+    with house_style():
+        figure = Figure(figsize=(WIDTH_IN, ROW_IN * len(names) + 1.1), dpi=DPI, layout="constrained")
+        panels = figure.subplots(1, 3 if best else 2, sharey=True)
+        for axes, metric, title in zip(
+            panels, ("tpot_ms", "ttft_ms"), ("Time per output token", "Time to first token"), strict=False
+        ):
+            _draw_times(axes, table, summary, metric)
+            axes.set(title=title, xlabel=f"{'TPOT' if metric == 'tpot_ms' else 'TTFT'} (ms)")
+        if best:
+            _draw_ratio(panels[2], summary, best)
+        panels[0].set_yticks(range(len(names)), [_words(name) for name in names])
+        panels[0].set_ylim(len(names) - 0.5, -0.5)
+        count = int(summary["requests"].max())
+        text = f"Bars: medians; dots: {count} requests."
+        if best:
+            text += f" Ratio of medians with its {confidence:.0%} interval: left of 1 is faster than the fastest peer."
+        figure.supxlabel(text, fontsize=7, color="#555555")
+        settle_layout(figure)
+        return save_figure(figure, path, {"Title": "Ours beside Hugging Face's decoding"})
+
+
+def _draw_times(axes: Axes, table: DataFrame, summary: DataFrame, metric: str) -> None:
+    for place, (_, row) in enumerate(summary.iterrows()):
+        values = table.loc[table["contender"] == row["contender"], metric].dropna().to_numpy()
+        spread = ((np.arange(len(values)) * 0.618034 + 0.5) % 1 - 0.5) * 0.5
+        axes.barh(place, row[f"{metric}_median"], height=0.66, color=_colour(row["engine"]), alpha=0.55, linewidth=0)
+        axes.scatter(values, place + spread, s=3, color=GREY, linewidths=0, zorder=3)
+    axes.set_xlim(0, None)
+
+
+def _draw_ratio(axes: Axes, summary: DataFrame, best: str) -> None:
+    key = f"tpot_vs_{best}"
+    for place, (_, row) in enumerate(summary.iterrows()):
+        colour = _colour(row["engine"])
+        axes.hlines(place, row[f"{key}_ci_low"], row[f"{key}_ci_high"], color=colour, linewidth=1.4)
+        axes.plot(row[key], place, marker="o" if row["engine"] == "specsplit" else "s", color=colour, markersize=4.5)
+        axes.annotate(f"{row[key]:.2f}", (1.03, place), xycoords=("axes fraction", "data"), va="center", fontsize=7)
+    axes.axvline(1, color="black", linestyle="--", linewidth=0.9)
+    axes.set(title=f"TPOT / that of {_words(best)}", xlabel="ratio")
+    axes.set_xlim(0, None)
+
+
+def _colour(engine: str) -> str:
+    return BLUE if engine == "specsplit" else ORANGE
+
+
+def _words(name: str) -> str:
+    if name.startswith("hf_"):
+        return "HF " + name.removeprefix("hf_").replace("_", " ")
+    mode, _, gamma = name.rpartition("gamma_")
+    return "target alone" if name == "gamma_0" else f"{mode.strip('_').replace('_', ' ') or 'sync'}, γ = {gamma}"

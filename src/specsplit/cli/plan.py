@@ -1,0 +1,107 @@
+"""What `specsplit bench` is about to run, checked before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specsplit import tracing
+from specsplit.cli.flags import load_settings
+from specsplit.errors import UserError
+from specsplit.experiment.dataset import Prompt, load_prompts, select_prompts
+from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
+from specsplit.io import sha256_file
+from specsplit.settings.processes import OrchestratorConfig
+
+if TYPE_CHECKING:
+    from specsplit.models.tokenizer import TextCodec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """config: what all points share. inputs: what run.json says of files read."""
+
+    config: OrchestratorConfig
+    points: list[Point]
+    configs: dict[Point, OrchestratorConfig]
+    prompts: list[Prompt]
+    codec: TextCodec
+    inputs: dict[str, Any]
+
+
+def plan_bench(args: argparse.Namespace) -> Plan:
+    """The points, settings and prompts that the flags of `bench` ask for. Raises UserError."""
+    config = load_settings(OrchestratorConfig, args)
+    tracing.wanted()  # tells at once what it lacks
+    codec = load_codec(config)
+    if args.warmup < 0:
+        raise UserError(f"--warmup {args.warmup}: a number of requests, 0 or more")
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: a number of times, 1 or more")
+    points = sweep_points(
+        args.gamma if args.only and not args.baselines else [0, *args.gamma],
+        args.modes or [config.mode],
+        args.trees or [config.tree],
+        args.temperatures or [config.temperature],
+        args.rtts_ms or [config.rtt_ms],
+        [config.draft_name],
+    )
+    shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
+    # Every point is checked before the first one is run.
+    configs = {point: load_settings(OrchestratorConfig, args, **point.settings(shared)) for point in points}
+    prompts = read_prompts(args)
+    inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
+    return Plan(config, points, configs, prompts, codec, inputs)
+
+
+def load_codec(config: OrchestratorConfig) -> TextCodec:
+    """The tokenizer of the settings; UserError when none is named."""
+    from specsplit.models.sources import resolve_model
+    from specsplit.models.tokenizer import TextCodec
+
+    if config.tokenizer is None:
+        raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
+    return TextCodec.load(resolve_model(config.tokenizer)[0])
+
+
+def connected_configs(
+    args: argparse.Namespace, config: OrchestratorConfig, codec: TextCodec
+) -> tuple[list[OrchestratorConfig], int]:
+    """The settings at each gamma of --gamma, with the addresses of workers that answered and fit together.
+
+    Returns them with the longest text that all of these workers can hold.
+    """
+    from specsplit.client.connection import connected_pair
+
+    configs, limits = [], []
+    for point in sweep_points(args.gamma, [config.mode], [config.tree], drafts=[config.draft_name]):
+        own = with_addresses(config.model_copy(update={"max_draft_tokens": point.gamma}), args.workers_dir, point)
+        with connected_pair(own, codec.sha256) as workers:
+            limits += [worker.description.max_context for worker in workers if worker is not None]
+        configs.append(own)
+    return configs, min(limits)
+
+
+def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: Point) -> OrchestratorConfig:
+    """The settings with the addresses in the endpoint files of a point, or with those that they have, resolved.
+
+    Where nothing is drafted the address of the draft worker is left as it is.
+    """
+    from specsplit.launch.endpoint import resolve_address
+
+    found = {}
+    for role in ("target", "draft") if point.gamma != 0 else ("target",):
+        file = None if workers_dir is None else workers_dir / point.label / f"{role}.json"
+        found[f"{role}_address"] = resolve_address(str(file or getattr(config, f"{role}_address")))
+    return config.model_copy(update=found)
+
+
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """The prompts of --prompts, --limit and --on-bad-line; skipped lines are told on standard error."""
+    prompts, skipped = load_prompts(args.prompts, args.on_bad_line)
+    for line in skipped:
+        print(f"{args.prompts}:{line.line}: skipped: {line.reason}", file=sys.stderr)
+    return select_prompts(prompts, args.limit)

@@ -1,0 +1,342 @@
+"""The loop over streams: synchronous, overlapped and lookahead, at a fixed gamma or an adaptive one.
+
+`overlap` drafts round N + 1 while round N is verified, guessing that all is accepted and which token comes next.
+`lookahead` drafts for the likeliest outcomes and sends these drafts on to the target, which starts the next
+verification by itself when one fits: no round trip lies between two verifications then. A guess that was wrong costs
+nothing but the pass that runs at that moment; both workers roll their caches back. No guess ever changes the text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from specsplit import tracing
+from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed, reach_async
+from specsplit.client.requests import draft_fields, verify_fields
+from specsplit.client.result import Round, SpeculativeResult
+from specsplit.client.session import Confirmed
+from specsplit.client.stream import Stream
+from specsplit.client.text import OnTokens, Text
+from specsplit.decoding.adaptive import GammaController
+from specsplit.decoding.tree import TokenTree
+from specsplit.rpc.codec import tree_from_message
+from specsplit.rpc.credentials import Access
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.processes import OrchestratorConfig
+
+
+async def run_speculative_loop_async(
+    draft_stub: Any,
+    target_stub: Any,
+    prompt_ids: Sequence[int],
+    config: OrchestratorConfig,
+    *,
+    on_tokens: OnTokens | None = None,
+    controller: GammaController | None = None,
+    known: dict[str, pb.DescribeReply] | None = None,
+    request_id: str | None = None,
+) -> SpeculativeResult:
+    """Write one text with speculative decoding in the mode of the configuration.
+
+    draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.max_draft_tokens is 0.
+    target_stub: a TargetServiceStub on a grpc.aio channel. on_tokens: called with each round's new tokens.
+    controller: chooses gamma when it is `auto`, and remembers from text to text; default: a new one.
+    known: role -> what the worker there said of itself before; filled here, and another worker is refused.
+    request_id: what the span of the text calls it.
+
+    The output is what the target alone would write, token for token (with rejection sampling: in distribution).
+    A worker that fails is waited for and given the whole text again (`recovery`). Raises WorkerError, with the text so
+    far, when that did not help, and UserError when the prompt does not fit.
+    """
+    with tracing.text_span(config, request_id) as span:
+        recovery = Recovery(config, {} if known is None else known, span)
+        return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller)
+
+
+async def _write(
+    recovery: Recovery,
+    draft_stub: Any,
+    target_stub: Any,
+    prompt_ids: Sequence[int],
+    config: OrchestratorConfig,
+    on_tokens: OnTokens | None,
+    controller: GammaController | None,
+) -> SpeculativeResult:
+    target_info = await reach_async(recovery, "target", target_stub)
+    draft_info = None
+    if config.max_draft_tokens:
+        with suppress(WithoutDraft):
+            draft_info = await reach_async(recovery, "draft", draft_stub)
+    text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+    stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
+    if config.max_draft_tokens != "auto":
+        controller = None
+    elif controller is None:
+        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+    text.started = time.perf_counter()
+    while True:
+        pipeline = _Pipeline(text, stubs["draft"], target_stub, controller)
+        try:
+            await pipeline.run()
+            return text.result
+        except WorkerFailed as error:
+            failed = error
+        finally:
+            await pipeline.close()
+        try:
+            await reach_async(recovery, failed.role, stubs[failed.role], failed)
+        except WithoutDraft:
+            stubs["draft"] = None
+            text.drop_draft()
+
+
+@dataclass
+class _Ahead:
+    """What was asked to be drafted ahead in the round under way, and what came of it."""
+
+    gamma: int
+    sent: bool = False  # the target has it
+    compute_ms: float = 0.0
+    trees: dict[tuple[tuple[int, ...], int], TokenTree] = field(default_factory=dict)
+
+
+class _Pipeline:
+    """One pair of streams and the rounds over them, until the text ends or a stream breaks."""
+
+    def __init__(self, text: Text, draft_stub: Any, target_stub: Any, controller: GammaController | None) -> None:
+        config = text.config
+        self.text = text
+        self.config = config
+        self.controller = controller
+        carry = (lambda call: call) if text.span is None else text.span.carry
+        self.target = Stream(
+            "target",
+            carry(target_stub.StreamVerify),
+            timeout_s=config.rpc_timeout_s,
+            rtt_ms=config.rtt_ms,
+            jitter_ms=config.jitter_ms,
+            seed=config.seed,
+        )
+        self.draft = None
+        if draft_stub is not None:
+            self.draft = Stream("draft", carry(draft_stub.StreamDrafts), timeout_s=config.rpc_timeout_s)
+        self.at_target, self.at_draft = Confirmed(), Confirmed()
+
+    async def close(self) -> None:
+        await self.target.close()
+        if self.draft is not None:
+            await self.draft.close()
+
+    async def run(self) -> None:
+        """Rounds until the text is finished. Raises WorkerFailed."""
+        ahead: _Ahead | None = None
+        outcome: tuple[tuple[int, ...], int] = ((), -1)
+        while not self.text.finished:
+            began = time.perf_counter()
+            drafted: pb.GenerateDraftsReply | None = None
+            speculation = "none" if ahead is None else "hit" if outcome in ahead.trees else "miss"
+            if ahead is not None and speculation == "hit":
+                tree, gamma, hidden_ms = ahead.trees[outcome], ahead.gamma, ahead.compute_ms
+                if ahead.sent:
+                    self.at_target.round += 1  # the target has begun it by itself
+                else:
+                    await self._verify(tree)
+                ahead = await self._ask_ahead(min(gamma, self.text.room()))
+            else:
+                gamma, hidden_ms = self._choose(), 0.0
+                tree, ahead = TokenTree(), None
+                if gamma > 0:
+                    ahead = await self._ask_draft(gamma)
+                    drafted = await self._draft_reply(is_ahead=False)
+                    tree = tree_from_message(drafted.tree)
+                await self._verify(tree)
+            asked = time.perf_counter() if drafted is not None else began
+            verdict = await self._verdict(ahead)
+            now = time.perf_counter()
+            accepted = list(verdict.accepted_tokens)
+            outcome = (tuple(accepted), verdict.next_token)
+            self.at_target.holds([*self.text.tokens, *accepted])
+            timings = drafted.timings if drafted is not None else pb.Timings(compute_ms=hidden_ms)
+            measured = Round(
+                round=len(self.text.result.rounds) + 1,
+                drafted=tree.depth(),
+                accepted=len(accepted),
+                tree_nodes=len(tree),
+                draft_wall_ms=(asked - began) * 1e3,
+                draft_compute_ms=timings.compute_ms,
+                draft_queue_ms=timings.queue_ms,
+                verify_wall_ms=(now - asked) * 1e3,
+                verify_compute_ms=verdict.timings.compute_ms,
+                verify_queue_ms=verdict.timings.queue_ms,
+                network_ms=max(0.0, (now - began) * 1e3 - timings.server_ms - verdict.timings.server_ms),
+                speculation=speculation,
+                gamma_asked=gamma,
+            )
+            self.text.take(accepted, verdict.next_token, measured)
+            self._observe(measured)
+
+    def _fits(self, outcome: pb.Outcome) -> bool:
+        """Whether the target can hold the text with this outcome and the draft after it."""
+        length = len(self.text.tokens) + len(outcome.accepted_tokens) + 1
+        return length + len(outcome.tree.token_ids) <= self.text.limit
+
+    def _choose(self) -> int:
+        room = self.text.room()
+        return room if self.controller is None else self.controller.choose(room)
+
+    def _observe(self, measured: Round) -> None:
+        if self.controller is not None:
+            self.controller.observe(
+                gamma=measured.gamma_asked,
+                drafted=measured.drafted,
+                accepted=measured.accepted,
+                verified_tokens=measured.tree_nodes + 1,
+                draft_ms=measured.draft_compute_ms,
+                verify_ms=measured.verify_compute_ms,
+                network_ms=measured.network_ms,
+                hit=None if measured.speculation == "none" else measured.speculation == "hit",
+                first=measured.round == 1,
+            )
+
+    async def _verify(self, tree: TokenTree) -> None:
+        context = self.at_target.context(self.text.tokens)
+        request = pb.VerifyDraftsRequest(context=context, **verify_fields(self.text, tree))
+        await self.target.send(pb.StreamVerifyRequest(verify=request))
+
+    async def _ask_draft(self, gamma: int) -> _Ahead | None:
+        """Ask for a draft of the text, and in the modes that do so for what comes after it."""
+        assert self.draft is not None
+        ahead, wanted = None, None
+        if self.config.mode != "sync":
+            next_gamma = self._choose()
+            if next_gamma > 0:
+                ahead = _Ahead(next_gamma)
+                full = self.config.mode == "overlap"
+                wanted = pb.Ahead(
+                    fan_out=1 if full else self.config.fan_out, max_draft_tokens=next_gamma, full_acceptance=full
+                )
+        fields = draft_fields(self.text, gamma, wanted)
+        context = self.at_draft.context(self.text.tokens)
+        self.at_draft.holds(self.text.tokens)
+        await self.draft.send(pb.GenerateDraftsRequest(context=context, **fields))
+        return ahead
+
+    async def _ask_ahead(self, gamma: int) -> _Ahead | None:
+        """As `_ask_draft` for a text whose draft is known: the worker has it as well, so asking costs no pass."""
+        return await self._ask_draft(gamma) if gamma > 0 else None
+
+    async def _draft_reply(self, *, is_ahead: bool) -> pb.GenerateDraftsReply:
+        assert self.draft is not None
+        while True:
+            reply = await self.draft.receive()
+            if reply.round == self.at_draft.round and reply.is_ahead == is_ahead:
+                return reply  # others belong to rounds that are over, or are known
+
+    async def _target_reply(self) -> pb.VerifyDraftsReply:
+        while True:
+            reply = await self.target.receive()
+            if reply.round == self.at_target.round:
+                return reply
+            if reply.round > self.at_target.round:
+                early = f"round {reply.round} was answered before round {self.at_target.round}"
+                raise WorkerFailed("target", grpc.StatusCode.ABORTED.name, early, "resend")
+
+    async def _verdict(self, ahead: _Ahead | None) -> pb.VerifyDraftsReply:
+        """Wait for the target, and meanwhile take, and in lookahead mode send on, what is drafted ahead."""
+        if ahead is None:
+            return await self._target_reply()
+        verdict = asyncio.ensure_future(self._target_reply())
+        drafts = asyncio.ensure_future(self._draft_reply(is_ahead=True))
+        try:
+            await asyncio.wait({verdict, drafts}, return_when=asyncio.FIRST_COMPLETED)
+            if drafts.done():
+                reply = drafts.result()
+                ahead.compute_ms = reply.timings.compute_ms
+                outcomes = [o for o in reply.outcomes if self._fits(o)]
+                ahead.trees = {(tuple(o.accepted_tokens), o.next_token): tree_from_message(o.tree) for o in outcomes}
+                if self.config.mode == "lookahead" and not verdict.done():
+                    prepared = pb.Prepared(round=self.at_target.round, outcomes=outcomes)
+                    await self.target.send(pb.StreamVerifyRequest(prepared=prepared))
+                    ahead.sent = True
+            return await verdict
+        finally:
+            for task in (verdict, drafts):
+                task.cancel()
+            await asyncio.gather(verdict, drafts, return_exceptions=True)
+
+
+@cache
+def event_loop() -> asyncio.Runner:
+    """The one event loop of this process: grpc.aio is unhappy when an earlier one was closed."""
+    return asyncio.Runner()
+
+
+class TextWriter:
+    """Writes texts from synchronous code, over channels that stay. Use as a context manager.
+
+    draft: address of the draft worker, None when gamma is 0. known: role -> what the worker there said of itself, by
+    default before the first text; another model at the same address is refused from then on. access: how we show the
+    workers who we are.
+    """
+
+    def __init__(
+        self,
+        draft: str | None,
+        target: str,
+        known: Mapping[str, pb.DescribeReply] | None = None,
+        *,
+        access: Access | None = None,
+    ) -> None:
+        self._addresses = draft, target
+        self._known = dict(known or {})
+        self._access = access or Access()
+
+    def __enter__(self) -> Self:
+        self._channels = event_loop().run(self._open())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        event_loop().run(self._close())
+
+    def write(
+        self,
+        prompt_ids: Sequence[int],
+        config: OrchestratorConfig,
+        *,
+        on_tokens: OnTokens | None = None,
+        controller: GammaController | None = None,
+        request_id: str | None = None,
+    ) -> SpeculativeResult:
+        """As `run_speculative_loop_async`."""
+        draft, target = self._channels
+        return event_loop().run(
+            run_speculative_loop_async(
+                self._access.stub("draft", draft) if draft is not None else None,
+                self._access.stub("target", target),
+                prompt_ids,
+                config,
+                on_tokens=on_tokens,
+                controller=controller,
+                known=self._known,
+                request_id=request_id,
+            )
+        )
+
+    async def _open(self) -> list[grpc.aio.Channel | None]:
+        return [address and self._access.aio_channel(address) for address in self._addresses]
+
+    async def _close(self) -> None:
+        for channel in self._channels:
+            if channel is not None:
+                await channel.close()

@@ -1,0 +1,227 @@
+"""When a worker fails while a text is written: go on where the text stands, without the draft, or give up.
+
+Nothing of a round counts until its reply is here, and a worker that lost its session gets the whole text again; so
+whatever is tried here can be tried twice, and no failure changes a text. Times are of the monotonic clock: a clock that
+is set meanwhile changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+import grpc
+
+from specsplit.client.connection import WorkerError
+from specsplit.client.result import Failure
+from specsplit.client.text import Text
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.processes import OrchestratorConfig
+from specsplit.worker.refusals import RETRY_AFTER
+
+if TYPE_CHECKING:
+    from specsplit.tracing import TextSpan
+
+log = logging.getLogger(__name__)
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # doubled from try to try; half of each is drawn, so that clients spread
+LAST_CHANCE_S = 1.0  # the least time that a worker gets to answer
+MOST_LOSSES = 3  # times in one round that a worker may say that it lost a session that it was just given
+
+Remedy = Literal["resend", "wait", "none"]
+# The worker is gone, hangs, or the connection is broken.
+_AWAY = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+# The worker does not hold the text (any more).
+_LOST = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ABORTED}
+# What gRPC itself says, under INTERNAL or UNKNOWN, of a connection that broke in the middle of a message.
+_CUT_OFF = ("Internal error from Core", "Received RST_STREAM", "Stream removed", "RST_STREAM")
+
+# What makes two workers one and the same model, as Describe says it.
+_IDENTITY = (
+    *("model", "weights_sha256", "tokenizer_sha256", "dtype", "device", "skip_layers"),
+    *("vocab_size", "max_context", "eos_token_ids"),
+)
+
+
+class WorkerFailed(Exception):
+    """A call or a stream of the `role` worker ended before its answer. code: name of the gRPC status.
+
+    remedy: `resend`: it lost the session and needs the whole text; `wait`: it may be back, or have room, later;
+    `none`: it would say the same again. after_s: how long it asked to be left alone.
+    """
+
+    def __init__(self, role: str, code: str, details: str, remedy: Remedy, after_s: float = 0.0) -> None:
+        super().__init__(f"{role} worker: {code}: {details}")
+        self.role, self.code, self.details, self.remedy, self.after_s = role, code, details, remedy, after_s
+
+
+class WithoutDraft(Exception):
+    """The draft worker failed, and the text is to be finished by the target alone."""
+
+
+def failure_of(role: str, code: grpc.StatusCode, details: str | None, metadata: Any) -> WorkerFailed:
+    """What a gRPC status means. metadata: pairs that came with it, or None."""
+    details = details or "no details"
+    if details.startswith(_CUT_OFF):
+        code, details = grpc.StatusCode.UNAVAILABLE, f"the connection broke ({details})"
+    after_ms = dict(metadata or ()).get(RETRY_AFTER)
+    remedy: Remedy = "none"
+    if code in _LOST:
+        remedy = "resend"
+    elif code in _AWAY or after_ms is not None:
+        remedy = "wait"
+    return WorkerFailed(role, code.name, details, remedy, float(after_ms or 0) / 1e3)
+
+
+class Recovery:
+    """What is done about the failures of one text, as the configuration says.
+
+    known: role -> what the worker said of itself when it was first met; filled here. A worker that comes back as
+    another model is refused. span: of the text, told of failures; None where there are none.
+    """
+
+    def __init__(
+        self, config: OrchestratorConfig, known: dict[str, pb.DescribeReply], span: TextSpan | None = None
+    ) -> None:
+        self.span = span
+        self._config = config
+        self._known = known
+        self._text: Text | None = None
+        self._failures: list[Failure] = []
+        # The outage under way: it lasts until a round is done.
+        self._rounds = -1
+        self._began = self._noticed = 0.0
+        self._tries = self._losses = 0
+
+    def begin(self, text: Text) -> Text:
+        """From here on failures are those of this text."""
+        self._text = text
+        text.result.failures = self._failures
+        if self.span is not None:
+            text.span = self.span
+            self.span.begin(len(text.tokens), text.result)
+        return text
+
+    def timeout_s(self, *, again: bool) -> float:
+        """The longest wait for a worker to say what it is."""
+        left = self._left() if again else self._config.connect_timeout_s
+        return max(LAST_CHANCE_S, min(self._config.connect_timeout_s, left))
+
+    def wait_s(self, failed: WorkerFailed) -> float:
+        """Seconds to wait before the next try. Raises WithoutDraft, or WorkerError when there is none."""
+        now = time.monotonic()
+        rounds = len(self._text.result.rounds) if self._text else 0
+        if rounds != self._rounds:
+            self._rounds, self._began, self._tries, self._losses = rounds, now, 0, 0
+        self._tries += 1
+        self._losses += failed.remedy == "resend"
+        self._note(failed, rounds + 1)
+        if self.span is not None:
+            self.span.event("worker failed", worker=failed.role, round=rounds + 1, code=failed.code)
+        policy = self._config.on_draft_failure if failed.role == "draft" else "reconnect"
+        lost_session = failed.remedy == "resend" and self._losses <= MOST_LOSSES
+        if policy == "target_alone" and not lost_session:
+            self._failures[-1].action = policy
+            if self.span is not None:
+                self.span.event("target alone", round=rounds + 1)
+            log.warning("%s; the target finishes the text alone", failed)
+            raise WithoutDraft
+        hopeless = failed.remedy == "none" or (failed.remedy == "resend" and not lost_session)
+        if hopeless or (policy == "fail" and not lost_session) or self._left() <= 0:
+            raise self.give_up(failed)
+        log.warning("%s; opening a new session with the whole text", failed)
+        if lost_session:
+            return 0.0
+        wait = min(FIRST_WAIT_S * 2 ** (self._tries - 1), LONGEST_WAIT_S)
+        return min(max(wait * random.uniform(0.5, 1.0), failed.after_s), self._left())
+
+    def give_up(self, failed: WorkerFailed) -> WorkerError:
+        """The error that ends the text; it has the text so far."""
+        first = self._failures[-1]
+        first.action = "gave_up"
+        first.lost_ms = (time.monotonic() - self._noticed) * 1e3
+        said = f"{first.code}: {first.message}"
+        if (failed.code, failed.details) != (first.code, first.message):
+            said += f"; then {failed.code}: {failed.details}"
+        if self._tries > 1:
+            said += f"; gave up after {time.monotonic() - self._began:.1f} s"
+        what = "does not answer" if self._text is None else f"failed in round {first.round}"
+        return self._error(f"{failed.role} worker {what}: {said}", first.code)
+
+    def met(self, role: str, worker: pb.DescribeReply) -> pb.DescribeReply:
+        """Take what a worker says of itself. Raises WorkerError when another one was there before."""
+        before = self._known.setdefault(role, worker)
+        pairs = [(name, _plain(getattr(before, name)), _plain(getattr(worker, name))) for name in _IDENTITY]
+        if changed := [f"{name} {now} instead of {then}" for name, then, now in pairs if then != now]:
+            raise self._error(
+                f"another {role} worker answers now: {'; '.join(changed)}. Start the one that was there before, "
+                "or begin anew.",
+                grpc.StatusCode.FAILED_PRECONDITION.name,
+            )
+        return worker
+
+    def _error(self, message: str, code: str) -> WorkerError:
+        if self._text is None:
+            return WorkerError(message, code=code)
+        self._text.stopped()
+        return WorkerError(message, code=code, result=self._text.result)
+
+    def resumed(self) -> None:
+        """Note that the worker is back."""
+        failure = self._failures[-1]
+        failure.lost_ms = (time.monotonic() - self._noticed) * 1e3
+        if self.span is not None:
+            self.span.event("worker back", worker=failure.worker, round=failure.round, lost_ms=failure.lost_ms)
+
+    def _left(self) -> float:
+        return self._began + self._config.recovery_timeout_s - time.monotonic()
+
+    def _note(self, failed: WorkerFailed, number: int) -> None:
+        """One entry for all tries of one worker in one round."""
+        last = self._failures[-1] if self._failures else None
+        if last is None or (last.worker, last.round) != (failed.role, number):
+            self._failures.append(Failure(failed.role, number, failed.code, failed.details))
+            self._noticed = time.monotonic()
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int) else list(value)
+
+
+def reach(recovery: Recovery, role: str, stub: Any, failed: WorkerFailed | None = None) -> pb.DescribeReply:
+    """What the worker behind a stub says of itself, waited for and asked again as `recovery` says.
+
+    failed: how it failed just now. Raises WorkerError and WithoutDraft.
+    """
+    while True:
+        again = failed is not None
+        if failed is not None:
+            time.sleep(recovery.wait_s(failed))
+        try:
+            timeout_s = recovery.timeout_s(again=again)
+            worker = stub.Describe(pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=again)
+        except grpc.RpcError as error:
+            failed = failure_of(role, error.code(), error.details(), error.trailing_metadata())
+            continue
+        if again:
+            recovery.resumed()
+        return recovery.met(role, worker)
+
+
+async def reach_async(recovery: Recovery, role: str, stub: Any, failed: WorkerFailed | None = None) -> pb.DescribeReply:
+    """As `reach`, over a stub of grpc.aio."""
+    while True:
+        again = failed is not None
+        if failed is not None:
+            await asyncio.sleep(recovery.wait_s(failed))
+        try:
+            timeout_s = recovery.timeout_s(again=again)
+            worker = await stub.Describe(pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=again)
+        except grpc.aio.AioRpcError as error:
+            failed = failure_of(role, error.code(), error.details(), error.trailing_metadata())
+            continue
+        if again:
+            recovery.resumed()
+        return recovery.met(role, worker)

@@ -1,0 +1,31 @@
+"""The requests of a round, made from the text and the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specsplit.client.text import Text
+from specsplit.decoding.tree import TokenTree
+from specsplit.rpc.codec import sampling_to_message, tree_to_message
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+
+
+def draft_fields(text: Text, gamma: int, ahead: pb.Ahead | None = None) -> dict[str, Any]:
+    """Every field of GenerateDraftsRequest but `context`."""
+    shape = text.config.shape
+    return {
+        "max_draft_tokens": gamma,
+        "branching": shape.branching,
+        "tree_nodes": shape.nodes,
+        "tree_width": shape.width if shape.nodes else 0,
+        "stop_token_ids": text.stop_ids,
+        "sampling": sampling_to_message(text.sampling),
+        "vocab_size": text.vocab_size,
+        "length_limit": text.length_limit,
+        "ahead": ahead,
+    }
+
+
+def verify_fields(text: Text, tree: TokenTree) -> dict[str, Any]:
+    """Every field of VerifyDraftsRequest but `context`."""
+    return {"tree": tree_to_message(tree), "sampling": sampling_to_message(text.sampling)}

@@ -1,0 +1,117 @@
+"""The text as it grows, and what ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from specsplit.client.result import Round, SpeculativeResult
+from specsplit.decoding.sampling import Sampling
+from specsplit.errors import UserError
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.processes import OrchestratorConfig
+
+if TYPE_CHECKING:
+    from specsplit.tracing import TextSpan
+
+OnTokens = Callable[[list[int]], None]
+
+
+class Text:
+    """Prompt and generated tokens, with the limits that the workers and the configuration set.
+
+    target, draft: what the workers say of themselves; draft may be None. Raises UserError when the prompt is empty or
+    leaves no room for a token. span: told of each round, where there is one.
+    """
+
+    span: TextSpan | None = None
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        config: OrchestratorConfig,
+        target: pb.DescribeReply,
+        draft: pb.DescribeReply | None,
+        on_tokens: OnTokens | None = None,
+    ) -> None:
+        self.config = config
+        self.limit = min(config.max_context or target.max_context, target.max_context)
+        self.vocab_size = target.vocab_size
+        self._draft_vocab = draft.vocab_size if draft else 0
+        self._draft_limit = min(self.limit, draft.max_context) if draft else 0
+        if len(prompt_ids) >= self.limit:
+            raise UserError(
+                f"the prompt has {len(prompt_ids)} tokens, a text can have {self.limit}: shorten the prompt"
+            )
+        if not prompt_ids:
+            raise UserError("the prompt has no tokens")
+        self.stop_ids: list[int] = []
+        if not config.ignore_eos:
+            self.stop_ids = list(target.eos_token_ids if config.stop_token_ids is None else config.stop_token_ids)
+        self.tokens = list(prompt_ids)
+        self.length_limit = min(self.limit, len(prompt_ids) + config.max_output_tokens)
+        self.result = SpeculativeResult()
+        self._on_tokens = on_tokens
+        self.started = time.perf_counter()
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.result.finish_reason)
+
+    @property
+    def sampling(self) -> Sampling:
+        c = self.config
+        return Sampling(c.temperature, c.top_k, c.top_p, c.seed, rejection=c.sampling == "rejection")
+
+    def room(self) -> int:
+        """The deepest draft that makes sense now: the last token is always the target's own; 0 when the draft worker
+        cannot hold it, or cannot read the text."""
+        gamma = min(self.config.gamma_limit, self.length_limit - len(self.tokens) - 1)
+        # Models with one tokenizer may pad their vocabularies differently: a draft cannot read every token.
+        if not self._draft_vocab or max(self.tokens) >= self._draft_vocab:
+            return 0
+        shape = self.config.shape
+        while gamma > 0 and len(self.tokens) + shape.size(gamma) > self._draft_limit:
+            gamma -= 1
+        return max(gamma, 0)
+
+    def drop_draft(self) -> None:
+        """From here on the target writes alone."""
+        self._draft_vocab = 0
+
+    def stopped(self) -> None:
+        """Note that the text ends here, unfinished."""
+        self.result.total_ms = (time.perf_counter() - self.started) * 1e3
+
+    def take(self, accepted: list[int], next_token: int, measured: Round) -> None:
+        """Add what a round brought; sets result.finish_reason when the text ends with it."""
+        result = self.result
+        self.tokens += [*accepted, next_token]
+        fresh, ended = _until_stop([*accepted, next_token], self.stop_ids)
+        now_ms = (time.perf_counter() - self.started) * 1e3
+        if fresh:
+            result.ttft_ms = now_ms if result.ttft_ms is None else result.ttft_ms
+            result.output_tokens += fresh
+            if self._on_tokens is not None:
+                self._on_tokens(fresh)
+        result.total_ms = now_ms
+        result.rounds.append(replace(measured, arrived_ms=now_ms))
+        if self.span is not None:
+            self.span.round(measured)
+        if ended:
+            result.finish_reason = "eos"
+        elif len(result.output_tokens) >= self.config.max_output_tokens:
+            result.finish_reason = "length"
+        elif len(self.tokens) >= self.limit:
+            result.finish_reason = "context"
+        elif self.config.max_rounds is not None and len(result.rounds) >= self.config.max_rounds:
+            result.finish_reason = "max_rounds"
+
+
+def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> tuple[list[int], bool]:
+    for i, token in enumerate(tokens):
+        if token in stop_ids:
+            return tokens[:i], True
+    return tokens, False

@@ -1,0 +1,196 @@
+"""CausalLM on buffers of fixed shape, so that a pass on a GPU is one CUDA graph that is replayed.
+
+A pass over few tokens takes as long as the weights' way from memory, if the GPU does not wait for Python in between,
+which launches some ten kernels a layer. A graph is recorded once and launched whole. For that every tensor stays where
+it is: tokens, positions and mask are copied to their place, keys and values go to slots that the graph reads, and a
+pass is padded to one of a few sizes. On the CPU the same passes run on the same buffers without a graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from specsplit.decoding.tree import TokenTree
+from specsplit.engines.kv_cache import LayeredSlots, StaticLayer
+from specsplit.engines.transformers import CausalLM
+from specsplit.engines.tree_attention import additive, positions, visible
+
+SMALLEST_PASS = 16  # as long as the weights' way takes, for one token as for so many
+SMALLEST_VIEW = 256  # slots that attention looks at; more in powers of two
+
+
+class Buffers(Cache):
+    """Where keys and values are, and the passes recorded on them. Used by one session after another.
+
+    capacity: slots for tokens, and a last one for padding.
+    """
+
+    def __init__(self, num_layers: int, slots: int) -> None:
+        self.capacity = slots + 1
+        self.programs: dict[tuple[int, int, int], Program] = {}
+        self.written: torch.Tensor  # slots that the pass being recorded writes
+        self.seen = 0  # slots that it looks at
+        super().__init__(layers=[BufferLayer(self) for _ in range(num_layers)])
+
+
+class BufferLayer(StaticLayer):
+    """Keys and values of one decoder layer, [1, kv_heads, capacity, head_dim], at places read from a tensor."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        for states in (self.keys, self.values):  # a slot that is masked still counts 0 times what is in it
+            states.zero_()
+
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys.index_copy_(2, self.owner.written, key_states)
+        self.values.index_copy_(2, self.owner.written, value_states)
+        return self.keys[:, :, : self.owner.seen], self.values[:, :, : self.owner.seen]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.seen, 0
+
+    def get_seq_length(self) -> int:
+        return 0  # the positions are given
+
+
+class GraphCache(LayeredSlots):
+    """The cache of one session, on buffers that are its own as long as it lives."""
+
+    def __init__(self, buffers: Buffers, capacity: int) -> None:
+        self.buffers = buffers
+        self.layers = buffers.layers
+        self.length = 0
+        self.capacity = capacity
+
+
+class GraphLM(CausalLM):
+    """CausalLM with passes that are recorded at their first use; same methods, same logits but for rounding."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._free: dict[int, list[Buffers]] = defaultdict(list)
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def new_cache(self, capacity: int) -> GraphCache:
+        """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
+        slots = _power_of_two(capacity, SMALLEST_VIEW)
+        free = self._free[slots]
+        buffers = free.pop() if free else Buffers(self.num_layers, slots)
+        cache = GraphCache(buffers, capacity)
+        weakref.finalize(cache, free.append, buffers)
+        return cache
+
+    def _forward(
+        self, cache: Any, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int
+    ) -> torch.Tensor:
+        fed = [*tokens, *tree.token_ids[cached_nodes:]]
+        context, end = cache.length - cached_nodes, cache.length + len(fed)
+        size, rows = _power_of_two(len(fed), SMALLEST_PASS), _power_of_two(keep_logits, SMALLEST_PASS)
+        shape = (size, rows, _power_of_two(end, SMALLEST_VIEW))
+        program = cache.buffers.programs.get(shape)
+        if program is None:
+            program = cache.buffers.programs[shape] = Program(self, cache.buffers, *shape)
+        windows = (None, self._window) if self._masks_by_type else (self._window,)
+        logits = program.run(
+            fed,
+            positions(context, len(tokens), tree, cached_nodes),
+            [visible(context, len(tokens), tree, cached_nodes, window) for window in windows],
+            first_row=len(fed) - keep_logits,
+            start=cache.length,
+        )
+        cache.advance(len(fed))
+        return logits[:keep_logits].clone()  # the next pass writes there
+
+
+class Program:
+    """A pass of one shape on one cache.
+
+    size: tokens fed. rows: logits. seen: slots that attention looks at. All but the last ones of each may be padding.
+    """
+
+    def __init__(self, lm: GraphLM, buffers: Buffers, size: int, rows: int, seen: int) -> None:
+        self._lm, self._buffers = lm, buffers
+        self._size, self._rows, self._seen = size, rows, seen
+        self._masks = 2 if lm._masks_by_type else 1
+        cuda = lm.device.type == "cuda"
+        # Tokens, positions, rows wanted and the first slot in one copy, the masks in another.
+        self._host_numbers = torch.zeros(2 * size + rows + 1, dtype=torch.long, pin_memory=cuda)
+        self._host_masks = torch.zeros(self._masks, size, seen, dtype=torch.bool, pin_memory=cuda)
+        self._numbers = self._host_numbers.to(lm.device, copy=True)
+        self._mask_bits = self._host_masks.to(lm.device, copy=True)
+        self._copied = torch.cuda.Event() if cuda else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: torch.Tensor | None = None
+
+    def run(
+        self, ids: list[int], positions: list[int], masks: list[torch.Tensor], *, first_row: int, start: int
+    ) -> torch.Tensor:
+        """Logits [rows, vocab_size] of the tokens from `first_row` on; they are overwritten by the next run.
+
+        masks: [tokens, slots] of each kind of layer. start: the slot of the first token.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy is still on its way perhaps
+        size, count = self._size, len(ids)
+        numbers, bits = self._host_numbers.numpy(), self._host_masks
+        numbers[:] = 0
+        numbers[:count] = ids
+        numbers[size : size + count] = positions
+        numbers[2 * size : 2 * size + count - first_row] = range(first_row, count)
+        numbers[-1] = start
+        bits.zero_()
+        bits[:, count:, 0] = True  # padding sees something, so that it is finite
+        for own, mask in zip(bits, masks, strict=True):
+            own[:count, : mask.shape[1]] = mask
+        self._numbers.copy_(self._host_numbers, non_blocking=True)
+        self._mask_bits.copy_(self._host_masks, non_blocking=True)
+        if self._copied is None:
+            return self._pass()
+        self._copied.record()
+        if self._graph is None:
+            self._record()
+        assert self._graph is not None
+        assert self._logits is not None
+        self._graph.replay()
+        return self._logits
+
+    def _pass(self) -> torch.Tensor:
+        size, buffers = self._size, self._buffers
+        slots = self._numbers[-1] + torch.arange(size, device=self._numbers.device)
+        buffers.written = slots.clamp_(max=buffers.capacity - 1)
+        buffers.seen = self._seen
+        masks = [additive(bits, self._lm.dtype, self._lm.device) for bits in self._mask_bits]
+        kinds = ("full_attention", "sliding_attention")
+        output = self._lm.model(
+            input_ids=self._numbers[None, :size],
+            position_ids=self._numbers[None, size : 2 * size],
+            attention_mask=dict(zip(kinds, masks, strict=True)) if self._masks > 1 else masks[0],
+            past_key_values=buffers,
+            use_cache=True,
+            logits_to_keep=self._numbers[2 * size : 2 * size + self._rows],
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _record(self) -> None:
+        """Record the pass; what it writes meanwhile is what it will write when it is replayed."""
+        stream = torch.cuda.Stream(self._lm.device)
+        stream.wait_stream(torch.cuda.current_stream(self._lm.device))
+        with torch.cuda.stream(stream):  # libraries make their handles and caches at the first call
+            self._pass()
+        torch.cuda.current_stream(self._lm.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Threads of other sessions may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._lm._pool, capture_error_mode="thread_local"):
+            self._logits = self._pass()
+        self._graph = graph
+
+
+def _power_of_two(count: int, least: int) -> int:
+    return max(least, 1 << (count - 1).bit_length())

@@ -1,0 +1,167 @@
+"""Loading whatever kind of model a folder holds, and what the rest of the code may ask of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.ngram import NGramLM
+from specsplit.engines.numba import FusedLM, unsuitable
+from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.synthetic import SyntheticLM
+from specsplit.engines.transformers import CANNOT_RUN, CausalLM
+from specsplit.errors import UserError
+from specsplit.models.fingerprint import fingerprint_model
+from specsplit.models.sources import manifest_file, resolve_model
+from specsplit.models.tokenizer import TextCodec
+from specsplit.models.weightless import (
+    NGramParameters,
+    SyntheticParameters,
+    is_weightless,
+    parameters_sha256,
+    parse_parameters,
+)
+from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
+
+log = logging.getLogger(__name__)
+COMPILED_S = 3.0  # a first pass that took longer compiled
+
+
+class LanguageModel(Protocol):
+    """A model that drafts or verifies: CausalLM and GraphLM, FusedLM, SyntheticLM, NGramLM. CausalLM says how.
+
+    Its caches are of its own kind and have length, capacity, advance, rollback and keep, as KVCache documents them.
+    """
+
+    device: torch.device
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    batch_tokens: int
+    uses_torch_threads: bool
+
+    @property
+    def parameters(self) -> int: ...
+    def new_cache(self, capacity: int) -> Any: ...
+    def cache_bytes(self, capacity: int) -> int: ...
+    def step(
+        self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
+    ) -> torch.Tensor: ...
+    def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]: ...
+
+
+def load_model(
+    folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int = 1
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """The model in `folder`, ready to run, and its identity: model, weights_sha256, tokenizer_sha256, parameters.
+
+    folder, manifest: from resolve_model(config.model). threads: of a pass in the fused engine.
+    Raises UserError when the model cannot be loaded, is not the one that the manifest was made for, or does not fit the
+    settings.
+    """
+    if is_weightless(manifest["source"]):
+        model, weights_sha256 = _load_weightless(manifest, config)
+    else:
+        model, weights_sha256 = _load_causal_lm(folder, manifest, config, threads)
+    identity = {
+        "model": manifest["name"],
+        "weights_sha256": weights_sha256,
+        "tokenizer_sha256": TextCodec.load(target_tokenizer(config) or folder).sha256,  # what it speaks
+        "parameters": model.parameters,
+    }
+    return model, identity
+
+
+def target_tokenizer(config: WorkerSettings) -> Path | None:
+    """The folder of the target's tokenizer, when a draft worker was given one."""
+    given = config.target_tokenizer if isinstance(config, DraftWorkerConfig) else None
+    return resolve_model(given)[0] if given else None
+
+
+def _load_causal_lm(
+    folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int
+) -> tuple[LanguageModel, str]:
+    weights_sha256: str = manifest["fingerprint"]["weights_sha256"]
+    # The manifest of a plain folder has just been made from the weights; one that was read may be old.
+    if config.model is not None and manifest_file(config.model).is_file():
+        _check_same(fingerprint_model(folder)["weights_sha256"], weights_sha256, f"the weights in {folder}")
+    skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
+    model = CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers)
+    if config.engine == "transformers":
+        return model, weights_sha256
+    if config.engine == "graphs" or (config.engine == "auto" and model.device.type == "cuda"):
+        return _graphs(model, folder, config.engine), weights_sha256
+    if reason := unsuitable(model):
+        if config.engine == "fused":
+            raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
+        log.info("engine transformers, as %s", reason)
+        return model, weights_sha256
+    return _compared(model, lambda: FusedLM(model, threads), "fused"), weights_sha256
+
+
+def _graphs(model: CausalLM, folder: Path, engine: str) -> LanguageModel:
+    try:
+        return _compared(model, lambda: GraphLM(model.model), "graphs")
+    except CANNOT_RUN as error:
+        reason = f"{type(error).__name__}: {error}"
+        if engine == "graphs":
+            raise UserError(
+                f"engine graphs cannot run {folder} ({reason}). Use engine auto, or transformers."
+            ) from None
+        log.warning("engine transformers, as passes of this model cannot be recorded (%s)", reason)
+        return model
+
+
+def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> LanguageModel:
+    """The same model in a fast engine, compared with the first over a tree of a few tokens."""
+    tokens = [i % model.vocab_size for i in (11, 37, 41, 23, 29, 31, 43)]
+    tree = TokenTree(tokens[2:], [ROOT, 0, ROOT, 2, 2], [-1.0] * 5)
+    expected = model.step(model.new_cache(16), tokens[:2], tree).double()
+    started = time.perf_counter()
+    fast = make()
+    found = fast.step(fast.new_cache(16), tokens[:2], tree).double()
+    if (seconds := time.perf_counter() - started) > COMPILED_S:
+        log.info("engine %s was compiled in %.0f s", name, seconds)
+    # Activations of half precision models are rounded at other places.
+    limit = 0.99999 if model.dtype == torch.float32 else 0.99
+    if not bool((torch.cosine_similarity(expected, found, dim=-1) > limit).all()):
+        raise UserError(
+            f"engine {name} does not give the logits of engine transformers for this model: use engine transformers, "
+            "and please report it"
+        )
+    return fast
+
+
+def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, str]:
+    """A synthetic or n-gram model; it runs on the CPU, dtype and device mean nothing to it."""
+    name, fingerprint = manifest["name"], manifest["fingerprint"]
+    parameters = parse_parameters(manifest["source"], name)
+    weights_sha256 = parameters_sha256(parameters)
+    _check_same(weights_sha256, fingerprint["weights_sha256"], f"the parameters of {name}")
+    is_draft = isinstance(config, DraftWorkerConfig)
+    if isinstance(config, DraftWorkerConfig) and config.skip_layers:
+        raise UserError(f"skip_layers {config.skip_layers}: {name} is a {parameters.source} model, without layers")
+    if isinstance(parameters, SyntheticParameters):
+        settings = parameters.model_dump(exclude={"source"})
+        if not is_draft:  # acceptance is what a draft has; the target writes the text that is meant
+            settings["acceptance"] = 1.0
+        return SyntheticLM(**settings), weights_sha256
+    return _load_ngram(parameters, fingerprint["vocab_size"], name, is_draft), weights_sha256
+
+
+def _load_ngram(parameters: NGramParameters, vocab_size: int, name: str, is_draft: bool) -> NGramLM:
+    if not is_draft:
+        raise UserError(f"{name} is an ngram model, which can only draft: name another model for the target worker")
+    return NGramLM(vocab_size, max_ngram=parameters.max_ngram, min_ngram=parameters.min_ngram)
+
+
+def _check_same(found: str, expected: str, what: str) -> None:
+    if found != expected:
+        raise UserError(f"{what} are not those of its model.json: prepare the model again")

@@ -1,0 +1,36 @@
+"""Prompts to fit a draft on: those of the dataset that are not measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from specsplit.errors import UserError
+from specsplit.experiment.dataset import Prompt, load_prompts, select_prompts
+
+
+def write_calibration_prompts(source: Path, measured: Path, output: Path, *, limit: int, on_bad_line: str) -> None:
+    """Write a stratified slice of `limit` prompts of `source` to `output` as JSONL, without those in `measured`.
+
+    A draft that was fitted to the prompts on which it is measured would look better than it is. A prompt counts as
+    measured when its id or its text is. on_bad_line: as `load_prompts`.
+    Raises UserError when fewer than `limit` prompts are left.
+    """
+    taken, _ = load_prompts(measured)
+    known = {prompt.id for prompt in taken} | {prompt.prompt for prompt in taken}
+    every, _ = load_prompts(source, on_bad_line)
+    left = [prompt for prompt in every if not known & {prompt.id, prompt.prompt}]
+    if len(left) < limit:
+        raise UserError(
+            f"{source} has {len(every)} prompts, {len(every) - len(left)} of them measured: {len(left)} are left, "
+            f"but draft.calibration_prompts asks for {limit}. Lower it or dataset.limit, add prompts, or name the "
+            "layers in draft.skip_layers"
+        )
+    _write(select_prompts(left, limit), output)
+
+
+def _write(prompts: list[Prompt], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
+    output.write_text("".join(lines), encoding="utf-8", newline="\n")

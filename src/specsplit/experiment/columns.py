@@ -1,0 +1,81 @@
+"""The columns of every table that a benchmark run writes.
+
+The first ten columns of `requests.csv` are a contract: their names and order do not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from specsplit.client.result import Round
+
+OK, FAILED = "ok", "failed"  # a request's status
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """One request: one row of `requests.csv`. Times are milliseconds; None is written as an empty cell."""
+
+    request_id: str
+    gamma: int | str  # auto: chosen anew in every round
+    prompt_length: int
+    generated_tokens: int
+    ttft_ms: float | None
+    tpot_ms: float | None
+    average_acceptance_rate: float | None
+    total_network_idle_ms: float
+    total_latency_ms: float
+    num_rounds: int
+    # Ours, after the contract.
+    category: str
+    finish_reason: str
+    drafted_tokens: int
+    accepted_tokens: int
+    mean_accepted_length: float | None
+    network_idle_fraction: float
+    draft_compute_ms: float
+    target_compute_ms: float
+    mode: str
+    tree: str
+    draft: str
+    sampling: str
+    temperature: float
+    top_k: int
+    top_p: float
+    rtt_ms: float
+    jitter_ms: float
+    seed: int
+    speculation_hits: int
+    speculation_misses: int
+    output_sha256: str
+    itl_ms: float | None = None
+    repeat: int = 1
+    # What failed on the way. status: ok | failed. A failed request has the counts and sums of what there is of its
+    # text, no TTFT, no times per token and no rates. error_code: a gRPC status. *_failures: rounds in which that worker
+    # failed. recovery_ms: waited for workers to be back. events: what failed, when, and what was done, in words.
+    status: str = OK
+    error_code: str = ""
+    error_message: str = ""
+    draft_failures: int = 0
+    target_failures: int = 0
+    recovery_ms: float = 0.0
+    events: str = ""
+
+
+@dataclass(frozen=True)
+class _Attribution:
+    """What a round belongs to."""
+
+    request_id: str
+    gamma: int | str
+
+
+@dataclass(frozen=True)
+class RoundRecord(Round, _Attribution):
+    """One round of a request: one row of `per_round.csv`."""
+
+    repeat: int = 1
+
+
+REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))
+ROUND_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RoundRecord))

@@ -1,0 +1,88 @@
+"""What a token costs against the length of its context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import cycle, islice, product
+from statistics import median
+
+from specsplit.client.pipeline import TextWriter
+from specsplit.client.result import SpeculativeResult
+from specsplit.experiment.records import Request, request_record
+from specsplit.rpc.credentials import Access
+from specsplit.settings.processes import OrchestratorConfig
+
+
+@dataclass(frozen=True)
+class ContextText:
+    """One text: a row of `context_curve_texts.csv`.
+
+    context_tokens: length of the prompt; the text adds output_tokens to it. ttft_ms: with the prefill of the context.
+    itl_ms: time after the first round per token of the later ones. verify_compute_ms, draft_compute_ms: model time of a
+    round, median over the rounds but the first.
+    """
+
+    gamma: int | str
+    context_tokens: int
+    text: int
+    output_tokens: int
+    ttft_ms: float | None
+    itl_ms: float | None
+    tokens_per_round: float
+    verify_compute_ms: float
+    draft_compute_ms: float
+
+
+def measure_contexts(
+    requests: Sequence[Request],
+    configs: Sequence[OrchestratorConfig],
+    lengths: Sequence[int],
+    *,
+    texts: int,
+    on_row: Callable[[ContextText], None] = lambda row: None,
+) -> list[ContextText]:
+    """`texts` texts at each of `lengths` tokens of context for each configuration, which take turns text by text.
+
+    A context is the requests' tokens one after the other, from another request on for every text, cut at its length.
+    One text of each configuration at the shortest length is written before and not counted.
+    """
+    with ExitStack() as stack:
+        writers = [stack.enter_context(_writer(config)) for config in configs]
+        rows = []
+        for config, writer in zip(configs, writers, strict=True):
+            writer.write(_context(requests, lengths[0], 0), config)
+        for text, length in product(range(texts), lengths):
+            prompt = _context(requests, length, text)
+            for config, writer in zip(configs, writers, strict=True):
+                rows.append(_row(text, prompt, config, writer.write(prompt, config)))
+                on_row(rows[-1])
+    return rows
+
+
+def _writer(config: OrchestratorConfig) -> TextWriter:
+    draft = config.draft_address if config.max_draft_tokens else None
+    return TextWriter(draft, config.target_address, access=Access.of(config))
+
+
+def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: SpeculativeResult) -> ContextText:
+    record = request_record(Request(str(text), "", prompt), result, config)
+    later = result.rounds[1:] or result.rounds
+    return ContextText(
+        gamma=config.max_draft_tokens,
+        context_tokens=len(prompt),
+        text=text,
+        output_tokens=record.generated_tokens,
+        ttft_ms=record.ttft_ms,
+        itl_ms=record.itl_ms,
+        tokens_per_round=sum(r.accepted + 1 for r in later) / len(later),
+        verify_compute_ms=median(r.verify_compute_ms for r in later),
+        draft_compute_ms=median(r.draft_compute_ms for r in later),
+    )
+
+
+def _context(requests: Sequence[Request], length: int, text: int) -> list[int]:
+    start = text % len(requests)
+    order = [*requests[start:], *requests[:start]]
+    return list(islice(cycle([token for request in order for token in request.token_ids]), length))

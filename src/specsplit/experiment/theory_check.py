@@ -1,0 +1,177 @@
+"""Simulated models behind real workers, every pipeline mode: measured time per token beside the formula's.
+
+The models take the time that they are told to and agree as often as they are told to, so what is left between
+measurement and formula is what the system itself costs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from specsplit.client.pipeline import TextWriter
+from specsplit.client.result import SpeculativeResult
+from specsplit.decoding.adaptive import GammaController
+from specsplit.decoding.theory import PipelineMode, expected_tokens, tpot_ms
+from specsplit.errors import UserError
+from specsplit.experiment.sweep import MODES
+from specsplit.experiment.transport import bare_round_trip_ms
+from specsplit.launch.start import start_worker, stop_worker
+from specsplit.models.sources import prepare_model
+from specsplit.rpc.credentials import Access
+from specsplit.settings.processes import OrchestratorConfig
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is simulated. Times in ms: draft_ms a pass of the draft, verify_ms one of the target."""
+
+    acceptance: float = 0.8
+    draft_ms: float = 3.0
+    verify_ms: float = 30.0
+    fan_out: int = 16
+    tokens: int = 400
+    texts: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of theory_check.csv: a mode at a round trip and a gamma, over all tokens of all texts but the first.
+
+    formula_ms: by the formula of the mode at the nominal acceptance, of a network that takes rtt_ms and nothing else.
+    expected_ms: the same formula with the tokens per round that these texts had by chance; ratio: tpot_ms / this.
+    limit_ms: expected_ms with the bare gRPC round trips of a round, transport_ms in all, added to rtt_ms.
+    ratio_to_limit: tpot_ms / limit_ms, what the system itself adds.
+        All of these are empty for gamma auto, which has no formula of its own.
+    hit_rate: share of the rounds whose draft was there when it was needed.
+    lossless: every text was the target's own.
+    """
+
+    mode: str
+    rtt_ms: float
+    gamma: int | str
+    tpot_ms: float
+    formula_ms: float | None
+    expected_ms: float | None
+    ratio: float | None
+    transport_ms: float
+    limit_ms: float | None
+    ratio_to_limit: float | None
+    tokens_per_round: float
+    hit_rate: float | None
+    lossless: bool
+
+
+@contextmanager
+def simulated_workers(simulation: Simulation) -> Iterator[tuple[str, str]]:
+    """Addresses of a draft and a target worker, processes of their own, for the time of the block."""
+    s = simulation
+    models = {
+        "draft": {"step_ms": s.draft_ms, "acceptance": s.acceptance, "seed": s.seed},
+        "target": {"step_ms": s.verify_ms, "seed": s.seed},
+    }
+    with tempfile.TemporaryDirectory(prefix="specsplit-") as name:
+        folder = Path(name)
+        addresses = []
+        try:
+            for role, settings in models.items():
+                prepare_model({"source": "synthetic", **settings}, role, folder / role)
+                endpoint = start_worker(
+                    role,
+                    ["--model", str(folder / role), "--port", "0", "--threads", "1", "--max-context", "8192"],
+                    endpoint_file=folder / f"{role}.json",
+                    log_file=folder / f"{role}.log",
+                    timeout_s=120.0,
+                )
+                addresses.append(endpoint.address)
+            yield addresses[0], addresses[1]
+        finally:
+            for role in models:
+                stop_worker(folder / f"{role}.json")
+
+
+def check_theory(
+    simulation: Simulation,
+    gammas: Sequence[int | str],
+    rtts_ms: Sequence[float],
+    on_row: Callable[[Check], None] = lambda row: None,
+) -> list[Check]:
+    """Every mode at every gamma and round trip, and the target alone; one row each, as `on_row` gets them.
+
+    gammas: numbers from 1, or `auto`. Raises UserError when one is neither.
+    """
+    if bad := [gamma for gamma in gammas if gamma != "auto" and not (isinstance(gamma, int) and gamma > 0)]:
+        raise UserError(f"gamma {bad[0]}: a number from 1, or auto; the target alone is always measured")
+    prompts = [[65 + i, 66, 67] for i in range(simulation.texts)]
+    rows = []
+    # A worker rests about as long as the other one works.
+    bare_ms = bare_round_trip_ms(simulation.verify_ms / 2)
+    ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
+    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target, access=ours) as writer:
+        for rtt_ms in rtts_ms:
+            alone: list[list[int]] = []
+            points: list[tuple[PipelineMode, int | str]] = [
+                ("sync", 0),
+                *((mode, gamma) for mode in MODES for gamma in gammas),
+            ]
+            for mode, gamma in points:
+                settings = {"mode": mode, "max_draft_tokens": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
+                config = OrchestratorConfig.load({**settings, "max_output_tokens": simulation.tokens})
+                controller = GammaController(mode, config.gamma_limit, fan_out=simulation.fan_out)
+                results = [writer.write(prompt, config, controller=controller) for prompt in prompts]
+                alone = alone or [result.output_tokens for result in results]
+                rows.append(_row(simulation, mode, gamma, rtt_ms, bare_ms, results, alone))
+                on_row(rows[-1])
+    return rows
+
+
+def _row(
+    simulation: Simulation,
+    mode: PipelineMode,
+    gamma: int | str,
+    rtt_ms: float,
+    bare_ms: float,
+    results: list[SpeculativeResult],
+    alone: list[list[int]],
+) -> Check:
+    s = simulation
+    # Everything after the first round, which has no draft made ahead and no round before it.
+    rounds = [r for result in results for r in result.rounds[1:]]
+    tokens = sum(r.accepted + 1 for r in rounds)
+    total_ms = sum(result.total_ms - (result.ttft_ms or 0.0) for result in results)
+    hits = [r.speculation == "hit" for r in rounds if r.speculation != "none"]
+    per_round = tokens / len(rounds)
+    transport_ms = bare_ms * (2 if gamma else 1)  # the draft worker's and the target's
+    formula = expected = limit = None
+    if isinstance(gamma, int):
+        settings = (mode, gamma, s.acceptance, s.draft_ms, s.verify_ms)
+        formula = tpot_ms(*settings, rtt_ms, s.fan_out)
+        by_chance = expected_tokens(s.acceptance, gamma) / per_round
+        expected = by_chance * formula
+        limit = by_chance * tpot_ms(*settings, rtt_ms + transport_ms, s.fan_out)
+    measured = total_ms / tokens
+    return Check(
+        mode=mode,
+        rtt_ms=rtt_ms,
+        gamma=gamma,
+        tpot_ms=measured,
+        formula_ms=formula,
+        expected_ms=expected,
+        ratio=measured / expected if expected else None,
+        transport_ms=transport_ms,
+        limit_ms=limit,
+        ratio_to_limit=measured / limit if limit else None,
+        tokens_per_round=per_round,
+        hit_rate=sum(hits) / len(hits) if hits else None,
+        lossless=[result.output_tokens for result in results] == alone,
+    )
+
+
+def as_table(rows: Sequence[Check]) -> list[dict[str, Any]]:
+    """The rows as dictionaries, in the order of the columns."""
+    return [asdict(row) for row in rows]

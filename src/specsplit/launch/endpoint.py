@@ -1,0 +1,184 @@
+"""The endpoint file: where a worker is and what it is, as JSON, readable by its owner only."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+
+from specsplit.errors import UserError
+from specsplit.io import read_json, read_json_object, replace_file
+from specsplit.launch.lease import ProcessIdentity
+from specsplit.rpc.credentials import TLS_SCHEME, split_address
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+
+EVERY_ADDRESS = ("0.0.0.0", "[::]", "::")
+ATTACHED = "attached to: whoever started the worker knows"
+
+
+def resolve_address(address: str) -> str:
+    """host:port as it is; of an address file (the path of a .json file) the `address` in it.
+
+    An endpoint file is one, and so is {"address": "gpu-1:50051"} written by hand. Raises UserError when the file is
+    missing or holds no address.
+    """
+    if not address.endswith(".json"):
+        return address
+    found = read_json_object(Path(address)).get("address")
+    if not isinstance(found, str):
+        raise UserError(f'{address}: holds no address; wanted an endpoint file or {{"address": "host:port"}}')
+    return found
+
+
+def worker_origin(address: str) -> dict[str, Any]:
+    """Who started the worker at an address or address file: {attached, host, process_started, log, reason}.
+
+    What is not known, as of a worker that was attached to, is null.
+    """
+    if address.endswith(".json"):
+        try:
+            return Endpoint.read(Path(address)).origin()
+        except UserError:
+            pass  # an address written by hand
+    return {"attached": True, "host": None, "process_started": None, "log": None, "reason": ATTACHED}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A worker that serves.
+
+    address: host:port. attached: it was running before and is never stopped by the workflow.
+    pid, started: its process on `host` (null when attached). holder: the process whose lease it holds.
+    worker: what Describe says. shared: others may use this process too, and it ends after the last of them.
+    log: the file with what it prints (null when attached).
+    """
+
+    address: str
+    attached: bool
+    host: str
+    pid: int | None
+    started: float | None
+    holder_pid: int | None
+    holder_started: float | None
+    worker: dict[str, Any]
+    shared: bool = False
+    log: str | None = None
+
+    @classmethod
+    def local(
+        cls,
+        host: str,
+        port: int,
+        description: pb.DescribeReply,
+        holder: ProcessIdentity | None,
+        *,
+        tls: bool = False,
+    ) -> Endpoint:
+        """The endpoint of this very process. One that listens on every address is found under its host's name."""
+        me = ProcessIdentity.of(os.getpid())
+        reached = socket.gethostname() if host in EVERY_ADDRESS else host
+        return cls(
+            address=f"{TLS_SCHEME if tls else ''}{reached}:{port}",
+            attached=False,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=me.started if me else None,
+            holder_pid=holder.pid if holder else None,
+            holder_started=holder.started if holder else None,
+            worker=description_dict(description),
+        )
+
+    @classmethod
+    def of_running(cls, address: str, description: pb.DescribeReply) -> Endpoint:
+        """The endpoint of a worker that somebody else runs."""
+        return cls(address, True, split_address(address)[1], None, None, None, None, description_dict(description))
+
+    @classmethod
+    def read(cls, path: Path) -> Endpoint:
+        """Read an endpoint file; UserError when it is missing or is not one."""
+        data = read_json(path)
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise UserError(
+                f"{path} is not an endpoint file: {error}. Delete it and start the worker again."
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Write atomically, mode 0600."""
+        replace_file(path, json.dumps(asdict(self), indent=2) + "\n", mode=0o600)
+
+    @staticmethod
+    def remove(path: Path, *, pid: int) -> None:
+        """Delete the file if it is (still) that of process `pid`."""
+        try:
+            if Endpoint.read(path).pid == pid:
+                path.unlink(missing_ok=True)
+        except UserError:
+            pass  # gone, or not ours
+
+    def process(self) -> ProcessIdentity | None:
+        """The worker's process when it is one of this machine."""
+        if self.pid is None or self.started is None or self.host != socket.gethostname():
+            return None
+        return ProcessIdentity(self.pid, self.started)
+
+    def origin(self) -> dict[str, Any]:
+        """Who started the worker, as `worker_origin` says it."""
+        unknown = ATTACHED if self.attached else "its endpoint file names no log"
+        return {
+            "attached": self.attached,
+            "host": self.host,
+            "process_started": self.started,
+            "log": self.log,
+            "reason": unknown if self.log is None or self.started is None else None,
+        }
+
+    def stale(self) -> bool:
+        """True when the worker is known to be gone, or about to go because its holder is."""
+        process = self.process()
+        if process is None:
+            return False
+        if not process.alive():
+            return True
+        return self.holder_pid is not None and not ProcessIdentity(self.holder_pid, self.holder_started or -1.0).alive()
+
+
+def remove_stale(folder: Path) -> list[Path]:
+    """Delete the endpoint files below `folder` whose worker is gone; returns them.
+
+    A workflow that was killed leaves them behind, and the next one would take them for running workers.
+    """
+    removed = []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            stale = Endpoint.read(path).stale()
+        except UserError:
+            stale = True
+        if stale:
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def description_dict(description: pb.DescribeReply) -> dict[str, Any]:
+    """Describe's reply as a plain dict with every field present."""
+    data: dict[str, Any] = MessageToDict(
+        description, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    data["parameters"] = int(data["parameters"])  # 64-bit integers are strings in protobuf's JSON
+    return data
+
+
+def describe_identity(description: pb.DescribeReply) -> str:
+    """One line that names a worker: role, model, dtype, parameters, device, threads."""
+    skipped = f" without layers {list(description.skip_layers)}" if description.skip_layers else ""
+    return (
+        f"{description.role} {description.model}{skipped} ({description.dtype}, "
+        f"{description.parameters / 1e6:.1f}M parameters, {description.device}, {description.threads} threads)"
+    )

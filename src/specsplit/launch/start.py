@@ -1,0 +1,211 @@
+"""Starting a worker in the background, waiting until it serves, stopping it; attaching to one that runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from specsplit.client.connection import OPEN, connect
+from specsplit.errors import UserError
+from specsplit.launch.endpoint import Endpoint, resolve_address
+from specsplit.launch.environment import COMMAND, deterministic_environment
+from specsplit.launch.lease import hold_lease, user_lock
+from specsplit.models.sources import resolve_model
+from specsplit.rpc.credentials import Access
+
+POLL_S = 0.1
+LOG_TAIL_LINES = 15
+
+
+def start_worker(
+    role: str,
+    worker_args: Sequence[str],
+    *,
+    endpoint_file: Path,
+    log_file: Path,
+    timeout_s: float,
+    cuda_devices: str | None = None,
+) -> Endpoint:
+    """Start `specsplit worker ROLE` detached from this process and wait until it serves.
+
+    worker_args: its flags. endpoint_file: written by the worker when it serves; deleting it stops the worker.
+    log_file: gets everything that the worker prints. cuda_devices: its CUDA_VISIBLE_DEVICES; None = ours.
+    Raises UserError, with the end of the log, when the worker ends or does not serve within `timeout_s` seconds; no
+    process is left then.
+    """
+    endpoint_file.unlink(missing_ok=True)
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    command = [*COMMAND, "worker", role, *worker_args, "--endpoint-file", str(endpoint_file)]
+    environment = deterministic_environment()
+    if cuda_devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = cuda_devices
+    deadline = time.monotonic() + timeout_s
+    # A signal that came while the process is being made would leave it with nobody to end it: it waits for the try.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        with log_file.open("ab") as log:
+            log_start = log.tell()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C at the terminal must not reach it before its lease ends
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
+            )
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        while not endpoint_file.exists():
+            if process.poll() is not None:
+                raise UserError(
+                    f"the {role} worker ended with status {process.returncode}:\n{_tail(log_file, log_start)}"
+                )
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the {role} worker did not serve within {timeout_s:g} s (workers.startup_timeout_s):\n"
+                    f"{_tail(log_file, log_start)}"
+                )
+            time.sleep(POLL_S)
+    except BaseException:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        endpoint_file.unlink(missing_ok=True)
+        raise
+    return replace(Endpoint.read(endpoint_file), log=str(log_file))
+
+
+def share_worker(
+    role: str,
+    worker_args: Sequence[str],
+    *,
+    pool: Path,
+    endpoint_file: Path,
+    log_file: Path,
+    timeout_s: float,
+    cuda_devices: str | None = None,
+) -> Endpoint:
+    """Like `start_worker`, but use a worker of this pool that was started with the same flags and still runs.
+
+    pool: a folder. The worker ends when the endpoint files of all who share it are gone, so each user's file is a
+    lease of its own.
+    """
+    key = hashlib.sha256(json.dumps([role, *worker_args, cuda_devices]).encode()).hexdigest()[:12]
+    own_file, users = pool / f"{role}-{key}.json", pool / f"{role}-{key}.users"
+    pool.mkdir(parents=True, exist_ok=True)
+    with user_lock(users):
+        endpoint = Endpoint.read(own_file) if own_file.exists() else None
+        if endpoint is None or endpoint.stale():
+            users.unlink(missing_ok=True)
+            arguments = [*worker_args, "--users-file", str(users)]
+            endpoint = start_worker(
+                role,
+                arguments,
+                endpoint_file=own_file,
+                log_file=log_file,
+                timeout_s=timeout_s,
+                cuda_devices=cuda_devices,
+            )
+        with users.open("a", encoding="utf-8") as file:
+            file.write(f"{endpoint_file.absolute()}\n")
+        endpoint = replace(endpoint, shared=True, log=str(log_file))
+        endpoint.write(endpoint_file)
+    return endpoint
+
+
+def attach_worker(
+    role: str,
+    address: str,
+    *,
+    endpoint_file: Path,
+    model: Path,
+    dtype: str,
+    skip_layers: Sequence[int] = (),
+    timeout_s: float = 10.0,
+    access: Access = OPEN,
+) -> Endpoint:
+    """Write the endpoint file of a worker that already runs, after checking that it is the one meant.
+
+    address: host:port, grpcs://host:port, or an address file. access: how we show who we are. Such a worker is never
+    stopped. Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those
+    asked for.
+    """
+    address = resolve_address(address)
+    with connect(role, address, timeout_s=timeout_s, access=access) as connection:
+        description = connection.description
+    _, manifest = resolve_model(model)
+    wanted = {
+        "weights": manifest["fingerprint"]["weights_sha256"],
+        "dtype": dtype,
+        "skip_layers": list(skip_layers),
+    }
+    found = {
+        "weights": description.weights_sha256,
+        "dtype": description.dtype,
+        "skip_layers": list(description.skip_layers),
+    }
+    differing = [f"{key} {found[key]} instead of {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    if differing:
+        raise UserError(
+            f"the {role} worker at {address} serves another model than the configuration names: "
+            f"{'; '.join(differing)}. Start it with that model, or mend the configuration."
+        )
+    endpoint = Endpoint.of_running(address, description)
+    endpoint.write(endpoint_file)
+    return endpoint
+
+
+@contextmanager
+def own_workers(starts: Mapping[str, Callable[[Path], Endpoint]]) -> Iterator[dict[str, Endpoint]]:
+    """Workers of this process alone, by role: stopped on the way out, and gone with it however it goes.
+
+    starts: role -> what starts its worker, given the endpoint file to write. What this process itself was started for
+    ends it as before.
+    """
+    hold_lease()
+    with tempfile.TemporaryDirectory(prefix="specsplit-") as folder, ExitStack() as stack:
+        started = {}
+        for role, start in starts.items():
+            file = Path(folder) / f"{role}.json"
+            stack.callback(stop_worker, file)
+            started[role] = start(file)
+        yield started
+
+
+def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | None:
+    """End the lease of a worker by deleting its endpoint file, and wait until its process is gone.
+
+    Returns None when there was no such file. There is no waiting for a worker of a pool, which runs on while others
+    use it, nor for an attached one, which runs on in any case.
+    """
+    if not endpoint_file.exists():
+        return None
+    endpoint = Endpoint.read(endpoint_file)
+    endpoint_file.unlink(missing_ok=True)
+    process = None if endpoint.shared else endpoint.process()
+    deadline = time.monotonic() + timeout_s
+    while process is not None and process.alive():
+        if time.monotonic() > deadline:
+            raise UserError(f"worker process {process.pid} still runs {timeout_s:g} s after its endpoint file went")
+        time.sleep(POLL_S)
+    return endpoint
+
+
+def _tail(log_file: Path, start: int) -> str:
+    lines = log_file.read_bytes()[start:].decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join(f"  {line}" for line in lines) + f"\n  (full log: {log_file})"

@@ -1,0 +1,301 @@
+"""Drafting: a token tree that continues the context, and trees for what may come of its verification.
+
+A session keeps every node that the model was fed and the candidates after it. A draft is grown from those; only nodes
+that were never fed cost a pass. So a draft for an outcome that was drafted for ahead costs nothing, and what was
+accepted is never fed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+import torch
+
+from specsplit.decoding.growth import Growth, Want, grow
+from specsplit.decoding.sampling import GREEDY, Candidates, Sampling, candidates
+from specsplit.decoding.tree import MAX_BRANCHING, ROOT, TokenTree, TreeShape
+from specsplit.worker.sessions import Session
+
+if TYPE_CHECKING:
+    from specsplit.engines.passes import Steps
+    from specsplit.models.vocabulary import Vocabulary
+
+CHAIN = TreeShape()
+KEPT_CANDIDATES = 2 * MAX_BRANCHING  # of each node; enough for any shape and for the outcomes beside it
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """What a request asks for. length_limit: tokens that the text can have; a draft ends one before it."""
+
+    gamma: int
+    shape: TreeShape = CHAIN
+    sampling: Sampling = GREEDY
+    stop_token_ids: frozenset[int] = frozenset()
+    vocab_size: int = 1 << 31
+    length_limit: int = 1 << 31
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verification may say, and the draft that follows it."""
+
+    accepted_tokens: list[int]
+    next_token: int
+    tree: TokenTree
+
+
+@dataclass
+class Fed:
+    """What the model of a session was fed. `nodes` speaks the target's tokens, everything else the draft's own."""
+
+    ids: list[int] = field(default_factory=list)  # the context
+    nodes: TokenTree = field(default_factory=TokenTree)  # after it, in the order of the cache
+    node_ids: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    children: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, token) -> node
+    known: dict[int, Candidates] = field(default_factory=dict)  # by node, and ROOT for the context
+    made_for: object = None  # candidates depend on it
+
+    def add(self, parent: int, token: int, token_id: int, log_prob: float) -> int:
+        node = self.nodes.add(token, parent, log_prob)
+        self.node_ids.append(token_id)
+        self.depths.append(1 if parent == ROOT else self.depths[parent] + 1)
+        self.children[parent, token] = node
+        return node
+
+    def below(self, start: int) -> list[int]:
+        """The nodes that descend from `start`, in order."""
+        inside = {start}
+        for node, parent in enumerate(self.nodes.parents):
+            if parent in inside:
+                inside.add(node)
+        return sorted(inside - {start})
+
+
+class Drafter:
+    """Drafts that continue `context` in one session. Making it brings the session to that context.
+
+    abandoned: asked before every pass; when it says yes, drafts are cut where they are.
+    """
+
+    def __init__(
+        self,
+        model: Steps,
+        vocabulary: Vocabulary,
+        session: Session,
+        context: Sequence[int],
+        settings: DraftSettings,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.session = session
+        self.context = list(context)
+        self.settings = settings
+        self.abandoned = abandoned
+        if session.state is None:
+            session.state = Fed()
+        self.fed: Fed = session.state
+        self._move_to_context()
+
+    def draft(self) -> TokenTree:
+        """The draft that follows the context; empty when the draft model cannot hold the context."""
+        if self.full:
+            return TokenTree()
+        return self._run([self._growth(ROOT, self.settings.gamma, len(self.context))])[0]
+
+    def ahead(self, tree: TokenTree, gamma: int, fan_out: int, *, full_acceptance: bool = False) -> list[Outcome]:
+        """Drafts of depth `gamma` for the `fan_out` likeliest outcomes of verifying `tree`, which `draft` returned.
+
+        An outcome is a node of the tree (or none) that acceptance ends at and a next token that is not drafted under
+        it. Its probability by the draft's own account is that of its path: few for deep nodes of an unsure draft, many
+        where the draft is sure. full_acceptance: only the whole path of first choices and the likeliest token after it.
+        """
+        place_to_node = None if self.full else self._feed_tree(tree)
+        if place_to_node is None:
+            return []
+        options = []
+        children: dict[int, list[int]] = {}
+        for place, parent in enumerate(tree.parents):
+            children.setdefault(parent, []).append(place)
+        costs = {ROOT: 0.0}
+        for place, parent in enumerate(tree.parents):
+            costs[place] = costs[parent] - tree.log_probs[place]
+        ends = [_first_leaf(children)] if full_acceptance else [ROOT, *range(len(tree))]
+        for end in ends:
+            if end not in place_to_node:  # the text ends there
+                continue
+            drafted = {tree.token_ids[child] for child in children.get(end, ())}
+            best = self.fed.known[place_to_node[end]]
+            for token, log_prob in zip(best.token_ids, best.log_probs, strict=True):
+                if token not in drafted and token not in self.settings.stop_token_ids:
+                    options.append((costs[end] - log_prob, end, token, log_prob))
+        options.sort()
+        chosen = []
+        for _, end, token, log_prob in options:
+            path = _path(tree, end)
+            length = len(self.context) + len(path) + 1
+            if length < self.settings.length_limit:
+                chosen.append((path, end, token, log_prob, length))
+            if len(chosen) == (1 if full_acceptance else fan_out):
+                break
+        starts = self._feed([(place_to_node[end], token, log_prob) for _, end, token, log_prob, _ in chosen])
+        if starts is None:
+            return []
+        growths = [self._growth(node, gamma, option[4]) for node, option in zip(starts, chosen, strict=True)]
+        return [
+            Outcome([tree.token_ids[place] for place in path], token, drafted_tree)
+            for (path, _, token, _, _), drafted_tree in zip(chosen, self._run(growths), strict=True)
+        ]
+
+    def _growth(self, start: int, gamma: int, length: int) -> Growth:
+        depth = min(gamma, self.settings.length_limit - length - 1)
+        return grow(self.settings.shape, depth, start, self.fed.known, self.settings.stop_token_ids)
+
+    def _run(self, growths: list[Growth]) -> list[TokenTree]:
+        """Run growths side by side: each pass feeds what all of them want next."""
+        trees: dict[int, TokenTree] = {}
+        answers: dict[int, list[int] | None] = dict.fromkeys(range(len(growths)))
+        started = False
+        while answers:
+            wants: dict[int, list[Want]] = {}
+            for i, nodes in answers.items():
+                try:
+                    wants[i] = growths[i].send(nodes) if started else next(growths[i])
+                except StopIteration as end:
+                    trees[i] = end.value
+            started = True
+            fed = self._feed([want for each in wants.values() for want in each])
+            answers = {}
+            for i, each in wants.items():
+                answers[i] = None if fed is None else fed[: len(each)]
+                fed = None if fed is None else fed[len(each) :]
+        return [trees[i] for i in range(len(growths))]
+
+    def _feed_tree(self, tree: TokenTree) -> dict[int, int] | None:
+        """Feed the nodes of a draft that were not fed yet, its leaves; place in the draft -> node, no stop tokens."""
+        nodes = {ROOT: ROOT}
+        leaves: list[tuple[int, Want]] = []
+        for place, (token, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True)):
+            if parent not in nodes or token in self.settings.stop_token_ids:
+                continue
+            node = self.fed.children.get((nodes[parent], token))
+            if node is None:
+                leaves.append((place, (nodes[parent], token, tree.log_probs[place])))
+            else:
+                nodes[place] = node
+        fed = self._feed([want for _, want in leaves])
+        return None if fed is None else nodes | dict(zip([place for place, _ in leaves], fed, strict=True))
+
+    def _feed(self, wants: Sequence[Want]) -> list[int] | None:
+        """One pass over the wanted nodes that were not fed yet; None when the cache is full or nobody waits."""
+        fed, cache = self.fed, self.session.cache
+        new = [want for want in dict.fromkeys((w[0], w[1]) for w in wants) if want not in fed.children]
+        if new:
+            if cache.length + len(new) > cache.capacity or self.abandoned():
+                return None
+            scores = {(node, token): log_prob for node, token, log_prob in wants}
+            before = len(fed.nodes)
+            for node, token in new:
+                fed.add(node, token, self.vocabulary.token(token), scores[node, token])
+            try:
+                tree = TokenTree(fed.node_ids, fed.nodes.parents, fed.nodes.log_probs)
+                logits = self.model.step(cache, (), tree, before)
+            except BaseException:
+                self._forget()
+                raise
+            self._learn(range(before, len(fed.nodes)), logits)
+        return [fed.children[node, token] for node, token, _ in wants]
+
+    def _learn(self, nodes: Sequence[int], logits: torch.Tensor) -> None:
+        """Note the candidates after nodes that were fed; logits: [len(nodes), vocabulary of the draft]."""
+        logits = self.vocabulary.outward(logits)[:, : self.settings.vocab_size]
+        depths = [0 if node == ROOT else self.fed.depths[node] for node in nodes]
+        positions = [len(self.context) + depth for depth in depths]
+        found = candidates(logits, positions, self.settings.sampling, KEPT_CANDIDATES)
+        self.fed.known.update(zip(nodes, found, strict=True))
+
+    def _move_to_context(self) -> None:
+        """Keep what was fed and is still right: the context, the accepted path and everything below its end."""
+        session, fed, cache = self.session, self.fed, self.session.cache
+        ids = self.vocabulary.context(self.context)
+        made_for = (self.settings.sampling, self.settings.vocab_size)
+        self.full = len(ids) > cache.capacity  # in the draft's own tokens a text may be longer
+        if self.full:
+            session.tokens = list(self.context)
+            cache.rollback(0)
+            session.state = self.fed = Fed()
+            return
+        path = self._accepted_path(ids) if fed.made_for == made_for else None
+        # Said at once, so that what fails below leaves a session that tells the truth.
+        session.tokens, session.state = [], Fed(ids=fed.ids)
+        if path is not None and len(fed.ids) + len(path) == len(ids):
+            self._keep_below(path, ids)
+        else:
+            if path:
+                cache.keep(len(fed.ids), path)
+            else:  # the last token is always fed: its logits are needed
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], fed.ids, strict=False))
+                cache.rollback(sum(1 for _ in same))
+            held = cache.length
+            session.state = self.fed = fed = Fed(ids=ids[:held], made_for=made_for)
+            logits = self.model.step(cache, ids[held:])[-1:]
+            fed.ids = ids
+            self._learn([ROOT], logits)
+        session.tokens = list(self.context)
+
+    def _accepted_path(self, ids: list[int]) -> list[int] | None:
+        """Nodes that the tokens after the old context are, as far as they were drafted; None without that context."""
+        old = len(self.session.tokens)
+        if ROOT not in self.fed.known or self.context[:old] != self.session.tokens:
+            return None
+        if ids[: len(self.fed.ids)] != self.fed.ids:
+            return None
+        path: list[int] = []
+        for token in self.context[old:]:
+            node = self.fed.children.get((path[-1] if path else ROOT, token))
+            place = len(self.fed.ids) + len(path)
+            if node is None or place >= len(ids) or ids[place] != self.fed.node_ids[node]:
+                break
+            path.append(node)
+        return path
+
+    def _keep_below(self, path: list[int], ids: list[int]) -> None:
+        old = self.fed
+        root = path[-1] if path else ROOT
+        kept = old.below(root)
+        self.session.cache.keep(len(old.ids), [*path, *kept])
+        new = Fed(ids=ids, made_for=old.made_for)
+        places = {root: ROOT}
+        new.known[ROOT] = old.known[root]
+        for node in kept:
+            parent = places[old.nodes.parents[node]]
+            places[node] = new.add(parent, old.nodes.token_ids[node], old.node_ids[node], old.nodes.log_probs[node])
+            new.known[places[node]] = old.known[node]
+        self.session.state = self.fed = new
+
+    def _forget(self) -> None:
+        """After a pass that failed: the context alone is in the cache for sure."""
+        self.session.cache.rollback(min(self.session.cache.length, len(self.fed.ids)))
+        self.session.state = self.fed = Fed(ids=self.fed.ids)
+
+
+def _first_leaf(children: dict[int, list[int]]) -> int:
+    """The end of the path of first choices."""
+    node = ROOT
+    while node in children:
+        node = children[node][0]
+    return node
+
+
+def _path(tree: TokenTree, node: int) -> list[int]:
+    """Places from the root to `node`."""
+    path = []
+    while node != ROOT:
+        path.append(node)
+        node = tree.parents[node]
+    return path[::-1]

@@ -1,0 +1,158 @@
+"""DraftService: checks requests, keeps sessions, calls the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grpc
+
+from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES, TokenTree, TreeShape
+from specsplit.models.vocabulary import Vocabulary
+from specsplit.rpc.codec import sampling_from_message, tree_to_message
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.settings.processes import MAX_GAMMA, DraftWorkerConfig
+from specsplit.worker.batching import SharedModel
+from specsplit.worker.draft import Drafter, DraftSettings
+from specsplit.worker.inbox import Inbox
+from specsplit.worker.refusals import InvalidRequest
+from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
+
+MAX_STOP_TOKENS = 1024
+
+
+class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
+    """Serves one draft model. vocabulary: how its tokens are the target's; by default they are the same."""
+
+    role = "draft"
+    config: DraftWorkerConfig
+
+    def __init__(
+        self,
+        model: SharedModel,
+        config: DraftWorkerConfig,
+        identity: Mapping[str, Any],
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        super().__init__(model, config, identity)
+        self.vocabulary = vocabulary or Vocabulary(model.vocab_size)
+        self.vocab_size = self.vocabulary.size
+
+    def GenerateDrafts(
+        self, request: pb.GenerateDraftsRequest, context: grpc.ServicerContext
+    ) -> pb.GenerateDraftsReply:
+        return self.guard(
+            context, request.context, lambda caller: self._generate(request, caller, self._settings(request))[0]
+        )
+
+    def StreamDrafts(
+        self, requests: Iterator[pb.GenerateDraftsRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateDraftsReply]:
+        return self.guard_stream(requests, context, self._stream)
+
+    def _stream(self, inbox: Inbox, caller: Caller) -> Iterator[pb.GenerateDraftsReply]:
+        for request, arrived in inbox:
+            inbox.of_session(request.context.session_id, request.context.round)
+            settings = self._settings(request)
+            reply, tree = self._generate(request, caller, settings, arrived)
+            yield reply
+            if request.ahead.fan_out and tree is not None and not inbox.waiting():
+                ahead = self._ahead(request, caller, settings, tree, inbox.waiting)
+                if ahead is not None:
+                    yield ahead
+
+    def _generate(
+        self,
+        request: pb.GenerateDraftsRequest,
+        caller: Caller,
+        settings: DraftSettings,
+        arrived: float | None = None,
+    ) -> tuple[pb.GenerateDraftsReply, TokenTree | None]:
+        """The reply and its tree; no tree when the reply was given before."""
+        made: list[TokenTree] = []
+
+        def work(session: Any, tokens: list[int]) -> TokenTree:
+            made.append(Drafter(self.model, self.vocabulary, session, tokens, settings).draft())
+            return made[0]
+
+        reply = self.answer(
+            request,
+            caller,
+            work,
+            lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)),
+            lambda tree: (len(tree), 0),
+            arrived,
+        )
+        return reply, made[0] if made else None
+
+    def _ahead(
+        self,
+        request: pb.GenerateDraftsRequest,
+        caller: Caller,
+        settings: DraftSettings,
+        tree: TokenTree,
+        abandoned: Callable[[], bool],
+    ) -> pb.GenerateDraftsReply | None:
+        """Drafts for the outcomes of verifying `tree`; None when a newer request came meanwhile."""
+        ahead = request.ahead
+        with self.sessions.use(request.context, caller.owner) as session:
+            if session.last_round != request.context.round:  # evicted and opened anew
+                return None
+            with self.model.timed(caller.gone) as watch:
+                outcomes = Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
+                    tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
+                )
+        if abandoned():
+            return None
+        reply = pb.GenerateDraftsReply(
+            round=request.context.round,
+            is_ahead=True,
+            outcomes=[
+                pb.Outcome(accepted_tokens=o.accepted_tokens, next_token=o.next_token, tree=tree_to_message(o.tree))
+                for o in outcomes
+            ],
+        )
+        reply.timings.queue_ms = watch.queue_ms
+        reply.timings.compute_ms = watch.compute_ms
+        reply.timings.server_ms = watch.queue_ms + watch.compute_ms
+        if caller.parent is not None and self.spans is not None:
+            drafted = sum(len(o.tree) for o in outcomes)
+            self.spans.ahead(caller.parent, request.context.session_id, reply.round, reply.timings, drafted)
+        return reply
+
+    def _settings(self, request: pb.GenerateDraftsRequest) -> DraftSettings:
+        """What the request asks for, checked."""
+        gamma, ahead = request.max_draft_tokens, request.ahead
+        if not 1 <= gamma <= MAX_GAMMA:
+            raise InvalidRequest(f"max_draft_tokens must be 1 to {MAX_GAMMA}, got {gamma}")
+        if len(request.branching) > MAX_GAMMA:
+            raise InvalidRequest(f"branching has {len(request.branching)} levels, a draft has at most {MAX_GAMMA}")
+        branching = list(request.branching)
+        if any(not 1 <= width <= MAX_BRANCHING for width in branching):
+            raise InvalidRequest(f"branching {branching}: a level has 1 to {MAX_BRANCHING} children")
+        nodes, width = request.tree_nodes, request.tree_width
+        if nodes and not (nodes <= MAX_TREE_NODES and 1 <= width <= MAX_TREE_NODES):
+            raise InvalidRequest(f"tree_nodes and tree_width must be 1 to {MAX_TREE_NODES}")
+        if nodes and branching:
+            raise InvalidRequest("a tree has either tree_nodes or branching")
+        if len(request.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InvalidRequest(f"{len(request.stop_token_ids)} stop tokens are more than {MAX_STOP_TOKENS}")
+        if ahead.fan_out > MAX_FAN_OUT or ahead.max_draft_tokens > MAX_GAMMA:
+            raise InvalidRequest(f"ahead: fan_out is at most {MAX_FAN_OUT}, max_draft_tokens at most {MAX_GAMMA}")
+        try:
+            sampling = sampling_from_message(request.sampling)
+        except ValueError as error:
+            raise InvalidRequest(f"sampling: {error}") from error
+        if nodes and sampling.uses_rejection:
+            raise InvalidRequest("a tree that keeps the likeliest tokens biases rejection sampling: use branching")
+        shape = TreeShape(tuple(branching), nodes, width)
+        self.check_request(request.context, shape.size(gamma))
+        return DraftSettings(
+            gamma=gamma,
+            shape=shape,
+            sampling=sampling,
+            stop_token_ids=frozenset(request.stop_token_ids),
+            vocab_size=request.vocab_size or self.vocab_size,
+            length_limit=request.length_limit or DraftSettings.length_limit,
+        )

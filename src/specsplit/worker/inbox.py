@@ -1,0 +1,65 @@
+"""The messages of a stream, read as they come, so that a handler can see that a newer one waits."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from specsplit.rpc.codec import MALFORMED
+from specsplit.worker.refusals import InvalidRequest, LimitReached
+
+MOST_WAITING = 64  # messages of a stream; a client of ours has three under way at most
+
+
+class Inbox:
+    """Reads `requests` on a thread of its own until the client has sent all or is gone.
+
+    Iterating gives (message, time.perf_counter() of its arrival), and ends as soon as the client is gone, whatever
+    waits. It raises InvalidRequest for a message that cannot be read and LimitReached when over MOST_WAITING wait.
+    session_id, round: of the last message, noted by the handler (`of_session`). arrived: when that message came.
+    """
+
+    def __init__(self, requests: Iterator[Any]) -> None:
+        self.session_id = ""
+        self.round = 0
+        self.arrived = time.perf_counter()
+        self._gone = self._flooded = False
+        self._messages: queue.SimpleQueue[tuple[Any, float] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(requests,), name="stream", daemon=True).start()
+
+    def _read(self, requests: Iterator[Any]) -> None:
+        try:
+            for message in requests:
+                if self._messages.qsize() >= MOST_WAITING:
+                    self._flooded = True
+                    break
+                self._messages.put((message, time.perf_counter()))
+        except grpc.RpcError:
+            self._gone = True
+        self._messages.put(None)
+
+    def __iter__(self) -> Iterator[tuple[Any, float]]:
+        while (item := self._messages.get()) is not None:
+            if self._gone:
+                break
+            if self._flooded:
+                raise LimitReached(f"over {MOST_WAITING} messages of this stream wait: send the next one after a reply")
+            if item[0] is MALFORMED:
+                raise InvalidRequest(MALFORMED.why)
+            self.arrived = item[1]
+            yield item
+
+    def of_session(self, session_id: str, round_number: int) -> None:
+        """Note whose message it is. Raises InvalidRequest when it is of another session than those before it."""
+        if self.session_id and session_id != self.session_id:
+            raise InvalidRequest("a stream is of one session: open another stream for another one")
+        self.session_id, self.round = session_id, round_number
+
+    def waiting(self) -> bool:
+        """Whether something has come that was not taken yet, the end included."""
+        return not self._messages.empty()

@@ -1,0 +1,210 @@
+"""Runs one worker: loads the model, serves gRPC with health and reflection, drains and stops."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from specsplit import tracing
+from specsplit.engines.loading import load_model, target_tokenizer
+from specsplit.errors import UserError
+from specsplit.launch.endpoint import Endpoint, describe_identity
+from specsplit.launch.environment import usable_cores
+from specsplit.launch.lease import Lease, lease_holder
+from specsplit.models.sources import resolve_model
+from specsplit.models.vocabulary import load_vocabulary
+from specsplit.rpc.codec import CHANNEL_OPTIONS
+from specsplit.rpc.credentials import ServerAccess
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
+from specsplit.worker.batching import SharedModel
+from specsplit.worker.draft_service import DraftServicer
+from specsplit.worker.interceptor import Gate
+from specsplit.worker.servicer import WorkerServicer
+from specsplit.worker.target_service import TargetServicer
+
+if TYPE_CHECKING:
+    from specsplit.worker.prometheus import Metrics
+
+log = logging.getLogger(__name__)
+LEASE_POLL_S = 0.5
+SPARE_CALLS = 16  # beyond those that work: health, Describe and what is refused are answered in any case
+SERVER_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.so_reuseport", 0),  # or two workers could listen on one port and share its calls
+]
+DRAFT_SERVICE = pb.DESCRIPTOR.services_by_name["DraftService"].full_name
+TARGET_SERVICE = pb.DESCRIPTOR.services_by_name["TargetService"].full_name
+
+
+def load_servicer(config: WorkerSettings) -> WorkerServicer:
+    """Load the model that the settings name and wrap it into its service.
+
+    Raises UserError when the model is missing or cannot be loaded.
+    """
+    if config.model is None:
+        prefix = config.model_config["env_prefix"]
+        raise UserError(f"no model: give --model FOLDER or set {prefix}MODEL")
+    folder, manifest = resolve_model(config.model)
+    threads = config.threads or usable_cores()
+    model, identity = load_model(folder, manifest, config, threads)
+    shared = SharedModel(model, threads, config.seed)
+    if isinstance(config, DraftWorkerConfig):
+        vocabulary = load_vocabulary(folder, target_tokenizer(config), model.vocab_size)
+        return DraftServicer(shared, config, identity, vocabulary)
+    return TargetServicer(shared, config, identity)
+
+
+class WorkerServer:
+    """A gRPC server: health and reflection from `start` on, the service of a worker from `open` on.
+
+    port: the one it listens on after `start`.
+    """
+
+    def __init__(self, config: WorkerSettings) -> None:
+        self.config = config
+        self.port = 0
+        self.servicer: WorkerServicer | None = None
+        self.service = DRAFT_SERVICE if isinstance(config, DraftWorkerConfig) else TARGET_SERVICE
+        self._access = ServerAccess.load(config)
+        self.metrics: Metrics | None = None
+        if config.metrics_port is not None:
+            from specsplit.worker.prometheus import Metrics
+
+            self.metrics = Metrics()
+        self.spans = tracing.WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
+        self._gate = Gate(self._access, self.service, self.metrics.refused if self.metrics else None)
+        threads = config.call_limit + SPARE_CALLS
+        self._server = grpc.server(
+            ThreadPoolExecutor(threads, "rpc"),  # made as they are needed; they mostly wait for the model
+            interceptors=[self._gate],
+            options=SERVER_OPTIONS,
+            maximum_concurrent_rpcs=threads,
+        )
+        self._late = _LateService()
+        self._server.add_generic_rpc_handlers((self._late,))
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (self.service, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    def start(self) -> None:
+        """Listen and report NOT_SERVING. UserError when the address cannot be had."""
+        address = f"{self.config.host}:{self.config.port}"
+        self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            if self._access.credentials is None:
+                self.port = self._server.add_insecure_port(address)
+            else:
+                self.port = self._server.add_secure_port(address, self._access.credentials)
+        except RuntimeError as error:
+            raise UserError(
+                f"cannot listen on {address}: it is in use or not an address of this machine. "
+                f"Choose another --port (0 = any free one) or --host."
+            ) from error
+        self._server.start()
+        if self.metrics is not None:
+            assert self.config.metrics_port is not None
+            self.metrics.listen(self.config.metrics_host, self.config.metrics_port)
+
+    def open(self, servicer: WorkerServicer) -> None:
+        """Serve what was loaded and report SERVING."""
+        # Of a call that passed the gate.
+        servicer.owner_of = lambda metadata: self._access.owner(metadata) or ""
+        self.servicer = servicer
+        if self.metrics is not None:
+            self.metrics.watch(servicer, servicer.Describe(pb.DescribeRequest(), None))
+            servicer.metrics = self.metrics
+        servicer.spans = self.spans
+        if isinstance(servicer, DraftServicer):
+            pb_grpc.add_DraftServiceServicer_to_server(servicer, self._late)
+        else:
+            pb_grpc.add_TargetServiceServicer_to_server(servicer, self._late)
+        self._gate.loading = False
+        self._report(health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self) -> None:
+        """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s`, stop."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace=self.config.drain_s).wait()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.servicer is not None:
+            self.servicer.model.close()
+
+    def _report(self, status: int) -> None:
+        for name in ("", self.service):
+            self._health.set(name, status)
+
+
+class _LateService(grpc.GenericRpcHandler):
+    """The handlers of a service that comes when the server runs already. Stands in for a server when they are added."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._handlers.get(details.method)
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+        self._handlers.update({f"/{service}/{method}": handler for method, handler in handlers.items()})
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """The same ones in another form."""
+
+
+def serve(
+    config: WorkerSettings,
+    *,
+    endpoint_file: Path | None = None,
+    users_file: Path | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a worker until SIGTERM, SIGINT or the end of its lease.
+
+    endpoint_file: written once the worker serves; deleting it stops the worker.
+    users_file: lists the endpoint files of those who share it; the worker stops when none of them exists.
+    on_loaded: called when the model is loaded; from then on we look after the lease here, and drain when it ends.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    lease = Lease(lease_holder(), endpoint_file, users_file)
+    server = WorkerServer(config)
+    server.start()  # first: health is answered while the model is loaded, and a port in use is told at once
+    servicer = load_servicer(config)
+    on_loaded()
+    if stop.is_set() or lease.lost():
+        server.stop()
+        log.info("stopped while loading")
+        return
+    server.open(servicer)
+    description = servicer.Describe(pb.DescribeRequest(), None)
+    log.info("serving %s on %s:%d", describe_identity(description), config.host, server.port)
+    if endpoint_file is not None:
+        tls = config.tls_cert is not None
+        Endpoint.local(config.host, server.port, description, lease.holder, tls=tls).write(endpoint_file)
+        lease.written = True
+    while not stop.wait(LEASE_POLL_S):
+        if reason := lease.lost():
+            log.info("stopping: %s", reason)
+            break
+    server.stop()
+    if endpoint_file is not None:
+        Endpoint.remove(endpoint_file, pid=os.getpid())
+    log.info("stopped")
+    tracing.stop()  # sends the last spans
+    # Nothing is left to be done, and Python's own end takes seconds at times: it waits for every thread, so for a pass
+    # of the model whose result nobody wants, and takes the libraries apart.
+    os._exit(0)

@@ -1,0 +1,250 @@
+"""What both services share: sessions, limits, description, and how a refusal becomes a gRPC status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import grpc
+import torch
+
+import specsplit
+from specsplit import tracing
+from specsplit.launch.environment import DETERMINISM_VARIABLES
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.processes import WorkerSettings
+from specsplit.worker.batching import SharedModel, describe_runtime
+from specsplit.worker.inbox import MOST_WAITING, Inbox
+from specsplit.worker.memory import sessions_that_fit
+from specsplit.worker.refusals import RETRY_AFTER, Abandoned, Busy, InvalidRequest, LimitReached, Refusal
+from specsplit.worker.sessions import Session, SessionStore
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+
+    from specsplit.worker.prometheus import Metrics
+
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+T = TypeVar("T")
+MAX_SESSION_ID = 128
+MAX_FAN_OUT = 64  # outcomes of a verification
+MAX_ROUND = 1 << 31
+MAX_DETAILS = 500  # characters: a status goes into headers, whose size is limited
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who a request came from. owner: prefix of the names of its sessions. gone: nobody waits for the answer now.
+
+    parent: of its spans; None where there are none.
+    """
+
+    owner: str
+    gone: Callable[[], bool]
+    parent: Context | None = None
+
+
+class WorkerServicer:
+    """One loaded model and its sessions.
+
+    identity: model name and fingerprint as reported by Describe. owner_of: who a call is from, by its metadata; what it
+    says has one length, so that no owner and session id can be read as another pair.
+    """
+
+    role = ""
+    owner_of: Callable[[Any], str] = staticmethod(lambda metadata: "")
+    metrics: Metrics | None = None
+    spans: tracing.WorkerSpans | None = None
+
+    def __init__(self, model: SharedModel, config: WorkerSettings, identity: Mapping[str, Any]) -> None:
+        self.model = model
+        self.vocab_size = model.vocab_size
+        self.config = config
+        self.identity = identity
+        self.max_context = min(config.max_context, model.max_context)
+        self.sessions = SessionStore(
+            lambda: model.new_cache(self.max_context),
+            limit=sessions_that_fit(config, model.model, self.max_context),
+            ttl_s=config.session_ttl_s,
+        )
+        self._calls = threading.BoundedSemaphore(config.call_limit)
+
+    def EndSession(self, request: pb.EndSessionRequest, context: grpc.ServicerContext) -> pb.EndSessionReply:
+        return pb.EndSessionReply(existed=self.sessions.end(request.session_id, self.caller(context).owner))
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        return pb.DescribeReply(
+            role=self.role,
+            version=specsplit.__version__,
+            dtype=self.config.dtype,
+            device=str(self.model.model.device),
+            threads=self.model.threads,
+            skip_layers=getattr(self.config, "skip_layers", []),
+            vocab_size=self.vocab_size,
+            max_context=self.max_context,
+            eos_token_ids=self.model.model.eos_token_ids,
+            pid=os.getpid(),
+            environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
+            runtime=describe_runtime(self.model.model.device, self.config.seed),
+            **self.identity,
+        )
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        metadata = context.invocation_metadata()
+        parent = None if self.spans is None else tracing.parent_of(metadata)
+        return Caller(self.owner_of(metadata), lambda: not context.is_active(), parent)
+
+    def check_request(self, context: pb.Context, nodes: int) -> None:
+        """Refuse what no session could serve, before one is opened and another evicted for it."""
+        if not 0 < len(context.session_id) <= MAX_SESSION_ID:
+            raise InvalidRequest(f"session_id must have 1 to {MAX_SESSION_ID} characters")
+        if not 1 <= context.round < MAX_ROUND:
+            raise InvalidRequest(f"round counts from 1 and stays below {MAX_ROUND}, got {context.round}")
+        if not context.new_tokens:
+            raise InvalidRequest("new_tokens is empty: send at least the last token of the context")
+        length = context.prefix_length + len(context.new_tokens)
+        if nodes > self.config.max_tree_nodes:
+            raise LimitReached(f"a tree of {nodes} nodes is over the limit of {self.config.max_tree_nodes}")
+        if length + nodes > self.max_context:
+            raise LimitReached(
+                f"a context of {length} tokens and {nodes} drafted ones exceed the "
+                f"{self.max_context} that a session of this worker can hold (max_context)"
+            )
+        # After the length, which bounds how many there are to look at.
+        outside = next((t for t in context.new_tokens if t >= self.vocab_size), None)
+        if outside is not None:
+            raise InvalidRequest(f"token id {outside} is outside the vocabulary of {self.vocab_size}")
+
+    def answer(
+        self,
+        request: Any,
+        caller: Caller,
+        work: Callable[[Session, list[int]], T],
+        reply_to: Callable[[T], R],
+        count: Callable[[T], tuple[int, int]],
+        arrived: float | None = None,
+    ) -> R:
+        """One round of a checked request: the reply given before, or what `work(session, context)` comes to.
+
+        reply_to makes the reply of what `work` returns; the round and the timings are filled in here. count: its tokens
+        drafted and accepted, for the metrics and spans.
+        arrived: time.perf_counter() when the request came, if it waited before this call.
+        """
+        called = time.perf_counter()
+        arrived = called if arrived is None else arrived
+        # Its hash: what fields we do not know hold would stay in memory with the session.
+        raw = sha256(request.SerializeToString(deterministic=True)).digest()
+        with self.sessions.use(request.context, caller.owner) as session:
+            if (known := session.replay(request.context.round, raw)) is not None:
+                return known
+            tokens = session.context_for(request.context)
+            with self.model.timed(caller.gone) as watch:
+                value = work(session, tokens)
+            reply: Any = reply_to(value)
+            reply.round = request.context.round
+            reply.timings.queue_ms = watch.queue_ms + (called - arrived) * 1e3
+            reply.timings.compute_ms = watch.compute_ms
+            reply.timings.server_ms = (time.perf_counter() - arrived) * 1e3
+            session.remember(request.context.round, raw, reply)
+            if self.metrics is not None:
+                self.metrics.round(watch.queue_ms, watch.compute_ms, *count(value))
+            if caller.parent is not None and self.spans is not None:
+                about = request.context.session_id, request.context.round
+                self.spans.round(caller.parent, *about, arrived, reply.timings, *count(value))
+            return reply
+
+    def guard_stream(
+        self, requests: Iterator[Any], context: grpc.ServicerContext, answers: Callable[[Inbox, Caller], Iterator[R]]
+    ) -> Iterator[R]:
+        """Run the handler of a stream, as `guard` does for one call; its session ends with it.
+
+        The handler has a thread of its own, for gRPC asks for the next reply only once the last one was sent.
+        """
+        caller = self.caller(context)
+        inbox = Inbox(requests)
+        outbox: SimpleQueue[tuple[R | None, Exception | None]] = SimpleQueue()
+
+        def work() -> None:
+            failure = None
+            try:
+                with self._admitted():
+                    for reply in answers(inbox, caller):
+                        outbox.put((reply, None))
+                        if outbox.qsize() > MOST_WAITING:
+                            raise LimitReached(f"over {MOST_WAITING} replies of this stream wait to be read")
+            except Exception as error:
+                failure = error
+            finally:
+                self.sessions.end(inbox.session_id, caller.owner)
+                outbox.put((None, failure))
+
+        threading.Thread(target=work, name="answers", daemon=True).start()
+        while (item := outbox.get())[0] is not None:
+            yield item[0]
+        if item[1] is not None:
+            self.abort(context, item[1], inbox.session_id, inbox.round, inbox.arrived)
+
+    def guard(self, context: grpc.ServicerContext, what: pb.Context, work: Callable[[Caller], R]) -> R:
+        """Run a handler; what it raises becomes a status. what: of the request, for the log."""
+        arrived = time.perf_counter()
+        try:
+            with self._admitted():
+                return work(self.caller(context))
+        except Exception as error:
+            self.abort(context, error, what.session_id, what.round, arrived)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """One of the calls that may run at once. Describe, EndSession and health are none of them: they are answered in
+        any case."""
+        if not self._calls.acquire(blocking=False):
+            raise Busy(f"{self.config.call_limit} calls and streams run already; try again later or raise max_calls")
+        try:
+            yield
+        finally:
+            self._calls.release()
+
+    def abort(
+        self, context: grpc.ServicerContext, error: Exception, session_id: str, round_number: int, arrived: float
+    ) -> NoReturn:
+        """End a call: a Refusal with its own status, want of memory as RESOURCE_EXHAUSTED, anything else INTERNAL with
+        the traceback in the log. arrived: time.perf_counter() when the request came."""
+        session = tracing.shown(session_id)
+        about = f"session={session} round={round_number}"
+        metadata = context.invocation_metadata()
+        fields = {
+            "session": session or None,
+            "round": round_number or None,
+            "trace_id": tracing.trace_id(metadata),
+        }
+        if _is_out_of_memory(error):
+            log.error("out of memory: %s %s", error, about, extra=fields)
+            error = LimitReached("not enough memory on this worker for the request; lower max_context or max_sessions")
+        status = error.status if isinstance(error, Refusal) else grpc.StatusCode.INTERNAL
+        if self.metrics is not None:
+            self.metrics.refused(status)
+        if self.spans is not None:
+            self.spans.refused(tracing.parent_of(metadata), session_id, round_number, arrived, status, error)
+        if isinstance(error, Refusal):
+            level = logging.DEBUG if isinstance(error, Abandoned) else logging.INFO
+            log.log(level, "refused %s: %s %s", status.name, error, about, extra=fields)
+            if isinstance(error, Busy):
+                context.set_trailing_metadata(((RETRY_AFTER, str(error.retry_after_ms)),))
+            context.abort(status, str(error)[:MAX_DETAILS])
+        log.error("request failed %s", about, exc_info=error, extra=fields)
+        context.abort(status, f"{type(error).__name__}: {error}"[:MAX_DETAILS])
+        raise AssertionError("abort always raises")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch's allocator of the CPU raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

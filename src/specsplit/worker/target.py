@@ -1,0 +1,37 @@
+"""Verification: one pass of the target over new context tokens and the drafted tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from specsplit.decoding.sampling import GREEDY, Sampling
+from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.verification import Verdict, verify
+from specsplit.worker.sessions import Session
+
+if TYPE_CHECKING:
+    from specsplit.engines.passes import Steps
+
+
+def verify_tree(
+    model: Steps,
+    session: Session,
+    context: Sequence[int],
+    prefix_length: int,
+    tree: TokenTree,
+    sampling: Sampling = GREEDY,
+) -> Verdict:
+    """Which drafted tokens the target confirms, and its own next token.
+
+    `context` agrees with the session's tokens up to `prefix_length`. The session then holds the context and the
+    accepted tokens, in its token list and in its cache.
+    """
+    cache = session.cache
+    cache.rollback(min(cache.length, prefix_length, len(context) - 1))
+    session.tokens = list(context[: cache.length])  # true even if the pass below fails
+    logits = model.step(cache, context[cache.length :], tree)
+    verdict = verify(tree, logits, len(context), sampling)
+    cache.keep(len(context), verdict.path)
+    session.tokens = [*context, *(tree.token_ids[node] for node in verdict.path)]
+    return verdict

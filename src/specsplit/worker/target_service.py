@@ -1,0 +1,114 @@
+"""TargetService: checks requests, keeps sessions, calls the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+
+from specsplit.decoding.tree import TreeError, check_lengths
+from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.worker.inbox import Inbox
+from specsplit.worker.refusals import InvalidRequest
+from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
+from specsplit.worker.target import verify_tree
+
+
+class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
+    """Serves one target model."""
+
+    role = "target"
+    config: TargetWorkerConfig
+
+    def VerifyDrafts(self, request: pb.VerifyDraftsRequest, context: grpc.ServicerContext) -> pb.VerifyDraftsReply:
+        return self.guard(context, request.context, lambda caller: self._verify(request, caller))
+
+    def StreamVerify(
+        self, requests: Iterator[pb.StreamVerifyRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.VerifyDraftsReply]:
+        return self.guard_stream(requests, context, self._stream)
+
+    def _stream(self, inbox: Inbox, caller: Caller) -> Iterator[pb.VerifyDraftsReply]:
+        # Messages are taken in order, so drafts prepared for a round come up right when that round is done.
+        last: tuple[pb.VerifyDraftsRequest, pb.VerifyDraftsReply] | None = None
+        for message, arrived in inbox:
+            request: pb.VerifyDraftsRequest | None = message.verify
+            waiting_since: float | None = arrived
+            what = message.WhichOneof("what")
+            if what is None:
+                raise InvalidRequest("a message of this stream is either verify or prepared")
+            if what == "prepared":
+                if len(message.prepared.outcomes) > MAX_FAN_OUT:
+                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {MAX_FAN_OUT}")
+                request, waiting_since = last and _next_round(*last, message.prepared), None
+            if request is None:
+                continue
+            inbox.of_session(request.context.session_id, request.context.round)
+            reply = self._verify(request, caller, waiting_since)
+            last = request, reply
+            yield reply
+
+    def _verify(
+        self, request: pb.VerifyDraftsRequest, caller: Caller, arrived: float | None = None
+    ) -> pb.VerifyDraftsReply:
+        # Counted before they are taken out of the message: a few megabytes of it would be many of Python's numbers.
+        nodes = len(request.tree.token_ids)
+        self.check_request(request.context, nodes)
+        try:
+            check_lengths(nodes, len(request.tree.parents), len(request.tree.log_probs))
+            if len(request.tree.distributions) > nodes + 1:
+                raise TreeError(f"{len(request.tree.distributions)} distributions are more than {nodes} nodes have")
+            if any(len(d.token_ids) > self.vocab_size for d in request.tree.distributions):
+                raise TreeError(f"a distribution has more tokens than the vocabulary of {self.vocab_size}")
+            tree = tree_from_message(request.tree)
+            tree.validate(vocab_size=self.model.vocab_size)
+            sampling = sampling_from_message(request.sampling)
+            if sampling.uses_rejection:
+                tree.check_drawn()
+        except TreeError as error:
+            raise InvalidRequest(f"malformed tree: {error}") from error
+        except ValueError as error:
+            raise InvalidRequest(f"sampling: {error}") from error
+        return self.answer(
+            request,
+            caller,
+            lambda session, tokens: verify_tree(
+                self.model, session, tokens, request.context.prefix_length, tree, sampling
+            ),
+            lambda verdict: pb.VerifyDraftsReply(
+                accepted_nodes=verdict.path,
+                accepted_tokens=[tree.token_ids[node] for node in verdict.path],
+                next_token=verdict.next_token,
+            ),
+            lambda verdict: (tree.depth(), len(verdict.path)),
+            arrived,
+        )
+
+
+def _next_round(
+    request: pb.VerifyDraftsRequest, reply: pb.VerifyDraftsReply, prepared: pb.Prepared
+) -> pb.VerifyDraftsRequest | None:
+    """The request of the round after `request`, when its outcome was prepared for."""
+    if prepared.round != request.context.round:
+        return None
+    accepted = list(reply.accepted_tokens)
+    for outcome in prepared.outcomes:
+        if outcome.next_token == reply.next_token and list(outcome.accepted_tokens) == accepted:
+            break
+    else:
+        return None
+    added = [*request.context.new_tokens, *accepted]
+    return pb.VerifyDraftsRequest(
+        context=pb.Context(
+            session_id=request.context.session_id,
+            round=request.context.round + 1,
+            prefix_length=request.context.prefix_length + len(added),
+            prefix_crc32=tokens_crc32(added, request.context.prefix_crc32),
+            new_tokens=[reply.next_token],
+        ),
+        tree=outcome.tree,
+        sampling=request.sampling,
+    )

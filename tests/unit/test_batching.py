@@ -1,0 +1,170 @@
+"""One model, many sessions: who waits shares the next pass."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from specsplit.decoding.tree import TokenTree
+from specsplit.engines.passes import Pass
+from specsplit.engines.synthetic import SyntheticLM
+from specsplit.worker import batching
+from specsplit.worker.batching import LONGEST_DOUBT, ModelThread, SharedModel
+from specsplit.worker.refusals import Stopped
+
+
+class Held(SyntheticLM):
+    """Notes which passes were run together, and waits in the first until `leave` is set."""
+
+    def __init__(self, **settings: float) -> None:
+        super().__init__(**settings)
+        self.together: list[list[int]] = []
+        self.entered, self.leave = threading.Event(), threading.Event()
+
+    def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
+        self.together.append([p.size for p in passes])
+        self.entered.set()
+        self.leave.wait(30)
+        if any(90 in p.tokens for p in passes):
+            raise ZeroDivisionError("a token that breaks the pass")
+        return super().step_many(passes)
+
+
+def wait_for(shared: SharedModel, count: int) -> None:
+    while len(shared._waiting) < count:
+        time.sleep(0.001)
+
+
+def alone(tokens: Sequence[int]) -> torch.Tensor:
+    model = SyntheticLM()
+    return model.step(model.new_cache(64), tokens)
+
+
+def test_passes_that_wait_are_run_as_one() -> None:
+    model = Held()
+    shared = SharedModel(model, 1, seed=0)
+    texts = [[40 + i] * (i + 1) for i in range(5)]
+
+    def ask(tokens: list[int]) -> tuple[torch.Tensor, float, float]:
+        with shared.timed() as watch:
+            logits = shared.step(shared.new_cache(64), tokens)
+        return logits, watch.queue_ms, watch.compute_ms
+
+    with ThreadPoolExecutor(5) as callers:
+        first = callers.submit(ask, texts[0])
+        assert model.entered.wait(10)
+        others = []
+        for i, tokens in enumerate(texts[1:], 1):
+            others.append(callers.submit(ask, tokens))
+            wait_for(shared, i)
+        time.sleep(0.02)
+        model.leave.set()
+        results = [future.result(30) for future in (first, *others)]
+    assert model.together == [[1], [2, 3, 4, 5]]
+    assert all(torch.equal(logits, alone(tokens)) for (logits, _, _), tokens in zip(results, texts, strict=True))
+    assert results[0][1] < 20 <= results[0][2]  # the first did not wait, but computed
+    assert all(queued > 15 for _, queued, _ in results[1:])
+
+
+def test_sessions_that_are_back_in_a_moment_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "PATIENCE", 2.0)  # a moment, on a machine that is busy with other tests
+    model = Held(step_ms=50)
+    shared = SharedModel(model, 1, seed=0)
+
+    def write(token: int) -> list[torch.Tensor]:
+        cache = shared.new_cache(64)
+        return [shared.step(cache, [token]) for _ in range(8)]
+
+    with ThreadPoolExecutor(2) as callers:
+        first = callers.submit(write, 40)
+        assert model.entered.wait(10)
+        second = callers.submit(write, 41)  # would always come when the other one has just begun
+        wait_for(shared, 1)
+        model.leave.set()
+        texts = [first.result(30), second.result(30)]
+    assert model.together.count([1, 1]) >= 4
+    for token, text in zip((40, 41), texts, strict=True):
+        assert all(torch.equal(logits, alone([token] * (i + 1))) for i, logits in enumerate(text))
+
+
+def test_sessions_that_never_are_back_soon_are_not_waited_for_any_more() -> None:
+    shared = SharedModel(SyntheticLM(step_ms=0.5), 1, seed=0)
+    caches = [shared.new_cache(256) for _ in range(2)]
+    for i in range(400):
+        shared.step(caches[i % 2], [40])
+    assert shared._doubt == LONGEST_DOUBT
+
+
+def test_a_pass_that_fails_fails_alone() -> None:
+    model = Held()
+    shared = SharedModel(model, 1, seed=0)
+    caches = [shared.new_cache(64) for _ in range(4)]
+    with ThreadPoolExecutor(4) as callers:
+        first = callers.submit(shared.step, caches[0], [40])
+        assert model.entered.wait(10)
+        rest = []
+        for i, token in enumerate((41, 90, 43), 1):
+            rest.append(callers.submit(shared.step, caches[i], [token]))
+            wait_for(shared, i)
+        model.leave.set()
+        assert torch.equal(first.result(30), alone([40]))
+        assert torch.equal(rest[0].result(30), alone([41]))
+        assert torch.equal(rest[2].result(30), alone([43]))
+        with pytest.raises(ZeroDivisionError):
+            rest[1].result(30)
+    assert [cache.length for cache in caches] == [1, 1, 0, 1]
+    assert model.together == [[1], [1, 1, 1], [1], [1], [1]]
+
+
+def test_a_long_prompt_takes_turns_with_others_and_is_undone_when_it_fails() -> None:
+    model = Held()
+    model.batch_tokens = 4
+    model.leave.set()
+    shared = SharedModel(model, 1, seed=0)
+    cache = shared.new_cache(64)
+    tokens = list(range(40, 50))
+    tree = TokenTree([5, 6], [-1, 0], [-1.0] * 2)
+    whole = SyntheticLM()
+    expected = whole.step(whole.new_cache(64), tokens, tree)
+    assert torch.equal(shared.step(cache, tokens, tree), expected)
+    assert model.together == [[4], [4], [4]]
+    with pytest.raises(ZeroDivisionError):
+        shared.step(cache, [41, 42, 43, 44, 90])
+    assert cache.length == 12
+
+
+def test_closing_drops_what_waits() -> None:
+    model = Held()
+    shared = SharedModel(model, 1, seed=0)
+    with ThreadPoolExecutor(2) as callers:
+        running = callers.submit(shared.step, shared.new_cache(8), [40])
+        assert model.entered.wait(30)
+        waiting = callers.submit(shared.step, shared.new_cache(8), [41])
+        wait_for(shared, 1)
+        shared.close()
+        model.leave.set()
+        assert torch.equal(running.result(30), alone([40]))
+        with pytest.raises(Stopped):
+            waiting.result(30)
+    with pytest.raises(Stopped):
+        shared.step(shared.new_cache(8), [42])
+
+
+def test_pytorch_is_called_from_one_thread_with_its_settings() -> None:
+    thread = ModelThread(1)
+    with ThreadPoolExecutor(4) as callers:
+        seen = {callers.submit(thread.run, lambda: threading.current_thread().name).result() for _ in range(8)}
+    assert seen == {"model"}
+    assert thread.run(torch.get_num_threads) == 1
+    with pytest.raises(ZeroDivisionError):
+        thread.run(lambda: 1 / 0)
+    assert thread.run(lambda: 5) == 5
+    SharedModel(SyntheticLM(), 1, seed=7)
+    drawn = torch.rand(1)
+    torch.manual_seed(7)
+    assert drawn == torch.rand(1)

@@ -1,0 +1,228 @@
+"""The CPU engine for Llama-type models: the logits of transformers, the same bits whatever shares a pass."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from specsplit.decoding.tree import TokenTree
+from specsplit.engines import loading
+from specsplit.engines.numba import CHUNK, FusedLM, Team, unsuitable
+from specsplit.engines.passes import Pass
+from specsplit.engines.quantise import quantise_linears
+from specsplit.engines.transformers import CausalLM
+from specsplit.errors import UserError
+from specsplit.models.sources import resolve_model
+from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig
+
+from tiny_models import SMALL, make_tiny_model, random_model
+
+PROMPT = [5, 9, 33, 71, 12, 90, 44, 8, 101, 63, 27]
+TREE = TokenTree([5, 6, 7, 8, 9], [-1, -1, 0, 1, 3], [-1.0] * 5)
+PATHS = [[], [5], [6], [5, 7], [6, 8], [6, 8, 9]]
+FUSED = ("llama", "qwen2", "qwen3", "qwen3-mixed", "mistral")
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+def wide_model(layers: int = 2) -> CausalLM:
+    """Sizes with remainders everywhere: no multiple of the rows that are computed at a time; untied output head."""
+    torch.manual_seed(3)
+    sizes = {**SMALL, "hidden_size": 48, "intermediate_size": 112, "vocab_size": 131, "num_hidden_layers": layers}
+    return CausalLM(random_model(transformers.LlamaConfig(**sizes, tie_word_embeddings=False)))
+
+
+def in_type(dtype: str) -> CausalLM:
+    model = wide_model()
+    if dtype != "float32":
+        model.model.to(torch.bfloat16)
+    if dtype == "int8":
+        quantise_linears(model.model)
+    return CausalLM(model.model)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("architecture", FUSED)
+def test_logits_are_those_of_transformers(architecture: str, threads: int) -> None:
+    model = make_tiny_model(architecture)
+    ours = FusedLM(CausalLM(make_tiny_model(architecture)), threads)
+    cache = ours.new_cache(64)
+    ours.step(cache, PROMPT[:7])
+    found = ours.step(cache, PROMPT[7:], TREE)
+    with torch.inference_mode():
+        for row, path in zip(found, PATHS, strict=True):
+            expected = model(torch.tensor([PROMPT + path])).logits[0, -1]
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 1e4,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_position_embeddings(rope: dict) -> None:
+    def config() -> transformers.LlamaConfig:
+        return transformers.LlamaConfig(**SMALL, rope_parameters=dict(rope))
+
+    model, ours = random_model(config()), FusedLM(CausalLM(random_model(config())), 1)
+    tokens = list(range(10, 58))
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0, -1]
+    torch.testing.assert_close(ours.step(ours.new_cache(64), tokens)[0], expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_types_of_weights(dtype: str) -> None:
+    """Against transformers in float32 with the very weights that are stored, rounded as they are."""
+    stored = in_type(dtype)
+    exact = wide_model().model
+    with torch.no_grad():
+        for name, module in exact.named_modules():
+            other = stored.model.get_submodule(name)
+            if hasattr(other, "scale"):
+                module.weight.copy_(other.weight.float() * other.scale.float()[:, None])
+            elif getattr(module, "weight", None) is not None:
+                module.weight.copy_(other.weight.float())
+        expected = exact(torch.tensor([PROMPT])).logits[0, -1]
+    ours = FusedLM(stored, 2)
+    torch.testing.assert_close(ours.step(ours.new_cache(32), PROMPT)[0], expected, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_whatever_shares_the_pass(dtype: str, threads: int) -> None:
+    ours = FusedLM(in_type(dtype), threads)
+    tokens = [3 + 7 * i % 120 for i in range(90)]
+
+    def cached(count: int):
+        cache = ours.new_cache(128)
+        ours.step(cache, tokens[:count])
+        return cache
+
+    cache = ours.new_cache(128)
+    alone = [ours.step(cache, [token])[0] for token in tokens]
+    assert torch.equal(ours.step(ours.new_cache(128), tokens)[0], alone[-1])  # in chunks of CHUNK
+    assert len(tokens) > CHUNK
+    for count in (1, 2, 3, 4, 5, 8, 13):
+        rows = ours.step(cached(70), tokens[70:71], TokenTree.chain(tokens[71 : 70 + count]))
+        assert all(torch.equal(a, b) for a, b in zip(rows, alone[70 : 70 + count], strict=True)), count
+    branches = TokenTree([9, tokens[21], 4, tokens[22], 8, tokens[23]], [-1, -1, 0, 1, 2, 3], [-1.0] * 6)
+    rows = ours.step(cached(20), tokens[20:21], branches)
+    assert all(torch.equal(rows[row], alone[at]) for row, at in ((0, 20), (2, 21), (4, 22), (6, 23)))
+    passes = [Pass(cached(n), tokens[n : n + 1], TokenTree.chain(tokens[n + 1 : n + 6])) for n in (1, 30, 50, 84)]
+    prompt = Pass(ours.new_cache(96), tokens[:80])
+    for p, rows in zip([*passes, prompt], ours.step_many([*passes, prompt]), strict=True):
+        last = p.cache.length
+        assert all(torch.equal(a, b) for a, b in zip(rows, alone[last - len(rows) : last], strict=True))
+
+
+def test_a_kept_path_is_moved_into_place() -> None:
+    ours = FusedLM(wide_model(), 1)
+    cache, fresh = ours.new_cache(32), ours.new_cache(32)
+    ours.step(cache, PROMPT, TREE)
+    cache.keep(len(PROMPT), [1, 3, 4])
+    ours.step(fresh, [*PROMPT, 6, 8, 9])
+    held = slice(0, len(PROMPT) + 3)
+    assert cache.length == fresh.length == held.stop
+    assert (cache.keys[:, :, held] == fresh.keys[:, :, held]).all()
+    assert (cache.values[:, :, held] == fresh.values[:, :, held]).all()
+    assert cache.nbytes() == 2 * 2 * 2 * 32 * 8 * 4  # keys and values, layers, heads, slots, numbers, bytes
+
+
+def test_a_pass_that_does_not_fit_changes_nothing() -> None:
+    ours = FusedLM(wide_model(), 1)
+    cache = ours.new_cache(8)
+    ours.step(cache, PROMPT[:6])
+    for tokens, message in ((PROMPT[:3], "exceed the cache of 8"), ([], "at least one token")):
+        with pytest.raises(ValueError, match=message):
+            ours.step(cache, tokens)
+    assert cache.length == 6
+
+
+def test_a_team_does_every_part_of_every_job() -> None:
+    team, seen = Team(3), []
+    for number in range(50):
+        team.run(lambda thread, threads, sync, number=number: seen.append((number, thread, threads)))
+    deadline = time.monotonic() + 30  # the other threads may still be at the last jobs
+    while len(seen) < 150 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(seen) == [(number, thread, 3) for number in range(50) for thread in range(3)]
+
+
+def no_rotary_limit() -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: make_tiny_model("gpt2"), "GPT2LMHeadModel is none of"),
+        (lambda: make_tiny_model("llama").half(), "its type is torch.float16"),
+        (lambda: random_model(no_rotary_limit()), "position embedding is dynamic"),
+        (lambda: random_model(transformers.LlamaConfig(**SMALL, hidden_act="gelu")), "activation is gelu"),
+        (lambda: random_model(transformers.LlamaConfig(**SMALL, attention_bias=True)), "biases outside"),
+        (lambda: random_model(transformers.LlamaConfig(**SMALL, mlp_bias=True)), "biases outside"),
+    ],
+)
+def test_what_it_cannot_run_is_said(model, reason: str) -> None:
+    causal = CausalLM(model())
+    assert reason in str(unsuitable(causal))
+    with pytest.raises(ValueError, match=reason):
+        FusedLM(causal, 1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "engine", "kind"),
+    [
+        ("llama", "auto", FusedLM),
+        ("llama", "fused", FusedLM),
+        ("llama", "transformers", CausalLM),
+        ("gpt2", "auto", CausalLM),
+    ],
+)
+def test_the_engine_is_chosen(tiny_model_folder, architecture: str, engine: str, kind: type) -> None:
+    config = TargetWorkerConfig(model=tiny_model_folder(architecture), engine=engine, port=0)
+    model, identity = loading.load_model(*resolve_model(config.model), config, 1)
+    assert type(model) is kind
+    assert identity["parameters"] == sum(p.numel() for p in make_tiny_model(architecture).parameters())
+
+
+def test_an_engine_that_cannot_run_the_model_is_refused(tiny_model_folder) -> None:
+    config = TargetWorkerConfig(model=tiny_model_folder("gpt2"), engine="fused", port=0)
+    with pytest.raises(UserError, match=r"engine fused cannot run .*GPT2LMHeadModel.*Use engine auto"):
+        loading.load_model(*resolve_model(config.model), config, 1)
+
+
+def test_an_engine_with_other_logits_is_refused(tiny_model_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = FusedLM.step
+    monkeypatch.setattr(FusedLM, "step", lambda *args: step(*args).flip(-1))
+    config = TargetWorkerConfig(model=tiny_model_folder("llama"), port=0)
+    with pytest.raises(UserError, match="use engine transformers"):
+        loading.load_model(*resolve_model(config.model), config, 1)
+
+
+def test_drafts_made_of_the_target(tiny_model_folder) -> None:
+    """Layers left out and int8 weights, in this engine as in the other."""
+    folder: Path = tiny_model_folder("llama")
+    for settings in ({"skip_layers": [1], "dtype": "float32"}, {"dtype": "int8"}):
+        config = DraftWorkerConfig(model=folder, port=0, **settings)
+        ours, _ = loading.load_model(*resolve_model(folder), config, 1)
+        assert type(ours) is FusedLM
+        theirs = CausalLM.load(folder, **settings)
+        found = ours.step(ours.new_cache(32), PROMPT, TREE)
+        expected = theirs.step(theirs.new_cache(32), PROMPT, TREE).float()
+        assert torch.cosine_similarity(found, expected).min() > 0.99
