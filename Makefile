@@ -46,6 +46,7 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile workflow
+	$(RUN) lint-imports
 	$(RUN) snakemake --lint
 	$(RUN) scripts/proto.sh --check
 
