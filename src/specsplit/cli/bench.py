@@ -119,7 +119,7 @@ def run_bench(args: argparse.Namespace) -> None:
 
     ensure_deterministic_environment()
     from specsplit.cli.plan import plan_bench
-    from specsplit.client.connection import connected_pair
+    from specsplit.client.handshake import connected_pair
     from specsplit.experiment.progress import Progress
     from specsplit.experiment.runner import encode_prompts, run_requests
     from specsplit.launch.endpoint import resolve_address, worker_origin
@@ -216,7 +216,8 @@ def run_analyze(args: argparse.Namespace) -> None:
 
 def run_profile(args: argparse.Namespace) -> None:
     from specsplit.analysis.profile import PARTS, draw_profile, profile
-    from specsplit.analysis.tables import CONFIGURATION, finished, read_tables, write_csv
+    from specsplit.analysis.tables import finished, read_tables, write_csv
+    from specsplit.settings.axes import CONFIGURATION
 
     table = profile(finished(*read_tables(args.results_dir))[1])
     for path in draw_profile(table, args.results_dir / "figures" / "profile.png"):
