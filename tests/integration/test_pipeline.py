@@ -11,7 +11,8 @@ import grpc
 import pytest
 
 from specsplit.client import recovery
-from specsplit.client.pipeline import TextWriter, event_loop, run_speculative_loop_async
+from specsplit.client.event_loop import event_loop
+from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError, WorkerError

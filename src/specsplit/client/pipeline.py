@@ -13,12 +13,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
+from specsplit.client.event_loop import event_loop
 from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed, reach_async
 from specsplit.client.requests import draft_fields, verify_fields
 from specsplit.client.result import Round, SpeculativeResult
@@ -272,12 +272,6 @@ class _Pipeline:
             for task in (verdict, drafts):
                 task.cancel()
             await asyncio.gather(verdict, drafts, return_exceptions=True)
-
-
-@cache
-def event_loop() -> asyncio.Runner:
-    """The one event loop of this process: grpc.aio is unhappy when an earlier one was closed."""
-    return asyncio.Runner()
 
 
 class TextWriter:
