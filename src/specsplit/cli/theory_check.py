@@ -27,9 +27,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import pandas as pd
 
-    from specsplit.analysis.tables import write_csv
     from specsplit.analysis.theory_figure import draw_theory_check
     from specsplit.experiment.theory_check import Simulation, as_table, check_theory
+    from specsplit.io import write_csv
     from specsplit.launch.lease import hold_lease
 
     if not 0 < args.acceptance < 1:

@@ -24,31 +24,29 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 # Who connects to a worker has results that the worker's code decides as well, in a process of its own.
-OTHER_PROCESSES = {"client/connection.py": "worker"}
+OTHER_PROCESSES = {"rpc/connection.py": "worker"}
 
 
 def command_files(*commands: str, package: Path = PACKAGE, scripts: Iterable[Path] = ()) -> list[str]:
     """Files of the package that decide what these commands and Python scripts do, relative to it and sorted.
 
-    commands: as `bench` or `provenance verify`. package: the folder of the package's sources.
-    Raises FileNotFoundError for a command or script that is not there, SyntaxError for a file that is no Python.
+    commands: as `bench` or `provenance verify`. package: the folder of the package's sources. Raises
+    FileNotFoundError for a command or script that is not there, SyntaxError for a file that is no Python.
     """
-    starts = [_command_file(package, command) for command in commands]
-    waiting = [*starts, *([package / "__main__.py"] if commands else []), *scripts]
+    waiting = [*scripts, *(file for command in commands for file in _command_files(package, command))]
     found: set[Path] = set()
     while waiting:
         file = waiting.pop()
-        if file in found:
-            continue
-        found.add(file)
-        waiting += _needed(package, file)
+        if file not in found:
+            found.add(file)
+            waiting += _needed(package, file)
     return sorted(file.relative_to(package).as_posix() for file in found if file.is_relative_to(package))
 
 
 def code_sha256(*commands: str, package: Path = PACKAGE, scripts: Iterable[Path] = ()) -> str:
     """One hash over the names and contents of `command_files`."""
     files = command_files(*commands, package=package, scripts=scripts)
-    return hashlib.sha256("".join(f"{file} {_sha256(package / file)}\n" for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{_sha256(package / file)}  {file}\n" for file in files).encode()).hexdigest()
 
 
 @cache
@@ -56,8 +54,12 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _command_file(package: Path, command: str) -> Path:
-    return package / "cli" / f"{command.replace('-', '_').replace(' ', '/')}.py"
+def _command_files(package: Path, command: str) -> list[Path]:
+    module = command.replace("-", "_").replace(" ", ".")
+    files = _module_files(package, f"{package.name}.cli.{module}")
+    if files[-1].stem != module.rpartition(".")[2]:
+        raise FileNotFoundError(f"{package}: no module of the command {command!r}")
+    return [*_module_files(package, f"{package.name}.__main__"), *files]
 
 
 @cache
@@ -73,7 +75,7 @@ def _needed(package: Path, file: Path) -> list[Path]:
     beside = (path for path in file.parent.iterdir() if path.is_file() and path.suffix not in {".py", ".pyc"})
     needed += [path for path in beside if path.name in source]
     other = OTHER_PROCESSES.get(file.relative_to(package).as_posix())
-    return [*needed, *([_command_file(package, other)] if other else [])]
+    return [*needed, *(_command_files(package, other) if other else [])]
 
 
 def _imported(body: Iterable[ast.AST], *, inside_functions: bool) -> Iterator[str]:
@@ -83,7 +85,7 @@ def _imported(body: Iterable[ast.AST], *, inside_functions: bool) -> Iterator[st
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                raise SyntaxError(f"line {node.lineno}: a relative import, which is not followed; name the whole module")
+                raise SyntaxError(f"line {node.lineno}: a relative import is not followed; name the whole module")
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
