@@ -122,7 +122,9 @@ def makefile() -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_targets_of_snakemake_are_made_by_a_rule(name: str) -> None:
-    rules = "\n".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("workflow/rules/*.smk"), ROOT / "Snakefile"])
+    rules = "\n".join(
+        path.read_text(encoding="utf-8") for path in [*ROOT.glob("workflow/rules/*.smk"), ROOT / "Snakefile"]
+    )
     for words in commands(TEXTS[name]):
         if words[0] != "snakemake":
             continue
@@ -146,7 +148,9 @@ def test_modules_and_files_exist(name: str) -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     names = tracked or [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
     for span in inline(TEXTS[name]):
-        if re.fullmatch(r"[\w/.-]+\.(py|smk|proto|toml|yml|rst|j2)", span) and not span.startswith((".snakemake", "my")):
+        if re.fullmatch(r"[\w/.-]+\.(py|smk|proto|toml|yml|rst|j2)", span) and not span.startswith(
+            (".snakemake", "my")
+        ):
             assert any(n == span or n.endswith(f"/{span}") for n in names), f"{name}: `{span}`"
         elif re.fullmatch(r"specsplit\.[\w.]+", span) and not re.fullmatch(r"specsplit\.v\d", span):
             path = PACKAGE.parent / Path(*span.split("."))
