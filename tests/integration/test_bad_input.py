@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.inbox import MOST_WAITING
+from waiting import wait_until
 
-from grpc_fixtures import Gate, Worker, context, draft_request, serving, verify_request, wait_until
+from grpc_fixtures import Gate, Worker, context, draft_request, serving, verify_request
 from malformed import (
     DRAFT,
     MAX_CONTEXT,

@@ -21,6 +21,7 @@ from specsplit.client.unary import run_speculative_loop
 from specsplit.models.fingerprint import fingerprint_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import MAX_GAMMA, OrchestratorConfig
+from waiting import wait_until
 
 from grpc_fixtures import (
     PROMPTS,
@@ -33,7 +34,6 @@ from grpc_fixtures import (
     noisy_copy,
     serving,
     verify_request,
-    wait_until,
 )
 
 Code = grpc.StatusCode

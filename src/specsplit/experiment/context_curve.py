@@ -10,6 +10,7 @@ from statistics import median
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.decoding.measures import tokens_per_round
 from specsplit.experiment.records import Request, request_record
 from specsplit.rpc.credentials import Access
 from specsplit.settings.processes import OrchestratorConfig
@@ -76,7 +77,7 @@ def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: Specu
         output_tokens=record.generated_tokens,
         ttft_ms=record.ttft_ms,
         itl_ms=record.itl_ms,
-        tokens_per_round=sum(r.accepted + 1 for r in later) / len(later),
+        tokens_per_round=tokens_per_round(later),
         verify_compute_ms=median(r.verify_compute_ms for r in later),
         draft_compute_ms=median(r.draft_compute_ms for r in later),
     )

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -90,19 +91,16 @@ def with_reason(captured: dict[str, Any], why: str) -> dict[str, Any]:
 def _os_name() -> str:
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):  # not a Linux, or one without the file
+    except (OSError, KeyError):  # not Linux, or without the file
         return platform.platform()
 
 
 def _cpu_model() -> str | None:
-    try:
-        # x86 says "model name"; most ARM kernels say nothing of the kind.
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
+    with suppress(OSError):
+        # On x86; most ARM kernels do not tell.
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^model name\s*:\s*(.*\S)", cpuinfo, re.MULTILINE):
+            return found[1]
     text, _ = run_tool(["sysctl", "-n", "machdep.cpu.brand_string"], 5.0)
     return (text and text.strip()) or platform.processor() or None
 
@@ -131,8 +129,7 @@ def capture_software() -> dict[str, Any]:
     """Python, Snakemake, SpecSplit, and the version of every installed package, with a hash over them."""
     packages: dict[str, str] = {}
     for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:  # a half-removed package has none
+        if name := distribution.metadata["Name"]:  # a half-removed package has none
             # The first one on sys.path is the one that is imported.
             packages.setdefault(_normalised(name), distribution.version)
     packages = dict(sorted(packages.items()))
