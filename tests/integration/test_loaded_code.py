@@ -6,6 +6,7 @@ package that one of them imports.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,15 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from specsplit.io import write_json
 from specsplit.launch.environment import REQUIRED
 from specsplit.launch.lease import hold_lease
 from specsplit.provenance.closure import PACKAGE, command_files
+from specsplit.settings.workflow import load_pipeline_config
 
 from grpc_fixtures import noisy_copy
 
 SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
+CONFIG = Path(__file__).parents[2] / "config" / "config.yaml"
 # Python imports it at the start of every process. Killed processes have written what they loaded, too.
 HOOK = """\
 import os, sys
@@ -67,8 +71,6 @@ class Shop:
         return loaded
 
     def script(self, name: str, **values: object) -> None:
-        import json
-
         given = json.dumps({"params": {}, "input": {}, **values}, default=str)
         loaded = self._loaded([sys.executable, "-c", RUN_SCRIPT, str(SCRIPTS / name), given], name)
         assert loaded
@@ -98,8 +100,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
     hold_lease()  # workers end with this process
     shop = Shop(tmp_path)
     shop.environment["SPECSPLIT_LEASE_PID"] = os.environ["SPECSPLIT_LEASE_PID"]
-    lines = ('{"id": "%s", "prompt": "%s"}\n' % pair for pair in (("a", "hello"), ("b", "one two one two")))
-    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "hello"}\n{"id": "b", "prompt": "one two one"}\n')
     return shop
 
 
@@ -178,7 +179,7 @@ def test_what_runs_and_their_analysis_load(shop: Shop, models: tuple[Path, Path]
     shop.script("peers.py", output=[results / "peers.csv"], params={"settings": settings})
     shop.script("capacity.py", output=[results / "capacity.csv"], params={"settings": {"tpot_limit_ms": None}})
     shop.run("profile", "--results-dir", results)
-    write_json(results / "provenance/config.json", {"seed": 0})
+    write_json(results / "provenance/config.json", load_pipeline_config(yaml.safe_load(CONFIG.read_text())))
     record = (
         "--dataset",
         results / "dataset/manifest.json",
