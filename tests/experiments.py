@@ -16,7 +16,7 @@ from typing import Any
 
 from specsplit.cli.main import main
 from specsplit.experiment.columns import REQUEST_COLUMNS
-from specsplit.io import sha256_file, write_json
+from specsplit.io import combined_sha256, sha256_file, write_json
 from specsplit.provenance import capture
 from specsplit.provenance.closure import PACKAGE, code_sha256
 from specsplit.provenance.folder import RECORD, SEAL
@@ -72,7 +72,7 @@ def _surroundings() -> dict[str, Any]:
     files = capture.hash_tree(PACKAGE)
     return {
         "machine": capture.capture_machine(),
-        "source_sha256": capture.combined_sha256(files),
+        "source_sha256": combined_sha256(files),
         "run_code_sha256": code_sha256("bench"),
     }
 
