@@ -12,9 +12,9 @@ from pandas import DataFrame
 
 from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
 from specsplit.analysis.reading import read_records
-from specsplit.analysis.tables import write_csv
 from specsplit.experiment.capacity import CapacityRecord
 from specsplit.experiment.columns import FAILED
+from specsplit.io import write_csv
 
 LEVEL = ("mode", "gamma", "clients")
 LIMIT_FACTOR = 2.0  # of the median TPOT of one client, when no limit is given

@@ -16,8 +16,8 @@ from specsplit.analysis.drawing import DPI, GREY, house_style, save_figure, sett
 from specsplit.analysis.reading import read_records
 from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import bootstrap_mean_ci, paired_median_ratio_ci, paired_ratio_ci
-from specsplit.analysis.tables import write_csv
 from specsplit.experiment.peer_race import PeerRecord
+from specsplit.io import write_csv
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 WIDTH_IN, ROW_IN = 6.8, 0.27

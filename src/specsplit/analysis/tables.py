@@ -1,6 +1,6 @@
 """The tables of an experiment: the runs of a sweep put together, and their summary.
 
-`merge_runs` reads the folder of each run, `write_csv` writes the merged tables, `read_tables` reads them
+`merge_runs` reads the folder of each run, `read_tables` reads them
 again, and `summarize` makes one row a configuration. What is wrong in a file is refused with its name and line: a
 table that lost rows on the way would still give plausible means.
 """
@@ -21,7 +21,6 @@ from specsplit.analysis.statistics import bootstrap_mean_ci, bootstrap_ratio_ci,
 from specsplit.errors import UserError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.experiment.sweep import AUTO, MODES, gamma_order
-from specsplit.io import replace_file
 from specsplit.settings.axes import CONFIGURATION, PLAIN
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
@@ -81,16 +80,6 @@ def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     if requests.empty:
         raise UserError(f"{Path(results_dir) / 'requests.csv'}: has no request, only the header; {made_by}")
     return _checked(requests, rounds)
-
-
-def write_csv(frame: DataFrame, path: Path) -> None:
-    """Write a table; a reader sees the old file or the new one. Makes the folder when it is missing.
-
-    Floats have 10 significant digits: finer than any clock here, coarser than the last bits of a sum, which
-    differ between machines. Missing values are empty cells.
-    """
-    text = frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
-    replace_file(path, text)
 
 
 def finished(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:

@@ -30,10 +30,10 @@ from specsplit.provenance.capture import (
     capture_environment,
     capture_machine,
     capture_software,
-    hash_run_code,
     hash_tree,
     utc_now,
 )
+from specsplit.provenance.closure import PACKAGE, code_sha256
 from specsplit.provenance.git import capture_git
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
 from specsplit.provenance.redaction import redact, redact_arguments
@@ -43,7 +43,6 @@ from specsplit.rpc.credentials import Access
 from specsplit.settings.processes import AccessSettings, OrchestratorConfig
 
 RUN_SCHEMA_VERSION = 2
-PACKAGE = Path(specsplit.__file__).parent
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl")
 
 
@@ -254,6 +253,6 @@ def _describe_run(
         "software_sha256": capture_software()["sha256"],
         "specsplit_version": specsplit.__version__,
         "source_sha256": combined_sha256(source_files),
-        "run_code_sha256": hash_run_code(source_files),
+        "run_code_sha256": code_sha256("bench"),
         "git": capture_git(PACKAGE),
     }

@@ -21,23 +21,11 @@ from typing import Any
 import psutil
 
 import specsplit
-from specsplit.io import combined_sha256, json_sha256, sha256_file
+from specsplit.io import json_sha256, sha256_file
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 
 ENVIRONMENT_VARIABLES = (*DETERMINISM_VARIABLES, "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
 LOCK = Path("envs/constraints.txt")
-# What of the package decides what a run writes; relative to it, as the workflow names it.
-RUN_CODE = (
-    *("decoding", "engines", "models", "client", "worker", "launch", "rpc", "settings/processes.py"),
-    *(
-        "experiment/runner.py",
-        "experiment/journal.py",
-        "experiment/records.py",
-        "experiment/columns.py",
-        "experiment/dataset.py",
-    ),
-    "experiment/sweep.py",
-)
 # What decides a result beside the package, relative to the project's folder.
 WORKFLOW_FILES = ("Snakefile", "workflow/**/*", "profiles/**/*", "envs/*", "pyproject.toml")
 
@@ -186,13 +174,6 @@ def capture_environment() -> dict[str, Any]:
 
 
 # ---- the source code
-
-
-def hash_run_code(files: Mapping[str, str]) -> str:
-    """One sha256 over the files of the package that decide what a run writes; files: hash_tree of the package."""
-    return combined_sha256(
-        {n: digest for n, digest in files.items() if any(n == part or n.startswith(f"{part}/") for part in RUN_CODE)}
-    )
 
 
 def hash_tree(root: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:
