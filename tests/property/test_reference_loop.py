@@ -17,7 +17,7 @@ from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.growth import DraftSettings
-from specsplit.decoding.loop import Round, speculate
+from specsplit.decoding.loop import NO_DRAFT, Round, speculate
 from specsplit.decoding.sampling import GREEDY, Sampling, choose
 from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.engines.cuda_graphs import GraphLM
@@ -214,7 +214,7 @@ class TableModel:
         return self.Cache()
 
     def step(
-        self, cache: Cache, tokens: Sequence[int], tree: TokenTree = TokenTree(), cached_nodes: int = 0
+        self, cache: Cache, tokens: Sequence[int], tree: TokenTree = NO_DRAFT, cached_nodes: int = 0
     ) -> torch.Tensor:
         for token in tokens:
             cache.texts.append((*(cache.texts[-1] if cache.texts else ()), token))
