@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_distributions import FITS, REJECTION, WRONG, Table, law, p_value
 
 from specsplit.api.in_process import InProcessStub
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.growth import DraftSettings
-from specsplit.decoding.loop import Round, speculate
+from specsplit.decoding.loop import NO_DRAFT, Round, speculate
 from specsplit.decoding.sampling import GREEDY, Sampling, choose
 from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.engines.cuda_graphs import GraphLM
@@ -30,7 +31,6 @@ from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.target_service import TargetServicer
 
-from test_distributions import FITS, REJECTION, WRONG, Table, law, p_value
 from tiny_models import VOCAB, make_tiny_model
 
 LENGTH = 14
@@ -214,7 +214,7 @@ class TableModel:
         return self.Cache()
 
     def step(
-        self, cache: Cache, tokens: Sequence[int], tree: TokenTree = TokenTree(), cached_nodes: int = 0
+        self, cache: Cache, tokens: Sequence[int], tree: TokenTree = NO_DRAFT, cached_nodes: int = 0
     ) -> torch.Tensor:
         for token in tokens:
             cache.texts.append((*(cache.texts[-1] if cache.texts else ()), token))
