@@ -1,4 +1,4 @@
-"""The cache of a model without weights: one number for every token held, where a real model has keys and values."""
+"""Models without weights: what they share, and their cache of one number a token, where others have keys and values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+
 from specsplit.decoding.tree import TokenTree
+
+MAX_CONTEXT = 1 << 20
 
 
 class Slots:
@@ -68,6 +72,27 @@ class TokenCache(Slots):
     def nbytes(self) -> int:
         """Bytes reserved by this cache."""
         return self.capacity * self.slots.itemsize
+
+
+class WeightlessLM:
+    """What a model without weights has in common with CausalLM. vocab_size: columns of its logits."""
+
+    batch_tokens = 0
+    uses_torch_threads = False
+    max_context = MAX_CONTEXT
+    eos_token_ids: tuple[int, ...] = ()
+    parameters = 0
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device("cpu")
+
+    def cache_bytes(self, capacity: int) -> int:
+        return 8 * capacity
+
+    def new_cache(self, capacity: int) -> TokenCache:
+        """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
+        return TokenCache(capacity)
 
 
 def tokens_of_pass(cache: TokenCache, tokens: Sequence[int], tree: TokenTree, cached_nodes: int) -> list[int]:
