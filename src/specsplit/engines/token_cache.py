@@ -100,13 +100,13 @@ def tokens_of_pass(cache: TokenCache, tokens: Sequence[int], tree: TokenTree, ca
 
     Raises ValueError for a pass that a CausalLM would refuse.
     """
-    fed = [*tokens, *tree.token_ids[cached_nodes:]]
-    if not fed:
+    ids = [*tokens, *tree.token_ids[cached_nodes:]]
+    if not ids:
         raise ValueError("a pass needs at least one token")
     if tokens and cached_nodes:
         raise ValueError("context tokens cannot follow tree nodes that are in the cache")
     if cached_nodes > cache.length:
         raise ValueError(f"{cached_nodes} nodes cannot be in a cache that holds {cache.length} tokens")
-    if cache.length + len(fed) > cache.capacity:
-        raise ValueError(f"{cache.length} + {len(fed)} tokens exceed the cache of {cache.capacity}")
-    return fed
+    if cache.length + len(ids) > cache.capacity:
+        raise ValueError(f"{cache.length} + {len(ids)} tokens exceed the cache of {cache.capacity}")
+    return ids
