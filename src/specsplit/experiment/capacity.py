@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from specsplit.client.pipeline import event_loop, run_speculative_loop_async
+from specsplit.client.event_loop import event_loop
+from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord
 from specsplit.experiment.records import Request, gamma_controller, request_config, request_record

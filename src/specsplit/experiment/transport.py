@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from specsplit.client.pipeline import event_loop
+from specsplit.client.event_loop import event_loop
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 
 METHOD = "/specsplit.Transport/Answer"
