@@ -117,7 +117,7 @@ def _tile(rows: int, tokens: int) -> Any:
     @intrinsic
     def dot(typingctx: Any, weight: Any, i: Any, x: Any, t: Any, sums: Any, fetch: Any) -> Any:
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            weight, i, x, t, sums, fetch = args
+            _, i, x, t, sums, fetch = args
             stored = sig.args[0].dtype
             number, word, index = ir.FloatType(), ir.IntType(32), i.type
             vector = ir.VectorType(number, LANES)
@@ -255,8 +255,8 @@ def _finish(sums, rows, tokens, y, t, i, begin, end, scale, bias, add):
 def _matmul(x, weight, scale, bias, y, low, high, add):
     """y[:, low:high] = x weight[low:high]^T (* scale) (+ bias), or += for the residual stream.
 
-    x: [tokens, inputs]; weight: [outputs, inputs], at least ROWS outputs; scale, bias: [outputs], or [0] for none; a bias
-    is not for the residual stream.
+    x: [tokens, inputs]; weight: [outputs, inputs], at least ROWS outputs; scale, bias: [outputs], or [0] for none.
+    With `add` there is no bias.
     """
     tokens = x.shape[0]
     sums = np.empty(ROWS * TOKENS, np.float32)
