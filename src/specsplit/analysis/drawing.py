@@ -123,8 +123,8 @@ def draw_metric(
     others, which share a legend, so it names no values. Returns what a legend shows, and the requests at each point.
     """
     places, gap = _gamma_axis(axes, panel.summary["gamma"], narrow)
-    known = panel.requests[panel.requests[plot.metric].notna()]
-    if known.empty:
+    measured = panel.requests[panel.requests[plot.metric].notna()]
+    if measured.empty:
         _say(axes, plot.why_empty, narrow)
         return [], []
 
@@ -138,12 +138,14 @@ def draw_metric(
     handles: list[Artist] = []
     values: list[Any] = []
     if single:
-        jitter = spread(known.groupby("gamma", sort=False).cumcount().to_numpy(), 0.4 * gap)
+        jitter = spread(measured.groupby("gamma", sort=False).cumcount().to_numpy(), 0.4 * gap)
         dots: dict[str, Any] = {"s": 5, "color": GREY, "alpha": 0.55, "linewidths": 0, "label": "one request"}
         handles.append(
-            axes.scatter(known["gamma"].map(places).astype(float) + jitter, known[plot.metric], clip_on=False, **dots)
+            axes.scatter(
+                measured["gamma"].map(places).astype(float) + jitter, measured[plot.metric], clip_on=False, **dots
+            )
         )
-        values.append(known[plot.metric])
+        values.append(measured[plot.metric])
     lowest: tuple[float, float, str] | None = None
     for number, (curve, rows) in enumerate(groups):
         mean, low, high = (rows[f"{plot.metric}_{part}"].to_numpy() for part in ("mean", "ci_low", "ci_high"))
@@ -171,7 +173,7 @@ def draw_metric(
         ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none", "markeredgewidth": 1.4}
         handles += axes.plot(*lowest[:2], linestyle="none", color=RED, clip_on=False, label=text, **ring)
     _value_axis(axes, np.concatenate(values), plot.top)
-    return handles, known.groupby(["draft", "mode", "tree", "gamma"], sort=False).size().to_list()
+    return handles, measured.groupby(["draft", "mode", "tree", "gamma"], sort=False).size().to_list()
 
 
 def draw_positions(

@@ -93,13 +93,13 @@ def find_best(
     findings = []
     for panel in split_panels(requests, rounds, summary):
         rows: Any = panel.summary
-        known = rows[rows["speedup"].notna()]
-        best = known.loc[known["speedup"].idxmax()] if len(known) else rows.iloc[0]
+        rated = rows[rows["speedup"].notna()]
+        best = rated.loc[rated["speedup"].idxmax()] if len(rated) else rows.iloc[0]
         drafts = rows[rows["gamma"] != 0]
         ranked = drafts.sort_values("speedup", ascending=False, kind="stable", na_position="last")
         own = dict(list(panel.requests.groupby(configuration_of(panel.requests), sort=False)))
         chosen = own[tuple(best[list(CONFIGURATION)])]
-        others = [row for index, row in known.iterrows() if index != best.name]
+        others = [row for index, row in rated.iterrows() if index != best.name]
         tied = [row for row in others if _tied(own[tuple(row[list(CONFIGURATION)])], chosen, settings)]
         findings.append(
             Finding(
@@ -124,17 +124,17 @@ def _tied(own: DataFrame, best: DataFrame, settings: dict[str, Any]) -> bool:
 def lossless_sentence(summary: DataFrame) -> str:
     """Whether the texts are those of the target alone, as a sentence with the counts."""
     drafting = summary[summary["gamma"] != 0]
-    known = drafting[drafting["lossless"].notna()]
+    compared = drafting[drafting["lossless"].notna()]
     unknown = int(drafting.loc[drafting["lossless"].isna(), "requests"].sum())
-    same = round(float((known["lossless"] * known["requests"]).sum()))
-    every = int(known["requests"].sum())
+    same = round(float((compared["lossless"] * compared["requests"]).sum()))
+    every = int(compared["requests"].sum())
     parts = []
     if every and same == every:
         parts.append(
             f"Yes: each of the {every} texts written with a draft is, token for token, that of the target alone."
         )
     elif every:
-        where = "; ".join(name_of(row, varied(summary)) for _, row in known[known["lossless"] < 1].iterrows())
+        where = "; ".join(name_of(row, varied(summary)) for _, row in compared[compared["lossless"] < 1].iterrows())
         parts.append(f"No: {every - same} of {every} texts differ from that of the target alone ({where}).")
     if unknown:
         parts.append(

@@ -175,8 +175,8 @@ def summarize(
         for position in range(1, int(deepest) + 1):
             reached, kept = draft_position(own_rounds, position)
             row[f"acceptance_at_{position}"] = _ratio(kept.sum(), reached.sum())
-        known = own["matches_gamma0"].dropna()
-        row["lossless"] = _ratio(known.sum(), len(known))
+        compared = own["matches_gamma0"].dropna()
+        row["lossless"] = _ratio(compared.sum(), len(compared))
         row["failed_requests"] = int((every[configuration]["status"] == FAILED).sum())
         row["worker_failures"] = int(every[configuration][["draft_failures", "target_failures"]].to_numpy().sum())
         rows.append(row)
