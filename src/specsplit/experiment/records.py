@@ -14,6 +14,9 @@ from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.settings.processes import OrchestratorConfig
 
+# Columns of requests.csv that are settings of the same name.
+SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms", "seed"}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -85,16 +88,8 @@ def request_record(
         network_idle_fraction=idle / result.total_ms if result.total_ms else 0.0,
         draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
-        mode=config.mode,
-        tree=config.tree,
         draft=config.draft_name,
-        sampling=config.sampling,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        rtt_ms=config.rtt_ms,
-        jitter_ms=config.jitter_ms,
-        seed=config.seed,
+        **config.model_dump(include=SETTINGS),
         speculation_hits=result.speculation_hits,
         speculation_misses=result.speculation_misses,
         output_sha256=tokens_sha256(result.output_tokens),
