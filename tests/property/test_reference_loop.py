@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_distributions import FITS, REJECTION, WRONG, Table, law, p_value
 
 from specsplit.api.in_process import InProcessStub
 from specsplit.client.event_loop import event_loop
@@ -31,6 +30,7 @@ from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.target_service import TargetServicer
 
+from test_distributions import FITS, REJECTION, WRONG, Table, law, p_value
 from tiny_models import VOCAB, make_tiny_model
 
 LENGTH = 14
