@@ -23,9 +23,9 @@ from specsplit.experiment.journal import JOURNAL
 from specsplit.launch.environment import REQUIRED
 from specsplit.models.tokenizer import TextCodec
 from specsplit.settings.axes import CONFIGURATION
-from waiting import wait_until
 
 from grpc_fixtures import Reference, Worker, noisy_copy, serving
+from waiting import wait_until
 
 SPECSPLIT = (sys.executable, "-m", "specsplit")
 PROMPT = "hello"

@@ -20,11 +20,11 @@ from specsplit.rpc.credentials import STUBS, Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1.specsplit_pb2_grpc import TargetServiceStub
 from specsplit.settings.processes import OrchestratorConfig
-from waiting import wait_until
 
 import soak
 from faulty_network import FaultyNetwork, faulty_network
 from grpc_fixtures import Gate, Worker, serving
+from waiting import wait_until
 
 PROMPT = [65, 66, 67]
 LENGTH = 40

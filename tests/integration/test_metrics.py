@@ -18,9 +18,9 @@ from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig, TargetWorkerConfig
 from specsplit.worker.server import WorkerServer, load_servicer
-from waiting import wait_until
 
 from grpc_fixtures import PROMPTS, Worker, serving, verify_request
+from waiting import wait_until
 
 Health = health_pb2.HealthCheckResponse
 

@@ -19,9 +19,9 @@ from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.processes import OrchestratorConfig
-from waiting import wait_until
 
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
+from waiting import wait_until
 
 PROMPT = PROMPTS[0]
 LENGTH = 24

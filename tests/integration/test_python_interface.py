@@ -24,9 +24,9 @@ from specsplit.api import named_models
 from specsplit.client import recovery
 from specsplit.models.tokenizer import TextCodec
 from specsplit.settings.workflow import load_pipeline_config
-from waiting import wait_until
 
 from grpc_fixtures import Reference, Worker, noisy_copy, serving
+from waiting import wait_until
 
 PROMPT = "Why?"
 LENGTH = 24

@@ -21,7 +21,6 @@ from specsplit.client.pipeline import TextWriter
 from specsplit.models.fingerprint import fingerprint_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import MAX_GAMMA, OrchestratorConfig
-from waiting import wait_until
 
 from grpc_fixtures import (
     PROMPTS,
@@ -35,6 +34,7 @@ from grpc_fixtures import (
     serving,
     verify_request,
 )
+from waiting import wait_until
 
 Code = grpc.StatusCode
 Health = health_pb2.HealthCheckResponse

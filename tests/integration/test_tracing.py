@@ -24,9 +24,9 @@ from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig
-from waiting import wait_until
 
 from grpc_fixtures import PROMPTS, noisy_copy, serving, verify_request
+from waiting import wait_until
 
 TOKEN = "0123456789abcdef-token"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

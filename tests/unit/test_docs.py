@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -183,3 +184,15 @@ def test_columns_in_the_table_of_requests_exist() -> None:
     known = {field.name for field in fields(RequestRecord)} | {"matches_gamma0"}
     for row in re.findall(r"^\| (`.*?) \|", section, re.M):
         assert set(re.findall(r"`(\w+)`", row)) <= known, row
+
+
+def test_the_calls_that_reading_names_are_where_it_says() -> None:
+    rows = re.findall(r"^\| \d+ \| `([\w/.]+)` \| `([\w.]+)` \|", TEXTS["docs/reading.md"], re.M)
+    assert len(rows) <= 10
+    assert len({file for file, _ in rows}) <= 8
+    for file, call in rows:
+        tree: ast.AST = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+        for name in call.split("."):
+            found = [node for node in ast.iter_child_nodes(tree) if getattr(node, "name", None) == name]
+            assert found, f"docs/reading.md: {file} has no {call}"
+            tree = found[0]

@@ -51,7 +51,11 @@ class EventLoop:
                 self._loop.run_forever()
 
 
-@cache
 def event_loop() -> EventLoop:
     """The one loop of this process: grpc.aio wants all of its channels on one."""
-    return EventLoop()
+    with _making:  # of two threads that ask first, one makes it
+        return _made()
+
+
+_making = threading.Lock()
+_made = cache(EventLoop)

@@ -146,7 +146,7 @@ class Writer:
                 (text, () if turn[-1] in self.stop_ids else (*self.template.user, *turn))
                 for text, turn in zip(texts, turns, strict=True)
             ]
-        # Encoded anew, as a prompt that is typed: perhaps not with the tokens that were sampled.
+        # Encoded from text, as a typed prompt is; the tokens may differ from the sampled ones.
         prompts = [tuple(self.codec.encode(text)) if text else () for text in texts]
         return [(text, p if len(p) <= self._longest_prompt else ()) for text, p in zip(texts, prompts, strict=True)]
 

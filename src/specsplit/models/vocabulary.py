@@ -4,10 +4,10 @@ A draft model may have another tokenizer than the target. It then proposes only 
 renormalised over them: token-level intersection (Timor et al. 2025, "Accelerating LLM Inference with Lossless
 Speculative Decoding Algorithms for Heterogeneous Vocabularies"). Verification stays as it is, so the text does too.
 
-Tokens are the same when they stand for the same bytes inside a text, whatever their files call them: " the" is
-`Ġthe` in a byte-level vocabulary and `▁the` in a SentencePiece one, a line feed is `Ċ` here and `<0x0A>` there.
-How a vocabulary spells is seen from the token of a space, as transformers' AssistantToTargetTranslator does; that one
-changes the sign of the leading space only, and so loses line feeds, inner spaces and everything beyond ASCII.
+Tokens are the same when they stand for the same bytes of a text, however their files spell them: " the" is `Ġthe` in a
+byte-level vocabulary and `▁the` in a SentencePiece one, a line feed is `Ċ` or `<0x0A>`. The token of a space shows how
+a vocabulary spells, as in transformers' AssistantToTargetTranslator; that one translates only the sign of the leading
+space, and so loses line feeds, inner spaces and everything beyond ASCII.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ class SharedVocabulary(Vocabulary):
         self._start = next(token for token in starts if token is not None)
 
     def context(self, tokens: Sequence[int]) -> list[int]:
-        """Draft tokens of a text, encoded anew: about 2 microseconds a token.
+        """Draft tokens of a text, which is decoded and encoded again: about 2 microseconds a token.
 
-        Special tokens are written out, so that the draft tokenizer may know them. The bytes of an unfinished
-        character at the end are left out: the draft then continues the text before them.
+        Special tokens are written out for the draft tokenizer to find. The bytes of an unfinished character at the
+        end are left out; the draft continues the text before them.
         """
         text = self._target_tokenizer.decode(
             list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -50,8 +50,8 @@ def run_tool(command: Sequence[str], timeout_s: float, status: int = 0) -> tuple
     except OSError as error:
         return None, f"{name}: {error.strerror or error}"
     if done.returncode != status:
-        said = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
-        return None, f"{name}: exit status {done.returncode}: {said[:300]}"
+        message = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
+        return None, f"{name}: exit status {done.returncode}: {message[:300]}"
     return done.stdout, None
 
 

@@ -15,7 +15,7 @@ AGAIN = "specsplit-again"
 
 
 def reproduction(experiment: Experiment, archive: Path | None = None) -> str:
-    """A shell script that makes the results anew, in a folder of its own, and compares them.
+    """A shell script that makes the results again, in a new folder, and compares them.
 
     archive: the archive.zip that `experiment` was unpacked from. Without one the code comes from the unpacked archive
     that `experiment` is, or from its git commit.
