@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.errors import UserError
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from specsplit.launch.endpoint import Endpoint
 
 
-def add_commands(subparsers: Any) -> None:
-    parser = subparsers.add_parser("generate", help="write one text and show it as it comes")
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="the prompt; - reads it from standard input")
     parser.add_argument(
         "--model",
@@ -29,10 +28,9 @@ def add_commands(subparsers: Any) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="print the text alone, no figures after it")
     add_setting_flags(parser, OrchestratorConfig)
-    parser.set_defaults(run=run_generate)
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from specsplit import tracing
     from specsplit.client.connection import WorkerError, connected_pair
     from specsplit.client.pipeline import TextWriter
