@@ -14,12 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from specsplit.analysis.tables import PLAIN
 from specsplit.cli.main import main
 from specsplit.experiment.columns import REQUEST_COLUMNS
 from specsplit.io import sha256_file, write_json
 from specsplit.provenance import capture
 from specsplit.provenance.folder import RECORD, SEAL
+from specsplit.settings.axes import PLAIN
 
 PACKAGE = Path(capture.__file__).parents[1]
 NO_GPU = {"available": False, "reason": "nvidia-smi: command not found", "cuda_version": None, "gpus": [], "raw": None}

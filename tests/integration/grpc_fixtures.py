@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specsplit.client.connection import OPEN, Connection, connect
 from specsplit.engines.passes import Pass
 from specsplit.rpc.codec import tokens_crc32
+from specsplit.rpc.connection import OPEN, Connection, connect
 from specsplit.rpc.credentials import TLS_SCHEME, Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig

@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from specsplit.analysis.tables import CONFIGURATION
 from specsplit.cli.main import main
 from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS
 from specsplit.experiment.journal import JOURNAL
 from specsplit.launch.environment import REQUIRED
 from specsplit.models.tokenizer import TextCodec
+from specsplit.settings.axes import CONFIGURATION
 
 from grpc_fixtures import Reference, Worker, noisy_copy, serving, wait_until
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from specsplit.client import recovery
-from specsplit.client.connection import WorkerError
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.unary import run_speculative_loop
+from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import STUBS, Access

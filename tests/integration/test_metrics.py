@@ -12,9 +12,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from specsplit.client.connection import WorkerError, connect
 from specsplit.client.unary import run_speculative_loop
-from specsplit.errors import UserError
+from specsplit.errors import UserError, WorkerError
+from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig, TargetWorkerConfig
 from specsplit.worker.server import WorkerServer, load_servicer

@@ -12,10 +12,11 @@ import torch
 import transformers
 
 from specsplit.client import recovery
-from specsplit.client.connection import WorkerError, check_tokenizers, connect, connected_pair
+from specsplit.client.handshake import check_tokenizers, connected_pair
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.unary import run_speculative_loop
-from specsplit.errors import UserError
+from specsplit.errors import UserError, WorkerError
+from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig
 

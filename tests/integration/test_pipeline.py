@@ -11,11 +11,10 @@ import grpc
 import pytest
 
 from specsplit.client import recovery
-from specsplit.client.connection import WorkerError
 from specsplit.client.pipeline import TextWriter, event_loop, run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.unary import run_speculative_loop
-from specsplit.errors import UserError
+from specsplit.errors import UserError, WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc

@@ -14,12 +14,14 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from specsplit.client.connection import WorkerError, connect, connected_pair
+from specsplit.client.handshake import connected_pair
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.unary import run_speculative_loop
+from specsplit.errors import WorkerError
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import attach_worker
 from specsplit.rpc.codec import CHANNEL_OPTIONS
+from specsplit.rpc.connection import connect
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig

@@ -19,10 +19,9 @@ from opentelemetry.trace import StatusCode
 
 from specsplit import tracing
 from specsplit.cli import main as cli
-from specsplit.client.connection import WorkerError
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.unary import run_speculative_loop
-from specsplit.errors import UserError
+from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig

@@ -310,8 +310,8 @@ def test_run_code_is_what_decides_a_run() -> None:
     files = hash_tree(Path(specsplit.__file__).parent)
     first = hash_run_code(files)
     assert hash_run_code({**files, "analysis/figures.py": "0"}) == first
-    assert hash_run_code({**files, "cli.py": "0"}) == first
-    assert hash_run_code({**files, "config.py": "0"}) != first
+    assert hash_run_code({**files, "cli/main.py": "0"}) == first
+    assert hash_run_code({**files, "settings/processes.py": "0"}) != first
     assert hash_run_code({**files, "decoding/tree.py": "0"}) != first
 
 

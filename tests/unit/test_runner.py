@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from specsplit.client.connection import Connection, WorkerError
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import Failure, Round, SpeculativeResult
-from specsplit.errors import UserError
+from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
 from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.journal import JOURNAL, Journal
@@ -24,6 +23,7 @@ from specsplit.experiment.progress import Bar, Progress
 from specsplit.experiment.records import Request, request_record, request_seed, round_records
 from specsplit.experiment.runner import encode_prompts, run_requests
 from specsplit.launch.endpoint import Endpoint, resolve_address
+from specsplit.rpc.connection import Connection
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig
 

@@ -29,7 +29,6 @@ from transformers import (
 )
 
 from specsplit.cli.main import build_parser
-from specsplit.client.connection import connect
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.loading import LanguageModel, load_model
 from specsplit.engines.ngram import NGramLM
@@ -39,6 +38,7 @@ from specsplit.models import fingerprint, sources
 from specsplit.models.fingerprint import combined_sha256, fingerprint_model, hash_files, tokenizer_sha256
 from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
 from specsplit.models.tokenizer import TextCodec
+from specsplit.rpc.connection import connect
 from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import WorkerServer, load_servicer
 

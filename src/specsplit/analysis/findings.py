@@ -16,8 +16,9 @@ from pandas import DataFrame, Series, isna
 from specsplit.analysis.curves import split_panels
 from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import paired_ratio_ci
-from specsplit.analysis.tables import CONFIGURATION, PER_REQUEST, configuration_of, finished, paired
+from specsplit.analysis.tables import PER_REQUEST, configuration_of, finished, paired
 from specsplit.experiment.sweep import plain_number
+from specsplit.settings.axes import CONFIGURATION
 
 _WORDS = {"gamma": "γ = {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
 _HEADINGS = {

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
-from specsplit.analysis.tables import CONFIGURATION, configuration_of
+from specsplit.analysis.tables import configuration_of
 from specsplit.experiment.sweep import Point
+from specsplit.settings.axes import CONFIGURATION
 
 # Part of a round -> what a figure calls it, and its colour.
 PARTS = {

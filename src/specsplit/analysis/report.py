@@ -21,9 +21,10 @@ from markupsafe import Markup
 import specsplit
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
 from specsplit.analysis.findings import faults_sentence, find_best, lossless_sentence, summary_table
-from specsplit.analysis.tables import CONFIGURATION, read_tables, summarize
+from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
 from specsplit.io import read_json_object, replace_file
+from specsplit.settings.axes import CONFIGURATION
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {

@@ -20,16 +20,14 @@ from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import bootstrap_mean_ci, bootstrap_ratio_ci, paired_ratio_ci
 from specsplit.errors import UserError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.experiment.sweep import AUTO, DEFAULT_DRAFT, MODES, gamma_order
+from specsplit.experiment.sweep import AUTO, MODES, gamma_order
 from specsplit.io import replace_file
+from specsplit.settings.axes import CONFIGURATION, PLAIN
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")
 
-# What makes one run differ from another; the names, and what they are in a plain sweep over gamma.
-CONFIGURATION = ("gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
 PER_REQUEST = (*CONFIGURATION, "request_id")
-PLAIN = dict(zip(CONFIGURATION[1:], ("sync", "chain", DEFAULT_DRAFT, "coupled", 0.0, 0, 1.0, 0.0, 0.0), strict=True))
 _CHOICE = ("sampling", "temperature", "top_k", "top_p")  # what the text depends on
 _NETWORK = ("rtt_ms", "jitter_ms")
 

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     ensure_deterministic_environment()
     from specsplit.cli.plan import plan_bench
     from specsplit.cli.start_worker import own_worker
-    from specsplit.client.connection import connected_pair
+    from specsplit.client.handshake import connected_pair
     from specsplit.experiment.progress import Progress
     from specsplit.experiment.runner import encode_prompts, run_requests
     from specsplit.launch.endpoint import resolve_address, worker_origin

@@ -32,8 +32,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit import tracing
-    from specsplit.client.connection import WorkerError, connected_pair
+    from specsplit.client.handshake import connected_pair
     from specsplit.client.pipeline import TextWriter
+    from specsplit.errors import WorkerError
     from specsplit.launch.endpoint import resolve_address
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec, TextStream

@@ -11,7 +11,7 @@ from typing import Any
 
 import specsplit
 from specsplit.cli.plan import Plan, with_addresses
-from specsplit.client.connection import connected_pair
+from specsplit.client.handshake import connected_pair
 from specsplit.errors import UserError
 from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, check_peers, race
 from specsplit.experiment.peers import HuggingFace, PeerModel

@@ -19,11 +19,11 @@ from typing import Any, Self
 
 import grpc
 
-from specsplit import tracing
 from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed, reach_async
 from specsplit.client.requests import draft_fields, verify_fields
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import Confirmed
+from specsplit.client.spans import text_span
 from specsplit.client.stream import Stream
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
@@ -57,7 +57,7 @@ async def run_speculative_loop_async(
     A worker that fails is waited for and given the whole text again (`recovery`). Raises WorkerError, with the text so
     far, when that did not help, and UserError when the prompt does not fit.
     """
-    with tracing.text_span(config, request_id) as span:
+    with text_span(config, request_id) as span:
         recovery = Recovery(config, {} if known is None else known, span)
         return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller)
 

@@ -11,19 +11,17 @@ import asyncio
 import logging
 import random
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import grpc
 
-from specsplit.client.connection import WorkerError
 from specsplit.client.result import Failure
+from specsplit.client.spans import TextSpan
 from specsplit.client.text import Text
+from specsplit.errors import WorkerError
+from specsplit.rpc.codec import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig
-from specsplit.worker.refusals import RETRY_AFTER
-
-if TYPE_CHECKING:
-    from specsplit.tracing import TextSpan
 
 log = logging.getLogger(__name__)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # doubled from try to try; half of each is drawn, so that clients spread

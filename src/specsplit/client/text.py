@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from specsplit.client.result import Round, SpeculativeResult
+from specsplit.client.spans import TextSpan
 from specsplit.decoding.sampling import Sampling
 from specsplit.errors import UserError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig
-
-if TYPE_CHECKING:
-    from specsplit.tracing import TextSpan
 
 OnTokens = Callable[[list[int]], None]
 

@@ -8,11 +8,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from specsplit import tracing
 from specsplit.client.recovery import Recovery, WithoutDraft, reach
 from specsplit.client.requests import draft_fields, verify_fields
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import Call, RemoteSession
+from specsplit.client.spans import text_span
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.tree import TokenTree
 from specsplit.errors import UserError
@@ -43,7 +43,7 @@ def run_speculative_loop(
     """
     if config.mode != "sync" or config.max_draft_tokens == "auto":
         raise UserError("this loop is synchronous, with a fixed gamma: use run_speculative_loop_async")
-    with tracing.text_span(config, request_id) as span:
+    with text_span(config, request_id) as span:
         return _write(Recovery(config, {}, span), draft_stub, target_stub, prompt_ids, config, on_tokens)
 
 

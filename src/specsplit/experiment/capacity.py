@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from specsplit.client.connection import WorkerError
 from specsplit.client.pipeline import event_loop, run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
+from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord
 from specsplit.experiment.records import Request, request_record, request_seed
 from specsplit.experiment.rows import RowFile

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from specsplit.client.connection import Connection
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
@@ -19,6 +18,7 @@ from specsplit.errors import UserError
 from specsplit.experiment.peers import HuggingFace, Peer, PeerText
 from specsplit.experiment.records import Request, request_seed
 from specsplit.experiment.rows import RowFile
+from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.settings.processes import OrchestratorConfig
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from specsplit.client.connection import WorkerError
 from specsplit.client.result import SpeculativeResult
+from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.settings.processes import OrchestratorConfig
 

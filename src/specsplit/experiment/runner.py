@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import specsplit
-from specsplit.client.connection import Connection, WorkerError
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
-from specsplit.errors import UserError
+from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.columns import FAILED, OK, REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
 from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.journal import Entry, Journal
@@ -43,6 +42,7 @@ from specsplit.provenance.git import capture_git
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
 from specsplit.provenance.redaction import redact, redact_arguments
 from specsplit.provenance.steps import workflow_command
+from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.settings.processes import AccessSettings, OrchestratorConfig
 

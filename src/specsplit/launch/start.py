@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from specsplit.client.connection import OPEN, connect
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.launch.environment import COMMAND, deterministic_environment
 from specsplit.launch.lease import hold_lease, user_lock
 from specsplit.models.sources import resolve_model
+from specsplit.rpc.connection import OPEN, connect
 from specsplit.rpc.credentials import Access
 
 POLL_S = 0.1

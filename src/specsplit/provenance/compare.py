@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from specsplit.analysis.tables import CONFIGURATION, PLAIN
 from specsplit.errors import UserError
 from specsplit.provenance.folder import Experiment
 from specsplit.provenance.record import check_record
+from specsplit.settings.axes import CONFIGURATION, PLAIN
 
 # Columns of requests.csv that a clock decides; all others follow from the inputs.
 TIMES = (

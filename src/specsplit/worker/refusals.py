@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import grpc
 
-RETRY_AFTER = "retry-after-ms"  # comes with a refusal that is for now only
-
 
 class Refusal(Exception):
     """A request that a worker will not serve; the message goes to the client with `status`."""

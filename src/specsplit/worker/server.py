@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -31,11 +30,10 @@ from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.interceptor import Gate
+from specsplit.worker.prometheus import Metrics
 from specsplit.worker.servicer import WorkerServicer
+from specsplit.worker.spans import WorkerSpans
 from specsplit.worker.target_service import TargetServicer
-
-if TYPE_CHECKING:
-    from specsplit.worker.prometheus import Metrics
 
 log = logging.getLogger(__name__)
 LEASE_POLL_S = 0.5
@@ -78,12 +76,8 @@ class WorkerServer:
         self.servicer: WorkerServicer | None = None
         self.service = DRAFT_SERVICE if isinstance(config, DraftWorkerConfig) else TARGET_SERVICE
         self._access = ServerAccess.load(config)
-        self.metrics: Metrics | None = None
-        if config.metrics_port is not None:
-            from specsplit.worker.prometheus import Metrics
-
-            self.metrics = Metrics()
-        self.spans = tracing.WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
+        self.metrics = Metrics() if config.metrics_port is not None else None
+        self.spans = WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
         self._gate = Gate(self._access, self.service, self.metrics.refused if self.metrics else None)
         threads = config.call_limit + SPARE_CALLS
         self._server = grpc.server(
@@ -124,7 +118,7 @@ class WorkerServer:
         servicer.owner_of = lambda metadata: self._access.owner(metadata) or ""
         self.servicer = servicer
         if self.metrics is not None:
-            self.metrics.watch(servicer, servicer.Describe(pb.DescribeRequest(), None))
+            self.metrics.watch(servicer.sessions, servicer.model, servicer.Describe(pb.DescribeRequest(), None))
             servicer.metrics = self.metrics
         servicer.spans = self.spans
         if isinstance(servicer, DraftServicer):
