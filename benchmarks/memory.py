@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from specsplit.settings.processes import OrchestratorConfig
 from transformers import AutoConfig
 
 from specsplit.experiment.capacity import Job, run_clients
@@ -26,7 +27,6 @@ from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.lease import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import resolve_model
-from specsplit.settings.processes import OrchestratorConfig
 
 MB = 1e6
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2}  # int8: at most, with an embedding in bfloat16

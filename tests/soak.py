@@ -42,7 +42,7 @@ from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from faulty_network import FaultyNetwork, faulty_network
 from worker_processes import WorkerProcess, start_command

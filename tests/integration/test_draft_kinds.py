@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
-from specsplit.distill.recipe import TrainingSettings, WritingSettings
 from specsplit.distill.training import Trainer
 from specsplit.distill.writing import Writer
 from specsplit.engines.transformers import CausalLM
 from specsplit.models.sources import prepare_model
 from specsplit.models.tokenizer import TextCodec
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.distill import TrainingSettings, WritingSettings
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, serving
 from tiny_models import VOCAB, make_tokenizer

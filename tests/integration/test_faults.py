@@ -20,7 +20,7 @@ from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import STUBS, Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1.specsplit_pb2_grpc import TargetServiceStub
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 import soak
 from faulty_network import FaultyNetwork, faulty_network

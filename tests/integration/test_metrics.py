@@ -16,7 +16,8 @@ from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig, TargetWorkerConfig
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.worker import TargetWorkerConfig
 from specsplit.worker.server import WorkerServer, load_servicer
 
 from grpc_fixtures import PROMPTS, Worker, serving, verify_request, wait_until

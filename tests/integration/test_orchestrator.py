@@ -18,7 +18,7 @@ from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
 from tiny_models import SMALL, make_tokenizer

@@ -18,7 +18,7 @@ from specsplit.errors import UserError, WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving, wait_until
 

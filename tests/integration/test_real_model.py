@@ -22,8 +22,8 @@ from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import Connection, connect
-from specsplit.settings.processes import OrchestratorConfig
-from specsplit.settings.workflow import load_pipeline_config
+from specsplit.settings.configuration import load_pipeline_config
+from specsplit.settings.run import OrchestratorConfig
 
 ROOT = Path(__file__).parents[2]
 NAME = "smollm2-135m-instruct"

@@ -24,7 +24,7 @@ from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.connection import connect
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, serving, verify_request
 

@@ -20,7 +20,7 @@ import specsplit
 from specsplit.client.unary import run_speculative_loop
 from specsplit.models.fingerprint import fingerprint_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import MAX_GAMMA, OrchestratorConfig
+from specsplit.settings.run import MAX_GAMMA, OrchestratorConfig
 
 from grpc_fixtures import (
     PROMPTS,

@@ -24,7 +24,7 @@ from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, noisy_copy, serving, verify_request, wait_until
 

@@ -19,7 +19,7 @@ from specsplit.errors import UserError
 from specsplit.experiment.peer_race import PEER_COLUMNS, Ours, check_peers, race
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 REQUESTS = [Request("a", "chat", [5, 6]), Request("b", "code", [7])]
 

@@ -12,15 +12,9 @@ import pytest
 from specsplit.cli.flags import add_setting_flags, load_settings, setting_arguments
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
-from specsplit.settings.processes import (
-    AUTO_GAMMA_LIMIT,
-    MAX_GAMMA,
-    DraftWorkerConfig,
-    OrchestratorConfig,
-    Settings,
-    TargetWorkerConfig,
-    WorkerSettings,
-)
+from specsplit.settings.base import Settings
+from specsplit.settings.run import AUTO_GAMMA_LIMIT, MAX_GAMMA, OrchestratorConfig
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
 ROLES: list[type[WorkerSettings]] = [DraftWorkerConfig, TargetWorkerConfig]
 ALL: list[type[Settings]] = [DraftWorkerConfig, TargetWorkerConfig, OrchestratorConfig]

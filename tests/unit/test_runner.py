@@ -25,7 +25,7 @@ from specsplit.experiment.runner import encode_prompts, run_requests
 from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 CONTRACT = (
     "request_id", "gamma", "prompt_length", "generated_tokens", "ttft_ms", "tpot_ms", "average_acceptance_rate",

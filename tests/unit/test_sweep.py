@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 SHARED = {"fan_out": 3, "top_k": 50, "top_p": 0.9, "sampling": "rejection", "jitter_ms": 2}
 

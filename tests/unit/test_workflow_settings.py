@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from specsplit.errors import UserError
-from specsplit.settings.workflow import SCHEMA, load_pipeline_config, schema_keys, swept_drafts, wanted
+from specsplit.settings.configuration import SCHEMA, load_pipeline_config, schema_keys, swept_drafts, wanted
 
 CONFIG = Path(__file__).parents[2] / "config"
 LOCAL = {"source": "local", "path": "/data/m"}

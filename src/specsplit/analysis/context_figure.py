@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame
 
 from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
-from specsplit.experiment.sweep import gamma_order
+from specsplit.settings.run import gamma_order
 
 WIDTH_IN, HEIGHT_IN = 6.8, 2.6
 _COLOURS, _MARKERS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7"), ("D", "o", "s", "^", "v")

@@ -12,8 +12,7 @@ from specsplit.cli.sweep_flags import SWEEP_SETTINGS, parse_gamma
 from specsplit.cli.worker_flags import ROLES, add_gpus_flag
 from specsplit.decoding.tree import TreeShape
 from specsplit.experiment.peers import Peer
-from specsplit.experiment.sweep import MODES
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import MODES, OrchestratorConfig
 
 DEFAULT_GAMMAS = (1, 3, 5, 8, 12)
 

@@ -9,7 +9,7 @@ from specsplit import tracing
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.sweep_flags import CLIENT_SETTINGS, add_prompt_flags, add_workers_dir_flag, parse_gamma
 from specsplit.errors import UserError
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

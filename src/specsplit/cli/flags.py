@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from specsplit.errors import UserError
-from specsplit.settings.processes import Settings
+from specsplit.settings.base import Settings
 
 S = TypeVar("S", bound=Settings)
 

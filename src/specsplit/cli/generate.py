@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.errors import UserError
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 if TYPE_CHECKING:
     from specsplit.client.result import SpeculativeResult

@@ -14,7 +14,7 @@ from specsplit.errors import UserError
 from specsplit.experiment.dataset import Prompt, load_prompts, select_prompts
 from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
 from specsplit.io import sha256_file
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 if TYPE_CHECKING:
     from specsplit.models.tokenizer import TextCodec

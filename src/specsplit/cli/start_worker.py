@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from specsplit.cli.flags import load_settings, setting_arguments
 from specsplit.cli.worker_flags import ROLES, add_gpus_flag, add_start_flags, read_layers_file
 from specsplit.errors import UserError
-from specsplit.settings.processes import AccessSettings, OrchestratorConfig
+from specsplit.settings.access import AccessSettings
+from specsplit.settings.run import OrchestratorConfig
 
 if TYPE_CHECKING:
     from specsplit.launch.endpoint import Endpoint

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from specsplit.experiment.sweep import AUTO, SHARED_DEFAULTS
-from specsplit.settings.processes import MAX_GAMMA, AccessSettings
+from specsplit.experiment.sweep import SHARED_DEFAULTS
+from specsplit.settings.access import AccessSettings
+from specsplit.settings.run import AUTO, MAX_GAMMA
 
 SWEEP_SETTINGS = (
     "draft_address",

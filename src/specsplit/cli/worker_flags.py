@@ -9,7 +9,7 @@ from specsplit import logs
 from specsplit.cli.flags import add_setting_flags
 from specsplit.errors import UserError
 from specsplit.io import read_json_object
-from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
 ROLES: dict[str, type[WorkerSettings]] = {"draft": DraftWorkerConfig, "target": TargetWorkerConfig}
 

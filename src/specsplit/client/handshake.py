@@ -9,7 +9,7 @@ from typing import Any
 from specsplit.errors import UserError
 from specsplit.rpc.connection import Connection, connect
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 async def run_speculative_loop_async(

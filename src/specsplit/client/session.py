@@ -14,7 +14,7 @@ import grpc
 from specsplit.client.recovery import Recovery, failure_of, reach
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from specsplit import tracing
 from specsplit.client.result import Round, SpeculativeResult
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer

@@ -18,7 +18,7 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.errors import UserError
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 def run_speculative_loop(

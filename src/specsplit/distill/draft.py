@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from specsplit.distill.recipe import TrainingSettings
 from specsplit.distill.shards import Text, frequent_tokens
 from specsplit.engines.numba import ARCHITECTURES
 from specsplit.engines.reduced_vocabulary import reduce_vocabulary
 from specsplit.engines.transformers import DTYPES, CausalLM, drop_layers
 from specsplit.errors import UserError
 from specsplit.models.fingerprint import MAP_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
+from specsplit.settings.distill import TrainingSettings
 
 WEIGHTS = "model.safetensors"
 

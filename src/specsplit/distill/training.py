@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from specsplit.distill.losses import agreement, to_draft_rows, top_k_divergence
-from specsplit.distill.recipe import TrainingSettings
 from specsplit.distill.shards import Text, batches
 from specsplit.errors import UserError
+from specsplit.settings.distill import TrainingSettings
 
 BETAS = (0.9, 0.95)
 HEADER = "specsplit"

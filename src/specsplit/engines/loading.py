@@ -28,7 +28,7 @@ from specsplit.models.weightless import (
     parameters_sha256,
     parse_parameters,
 )
-from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)
 COMPILED_S = 3.0  # a first pass that took longer compiled

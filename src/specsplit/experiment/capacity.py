@@ -22,7 +22,7 @@ from specsplit.experiment.records import Request, request_record, request_seed
 from specsplit.experiment.rows import RowFile
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 WARM_UP_TOKENS = 8
 

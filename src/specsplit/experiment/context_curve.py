@@ -12,7 +12,7 @@ from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.experiment.records import Request, request_record
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.experiment.theory_check import Simulation, simulated_workers
 from specsplit.experiment.transport import bare_round_trip_ms
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 def measure_overhead(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from specsplit.client.result import SpeculativeResult
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 @dataclass(frozen=True)

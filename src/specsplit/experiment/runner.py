@@ -44,7 +44,8 @@ from specsplit.provenance.redaction import redact, redact_arguments
 from specsplit.provenance.steps import workflow_command
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import AccessSettings, OrchestratorConfig
+from specsplit.settings.access import AccessSettings
+from specsplit.settings.run import OrchestratorConfig
 
 RUN_SCHEMA_VERSION = 2
 PACKAGE = Path(specsplit.__file__).parent

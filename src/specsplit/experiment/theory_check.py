@@ -18,12 +18,11 @@ from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.theory import PipelineMode, expected_tokens, tpot_ms
 from specsplit.errors import UserError
-from specsplit.experiment.sweep import MODES
 from specsplit.experiment.transport import bare_round_trip_ms
 from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import MODES, OrchestratorConfig
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,9 @@ class Settings(BaseModel):
             problems: dict[str, tuple[Any, list[str]]] = {}
             for problem in error.errors():  # a union has one for each of its members
                 field = str(problem["loc"][0]) if problem["loc"] else ""
-                value = problem["input"] if len(problem["loc"]) < 2 or not field else _value(field, given, file, problem)
+                value = (
+                    problem["input"] if len(problem["loc"]) < 2 or not field else _value(field, given, file, problem)
+                )
                 problems.setdefault(field, (value, []))[1].append(problem["msg"])
             lines = [cls._explain(field, value, messages) for field, (value, messages) in problems.items()]
             raise UserError("\n".join(lines)) from error

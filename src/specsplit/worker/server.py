@@ -26,7 +26,7 @@ from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import ServerAccess
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.interceptor import Gate

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec
     from specsplit.models.vocabulary import load_vocabulary
-    from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig
+    from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
     prompts = select_prompts(load_prompts(args.prompts)[0], args.limit)
     common = {"device": args.device, "engine": args.engine, "threads": args.threads}
