@@ -99,7 +99,7 @@ def any_settings(chance: random.Random, **fixed: Any) -> OrchestratorConfig:
         **{
             "mode": chance.choice(["sync", "overlap", "lookahead"]),
             "tree": chance.choice(["chain", "2x2"]),
-            "max_draft_tokens": chance.choice([0, 1, 3, "auto"]),
+            "gamma": chance.choice([0, 1, 3, "auto"]),
             "temperature": temperature,
             "seed": 5,
             "max_output_tokens": TOKENS,
@@ -118,9 +118,7 @@ def right_texts(draft: str, target: str) -> dict[tuple[int, float], list[int]]:
     with TextWriter(draft, target) as writer:
         for number, prompt in enumerate(PROMPTS):
             for temperature in (0.0, 0.8):
-                config = OrchestratorConfig(
-                    max_draft_tokens=0, temperature=temperature, seed=5, max_output_tokens=TOKENS
-                )
+                config = OrchestratorConfig(gamma=0, temperature=temperature, seed=5, max_output_tokens=TOKENS)
                 texts[number, temperature] = writer.write(prompt, config).output_tokens
     return texts
 

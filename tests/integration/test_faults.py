@@ -61,14 +61,14 @@ def pair(models: dict[str, Path]) -> Iterator[tuple[Worker, Worker]]:
 
 def write(draft: Any, target: Any, *, on_tokens: Any = None, **settings: Any) -> SpeculativeResult:
     """One text; workers are given as addresses, or as things that have one."""
-    given = {"max_draft_tokens": 3, "max_output_tokens": LENGTH, "recovery_timeout_s": 20.0, **settings}
+    given = {"gamma": 3, "max_output_tokens": LENGTH, "recovery_timeout_s": 20.0, **settings}
     addresses = [getattr(worker, "address", worker) for worker in (draft, target)]
     with TextWriter(*addresses) as writer:
         return writer.write(PROMPT, OrchestratorConfig(**given), on_tokens=on_tokens)
 
 
 def alone(target: Worker, **settings: Any) -> list[int]:
-    return write(None, target, max_draft_tokens=0, **settings).output_tokens
+    return write(None, target, gamma=0, **settings).output_tokens
 
 
 def after(bursts: int, action: Callable[[], object]) -> Callable[[list[int]], None]:
@@ -107,7 +107,7 @@ def test_the_target_finishes_alone_when_the_draft_is_gone(
 
 def test_unary_calls_finish_alone_as_well(pair: tuple[Worker, Worker]) -> None:
     draft, target = pair
-    config = OrchestratorConfig(max_draft_tokens=3, max_output_tokens=LENGTH, on_draft_failure="target_alone")
+    config = OrchestratorConfig(gamma=3, max_output_tokens=LENGTH, on_draft_failure="target_alone")
     result = run_speculative_loop(draft.stub, target.stub, PROMPT, config, on_tokens=after(3, draft.server.stop))
     assert result.output_tokens == alone(target)
     assert [(f.worker, f.round, f.action) for f in result.failures] == [("draft", 4, "target_alone")]
@@ -149,7 +149,7 @@ def test_another_model_at_the_same_address_is_refused(pair: tuple[Worker, Worker
 
 def test_a_second_text_is_written_by_the_model_of_the_first(pair: tuple[Worker, Worker], models: Any) -> None:
     draft, target = pair
-    config = OrchestratorConfig(max_draft_tokens=3, max_output_tokens=4)
+    config = OrchestratorConfig(gamma=3, max_output_tokens=4)
     with TextWriter(draft.address, target.address) as writer:
         writer.write(PROMPT, config)
         draft.settings["model"] = models["other"]
@@ -167,10 +167,10 @@ def test_a_worker_whose_sessions_are_all_busy_is_waited_for(models: dict[str, Pa
         )
         gate.wait()
         with pytest.raises(WorkerError, match="RESOURCE_EXHAUSTED: all 1 sessions are in use") as caught:
-            write(None, target, max_draft_tokens=0, recovery_timeout_s=0.2)
+            write(None, target, gamma=0, recovery_timeout_s=0.2)
         assert caught.value.code == "RESOURCE_EXHAUSTED"
         threading.Timer(0.3, gate.open).start()
-        result = write(None, target, max_draft_tokens=0)
+        result = write(None, target, gamma=0)
         assert (result.output_tokens, call.result().round) == (expected, 1)
         assert [f.code for f in result.failures] == ["RESOURCE_EXHAUSTED"]
 

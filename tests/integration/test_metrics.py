@@ -43,7 +43,7 @@ def test_metrics_count_what_happened(tiny_model_folder: Callable[..., Path]) -> 
         serving("draft", folder, metrics_port=0) as draft,
         serving("target", folder, metrics_port=0) as target,
     ):
-        config = OrchestratorConfig.load({"max_draft_tokens": 3, "max_output_tokens": 12, "ignore_eos": True})
+        config = OrchestratorConfig.load({"gamma": 3, "max_output_tokens": 12, "ignore_eos": True})
         result = run_speculative_loop(draft.stub, target.stub, PROMPTS[0], config)
         target.stub.VerifyDrafts(verify_request([5], session="kept"), timeout=20)
         target.stub.VerifyDrafts(verify_request([5], session="kept"), timeout=20)  # the same reply again

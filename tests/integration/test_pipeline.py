@@ -38,7 +38,7 @@ def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(
     draft: Worker | None, target: Worker, prompt: list[int] = PROMPT, *, on_tokens: Any = None, **settings: Any
 ) -> SpeculativeResult:
-    config = OrchestratorConfig(**{"max_draft_tokens": 4, "max_output_tokens": LENGTH, "ignore_eos": True, **settings})
+    config = OrchestratorConfig(**{"gamma": 4, "max_output_tokens": LENGTH, "ignore_eos": True, **settings})
     with TextWriter(draft.address if draft else None, target.address) as writer:
         return writer.write(prompt, config, on_tokens=on_tokens)
 
@@ -74,7 +74,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Worker
 def test_the_text_is_that_of_the_target_alone(pair: tuple[Worker, Worker, Reference], temperature: float) -> None:
     draft, target, reference = pair
     settings = {"temperature": temperature, "seed": 5}
-    expected = write(None, target, max_draft_tokens=0, **settings).output_tokens
+    expected = write(None, target, gamma=0, **settings).output_tokens
     assert len(expected) == LENGTH
     if not temperature:
         assert expected == reference.text(PROMPT, LENGTH)
@@ -86,7 +86,7 @@ def test_the_text_is_that_of_the_target_alone(pair: tuple[Worker, Worker, Refere
                     config = OrchestratorConfig(
                         mode=mode,
                         tree=tree,
-                        max_draft_tokens=gamma,
+                        gamma=gamma,
                         max_output_tokens=LENGTH,
                         ignore_eos=True,
                         **settings,
@@ -141,8 +141,8 @@ def test_guesses_come_true_and_fail_and_change_nothing(
 ) -> None:
     draft, target = simulated
     settings = {"max_output_tokens": 150, "temperature": temperature, "tree": tree}
-    expected = write(None, target, max_draft_tokens=0, **{**settings, "tree": "chain"})
-    result = write(draft, target, mode=mode, max_draft_tokens=2, **settings)
+    expected = write(None, target, gamma=0, **{**settings, "tree": "chain"})
+    result = write(draft, target, mode=mode, gamma=2, **settings)
     assert result.output_tokens == expected.output_tokens
     assert result.rounds[0].speculation == "none"
     assert result.total_rounds == len(result.rounds)
@@ -158,7 +158,7 @@ def test_lookahead_foresees_more_than_overlap(simulated: tuple[Worker, Worker]) 
     draft, target = simulated
     rates = []
     for settings in ({"mode": "overlap"}, {"mode": "lookahead", "fan_out": 1}, {"mode": "lookahead", "fan_out": 12}):
-        result = write(draft, target, max_output_tokens=150, max_draft_tokens=3, **settings)
+        result = write(draft, target, max_output_tokens=150, gamma=3, **settings)
         rates.append(result.speculation_hits / (result.speculation_hits + result.speculation_misses))
     # With acceptance .8: full acceptance and the next token .41; the 12 likeliest outcomes .96.
     assert rates[0] < 0.65
@@ -206,7 +206,7 @@ def test_an_end_of_text_ends_it_there(pair: tuple[Worker, Worker, Reference], mo
 @pytest.mark.parametrize("tree", TREES)
 def test_a_text_ends_at_its_limits(simulated: tuple[Worker, Worker], mode: str, tree: str) -> None:
     draft, target = simulated
-    expected = write(None, target, max_draft_tokens=0, max_output_tokens=60).output_tokens
+    expected = write(None, target, gamma=0, max_output_tokens=60).output_tokens
     for count in (1, 2, 3, 7):
         result = write(draft, target, mode=mode, tree=tree, max_output_tokens=count)
         assert (result.output_tokens, result.finish_reason) == (expected[:count], "length")
@@ -288,7 +288,7 @@ def test_a_refusal_is_not_tried_again(tiny_model_folder: Callable[..., Path]) ->
 def test_a_target_that_hangs_meets_the_deadline(simulated: tuple[Worker, Worker]) -> None:
     _, target = simulated
     with pytest.raises(WorkerError, match=r"in round 1: DEADLINE_EXCEEDED: no answer within 0.005 s"):
-        write(None, target, max_draft_tokens=0, rpc_timeout_s=0.005, recovery_timeout_s=0.1)
+        write(None, target, gamma=0, rpc_timeout_s=0.005, recovery_timeout_s=0.1)
 
 
 def test_a_text_that_fails_leaves_no_session(pair: tuple[Worker, Worker, Reference]) -> None:
@@ -304,7 +304,7 @@ def test_a_text_that_fails_leaves_no_session(pair: tuple[Worker, Worker, Referen
 
 def test_what_the_synchronous_loop_cannot_do_it_refuses(pair: tuple[Worker, Worker, Reference]) -> None:
     draft, target, _ = pair
-    for settings in ({"mode": "overlap"}, {"max_draft_tokens": "auto"}):
+    for settings in ({"mode": "overlap"}, {"gamma": "auto"}):
         with pytest.raises(UserError, match="use run_speculative_loop_async"):
             run_speculative_loop(draft.stub, target.stub, PROMPT, OrchestratorConfig(**settings))
 

@@ -36,7 +36,7 @@ def test_defaults() -> None:
     draft, target, loop = DraftWorkerConfig.load(), TargetWorkerConfig.load(), OrchestratorConfig.load()
     assert (draft.port, draft.dtype, target.port, target.dtype) == (50051, "bfloat16", 50052, "float32")
     assert (loop.draft_address, loop.target_address) == ("127.0.0.1:50051", "127.0.0.1:50052")
-    assert (loop.max_draft_tokens, loop.tree, loop.max_rounds) == (5, "chain", None)
+    assert (loop.gamma, loop.tree, loop.max_rounds) == (5, "chain", None)
     assert (loop.mode, loop.rtt_ms, loop.jitter_ms) == ("sync", 0, 0)
     assert (loop.temperature, loop.top_k, loop.top_p, loop.sampling) == (0, 0, 1, "coupled")  # greedy
 
@@ -44,9 +44,9 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("settings", "variable", "text", "field", "value"),
     [
-        (OrchestratorConfig, "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "7", "max_draft_tokens", 7),
+        (OrchestratorConfig, "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "7", "gamma", 7),
         (OrchestratorConfig, "SPECSPLIT_ORCH_TARGET_ADDRESS", "gpu:1", "target_address", "gpu:1"),
-        (OrchestratorConfig, "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "auto", "max_draft_tokens", "auto"),
+        (OrchestratorConfig, "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "auto", "gamma", "auto"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_TREE", "2x2", "tree", "2x2"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_TREE", "dynamic-16", "tree", "dynamic-16x4"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_MODE", "lookahead", "mode", "lookahead"),
@@ -76,7 +76,7 @@ def test_a_flag_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SPECSPLIT_ORCH_IGNORE_EOS", "true")
     monkeypatch.setenv("SPECSPLIT_ORCH_TREE", "3")
     given = load_settings(OrchestratorConfig, parsed(OrchestratorConfig, "--gamma", "2", "--no-ignore-eos"))
-    assert (given.max_draft_tokens, given.ignore_eos, given.tree) == (2, False, "3")
+    assert (given.gamma, given.ignore_eos, given.tree) == (2, False, "3")
 
 
 def test_one_role_does_not_read_the_variables_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +86,9 @@ def test_one_role_does_not_read_the_variables_of_another(monkeypatch: pytest.Mon
 
 
 def test_the_shape_and_the_deepest_draft_that_settings_ask_for() -> None:
-    given = OrchestratorConfig.load({"tree": "3x2", "max_draft_tokens": "4"})
+    given = OrchestratorConfig.load({"tree": "3x2", "gamma": "4"})
     assert (given.shape, given.gamma_limit) == (TreeShape((3, 2)), 4)
-    automatic = OrchestratorConfig.load({"max_draft_tokens": "auto"})
+    automatic = OrchestratorConfig.load({"gamma": "auto"})
     assert (automatic.shape, automatic.gamma_limit) == (TreeShape(), AUTO_GAMMA_LIMIT)
 
 
@@ -136,7 +136,7 @@ def test_a_bad_value_names_its_variable(
 
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        OrchestratorConfig.load({"max_draft_tokens": -1, "draft_address": None, "max_rounds": "x"})
+        OrchestratorConfig.load({"gamma": -1, "draft_address": None, "max_rounds": "x"})
     lines = str(caught.value).splitlines()
     assert {line.split(" = ")[0] for line in lines} == {
         "--gamma / SPECSPLIT_ORCH_MAX_DRAFT_TOKENS",

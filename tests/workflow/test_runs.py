@@ -164,7 +164,7 @@ def test_one_failed_gamma_keeps_the_others(workspace):
     marker = workspace.folder / "fail"
     runner = workspace.folder / "src" / "specsplit" / "bench" / "runner.py"
     code = runner.read_text()
-    condition = f"config.max_draft_tokens == 3 and Path({str(marker)!r}).exists()"
+    condition = f"config.gamma == 3 and Path({str(marker)!r}).exists()"
     guard = f"    if {condition}:\n        raise UserError('on purpose')\n"
     body = "    gpu_before = capture_gpu()\n"
     assert body in code

@@ -90,7 +90,7 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
     from specsplit.launch.environment import threads_beside_another
     from specsplit.launch.start import own_workers, start_worker
 
-    at_once = config.max_draft_tokens != 0 and config.mode != "sync"
+    at_once = config.gamma != 0 and config.mode != "sync"
     threads = ["--threads", str(threads_beside_another())] if at_once else []
     arguments = ["--model", str(model), "--port", "0", *threads]
 
@@ -99,7 +99,7 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
         log_file = file.with_suffix(".log")
         return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0)
 
-    roles = ("target", "draft") if config.max_draft_tokens else ("target",)
+    roles = ("target", "draft") if config.gamma else ("target",)
     with own_workers({role: partial(start, role) for role in roles}) as started:
         yield {f"{role}_address": endpoint.address for role, endpoint in started.items()}
 

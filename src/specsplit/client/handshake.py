@@ -14,7 +14,7 @@ from specsplit.settings.run import OrchestratorConfig
 
 @contextmanager
 def connected_pair(config: OrchestratorConfig, tokenizer_sha256: str) -> Iterator[tuple[Connection | None, Connection]]:
-    """Connections to the draft (None when config.max_draft_tokens is 0) and the target worker.
+    """Connections to the draft (None when config.gamma is 0) and the target worker.
 
     tokenizer_sha256: of the tokenizer that makes the prompts. Raises UserError when a worker is missing or the
     tokenizers are not all the same.
@@ -23,7 +23,7 @@ def connected_pair(config: OrchestratorConfig, tokenizer_sha256: str) -> Iterato
         known: dict[str, Any] = {"timeout_s": config.connect_timeout_s, "access": Access.of(config)}
         target = stack.enter_context(connect("target", config.target_address, **known))
         draft = None
-        if config.max_draft_tokens:
+        if config.gamma:
             draft = stack.enter_context(connect("draft", config.draft_address, **known))
         check_tokenizers(
             {

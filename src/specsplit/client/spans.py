@@ -22,7 +22,7 @@ class TextSpan:
     def __init__(self, tracer: Tracer, config: OrchestratorConfig, request_id: str | None) -> None:
         self._tracer = tracer
         attributes: dict[str, Any] = {
-            "specsplit.gamma": str(config.max_draft_tokens),
+            "specsplit.gamma": str(config.gamma),
             "specsplit.mode": config.mode,
             "specsplit.tree": config.tree,
         }

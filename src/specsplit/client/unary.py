@@ -32,7 +32,7 @@ def run_speculative_loop(
 ) -> SpeculativeResult:
     """Write one text with speculative decoding (Leviathan et al. 2023): one round after the other, unary calls.
 
-    draft_stub: a DraftServiceStub; may be None when config.max_draft_tokens is 0 (the target alone, same path).
+    draft_stub: a DraftServiceStub; may be None when config.gamma is 0 (the target alone, same path).
     target_stub: a TargetServiceStub. on_tokens: called with each round's new tokens as they are accepted.
     request_id: what the span of the text calls it.
     config: mode `sync` and a number for gamma; `pipeline.run_speculative_loop_async` has the other modes and `auto`.
@@ -41,7 +41,7 @@ def run_speculative_loop(
     whole text again (`recovery`). Raises WorkerError, with the text so far, when that did not help, and UserError when
     the prompt does not fit.
     """
-    if config.mode != "sync" or config.max_draft_tokens == "auto":
+    if config.mode != "sync" or config.gamma == "auto":
         raise UserError("this loop is synchronous, with a fixed gamma: use run_speculative_loop_async")
     with text_span(config, request_id) as span:
         return _write(Recovery(config, {}, span), draft_stub, target_stub, prompt_ids, config, on_tokens)
@@ -57,7 +57,7 @@ def _write(
 ) -> SpeculativeResult:
     target_info = reach(recovery, "target", target_stub)
     draft_info = None
-    if config.max_draft_tokens:
+    if config.gamma:
         with suppress(WithoutDraft):
             draft_info = reach(recovery, "draft", draft_stub)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))

@@ -22,12 +22,11 @@ from specsplit.models.fingerprint import fingerprint_model
 from specsplit.models.sources import manifest_file, resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.weightless import (
-    NGramParameters,
-    SyntheticParameters,
     is_weightless,
     parameters_sha256,
     parse_parameters,
 )
+from specsplit.settings.models import NGramParameters, SyntheticParameters
 from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)

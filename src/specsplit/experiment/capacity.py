@@ -141,7 +141,7 @@ async def _run_clients(jobs: Sequence[Job], clients: int) -> list[Done]:
             return
         config = waiting[0].config
         controller = None
-        if config.max_draft_tokens == "auto":
+        if config.gamma == "auto":
             controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
         access = Access.of(config)
         async with (

@@ -62,7 +62,7 @@ def measure_contexts(
 
 
 def _writer(config: OrchestratorConfig) -> TextWriter:
-    draft = config.draft_address if config.max_draft_tokens else None
+    draft = config.draft_address if config.gamma else None
     return TextWriter(draft, config.target_address, access=Access.of(config))
 
 
@@ -70,7 +70,7 @@ def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: Specu
     record = request_record(Request(str(text), "", prompt), result, config)
     later = result.rounds[1:] or result.rounds
     return ContextText(
-        gamma=config.max_draft_tokens,
+        gamma=config.gamma,
         context_tokens=len(prompt),
         text=text,
         output_tokens=record.generated_tokens,

@@ -135,7 +135,7 @@ def _our_writer(contender: Ours, stack: ExitStack) -> Callable[[Request], _Text]
         TextWriter(draft.address if draft else None, contender.target.address, access=Access.of(config))
     )
     controller = None
-    if config.max_draft_tokens == "auto":
+    if config.gamma == "auto":
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
 
     def write(request: Request) -> _Text:

@@ -30,7 +30,7 @@ def round_records(
     request_id: str, result: SpeculativeResult, config: OrchestratorConfig, repeat: int = 1
 ) -> list[RoundRecord]:
     """The rows of `per_round.csv` of one finished text."""
-    gamma = config.max_draft_tokens
+    gamma = config.gamma
     return [RoundRecord(request_id=request_id, gamma=gamma, repeat=repeat, **asdict(row)) for row in result.rounds]
 
 
@@ -60,7 +60,7 @@ def request_record(
         itl = (result.total_ms - result.ttft_ms) / later if later > 0 else None
     return RequestRecord(
         request_id=request.id,
-        gamma=config.max_draft_tokens,
+        gamma=config.gamma,
         prompt_length=len(request.token_ids),
         generated_tokens=generated,
         ttft_ms=None if error else result.ttft_ms,

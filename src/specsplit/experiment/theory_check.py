@@ -119,7 +119,7 @@ def check_theory(
                 *((mode, gamma) for mode in MODES for gamma in gammas),
             ]
             for mode, gamma in points:
-                settings = {"mode": mode, "max_draft_tokens": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
+                settings = {"mode": mode, "gamma": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
                 config = OrchestratorConfig.load({**settings, "max_output_tokens": simulation.tokens})
                 controller = GammaController(mode, config.gamma_limit, fan_out=simulation.fan_out)
                 results = [writer.write(prompt, config, controller=controller) for prompt in prompts]

@@ -33,7 +33,6 @@ from specsplit.models.fingerprint import (
 )
 from specsplit.models.weightless import (
     KINDS,
-    SyntheticParameters,
     check_tokenizer,
     fingerprint_weightless,
     is_weightless,
@@ -41,6 +40,7 @@ from specsplit.models.weightless import (
     tokenizer_source,
     write_tokenizer,
 )
+from specsplit.settings.models import SyntheticParameters
 
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1

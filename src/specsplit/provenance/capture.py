@@ -27,7 +27,7 @@ ENVIRONMENT_VARIABLES = (*DETERMINISM_VARIABLES, "OPENBLAS_NUM_THREADS", "TOKENI
 LOCK = Path("envs/constraints.txt")
 # What of the package decides what a run writes; relative to it, as the workflow names it.
 RUN_CODE = (
-    *("decoding", "engines", "models", "client", "worker", "launch", "rpc", "settings/processes.py"),
+    *("decoding", "engines", "models", "client", "worker", "launch", "rpc", "settings"),
     *(
         "experiment/runner.py",
         "experiment/journal.py",

@@ -232,5 +232,5 @@ def _read(config: AccessSettings, setting: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{config.flag(setting)} / {config.variable(setting)}: {path}: {error.strerror or error}"
+            f"{' / '.join([config.flag(setting), *config.variables(setting)])}: {path}: {error.strerror or error}"
         ) from None

@@ -39,7 +39,7 @@ def setting(
     operates: it decides how a process is operated, not what it computes; a change of it reruns nothing.
     schema: more of its JSON Schema. limits: of pydantic.Field (ge, lt, pattern, min_length, ...).
     """
-    extra = {"note": note, "heading": heading, "operates": operates}
+    extra: dict[str, Any] = {"note": note, "heading": heading, "operates": operates}
     extra = {**(schema or {}), **{key: value for key, value in extra.items() if value}}
     examples = None if example is None else [example]
     return Field(default, description=description, examples=examples, json_schema_extra=extra or None, **limits)
@@ -100,7 +100,9 @@ class Settings(BaseModel):
             if len(set(given.values())) > 1:
                 shown = " and ".join(f"{name}={value}" for name, value in given.items())
                 raise UserError(f"{shown}: two values of one setting; remove one of them")
-            found |= {field: None if text == "null" else text for text in given.values()}
+            if given:
+                text = next(iter(given.values()))
+                found[field] = None if text == "null" else text
         return found
 
     @classmethod

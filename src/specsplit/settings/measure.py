@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from specsplit.decoding.theory import PipelineMode
 from specsplit.settings.base import Settings, setting
 from specsplit.settings.run import MAX_SEED, Gamma, OnBadLine
+from specsplit.settings.worker import ComputeSettings, Dtype
 
 Positive = Annotated[int, Field(ge=1)]
 Peer = Annotated[
@@ -124,8 +125,10 @@ class IntervalSettings(Settings):
     seed: int = setting(0, "Seed of what draws random numbers.", ge=0, le=MAX_SEED)
 
 
-class LayerSettings(Settings):
+class LayerSettings(ComputeSettings):
     """The search for layers that a draft can do without."""
+
+    flags: ClassVar = {"skip_count": "--count"}
 
     skip_count: int = setting(
         2, "Layers to leave out, where skip_layers is auto.", example=4, note="with auto: layers to leave out", ge=1
@@ -142,6 +145,4 @@ class LayerSettings(Settings):
     edge: int = setting(1, "Layers kept at either end.", ge=0)
     shortlist: int | None = setting(None, "After the first layer, try only the N best of that search; null: all.", ge=1)
     use_chat_template: bool = setting(True, "Wrap the prompts in the model's chat template, when it has one.")
-    dtype: Literal["float32", "bfloat16", "float16", "int8"] = setting(
-        "bfloat16", "Number format of the search, as the draft will have it."
-    )
+    dtype: Dtype = setting("bfloat16", "Number format of the search, as the draft will have it.")

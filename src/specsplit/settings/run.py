@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -51,9 +51,9 @@ class OrchestratorConfig(AccessSettings):
     """What one text is written with."""
 
     prefix = "SPECSPLIT_ORCH_"
-    flags = {"draft_address": "--draft-addr", "target_address": "--target-addr"}
-    other_variables = {"gamma": "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS"}
-    several = {
+    flags: ClassVar = {"draft_address": "--draft-addr", "target_address": "--target-addr"}
+    other_variables: ClassVar = {"gamma": "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS"}
+    several: ClassVar = {
         field: SEVERAL.format(flag, flag)
         for field, flag in [("gamma", "--gamma"), ("temperature", "--temperature"), ("rtt_ms", "--rtt-ms")]
     } | {
@@ -199,7 +199,7 @@ class OrchestratorConfig(AccessSettings):
         return AUTO_GAMMA_LIMIT if self.gamma == "auto" else self.gamma
 
 
-def several(field: str, default: list[Any] | None, **changes: Any) -> Any:
+def swept(field: str, default: list[Any] | None, **changes: Any) -> Any:
     """A setting of OrchestratorConfig of which several values are swept; None: the one value of OrchestratorConfig."""
     info = OrchestratorConfig.model_fields[field]
     return setting(default, f"{info.description} Several are swept.", min_length=1, **changes)
@@ -209,10 +209,10 @@ class SweepSettings(Settings):
     """The axes of a sweep, and how often it is measured. An axis that is not given is what one text is written with."""
 
     prefix = "SPECSPLIT_ORCH_"
-    other_variables = OrchestratorConfig.other_variables
+    other_variables: ClassVar = OrchestratorConfig.other_variables
 
-    gamma: list[Gamma] = several("gamma", [1, 3, 5, 8, 12])
-    mode: list[PipelineMode] | None = several("mode", None)
-    tree: list[Tree] | None = several("tree", None)
-    temperature: list[Temperature] | None = several("temperature", None)
-    rtt_ms: list[Milliseconds] | None = several("rtt_ms", None)
+    gamma: list[Gamma] = swept("gamma", [1, 3, 5, 8, 12])
+    mode: list[PipelineMode] | None = swept("mode", None)
+    tree: list[Tree] | None = swept("tree", None)
+    temperature: list[Temperature] | None = swept("temperature", None)
+    rtt_ms: list[Milliseconds] | None = swept("rtt_ms", None)

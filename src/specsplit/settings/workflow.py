@@ -33,7 +33,7 @@ from specsplit.settings.worker import (
     WorkerSettings,
 )
 
-Definition = tuple[Any, Any]  # type and field, as create_model takes them
+Definition = Any  # (type, field), as create_model takes them
 Run = OrchestratorConfig
 UNIQUE = {"uniqueItems": True}
 ONE_OR_MORE = {**UNIQUE, "oneOrMore": True}  # a list that may be written as its only item
@@ -49,7 +49,7 @@ class Section(BaseModel):
 
 def section(description: str, *, note: str = "", heading: str = "", **keys: Definition) -> Definition:
     """A mapping of these keys."""
-    made: Any = create_model("Section", __base__=Section, **keys)  # type: ignore[call-overload]
+    made: Any = create_model("Section", __base__=Section, **keys)
     return made, setting({}, description, note=note, heading=heading)
 
 
@@ -74,7 +74,7 @@ def same(source: type[BaseModel], field: str, type_: Any = None, **changes: Any)
     return type_ or type_of(source, field), setting(**{**given, **changes})
 
 
-def keys(source: type[BaseModel], *fields: str) -> dict[str, Definition]:
+def keys(source: type[BaseModel], *fields: str) -> dict[str, Any]:
     """Keys that are called as the settings that they are."""
     return {field: same(source, field) for field in fields}
 
@@ -83,7 +83,7 @@ def several(field: str, default: Any, description: str, example: Any, **changes:
     """A key with a list of different values of what a run has one of."""
     told = {"default": default, "description": description, "example": example, "schema": ONE_OR_MORE}
     extra = {name: value for name, value in extra_of(Run.model_fields[field]).items() if name in ("title", "plural")}
-    item = Annotated[type_of(Run, field), Field(json_schema_extra=extra)]
+    item: Any = Annotated[type_of(Run, field), Field(json_schema_extra=extra)]
     return same(Run, field, list[item], min_length=1, **{**told, **changes})  # type: ignore[valid-type]
 
 
@@ -213,8 +213,8 @@ Workflow: type[BaseModel] = section(
             DraftWorkerConfig,
             "skip_layers",
             type_=SkipLayers,
-            description=f"{DraftWorkerConfig.model_fields['skip_layers'].description} `auto` looks for the layers whose "
-            "loss changes the model least.",
+            description=f"{DraftWorkerConfig.model_fields['skip_layers'].description} `auto` looks for the layers "
+            "whose loss changes the model least.",
             example=[13, 14],
             note="e.g. [13, 14]: a cheaper, weaker draft; auto = look for the layers that matter least",
             schema=UNIQUE,

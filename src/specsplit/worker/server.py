@@ -52,8 +52,7 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
     Raises UserError when the model is missing or cannot be loaded.
     """
     if config.model is None:
-        prefix = config.model_config["env_prefix"]
-        raise UserError(f"no model: give --model FOLDER or set {prefix}MODEL")
+        raise UserError(f"no model: give --model FOLDER or set {config.prefix}MODEL")
     folder, manifest = resolve_model(config.model)
     threads = config.threads or usable_cores()
     model, identity = load_model(folder, manifest, config, threads)
