@@ -13,7 +13,14 @@ rule theory_check:
     threads: EVERY_CORE
     params:
         code=code_sha256(
-            "decoding", "engines/synthetic.py", "client", "worker", "launch", "rpc", "experiment/theory_check.py", "experiment/transport.py"
+            "decoding",
+            "engines/synthetic.py",
+            "client",
+            "worker",
+            "launch",
+            "rpc",
+            "experiment/theory_check.py",
+            "experiment/transport.py",
         ),
     shell:
         "specsplit theory-check --output {output.table} --figure {output.figures[0]} > {log} 2>&1"

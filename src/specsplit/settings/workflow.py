@@ -70,7 +70,13 @@ def same(source: type[BaseModel], field: str, type_: Any = None, **changes: Any)
     extra = extra_of(info)
     told = {name: extra.pop(name) for name in ("note", "heading", "operates") if name in extra}
     example = info.examples[0] if info.examples else None
-    given = {"default": info.default, "description": info.description, "example": example, "schema": extra, **told}
+    given: dict[str, Any] = {
+        "default": info.default,
+        "description": info.description,
+        "example": example,
+        "schema": extra,
+        **told,
+    }
     return type_ or type_of(source, field), setting(**{**given, **changes})
 
 
@@ -84,7 +90,7 @@ def several(field: str, default: Any, description: str, example: Any, **changes:
     told = {"default": default, "description": description, "example": example, "schema": ONE_OR_MORE}
     extra = {name: value for name, value in extra_of(Run.model_fields[field]).items() if name in ("title", "plural")}
     item: Any = Annotated[type_of(Run, field), Field(json_schema_extra=extra)]
-    return same(Run, field, list[item], min_length=1, **{**told, **changes})  # type: ignore[valid-type]
+    return same(Run, field, list[item], min_length=1, **{**told, **changes})
 
 
 def axis(field: str, default: Any, example: Any, more: str = "", **changes: Any) -> Definition:
@@ -99,6 +105,11 @@ def listed(source: type[BaseModel], field: str, **changes: Any) -> Definition:
     return same(source, field, schema=ONE_OR_MORE, min_length=1, **changes)
 
 
+def other(name: str, type_: Any, example: Any, **more: Any) -> Definition:
+    """A key of a named draft, which is that of `draft` when it is left out."""
+    return type_, setting(None, f"As `draft.{name}`, when it is another one.", example=example, **more)
+
+
 def address(role: str, example: str, note: str = "") -> Definition:
     return key(
         str | None,
@@ -111,6 +122,20 @@ def address(role: str, example: str, note: str = "") -> Definition:
         pattern=r"^(\S+:[0-9]{1,5}|.+\.json)$",
     )
 
+
+Synthetic: Any = section(
+    "",
+    source=same(SyntheticParameters, "source"),
+    **keys(SyntheticParameters, "step_ms", "token_ms", "acceptance", "seed"),
+)[0]
+Source: Any = PypiSource | HuggingFaceSource | LocalSource | Synthetic | NGramParameters
+NamedDraft: Any = section(
+    "",
+    model=other("model", str, "my-draft"),
+    dtype=other("dtype", type_of(DraftWorkerConfig, "dtype"), "int8"),
+    skip_layers=other("skip_layers", SkipLayers, [13, 14], schema=UNIQUE),
+    skip_count=other("skip_count", type_of(LayerSettings, "skip_count"), 4),
+)[0]
 
 Workflow: type[BaseModel] = section(
     "",
@@ -172,18 +197,7 @@ Workflow: type[BaseModel] = section(
     warmup_requests=same(BenchSettings, "warmup"),
     repeats=same(BenchSettings, "repeats"),
     models=key(
-        dict[
-            str,
-            PypiSource
-            | HuggingFaceSource
-            | LocalSource
-            | section(
-                "",
-                source=same(SyntheticParameters, "source"),
-                **keys(SyntheticParameters, "step_ms", "token_ms", "acceptance", "seed"),
-            )[0]
-            | NGramParameters,
-        ],
+        dict[str, Source],
         {
             MODEL: {
                 "source": "pypi",
@@ -223,24 +237,7 @@ Workflow: type[BaseModel] = section(
         calibration_prompts=same(LayerSettings, "limit"),
     ),
     drafts=key(
-        dict[
-            str,
-            section(
-                "",
-                **{
-                    name: (
-                        type_,
-                        setting(None, f"As `draft.{name}`, when it is another one.", example=example, schema=schema),
-                    )
-                    for name, type_, example, schema in [
-                        ("model", str, "my-draft", None),
-                        ("dtype", type_of(DraftWorkerConfig, "dtype"), "int8", None),
-                        ("skip_layers", SkipLayers, [13, 14], UNIQUE),
-                        ("skip_count", type_of(LayerSettings, "skip_count"), 4, None),
-                    ]
-                },
-            )[0],
-        ],
+        dict[str, NamedDraft],
         {},
         "Drafts to sweep, by name. Each says what differs from `draft`, which is swept only when an entry is "
         "`draft: {}`. Empty: `draft` alone.",
