@@ -303,7 +303,7 @@ def test_a_tokenizer_that_is_not_the_workers(
     [
         (["generate", "--prompt", "x"], "no tokenizer: give --tokenizer FOLDER, or --model FOLDER"),
         (["generate", "--prompt", "x", "--tokenizer", "none"], "none: no such folder"),
-        (["generate", "--prompt", "x", "--gamma", "65"], "--gamma / SPECSPLIT_ORCH_MAX_DRAFT_TOKENS = '65'"),
+        (["generate", "--prompt", "x", "--gamma", "65"], "--gamma / SPECSPLIT_ORCH_GAMMA = '65'"),
         (["generate", "--prompt", "x", "--tree", "0"], "--tree / SPECSPLIT_ORCH_TREE"),
         (["start-worker", "draft", "--endpoint-file", "e", "--worker-log", "l"], "--model is missing"),
         (["stop-worker", "/etc/hostname"], "/etc/hostname"),

@@ -311,7 +311,7 @@ def test_run_code_is_what_decides_a_run() -> None:
     first = hash_run_code(files)
     assert hash_run_code({**files, "analysis/figures.py": "0"}) == first
     assert hash_run_code({**files, "cli/main.py": "0"}) == first
-    assert hash_run_code({**files, "settings/processes.py": "0"}) != first
+    assert hash_run_code({**files, "settings/run.py": "0"}) != first
     assert hash_run_code({**files, "decoding/tree.py": "0"}) != first
 
 

@@ -68,7 +68,7 @@ def same(source: type[BaseModel], field: str, type_: Any = None, **changes: Any)
     """A key that is a setting of a process. changes: what is not as there."""
     info = source.model_fields[field]
     extra = extra_of(info)
-    told = {name: extra.pop(name) for name in ("note", "heading", "operates") if name in extra}
+    told: dict[str, Any] = {name: extra.pop(name) for name in ("note", "heading", "operates") if name in extra}
     example = info.examples[0] if info.examples else None
     given: dict[str, Any] = {
         "default": info.default,
