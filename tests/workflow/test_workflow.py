@@ -65,21 +65,46 @@ def also(*row):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"gammas": [0, 1, 2, 3]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
-        ({"gammas": [0, 1]}, {"resolved_config": 1, **ANALYSIS}),
-        also({"gammas": [0, 1, 3, "auto"]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
-        ({"mode": ["sync", "lookahead"]}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
-        also({"tree": ["chain", "2x2"]}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
-        also(
-            {"sampling": {"temperature": [0, 1]}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}
+        (
+            {"gammas": [0, 1, 2, 3]},
+            {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS},
         ),
-        ({"network": {"rtt_ms": [0, 5]}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
-        also({"network": {"jitter_ms": 1}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        ({"gammas": [0, 1]}, {"resolved_config": 1, **ANALYSIS}),
+        also(
+            {"gammas": [0, 1, 3, "auto"]},
+            {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS},
+        ),
+        (
+            {"mode": ["sync", "lookahead"]},
+            {"start_worker": 4, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
+        ),
+        also(
+            {"tree": ["chain", "2x2"]},
+            {"start_worker": 4, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
+        ),
+        also(
+            {"sampling": {"temperature": [0, 1]}},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+        ),
+        (
+            {"network": {"rtt_ms": [0, 5]}},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+        ),
+        also(
+            {"network": {"jitter_ms": 1}},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+        ),
         ({"lookahead": {"fan_out": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         also({"sampling": {"top_k": 5}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         ({"statistics": {"confidence": 0.9}}, {"resolved_config": 1, **ANALYSIS} | {"merge": 0}),
-        ({"draft": {"skip_layers": [0]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
-        also({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        (
+            {"draft": {"skip_layers": [0]}},
+            {"start_worker": 4, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
+        ),
+        also(
+            {"target": {"dtype": "bfloat16"}},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+        ),
         also({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         (
             {"workers": {"gpus": 1, "token_file": "secrets/token", "tls_ca": "ca.pem", "cache_memory_mb": 99}},
@@ -88,15 +113,15 @@ def also(*row):
         also({"faults": {"on_draft_failure": "fail"}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         (
             {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
-            {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 4, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
         ),
         (
             {"models": {"tiny": {"source": "huggingface", "repo": "a/b", "revision": "c"}}},
-            {"prepare_model": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
+            {"prepare_model": 1, "start_worker": 5, "benchmark": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
         ),
         (
             {"dataset": {"limit": 2}},
-            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
+            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
         ),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
@@ -116,9 +141,12 @@ def test_what_a_changed_key_reruns(finished, change, expected):
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("decoding/verification.py", {"start_worker": 5, "benchmark": 3, **ANALYSIS}),
+        ("decoding/verification.py", {"start_worker": 5, "benchmark": 3, "operation": 3, **ANALYSIS}),
         ("analysis/figures.py", {"figures": 1, "summary": 1}),
-        ("experiment/dataset.py", {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, **ANALYSIS}),
+        (
+            "experiment/dataset.py",
+            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "operation": 3, **ANALYSIS},
+        ),
         ("cli/generate.py", {}),
     ],
 )

@@ -65,7 +65,7 @@ class Settings(BaseModel):
     """Settings of one kind of process. What is not given is taken from the environment, then is the default."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    prefix: ClassVar[str] = ""  # of its variables: SPECSPLIT_ROLE_; none: it has no variables
+    prefix: ClassVar[str] = ""  # of its variables: SPECSPLIT_<ROLE>_; none: it has no variables
     flags: ClassVar[Mapping[str, str]] = {}  # field -> its flag, where that is not the field's own name
     other_variables: ClassVar[Mapping[str, str]] = {}  # field -> a second variable that means the same
     several: ClassVar[Mapping[str, str]] = {}  # field of one value -> how several are given

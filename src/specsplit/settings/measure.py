@@ -121,7 +121,7 @@ class IntervalSettings(Settings):
     """The intervals that tables state."""
 
     confidence: float = setting(0.95, "Confidence level of the bootstrap intervals.", example=0.99, gt=0, lt=1)
-    bootstrap_samples: int = setting(10_000, "Bootstrap resamples of each interval.", example=2000, ge=100)
+    bootstrap_samples: int = setting(10_000, "Bootstrap resamples of each interval.", example=2000, ge=1)
     seed: int = setting(0, "Seed of what draws random numbers.", ge=0, le=MAX_SEED)
 
 

@@ -333,5 +333,9 @@ Workflow: type[BaseModel] = section(
         ),
         gamma=same(AcceptanceSettings, "gamma"),
     ),
-    statistics=section("The intervals in summary.csv.", **keys(IntervalSettings, "confidence", "bootstrap_samples")),
+    statistics=section(
+        "The intervals in summary.csv.",
+        confidence=same(IntervalSettings, "confidence"),
+        bootstrap_samples=same(IntervalSettings, "bootstrap_samples", Annotated[int, Field(ge=100)]),
+    ),
 )[0]
