@@ -235,19 +235,33 @@ def test_timing_runs_take_every_core(finished):
 BESIDE = "results/peers.csv results/capacity.csv results/context_curve.csv results/profile.csv"
 
 
+def settings_of(workspace, name, file):
+    path = f"results/settings/{name}/{file}.json"
+    workspace.run("--notemp", target=path)
+    text = (workspace.folder / path).read_text()
+    (workspace.folder / path).unlink()
+    return text
+
+
 def test_measurements_beside_the_sweep_are_planned(finished):
     workers = 7 + 3 + 3  # raced: gamma 0 and 3, 5 in two modes; many clients and contexts: gamma 0 and 3
     assert finished.planned(target=BESIDE) == {
         **{"race_peers": 1, "peers": 1, "benchmark_capacity": 1, "capacity": 1, "context_curve": 1, "profile": 1},
         "start_worker": workers + 2,
+        "settings": 7,
+        "operation": 7,
     }
-    text = finished.run("--dry-run", "--printshellcmds", target=BESIDE)
-    started = {
-        line.split("--endpoint-file ")[1].split()[0]: line for line in text.splitlines() if "start-worker" in line
+    told = {
+        name: json.loads(settings_of(finished, name, file))
+        for name, file in (
+            ("capacity/gamma_3", "operation"),
+            ("context/gamma_0", "settings"),
+            ("race/gamma_3", "operation"),
+        )
     }
-    assert "--max-sessions 16" in started["results/workers/capacity/gamma_3/target.json"]
-    assert "--max-context 4192" in started["results/workers/context/gamma_0/target.json"]
-    assert "--max-sessions 8" in started["results/workers/race/gamma_3/draft.json"]
+    assert told["capacity/gamma_3"]["target"]["max_sessions"] == 16
+    assert told["context/gamma_0"]["target"]["max_context"] == 4192
+    assert told["race/gamma_3"]["draft"]["max_sessions"] == 8
     assert finished.planned() == {}  # none of it is part of the main job
 
 
