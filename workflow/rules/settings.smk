@@ -7,6 +7,8 @@ rule settings:
         "results/settings/{job}/settings.json",
     log:
         "results/logs/settings/{job}.log",
+    conda:
+        "../../envs/specsplit.yaml"
     params:
         content=lambda wildcards: settings_file(wildcards.job, operates=False),
     shell:
@@ -19,6 +21,8 @@ rule operation:
         temp("results/settings/{job}/operation.json"),
     log:
         "results/logs/settings/{job}_operation.log",
+    conda:
+        "../../envs/specsplit.yaml"
     params:
         content=lambda wildcards: settings_file(wildcards.job, operates=True),
     shell:

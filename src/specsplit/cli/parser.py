@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,17 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's, but the rest is empty: what is unknown is an error."""
+        # Before argparse, which would name missing flags first. Flags of a subcommand are for its own parser to know.
+        words = list(sys.argv[1:] if args is None else args)
+        words = words[: words.index("--")] if "--" in words else words
+        given = [word.partition("=")[0] for word in words if word.startswith("--")]
+        self._refuse([] if self._subparsers else [name for name in given if name not in self._option_string_actions])
         found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            hints = []
-            for word in unknown:
-                name = word.partition("=")[0]
-                if close := difflib.get_close_matches(name, self._option_string_actions, n=1):
-                    hints.append(f"did you mean {close[0]} instead of {name}?")
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(f'; {hint}' for hint in hints)}")
+        self._refuse(unknown)
         return found, unknown
+
+    def _refuse(self, unknown: Sequence[str]) -> None:
+        if unknown:
+            close = [(name, difflib.get_close_matches(name, self._option_string_actions, n=1)) for name in unknown]
+            hints = [f"; did you mean {best[0]} instead of {name}?" for name, best in close if best]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")
