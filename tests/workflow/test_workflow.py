@@ -105,12 +105,15 @@ def also(*row):
             {"target": {"dtype": "bfloat16"}},
             {"start_worker": 5, "benchmark": 3, "settings": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
         ),
-        also({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        also({"workers": {"max_sessions": 2}}, {"operation": 3, "resolved_config": 1, "provenance": 1, "summary": 1}),
         (
             {"workers": {"gpus": 1, "token_file": "secrets/token", "tls_ca": "ca.pem", "cache_memory_mb": 99}},
-            {"resolved_config": 1, "provenance": 1, "summary": 1},
+            {"operation": 3, "resolved_config": 1, "provenance": 1, "summary": 1},
         ),
-        also({"faults": {"on_draft_failure": "fail"}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        also(
+            {"faults": {"on_draft_failure": "fail"}},
+            {"operation": 3, "resolved_config": 1, "provenance": 1, "summary": 1},
+        ),
         (
             {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
             {"start_worker": 4, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
@@ -248,8 +251,8 @@ def test_measurements_beside_the_sweep_are_planned(finished):
     assert finished.planned(target=BESIDE) == {
         **{"race_peers": 1, "peers": 1, "benchmark_capacity": 1, "capacity": 1, "context_curve": 1, "profile": 1},
         "start_worker": workers + 2,
-        "settings": 7,
-        "operation": 7,
+        "settings": 12,
+        "operation": 12,
     }
     told = {
         name: json.loads(settings_of(finished, name, file))

@@ -15,10 +15,10 @@ rule settings:
         "printf '%s\\n' {params.content:q} > {output} 2> {log}"
 
 
-# Read as ancient() and not kept: a change of it reruns nothing. What a run was told is in its run.json.
+# Read as ancient(): a change of it reruns nothing. It is kept, for Snakemake heeds ancient() only of files that exist.
 rule operation:
     output:
-        temp("results/settings/{job}/operation.json"),
+        "results/settings/{job}/operation.json",
     log:
         "results/logs/settings/{job}_operation.log",
     conda:
