@@ -13,7 +13,7 @@ import pandas as pd
 from pandas import DataFrame
 
 from specsplit.errors import UserError
-from specsplit.experiment.sweep import AUTO
+from specsplit.settings.run import AUTO
 
 
 def read_files(paths: list[Path], types: dict[str, str], made_by: str) -> DataFrame:

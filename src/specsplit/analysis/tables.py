@@ -20,8 +20,8 @@ from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import bootstrap_mean_ci, bootstrap_ratio_ci, paired_ratio_ci
 from specsplit.errors import UserError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.experiment.sweep import AUTO, MODES, gamma_order
 from specsplit.settings.axes import CONFIGURATION, PLAIN
+from specsplit.settings.run import AUTO, MODES, gamma_order
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")

@@ -12,7 +12,7 @@ from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.measures import acceptance_rate, per_token_ms, tokens_per_round
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 # Columns of requests.csv that are settings of the same name.
 SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms", "seed"}
@@ -36,7 +36,7 @@ def request_config(config: OrchestratorConfig, request_id: str) -> OrchestratorC
 
 def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
     """What chooses gamma when it is `auto`; it learns from one text for the next."""
-    if config.max_draft_tokens != "auto":
+    if config.gamma != "auto":
         return None
     return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
 
@@ -50,7 +50,7 @@ def round_records(
     request_id: str, result: SpeculativeResult, config: OrchestratorConfig, repeat: int = 1
 ) -> list[RoundRecord]:
     """The rows of `per_round.csv` of one finished text."""
-    gamma = config.max_draft_tokens
+    gamma = config.gamma
     return [RoundRecord(request_id=request_id, gamma=gamma, repeat=repeat, **asdict(row)) for row in result.rounds]
 
 
@@ -71,7 +71,7 @@ def request_record(
     ttft_ms = None if error else result.ttft_ms
     return RequestRecord(
         request_id=request.id,
-        gamma=config.max_draft_tokens,
+        gamma=config.gamma,
         prompt_length=len(request.token_ids),
         generated_tokens=generated,
         ttft_ms=ttft_ms,
