@@ -1,7 +1,8 @@
 # make results   install into .venv and run the main job on the embedded default model
 # make test      install into .venv with the development tools and pass the tests
 # make soak      break things for an hour and count what came of it
-# make lint      style, types, workflow lint, generated stubs
+# make lint      style, types, layers, workflow lint, generated files, documentation
+# make docs      the documentation as a site, build/docs
 # make rulegraph draw docs/rulegraph.svg again (needs graphviz)
 PYTHON ?= python3.11
 CORES ?= 2
@@ -16,7 +17,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint envs/constra
 # Rules call `specsplit`: the environment must be on the path.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: results test test-all test-slurm soak lint proto rulegraph clean
+.PHONY: results test test-all test-slurm soak lint docs proto rulegraph clean
 
 results: .venv/installed
 	$(RUN) snakemake --cores $(CORES) results/summary.csv results/report.html
@@ -41,13 +42,18 @@ soak: .venv/installed-dev
 test-slurm: .venv/installed-dev
 	$(RUN) pytest -m slow tests/workflow/test_slurm.py -k sweep
 
-lint: .venv/installed-dev
+lint: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile workflow
+	$(RUN) lint-imports
 	$(RUN) snakemake --lint
 	$(RUN) scripts/proto.sh --check
+
+# Warnings, as of a link that leads nowhere, are errors.
+docs: .venv/installed-dev
+	$(BIN)/mkdocs build --quiet
 
 # Generate the gRPC stubs from the .proto file.
 proto: .venv/installed-dev

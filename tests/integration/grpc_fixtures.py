@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specsplit.client.connection import OPEN, Connection, connect
 from specsplit.engines.passes import Pass
 from specsplit.rpc.codec import tokens_crc32
+from specsplit.rpc.connection import OPEN, Connection, connect
 from specsplit.rpc.credentials import TLS_SCHEME, Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig
@@ -136,16 +135,6 @@ class Gate:
 
     def open(self) -> None:
         self._opened.set()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    """Poll until `condition` holds; False when it never did."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def context(

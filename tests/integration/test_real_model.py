@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from specsplit.client.connection import Connection, connect
 from specsplit.client.pipeline import TextWriter
 from specsplit.experiment.dataset import load_prompts, select_prompts
 from specsplit.launch.lease import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
+from specsplit.rpc.connection import Connection, connect
 from specsplit.settings.processes import OrchestratorConfig
 from specsplit.settings.workflow import load_pipeline_config
 

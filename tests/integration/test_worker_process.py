@@ -19,16 +19,17 @@ import grpc
 import psutil
 import pytest
 
-from specsplit.client.connection import WorkerError, connect
-from specsplit.errors import UserError
+from specsplit.errors import UserError, WorkerError
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.lease import LEASE_HOST, LEASE_PID
 from specsplit.launch.start import attach_worker, start_worker, stop_worker
+from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import DraftWorkerConfig
 from specsplit.worker.server import load_servicer
 
-from grpc_fixtures import draft_request, serving, wait_until
+from grpc_fixtures import draft_request, serving
+from waiting import wait_until
 
 SPECSPLIT = (sys.executable, "-m", "specsplit")
 TINY = ["--port", "0", "--threads", "1", "--dtype", "float32", "--max-context", "128"]

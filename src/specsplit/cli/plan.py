@@ -74,7 +74,7 @@ def connected_configs(
 
     Returns them with the longest text that all of these workers can hold.
     """
-    from specsplit.client.connection import connected_pair
+    from specsplit.client.handshake import connected_pair
 
     configs, limits = [], []
     for point in sweep_points(args.gamma, [config.mode], [config.tree], drafts=[config.draft_name]):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
 
 from specsplit.errors import UserError
-
-if TYPE_CHECKING:
-    from specsplit.rpc.v1 import specsplit_pb2 as pb
-    from specsplit.worker.servicer import WorkerServicer
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.worker.batching import SharedModel
+from specsplit.worker.sessions import SessionStore
 
 log = logging.getLogger(__name__)
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -61,11 +60,11 @@ class Metrics:
             self._server.shutdown()
             self._server.server_close()
 
-    def watch(self, servicer: WorkerServicer, description: pb.DescribeReply) -> None:
+    def watch(self, sessions: SessionStore, model: SharedModel, description: pb.DescribeReply) -> None:
         """Show what a worker holds, asked anew at every scrape."""
-        self._sessions.set_function(lambda: len(servicer.sessions))
-        self._cache.set_function(lambda: servicer.sessions.cache_bytes)
-        self._waiting.set_function(lambda: servicer.model.waiting)
+        self._sessions.set_function(lambda: len(sessions))
+        self._cache.set_function(lambda: sessions.cache_bytes)
+        self._waiting.set_function(lambda: model.waiting)
         names = ("role", "model", "version", "dtype", "device")
         self._about.info({name: str(getattr(description, name)) for name in names})
 

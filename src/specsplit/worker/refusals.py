@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import grpc
 
-RETRY_AFTER = "retry-after-ms"  # metadata of a temporary refusal
-
 
 class Refusal(Exception):
     """A request that a worker does not serve; the client gets the message with `status`."""

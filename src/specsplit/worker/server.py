@@ -8,8 +8,8 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,6 +22,7 @@ from specsplit.launch.endpoint import Endpoint, describe_identity
 from specsplit.launch.environment import usable_cores
 from specsplit.launch.lease import Lease, lease_holder
 from specsplit.models.sources import resolve_model
+from specsplit.models.tokenizer import pack_tokenizer
 from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import ServerAccess
@@ -31,11 +32,10 @@ from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.interceptor import AuthInterceptor
+from specsplit.worker.prometheus import Metrics
 from specsplit.worker.servicer import WorkerServicer
+from specsplit.worker.spans import WorkerSpans
 from specsplit.worker.target_service import TargetServicer
-
-if TYPE_CHECKING:
-    from specsplit.worker.prometheus import Metrics
 
 log = logging.getLogger(__name__)
 LEASE_POLL_S = 0.5
@@ -63,7 +63,9 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
     if isinstance(config, DraftWorkerConfig):
         vocabulary = load_vocabulary(folder, target_tokenizer(config), model.vocab_size)
         return DraftServicer(shared, config, identity, vocabulary)
-    return TargetServicer(shared, config, identity)
+    servicer = TargetServicer(shared, config, identity)
+    servicer.tokenizer_files = cache(partial(pack_tokenizer, folder))
+    return servicer
 
 
 class WorkerServer:
@@ -78,12 +80,8 @@ class WorkerServer:
         self.servicer: WorkerServicer | None = None
         self.service = DRAFT_SERVICE if isinstance(config, DraftWorkerConfig) else TARGET_SERVICE
         self._access = ServerAccess.load(config)
-        self.metrics: Metrics | None = None
-        if config.metrics_port is not None:
-            from specsplit.worker.prometheus import Metrics
-
-            self.metrics = Metrics()
-        self.spans = tracing.WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
+        self.metrics = Metrics() if config.metrics_port is not None else None
+        self.spans = WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
         self._auth = AuthInterceptor(self._access, self.service, self.metrics.refused if self.metrics else None)
         threads = config.call_limit + SPARE_CALLS
         self._server = grpc.server(
@@ -124,7 +122,7 @@ class WorkerServer:
         servicer.owner_of = lambda metadata: self._access.owner(metadata) or ""
         self.servicer = servicer
         if self.metrics is not None:
-            self.metrics.watch(servicer, servicer.Describe(pb.DescribeRequest(), None))
+            self.metrics.watch(servicer.sessions, servicer.model, servicer.Describe(pb.DescribeRequest(), None))
             servicer.metrics = self.metrics
         servicer.spans = self.spans
         if isinstance(servicer, DraftServicer):

@@ -19,18 +19,19 @@ import torch
 import specsplit
 from specsplit import tracing
 from specsplit.launch.environment import DETERMINISM_VARIABLES
+from specsplit.rpc.codec import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import WorkerSettings
 from specsplit.worker.batching import SharedModel, describe_runtime
 from specsplit.worker.inbox import MOST_WAITING, Inbox
 from specsplit.worker.memory import sessions_that_fit
-from specsplit.worker.refusals import RETRY_AFTER, Abandoned, Busy, InvalidRequest, LimitReached, Refusal
+from specsplit.worker.prometheus import Metrics
+from specsplit.worker.refusals import Abandoned, Busy, InvalidRequest, LimitReached, Refusal
 from specsplit.worker.sessions import Session, SessionStore
+from specsplit.worker.spans import WorkerSpans
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-
-    from specsplit.worker.prometheus import Metrics
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -57,13 +58,14 @@ class WorkerServicer:
     """One loaded model and its sessions.
 
     identity: model name and fingerprint as reported by Describe. owner_of: who a call is from, by its metadata; what it
-    says has one length, so that no owner and session id can be read as another pair.
+    says has one length, so that no owner and session id can be read as another pair. tokenizer_files: for Describe.
     """
 
     role = ""
     owner_of: Callable[[Any], str] = staticmethod(lambda metadata: "")
+    tokenizer_files: Callable[[], Mapping[str, bytes]] = staticmethod(dict)
     metrics: Metrics | None = None
-    spans: tracing.WorkerSpans | None = None
+    spans: WorkerSpans | None = None
 
     def __init__(self, model: SharedModel, config: WorkerSettings, identity: Mapping[str, Any]) -> None:
         self.model = model
@@ -95,6 +97,7 @@ class WorkerServicer:
             pid=os.getpid(),
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
             runtime=describe_runtime(self.model.model.device, self.config.seed),
+            tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
             **self.identity,
         )
 

@@ -130,7 +130,7 @@ class SessionStore:
             return session is not None
 
     def _find(self, key: str, *, new: bool) -> Session:
-        """The session; a new one if `new` allows it, for whose cache a busy session gets a little time to become idle."""
+        """The session, opened if `new`: then a busy session gets `busy_wait_s` to free its cache."""
         deadline = time.monotonic() + self._busy_wait_s
         while True:
             self._expire()

@@ -1,34 +1,19 @@
-"""Finding the workers and making sure that they belong together."""
+"""A connection to one worker: opening it, and what the worker says of itself."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from specsplit.client.result import SpeculativeResult
-from specsplit.errors import UserError
+from specsplit.errors import WorkerError
 from specsplit.rpc.credentials import TLS_SCHEME, Access, split_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
 
 OPEN = Access()
 POLL_S = 0.1
-
-
-class WorkerError(UserError):
-    """A worker did not answer, or refused; the message names it, the call and the status.
-
-    code: name of the gRPC status. result: the text so far, None when it had not begun.
-    """
-
-    def __init__(self, message: str, *, code: str = "", result: SpeculativeResult | None = None) -> None:
-        super().__init__(message)
-        self.code, self.result = code, result
 
 
 @dataclass
@@ -116,39 +101,3 @@ def _why_not(details: str, address: str) -> str:
             return " It closes the connection: it may want a certificate of ours, --tls-cert and --tls-key."
         return f" It closes the connection: it may want TLS, {TLS_SCHEME}{address}."
     return f" ({details})" if "loaded" in details else ""
-
-
-@contextmanager
-def connected_pair(config: OrchestratorConfig, tokenizer_sha256: str) -> Iterator[tuple[Connection | None, Connection]]:
-    """Connections to the draft (None when config.max_draft_tokens is 0) and the target worker.
-
-    tokenizer_sha256: of the tokenizer that makes the prompts. Raises UserError when a worker is missing or the
-    tokenizers are not all the same.
-    """
-    with ExitStack() as stack:
-        known: dict[str, Any] = {"timeout_s": config.connect_timeout_s, "access": Access.of(config)}
-        target = stack.enter_context(connect("target", config.target_address, **known))
-        draft = None
-        if config.max_draft_tokens:
-            draft = stack.enter_context(connect("draft", config.draft_address, **known))
-        check_tokenizers(
-            {
-                "--tokenizer": tokenizer_sha256,
-                **{
-                    f"the {c.role} worker ({c.description.model})": c.description.tokenizer_sha256
-                    for c in (draft, target)
-                    if c is not None
-                },
-            }
-        )
-        yield draft, target
-
-
-def check_tokenizers(named: dict[str, str]) -> None:
-    """Refuse to go on when the tokenizers differ. named: who -> tokenizer sha256."""
-    if len(set(named.values())) > 1:
-        lines = ", ".join(f"{who} has {sha[:12] or 'none'}" for who, sha in named.items())
-        raise UserError(
-            f"the tokenizers differ ({lines}): token ids would mean different text. "
-            f"Use a draft and a target that share one tokenizer."
-        )
