@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, Want, grow
+from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, ToFeed, grow
 from specsplit.decoding.sampling import Candidates, candidates
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.worker.sessions import Session
@@ -34,7 +34,7 @@ class Outcome:
 
 
 @dataclass
-class Fed:
+class DraftState:
     """What the model of a session was fed. `nodes` speaks the target's tokens, everything else the draft's own."""
 
     ids: list[int] = field(default_factory=list)  # the context
@@ -42,7 +42,7 @@ class Fed:
     node_ids: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     children: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, token) -> node
-    known: dict[int, Candidates] = field(default_factory=dict)  # by node, and ROOT for the context
+    candidates: dict[int, Candidates] = field(default_factory=dict)  # by node, and ROOT for the context
     made_for: object = None  # candidates depend on it
 
     def add(self, parent: int, token: int, token_id: int, log_prob: float) -> int:
@@ -83,8 +83,8 @@ class Drafter:
         self.settings = settings
         self.abandoned = abandoned
         if session.state is None:
-            session.state = Fed()
-        self.fed: Fed = session.state
+            session.state = DraftState()
+        self.state: DraftState = session.state
         self._move_to_context()
 
     def draft(self) -> TokenTree:
@@ -115,7 +115,7 @@ class Drafter:
             if end not in place_to_node:  # the text ends there
                 continue
             drafted = {tree.token_ids[child] for child in children.get(end, ())}
-            best = self.fed.known[place_to_node[end]]
+            best = self.state.candidates[place_to_node[end]]
             for token, log_prob in zip(best.token_ids, best.log_probs, strict=True):
                 if token not in drafted and token not in self.settings.stop_token_ids:
                     options.append((costs[end] - log_prob, end, token, log_prob))
@@ -139,7 +139,7 @@ class Drafter:
 
     def _growth(self, start: int, gamma: int, length: int) -> Growth:
         depth = min(gamma, self.settings.length_limit - length - 1)
-        return grow(self.settings.shape, depth, start, self.fed.known, self.settings.stop_token_ids)
+        return grow(self.settings.shape, depth, start, self.state.candidates, self.settings.stop_token_ids)
 
     def _run(self, growths: list[Growth]) -> list[TokenTree]:
         """Run growths side by side: each pass feeds what all of them want next."""
@@ -147,7 +147,7 @@ class Drafter:
         answers: dict[int, list[int] | None] = dict.fromkeys(range(len(growths)))
         started = False
         while answers:
-            wants: dict[int, list[Want]] = {}
+            wants: dict[int, list[ToFeed]] = {}
             for i, nodes in answers.items():
                 try:
                     wants[i] = growths[i].send(nodes) if started else next(growths[i])
@@ -164,11 +164,11 @@ class Drafter:
     def _feed_tree(self, tree: TokenTree) -> dict[int, int] | None:
         """Feed the nodes of a draft that were not fed yet, its leaves; place in the draft -> node, no stop tokens."""
         nodes = {ROOT: ROOT}
-        leaves: list[tuple[int, Want]] = []
+        leaves: list[tuple[int, ToFeed]] = []
         for place, (token, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True)):
             if parent not in nodes or token in self.settings.stop_token_ids:
                 continue
-            node = self.fed.children.get((nodes[parent], token))
+            node = self.state.children.get((nodes[parent], token))
             if node is None:
                 leaves.append((place, (nodes[parent], token, tree.log_probs[place])))
             else:
@@ -176,9 +176,9 @@ class Drafter:
         fed = self._feed([want for _, want in leaves])
         return None if fed is None else nodes | dict(zip([place for place, _ in leaves], fed, strict=True))
 
-    def _feed(self, wants: Sequence[Want]) -> list[int] | None:
+    def _feed(self, wants: Sequence[ToFeed]) -> list[int] | None:
         """One pass over the wanted nodes that were not fed yet; None when the cache is full or nobody waits."""
-        fed, cache = self.fed, self.session.cache
+        fed, cache = self.state, self.session.cache
         new = [want for want in dict.fromkeys((w[0], w[1]) for w in wants) if want not in fed.children]
         if new:
             if cache.length + len(new) > cache.capacity or self.abandoned():
@@ -199,25 +199,25 @@ class Drafter:
     def _learn(self, nodes: Sequence[int], logits: torch.Tensor) -> None:
         """Note the candidates after nodes that were fed; logits: [len(nodes), vocabulary of the draft]."""
         logits = self.vocabulary.outward(logits)[:, : self.settings.vocab_size]
-        depths = [0 if node == ROOT else self.fed.depths[node] for node in nodes]
+        depths = [0 if node == ROOT else self.state.depths[node] for node in nodes]
         positions = [len(self.context) + depth for depth in depths]
         found = candidates(logits, positions, self.settings.sampling, CANDIDATES)
-        self.fed.known.update(zip(nodes, found, strict=True))
+        self.state.candidates.update(zip(nodes, found, strict=True))
 
     def _move_to_context(self) -> None:
         """Keep what was fed and is still right: the context, the accepted path and everything below its end."""
-        session, fed, cache = self.session, self.fed, self.session.cache
+        session, fed, cache = self.session, self.state, self.session.cache
         ids = self.vocabulary.context(self.context)
         made_for = (self.settings.sampling, self.settings.vocab_size)
         self.full = len(ids) > cache.capacity  # in the draft's own tokens a text may be longer
         if self.full:
             session.tokens = list(self.context)
             cache.rollback(0)
-            session.state = self.fed = Fed()
+            session.state = self.state = DraftState()
             return
         path = self._accepted_path(ids) if fed.made_for == made_for else None
         # Said at once, so that what fails below leaves a session that tells the truth.
-        session.tokens, session.state = [], Fed(ids=fed.ids)
+        session.tokens, session.state = [], DraftState(ids=fed.ids)
         if path is not None and len(fed.ids) + len(path) == len(ids):
             self._keep_below(path, ids)
         else:
@@ -227,7 +227,7 @@ class Drafter:
                 same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], fed.ids, strict=False))
                 cache.rollback(sum(1 for _ in same))
             held = cache.length
-            session.state = self.fed = fed = Fed(ids=ids[:held], made_for=made_for)
+            session.state = self.state = fed = DraftState(ids=ids[:held], made_for=made_for)
             logits = self.model.step(cache, ids[held:])[-1:]
             fed.ids = ids
             self._learn([ROOT], logits)
@@ -236,37 +236,37 @@ class Drafter:
     def _accepted_path(self, ids: list[int]) -> list[int] | None:
         """Nodes that the tokens after the old context are, as far as they were drafted; None without that context."""
         old = len(self.session.tokens)
-        if ROOT not in self.fed.known or self.context[:old] != self.session.tokens:
+        if ROOT not in self.state.candidates or self.context[:old] != self.session.tokens:
             return None
-        if ids[: len(self.fed.ids)] != self.fed.ids:
+        if ids[: len(self.state.ids)] != self.state.ids:
             return None
         path: list[int] = []
         for token in self.context[old:]:
-            node = self.fed.children.get((path[-1] if path else ROOT, token))
-            place = len(self.fed.ids) + len(path)
-            if node is None or place >= len(ids) or ids[place] != self.fed.node_ids[node]:
+            node = self.state.children.get((path[-1] if path else ROOT, token))
+            place = len(self.state.ids) + len(path)
+            if node is None or place >= len(ids) or ids[place] != self.state.node_ids[node]:
                 break
             path.append(node)
         return path
 
     def _keep_below(self, path: list[int], ids: list[int]) -> None:
-        old = self.fed
+        old = self.state
         root = path[-1] if path else ROOT
         kept = old.below(root)
         self.session.cache.keep(len(old.ids), [*path, *kept])
-        new = Fed(ids=ids, made_for=old.made_for)
+        new = DraftState(ids=ids, made_for=old.made_for)
         places = {root: ROOT}
-        new.known[ROOT] = old.known[root]
+        new.candidates[ROOT] = old.candidates[root]
         for node in kept:
             parent = places[old.nodes.parents[node]]
             places[node] = new.add(parent, old.nodes.token_ids[node], old.node_ids[node], old.nodes.log_probs[node])
-            new.known[places[node]] = old.known[node]
-        self.session.state = self.fed = new
+            new.candidates[places[node]] = old.candidates[node]
+        self.session.state = self.state = new
 
     def _forget(self) -> None:
         """After a pass that failed: the context alone is in the cache for sure."""
-        self.session.cache.rollback(min(self.session.cache.length, len(self.fed.ids)))
-        self.session.state = self.fed = Fed(ids=self.fed.ids)
+        self.session.cache.rollback(min(self.session.cache.length, len(self.state.ids)))
+        self.session.state = self.state = DraftState(ids=self.state.ids)
 
 
 def _first_leaf(children: dict[int, list[int]]) -> int:
