@@ -146,15 +146,15 @@ class Pair:
         codec: TextCodec | None,
         config: OrchestratorConfig,
         close: Callable[[], Coroutine[Any, Any, None]],
-        met: Mapping[str, pb.DescribeReply] | None = None,
+        identities: Mapping[str, pb.DescribeReply] | None = None,
     ) -> None:
-        """draft, target: stubs of grpc.aio, or what stands for them; draft may be None. met: what the workers said of
-        themselves; others are refused from then on."""
+        """draft, target: stubs of grpc.aio, or what stands for them; draft may be None. identities: role -> what the
+        worker said of itself; another model is refused from then on."""
         self.codec = codec
         self._draft, self._target = draft, target
         self._config = config
         self._close = close
-        self._met = dict(met or {})
+        self._identities = dict(identities or {})
         self._controllers: dict[tuple[Any, ...], GammaController] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._closed = False
@@ -236,7 +236,7 @@ class Pair:
                 config,
                 on_tokens=on_tokens,
                 controller=self._controller(config),
-                known=self._met,
+                identities=self._identities,
             )
         text = "" if self.codec is None else self.codec.decode(result.output_tokens)
         return GeneratedText(text, token_ids, result)

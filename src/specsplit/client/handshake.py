@@ -23,11 +23,11 @@ def connected_pair(
     tokenizers are not all the same.
     """
     with ExitStack() as stack:
-        known: dict[str, Any] = {"timeout_s": config.connect_timeout_s, "access": Access.of(config)}
-        target = stack.enter_context(connect("target", config.target_address, **known))
+        options: dict[str, Any] = {"timeout_s": config.connect_timeout_s, "access": Access.of(config)}
+        target = stack.enter_context(connect("target", config.target_address, **options))
         drafter = None
         if config.gamma if draft is None else draft:
-            drafter = stack.enter_context(connect("draft", config.draft_address, **known))
+            drafter = stack.enter_context(connect("draft", config.draft_address, **options))
         check_tokenizers(
             {
                 **({} if tokenizer_sha256 is None else {"--tokenizer": tokenizer_sha256}),
