@@ -24,14 +24,16 @@ from specsplit.launch.environment import REQUIRED
 from specsplit.models.tokenizer import TextCodec
 from specsplit.settings.axes import CONFIGURATION
 
-from grpc_fixtures import Reference, Worker, noisy_copy, serving, wait_until
+from grpc_fixtures import Reference, Worker, noisy_copy, serving
+from waiting import wait_until
 
 SPECSPLIT = (sys.executable, "-m", "specsplit")
 PROMPT = "hello"
 COMMANDS = (
     ["generate"], ["worker"], ["worker", "draft"], ["worker", "target"], ["start-worker"], ["start-worker", "draft"],
     ["start-worker", "target"], ["stop-worker"], ["bench"], ["merge"], ["analyze"], ["prepare-model"],
-    ["prepare-dataset"], ["provenance"], ["provenance", "verify"], ["pick-layers"], ["report"], ["profile"], ["capacity"], ["context-curve"], ["theory-check"], ["overhead"],
+    ["prepare-dataset"], ["provenance"], ["provenance", "verify"], ["pick-layers"], ["report"], ["profile"],
+    ["capacity"], ["context-curve"], ["theory-check"], ["overhead"],
     ["distill"], ["distill", "write-data"], ["distill", "train"], ["distill", "measure"], ["distill", "card"],
 )  # fmt: skip
 
@@ -133,6 +135,16 @@ def test_only_the_module_of_the_command_is_imported() -> None:
             *(["specsplit.cli.provenance"] if "." in own else []),
             f"specsplit.cli.{own}",
         }
+
+
+def test_commands_without_a_model_load_no_model_library() -> None:
+    modules = (
+        "cli.start_worker launch.start cli.plan client.handshake experiment.capacity analysis.report analysis.figures"
+    )
+    modules += " analysis.findings provenance.record provenance.verify provenance.archive experiment.dataset"
+    code = "; ".join(f"import specsplit.{name}" for name in modules.split())
+    command = [sys.executable, "-c", f"{code}; import sys; print({{'torch', 'transformers'}} & set(sys.modules))"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(("words", "known"), [([], "theory-check"), (["provenance"], "reproduce")])

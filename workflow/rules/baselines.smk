@@ -24,7 +24,7 @@ rule race_peers:
             target_model=TARGET_FOLDER,
             draft_model=f"resources/models/{DRAFTS[FIRST_DRAFT]['model']}",
         ),
-        code=code_sha256(*RUN_CODE, "experiment/peers.py", "experiment/peer_race.py"),
+        code=code_of("bench", "race"),
     shell:
         "specsplit bench --only --settings {input.settings} {input.operation} --prompts {input.prompts} --results-dir results"
         " --workers-dir results/workers/race {params.models} > {log} 2>&1"
@@ -47,8 +47,6 @@ rule peers:
             bootstrap_samples=config["statistics"]["bootstrap_samples"],
             seed=config["seed"],
         ),
-        code=code_sha256(
-            "analysis/peers_table.py", "analysis/repeats.py", "analysis/statistics.py", "analysis/drawing.py"
-        ),
+        code=code_of(script="peers.py"),
     script:
         "../scripts/peers.py"

@@ -22,7 +22,7 @@ rule benchmark:
     resources:
         gpu=config["workers"]["gpus"],
     params:
-        code=code_sha256(*RUN_CODE),
+        code=code_of("bench"),
     shell:
         "specsplit bench --only --settings {input.settings} {input.operation} --prompts {input.prompts}"
         " --results-dir results --gpus {resources.gpu}"

@@ -18,7 +18,7 @@ rule benchmark_capacity:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
-        code=code_sha256(*RUN_CODE, "experiment/capacity.py"),
+        code=code_of("capacity"),
     shell:
         "specsplit capacity --only --settings {input.settings} {input.operation} --prompts {input.prompts} --results-dir results"
         " --workers-dir results/workers/capacity > {log} 2>&1"
@@ -37,6 +37,6 @@ rule capacity:
         "../../envs/specsplit.yaml"
     params:
         settings=dict(tpot_limit_ms=config["capacity"]["tpot_limit_ms"]),
-        code=code_sha256("analysis/capacity_table.py", "analysis/drawing.py"),
+        code=code_of(script="capacity.py"),
     script:
         "../scripts/capacity.py"

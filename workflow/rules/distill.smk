@@ -28,7 +28,7 @@ rule distill_write_data:
         gpu=DISTILL_GPU,
     params:
         on_bad_line=config["dataset"]["on_bad_line"],
-        code=code_sha256("distill/writing.py", "distill/shards.py", "engines/transformers.py", "models/tokenizer.py"),
+        code=code_of("distill write-data"),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:
         "specsplit distill write-data --settings {input.settings} --target {input.target} --held-out {input.held_out}"
@@ -58,10 +58,7 @@ rule distill_train:
     params:
         folder=lambda wildcards, output: os.path.dirname(output.weights),
         checkpoint="results/distill/{recipe}/checkpoint.safetensors",
-        code=code_sha256(
-            *("distill/draft.py", "distill/losses.py", "distill/shards.py", "distill/training.py"),
-            *("engines/transformers.py", "engines/reduced_vocabulary.py"),
-        ),
+        code=code_of("distill train"),
     shell:
         "specsplit distill train --settings {input.settings} {input.operation} --target {input.target} --data {input.data} --name {wildcards.recipe}"
         " --output {params.folder} --losses {output.losses} --report {output.report}"
@@ -88,7 +85,7 @@ rule distill_measure:
         gpu=DISTILL_GPU,
     params:
         draft=lambda wildcards, input: os.path.dirname(input.weights),
-        code=code_sha256(*RUN_CODE, "distill/acceptance.py", "analysis/statistics.py"),
+        code=code_of("distill measure"),
     shell:
         "specsplit distill measure --settings {input.settings} --target {input.target} --draft {params.draft} --prompts {input.prompts}"
         " --output {output.acceptance} --rounds {output.rounds} --report {output.report}"
@@ -118,7 +115,7 @@ rule distill_card:
         "../../envs/specsplit.yaml"
     params:
         draft=lambda wildcards, input: os.path.dirname(input.weights),
-        code=code_sha256("distill/card.py", "distill/distill_figure.py", "analysis/drawing.py"),
+        code=code_of("distill card"),
     shell:
         "specsplit distill card --draft {params.draft} --training {input.training} --losses {input.losses}"
         " --acceptance {input.acceptance} --measured {input.measured} --figure {output.png} > {log} 2>&1"

@@ -17,7 +17,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.findings import faults_sentence, find_best, lossless_sentence, summary_table, text_table
-    from specsplit.analysis.tables import read_tables, summarize, write_csv
+    from specsplit.analysis.tables import read_tables, summarize
+    from specsplit.io import write_csv
 
     settings = load_settings(IntervalSettings, args).model_dump()
     requests, rounds = read_tables(args.results_dir)

@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from specsplit.analysis.context_figure import draw_context_curve, summarize_contexts
-    from specsplit.analysis.tables import write_csv
     from specsplit.cli.plan import connected_configs, load_codec, read_prompts
     from specsplit.experiment.context_curve import ContextText, measure_contexts
     from specsplit.experiment.runner import encode_prompts
+    from specsplit.io import write_csv
 
     settings = load_settings(ContextSettings, args)
     if args.figure is not None and args.figure.suffix != ".png":

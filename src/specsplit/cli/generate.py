@@ -15,7 +15,6 @@ from specsplit.errors import UserError
 from specsplit.settings.run import OrchestratorConfig
 
 if TYPE_CHECKING:
-    from specsplit.client.result import SpeculativeResult
     from specsplit.launch.endpoint import Endpoint
 
 
@@ -32,13 +31,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit import tracing
-    from specsplit.client.handshake import connected_pair
-    from specsplit.client.pipeline import TextWriter
+    from specsplit.api.pair import over_grpc
     from specsplit.errors import WorkerError
     from specsplit.launch.endpoint import resolve_address
     from specsplit.models.sources import resolve_model
-    from specsplit.models.tokenizer import TextCodec, TextStream
-    from specsplit.rpc.credentials import Access
+    from specsplit.models.tokenizer import TextCodec
 
     if args.model is not None:
         args.tokenizer = args.tokenizer or args.model
@@ -48,26 +45,18 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("no tokenizer: give --tokenizer FOLDER, or --model FOLDER to start workers as well")
     prompt = _prompt(args.prompt)
     codec = TextCodec.load(resolve_model(config.tokenizer)[0])
-    stream = TextStream(codec)
-
-    def show(token_ids: list[int], *, last: bool = False) -> None:
-        print(stream.feed(token_ids, last=last), end="", flush=True)
-
     with _addresses(args.model, config) as addresses:
         config = config.model_copy(update={role: resolve_address(a) for role, a in addresses.items()})
-        with connected_pair(config, codec.sha256) as (draft, target):
-            prompt_ids = codec.encode(prompt, use_chat_template=config.use_chat_template)
-            with TextWriter(draft.address if draft else None, target.address, access=Access.of(config)) as writer:
-                try:
-                    result = writer.write(prompt_ids, config, on_tokens=show)
-                except WorkerError:
-                    show([], last=True)
-                    print()  # the message stands below the text so far
-                    raise
-    show([], last=True)
-    print()
+        with over_grpc(config, codec, has_draft=config.gamma != 0) as pair, pair.stream(prompt) as stream:
+            try:
+                for piece in stream:
+                    print(piece, end="", flush=True)
+            except WorkerError:
+                print()  # the message stands below the text so far
+                raise
+            print()
     if not args.quiet:
-        print(_figures(result), file=sys.stderr)
+        print(f"[{stream.text.summary()}]", file=sys.stderr)
 
 
 def _prompt(given: str) -> str:
@@ -102,17 +91,3 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
     roles = ("target", "draft") if config.gamma else ("target",)
     with own_workers({role: partial(start, role) for role in roles}) as started:
         yield {f"{role}_address": endpoint.address for role, endpoint in started.items()}
-
-
-def _figures(result: SpeculativeResult) -> str:
-    tokens, rounds = len(result.output_tokens), result.rounds
-    drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
-    parts = [f"{tokens} tokens in {len(rounds)} rounds", f"ended by {result.finish_reason}"]
-    if drafted:
-        parts.append(f"accepted {accepted} of {drafted} drafted ({accepted / drafted:.0%})")
-    if result.ttft_ms is not None:
-        parts.append(f"TTFT {result.ttft_ms:.0f} ms")
-        if tokens > 1:
-            parts.append(f"TPOT {(result.total_ms - result.ttft_ms) / (tokens - 1):.1f} ms")
-    parts += [f"{f.worker} worker failed in round {f.round} ({f.code}, {f.action})" for f in result.failures]
-    return "[" + ", ".join(parts) + "]"

@@ -14,7 +14,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.analysis.tables import merge_runs, write_csv
+    from specsplit.analysis.tables import merge_runs
+    from specsplit.io import write_csv
 
     run_dirs = args.run_dirs or sorted((args.results_dir / "runs").glob("*"))
     if not run_dirs:

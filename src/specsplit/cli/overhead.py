@@ -21,8 +21,8 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from specsplit.analysis.profile import summarize_overhead
-    from specsplit.analysis.tables import write_csv
     from specsplit.experiment.overhead import measure_overhead
+    from specsplit.io import write_csv
     from specsplit.launch.lease import hold_lease
 
     for name, values, least in (("gamma", args.gamma, 1), ("tokens", [args.tokens], 2), ("texts", [args.texts], 1)):

@@ -12,7 +12,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.profile import PARTS, draw_profile, profile
-    from specsplit.analysis.tables import finished, read_tables, write_csv
+    from specsplit.analysis.tables import finished, read_tables
+    from specsplit.io import write_csv
     from specsplit.settings.axes import CONFIGURATION
 
     table = profile(finished(*read_tables(args.results_dir))[1])

@@ -28,12 +28,11 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.distill.process import prepare_process
 
     prepare_process(settings.seed, settings.threads)
-    from specsplit.analysis.tables import write_csv
     from specsplit.distill.acceptance import Round, acceptance, measure
     from specsplit.engines.loading import load_model
     from specsplit.experiment.dataset import load_prompts, select_prompts
     from specsplit.experiment.progress import Bar
-    from specsplit.io import sha256_file, write_json
+    from specsplit.io import sha256_file, write_csv, write_json
     from specsplit.launch.environment import usable_cores
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec

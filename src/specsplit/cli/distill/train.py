@@ -34,14 +34,13 @@ def run(args: argparse.Namespace) -> None:
     prepare_process(settings.seed, settings.threads)
     import pandas as pd
 
-    from specsplit.analysis.tables import write_csv
     from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
     from specsplit.distill.hardware import describe_hardware
     from specsplit.distill.shards import read_texts
     from specsplit.distill.training import LOSS_COLUMNS, Row, Trainer
     from specsplit.engines.transformers import CausalLM, pick_device
     from specsplit.experiment.progress import Bar
-    from specsplit.io import json_sha256, write_json
+    from specsplit.io import json_sha256, write_csv, write_json
     from specsplit.models.fingerprint import fingerprint_model
 
     folder, identity = find_target(args.target)

@@ -17,7 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.io import read_json_object, write_json
+    from specsplit.io import read_json_object, replace_file, write_json
     from specsplit.provenance.record import build_record
 
     record = build_record(
@@ -30,9 +30,7 @@ def run(args: argparse.Namespace) -> None:
     )
     write_json(args.output, record)
     if args.patch:
-        args.patch.parent.mkdir(parents=True, exist_ok=True)
-        # As bytes: no system changes the ends of its lines.
-        args.patch.write_bytes((record["git"]["changes"]["diff"] or "").encode())
+        replace_file(args.patch, record["git"]["changes"]["diff"] or "")
     for item in record["checklist"]:
         print(f"[{'x' if item['ok'] else ' '}] {item['item']}: {item['detail']}")
     print(f"{args.output}: {'complete' if record['complete'] else 'NOT complete'}")

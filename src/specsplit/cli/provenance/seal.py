@@ -13,12 +13,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.errors import UserError
-    from specsplit.io import sha256_file
+    from specsplit.io import replace_file, sha256_file
     from specsplit.provenance.folder import write_sums
 
     missing = [str(path) for path in args.files if not path.is_file()]
     if missing:
         raise UserError(f"{', '.join(missing)}: no such file; make it again with the workflow")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(write_sums({path.as_posix(): sha256_file(path) for path in args.files}), encoding="utf-8")
+    replace_file(args.output, write_sums({path.as_posix(): sha256_file(path) for path in args.files}))
     print(f"{args.output}: {len(args.files)} files")
