@@ -49,7 +49,7 @@ class Options(TypedDict, total=False):
     on_draft_failure: Literal["reconnect", "target_alone", "fail"]
 
 
-FIELDS = {"gamma": "gamma", "max_new_tokens": "max_output_tokens"}  # where the setting's name is another
+FIELDS = {"max_new_tokens": "max_output_tokens"}  # where the setting's name is another
 
 
 def with_options(config: OrchestratorConfig, options: Mapping[str, Any]) -> OrchestratorConfig:
