@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.engines.numba_kernels import BLOCK, run_pass
+from specsplit.engines.numba_kernels import run_pass
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.quantise import Int8Linear
 from specsplit.engines.reduced_vocabulary import ReducedEmbedding
@@ -119,7 +119,7 @@ class FusedLM:
         self._embedding = _bits(embedding.weight)
         self._row_of = embedding.rows.numpy() if isinstance(embedding, ReducedEmbedding) else None
         self._team = Team(threads)
-        self._room = _Room(self._weights, threads, 0, 0)
+        self._workspace = Workspace(self._weights, threads, 0, 0)
 
     def cache_bytes(self, capacity: int) -> int:
         return 8 * self.num_layers * self._kv_heads * self._head_dim * capacity  # keys and values in float32
@@ -167,25 +167,25 @@ class FusedLM:
             own += range(cache.length + part.start, cache.length + part.stop)
             visible += part.visible()
             addresses += [(cache.keys.ctypes.data, cache.values.ctypes.data, cache.capacity)] * (part.stop - part.start)
-        count, padded = len(ids), -(-len(ids) // BLOCK) * BLOCK
         lengths = np.array([len(seen) for seen in visible], np.int64)
-        room = self._room = self._room.fitting(padded, int(lengths.max()))
-        room.x[:count] = _floats(self._embedding[ids if self._row_of is None else self._row_of[ids]])
-        room.x[count:padded] = 0.0
-        logits = np.empty((-(-len(wanted) // BLOCK) * BLOCK, self.vocab_size), np.float32)
+        space = self._workspace = self._workspace.fitting(len(ids), int(lengths.max()))
+        arrays = space.first(len(ids))
+        arrays[0][:] = _floats(self._embedding[ids if self._row_of is None else self._row_of[ids]])
+        logits = np.empty((len(wanted), self.vocab_size), np.float32)
         keys, values, capacity = np.array(addresses, np.int64).T.copy()
         arguments = (
             *self._weights,
             *(self._cos, self._sin, self._windows, NOTHING, self._eps, self._kv_heads, self._head_dim),
-            *(count, lengths - 1, keys, values, capacity, np.array(own, np.int64), np.concatenate(visible)),
+            *(lengths - 1, keys, values, capacity, np.array(own, np.int64), np.concatenate(visible)),
             *(np.concatenate([[0], lengths.cumsum()]), np.array(wanted, np.int64)),
         )
 
         def work(thread: int, threads: int, sync: np.ndarray) -> None:
-            run_pass(thread, threads, sync, *arguments, *room.of(thread, padded), logits)
+            x, h, *shared, scores = arrays
+            run_pass(thread, threads, sync, *arguments, x, h[thread], *shared, scores[thread], logits)
 
         self._team.run(work)
-        return logits[: len(wanted)]
+        return logits
 
 
 class Team:
@@ -209,35 +209,31 @@ class Team:
             jobs.get()(number, self.threads, self._sync)
 
 
-class _Room:
-    """Arrays that the kernel works in, as large as was ever needed. Zero at first, so that padding is finite."""
+class Workspace:
+    """Arrays that the kernel works in, as large as was ever needed.
+
+    threads: how many have arrays of their own. tokens, visible: the most of a run, and that a token of it attends to.
+    """
 
     def __init__(self, weights: Sequence[np.ndarray], threads: int, tokens: int, visible: int) -> None:
         self._weights, self._threads, self._tokens, self._visible = weights, threads, tokens, visible
-        qkv, output, down = weights[0], weights[3], weights[7]
-        self.x = np.zeros((tokens, qkv.shape[2]), np.float32)
-        self._h = np.zeros((threads, tokens, qkv.shape[2]), np.float32)
-        self._projected = np.zeros((tokens, qkv.shape[1]), np.float32)
-        self._attended = np.zeros((tokens, output.shape[2]), np.float32)
-        self._gated = np.zeros((tokens, down.shape[2]), np.float32)
-        self._scores = np.zeros((threads, visible), np.float32)
+        qkv, output, gate_up, down = weights[0], weights[3], weights[5], weights[7]
+        hidden = qkv.shape[2]
+        sizes = qkv.shape[1], output.shape[2], gate_up.shape[1], down.shape[2]
+        self._x, *self._shared = (np.empty((tokens, size), np.float32) for size in (hidden, *sizes))
+        self._h = np.empty((threads, tokens, hidden), np.float32)
+        self._scores = np.empty((threads, visible), np.float32)
 
-    def fitting(self, tokens: int, visible: int) -> _Room:
-        """This room, or a larger one."""
+    def fitting(self, tokens: int, visible: int) -> Workspace:
+        """This one, or a larger one."""
         if tokens <= self._tokens and visible <= self._visible:
             return self
         visible = -(-max(visible, self._visible) // 1024) * 1024  # not a new one for every token
-        return _Room(self._weights, self._threads, max(tokens, self._tokens), visible)
+        return Workspace(self._weights, self._threads, max(tokens, self._tokens), visible)
 
-    def of(self, thread: int, tokens: int) -> tuple[np.ndarray, ...]:
-        return (
-            self.x[:tokens],
-            self._h[thread, :tokens],
-            self._projected[:tokens],
-            self._attended[:tokens],
-            self._gated[:tokens],
-            self._scores[thread],
-        )
+    def first(self, tokens: int) -> list[np.ndarray]:
+        """For so many tokens: x, h of every thread, what `run_pass` wants between, scores of every thread."""
+        return [self._x[:tokens], self._h[:, :tokens], *(array[:tokens] for array in self._shared), self._scores]
 
 
 def unsuitable(model: CausalLM) -> str | None:

@@ -1,13 +1,14 @@
 """A whole pass of a Llama-type model on the CPU as one compiled function, run by every thread of a team at once.
 
-At a handful of tokens a pass is as long as reading the weights takes, so each weight is read from memory once, in the
-type that it is stored in (float32, bfloat16 as bits, int8), for all tokens of the pass; everything else stays in the
-processor's caches, and threads meet at a barrier that spins instead of sleeping.
+A pass over a handful of tokens takes about as long as reading the weights. So each weight is read from memory once, in
+the type that it is stored in (float32, bfloat16 as bits, int8), for all tokens of the pass; everything else stays in
+the processor's caches, and threads meet at a barrier that spins instead of sleeping.
 
 Batch-invariant: what is computed for a token is the same sequence of operations whatever else is in the pass (He et al.
-2025, "Defeating Nondeterminism in LLM Inference"). A dot product is summed up in the same order for one token as for
-many, and attention goes over the visible slots in the order of the text, wherever they lie. So the logits of a token
-verified in a tree are, bit for bit, those of a pass over this token alone, in every type of weights.
+2025, "Defeating Nondeterminism in LLM Inference"). A dot product is summed in an order that is written out below, not
+left to the compiler, and is the same for one token as for many; attention goes over the visible slots in the order of
+the text, wherever they lie. So the logits of a token verified in a tree are, bit for bit, those of a pass over this
+token alone, in every type of weights.
 
 Compiled by Numba for the processor at hand and cached on disk.
 """
@@ -20,13 +21,20 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-BLOCK = 4
 SPINS = 2000  # looks at the barrier before the thread offers its core to another
 # Sums may be taken in vectors and products fused; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+FEATURES = config.CPU_FEATURES or get_host_cpu_features()
+LANES = 16 if "+avx512f" in FEATURES else 8 if "+avx2" in FEATURES else 4  # floats in a vector
+ROWS = 4  # of weights that are multiplied at a time
+TOKENS = 4  # that they are multiplied with at a time
+TILE_ROWS = 2 if "+sse2" in FEATURES and "+avx512f" not in FEATURES else ROWS  # sums in registers: 16 need more than 16
+AHEAD = 8  # rows from the current one to the one that is fetched into the L2 cache
 
 
 # ---- what Numba does not have
@@ -49,9 +57,10 @@ def _pointer(typingctx: Any, address: Any) -> Any:
     return signature, generate
 
 
-def _item(context: Any, builder: Any, array_type: Any, value: Any, index: Any) -> Any:
+def _item(context: Any, builder: Any, array_type: Any, value: Any, *index: Any) -> Any:
+    """Pointer to value[index]."""
     array = context.make_array(array_type)(context, builder, value)
-    return cgutils.get_item_pointer(context, builder, array_type, array, [index])
+    return cgutils.get_item_pointer(context, builder, array_type, array, list(index))
 
 
 @intrinsic
@@ -86,16 +95,122 @@ def _offer_core(typingctx: Any) -> Any:
 
 
 @intrinsic
-def _widen(typingctx: Any, weight: Any) -> Any:
-    """A stored weight as float32: uint16 are the bits of a bfloat16, int8 whole numbers."""
+def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of float32, fused where the processor can."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if weight == types.uint16:
-            bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(bits, ir.FloatType())
-        return builder.sitofp(args[0], ir.FloatType()) if weight == types.int8 else args[0]
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 3)
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.f32"), args)
 
-    return types.float32(weight), generate
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+def _tile(rows: int, tokens: int) -> Any:
+    """A function dot(weight, i, x, t, sums, fetch): dot products of `rows` rows of weights with `tokens` tokens.
+
+    sums[j * rows + r] = weight[i + r] . x[t + j]. Sum number l of LANES adds up the products l, l + LANES, ... in turn
+    (fused where the processor can); then halves of the lanes are added until one number is left, and after that comes
+    the sum of the products that fill no vector. Every shape of a tile does the same for each of its numbers.
+    fetch: the first of `rows` rows whose memory is asked for meanwhile. weight: float32, the bits of bfloat16, or int8.
+    """
+
+    @intrinsic
+    def dot(typingctx: Any, weight: Any, i: Any, x: Any, t: Any, sums: Any, fetch: Any) -> Any:
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            _, i, x, t, sums, fetch = args
+            stored = sig.args[0].dtype
+            number, word, index = ir.FloatType(), ir.IntType(32), i.type
+            vector = ir.VectorType(number, LANES)
+
+            def function(name: str, result: Any, arguments: Any) -> Any:
+                return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+            fma = {
+                vector: function(f"llvm.fmuladd.v{LANES}f32", vector, [vector] * 3),
+                number: function("llvm.fmuladd.f32", number, [number] * 3),
+            }
+            prefetch = function("llvm.prefetch.p0", ir.VoidType(), [ir.IntType(8).as_pointer(), word, word, word])
+
+            def row(number: int, base: Any, offset: int) -> Any:
+                place = builder.add(base, index(offset)), index(0)
+                return _item(context, builder, sig.args[number], args[number], *place)
+
+            def load(pointer: Any, k: Any, kind: Any, bytes_each: int) -> Any:
+                value = builder.load(builder.bitcast(builder.gep(pointer, [k]), kind.as_pointer()))
+                value.align = bytes_each
+                return value
+
+            def load_weight(pointer: Any, k: Any, kind: Any) -> Any:
+                """As float32."""
+                element = context.get_value_type(stored)
+                wide = word
+                if kind is vector:
+                    element, wide = ir.VectorType(element, LANES), ir.VectorType(word, LANES)
+                value = load(pointer, k, element, stored.bitwidth // 8)
+                if stored == types.uint16:
+                    shift = ir.Constant(wide, [16] * LANES if kind is vector else 16)
+                    return builder.bitcast(builder.shl(builder.zext(value, wide), shift), kind)
+                return builder.sitofp(value, kind) if stored == types.int8 else value
+
+            weights = [row(0, i, r) for r in range(rows)]
+            fetched = [row(0, fetch, r) for r in range(rows)]
+            inputs = [row(2, t, j) for j in range(tokens)]
+
+            def add_up(kind: Any, zero: Any, begin: Any, end: Any, step: int) -> list[Any]:
+                """The sums over k = begin, begin + step, ... below end."""
+                totals = [cgutils.alloca_once_value(builder, zero) for _ in range(rows * tokens)]
+                with cgutils.for_range_slice(builder, begin, end, index(step), index) as (k, _):
+                    values = [load(pointer, k, kind, 4) for pointer in inputs]
+                    for r in range(rows):
+                        if kind is vector:
+                            place = builder.bitcast(builder.gep(fetched[r], [k]), ir.IntType(8).as_pointer())
+                            builder.call(prefetch, [place, word(0), word(2), word(1)])  # to read, into L2, data
+                        factor = load_weight(weights[r], k, kind)
+                        for j, value in enumerate(values):
+                            total = totals[j * rows + r]
+                            builder.store(builder.call(fma[kind], [factor, value, builder.load(total)]), total)
+                return [builder.load(total) for total in totals]
+
+            size = cgutils.unpack_tuple(builder, context.make_array(sig.args[2])(context, builder, x).shape, 2)[1]
+            whole = builder.mul(builder.sdiv(size, index(LANES)), index(LANES))
+            parts = add_up(vector, ir.Constant(vector, [0.0] * LANES), index(0), whole, LANES)
+            rest = add_up(number, number(0.0), whole, size, 1)
+            for n, total in enumerate(_add_lanes(builder, parts)):
+                place = _item(context, builder, sig.args[4], sums, index(n))
+                builder.store(builder.fadd(total, rest[n]), place)
+            return context.get_dummy_value()
+
+        return types.void(weight, types.intp, x, types.intp, sums, types.intp), generate
+
+    return dot
+
+
+def _add_lanes(builder: Any, vectors: list[Any]) -> list[Any]:
+    """The sum of the lanes of each vector, halves first; two vectors at a time, which changes nothing in their sums."""
+    mask_type = ir.VectorType(ir.IntType(32), LANES)
+    groups = [(vector, [n]) for n, vector in enumerate(vectors)]  # vector n has one group of lanes, which are summands
+    width = LANES
+    while width > 1:
+        half, merged = width // 2, []
+        for a in range(0, len(groups), 2):
+            (first, members), (second, others) = groups[a], groups[min(a + 1, len(groups) - 1)]
+            starts = range(0, 2 * LANES, width)
+            halves = [
+                builder.shuffle_vector(
+                    first, second, ir.Constant(mask_type, [start + lane for start in starts for lane in lanes])
+                )
+                for lanes in (range(half), range(half, width))
+            ]
+            merged.append((builder.fadd(*halves), members + others))
+        groups, width = merged, half
+    found = {}
+    for vector, members in groups:
+        for lane, n in enumerate(members):
+            found[n] = builder.extract_element(vector, ir.Constant(ir.IntType(32), lane))
+    return [found[n] for n in range(len(vectors))]
+
+
+_one_token, _two_tokens, _four_tokens = _tile(ROWS, 1), _tile(ROWS, 2), _tile(TILE_ROWS, TOKENS)
 
 
 # ---- steps of a pass
@@ -125,122 +240,75 @@ def _share(count: int, multiple: int, thread: int, threads: int) -> tuple[int, i
     return min(count, thread * each), min(count, (thread + 1) * each)
 
 
-@njit(nogil=True, fastmath=FAST, cache=True, inline="always")
-def _two_by_four(w0, w1, x, t):
-    """Dot products of two rows of weights with tokens t to t + 3 of x, those of the first row first."""
-    x0, x1, x2, x3 = x[t], x[t + 1], x[t + 2], x[t + 3]
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    for k in range(x.shape[1]):
-        a, b = _widen(w0[k]), _widen(w1[k])
-        a0 += a * x0[k]
-        a1 += a * x1[k]
-        a2 += a * x2[k]
-        a3 += a * x3[k]
-        b0 += b * x0[k]
-        b1 += b * x1[k]
-        b2 += b * x2[k]
-        b3 += b * x3[k]
-    return a0, a1, a2, a3, b0, b1, b2, b3
+@njit(nogil=True, cache=True)
+def _finish(sums, rows, tokens, y, t, i, begin, end, scale, bias, add):
+    """Write the sums of a tile whose first row is i and whose first token is t; of its rows those in [begin, end)."""
+    for j in range(tokens):
+        for r in range(begin, end):
+            factor = scale[i + r] if scale.shape[0] > 0 else np.float32(1)
+            before = y[t + j, i + r] if add else bias[i + r] if bias.shape[0] > 0 else np.float32(0)
+            # One operation that is always fused: left to the compiler, some tiles would be and others not.
+            y[t + j, i + r] = _fma(sums[j * rows + r], factor, before)
 
 
-@njit(nogil=True, fastmath=FAST, cache=True, inline="always")
-def _eight_by_one(weight, i, j, x):
-    """Dot products of rows i to i + 3 and j to j + 3 of weights with one token x.
-
-    Eight sums at a time, as in `_two_by_four`: the compiler makes the same vectors of them and each sum is the same.
-    """
-    w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
-    w4, w5, w6, w7 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    for k in range(x.shape[0]):
-        v = x[k]
-        a0 += _widen(w0[k]) * v
-        a1 += _widen(w1[k]) * v
-        a2 += _widen(w2[k]) * v
-        a3 += _widen(w3[k]) * v
-        b0 += _widen(w4[k]) * v
-        b1 += _widen(w5[k]) * v
-        b2 += _widen(w6[k]) * v
-        b3 += _widen(w7[k]) * v
-    return a0, a1, a2, a3, b0, b1, b2, b3
-
-
-@njit(nogil=True, fastmath=FAST, cache=True, inline="always")
-def _affine(value, i, scale, bias):
-    if scale.shape[0] > 0:
-        value *= scale[i]
-    if bias.shape[0] > 0:
-        value += bias[i]
-    return value
-
-
-@njit(nogil=True, fastmath=FAST, cache=True)
-def _matmul(count, x, weight, scale, bias, y, low, high, add):
+@njit(nogil=True, cache=True)
+def _matmul(x, weight, scale, bias, y, low, high, add):
     """y[:, low:high] = x weight[low:high]^T (* scale) (+ bias), or += for the residual stream.
 
-    x: [tokens, inputs], `count` of them and padding to a multiple of BLOCK; scale, bias: [outputs], or [0] for none.
-    Written out, as what is done once for eight sums takes about as long as the sums.
+    x: [tokens, inputs]; weight: [outputs, inputs], at least ROWS outputs; scale, bias: [outputs], or [0] for none.
+    With `add` there is no bias.
     """
-    i = low
-    while count == 1 and i + 8 <= high:
-        s0, s1, s2, s3, s4, s5, s6, s7 = _eight_by_one(weight, i, i + 4, x[0])
-        y0 = y[0, i : i + 8]
-        if scale.shape[0] > 0 or bias.shape[0] > 0:
-            s0, s1 = _affine(s0, i, scale, bias), _affine(s1, i + 1, scale, bias)
-            s2, s3 = _affine(s2, i + 2, scale, bias), _affine(s3, i + 3, scale, bias)
-            s4, s5 = _affine(s4, i + 4, scale, bias), _affine(s5, i + 5, scale, bias)
-            s6, s7 = _affine(s6, i + 6, scale, bias), _affine(s7, i + 7, scale, bias)
-        if add:
-            s0, s1, s2, s3 = s0 + y0[0], s1 + y0[1], s2 + y0[2], s3 + y0[3]
-            s4, s5, s6, s7 = s4 + y0[4], s5 + y0[5], s6 + y0[6], s7 + y0[7]
-        y0[0], y0[1], y0[2], y0[3], y0[4], y0[5], y0[6], y0[7] = s0, s1, s2, s3, s4, s5, s6, s7
-        i += 8
-    while i < high:
-        j = min(i + 1, high - 1)  # of an odd number the last is done twice, with the same result
-        w0, w1 = weight[i], weight[j]
-        for t in range(0, x.shape[0], BLOCK):
-            a0, a1, a2, a3, b0, b1, b2, b3 = _two_by_four(w0, w1, x, t)
-            if scale.shape[0] > 0 or bias.shape[0] > 0:
-                a0, a1 = _affine(a0, i, scale, bias), _affine(a1, i, scale, bias)
-                a2, a3 = _affine(a2, i, scale, bias), _affine(a3, i, scale, bias)
-                b0, b1 = _affine(b0, j, scale, bias), _affine(b1, j, scale, bias)
-                b2, b3 = _affine(b2, j, scale, bias), _affine(b3, j, scale, bias)
-            y0, y1, y2, y3 = y[t], y[t + 1], y[t + 2], y[t + 3]
-            if add:
-                a0, a1, a2, a3 = a0 + y0[i], a1 + y1[i], a2 + y2[i], a3 + y3[i]
-                b0, b1, b2, b3 = b0 + y0[j], b1 + y1[j], b2 + y2[j], b3 + y3[j]
-            y0[i], y1[i], y2[i], y3[i] = a0, a1, a2, a3
-            y0[j], y1[j], y2[j], y3[j] = b0, b1, b2, b3
-        i += 2
+    tokens = x.shape[0]
+    sums = np.empty(ROWS * TOKENS, np.float32)
+    for row in range(low, high, ROWS):
+        i = max(min(row, high - ROWS), 0)  # the last rows may be computed with some before them
+        begin, end = row - i, min(ROWS, high - i)
+        t = 0
+        while t + TOKENS <= tokens:
+            for r in range(0, ROWS, TILE_ROWS):
+                _four_tokens(weight, i + r, x, t, sums, i + r + AHEAD)
+                if begin == 0 and end == ROWS:
+                    _finish(sums, TILE_ROWS, TOKENS, y, t, i + r, 0, TILE_ROWS, scale, bias, add)
+                else:
+                    part = max(begin - r, 0), min(end - r, TILE_ROWS)
+                    _finish(sums, TILE_ROWS, TOKENS, y, t, i + r, part[0], part[1], scale, bias, add)
+            t += TOKENS
+        if t + 2 <= tokens:
+            _two_tokens(weight, i, x, t, sums, i + AHEAD)
+            _finish(sums, ROWS, 2, y, t, i, begin, end, scale, bias, add)
+            t += 2
+        if t < tokens:
+            _one_token(weight, i, x, t, sums, i + AHEAD)
+            _finish(sums, ROWS, 1, y, t, i, begin, end, scale, bias, add)
 
 
-@njit(nogil=True, fastmath=FAST, cache=True, inline="always")
-def _glu(gate, up, i, width, scale):
-    if scale.shape[0] > 0:
-        gate *= scale[i]
-        up *= scale[width + i]
-    return gate / (np.float32(1) + math.exp(-gate)) * up
+@njit(nogil=True, cache=True, inline="always")
+def _exp_of(x):
+    """exp(x) for -87 <= x <= 88, and the nearest of those beyond; good to 2 ulp. Loops over it become vectors."""
+    x *= np.float32(1.44269504)
+    x = x if x > np.float32(-126) else np.float32(-126)
+    x = x if x < np.float32(127) else np.float32(127)
+    whole = np.floor(x + np.float32(0.5))
+    f = (x - whole) * np.float32(0.69314718)
+    p = np.float32(1.0 / 5040)
+    p = p * f + np.float32(1.0 / 720)
+    p = p * f + np.float32(1.0 / 120)
+    p = p * f + np.float32(1.0 / 24)
+    p = p * f + np.float32(1.0 / 6)
+    p = p * f + np.float32(0.5)
+    p = p * f + np.float32(1)
+    p = p * f + np.float32(1)
+    return p * _float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
-def _gated(count, x, weight, scale, y, low, high):
-    """y[:, low:high] = silu(x gate^T) * (x up^T). weight: [2 * width, inputs], the rows of gate, then those of up."""
-    width = weight.shape[0] // 2
-    i = low
-    while count == 1 and i + 4 <= high:
-        g0, g1, g2, g3, u0, u1, u2, u3 = _eight_by_one(weight, i, width + i, x[0])
-        y0 = y[0, i : i + 4]
-        y0[0], y0[1] = _glu(g0, u0, i, width, scale), _glu(g1, u1, i + 1, width, scale)
-        y0[2], y0[3] = _glu(g2, u2, i + 2, width, scale), _glu(g3, u3, i + 3, width, scale)
-        i += 4
-    while i < high:
-        w0, w1 = weight[i], weight[width + i]
-        for t in range(0, x.shape[0], BLOCK):
-            g0, g1, g2, g3, u0, u1, u2, u3 = _two_by_four(w0, w1, x, t)
-            y0, y1, y2, y3 = y[t], y[t + 1], y[t + 2], y[t + 3]
-            y0[i], y1[i] = _glu(g0, u0, i, width, scale), _glu(g1, u1, i, width, scale)
-            y2[i], y3[i] = _glu(g2, u2, i, width, scale), _glu(g3, u3, i, width, scale)
-        i += 1
+@njit(nogil=True, cache=True)
+def _gate(x: np.ndarray, low: int, high: int, out: np.ndarray) -> None:
+    """out[:, low:high] = silu(gate) * up (Shazeer 2020). x: [tokens, 2 * width], gate first; out: [tokens, width]."""
+    width = out.shape[1]
+    for t in range(out.shape[0]):
+        gate, up, y = x[t, :width], x[t, width:], out[t]
+        for i in range(low, high):
+            y[i] = gate[i] / (np.float32(1) + _exp_of(-gate[i])) * up[i]
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)
@@ -259,18 +327,7 @@ def _exp(values: np.ndarray, count: int, largest: float) -> Any:
     """values[:count] become exp(value - largest), value <= largest; returns their sum. In vectors, good to 2 ulp."""
     total = np.float32(0)
     for j in range(count):
-        x = max((values[j] - largest) * np.float32(1.44269504), np.float32(-126))
-        whole = np.floor(x + np.float32(0.5))
-        f = (x - whole) * np.float32(0.69314718)
-        p = np.float32(1.0 / 5040)
-        p = p * f + np.float32(1.0 / 720)
-        p = p * f + np.float32(1.0 / 120)
-        p = p * f + np.float32(1.0 / 24)
-        p = p * f + np.float32(1.0 / 6)
-        p = p * f + np.float32(0.5)
-        p = p * f + np.float32(1)
-        p = p * f + np.float32(1)
-        value = p * _float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
+        value = _exp_of(values[j] - largest)
         values[j] = value
         total += value
     return total
@@ -323,22 +380,22 @@ def run_pass(
     qkv, qkv_scale, qkv_bias, output, output_scale, gate_up, gate_up_scale, down, down_scale, head, head_scale,
     attention_norm, mlp_norm, final_norm, q_norm, k_norm, cos, sin, windows, nothing, eps, kv_heads, head_dim,
     # the tokens: positions, where each one's cache is, its own slot in it, its visible slots slots[first[t]:first[t+1]]
-    count, positions, key_address, value_address, capacity, own_slot, slots, first, wanted,
-    # room: x [tokens, hidden] holds the embeddings, and all but h and scores, which are each thread's own, is shared
-    x, h, projected, attended, gated, scores, logits,
+    positions, key_address, value_address, capacity, own_slot, slots, first, wanted,
+    # work space: x [tokens, hidden] holds the embeddings; h and scores are each thread's own, the rest is shared
+    x, h, projected, attended, gate_and_up, gated, scores, logits,
 ):  # fmt: skip
-    """One pass over `count` tokens; logits[:len(wanted)] are those after the tokens `wanted`.
+    """One pass over the tokens x; logits [len(wanted), vocabulary] are those after the tokens `wanted`.
 
     Keys and values of a cache: float32 [layers, kv_heads, capacity, head_dim].
     """
-    layers = qkv.shape[0]
+    count, layers, width = x.shape[0], qkv.shape[0], gated.shape[1]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     group = heads // kv_heads
     for layer in range(layers):
-        for t in range(x.shape[0]):  # every thread for itself: cheaper than to meet
+        for t in range(count):  # every thread for itself: cheaper than to meet
             _normalise(x[t], attention_norm[layer], eps, h[t])
         low, high = _share(qkv.shape[1], 8, thread, threads)
-        _matmul(count, h, qkv[layer], qkv_scale[layer], qkv_bias[layer], projected, low, high, False)
+        _matmul(h, qkv[layer], qkv_scale[layer], qkv_bias[layer], projected, low, high, False)
         _meet(sync, threads)
         # Queries in place, keys and values into the caches.
         low, high = _share(count * (heads + 2 * kv_heads), 1, thread, threads)
@@ -374,19 +431,21 @@ def run_pass(
             _attend(projected[t, dims], keys, values, slots[begin : first[t + 1]], scores, attended[t, dims])
         _meet(sync, threads)
         low, high = _share(output.shape[1], 8, thread, threads)
-        _matmul(count, attended, output[layer], output_scale[layer], nothing, x, low, high, True)
+        _matmul(attended, output[layer], output_scale[layer], nothing, x, low, high, True)
         _meet(sync, threads)
-        for t in range(x.shape[0]):
+        for t in range(count):
             _normalise(x[t], mlp_norm[layer], eps, h[t])
-        low, high = _share(gate_up.shape[1] // 2, 4, thread, threads)
-        _gated(count, h, gate_up[layer], gate_up_scale[layer], gated, low, high)
+        low, high = _share(width, 4, thread, threads)
+        for first_row in (0, width):  # of the gate, then of what it is multiplied with
+            rows = first_row + low, first_row + high
+            _matmul(h, gate_up[layer], gate_up_scale[layer], nothing, gate_and_up, rows[0], rows[1], False)
+        _gate(gate_and_up, low, high, gated)
         _meet(sync, threads)
         low, high = _share(down.shape[1], 8, thread, threads)
-        _matmul(count, gated, down[layer], down_scale[layer], nothing, x, low, high, True)
+        _matmul(gated, down[layer], down_scale[layer], nothing, x, low, high, True)
         _meet(sync, threads)
-    rows = (wanted.shape[0] + BLOCK - 1) // BLOCK * BLOCK
     for r in range(wanted.shape[0]):
         _normalise(x[wanted[r]], final_norm, eps, h[r])
     low, high = _share(head.shape[0], 8, thread, threads)
-    _matmul(wanted.shape[0], h[:rows], head, head_scale, nothing, logits, low, high, False)
+    _matmul(h[: wanted.shape[0]], head, head_scale, nothing, logits, low, high, False)
     _meet(sync, threads)

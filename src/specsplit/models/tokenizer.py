@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from jinja2 import TemplateError
+
+from specsplit.errors import PromptError, UserError
 from specsplit.models.fingerprint import tokenizer_sha256
 
 
@@ -27,16 +29,26 @@ class TextCodec:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {error}") from error
 
-    def encode(self, prompt: str, *, use_chat_template: bool = True) -> list[int]:
-        """Token ids of a prompt, as one user turn of the chat template when the model has one and it is wanted."""
-        if use_chat_template and self.tokenizer.chat_template:
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        else:
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], *, use_chat_template: bool = True) -> list[int]:
+        """Token ids of a prompt: a string, or messages with `role` and `content`.
+
+        A string is one user turn of the chat template when the model has one and it is wanted. Raises PromptError when
+        there are messages and no template, when the template refuses them, or when nothing comes of it.
+        """
+        template = self.tokenizer.chat_template
+        if isinstance(prompt, str) and not (use_chat_template and template):
             ids = self.tokenizer(prompt)["input_ids"]
+        elif not template:
+            raise PromptError("this model has no chat template: give the prompt as one string")
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+            try:
+                ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            except (TemplateError, KeyError, TypeError, ValueError) as error:
+                raise PromptError(f"the chat template of this model does not take these messages: {error}") from None
+            ids = ids["input_ids"]
         if not ids:
-            raise UserError(f"the prompt {prompt!r} has no tokens; give it some text")
+            raise PromptError(f"the prompt {prompt!r} has no tokens; give it some text")
         return list(ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
