@@ -62,8 +62,8 @@ def setting_arguments(settings: Settings, only: Sequence[str]) -> list[str]:
 def add_interval_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that states intervals."""
     parser.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
-    parser.add_argument("--bootstrap-samples", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--bootstrap-samples", type=int, default=10_000, help="draws for joint intervals")
+    parser.add_argument("--seed", type=int, default=0, help="seed of those draws")
 
 
 def interval_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         rounds = measure(
             target, draft, vocabulary, requests, gamma=args.gamma, max_tokens=args.max_output_tokens, on_request=show
         )
-    table = acceptance(rounds, **intervals)
+    table = acceptance(rounds, confidence=intervals["confidence"])
     write_csv(rounds, args.rounds)
     write_csv(table, args.output)
     write_json(
