@@ -154,14 +154,14 @@ def lossless_sentence(summary: DataFrame) -> str:
     if not written:
         return "Nothing was drafted, so there is nothing to compare."
     parts = []
-    share = f"{every}" if every == written else f"{every} of {written}"
-    if every:
-        parts.append(f"Compared: {share} text{'' if written == 1 else 's'} written with a draft.")
+    texts = f"text{'' if every == 1 else 's'}"
     if every and same == every:
-        parts.append("Yes: each of these is, token for token, that of the target alone.")
+        which = "written with a draft" if every == written else f"compared, of {written} written with a draft,"
+        parts.append(f"Yes: each of the {every} {texts} {which} is, token for token, that of the target alone.")
     elif every:
+        which = "" if every == written else f" compared, of {written} written with a draft,"
         where = "; ".join(name_of(row, varied(summary)) for _, row in compared[compared["lossless"] < 1].iterrows())
-        parts.append(f"No: {every - same} of these {every} differ from that of the target alone ({where}).")
+        parts.append(f"No: {every - same} of {every} {texts}{which} differ from that of the target alone ({where}).")
     if unknown := written - every:
         parts.append(
             f"Of {unknown} text{'' if unknown == 1 else 's'} nothing can be said token for token: gamma 0 was not run "
@@ -177,8 +177,8 @@ def faults_sentence(summary: DataFrame) -> str:
     if number := int(failed["failed_requests"].sum()):
         where = "; ".join(f"{name_of(row, names)}: {row['failed_requests']}" for _, row in failed.iterrows())
         parts.append(
-            f"{number} request{'' if number == 1 else 's'} failed ({where}); what failed in one configuration is in no "
-            "comparison with others. requests.csv says why."
+            f"{number} request{' failed and is' if number == 1 else 's failed and are'} in no mean ({where}); "
+            "requests.csv says why."
         )
     if count := int(summary["worker_failures"].sum()):
         parts.append(

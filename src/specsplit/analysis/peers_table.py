@@ -33,8 +33,8 @@ def summarize_peers(
     tokens_per_round, tokens_per_second
     itl_vs_P, _ci_low, _ci_high; latency_vs_P, _ci_low, _ci_high for each peer P
         this contender's milliseconds divided by those of P: mean time per token after the first burst, over the
-        requests that have it on both sides, and end to end per token over all requests. Below 1 this one is faster. Paired: the
-        same prompts on both sides. Each interval is for itself; whoever picks one of many must allow for that.
+        requests that have it on both sides, and end to end per token over all requests. Below 1 this one is faster.
+        Paired: the same prompts on both sides. Each interval is for itself.
     latency_joint_low_P, latency_joint_high_P
         the interval of latency_vs_P that holds for all contenders at once.
     identical

@@ -161,7 +161,7 @@ def summarize(
     speedup, speedup_ci_low, speedup_ci_high
         end to end against gamma 0 with the same way to choose tokens and the same network: its milliseconds per
         generated token (total latency / tokens, over all requests) divided by this configuration's; an interval for
-        this row alone (`paired_ratio_ci`). 1, [1, 1] for gamma 0 itself. Empty without such a gamma 0 or without tokens.
+        this row alone (`paired_ratio_ci`). 1, [1, 1] for gamma 0 itself. Empty without such a gamma 0 or tokens.
     speedup_joint_low, speedup_joint_high
         the interval that holds for all rows with this choice and network at once (`compare_jointly`): to judge a row
         that was picked by its speedup.
@@ -425,6 +425,8 @@ def _counted_again(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, D
     names = [*CONFIGURATION, "request_id", "repeat"]
     requests, rounds = requests.copy(), rounds.copy()
     own = dict(list(rounds.groupby(_tuples(rounds[names]), sort=False)))
+    key: Any
+    index: Any
     for index, key in _tuples(requests[names]).items():
         request, mine = requests.loc[index], own.get(key)
         if mine is None or not isna(request["verifications"]):
