@@ -9,7 +9,6 @@ from pathlib import Path
 from specsplit.cli.distill import add_target_flag, add_terminal_flag
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.settings.distill import AcceptanceSettings
-from specsplit.settings.measure import IntervalSettings
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
             max_tokens=settings.max_output_tokens,
             on_request=show,
         )
-    table = acceptance(rounds, **settings.model_dump(include=set(IntervalSettings.model_fields)))
+    table = acceptance(rounds, confidence=settings.confidence)
     write_csv(rounds, args.rounds)
     write_csv(table, args.output)
     write_json(
