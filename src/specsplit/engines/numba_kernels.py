@@ -23,7 +23,11 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-BLOCK = 4
+# Columns of a table of linear layers: the address of the function of their form (vector_kernels.product), of the weights
+# and the bytes of a row of them, outputs, and addresses of scales and biases with the bytes from one to the next.
+FUNCTION, WEIGHT, ROW_BYTES, ROWS, SCALE, SCALE_STEP, BIAS, BIAS_STEP = range(8)
+Q, K, V, OUTPUT, GATE, UP, DOWN = range(7)  # of a layer, in the order in which they are used
+PAD = 32  # inputs of a product are padded with zeros to a multiple of this
 SPINS = 2000  # looks at the barrier before the thread offers its core to another
 # Sums may be taken in vectors and products fused; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -86,16 +90,16 @@ def _offer_core(typingctx: Any) -> Any:
 
 
 @intrinsic
-def _widen(typingctx: Any, weight: Any) -> Any:
-    """A stored weight as float32: uint16 are the bits of a bfloat16, int8 whole numbers."""
+def _call(typingctx: Any, function: Any, arguments: Any) -> Any:
+    """Call the function at an address with a tuple of int64."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if weight == types.uint16:
-            bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(bits, ir.FloatType())
-        return builder.sitofp(args[0], ir.FloatType()) if weight == types.int8 else args[0]
+        values = cgutils.unpack_tuple(builder, args[1], len(arguments))
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments))
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+        return context.get_dummy_value()
 
-    return types.float32(weight), generate
+    return types.void(types.int64, types.UniTuple(types.int64, len(arguments))), generate
 
 
 # ---- steps of a pass
@@ -125,122 +129,31 @@ def _share(count: int, multiple: int, thread: int, threads: int) -> tuple[int, i
     return min(count, thread * each), min(count, (thread + 1) * each)
 
 
-@njit(nogil=True, fastmath=FAST, cache=True, inline="always")
-def _two_by_four(w0, w1, x, t):
-    """Dot products of two rows of weights with tokens t to t + 3 of x, those of the first row first."""
-    x0, x1, x2, x3 = x[t], x[t + 1], x[t + 2], x[t + 3]
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    for k in range(x.shape[1]):
-        a, b = _widen(w0[k]), _widen(w1[k])
-        a0 += a * x0[k]
-        a1 += a * x1[k]
-        a2 += a * x2[k]
-        a3 += a * x3[k]
-        b0 += b * x0[k]
-        b1 += b * x1[k]
-        b2 += b * x2[k]
-        b3 += b * x3[k]
-    return a0, a1, a2, a3, b0, b1, b2, b3
+@njit(nogil=True, cache=True)
+def _padded(inputs: int) -> int:
+    """Inputs of a product as they are packed."""
+    return (inputs + PAD - 1) // PAD * PAD
 
 
-@njit(nogil=True, fastmath=FAST, cache=True, inline="always")
-def _eight_by_one(weight, i, j, x):
-    """Dot products of rows i to i + 3 and j to j + 3 of weights with one token x.
-
-    Eight sums at a time, as in `_two_by_four`: the compiler makes the same vectors of them and each sum is the same.
-    """
-    w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
-    w4, w5, w6, w7 = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    for k in range(x.shape[0]):
-        v = x[k]
-        a0 += _widen(w0[k]) * v
-        a1 += _widen(w1[k]) * v
-        a2 += _widen(w2[k]) * v
-        a3 += _widen(w3[k]) * v
-        b0 += _widen(w4[k]) * v
-        b1 += _widen(w5[k]) * v
-        b2 += _widen(w6[k]) * v
-        b3 += _widen(w7[k]) * v
-    return a0, a1, a2, a3, b0, b1, b2, b3
-
-
-@njit(nogil=True, fastmath=FAST, cache=True, inline="always")
-def _affine(value, i, scale, bias):
-    if scale.shape[0] > 0:
-        value *= scale[i]
-    if bias.shape[0] > 0:
-        value += bias[i]
-    return value
-
-
-@njit(nogil=True, fastmath=FAST, cache=True)
-def _matmul(count, x, weight, scale, bias, y, low, high, add):
-    """y[:, low:high] = x weight[low:high]^T (* scale) (+ bias), or += for the residual stream.
-
-    x: [tokens, inputs], `count` of them and padding to a multiple of BLOCK; scale, bias: [outputs], or [0] for none.
-    Written out, as what is done once for eight sums takes about as long as the sums.
-    """
-    i = low
-    while count == 1 and i + 8 <= high:
-        s0, s1, s2, s3, s4, s5, s6, s7 = _eight_by_one(weight, i, i + 4, x[0])
-        y0 = y[0, i : i + 8]
-        if scale.shape[0] > 0 or bias.shape[0] > 0:
-            s0, s1 = _affine(s0, i, scale, bias), _affine(s1, i + 1, scale, bias)
-            s2, s3 = _affine(s2, i + 2, scale, bias), _affine(s3, i + 3, scale, bias)
-            s4, s5 = _affine(s4, i + 4, scale, bias), _affine(s5, i + 5, scale, bias)
-            s6, s7 = _affine(s6, i + 6, scale, bias), _affine(s7, i + 7, scale, bias)
-        if add:
-            s0, s1, s2, s3 = s0 + y0[0], s1 + y0[1], s2 + y0[2], s3 + y0[3]
-            s4, s5, s6, s7 = s4 + y0[4], s5 + y0[5], s6 + y0[6], s7 + y0[7]
-        y0[0], y0[1], y0[2], y0[3], y0[4], y0[5], y0[6], y0[7] = s0, s1, s2, s3, s4, s5, s6, s7
-        i += 8
-    while i < high:
-        j = min(i + 1, high - 1)  # of an odd number the last is done twice, with the same result
-        w0, w1 = weight[i], weight[j]
-        for t in range(0, x.shape[0], BLOCK):
-            a0, a1, a2, a3, b0, b1, b2, b3 = _two_by_four(w0, w1, x, t)
-            if scale.shape[0] > 0 or bias.shape[0] > 0:
-                a0, a1 = _affine(a0, i, scale, bias), _affine(a1, i, scale, bias)
-                a2, a3 = _affine(a2, i, scale, bias), _affine(a3, i, scale, bias)
-                b0, b1 = _affine(b0, j, scale, bias), _affine(b1, j, scale, bias)
-                b2, b3 = _affine(b2, j, scale, bias), _affine(b3, j, scale, bias)
-            y0, y1, y2, y3 = y[t], y[t + 1], y[t + 2], y[t + 3]
-            if add:
-                a0, a1, a2, a3 = a0 + y0[i], a1 + y1[i], a2 + y2[i], a3 + y3[i]
-                b0, b1, b2, b3 = b0 + y0[j], b1 + y1[j], b2 + y2[j], b3 + y3[j]
-            y0[i], y1[i], y2[i], y3[i] = a0, a1, a2, a3
-            y0[j], y1[j], y2[j], y3[j] = b0, b1, b2, b3
-        i += 2
-
-
-@njit(nogil=True, fastmath=FAST, cache=True, inline="always")
-def _glu(gate, up, i, width, scale):
-    if scale.shape[0] > 0:
-        gate *= scale[i]
-        up *= scale[width + i]
-    return gate / (np.float32(1) + math.exp(-gate)) * up
-
-
-@njit(nogil=True, fastmath=FAST, cache=True)
-def _gated(count, x, weight, scale, y, low, high):
-    """y[:, low:high] = silu(x gate^T) * (x up^T). weight: [2 * width, inputs], the rows of gate, then those of up."""
-    width = weight.shape[0] // 2
-    i = low
-    while count == 1 and i + 4 <= high:
-        g0, g1, g2, g3, u0, u1, u2, u3 = _eight_by_one(weight, i, width + i, x[0])
-        y0 = y[0, i : i + 4]
-        y0[0], y0[1] = _glu(g0, u0, i, width, scale), _glu(g1, u1, i + 1, width, scale)
-        y0[2], y0[3] = _glu(g2, u2, i + 2, width, scale), _glu(g3, u3, i + 3, width, scale)
-        i += 4
-    while i < high:
-        w0, w1 = weight[i], weight[width + i]
-        for t in range(0, x.shape[0], BLOCK):
-            g0, g1, g2, g3, u0, u1, u2, u3 = _two_by_four(w0, w1, x, t)
-            y0, y1, y2, y3 = y[t], y[t + 1], y[t + 2], y[t + 3]
-            y0[i], y1[i] = _glu(g0, u0, i, width, scale), _glu(g1, u1, i, width, scale)
-            y2[i], y3[i] = _glu(g2, u2, i, width, scale), _glu(g3, u3, i, width, scale)
-        i += 1
+@njit(nogil=True, cache=True)
+def _apply(linear, following, x, tokens, inputs, y, stride, add, thread, threads):
+    """A thread's share of y = x weight^T, or += for the residual stream. x: packed tokens; y: of the results
+    of the first token, stride: bytes to those of the next. linear: as `run_pass` has it, following: the one after."""
+    low, high = _share(linear[ROWS], 8, thread, threads)
+    next_low, _ = _share(following[ROWS], 8, thread, threads)
+    if low == high:
+        return
+    term, term_row, term_token = linear[BIAS], linear[BIAS_STEP], 0
+    if add:
+        term, term_row, term_token = y, 4, stride
+    _call(
+        linear[FUNCTION],
+        (
+            x.ctypes.data, tokens, inputs, linear[WEIGHT], linear[ROW_BYTES], low, high,
+            following[WEIGHT] + next_low * following[ROW_BYTES],
+            linear[SCALE], linear[SCALE_STEP], term, term_row, term_token, y, stride,
+        ),
+    )  # fmt: skip
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)
@@ -319,26 +232,32 @@ def _attend(
 @njit(nogil=True, fastmath=FAST, cache=True)
 def run_pass(
     thread, threads, sync,
-    # the model: stacked over layers; norms, scales and biases are float32, [.., 0] when there are none
-    qkv, qkv_scale, qkv_bias, output, output_scale, gate_up, gate_up_scale, down, down_scale, head, head_scale,
-    attention_norm, mlp_norm, final_norm, q_norm, k_norm, cos, sin, windows, nothing, eps, kv_heads, head_dim,
+    # the model: linear layers as tables [layers, 7, 8] and [8]; norms are float32, [.., 0] when there are none
+    linears, head, attention_norm, mlp_norm, final_norm, q_norm, k_norm, cos, sin, windows, eps, kv_heads, head_dim,
+    # addresses of what is compiled apart (vector_kernels)
+    pack, activate,
     # the tokens: positions, where each one's cache is, its own slot in it, its visible slots slots[first[t]:first[t+1]]
     count, positions, key_address, value_address, capacity, own_slot, slots, first, wanted,
-    # room: x [tokens, hidden] holds the embeddings, and all but h and scores, which are each thread's own, is shared
-    x, h, projected, attended, gated, scores, logits,
+    # room: x [tokens, hidden] holds the embeddings; packed, row and scores are each thread's own, the rest is shared
+    x, packed, row, projected, attended, gate, up, gated, scores, logits,
 ):  # fmt: skip
     """One pass over `count` tokens; logits[:len(wanted)] are those after the tokens `wanted`.
 
     Keys and values of a cache: float32 [layers, kv_heads, capacity, head_dim].
     """
-    layers = qkv.shape[0]
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    layers, hidden = linears.shape[0], x.shape[1]
+    heads = attended.shape[1] // head_dim
     group = heads // kv_heads
+    hidden_inputs, attended_inputs, gated_inputs = _padded(hidden), _padded(attended.shape[1]), gate.shape[1]
     for layer in range(layers):
-        for t in range(x.shape[0]):  # every thread for itself: cheaper than to meet
-            _normalise(x[t], attention_norm[layer], eps, h[t])
-        low, high = _share(qkv.shape[1], 8, thread, threads)
-        _matmul(count, h, qkv[layer], qkv_scale[layer], qkv_bias[layer], projected, low, high, False)
+        these = linears[layer]
+        for t in range(count):  # every thread for itself: cheaper than to meet
+            _normalise(x[t], attention_norm[layer], eps, row)
+            _call(pack, (row.ctypes.data, hidden, t, count, hidden_inputs, packed.ctypes.data))
+        y, stride = projected.ctypes.data, 4 * projected.shape[1]
+        for part in (Q, K, V):
+            _apply(these[part], these[part + 1], packed, count, hidden_inputs, y, stride, False, thread, threads)
+            y += 4 * these[part, ROWS]
         _meet(sync, threads)
         # Queries in place, keys and values into the caches.
         low, high = _share(count * (heads + 2 * kv_heads), 1, thread, threads)
@@ -373,20 +292,35 @@ def run_pass(
             dims = slice(q_head * head_dim, (q_head + 1) * head_dim)
             _attend(projected[t, dims], keys, values, slots[begin : first[t + 1]], scores, attended[t, dims])
         _meet(sync, threads)
-        low, high = _share(output.shape[1], 8, thread, threads)
-        _matmul(count, attended, output[layer], output_scale[layer], nothing, x, low, high, True)
+        for t in range(count):
+            _call(pack, (attended[t].ctypes.data, attended.shape[1], t, count, attended_inputs, packed.ctypes.data))
+        stride = 4 * hidden
+        _apply(these[OUTPUT], these[GATE], packed, count, attended_inputs, x.ctypes.data, stride, True, thread, threads)
         _meet(sync, threads)
-        for t in range(x.shape[0]):
-            _normalise(x[t], mlp_norm[layer], eps, h[t])
-        low, high = _share(gate_up.shape[1] // 2, 4, thread, threads)
-        _gated(count, h, gate_up[layer], gate_up_scale[layer], gated, low, high)
+        for t in range(count):
+            _normalise(x[t], mlp_norm[layer], eps, row)
+            _call(pack, (row.ctypes.data, hidden, t, count, hidden_inputs, packed.ctypes.data))
+        stride = 4 * gate.shape[1]
+        _apply(these[GATE], these[UP], packed, count, hidden_inputs, gate.ctypes.data, stride, False, thread, threads)
+        _apply(these[UP], these[DOWN], packed, count, hidden_inputs, up.ctypes.data, stride, False, thread, threads)
+        low, high = _share(these[GATE, ROWS], 8, thread, threads)
+        if low < high:
+            if high == these[GATE, ROWS]:
+                high = gated_inputs  # with the padding, which is zero
+            for t in range(count):
+                arguments = (gate[t].ctypes.data, up[t].ctypes.data, low, high, t, count, gated_inputs)
+                _call(activate, (*arguments, gated.ctypes.data))
         _meet(sync, threads)
-        low, high = _share(down.shape[1], 8, thread, threads)
-        _matmul(count, gated, down[layer], down_scale[layer], nothing, x, low, high, True)
+        after = linears[layer + 1, Q] if layer + 1 < layers else head
+        stride = 4 * hidden
+        _apply(these[DOWN], after, gated, count, gated_inputs, x.ctypes.data, stride, True, thread, threads)
         _meet(sync, threads)
-    rows = (wanted.shape[0] + BLOCK - 1) // BLOCK * BLOCK
-    for r in range(wanted.shape[0]):
-        _normalise(x[wanted[r]], final_norm, eps, h[r])
-    low, high = _share(head.shape[0], 8, thread, threads)
-    _matmul(wanted.shape[0], h[:rows], head, head_scale, nothing, logits, low, high, False)
+    rows = wanted.shape[0]
+    for r in range(rows):
+        _normalise(x[wanted[r]], final_norm, eps, row)
+        _call(pack, (row.ctypes.data, hidden, r, rows, hidden_inputs, packed.ctypes.data))
+    if rows > 0:
+        stride = 4 * logits.shape[1]
+        following = linears[0, Q]
+        _apply(head, following, packed, rows, hidden_inputs, logits.ctypes.data, stride, False, thread, threads)
     _meet(sync, threads)

@@ -16,18 +16,16 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from llvmlite import ir
+import numpy as np
 from numba import cfunc, njit, types
-from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from specsplit.engines import vectors, weight_forms
-from specsplit.engines.vectors import FLOAT, I64, LANES, LINE, POINTER, Emitter, Value, call_own
+from specsplit.engines.vectors import FLOAT, LANES, LINE, POINTER, Emitter, Value, call_own
 from specsplit.engines.weight_forms import FORMS, Form
 
 TILE = 12  # most tokens of a tile: their sums and a vector of weights fill the sixteen registers of AVX2
-PAD = 32  # inputs of a product are padded with zeros to a multiple of this
 ROWS = {1: 4, 2: 4, 3: 4, 4: 3, 5: 2, 6: 2}  # rows of a tile of so many tokens; else 1
 BLOCK_BYTES = 1 << 17  # of weights that stay in the cache while the tiles of many tokens go over them
 AHEAD_BYTES = 1 << 14  # how far ahead weights are prefetched
@@ -65,6 +63,29 @@ def product(form: str) -> Any:
     return cfunc(SIGNATURE, cache=True)(function)
 
 
+@functools.cache
+def packing() -> Any:
+    """The compiled function that puts one token's values where a product reads them: tile by tile the tokens, eight
+    inputs of each in turn, and zeros beyond its values.
+
+    Arguments, int64: the address of the values, how many, number of the token, tokens, inputs (at least as many as
+    values, a multiple of eight), address of all tokens' packed values.
+    """
+    function = _pack(_stamp())
+    return cfunc(types.void(*[types.int64] * 6), cache=True)(function)
+
+
+@functools.cache
+def activation() -> Any:
+    """The compiled function silu(gate) * up for one token, with packed results.
+
+    Arguments, int64: addresses of gate and up, low, high (which values, multiples of eight), number of the token,
+    tokens, inputs (values of a token), address of the packed results.
+    """
+    function = _activate(_stamp())
+    return cfunc(types.void(*[types.int64] * 8), cache=True)(function)
+
+
 def _stamp() -> int:
     """Of the sources that functions are made from: Numba compiles anew when the file of a function changed, no other."""
     sources = [Path(str(module.__file__)).read_bytes() for module in (vectors, weight_forms)]
@@ -94,6 +115,104 @@ def _multiply(form: int, unit: int, stamp: int) -> Any:
                 )  # fmt: skip
 
     return multiply
+
+
+def _pack(stamp: int) -> Any:
+    def pack(values, size, token, tokens, inputs, packed):
+        _ = stamp
+        place, step = packed_place(token, tokens, inputs)
+        _copy(values, size // LANES, packed + place, step)
+        if size < inputs:
+            _fill(values, size, inputs, packed + place, step)
+
+    return pack
+
+
+def _activate(stamp: int) -> Any:
+    def activate(gate, up, low, high, token, tokens, inputs, packed):
+        _ = stamp
+        place, step = packed_place(token, tokens, inputs)
+        if low < high:
+            _silu(gate + 4 * low, up + 4 * low, (high - low) // LANES, packed + place + low // LANES * step, step)
+
+    return activate
+
+
+@njit(nogil=True, inline="always")
+def packed_place(token, tokens, inputs):
+    """Where the packed values of a token begin, and the bytes from eight of them to the next eight."""
+    tile = 0
+    while tile_start(tokens, tile + 1) <= token:
+        tile += 1
+    first = tile_start(tokens, tile)
+    count = tile_start(tokens, tile + 1) - first
+    return 4 * (first * inputs + (token - first) * LANES), 4 * LANES * count
+
+
+@intrinsic
+def _copy(typingctx: Any, values: Any, count: Any, out: Any, out_step: Any) -> Any:
+    """Vectors of eight, `out_step` bytes apart from now on."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        e, (values, out) = Emitter(builder), (builder.inttoptr(args[i], POINTER) for i in (0, 2))
+
+        def one_vector(index: Value, carried: list[Value]) -> list[Value]:
+            vector = e.load(e.at(values, builder.mul(index, e.number(LANES * 4))))
+            e.store(vector, e.at(out, builder.mul(index, args[3])))
+            return []
+
+        e.loop(args[1], [], one_vector, may_be_none=True)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@njit(nogil=True, inline="always")
+def _fill(values, size, inputs, out, out_step):
+    """The values after the last whole vector, then zeros."""
+    for k in range(size // LANES * LANES, inputs):
+        at = out + k // LANES * out_step + 4 * (k % LANES)
+        _put(at, _get(values + 4 * k) if k < size else np.float32(0))
+
+
+@intrinsic
+def _get(typingctx: Any, address: Any) -> Any:
+    """The float32 at an address."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return Emitter(builder).load(builder.inttoptr(args[0], POINTER), FLOAT)
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def _put(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write a float32 to an address."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        Emitter(builder).store(args[1], builder.inttoptr(args[0], POINTER))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
+def _silu(typingctx: Any, gate: Any, up: Any, count: Any, out: Any, out_step: Any) -> Any:
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        e, (gate, up, out) = Emitter(builder), (builder.inttoptr(args[i], POINTER) for i in (0, 1, 3))
+
+        def one_vector(index: Value, carried: list[Value]) -> list[Value]:
+            offset = builder.mul(index, e.number(LANES * 4))
+            x = e.load(e.at(gate, offset))
+            sigmoid = builder.fadd(e.floats(1.0), e.exp(builder.fneg(x)))
+            result = builder.fmul(builder.fdiv(x, sigmoid), e.load(e.at(up, offset)))
+            e.store(result, e.at(out, builder.mul(index, args[4])))
+            return []
+
+        e.loop(args[2], [], one_vector)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -189,9 +308,4 @@ def _write_strip(
         return []
 
     groups = b.udiv(b.add(b.sub(high, low), e.number(rows - 1)), e.number(rows))
-    start, end = b.append_basic_block(), b.append_basic_block()
-    b.cbranch(b.icmp_signed(">", high, low), start, end)
-    b.position_at_end(start)
     e.loop(groups, [], one_tile)
-    b.branch(end)
-    b.position_at_end(end)

@@ -103,12 +103,22 @@ class Emitter:
             found += [self.builder.extract_element(level[0], I32(lane)) for lane in lanes[: len(group)]]
         return found
 
-    def loop(self, count: Value, carried: Sequence[Value], body: Callable[[Value, list[Value]], list[Value]]) -> list:
-        """`count` times (at least once) body(index, values) -> values, starting with `carried`; the last values."""
+    def loop(
+        self,
+        count: Value,
+        carried: Sequence[Value],
+        body: Callable[[Value, list[Value]], list[Value]],
+        may_be_none: bool = False,
+    ) -> list[Value]:
+        """body(index, values) -> values, `count` times and at least once, starting with `carried`; the last values."""
         builder = self.builder
         before, inside = builder.block, builder.append_basic_block()
         after = builder.append_basic_block()
-        builder.branch(inside)
+        if may_be_none:  # then nothing can be carried out of it
+            assert not carried
+            builder.cbranch(builder.icmp_signed(">", count, self.number(0)), inside, after)
+        else:
+            builder.branch(inside)
         builder.position_at_end(inside)
         index = builder.phi(I64)
         index.add_incoming(self.number(0), before)
