@@ -13,13 +13,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from specsplit.engines.weight_forms import FORMS, NUMBERS
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """A matrix as stored. form: a GGUF type, e.g. Q4_1; data: uint8 [rows, bytes of a row]."""
 
     form: str
     data: np.ndarray
+
+    @property
+    def numbers(self) -> int:
+        form = FORMS[NUMBERS[self.form]]
+        return self.data.size // form.bytes * form.unit
 
     def floats(self, rows: Any = slice(None)) -> np.ndarray:
         """Rows of the matrix, float32."""
@@ -52,3 +59,9 @@ class BlockEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self.blocks.floats(ids.reshape(-1).numpy())
         return torch.from_numpy(rows).view(*ids.shape, -1)
+
+
+def numbers_in_blocks(model: nn.Module) -> int:
+    """Numbers in the blocks of a model; those of an output head that is tied to the embedding count once."""
+    blocks = {m.blocks for m in model.modules() if isinstance(m, BlockLinear | BlockEmbedding)}
+    return sum(each.numbers for each in blocks)

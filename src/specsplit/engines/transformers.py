@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines.blocks import numbers_in_blocks
+from specsplit.engines.gguf_model import has_gguf, load_floats
 from specsplit.engines.kv_cache import KVCache, LayeredSlots
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.quantise import quantise_linears
@@ -71,7 +73,7 @@ class CausalLM:
     @property
     def parameters(self) -> int:
         """Numbers in the weights."""
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(p.numel() for p in self.model.parameters()) + numbers_in_blocks(self.model)
 
     def windows(self) -> list[int]:
         """Of each layer the positions that a token sees, itself included; 0 = all."""
@@ -84,7 +86,7 @@ class CausalLM:
     def load(
         cls, folder: Path, *, dtype: str = "float32", device: str = "auto", skip_layers: Sequence[int] = ()
     ) -> CausalLM:
-        """Load safetensors weights from a local folder; never from the network, never running its code.
+        """Load weights, of safetensors or GGUF, from a local folder; never from the network, never running its code.
 
         dtype: float32 | bfloat16 | float16 | int8 (weights of linear layers, on the CPU; the rest is bfloat16).
         device: auto (cuda when there is one) | cpu | cuda | cuda:N.
@@ -92,8 +94,6 @@ class CausalLM:
         A folder with a `draft_to_target` map (see vocabulary.read_reduced_map) gives a model with an output head of
         its rows alone, whether the weights hold these or the full head (engines/reduced_vocabulary.py).
         """
-        from transformers import AutoModelForCausalLM
-
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         target_device = pick_device(device)
@@ -101,26 +101,10 @@ class CausalLM:
             raise UserError(f"dtype int8 is for the CPU, not for {target_device}: use device cpu, or dtype bfloat16")
         if not folder.is_dir():  # transformers would look the name up among its downloads
             raise UserError(f"{folder} does not hold a model: no such folder")
-        head_tokens = read_reduced_map(folder)
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=DTYPES[dtype],
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=head_tokens is not None,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
-        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-            raise UserError(
-                f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
-                f"Fetch or convert the model again."
-            )
-        if head_tokens is not None:
-            reduce_loaded(model, folder, head_tokens, {key for key, *_ in report["mismatched_keys"]})
+        if has_gguf(folder):
+            model = load_floats(folder, DTYPES[dtype])
+        else:
+            model = _load_safetensors(folder, DTYPES[dtype])
         if skip_layers:
             drop_layers(model, skip_layers)
         model = model.to(target_device)
@@ -220,6 +204,32 @@ class CausalLM:
         if self._masks_by_type:
             return {"full_attention": mask(None), "sliding_attention": mask(self._window)}
         return mask(self._window)
+
+
+def _load_safetensors(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    head_tokens = read_reduced_map(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=head_tokens is not None,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        raise UserError(
+            f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
+            f"Fetch or convert the model again."
+        )
+    if head_tokens is not None:
+        reduce_loaded(model, folder, head_tokens, {key for key, *_ in report["mismatched_keys"]})
+    return model
 
 
 def pick_device(name: str) -> torch.device:

@@ -145,3 +145,4 @@ FORMS = (
     Form("Q6_K", 256, 210, _q6_k),
 )
 NUMBERS = {form.name: number for number, form in enumerate(FORMS)}
+BLOCK_FORMS = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")  # as GGUF calls them
