@@ -33,6 +33,7 @@ from specsplit.cli import prepare
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.loading import LanguageModel, load_model
 from specsplit.engines.ngram import NGramLM
+from specsplit.engines.transformers import library_model
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, sha256_file
 from specsplit.models import fingerprint, sources
@@ -222,7 +223,7 @@ def test_a_wrong_hash_is_refused_before_anything_is_loaded(
     wheel: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel["pkg/a.gguf"] = b"something else"
-    monkeypatch.setattr(sources, "_convert_gguf", lambda *_: pytest.fail("converted before the check"))
+    monkeypatch.setattr(sources, "_prepare_gguf", lambda *_: pytest.fail("converted before the check"))
     with pytest.raises(UserError) as caught:
         prepare_model(pypi("pkg/a.gguf", "0" * 64), "tiny", tmp_path / "out")
     assert "models.tiny.sha256" in str(caught.value)
@@ -233,7 +234,7 @@ def test_a_wrong_hash_is_refused_before_anything_is_loaded(
 
 def test_a_gguf_that_is_none_is_a_user_error(wheel: dict[str, bytes], tmp_path: Path) -> None:
     wheel["pkg/a.gguf"] = b"no GGUF magic here" * 100
-    with pytest.raises(UserError, match=r"models\.tiny\.file: cannot be converted"):
+    with pytest.raises(UserError, match=r"models\.tiny\.file: not a GGUF file"):
         prepare_model(pypi("pkg/a.gguf"), "tiny", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -362,7 +363,7 @@ def write_gguf(path: Path) -> np.ndarray:
     return down
 
 
-def test_a_gguf_becomes_a_plain_float32_model(
+def test_a_gguf_is_kept_and_loads_as_a_plain_float32_model(
     wheel: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     down = write_gguf(tmp_path / "made.gguf")
@@ -371,12 +372,13 @@ def test_a_gguf_becomes_a_plain_float32_model(
     digest = hashlib.sha256(data).hexdigest()
     manifest = prepare_model(pypi("pkg/a.gguf", digest), "tiny", tmp_path / "out")
     assert (manifest["pinned"], manifest["upstream_sha256"]) == (True, digest)
-    assert manifest["fingerprint"]["dtype"] == "float32"
+    assert manifest["fingerprint"]["dtype"] == "Q8_0+float32"
     assert manifest["fingerprint"]["vocab_size"] == 260
+    assert manifest["files"]["model.gguf"] == digest  # as it was
     assert {p.stat().st_mode for p in (tmp_path / "out").iterdir()} == {(tmp_path / "out/model.json").stat().st_mode}
     assert capfd.readouterr() == ("", "")
 
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = library_model(tmp_path / "out", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32
     assert not hasattr(loaded.config, "quantization_config")

@@ -18,20 +18,15 @@ from specsplit.models.gguf_file import GGUF_FILE, Stored, model_tensors, read_gg
 log = logging.getLogger(__name__)
 
 
-def has_gguf(folder: Path) -> bool:
-    """Whether the weights of a model folder are in a GGUF file."""
-    return (folder / GGUF_FILE).is_file() and not (folder / "model.safetensors").is_file()
-
-
 def load_floats(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model in a folder, its weights turned to float32 and rounded to `dtype`, as one of transformers."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config, stored = _read(folder)
-    state = {name: torch.from_numpy(tensor.floats()).to(dtype) for name, tensor in stored.items()}
-    model, report = AutoModelForCausalLM.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
+    state = {name: torch.from_numpy(np.array(tensor.floats())).to(dtype) for name, tensor in stored.items()}
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    model, report = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     wrong = sorted([*report["missing_keys"], *report["unexpected_keys"], *(k for k, *_ in report["mismatched_keys"])])
     if wrong:
         raise UserError(f"{folder / GGUF_FILE}: its tensors are not those of {folder / 'config.json'}: {wrong[0]}")
@@ -105,7 +100,9 @@ def _module(module: Any, name: str, stored: dict[str, Stored]) -> nn.Module:
         bias = torch.from_numpy(_take(stored, f"{name}.bias", tuple(module.bias.shape)).floats().copy())
     if weight.type in BLOCK_FORMS:
         blocks = Blocks(weight.type, weight.data)
-        return BlockEmbedding(blocks) if isinstance(module, nn.Embedding) else BlockLinear(blocks, weight.shape[1], bias)
+        return (
+            BlockEmbedding(blocks) if isinstance(module, nn.Embedding) else BlockLinear(blocks, weight.shape[1], bias)
+        )
     floats = nn.Parameter(torch.from_numpy(np.array(weight.floats())), requires_grad=False)
     if isinstance(module, nn.Embedding):
         return nn.Embedding.from_pretrained(floats)

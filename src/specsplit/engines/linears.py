@@ -1,5 +1,8 @@
-"""The linear layers of a model as the kernels read them: one piece of memory, in the order in which a pass goes over it,
-and a table of where each layer's rows are and which function multiplies with them (numba_kernels.run_pass)."""
+"""The linear layers of a model as the kernels read them.
+
+All weights are in one piece of memory, in the order in which a pass reads them. A table says where the rows of each
+layer are and which function multiplies with them (numba_kernels.run_pass).
+"""
 
 from __future__ import annotations
 
@@ -99,8 +102,10 @@ def tied(hf: Any) -> bool:
 
 
 def embedding_rows(embedding: Any, head_rows: np.ndarray | None) -> Rows:
-    """A function that gives rows of an input embedding, float32 [ids, hidden]. head_rows: those that it is tied to; else
-    it is copied, as otherwise all of its file would stay in memory."""
+    """A function that gives rows of an input embedding, float32 [ids, hidden].
+
+    head_rows: those that it is tied to; else it is copied, as otherwise all of its file would stay in memory.
+    """
     if isinstance(embedding, BlockEmbedding):
         blocks = embedding.blocks
         return Blocks(blocks.form, blocks.data.copy() if head_rows is None else head_rows).floats

@@ -23,8 +23,8 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Columns of a table of linear layers: the address of the function of their form (vector_kernels.product), of the weights
-# and the bytes of a row of them, outputs, and addresses of scales and biases with the bytes from one to the next.
+# Columns of a table of linear layers: the address of the function of their form (vector_kernels.product), that of the
+# weights and the bytes of a row of them, outputs, and addresses of scales and biases with the bytes between two.
 FUNCTION, WEIGHT, ROW_BYTES, ROWS, SCALE, SCALE_STEP, BIAS, BIAS_STEP = range(8)
 Q, K, V, OUTPUT, GATE, UP, DOWN = range(7)  # of a layer, in the order in which they are used
 PAD = 32  # inputs of a product are padded with zeros to a multiple of this

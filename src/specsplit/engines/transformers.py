@@ -18,13 +18,14 @@ from torch import nn
 
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.blocks import numbers_in_blocks
-from specsplit.engines.gguf_model import has_gguf, load_floats
+from specsplit.engines.gguf_model import load_blocks, load_floats
 from specsplit.engines.kv_cache import KVCache, LayeredSlots
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.reduced_vocabulary import reduce_loaded
 from specsplit.engines.tree_attention import additive, positions, visible
 from specsplit.errors import UserError
+from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.vocabulary import read_reduced_map
 
 DTYPES = {
@@ -101,13 +102,21 @@ class CausalLM:
             raise UserError(f"dtype int8 is for the CPU, not for {target_device}: use device cpu, or dtype bfloat16")
         if not folder.is_dir():  # transformers would look the name up among its downloads
             raise UserError(f"{folder} does not hold a model: no such folder")
-        if has_gguf(folder):
-            model = load_floats(folder, DTYPES[dtype])
-        else:
-            model = _load_safetensors(folder, DTYPES[dtype])
+        return cls._finished(library_model(folder, DTYPES[dtype]), target_device, dtype, skip_layers)
+
+    @classmethod
+    def load_blocks(cls, folder: Path, *, skip_layers: Sequence[int] = ()) -> CausalLM:
+        """The model of a GGUF file, its weights as stored, for the fused engine to take apart; float32, on the CPU."""
+        model = load_blocks(folder)
         if skip_layers:
             drop_layers(model, skip_layers)
-        model = model.to(target_device)
+        return cls(model)
+
+    @classmethod
+    def _finished(cls, model: Any, device: torch.device, dtype: str, skip_layers: Sequence[int]) -> CausalLM:
+        if skip_layers:
+            drop_layers(model, skip_layers)
+        model = model.to(device)
         if dtype == "int8":
             quantise_linears(model)
         loaded = cls(model)
@@ -206,29 +215,34 @@ class CausalLM:
         return mask(self._window)
 
 
-def _load_safetensors(folder: Path, dtype: torch.dtype) -> Any:
+def library_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model in a folder as transformers loads it; of GGUF weights, turned to numbers of this type."""
     from transformers import AutoModelForCausalLM
 
     head_tokens = read_reduced_map(folder)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=head_tokens is not None,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
-    if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-        raise UserError(
-            f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
-            f"Fetch or convert the model again."
-        )
+    if gguf_weights(folder) is not None:
+        model, mismatched = load_floats(folder, dtype), set()
+    else:
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=head_tokens is not None,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
+        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+            raise UserError(
+                f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
+                f"Fetch or convert the model again."
+            )
+        mismatched = {key for key, *_ in report["mismatched_keys"]}
     if head_tokens is not None:
-        reduce_loaded(model, folder, head_tokens, {key for key, *_ in report["mismatched_keys"]})
+        reduce_loaded(model, folder, head_tokens, mismatched)
     return model
 
 

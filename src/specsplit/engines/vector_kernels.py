@@ -2,8 +2,9 @@
 
 A matrix is read once for all tokens: of a tile, some rows times some tokens, every weight is turned to float32 in
 registers and multiplied for each token, while rows further on are prefetched. Every dot product is one sum in eight
-lanes over the inputs, in order, and then over the lanes, whatever the tile (He et al. 2025, "Defeating Nondeterminism in
-LLM Inference"); so its bits depend on the token and the row alone, and are those of the same weights in float32.
+lanes over the inputs, in order, and then over the lanes, whatever the tile (He et al. 2025, "Defeating
+Nondeterminism in LLM Inference"). So its bits depend on the token and the row alone, and are those of the same weights
+in float32.
 
 Functions are compiled one by one, when a model first needs them, and cached on disk. `run_pass` calls them by address,
 so that it does not depend on the forms of the weights.
@@ -87,7 +88,7 @@ def activation() -> Any:
 
 
 def _stamp() -> int:
-    """Of the sources that functions are made from: Numba compiles anew when the file of a function changed, no other."""
+    """Of the sources that functions are made from: Numba compiles anew when a function's own file changed, no other."""
     sources = [Path(str(module.__file__)).read_bytes() for module in (vectors, weight_forms)]
     return int.from_bytes(hashlib.sha256(b"".join(sources)).digest()[:6], "big")
 

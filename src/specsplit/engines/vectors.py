@@ -152,9 +152,7 @@ class Emitter:
         return builder.select(builder.fcmp_ordered("<", x, self.floats(high)), x, self.floats(high))
 
 
-def call_own(
-    builder: ir.IRBuilder, name: str, arguments: Sequence[Value], body: Callable[..., None]
-) -> None:
+def call_own(builder: ir.IRBuilder, name: str, arguments: Sequence[Value], body: Callable[..., None]) -> None:
     """Call a function of this module, which body(emitter, *arguments) writes where it is called first.
 
     Functions of their own, not inlined, keep each loop's registers to itself and compile faster.

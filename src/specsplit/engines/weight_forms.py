@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 from llvmlite import ir
 
-from specsplit.engines.vectors import BYTES, FLOAT, I8, I32, I64, INTS, LANES, VECTOR, Emitter, Value
+from specsplit.engines.vectors import BYTES, I32, INTS, LANES, VECTOR, Emitter, Value
 
 # What `vectors` gets: the emitter, the address of a unit, and a list of scratch addresses; it yields unit / 8 vectors.
 Unpack = Callable[[Emitter, Value], Iterator[Value]]
@@ -87,13 +86,9 @@ def _q4_k(e: Emitter, unit: Value) -> Iterator[Value]:
         return b.and_(b.lshr(value, I32(shift)), I32(mask))
 
     low = [masked(word[i], 0, 0x3F3F3F3F) for i in (0, 1)]
-    high = [
-        b.or_(masked(word[2], shift, 0x0F0F0F0F), masked(word[i], 2, 0x30303030)) for i, shift in ((0, 0), (1, 4))
-    ]
+    high = [b.or_(masked(word[2], shift, 0x0F0F0F0F), masked(word[i], 2, 0x30303030)) for i, shift in ((0, 0), (1, 4))]
     # Four bytes each: the scales (or minima) of the first four parts of 32, then those of the last four.
-    scales, minima = (
-        b.uitofp(b.zext(b.bitcast(_pair(e, low[i], high[i]), BYTES), INTS), VECTOR) for i in (0, 1)
-    )
+    scales, minima = (b.uitofp(b.zext(b.bitcast(_pair(e, low[i], high[i]), BYTES), INTS), VECTOR) for i in (0, 1))
     scales, minima = b.fmul(d, scales), b.fneg(b.fmul(dmin, minima))
     for part in range(4):
         quants = list(_nibbles(e, e.at(unit, 16 + 32 * part), 32))

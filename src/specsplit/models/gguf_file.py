@@ -1,13 +1,14 @@
 """Reading the weights of a GGUF file: which tensors it has, in which types, and where.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md is the format. Only the table of tensors is read here, which
-takes some milliseconds; the metadata (configuration, tokenizer) is read once, by transformers, when a model is prepared.
+takes a tenth of a second; the metadata (configuration, tokenizer) is read by transformers when a model is prepared.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from specsplit.errors import UserError
 
 GGUF_FILE = "model.gguf"
 MAGIC, VERSIONS = b"GGUF", (2, 3)
+ROPE_FREQS = "rope_freqs.weight"  # divisors of the frequencies of the position embedding
 # Bytes of a metadata value by its type; 8 is text, 9 a list.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _LIST, _UINT32 = 8, 9, 4
@@ -174,7 +176,9 @@ def _tensor(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: in
         )
     nbytes = math.prod(shape) // block * block_bytes
     if offset + nbytes > size:
-        raise UserError(f"{path}: cut off in tensor {name}: it ends at byte {offset + nbytes} of {size}; fetch it again")
+        raise UserError(
+            f"{path}: cut off in tensor {name}: it ends at byte {offset + nbytes} of {size}; fetch it again"
+        )
     return Tensor(name, quantization.name, tuple(shape), offset, nbytes)
 
 
@@ -193,6 +197,45 @@ def check_types(file: GGUF) -> None:
         except NotImplementedError:
             name = next(tensor.name for tensor in file.tensors.values() if tensor.type == kind)
             raise UserError(f"{file.path}: tensor {name} is of type {kind}, which cannot be read") from None
+
+
+def check_model(file: GGUF, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+    """Raise UserError unless the file has exactly the tensors of a model. shapes: of its parameters, by name; tied: the
+    output head has the weights of the embedding, so that the file has none for it."""
+    found = {}
+    for tensor in file.tensors.values():
+        name = model_name(tensor.name)
+        if name is None and tensor.name == ROPE_FREQS:
+            continue
+        if name is None or name not in shapes:
+            raise UserError(f"{file.path}: tensor {tensor.name} has no place in the model that its metadata describes")
+        if shapes[name] != tensor.shape:
+            raise UserError(f"{file.path}: tensor {tensor.name} is {tensor.shape}, where the model has {shapes[name]}")
+        found[name] = tensor
+    missing = sorted(set(shapes) - set(found) - ({"lm_head.weight"} if tied else set()))
+    if missing:
+        raise UserError(f"{file.path}: no tensor for {missing[0]} ({len(missing)} missing)")
+
+
+def rope_scaling(file: GGUF, theta: float) -> dict[str, Any]:
+    """What rope_parameters lacks of a model with frequencies of its own (Llama 3.1 and later), {} when it has none.
+
+    The file has a divisor for each frequency, transformers a formula. Raises UserError when it does not give them.
+    """
+    if (tensor := file.tensors.get(ROPE_FREQS)) is None:
+        return {}
+    divisors = Stored(tensor.type, file.data(tensor), tensor.shape).floats().astype(float)
+    if np.all(divisors == 1):
+        return {}
+    factor, low, high, original = float(round(divisors.max())), 1.0, 4.0, 8192
+    turns = original * theta ** (-np.arange(len(divisors)) / len(divisors)) / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    if not np.allclose(1 / ((1 - smooth) / factor + smooth), divisors, rtol=1e-3):
+        raise UserError(f"{file.path}: {ROPE_FREQS} is not as for Llama 3; take the model in Hugging Face format")
+    return {
+        **{"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high},
+        "original_max_position_embeddings": original,
+    }
 
 
 def model_name(name: str) -> str | None:
