@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import gguf
 import huggingface_hub
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gguf_files import write_gguf
 from specsplit.cli import prepare
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.loading import LanguageModel, load_model
@@ -317,50 +317,6 @@ def test_pip_really_finds_a_wheel_in_a_folder_of_the_user(
 
 
 # ---- gguf
-
-
-def write_gguf(path: Path) -> np.ndarray:
-    """A quantized llama of one layer, embeddings tied, byte-level BPE; returns its dequantized down_proj."""
-    random = np.random.default_rng(0)
-    hidden, heads, ffn = 32, 4, 64
-    words = ["<unk>", "<s>", "<end>", *sorted(ByteLevel.alphabet()), "ab"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(ffn)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_vocab_size(len(words))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(words) - 3))
-    writer.add_token_merges(["a b"])
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template("{{ messages[0]['content'] }}<end>")
-    layer = {"attn_q": (hidden, hidden), "attn_k": (hidden, hidden), "attn_v": (hidden, hidden)}
-    layer |= {"attn_output": (hidden, hidden), "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden)}
-    layer |= {"ffn_down": (hidden, ffn)}
-    shapes = {"token_embd.weight": (len(words), hidden), **{f"blk.0.{k}.weight": s for k, s in layer.items()}}
-    down = np.empty(0)
-    for name, shape in shapes.items():
-        kind = gguf.GGMLQuantizationType.Q8_0
-        data = gguf.quantize(random.standard_normal(shape, dtype=np.float32), kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-        if "ffn_down" in name:
-            down = gguf.dequantize(data, kind)
-    for name in ("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"):
-        writer.add_tensor(name, np.ones(hidden, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return down
 
 
 def test_a_gguf_is_kept_and_loads_as_a_plain_float32_model(

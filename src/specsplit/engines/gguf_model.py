@@ -13,23 +13,18 @@ from torch import nn
 from specsplit.engines.blocks import BlockEmbedding, BlockLinear, Blocks
 from specsplit.engines.weight_forms import BLOCK_FORMS
 from specsplit.errors import UserError
-from specsplit.models.gguf_file import GGUF_FILE, Stored, model_tensors, read_gguf
+from specsplit.models.gguf_file import GGUF_FILE, Stored, check_model, model_tensors, read_gguf
 
 log = logging.getLogger(__name__)
 
 
 def load_floats(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model in a folder, its weights turned to float32 and rounded to `dtype`, as one of transformers."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    config, stored = _read(folder)
+    empty, stored = _read(folder)
     state = {name: torch.from_numpy(np.array(tensor.floats())).to(dtype) for name, tensor in stored.items()}
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
-    model, report = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"], *(k for k, *_ in report["mismatched_keys"])])
-    if wrong:
-        raise UserError(f"{folder / GGUF_FILE}: its tensors are not those of {folder / 'config.json'}: {wrong[0]}")
+    model = type(empty).from_pretrained(None, config=empty.config, state_dict=state, dtype=dtype)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
@@ -40,11 +35,10 @@ def load_blocks(folder: Path) -> Any:
     Matrices of types that it has no function for are float32, and the log says which. Such a model runs in transformers
     as well, slowly.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    config, stored = _read(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model, stored = _read(folder)
+    config = model.config
     wide = sorted({s.type for s in stored.values() if len(s.shape) > 1 and s.type not in BLOCK_FORMS} - {"F32"})
     if wide:
         log.info("%s: matrices of type %s are turned to float32", folder / GGUF_FILE, ", ".join(wide))
@@ -57,8 +51,8 @@ def load_blocks(folder: Path) -> Any:
         if isinstance(module, nn.Linear | nn.Embedding):
             setattr(model.get_submodule(parent), attribute, _module(module, name, stored))
         else:
-            for own, value in list(module.named_parameters(recurse=False)):
-                vector = _take(stored, f"{name}.{own}", tuple(value.shape)).floats()
+            for own in dict(module.named_parameters(recurse=False)):
+                vector = stored[f"{name}.{own}"].floats()
                 setattr(module, own, nn.Parameter(torch.from_numpy(vector.copy()), requires_grad=False))
     if tied:
         embedding = model.get_input_embeddings()
@@ -74,30 +68,27 @@ def load_blocks(folder: Path) -> Any:
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, Stored]]:
-    from transformers import AutoConfig
+    """The model without memory for its weights, and these."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
     file = read_gguf(folder / GGUF_FILE)
-    return config, model_tensors(file, config.num_attention_heads, config.num_key_value_heads)
-
-
-def _take(stored: dict[str, Stored], name: str, shape: tuple[int, ...]) -> Stored:
-    found = stored.get(name)
-    if found is None or found.shape != shape:
-        what = "missing" if found is None else f"{list(found.shape)}, not {list(shape)}"
-        raise UserError(f"{GGUF_FILE}: {name} is {what}: the file is not the model of config.json")
-    return found
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    check_model(file, shapes, tied=config.tie_word_embeddings)
+    return model, model_tensors(file, config.num_attention_heads, config.num_key_value_heads)
 
 
 def _module(module: Any, name: str, stored: dict[str, Stored]) -> nn.Module:
     """The module with weights from the file, in blocks where the fused engine has a function for them."""
-    weight = _take(stored, f"{name}.weight", tuple(module.weight.shape))
+    weight = stored[f"{name}.weight"]
     bias = None
     if getattr(module, "bias", None) is not None:
-        bias = torch.from_numpy(_take(stored, f"{name}.bias", tuple(module.bias.shape)).floats().copy())
+        bias = torch.from_numpy(stored[f"{name}.bias"].floats().copy())
     if weight.type in BLOCK_FORMS:
         blocks = Blocks(weight.type, weight.data)
         return (
