@@ -1,7 +1,7 @@
 """Hook of MkDocs: pages of the site that stand outside docs/, and links that lead out of docs/.
 
-On a code host the links in Markdown files name files of the repository. On the site a link to a page leads to that page,
-and of a link to any other file only its text is kept.
+On a code host the links in Markdown files name files of the repository. On the site a link to a page leads to that
+page, and of a link to any other file only its text is kept.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from typing import Any
 
 from specsplit.cli.main import main
 from specsplit.experiment.columns import REQUEST_COLUMNS
-from specsplit.io import sha256_file, write_json
+from specsplit.io import combined_sha256, sha256_file, write_json
 from specsplit.provenance import capture
+from specsplit.provenance.closure import PACKAGE, code_sha256
 from specsplit.provenance.folder import RECORD, SEAL
 from specsplit.settings.axes import PLAIN
 
-PACKAGE = Path(capture.__file__).parents[1]
 NO_GPU = {"available": False, "reason": "nvidia-smi: command not found", "cuda_version": None, "gpus": [], "raw": None}
 NO_GIT = dict.fromkeys(("commit", "branch", "dirty", "remote"))
 CONFIG = {"seed": 7, "gammas": [0, 2], "statistics": {"confidence": 0.95}}
@@ -72,8 +72,8 @@ def _surroundings() -> dict[str, Any]:
     files = capture.hash_tree(PACKAGE)
     return {
         "machine": capture.capture_machine(),
-        "source_sha256": capture.combined_sha256(files),
-        "run_code_sha256": capture.hash_run_code(files),
+        "source_sha256": combined_sha256(files),
+        "run_code_sha256": code_sha256("bench"),
     }
 
 

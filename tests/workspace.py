@@ -8,13 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+
+from waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 SUMMARY = "results/summary.csv"
@@ -113,10 +114,4 @@ class Workspace:
                 continue
         return found
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.1)
-        return True
+    wait_until = staticmethod(wait_until)

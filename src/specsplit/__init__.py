@@ -1,3 +1,31 @@
-"""SpecSplit: disaggregated speculative decoding, measured by a reproducible workflow."""
+"""SpecSplit: disaggregated speculative decoding, measured by a reproducible workflow.
+
+    with specsplit.load(target="path-or-hub-id", draft="path-or-hub-id", gamma=4) as pair:
+        print(pair.generate("Why is the sky blue?", max_new_tokens=64))
+
+`load` runs both models in this process, `connect` uses workers over gRPC. The types of what is here stand in
+__init__.pyi; nothing is imported before it is used, so that `import specsplit` takes no time.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    **dict.fromkeys(("Pair", "connect", "load"), "specsplit.api.pair"),
+    **dict.fromkeys(("GeneratedStream", "GeneratedText"), "specsplit.api.generated"),
+    "Model": "specsplit.api.named_models",
+    **dict.fromkeys(("ModelError", "OptionError", "PromptError", "UserError", "WorkerError"), "specsplit.errors"),
+}
+__all__ = [*sorted(_WHERE), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

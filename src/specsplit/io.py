@@ -1,4 +1,4 @@
-"""Files: reading and writing JSON, replacing a file as a whole, content hashes."""
+"""Files: reading and writing JSON, writing tables, replacing a file as a whole, content hashes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specsplit.errors import UserError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @contextmanager
@@ -74,6 +77,16 @@ def write_json(path: Path, obj: Any) -> None:
     Makes the folder when it is missing. Raises ValueError for NaN and infinities, which JSON does not have.
     """
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(path, text)
+
+
+def write_csv(frame: DataFrame, path: Path) -> None:
+    """Write a table; a reader sees the old file or the new one. Makes the folder when it is missing.
+
+    Floats have 10 significant digits: finer than any clock here, coarser than the last bits of a sum, which
+    differ between machines. Missing values are empty cells.
+    """
+    text = frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
     replace_file(path, text)
 
 

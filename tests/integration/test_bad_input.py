@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.inbox import MOST_WAITING
 
-from grpc_fixtures import Gate, Worker, context, draft_request, serving, verify_request, wait_until
+from grpc_fixtures import Gate, Worker, context, draft_request, serving, verify_request
 from malformed import (
     DRAFT,
     MAX_CONTEXT,
@@ -34,6 +34,7 @@ from malformed import (
     hold,
     in_stream,
 )
+from waiting import wait_until
 
 SERVICES = {"TargetService": VERIFY, "DraftService": DRAFT}
 # Of a request that may be right or wrong in any way.

@@ -24,14 +24,16 @@ from specsplit.launch.environment import REQUIRED
 from specsplit.models.tokenizer import TextCodec
 from specsplit.settings.axes import CONFIGURATION
 
-from grpc_fixtures import Reference, Worker, noisy_copy, serving, wait_until
+from grpc_fixtures import Reference, Worker, noisy_copy, serving
+from waiting import wait_until
 
 SPECSPLIT = (sys.executable, "-m", "specsplit")
 PROMPT = "hello"
 COMMANDS = (
     ["generate"], ["worker"], ["worker", "draft"], ["worker", "target"], ["start-worker"], ["start-worker", "draft"],
     ["start-worker", "target"], ["stop-worker"], ["bench"], ["merge"], ["analyze"], ["prepare-model"],
-    ["prepare-dataset"], ["provenance"], ["profile"], ["capacity"], ["context-curve"], ["theory-check"], ["overhead"],
+    ["prepare-dataset"], ["provenance"], ["provenance", "verify"], ["pick-layers"], ["report"], ["profile"],
+    ["capacity"], ["context-curve"], ["theory-check"], ["overhead"],
     ["distill"], ["distill", "write-data"], ["distill", "train"], ["distill", "measure"], ["distill", "card"],
 )  # fmt: skip
 
@@ -119,6 +121,37 @@ def test_the_list_of_commands_is_quick_and_complete() -> None:
     done = subprocess.run([sys.executable, "-c", f"{check}; {code}"], capture_output=True, text=True, check=True)
     assert {command[0] for command in COMMANDS} <= set(done.stdout.split())
     assert done.stdout.endswith("False\n")  # nothing heavy was loaded
+
+
+def test_only_the_module_of_the_command_is_imported() -> None:
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from specsplit.cli.main import main; "
+    for words, own in ((["merge"], "merge"), (["provenance", "seal"], "provenance.seal")):
+        command = [sys.executable, "-c", f"{code} main({[*words, '--help']})"]
+        modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        loaded = {name for name in modules if name.startswith("specsplit.cli.")}
+        assert loaded == {
+            "specsplit.cli.main",
+            *(["specsplit.cli.provenance"] if "." in own else []),
+            f"specsplit.cli.{own}",
+        }
+
+
+def test_commands_without_a_model_load_no_model_library() -> None:
+    modules = (
+        "cli.start_worker launch.start cli.plan client.handshake experiment.capacity analysis.report analysis.figures"
+    )
+    modules += " analysis.findings provenance.record provenance.verify provenance.archive experiment.dataset"
+    code = "; ".join(f"import specsplit.{name}" for name in modules.split())
+    command = [sys.executable, "-c", f"{code}; import sys; print({{'torch', 'transformers'}} & set(sys.modules))"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("words", "known"), [([], "theory-check"), (["provenance"], "reproduce")])
+def test_an_unknown_command_is_told_with_those_there_are(specsplit: Command, words: list[str], known: str) -> None:
+    shown = specsplit(*words, "frobnicate")
+    assert shown.status == 2
+    assert "invalid choice: 'frobnicate' (choose from" in shown.err
+    assert known in shown.err
 
 
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["worker"], ["bench", "--gamma", "65"], ["generate", "-x"]])

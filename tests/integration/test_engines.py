@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.engines.transformers import CausalLM
 from specsplit.models.vocabulary import Vocabulary
-from specsplit.worker.draft import Drafter, DraftSettings
+from specsplit.worker.draft import Drafter
 from specsplit.worker.sessions import Session
 from specsplit.worker.target import verify_tree
 

@@ -13,7 +13,6 @@ import pytest
 from specsplit.client import recovery
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
-from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.codec import CHANNEL_OPTIONS
@@ -24,7 +23,8 @@ from specsplit.settings.processes import OrchestratorConfig
 
 import soak
 from faulty_network import FaultyNetwork, faulty_network
-from grpc_fixtures import Gate, Worker, serving, wait_until
+from grpc_fixtures import Gate, Worker, serving
+from waiting import wait_until
 
 PROMPT = [65, 66, 67]
 LENGTH = 40
@@ -103,14 +103,6 @@ def test_the_target_finishes_alone_when_the_draft_is_gone(
     # The next text meets it at its start.
     result = write(draft, target, **settings)
     assert (result.output_tokens, result.failures[0].action) == (expected, "target_alone")
-
-
-def test_unary_calls_finish_alone_as_well(pair: tuple[Worker, Worker]) -> None:
-    draft, target = pair
-    config = OrchestratorConfig(max_draft_tokens=3, max_output_tokens=LENGTH, on_draft_failure="target_alone")
-    result = run_speculative_loop(draft.stub, target.stub, PROMPT, config, on_tokens=after(3, draft.server.stop))
-    assert result.output_tokens == alone(target)
-    assert [(f.worker, f.round, f.action) for f in result.failures] == [("draft", 4, "target_alone")]
 
 
 def test_a_failure_may_be_the_end_and_leaves_the_text_so_far(pair: tuple[Worker, Worker]) -> None:

@@ -7,11 +7,12 @@ import random
 
 import pytest
 
+from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.sampling import Sampling
 from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.models.vocabulary import Vocabulary
-from specsplit.worker.draft import Drafter, DraftSettings
+from specsplit.worker.draft import Drafter
 from specsplit.worker.sessions import Session
 from specsplit.worker.target import verify_tree
 

@@ -96,7 +96,7 @@ def test_a_race_from_the_command_line(folders: tuple[Path, Path], clients: list[
     run = json.loads((tmp_path / "peers_run.json").read_text())
     assert run["hugging_face"]["threads"] == run["ours"]["gamma_0"]["workers"]["target"]["threads"]
     assert (tmp_path / "figures" / "peers.png").stat().st_size
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(

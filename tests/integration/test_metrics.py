@@ -12,14 +12,15 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from specsplit.client.unary import run_speculative_loop
+from specsplit.client.pipeline import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig, TargetWorkerConfig
 from specsplit.worker.server import WorkerServer, load_servicer
 
-from grpc_fixtures import PROMPTS, Worker, serving, verify_request, wait_until
+from grpc_fixtures import PROMPTS, Worker, serving, verify_request
+from waiting import wait_until
 
 Health = health_pb2.HealthCheckResponse
 
@@ -43,7 +44,8 @@ def test_metrics_count_what_happened(tiny_model_folder: Callable[..., Path]) -> 
         serving("target", folder, metrics_port=0) as target,
     ):
         config = OrchestratorConfig.load({"max_draft_tokens": 3, "max_output_tokens": 12, "ignore_eos": True})
-        result = run_speculative_loop(draft.stub, target.stub, PROMPTS[0], config)
+        with TextWriter(draft.address, target.address) as writer:
+            result = writer.write(PROMPTS[0], config)
         target.stub.VerifyDrafts(verify_request([5], session="kept"), timeout=20)
         target.stub.VerifyDrafts(verify_request([5], session="kept"), timeout=20)  # the same reply again
         for tokens in ([], [999]):

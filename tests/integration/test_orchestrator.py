@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -12,16 +15,19 @@ import torch
 import transformers
 
 from specsplit.client import recovery
+from specsplit.client.event_loop import event_loop
 from specsplit.client.handshake import check_tokenizers, connected_pair
+from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
-from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.processes import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
 from tiny_models import SMALL, make_tokenizer
+from waiting import wait_until
 
 PROMPT = PROMPTS[0]
 LENGTH = 40
@@ -65,13 +71,59 @@ def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "LAST_CHANCE_S", 0.2)
 
 
+class Between:
+    """Stands between the client and a worker: `sending` sees each round's request first."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def sending(self, request: Any) -> None:
+        raise NotImplementedError
+
+    def stub(self, stub: Any) -> Any:
+        """The stub that the client is given. stub: the worker's, of grpc.aio."""
+        verb = "StreamDrafts" if self.worker.role == "draft" else "StreamVerify"
+        rpc = getattr(stub, verb)
+
+        def call() -> Any:
+            stream = rpc()
+            write = stream.write
+
+            async def written(message: Any) -> None:
+                request = message if self.worker.role == "draft" else message.verify
+                await asyncio.to_thread(self.sending, request)
+                await write(message)
+
+            stream.write = written
+            return stream
+
+        return SimpleNamespace(**{"Describe": stub.Describe, verb: call})
+
+
 def write(
-    draft: Any, target: Any, prompt: list[int] = PROMPT, *, on_tokens: Any = None, **settings: Any
+    draft: Worker | Between | None,
+    target: Worker | Between,
+    prompt: list[int] = PROMPT,
+    *,
+    on_tokens: Any = None,
+    **settings: Any,
 ) -> SpeculativeResult:
-    """One text; a worker may be given as the stub to use for it."""
-    stubs = [worker.stub if isinstance(worker, Worker) else worker for worker in (draft, target)]
+    """One text over streams."""
     config = OrchestratorConfig(**{"max_draft_tokens": 4, "max_output_tokens": LENGTH, "ignore_eos": True, **settings})
-    return run_speculative_loop(*stubs, prompt, config, on_tokens=on_tokens)
+
+    async def text() -> SpeculativeResult:
+        async with AsyncExitStack() as stack:
+            stubs: list[Any] = []
+            for end, kind in ((draft, pb_grpc.DraftServiceStub), (target, pb_grpc.TargetServiceStub)):
+                worker = end.worker if isinstance(end, Between) else end
+                if worker is None:
+                    stubs.append(None)
+                    continue
+                stub = kind(await stack.enter_async_context(grpc.aio.insecure_channel(worker.address)))
+                stubs.append(end.stub(stub) if isinstance(end, Between) else stub)
+            return await run_speculative_loop_async(*stubs, prompt, config, on_tokens=on_tokens)
+
+    return event_loop().run(text())
 
 
 # ---- the text
@@ -86,7 +138,7 @@ def test_the_text_is_that_of_the_target_alone(
     assert result.output_tokens == reference.text(prompt, LENGTH)
     assert result.finish_reason == "length"
     assert sum(row.accepted + 1 for row in result.rounds) == LENGTH
-    assert len(target.servicer.sessions) == len(draft.servicer.sessions) == 0
+    assert wait_until(lambda: len(target.servicer.sessions) == len(draft.servicer.sessions) == 0)
 
 
 def test_drafts_are_accepted_and_rejected(draft: Worker, target: Worker) -> None:
@@ -160,19 +212,14 @@ def test_an_end_of_text_inside_an_accepted_block(
     """The draft goes on after what only the loop knows to be an end, and the target accepts all of it."""
     text = reference.text(PROMPT, 8)
 
-    class GoesOn:
+    class GoesOn(Between):
         """A draft worker that does not hear of stop tokens."""
 
-        def __init__(self, stub: Any) -> None:
-            self.Describe, self.EndSession, self._rpc = stub.Describe, stub.EndSession, stub.GenerateDrafts
-
-        def GenerateDrafts(self, request: pb.GenerateDraftsRequest, timeout: float) -> pb.GenerateDraftsReply:
+        def sending(self, request: pb.GenerateDraftsRequest) -> None:
             del request.stop_token_ids[:]
-            return self._rpc(request, timeout=timeout)
 
     with serving("draft", folders[0]) as same:
-        stub = GoesOn(same.stub)
-        result = write(stub, target, max_draft_tokens=6, ignore_eos=False, stop_token_ids=[text[3]])
+        result = write(GoesOn(same), target, max_draft_tokens=6, ignore_eos=False, stop_token_ids=[text[3]])
     assert result.output_tokens == text[:3]
     assert [row.accepted for row in result.rounds] == [6]
 
@@ -250,38 +297,22 @@ def test_a_prompt_without_tokens_is_refused(draft: Worker, target: Worker) -> No
 # ---- what goes wrong on the way
 
 
-class Unreliable:
-    """A worker's stub whose round `number` (from 1) meets `trouble` once; it counts what was sent."""
+class Unreliable(Between):
+    """A worker whose round `number` (from 1) meets `trouble` once; it counts what was sent."""
 
-    def __init__(self, worker: Worker, number: int, trouble: Callable[[Any], None]) -> None:
-        self.Describe, self.EndSession = worker.stub.Describe, worker.stub.EndSession
-        verb = "GenerateDrafts" if worker.role == "draft" else "VerifyDrafts"
-        self._rpc, self._number, self._trouble = getattr(worker.stub, verb), number, trouble
+    def __init__(self, worker: Worker, number: int, trouble: Callable[[], object]) -> None:
+        super().__init__(worker)
+        self._number, self._trouble = number, trouble
         self.sent: list[Any] = []
-        setattr(self, verb, self._call)
 
-    def _call(self, request: Any, timeout: float) -> Any:
+    def sending(self, request: Any) -> None:
         self.sent.append(request)
         if len(self.sent) == self._number:
-            self._trouble(request)
-        return self._rpc(request, timeout=timeout)
+            self._trouble()
 
     @property
     def resent_whole(self) -> int:
         return sum(request.context.prefix_length == 0 for request in self.sent[1:])
-
-
-class LostReply(grpc.RpcError):
-    """The worker did its work, and the reply never came."""
-
-    def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.UNAVAILABLE
-
-    def details(self) -> str:
-        return "connection reset"
-
-    def trailing_metadata(self) -> None:
-        return None
 
 
 @pytest.mark.parametrize("role", ["draft", "target"])
@@ -289,39 +320,54 @@ class LostReply(grpc.RpcError):
 def test_a_worker_restarted_during_a_text(
     folders: tuple[Path, Path], reference: Reference, role: str, shape: str
 ) -> None:
-    with serving("draft", folders[1]) as draft, serving("target", folders[0]) as target:
-        stubs: dict[str, Any] = {"draft": draft.stub, "target": target.stub}
-        worker = draft if role == "draft" else target
-        stubs[role] = Unreliable(worker, 4, lambda _: worker.restart())
-        result = write(**stubs, **SHAPES[shape])
+    with serving("draft", folders[1], drain_s=0.1) as draft, serving("target", folders[0], drain_s=0.1) as target:
+        ends: dict[str, Any] = {"draft": draft, "target": target}
+        ends[role] = Unreliable(ends[role], 4, ends[role].restart)
+        result = write(**ends, **SHAPES[shape])
         assert result.output_tokens == reference.text(PROMPT, LENGTH)
-        assert stubs[role].resent_whole == 1
+        assert ends[role].resent_whole == 1
 
 
 @pytest.mark.parametrize("role", ["draft", "target"])
-def test_a_lost_reply_is_asked_for_again_and_is_no_second_step(draft: Worker, target: Worker, role: str) -> None:
-    def passes() -> tuple[int, int]:
-        return draft.passes, target.passes
-
-    before = passes()
+def test_a_lost_reply_is_asked_for_again(draft: Worker, target: Worker, role: str) -> None:
+    """The worker does its work, and the connection breaks before the reply is there."""
     undisturbed = write(draft, target, tree="2")
-    steps = [after - earlier for after, earlier in zip(passes(), before, strict=True)]
+    ends: dict[str, Any] = {"draft": draft, "target": target}
+    worker, passes = ends[role], ends[role].passes
 
-    worker = draft if role == "draft" else target
-    call = worker.stub.GenerateDrafts if role == "draft" else worker.stub.VerifyDrafts
+    class LostReply(Unreliable):
+        """The stream whose round `number` is answered is cut instead."""
 
-    def lose_the_reply(request: Any) -> None:
-        call(request)
-        raise LostReply
+        def stub(self, stub: Any) -> Any:
+            stub = super().stub(stub)
+            verb = next(name for name in vars(stub) if name != "Describe")
+            rpc = getattr(stub, verb)
 
-    stubs: dict[str, Any] = {"draft": draft.stub, "target": target.stub}
-    stubs[role] = Unreliable(worker, 3, lose_the_reply)
-    before = passes()
-    result = write(**stubs, tree="2")
+            def call() -> Any:
+                stream = rpc()
+                read = stream.read
+
+                async def cut() -> Any:
+                    reply = await read()
+                    if len(self.sent) == self._number:
+                        self._number = 0
+                        stream.cancel()
+                        return grpc.aio.EOF
+                    return reply
+
+                stream.read = cut
+                return stream
+
+            setattr(stub, verb, call)
+            return stub
+
+    ends[role] = LostReply(worker, 3, lambda: None)
+    result = write(**ends, tree="2")
     assert result.output_tokens == undisturbed.output_tokens
-    assert [after - earlier for after, earlier in zip(passes(), before, strict=True)] == steps
-    assert stubs[role].sent[2] == stubs[role].sent[3]
-    assert stubs[role].resent_whole == 0
+    assert [(f.worker, f.round, f.action) for f in result.failures] == [(role, 3, "reconnect")]
+    assert [row.accepted for row in result.rounds] == [row.accepted for row in undisturbed.rounds]
+    assert ends[role].resent_whole == 1
+    assert worker.passes > passes
 
 
 @pytest.mark.parametrize("role", ["draft", "target"])
@@ -330,52 +376,60 @@ def test_a_session_evicted_during_a_text(folders: tuple[Path, Path], reference: 
         serving("draft", folders[1], max_sessions=1) as draft,
         serving("target", folders[0], max_sessions=1) as target,
     ):
-        worker = draft if role == "draft" else target
-        stubs: dict[str, Any] = {"draft": draft.stub, "target": target.stub}
+        ends: dict[str, Any] = {"draft": draft, "target": target}
 
-        def another_text(_: Any) -> None:
-            other = write(draft if role == "draft" else draft.stub, target, PROMPTS[1], max_rounds=2)
+        def another_text() -> None:
+            other = write(draft, target, PROMPTS[1], max_rounds=2)
             assert other.output_tokens == reference.text(PROMPTS[1], LENGTH)[: len(other.output_tokens)]
 
-        stubs[role] = Unreliable(worker, 5, another_text)
-        assert write(**stubs).output_tokens == reference.text(PROMPT, LENGTH)
-        assert stubs[role].resent_whole == 1
+        ends[role] = Unreliable(ends[role], 5, another_text)
+        assert write(**ends).output_tokens == reference.text(PROMPT, LENGTH)
+        assert ends[role].resent_whole == 1
 
 
 def test_a_worker_that_stays_away_is_named(folders: tuple[Path, Path], draft: Worker) -> None:
-    gone = Worker("target", folders[0])
-    stub = Unreliable(gone, 3, lambda _: gone.server.stop())
-    with pytest.raises(WorkerError, match="target worker failed in round 3: UNAVAILABLE"):
-        write(draft, stub, recovery_timeout_s=0.3)
+    gone = Worker("target", folders[0], drain_s=0.1)
+    with pytest.raises(WorkerError, match="target worker failed in round 3: "):
+        write(draft, Unreliable(gone, 3, gone.server.stop), recovery_timeout_s=0.3)
     with pytest.raises(WorkerError, match="target worker does not answer: UNAVAILABLE"):
         write(draft, gone, recovery_timeout_s=0.1)
     gone.close()
 
 
-def test_a_call_is_sent_again_until_the_recovery_timeout(draft: Worker, target: Worker) -> None:
-    class Away:
-        Describe, EndSession, tries = target.stub.Describe, target.stub.EndSession, 0
+def test_a_round_is_sent_again_until_the_recovery_timeout(draft: Worker, target: Worker) -> None:
+    class Away(Between):
+        tries = 0
 
-        def VerifyDrafts(self, request: Any, timeout: float) -> Any:
-            self.tries += 1
-            raise LostReply
+        def stub(self, stub: Any) -> Any:
+            async def said(what: Any = None) -> Any:
+                return what
 
-    stub = Away()
+            def call() -> Any:
+                self.tries += 1
+                return SimpleNamespace(
+                    **{"write": said, "read": lambda: said(grpc.aio.EOF), "cancel": lambda: None},
+                    **{"code": lambda: said(grpc.StatusCode.UNAVAILABLE), "details": lambda: said("connection reset")},
+                    trailing_metadata=said,
+                )
+
+            return SimpleNamespace(Describe=stub.Describe, StreamVerify=call)
+
+    away = Away(target)
     failed = "target worker failed in round 1: UNAVAILABLE: connection reset"
     with pytest.raises(WorkerError, match=f"{failed}$"):
-        write(draft, stub, recovery_timeout_s=0)
-    assert stub.tries == 1
+        write(draft, away, recovery_timeout_s=0)
+    assert away.tries == 1
     with pytest.raises(WorkerError, match=rf"{failed}; gave up after 0\.\d s"):
-        write(draft, stub, recovery_timeout_s=0.2)
-    assert stub.tries > 3
+        write(draft, away, recovery_timeout_s=0.2)
+    assert away.tries > 3
 
 
 def test_a_refusal_is_not_tried_again(folders: tuple[Path, Path], target: Worker) -> None:
     with serving("draft", folders[1], max_tree_nodes=3) as small:
-        stub = Unreliable(small, 0, lambda _: None)
+        end = Unreliable(small, 0, lambda: None)
         with pytest.raises(WorkerError, match="draft worker failed in round 1: RESOURCE_EXHAUSTED: a tree of 4 nodes"):
-            write(stub, target)
-    assert len(stub.sent) == 1
+            write(end, target)
+    assert len(end.sent) == 1
 
 
 def test_a_text_that_fails_leaves_no_session(draft: Worker, target: Worker) -> None:
@@ -384,7 +438,8 @@ def test_a_text_that_fails_leaves_no_session(draft: Worker, target: Worker) -> N
 
     with pytest.raises(KeyboardInterrupt):
         write(draft, target, on_tokens=fail)
-    assert len(target.servicer.sessions) == len(draft.servicer.sessions) == 0
+    assert wait_until(lambda: len(target.servicer.sessions) == len(draft.servicer.sessions) == 0)
+    assert write(draft, target, max_output_tokens=2).finish_reason == "length"  # the event loop goes on
 
 
 # ---- finding the workers

@@ -11,16 +11,17 @@ import grpc
 import pytest
 
 from specsplit.client import recovery
-from specsplit.client.pipeline import TextWriter, event_loop, run_speculative_loop_async
+from specsplit.client.event_loop import event_loop
+from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
-from specsplit.client.unary import run_speculative_loop
-from specsplit.errors import UserError, WorkerError
+from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.processes import OrchestratorConfig
 
-from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving, wait_until
+from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
+from waiting import wait_until
 
 PROMPT = PROMPTS[0]
 LENGTH = 24
@@ -95,10 +96,6 @@ def test_the_text_is_that_of_the_target_alone(pair: tuple[Worker, Worker, Refere
                     assert result.output_tokens == expected, (mode, tree, gamma)
                     accepted += sum(r.accepted for r in result.rounds)
                     drafted += sum(r.drafted for r in result.rounds)
-                    if mode == "sync":
-                        unary = run_speculative_loop(draft.stub, target.stub, PROMPT, config)
-                        assert unary.output_tokens == expected
-                        assert [r.accepted for r in unary.rounds] == [r.accepted for r in result.rounds]
     assert 0.1 < accepted / drafted < 0.95  # else little was proved
     assert wait_until(lambda: len(target.servicer.sessions) == len(draft.servicer.sessions) == 0)
 
@@ -177,10 +174,7 @@ def test_a_simulated_network_delays_and_changes_nothing(simulated: tuple[Worker,
     waited = sum(r.network_ms for r in delayed.rounds)
     assert waited >= 20 * sum(r.speculation != "hit" for r in delayed.rounds)
     if mode == "sync":
-        alone = run_speculative_loop(
-            draft.stub, target.stub, PROMPT, OrchestratorConfig(rtt_ms=20, max_output_tokens=4, ignore_eos=True)
-        )
-        assert all(r.verify_wall_ms >= 35 and r.network_ms >= 20 for r in alone.rounds)
+        assert all(r.verify_wall_ms >= 35 and r.network_ms >= 20 for r in delayed.rounds)
 
 
 # ---- where a text ends
@@ -300,13 +294,6 @@ def test_a_text_that_fails_leaves_no_session(pair: tuple[Worker, Worker, Referen
     with pytest.raises(KeyError):
         write(draft, target, mode="lookahead", on_tokens=fail)
     assert wait_until(lambda: len(target.servicer.sessions) == len(draft.servicer.sessions) == 0)
-
-
-def test_what_the_synchronous_loop_cannot_do_it_refuses(pair: tuple[Worker, Worker, Reference]) -> None:
-    draft, target, _ = pair
-    for settings in ({"mode": "overlap"}, {"max_draft_tokens": "auto"}):
-        with pytest.raises(UserError, match="use run_speculative_loop_async"):
-            run_speculative_loop(draft.stub, target.stub, PROMPT, OrchestratorConfig(**settings))
 
 
 # ---- the streams themselves

@@ -16,7 +16,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specsplit.client.handshake import connected_pair
 from specsplit.client.pipeline import TextWriter
-from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import WorkerError
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import attach_worker
@@ -142,7 +141,8 @@ def test_with_the_token_texts_are_written_in_every_way(guarded: dict[str, Worker
     sha256 = target.servicer.identity["tokenizer_sha256"]
     with connected_pair(config, sha256) as (first, second):
         assert first is not None
-        assert run_speculative_loop(first.stub, second.stub, PROMPT, config).output_tokens == expected
+        with TextWriter(first.address, second.address, access=Access.of(config)) as writer:
+            assert writer.write(PROMPT, config).output_tokens == expected
     with TextWriter(draft.address, target.address, access=Access.of(config)) as writer:
         assert writer.write(PROMPT, config).output_tokens == expected
     with TextWriter(draft.address, target.address) as writer, pytest.raises(WorkerError, match="UNAUTHENTICATED"):
@@ -261,8 +261,8 @@ def test_attaching_to_a_worker_with_a_certificate(
 
 
 def test_session_ids_are_not_guessable() -> None:
-    from specsplit.client.session import Confirmed
+    from specsplit.client.session import HeldPrefix
 
-    ids = {Confirmed().id for _ in range(1000)}
+    ids = {HeldPrefix().id for _ in range(1000)}
     assert len(ids) == 1000
     assert all(re.fullmatch("[0-9a-f]{32}", session_id) for session_id in ids)

@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import specsplit
-from specsplit.client.unary import run_speculative_loop
+from specsplit.client.pipeline import TextWriter
 from specsplit.models.fingerprint import fingerprint_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import MAX_GAMMA, OrchestratorConfig
@@ -33,8 +33,8 @@ from grpc_fixtures import (
     noisy_copy,
     serving,
     verify_request,
-    wait_until,
 )
+from waiting import wait_until
 
 Code = grpc.StatusCode
 Health = health_pb2.HealthCheckResponse
@@ -384,14 +384,14 @@ def test_clients_at_the_same_time_get_their_own_texts(draft: Worker, target: Wor
     barrier = threading.Barrier(len(PROMPTS))
 
     def write(prompt: list[int]) -> list[int]:
-        stubs = draft.connect().stub, target.connect().stub
-        barrier.wait(30)
-        return run_speculative_loop(*stubs, prompt, config).output_tokens
+        with TextWriter(draft.address, target.address) as writer:
+            barrier.wait(30)
+            return writer.write(prompt, config).output_tokens
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         texts = list(pool.map(write, PROMPTS))
     assert texts == [reference.text(prompt, 16) for prompt in PROMPTS]
-    assert len(target.servicer.sessions) == 0
+    assert wait_until(lambda: len(target.servicer.sessions) == 0)
 
 
 # ---- the end

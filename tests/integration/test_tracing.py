@@ -20,13 +20,13 @@ from opentelemetry.trace import StatusCode
 from specsplit import tracing
 from specsplit.cli import main as cli
 from specsplit.client.pipeline import TextWriter
-from specsplit.client.unary import run_speculative_loop
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig
 
-from grpc_fixtures import PROMPTS, noisy_copy, serving, verify_request, wait_until
+from grpc_fixtures import PROMPTS, noisy_copy, serving, verify_request
+from waiting import wait_until
 
 TOKEN = "0123456789abcdef-token"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -114,7 +114,7 @@ def collecting(status: grpc.StatusCode | None = None) -> Iterator[tuple[str, lis
         server.stop(None)
 
 
-@pytest.mark.parametrize("mode", ["unary", "sync", "lookahead"])
+@pytest.mark.parametrize("mode", ["sync", "lookahead"])
 def test_a_text_is_one_trace_through_both_workers(
     model: Path, weak: Path, kept: InMemorySpanExporter, tmp_path: Path, mode: str
 ) -> None:
@@ -125,11 +125,8 @@ def test_a_text_is_one_trace_through_both_workers(
         serving("draft", weak, token_file=tmp_path / "token", access=access) as draft,
         serving("target", model, token_file=tmp_path / "token", access=access) as target,
     ):
-        if mode == "unary":
-            result = run_speculative_loop(draft.stub, target.stub, PROMPTS[0], config_of(), request_id="r-1")
-        else:
-            with TextWriter(draft.address, target.address, access=access) as writer:
-                result = writer.write(PROMPTS[0], config_of(mode=mode), request_id="r-1")
+        with TextWriter(draft.address, target.address, access=access) as writer:
+            result = writer.write(PROMPTS[0], config_of(mode=mode), request_id="r-1")
         (text,) = named(kept, "text", 1)
         rounds = named(kept, "round", len(result.rounds))
         verifies = named(kept, "verify", len(result.rounds))
@@ -141,7 +138,7 @@ def test_a_text_is_one_trace_through_both_workers(
     assert said(text) == {
         "request_id": "r-1",
         "gamma": "3",
-        "mode": "sync" if mode == "unary" else mode,
+        "mode": mode,
         "tree": "chain",
         "prompt_tokens": len(PROMPTS[0]),
         "generated_tokens": len(result.output_tokens),

@@ -28,7 +28,8 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import DraftWorkerConfig
 from specsplit.worker.server import load_servicer
 
-from grpc_fixtures import draft_request, serving, wait_until
+from grpc_fixtures import draft_request, serving
+from waiting import wait_until
 
 SPECSPLIT = (sys.executable, "-m", "specsplit")
 TINY = ["--port", "0", "--threads", "1", "--dtype", "float32", "--max-context", "128"]

@@ -1,4 +1,4 @@
-"""One model, many sessions: who waits shares the next pass."""
+"""One thread runs the model: each pass serves every session that is waiting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from specsplit.decoding.tree import TokenTree
+from specsplit.engines.numba import FusedLM
 from specsplit.engines.passes import Pass
 from specsplit.engines.synthetic import SyntheticLM
+from specsplit.engines.transformers import CausalLM
 from specsplit.worker import batching
-from specsplit.worker.batching import LONGEST_DOUBT, ModelThread, SharedModel
-from specsplit.worker.refusals import Stopped
+from specsplit.worker.batching import MAX_SKIPPED_WAITS, SharedModel
+from specsplit.worker.refusals import Abandoned, Stopped
+
+from tiny_models import make_tiny_model
 
 
 class Held(SyntheticLM):
@@ -36,7 +40,7 @@ class Held(SyntheticLM):
 
 
 def wait_for(shared: SharedModel, count: int) -> None:
-    while len(shared._waiting) < count:
+    while shared.waiting < count:
         time.sleep(0.001)
 
 
@@ -71,8 +75,8 @@ def test_passes_that_wait_are_run_as_one() -> None:
     assert all(queued > 15 for _, queued, _ in results[1:])
 
 
-def test_sessions_that_are_back_in_a_moment_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "PATIENCE", 2.0)  # a moment, on a machine that is busy with other tests
+def test_sessions_that_return_in_a_moment_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "RETURN_WAIT", 2.0)  # a moment, on a machine that is busy with other tests
     model = Held(step_ms=50)
     shared = SharedModel(model, 1, seed=0)
 
@@ -92,12 +96,12 @@ def test_sessions_that_are_back_in_a_moment_are_waited_for(monkeypatch: pytest.M
         assert all(torch.equal(logits, alone([token] * (i + 1))) for i, logits in enumerate(text))
 
 
-def test_sessions_that_never_are_back_soon_are_not_waited_for_any_more() -> None:
+def test_sessions_that_never_return_soon_are_not_waited_for_any_more() -> None:
     shared = SharedModel(SyntheticLM(step_ms=0.5), 1, seed=0)
     caches = [shared.new_cache(256) for _ in range(2)]
     for i in range(400):
         shared.step(caches[i % 2], [40])
-    assert shared._doubt == LONGEST_DOUBT
+    assert shared._skips == MAX_SKIPPED_WAITS
 
 
 def test_a_pass_that_fails_fails_alone() -> None:
@@ -138,6 +142,110 @@ def test_a_long_prompt_takes_turns_with_others_and_is_undone_when_it_fails() -> 
     assert cache.length == 12
 
 
+def test_requests_are_served_in_the_order_of_arrival() -> None:
+    model = Held()
+    model.batch_tokens = 4
+    shared = SharedModel(model, 1, seed=0)
+    sizes = [1, 3, 2, 3, 1, 2, 2, 1]  # none overtakes one that does not fit
+    with ThreadPoolExecutor(len(sizes)) as callers:
+        futures = []
+        for i, size in enumerate(sizes):
+            futures.append(callers.submit(shared.step, shared.new_cache(64), [40 + i] * size))
+            assert model.entered.wait(10)
+            wait_for(shared, i)  # the first one runs
+        model.leave.set()
+        for i, (size, future) in enumerate(zip(sizes, futures, strict=True)):
+            assert torch.equal(future.result(30), alone([40 + i] * size))
+    assert model.together == [[1], [3], [2], [3, 1], [2, 2], [1]]
+
+
+def test_many_threads_get_the_bits_that_they_would_get_alone() -> None:
+    """Random sizes, trees, steps that fail and clients that leave, over a real engine."""
+    lengths = torch.Generator().manual_seed(5)
+    model = FusedLM(CausalLM(make_tiny_model("llama")), 2)
+    plans = []
+    for i in range(12):
+        sizes = torch.randint(1, 9, (12,), generator=lengths).tolist()
+        sizes[0] = 70 if i % 4 == 0 else sizes[0]  # over batch_tokens
+        plans.append([[3 + (7 * i + 5 * k + at) % 100 for at in range(n)] for k, n in enumerate(sizes)])
+
+    def write(step, plan: list[list[int]], caller: int) -> list[torch.Tensor]:
+        cache, rows = model.new_cache(256), []
+        for number, tokens in enumerate(plan):
+            tree = TokenTree.chain(tokens[1:]) if number % 3 == caller % 3 else TokenTree()
+            rows.append(step(cache, tokens[:1] if len(tree) else tokens, tree).clone())
+        return rows
+
+    expected = [write(model.step, plan, caller) for caller, plan in enumerate(plans)]
+    shared, left = SharedModel(model, 2, seed=0), threading.Event()
+
+    def disturb(caller: int) -> None:
+        cache = model.new_cache(8)
+        while not left.is_set():
+            with pytest.raises((ValueError, Abandoned)), shared.timed(lambda: caller % 2 == 0):
+                shared.step(cache, [5] * 9)  # does not fit
+            assert cache.length == 0
+
+    with ThreadPoolExecutor(len(plans) + 2) as callers:
+        disturbers = [callers.submit(disturb, caller) for caller in range(2)]
+        futures = [callers.submit(write, shared.step, plan, caller) for caller, plan in enumerate(plans)]
+        try:
+            found = [future.result(120) for future in futures]
+        finally:
+            left.set()
+        for disturber in disturbers:
+            disturber.result(30)
+    shared.close()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_client_that_leaves_while_it_waits_costs_no_pass() -> None:
+    model, left = Held(), threading.Event()
+    shared = SharedModel(model, 1, seed=0)
+    cache = shared.new_cache(64)
+
+    def ask() -> None:
+        with shared.timed(left.is_set):
+            shared.step(cache, [41])
+
+    with ThreadPoolExecutor(2) as callers:
+        first = callers.submit(shared.step, shared.new_cache(64), [40])
+        assert model.entered.wait(10)
+        second = callers.submit(ask)
+        wait_for(shared, 1)
+        left.set()
+        model.leave.set()
+        first.result(30)
+        with pytest.raises(Abandoned):
+            second.result(30)
+    assert model.together == [[1]]
+    assert cache.length == 0
+
+
+def test_sessions_that_ran_before_one_that_fails_are_run_again_from_where_they_were() -> None:
+    class InTurn(Held):
+        """Has run the first sessions when the last one fails."""
+
+        def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
+            return [super(InTurn, self).step_many([p])[0] for p in passes]
+
+    model = InTurn()
+    shared = SharedModel(model, 1, seed=0)
+    caches = [shared.new_cache(64) for _ in range(3)]
+    with ThreadPoolExecutor(3) as callers:
+        futures = [callers.submit(shared.step, caches[0], [40])]
+        assert model.entered.wait(10)
+        for i, token in enumerate((41, 90), 1):
+            futures.append(callers.submit(shared.step, caches[i], [token]))
+            wait_for(shared, i)
+        model.leave.set()
+        assert torch.equal(futures[1].result(30), alone([41]))
+        with pytest.raises(ZeroDivisionError):
+            futures[2].result(30)
+    assert [cache.length for cache in caches] == [1, 1, 0]
+
+
 def test_closing_drops_what_waits() -> None:
     model = Held()
     shared = SharedModel(model, 1, seed=0)
@@ -155,15 +263,36 @@ def test_closing_drops_what_waits() -> None:
         shared.step(shared.new_cache(8), [42])
 
 
-def test_pytorch_is_called_from_one_thread_with_its_settings() -> None:
-    thread = ModelThread(1)
+def test_the_thread_ends_with_the_model() -> None:
+    model = Held()
+    model.leave.set()
+    shared = SharedModel(model, 1, seed=0)
+    seen: list[threading.Thread] = []
+    step_many = model.step_many
+    model.step_many = lambda passes: seen.append(threading.current_thread()) or step_many(passes)  # type: ignore[method-assign]
     with ThreadPoolExecutor(4) as callers:
-        seen = {callers.submit(thread.run, lambda: threading.current_thread().name).result() for _ in range(8)}
-    assert seen == {"model"}
-    assert thread.run(torch.get_num_threads) == 1
-    with pytest.raises(ZeroDivisionError):
-        thread.run(lambda: 1 / 0)
-    assert thread.run(lambda: 5) == 5
+        list(callers.map(lambda token: shared.step(shared.new_cache(8), [token]), range(40, 48)))
+    assert {thread.name for thread in seen} == {"model"}
+    assert len(set(seen)) == 1
+    shared.close()
+    seen[0].join(30)
+    assert not seen[0].is_alive()
+
+
+def test_pytorch_is_called_from_one_thread_with_its_settings() -> None:
+    seen = set()
+
+    class Torch(SyntheticLM):
+        uses_torch_threads = True
+
+        def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
+            seen.add((threading.get_ident(), torch.get_num_threads()))
+            return super().step_many(passes)
+
+    shared = SharedModel(Torch(), 2, seed=0)
+    with ThreadPoolExecutor(4) as callers:
+        list(callers.map(lambda token: shared.step(shared.new_cache(8), [token]), range(40, 48)))
+    assert [threads for _, threads in seen] == [2]
     SharedModel(SyntheticLM(), 1, seed=7)
     drawn = torch.rand(1)
     torch.manual_seed(7)

@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from specsplit.distill.acceptance import ROUND_COLUMNS, acceptance, measure, speculate
+from specsplit.decoding.growth import DraftSettings
+from specsplit.decoding.loop import speculate
+from specsplit.distill.acceptance import ROUND_COLUMNS, InTargetTokens, acceptance, measure
 from specsplit.distill.card import write_card
 from specsplit.distill.distill_figure import draw_distillation
 from specsplit.distill.training import LOSS_COLUMNS
@@ -89,12 +91,14 @@ def test_acceptance_is_what_plain_passes_count(pair: tuple[CausalLM, CausalLM], 
     for prompt in PROMPTS:
         expected, tried, kept = brute_force(target, draft, prompt, allowed)
         reached, accepted = reached + tried, accepted + kept
-        text, rounds = speculate(target, draft, vocabulary, prompt, gamma=GAMMA, max_tokens=LENGTH)
+        asked = DraftSettings(GAMMA, stop_token_ids=frozenset(target.eos_token_ids))
+        rounds = list(speculate(target, InTargetTokens(draft, vocabulary), prompt, asked, max_new_tokens=LENGTH))
+        text = [token for r in rounds for token in r.tokens]
         assert text == expected
         assert sum(r.accepted + 1 for r in rounds) in (len(text), len(text) + 1)  # one more after an accepted end
     requests = [(f"p{i}", "c", prompt) for i, prompt in enumerate(PROMPTS)]
-    rounds = measure(target, draft, vocabulary, requests, gamma=GAMMA, max_tokens=LENGTH)
-    table = acceptance(rounds, **INTERVALS)
+    measured = measure(target, draft, vocabulary, requests, gamma=GAMMA, max_tokens=LENGTH)
+    table = acceptance(measured, **INTERVALS)
     assert dict(zip(table["position"], table["reached"], strict=True)) == dict(reached)
     assert dict(zip(table["position"], table["accepted"], strict=True)) == {p: accepted[p] for p in reached}
     assert 0 < accepted[1] < reached[1]  # else little was proved

@@ -24,7 +24,6 @@ from specsplit.provenance.capture import (
     capture_lock,
     capture_machine,
     capture_software,
-    hash_run_code,
     hash_tree,
     utc_now,
 )
@@ -304,15 +303,6 @@ def test_source_hash_follows_names_and_contents(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("1")
     (tmp_path / "sub" / "b.py").rename(tmp_path / "b.py")
     assert len({first, changed, combined_sha256(hash_tree(tmp_path))}) == 3
-
-
-def test_run_code_is_what_decides_a_run() -> None:
-    files = hash_tree(Path(specsplit.__file__).parent)
-    first = hash_run_code(files)
-    assert hash_run_code({**files, "analysis/figures.py": "0"}) == first
-    assert hash_run_code({**files, "cli/main.py": "0"}) == first
-    assert hash_run_code({**files, "settings/processes.py": "0"}) != first
-    assert hash_run_code({**files, "decoding/tree.py": "0"}) != first
 
 
 def test_what_differs_from_the_lock(tmp_path: Path) -> None:

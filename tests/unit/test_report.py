@@ -15,9 +15,10 @@ from specsplit.analysis.captions import CAPTIONS, FIGURES
 from specsplit.analysis.figures import draw_figures
 from specsplit.analysis.findings import find_best, lossless_sentence, summary_table, text_table
 from specsplit.analysis.report import write_report
-from specsplit.analysis.tables import summarize, write_csv
+from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
 from specsplit.experiment.columns import ROUND_COLUMNS
+from specsplit.io import write_csv
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.workflow import load_pipeline_config
 

@@ -20,7 +20,7 @@ from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS, Request
 from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.journal import JOURNAL, Journal
 from specsplit.experiment.progress import Bar, Progress
-from specsplit.experiment.records import Request, request_record, request_seed, round_records
+from specsplit.experiment.records import Request, request_config, request_record, round_records
 from specsplit.experiment.runner import encode_prompts, run_requests
 from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.rpc.connection import Connection
@@ -120,10 +120,10 @@ def test_time_per_token_needs_two_tokens(tokens: list[int], ttft: float | None) 
 
 
 def test_every_text_has_a_seed_of_its_own() -> None:
-    seeds = [request_seed(seed, name) for seed in (0, 1) for name in ("a", "b", "c")]
+    seeds = [request_config(OrchestratorConfig(seed=seed), name).seed for seed in (0, 1) for name in ("a", "b", "c")]
     assert len(set(seeds)) == 6
     assert all(0 <= seed < 1 << 32 for seed in seeds)
-    assert request_seed(0, "a") == seeds[0]
+    assert request_config(OrchestratorConfig(seed=0), "a").seed == seeds[0]
 
 
 def test_every_round_is_a_row() -> None:

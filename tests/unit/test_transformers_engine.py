@@ -111,7 +111,7 @@ def test_long_prompts_are_fed_in_chunks(monkeypatch, architecture, length, engin
     tokens = list(range(10, 10 + length))
     tree = TokenTree([3, 4, 5], [-1, -1, 0], [-1.0] * 3)
     expected = model.step(model.new_cache(64), tokens, tree)
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr("specsplit.engines.transformers.PREFILL_CHUNK", 4)
     cache = model.new_cache(64)
     torch.testing.assert_close(model.step(cache, tokens, tree), expected, rtol=1e-4, atol=1e-3)
     assert cache.length == length + 3

@@ -283,7 +283,7 @@ def test_archive(finished):
             assert worker["log"] == f"results/logs/workers/{role}.log"
             assert worker["runtime"]["deterministic_algorithms"] == "warn only"
             assert item["seeds"][f"{role}_worker"] == 0
-    # Snakemake's own record is read: every job has its command or script, and its times.
+    # Every job has its command or script, and its times.
     jobs = {entity["@id"]: entity for entity in crate["@graph"] if entity["@id"].startswith("#job/")}
     rules = {identifier.split("/")[1] for identifier in jobs}
     assert rules == {

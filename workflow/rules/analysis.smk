@@ -14,7 +14,7 @@ rule merge:
         "../../envs/specsplit.yaml"
     params:
         runs=expand("results/runs/{point}", point=POINTS),
-        code=code_sha256("analysis/tables.py", "analysis/reading.py"),
+        code=code_of("merge"),
     shell:
         "specsplit merge --results-dir results {params.runs} > {log} 2>&1"
 
@@ -36,7 +36,7 @@ rule figures:
             bootstrap_samples=config["statistics"]["bootstrap_samples"],
             seed=config["seed"],
         ),
-        code=code_sha256("analysis"),
+        code=code_of(script="figures.py"),
     script:
         "../scripts/figures.py"
 
@@ -64,7 +64,7 @@ rule summary:
             seed=config["seed"],
         ),
         sealed=lambda wildcards: result_files(),
-        code=code_sha256("analysis/tables.py", "analysis/reading.py", "analysis/statistics.py"),
+        code=code_of("analyze", "provenance seal"),
     shell:
         "specsplit analyze --no-figures --results-dir results {params.settings} > {log} 2>&1"
         " && specsplit provenance seal --output {output.seal} {params.sealed} >> {log} 2>&1"
@@ -87,6 +87,6 @@ rule report:
         "../../envs/specsplit.yaml"
     params:
         settings=rules.summary.params.settings,
-        code=code_sha256("analysis", "analysis/report.html.j2"),
+        code=code_of("report"),
     shell:
         "specsplit report --results-dir results --output {output} {params.settings} > {log} 2>&1"

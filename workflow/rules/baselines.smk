@@ -34,7 +34,7 @@ rule race_peers:
             target_model=TARGET_FOLDER,
             draft_model=f"resources/models/{DRAFTS[FIRST_DRAFT]['model']}",
         ),
-        code=code_sha256(*RUN_CODE, "experiment/peers.py", "experiment/peer_race.py"),
+        code=code_of("bench", "race"),
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results --workers-dir results/workers/race"
         " {params.models} {params.settings} > {log} 2>&1"
@@ -57,6 +57,6 @@ rule peers:
             bootstrap_samples=config["statistics"]["bootstrap_samples"],
             seed=config["seed"],
         ),
-        code=code_sha256("analysis/peers_table.py", "analysis/repeats.py", "analysis/statistics.py", "analysis/drawing.py"),
+        code=code_of(script="peers.py"),
     script:
         "../scripts/peers.py"

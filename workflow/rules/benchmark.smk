@@ -26,7 +26,7 @@ rule benchmark:
         # Not used by the command, which has it from the resources: other workers, other results.
         workers=lambda wildcards: [worker_settings(role, wildcards.point) for role in run_roles(wildcards.point)],
         tokenizer=TARGET_FOLDER,
-        code=code_sha256(*RUN_CODE),
+        code=code_of("bench"),
     shell:
         "specsplit bench --only --prompts {input.prompts} --results-dir results"
         " --tokenizer {params.tokenizer} {resources.workers} {resources.faults} --gpus {resources.gpu} {params.settings}"

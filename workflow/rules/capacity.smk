@@ -29,7 +29,7 @@ rule benchmark_capacity:
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in CAPACITY for role in run_roles(label)],
         tokenizer=lambda wildcards: TARGET_FOLDER,
-        code=code_sha256(*RUN_CODE, "experiment/capacity.py"),
+        code=code_of("capacity"),
     shell:
         "specsplit capacity --only --prompts {input.prompts} --results-dir results"
         " --workers-dir results/workers/capacity --tokenizer {params.tokenizer} {params.settings} {resources.faults} > {log} 2>&1"
@@ -48,6 +48,6 @@ rule capacity:
         "../../envs/specsplit.yaml"
     params:
         settings=dict(tpot_limit_ms=config["capacity"]["tpot_limit_ms"]),
-        code=code_sha256("analysis/capacity_table.py", "analysis/drawing.py"),
+        code=code_of(script="capacity.py"),
     script:
         "../scripts/capacity.py"

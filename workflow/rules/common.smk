@@ -10,9 +10,9 @@ try:
     from specsplit.experiment.sweep import plain_number, sweep_points
     from specsplit.settings.processes import MAX_GAMMA
     from specsplit.errors import UserError
-    from specsplit.io import combined_sha256, sha256_file
     from specsplit.settings.workflow import load_pipeline_config, swept_drafts
-    from specsplit.provenance.capture import RUN_CODE, WORKFLOW_FILES
+    from specsplit.provenance.capture import WORKFLOW_FILES
+    from specsplit.provenance.closure import code_sha256
     from specsplit.provenance.steps import remember_workflow
     from specsplit.launch.environment import threads_beside_another
     from specsplit.launch.workflow_runs import begin_run
@@ -110,19 +110,21 @@ remember_workflow(given_cores(), [os.path.relpath(file) for file in workflow.con
 PROJECT = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)) / "../.."
 
 
-def source(*parts):
-    """Files of the package, by folder or name."""
-    root = PROJECT / "src" / "specsplit"
-    files = [f for part in parts for f in ([root / part] if Path(part).suffix else sorted((root / part).rglob("*.py")))]
-    return [os.path.relpath(f) for f in files]
+PACKAGE = PROJECT / "src" / "specsplit"
 
 
-def code_sha256(*parts):
-    """Hash of the files of the package that decide a result: a parameter, so that a change of code reruns the rule.
+def source_files():
+    """Every file of the package."""
+    return [os.path.relpath(f) for f in sorted(PACKAGE.rglob("*")) if f.is_file() and "__pycache__" not in f.parts]
+
+
+def code_of(*commands, script=None):
+    """Hash of all that the rule's commands, or its script, import: a parameter, so that a change of code reruns the rule.
 
     As inputs they would do that too, and every job would print a hundred names.
     """
-    return combined_sha256({file: sha256_file(Path(file)) for file in source(*parts)})
+    scripts = [PROJECT / "workflow" / "scripts" / script] if script else []
+    return code_sha256(*commands, package=PACKAGE, scripts=scripts)
 
 
 def flags(**values):

@@ -16,7 +16,7 @@ rule prepare_dataset:
             limit=config["dataset"]["limit"],
             on_bad_line=config["dataset"]["on_bad_line"],
         ),
-        code=code_sha256("experiment/dataset.py"),
+        code=code_of("prepare-dataset"),
     shell:
         "specsplit prepare-dataset --source {input.prompts} --output {output.prompts} --manifest {output.manifest}"
         " {params.flags} > {log} 2>&1"

@@ -31,7 +31,7 @@ rule distill_write_data:
             *("write_batch", "top_k", "target_dtype"),
         ),
         on_bad_line=config["dataset"]["on_bad_line"],
-        code=code_sha256("distill/writing.py", "distill/shards.py", "engines/transformers.py", "models/tokenizer.py"),
+        code=code_of("distill write-data"),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:
         "specsplit distill write-data --target {input.target} --held-out {input.held_out}"
@@ -65,10 +65,7 @@ rule distill_train:
         ),
         folder=lambda wildcards, output: os.path.dirname(output.weights),
         checkpoint="results/distill/{recipe}/checkpoint.safetensors",
-        code=code_sha256(
-            *("distill/draft.py", "distill/losses.py", "distill/shards.py", "distill/training.py"),
-            *("engines/transformers.py", "engines/reduced_vocabulary.py"),
-        ),
+        code=code_of("distill train"),
     shell:
         "specsplit distill train --target {input.target} --data {input.data} --name {wildcards.recipe}"
         " --output {params.folder} --losses {output.losses} --report {output.report}"
@@ -107,7 +104,7 @@ rule distill_measure:
             seed=config["seed"],
         ),
         draft=lambda wildcards, input: os.path.dirname(input.weights),
-        code=code_sha256(*RUN_CODE, "distill/acceptance.py", "analysis/statistics.py"),
+        code=code_of("distill measure"),
     shell:
         "specsplit distill measure --target {input.target} --draft {params.draft} --prompts {input.prompts}"
         " --output {output.acceptance} --rounds {output.rounds} --report {output.report} {params.settings}"
@@ -137,7 +134,7 @@ rule distill_card:
         "../../envs/specsplit.yaml"
     params:
         draft=lambda wildcards, input: os.path.dirname(input.weights),
-        code=code_sha256("distill/card.py", "distill/distill_figure.py", "analysis/drawing.py"),
+        code=code_of("distill card"),
     shell:
         "specsplit distill card --draft {params.draft} --training {input.training} --losses {input.losses}"
         " --acceptance {input.acceptance} --measured {input.measured} --figure {output.png} > {log} 2>&1"

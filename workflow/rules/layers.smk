@@ -16,7 +16,7 @@ rule calibration_prompts:
             limit=config["draft"]["calibration_prompts"],
             on_bad_line=config["dataset"]["on_bad_line"],
         ),
-        code=code_sha256("experiment/dataset.py", "experiment/calibration.py"),
+        code=code_of(script="calibration_prompts.py"),
     script:
         "../scripts/calibration_prompts.py"
 
@@ -42,7 +42,7 @@ rule pick_layers:
             device=config["workers"]["device"],
             threads=config["workers"]["threads"],
         ),
-        code=code_sha256("engines", "models"),
+        code=code_of("pick-layers"),
     shell:
         "specsplit pick-layers --model {input.model} --prompts {input.prompts} {params.flags}"
         " --output {output} > {log} 2>&1"

@@ -13,6 +13,6 @@ rule prepare_model:
     params:
         source=lambda wildcards: model_source(wildcards.model),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
-        code=code_sha256("models/sources.py", "models/fingerprint.py", "models/gguf_file.py", "models/weightless.py"),
+        code=code_of("prepare-model"),
     shell:
         "specsplit prepare-model {params.source} --name {wildcards.model} --output {params.folder} > {log} 2>&1"

@@ -14,7 +14,7 @@ rule profile:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        code=code_sha256("analysis/profile.py", "analysis/drawing.py", "analysis/tables.py", "analysis/reading.py"),
+        code=code_of("profile"),
     shell:
         "specsplit profile --results-dir results > {log} 2>&1"
 
@@ -28,7 +28,7 @@ rule overhead:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
-        code=code_sha256("decoding", "engines/synthetic.py", "client", "worker", "launch", "rpc", "experiment/overhead.py", "experiment/transport.py"),
+        code=code_of("overhead"),
     shell:
         "specsplit overhead --output {output} > {log} 2>&1"
 
@@ -60,7 +60,7 @@ rule context_curve:
         # Not used by the command: other workers, other results.
         workers=[worker_settings(role, label) for label in CONTEXT for role in run_roles(label)],
         tokenizer=lambda wildcards: TARGET_FOLDER,
-        code=code_sha256(*RUN_CODE, "experiment/context_curve.py"),
+        code=code_of("context-curve"),
     shell:
         "specsplit context-curve --prompts {input.prompts} --output {output.table} --figure {output.figures[0]}"
         " --workers-dir results/workers/context --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"

@@ -31,7 +31,7 @@ rule provenance:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        code=code_sha256("provenance"),
+        code=code_of("provenance record"),
     shell:
         "specsplit provenance record --config {input.config} --runs {input.runs} --models {input.models}"
         " --dataset {input.dataset} --results {input.prompts} {input.results}"
@@ -45,7 +45,7 @@ rule archive:
         seal="results/provenance/SHA256SUMS",
         models=expand("resources/models/{model}/model.json", model=MODELS),
         project=[str(file) for pattern in WORKFLOW_FILES for file in sorted(Path().glob(pattern)) if file.is_file()],
-        code=source("."),
+        code=source_files(),
     output:
         "results/archive.zip",
     log:

@@ -12,8 +12,6 @@ rule theory_check:
     # It measures times, so nothing may run beside it.
     threads: EVERY_CORE
     params:
-        code=code_sha256(
-            "decoding", "engines/synthetic.py", "client", "worker", "launch", "rpc", "experiment/theory_check.py", "experiment/transport.py"
-        ),
+        code=code_of("theory-check"),
     shell:
         "specsplit theory-check --output {output.table} --figure {output.figures[0]} > {log} 2>&1"

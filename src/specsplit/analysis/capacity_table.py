@@ -6,21 +6,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
+from specsplit.analysis.drawing import doubling_axis, house_style, new_figure, save_figure, series_style, settle_layout
 from specsplit.analysis.reading import read_records
-from specsplit.analysis.tables import write_csv
+from specsplit.analysis.tables import quantiles
 from specsplit.experiment.capacity import CapacityRecord
 from specsplit.experiment.columns import FAILED
+from specsplit.io import write_csv
 
 LEVEL = ("mode", "gamma", "clients")
 LIMIT_FACTOR = 2.0  # of the median TPOT of one client, when no limit is given
 WIDTH_IN, HEIGHT_IN = 6.8, 2.5
-_COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-_MARKERS = ("D", "o", "s", "^", "v", "P")
 
 
 def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) -> DataFrame:
@@ -60,14 +57,12 @@ def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) 
         row["gain"] = row["tokens_per_second"] / base["tokens_per_second"]
         row["requests_per_second"] = len(own) / wall_s
         for metric in ("tpot_ms", "ttft_ms", "itl_ms", "total_latency_ms"):
-            values = own[metric].dropna()
-            row[f"{metric}_median"] = float(values.median())
-            row |= {f"{metric}_p{percent}": float(values.quantile(percent / 100)) for percent in (90, 99)}
+            row |= quantiles(own[metric], metric, (50, 90, 99))
         limit = limit or LIMIT_FACTOR * row["tpot_ms_median"]
-        known = own[own["tpot_ms"].notna()]
-        good = known[known["tpot_ms"] <= limit]
+        timed = own[own["tpot_ms"].notna()]
+        good = timed[timed["tpot_ms"] <= limit]
         row["tpot_limit_ms"] = limit
-        row["goodput_share"] = len(good) / len(known) if len(known) else math.nan
+        row["goodput_share"] = len(good) / len(timed) if len(timed) else math.nan
         row["goodput_tokens_per_second"] = good["generated_tokens"].sum() / wall_s
         row["goodput_requests_per_second"] = len(good) / wall_s
         row["queue_share"] = own["queue_ms"].sum() / own["total_latency_ms"].sum()
@@ -89,15 +84,11 @@ def write_capacity(results_dir: Path, tpot_limit_ms: float | None = None) -> lis
 def draw_capacity(summary: DataFrame, path: Path) -> list[Path]:
     """Draw tokens/s, TPOT (median and p99) and goodput against clients, as `path` .png and .svg."""
     with house_style():
-        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, layout="constrained")
+        figure = new_figure(WIDTH_IN, HEIGHT_IN)
         speed, latency, good = figure.subplots(1, 3)
         curves = list(summary.groupby(["mode", "gamma"], sort=False))
         for place, ((mode, gamma), own) in enumerate(curves):
-            style: dict[str, Any] = {
-                "color": _COLOURS[place % len(_COLOURS)],
-                "marker": _MARKERS[place % len(_MARKERS)],
-                "markersize": 4,
-            }
+            style = series_style(place)
             name = "target alone" if gamma == 0 else f"{mode}, γ = {gamma}"
             x = own["clients"]
             speed.plot(x, own["tokens_per_second"], label=name, **style)
@@ -112,15 +103,8 @@ def draw_capacity(summary: DataFrame, path: Path) -> list[Path]:
         good.set(title="Goodput: TPOT within its limit", ylabel="tokens/s", ylim=(0, top))
         latency.axhline(summary["tpot_limit_ms"].iloc[0], color="black", linestyle=":", linewidth=0.8)
         for axes in (speed, latency, good):
-            _client_axis(axes, sorted(summary["clients"].unique()))
+            doubling_axis(axes, summary["clients"], "clients")
         speed.plot([], [], color="black", linestyle=":", linewidth=0.8, label="ideal, or the TPOT limit")
         figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         settle_layout(figure)
         return save_figure(figure, path, {"Title": "Capacity against the number of clients"})
-
-
-def _client_axis(axes: Axes, clients: list[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(clients, [str(number) for number in clients])
-    axes.minorticks_off()
-    axes.set_xlabel("clients")

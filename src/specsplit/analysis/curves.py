@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,29 +103,24 @@ def split_curves(summary: DataFrame) -> list[Curve]:
     combinations = [each for each in combinations if variants.index(each[1:]) < len(_VARIANT_MARKERS)]
     curves = []
     for mode, tree, draft in combinations[:MOST_CURVES]:
-        usual = (
-            DEFAULT_DRAFT if len(drafts) == 1 else "",
-            "sync" if len(modes) == 1 else "",
-            "chain" if len(trees) == 1 else "",
-        )
-        name = ", ".join(part for part, plain in zip((draft, mode, tree), usual, strict=True) if part != plain)
-        if len(combinations) == 1:
-            curves.append(Curve(mode, tree, draft, name))
-            continue
-        place = variants.index((tree, draft))
-        curves.append(
-            Curve(
-                mode,
-                tree,
-                draft,
-                name,
-                colour=_MODE_COLOURS[mode] if len(modes) > 1 else _VARIANT_COLOURS[place],
-                marker=_VARIANT_MARKERS[place] if len(variants) > 1 else _MODE_MARKERS[mode],
-                line=_MODE_LINES[mode] if len(modes) > 1 else "-",
-                hollow=len(modes) > 1 and mode == "overlap",
-            )
-        )
+        parts = [(draft, drafts, DEFAULT_DRAFT), (mode, modes, "sync"), (tree, trees, "chain")]
+        name = ", ".join(part for part, every, plain in parts if len(every) > 1 or part != plain)
+        curve = Curve(mode, tree, draft, name)
+        if len(combinations) > 1:
+            place = variants.index((tree, draft))
+            curve = replace(curve, marker=_VARIANT_MARKERS[place] if len(variants) > 1 else _MODE_MARKERS[mode])
+            if len(modes) > 1:
+                line, colour = _MODE_LINES[mode], _MODE_COLOURS[mode]
+                curve = replace(curve, colour=colour, line=line, hollow=mode == "overlap")
+            else:
+                curve = replace(curve, colour=_VARIANT_COLOURS[place])
+        curves.append(curve)
     return curves
+
+
+def three_digits(value: float) -> str:
+    """Three digits or more, never an exponent: 8.31, 52.0, 1274."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def left_out(panels: list[Panel], summary: DataFrame, curves: list[Curve]) -> str:

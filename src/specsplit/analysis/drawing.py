@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from pandas import DataFrame, Series
 
-from specsplit.analysis.curves import Curve, Panel
+from specsplit.analysis.curves import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, Curve, Panel, three_digits
 from specsplit.analysis.statistics import bootstrap_ratio_ci
 from specsplit.analysis.tables import draft_position
 from specsplit.experiment.sweep import AUTO
@@ -57,16 +57,40 @@ def house_style() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Plot:
-    """What a figure shows: a metric of the summary, the text around it, and why it may have no data."""
+    """What a figure shows: a metric of the summary, its axis, and why it may have no data."""
 
     metric: str
-    title: str
     axis: str
     why_empty: str
     target_alone: bool = False  # a dashed line at the level of gamma 0
     mark_best: bool = False  # a ring around the lowest mean
     top: float | None = None  # end of the y axis; None = what the data need
     drafting: bool = False  # without gamma 0
+
+
+def new_figure(width_in: float, height_in: float) -> Figure:
+    return Figure(figsize=(width_in, height_in), dpi=DPI, layout="constrained")
+
+
+def series_style(place: int) -> dict[str, Any]:
+    """Colour and marker of curve `place`, from 0, of a figure; the first one, in black, is usually the target alone."""
+    colours, markers = (BLACK, BLUE, ORANGE, GREEN, PINK, SKY), "Dos^vP"
+    return {"color": colours[place % len(colours)], "marker": markers[place % len(markers)], "markersize": 4}
+
+
+def doubling_axis(axes: Axes, values: Iterable[int], label: str) -> None:
+    """A logarithmic x axis with a tick at each value."""
+    ticks = sorted(set(values))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+
+
+def spread(count: Any, width: float) -> Any:
+    """Offsets in -width/2 to width/2 for the points number `count`, an array: steps of the golden ratio spread any
+    number of points evenly, without chance."""
+    return ((count * 0.618034 + 0.5) % 1 - 0.5) * width
 
 
 def settle_layout(figure: Figure) -> None:
@@ -99,8 +123,8 @@ def draw_metric(
     others, which share a legend, so it names no values. Returns what a legend shows, and the requests at each point.
     """
     places, gap = _gamma_axis(axes, panel.summary["gamma"], narrow)
-    known = panel.requests[panel.requests[plot.metric].notna()]
-    if known.empty:
+    measured = panel.requests[panel.requests[plot.metric].notna()]
+    if measured.empty:
         _say(axes, plot.why_empty, narrow)
         return [], []
 
@@ -114,14 +138,14 @@ def draw_metric(
     handles: list[Artist] = []
     values: list[Any] = []
     if single:
-        count = known.groupby("gamma", sort=False).cumcount().to_numpy()
-        # Steps of the golden ratio spread any number of dots evenly, without chance.
-        jitter = ((count * 0.618034 + 0.5) % 1 - 0.5) * 0.4 * gap
+        jitter = spread(measured.groupby("gamma", sort=False).cumcount().to_numpy(), 0.4 * gap)
         dots: dict[str, Any] = {"s": 5, "color": GREY, "alpha": 0.55, "linewidths": 0, "label": "one request"}
         handles.append(
-            axes.scatter(known["gamma"].map(places).astype(float) + jitter, known[plot.metric], clip_on=False, **dots)
+            axes.scatter(
+                measured["gamma"].map(places).astype(float) + jitter, measured[plot.metric], clip_on=False, **dots
+            )
         )
-        values.append(known[plot.metric])
+        values.append(measured[plot.metric])
     lowest: tuple[float, float, str] | None = None
     for number, (curve, rows) in enumerate(groups):
         mean, low, high = (rows[f"{plot.metric}_{part}"].to_numpy() for part in ("mean", "ci_low", "ci_high"))
@@ -142,14 +166,14 @@ def draw_metric(
         handles.append(_interval_handle(confidence))
     alone = base[f"{plot.metric}_mean"].dropna()
     if plot.target_alone and not alone.empty:
-        text = "target alone" if narrow else f"target alone: {_ms(alone.iloc[0])}"
+        text = "target alone" if narrow else f"target alone: {three_digits(alone.iloc[0])} ms"
         handles.append(axes.axhline(alone.iloc[0], color="black", linestyle="--", linewidth=0.9, label=text))
     if plot.mark_best and len(places) > 1 and lowest is not None:
-        text = "lowest of its panel" if narrow else f"lowest: {lowest[2]}, {_ms(lowest[1])}"
+        text = "lowest of its panel" if narrow else f"lowest: {lowest[2]}, {three_digits(lowest[1])} ms"
         ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none", "markeredgewidth": 1.4}
         handles += axes.plot(*lowest[:2], linestyle="none", color=RED, clip_on=False, label=text, **ring)
     _value_axis(axes, np.concatenate(values), plot.top)
-    return handles, known.groupby(["draft", "mode", "tree", "gamma"], sort=False).size().to_list()
+    return handles, measured.groupby(["draft", "mode", "tree", "gamma"], sort=False).size().to_list()
 
 
 def draw_positions(
@@ -210,10 +234,9 @@ def _draw_means(
         if points.any():  # a line without points would upset the layout
             axes.plot(x[points], mean[points], linestyle=line, clip_on=False, zorder=3, **curve.marks)
     axes.vlines(x, low, high, color=curve.colour, linewidth=1.0, zorder=3 if not curve.hollow else 2.9, clip_on=False)
+    cap: dict[str, Any] = {"linestyle": "none", "marker": "_", "markersize": 5, "markeredgewidth": 1}
     for end in (low, high):
-        axes.plot(
-            x, end, linestyle="none", marker="_", markersize=5, color=curve.colour, markeredgewidth=1, clip_on=False
-        )
+        axes.plot(x, end, color=curve.colour, clip_on=False, **cap)
 
 
 def _aside(number: int, curves: int, gap: float) -> float:
@@ -231,14 +254,8 @@ def _mean_handle(curve: Curve, what: str, low: np.ndarray, confidence: float) ->
 
 
 def _interval_handle(confidence: float) -> Line2D:
-    return Line2D(
-        [], [], linestyle="none", marker="|", markersize=8, color=GREY, label=f"mean, {100 * confidence:g} % interval"
-    )
-
-
-def _ms(value: float) -> str:
-    """Three digits or more, never an exponent: 8.31 ms, 52.0 ms, 1274 ms."""
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} ms"
+    label = f"mean, {100 * confidence:g} % interval"
+    return Line2D([], [], linestyle="none", marker="|", markersize=8, color=GREY, label=label)
 
 
 def _gamma_axis(axes: Axes, values: Iterable[int | str], narrow: bool = False) -> tuple[dict[int | str, float], float]:
@@ -280,12 +297,5 @@ def _value_axis(axes: Axes, values: np.ndarray, top: float | None) -> None:
 
 def _say(axes: Axes, sentence: str, narrow: bool = False) -> None:
     axes.set(ylim=(0, 1), yticks=[])
-    axes.text(
-        0.5,
-        0.5,
-        textwrap.fill(sentence, 28 if narrow else 40),
-        ha="center",
-        va="center",
-        transform=axes.transAxes,
-        color="#555555",
-    )
+    place: dict[str, Any] = {"ha": "center", "va": "center", "transform": axes.transAxes, "color": "#555555"}
+    axes.text(0.5, 0.5, textwrap.fill(sentence, 28 if narrow else 40), **place)

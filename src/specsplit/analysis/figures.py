@@ -19,12 +19,12 @@ from pandas import DataFrame
 from specsplit.analysis.captions import FIGURES
 from specsplit.analysis.curves import MOST_PANELS, Curve, Panel, left_out, split_curves, split_panels
 from specsplit.analysis.drawing import (
-    DPI,
     NOTHING_DRAFTED,
     Plot,
     draw_metric,
     draw_positions,
     house_style,
+    new_figure,
     save_figure,
     settle_layout,
 )
@@ -34,39 +34,20 @@ from specsplit.analysis.tables import PER_REQUEST, finished, summarize
 WIDTH_IN, HEIGHT_IN, TALL_IN = 3.4, 2.6, 4.6
 PANEL_WIDTH_IN, PANEL_HEIGHT_IN = 2.5, 2.0  # of several beside each other
 
+_LEGEND: dict[str, Any] = {"columnspacing": 1.2, "title_fontsize": 7}
 _PLOTS = {
     "tpot": Plot(
         "tpot_ms",
-        FIGURES["tpot"],
         "TPOT (ms)",
         "No request generated two tokens, so there is no time between tokens.",
         target_alone=True,
         mark_best=True,
     ),
-    "acceptance_rate": Plot(
-        "average_acceptance_rate",
-        FIGURES["acceptance_rate"],
-        "accepted / drafted",
-        NOTHING_DRAFTED,
-        top=1.0,
-        drafting=True,
-    ),
-    "ttft": Plot(
-        "ttft_ms",
-        FIGURES["ttft"],
-        "TTFT (ms)",
-        "No request generated a token.",
-        target_alone=True,
-    ),
-    "network_idle": Plot(
-        "network_idle_fraction",
-        FIGURES["network_idle"],
-        "share of total latency",
-        "No request has a network time.",
-    ),
+    "acceptance_rate": Plot("average_acceptance_rate", "accepted / drafted", NOTHING_DRAFTED, top=1.0, drafting=True),
+    "ttft": Plot("ttft_ms", "TTFT (ms)", "No request generated a token.", target_alone=True),
+    "network_idle": Plot("network_idle_fraction", "share of total latency", "No request has a network time."),
     "speculation": Plot(
         "hit_rate",
-        FIGURES["speculation"],
         "hits / (hits + misses)",
         "No draft was made ahead: only the modes overlap and lookahead do that.",
         top=1.0,
@@ -107,20 +88,20 @@ def draw_figures(
                 shown = [panel.drafting() for panel in panels]
             if name == "speculation":
                 own = [curve for curve in curves if curve.mode != "sync"]
-            figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, layout="constrained")
+            figure = new_figure(WIDTH_IN, HEIGHT_IN)
             omitted = left_out(panels, summary, curves)
             if len(panels) == 1 or not own:
-                _draw_alone(figure, plot, shown[0], own or curves[:1], settings, omitted)
+                _draw_alone(figure, FIGURES[name], plot, shown[0], own or curves[:1], settings, omitted)
             else:
-                _draw_panels(figure, plot, shown[:MOST_PANELS], own, settings, omitted)
+                _draw_panels(figure, FIGURES[name], plot, shown[:MOST_PANELS], own, settings, omitted)
             settle_layout(figure)
-            metadata = {"Title": f"{plot.title} against draft length"}
+            metadata = {"Title": f"{FIGURES[name]} against draft length"}
             paths += save_figure(figure, Path(out_dir) / f"{name}.png", metadata)
     return paths
 
 
 def _draw_alone(
-    figure: Figure, plot: Plot, panel: Panel, curves: list[Curve], settings: dict[str, Any], omitted: str
+    figure: Figure, title: str, plot: Plot, panel: Panel, curves: list[Curve], settings: dict[str, Any], omitted: str
 ) -> None:
     """A single panel, as wide as a column, each axes with its own legend."""
     positions = plot.metric == "average_acceptance_rate"
@@ -132,7 +113,7 @@ def _draw_alone(
     else:
         figure.set_size_inches(WIDTH_IN, height + (0.15 if len(curves) > 2 else 0.0))
     upper, *lower = figure.subplots(1 + positions, squeeze=False)[:, 0]
-    upper.set(title=plot.title, xlabel="draft length γ (tokens)", ylabel=plot.axis)
+    upper.set(title=title, xlabel="draft length γ (tokens)", ylabel=plot.axis)
     handles, counts = draw_metric(upper, plot, panel, curves, settings["confidence"])
     _note(upper, counts, "request", "at each γ")
     _legend(upper, handles, columns, omitted)
@@ -144,7 +125,13 @@ def _draw_alone(
 
 
 def _draw_panels(
-    figure: Figure, plot: Plot, panels: list[Panel], curves: list[Curve], settings: dict[str, Any], omitted: str
+    figure: Figure,
+    title: str,
+    plot: Plot,
+    panels: list[Panel],
+    curves: list[Curve],
+    settings: dict[str, Any],
+    omitted: str,
 ) -> None:
     """Small panels beside each other on the same axes, with one legend below them."""
     columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
@@ -163,12 +150,12 @@ def _draw_panels(
             panel = panels[place]
             if block:
                 gamma, _, handles = draw_positions(axes, panel, curves, settings, narrow=True)
-                across, up, title = "position in the draft", "accepted / reached", f"{panel.title}, γ = {gamma}"
+                across, up, heading = "position in the draft", "accepted / reached", f"{panel.title}, γ = {gamma}"
             else:
                 handles, found = draw_metric(axes, plot, panel, curves, settings["confidence"], narrow=True)
-                across, up, title = "draft length γ (tokens)", plot.axis, panel.title
+                across, up, heading = "draft length γ (tokens)", plot.axis, panel.title
                 counts += found
-            axes.set_title(title, fontsize=7.5)
+            axes.set_title(heading, fontsize=7.5)
             if place + columns >= len(panels):
                 axes.set_xlabel(across)
             if place % columns == 0:
@@ -184,17 +171,10 @@ def _draw_panels(
     height = lines * (1 + positions) * PANEL_HEIGHT_IN + 0.3 + 0.16 * (rows + bool(omitted))
     figure.set_size_inches(PANEL_WIDTH_IN * columns, height)
     note = f", n = {_range(counts)} request{'' if max(counts) == 1 else 's'} at each point" if counts else ""
-    figure.suptitle(plot.title + note, x=0.01, ha="left", fontsize=8)
+    figure.suptitle(title + note, x=0.01, ha="left", fontsize=8)
     if legend:
-        figure.legend(
-            handles=list(legend.values()),
-            loc="outside lower center",
-            ncols=per_row,
-            columnspacing=1.2,
-            handlelength=2.6,
-            title=omitted or None,
-            title_fontsize=7,
-        )
+        below: dict[str, Any] = {"loc": "outside lower center", "ncols": per_row, "handlelength": 2.6}
+        figure.legend(handles=list(legend.values()), title=omitted or None, **below, **_LEGEND)
 
 
 def _range(counts: list[int]) -> str:
@@ -212,13 +192,6 @@ def _note(axes: Axes, counts: list[int], unit: str, each: str) -> None:
 def _legend(axes: Axes, handles: list[Artist], columns: int, omitted: str) -> None:
     # Under the axes, where it can hide no data.
     if handles:
-        axes.legend(
-            handles=handles,
-            loc="upper center",
-            bbox_to_anchor=(0.45, -0.24),
-            ncols=columns,
-            columnspacing=1.2,
-            handlelength=1.8 if len(handles) < 5 else 2.6,
-            title=omitted or None,
-            title_fontsize=7,
-        )
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.24), "ncols": columns}
+        length = 1.8 if len(handles) < 5 else 2.6
+        axes.legend(handles=handles, title=omitted or None, handlelength=length, **place, **_LEGEND)

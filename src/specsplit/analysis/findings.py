@@ -1,19 +1,19 @@
 """What a summary says, in words and as a table for a screen: which configuration is best, by how much, how surely.
 
-The best of several means is a little too good to be true, and its neighbours are often as good: so each of the others
-is compared with it on the same requests, and those that cannot be told from it are named.
+The best of several means overestimates, and its neighbours are often as good. So each of the others is compared with it
+on the same requests, and those that cannot be told from it are named.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pandas import DataFrame, Series, isna
 
-from specsplit.analysis.curves import split_panels
+from specsplit.analysis.curves import split_panels, three_digits
 from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import paired_ratio_ci
 from specsplit.analysis.tables import PER_REQUEST, configuration_of, finished, paired
@@ -21,19 +21,18 @@ from specsplit.experiment.sweep import plain_number
 from specsplit.settings.axes import CONFIGURATION
 
 _WORDS = {"gamma": "γ = {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
-_HEADINGS = {
-    "gamma": "γ",
-    "tpot_ms": "TPOT, ms",
-    "ttft_ms": "TTFT, ms",
-    "average_acceptance_rate": "acceptance",
-    "mean_accepted_length": "tokens/round",
-    "network_idle_fraction": "network",
-    "tokens_per_second": "tokens/s",
-    "speedup": "speedup",
-    "hit_rate": "ahead, hit",
-    "lossless": "lossless",
-    "rtt_ms": "RTT, ms",
-    "jitter_ms": "jitter, ms",
+_HEADINGS = {"gamma": "γ", "rtt_ms": "RTT, ms", "jitter_ms": "jitter, ms"}
+# Column of the summary -> its heading, and how its cells are written. `_mean` has its interval beside it.
+_MEASURES = {
+    "speedup": ("speedup", ".2f"),
+    "tpot_ms_mean": ("TPOT, ms", "digits"),
+    "ttft_ms_mean": ("TTFT, ms", "digits"),
+    "average_acceptance_rate_mean": ("acceptance", ".3f"),
+    "mean_accepted_length_mean": ("tokens/round", ".2f"),
+    "network_idle_fraction_mean": ("network", "%"),
+    "tokens_per_second": ("tokens/s", "digits"),
+    "hit_rate": ("ahead, hit", ".2f"),
+    "lossless": ("lossless", "share"),
 }
 
 
@@ -94,24 +93,20 @@ def find_best(
     findings = []
     for panel in split_panels(requests, rounds, summary):
         rows: Any = panel.summary
-        known = rows[rows["speedup"].notna()]
-        best = known.loc[known["speedup"].idxmax()] if len(known) else rows.iloc[0]
+        rated = rows[rows["speedup"].notna()]
+        best = rated.loc[rated["speedup"].idxmax()] if len(rated) else rows.iloc[0]
         drafts = rows[rows["gamma"] != 0]
         ranked = drafts.sort_values("speedup", ascending=False, kind="stable", na_position="last")
         own = dict(list(panel.requests.groupby(configuration_of(panel.requests), sort=False)))
-        keys = configuration_of(known).tolist()
         chosen = own[tuple(best[list(CONFIGURATION)])]
-        ties = [
-            name_of(row, names)
-            for (index, row), key in zip(known.iterrows(), keys, strict=True)
-            if index != best.name and _tied(own[key], chosen, settings)
-        ]
+        others = [row for index, row in rated.iterrows() if index != best.name]
+        tied = [row for row in others if _tied(own[tuple(row[list(CONFIGURATION)])], chosen, settings)]
         findings.append(
             Finding(
                 where=panel.title,
                 best=best,
                 drafting=ranked.iloc[0] if len(ranked) else None,
-                ties=tuple(ties),
+                ties=tuple(name_of(row, names) for row in tied),
                 name=name_of(best, names),
                 drafting_name=name_of(ranked.iloc[0], names) if len(ranked) else "",
                 confidence=confidence,
@@ -129,17 +124,17 @@ def _tied(own: DataFrame, best: DataFrame, settings: dict[str, Any]) -> bool:
 def lossless_sentence(summary: DataFrame) -> str:
     """Whether the texts are those of the target alone, as a sentence with the counts."""
     drafting = summary[summary["gamma"] != 0]
-    known = drafting[drafting["lossless"].notna()]
+    compared = drafting[drafting["lossless"].notna()]
     unknown = int(drafting.loc[drafting["lossless"].isna(), "requests"].sum())
-    same = round(float((known["lossless"] * known["requests"]).sum()))
-    every = int(known["requests"].sum())
+    same = round(float((compared["lossless"] * compared["requests"]).sum()))
+    every = int(compared["requests"].sum())
     parts = []
     if every and same == every:
         parts.append(
             f"Yes: each of the {every} texts written with a draft is, token for token, that of the target alone."
         )
     elif every:
-        where = "; ".join(name_of(row, varied(summary)) for _, row in known[known["lossless"] < 1].iterrows())
+        where = "; ".join(name_of(row, varied(summary)) for _, row in compared[compared["lossless"] < 1].iterrows())
         parts.append(f"No: {every - same} of {every} texts differ from that of the target alone ({where}).")
     if unknown:
         parts.append(
@@ -188,25 +183,11 @@ def summary_table(summary: DataFrame, *, intervals: bool = True) -> tuple[list[s
 
     An interval is beside its mean, in brackets. A column without any value is left out; a missing value is "-".
     """
-    names = varied(summary)
-    columns: dict[str, list[str]] = {name: [_plain(value) for value in summary[name]] for name in names}
-    formats: Mapping[str, tuple[str, str]] = {
-        "speedup": ("", ".2f"),
-        "tpot_ms": ("_mean", "ms"),
-        "ttft_ms": ("_mean", "ms"),
-        "average_acceptance_rate": ("_mean", ".3f"),
-        "mean_accepted_length": ("_mean", ".2f"),
-        "network_idle_fraction": ("_mean", "%"),
-        "tokens_per_second": ("", "ms"),
-        "hit_rate": ("", ".2f"),
-        "lossless": ("", "share"),
-    }
-    for metric, (suffix, form) in formats.items():
-        if summary[f"{metric}{suffix}"].isna().all():
-            continue
-        columns[metric] = [_cell(row, metric, suffix, form, intervals) for _, row in summary.iterrows()]
-    headings = [_HEADINGS.get(name, name) for name in columns]
-    return headings, [list(cells) for cells in zip(*columns.values(), strict=True)]
+    columns = {_HEADINGS.get(name, name): [_plain(value) for value in summary[name]] for name in varied(summary)}
+    for name, (heading, form) in _MEASURES.items():
+        if summary[name].notna().any():
+            columns[heading] = [_cell(row, name, form, intervals) for _, row in summary.iterrows()]
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -216,11 +197,10 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _cell(row: Series, metric: str, suffix: str, form: str, intervals: bool) -> str:
-    value = row[f"{metric}{suffix}"]
-    if isna(value):
+def _cell(row: Series, name: str, form: str, intervals: bool) -> str:
+    if isna(row[name]):
         return "-"
-    text = _number(value, form)
+    text, metric = _number(row[name], form), name.removesuffix("_mean")
     if not intervals or metric not in ("tpot_ms", "speedup"):
         return text
     low, high = row[f"{metric}_ci_low"], row[f"{metric}_ci_high"]
@@ -229,8 +209,8 @@ def _cell(row: Series, metric: str, suffix: str, form: str, intervals: bool) -> 
 
 
 def _number(value: float, form: str) -> str:
-    if form == "ms":  # three digits
-        return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    if form == "digits":
+        return three_digits(value)
     if form == "share":  # of requests: most often all
         return f"{100 * value:.1f} %".replace("100.0", "100")
     return f"{100 * value:.1f} %" if form == "%" else f"{value:{form}}"

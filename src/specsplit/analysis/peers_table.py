@@ -8,18 +8,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from pandas import DataFrame, Series
+from pandas import DataFrame
 
 from specsplit.analysis.curves import BLUE, ORANGE
-from specsplit.analysis.drawing import DPI, GREY, house_style, save_figure, settle_layout
+from specsplit.analysis.drawing import GREY, house_style, new_figure, save_figure, settle_layout, spread
 from specsplit.analysis.reading import read_records
 from specsplit.analysis.repeats import median_over_repeats
-from specsplit.analysis.statistics import bootstrap_mean_ci, paired_median_ratio_ci, paired_ratio_ci
-from specsplit.analysis.tables import write_csv
+from specsplit.analysis.statistics import paired_median_ratio_ci, paired_ratio_ci
+from specsplit.analysis.tables import TIMES, metric_columns
 from specsplit.experiment.peer_race import PeerRecord
+from specsplit.io import write_csv
 
-TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 WIDTH_IN, ROW_IN = 6.8, 0.27
 
 
@@ -55,7 +54,7 @@ def summarize_peers(
             "generated_tokens": int(tokens),
         }
         for metric in TIMES:
-            row |= _spread(rows[metric].dropna(), metric, settings)
+            row |= metric_columns(rows[metric], metric, settings)
         row["tokens_per_round"] = tokens / rows["num_rounds"].sum()
         row["tokens_per_second"] = 1e3 * tokens / latency if latency else math.nan
         for peer in peers:
@@ -73,14 +72,6 @@ def _rank(name: str) -> tuple[bool, int, str]:
     """The target alone first, then by gamma and mode; peers by name."""
     number = name.rpartition("_")[2]
     return (name != "gamma_0", int(number) if number.isdecimal() else 99, name)
-
-
-def _spread(values: Series, name: str, settings: dict[str, Any]) -> dict[str, float]:
-    low, high = bootstrap_mean_ci(values.to_numpy(), **settings)
-    row = {f"{name}_mean": float(values.mean()), f"{name}_ci_low": low, f"{name}_ci_high": high}
-    return row | {
-        f"{name}_{suffix}": float(values.quantile(q)) for suffix, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))
-    }
 
 
 def _tpot_ratio(rows: DataFrame, other: DataFrame, settings: dict[str, Any]) -> tuple[float, float, float]:
@@ -118,7 +109,7 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
     peers = summary[(summary["engine"] == "transformers") & summary["tpot_ms_median"].notna()]
     best = "" if peers.empty else str(peers.sort_values("tpot_ms_median")["contender"].iloc[0])
     with house_style():
-        figure = Figure(figsize=(WIDTH_IN, ROW_IN * len(names) + 1.1), dpi=DPI, layout="constrained")
+        figure = new_figure(WIDTH_IN, ROW_IN * len(names) + 1.1)
         panels = figure.subplots(1, 3 if best else 2, sharey=True)
         for axes, metric, title in zip(
             panels, ("tpot_ms", "ttft_ms"), ("Time per output token", "Time to first token"), strict=False
@@ -141,9 +132,8 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
 def _draw_times(axes: Axes, table: DataFrame, summary: DataFrame, metric: str) -> None:
     for place, (_, row) in enumerate(summary.iterrows()):
         values = table.loc[table["contender"] == row["contender"], metric].dropna().to_numpy()
-        spread = ((np.arange(len(values)) * 0.618034 + 0.5) % 1 - 0.5) * 0.5
         axes.barh(place, row[f"{metric}_median"], height=0.66, color=_colour(row["engine"]), alpha=0.55, linewidth=0)
-        axes.scatter(values, place + spread, s=3, color=GREY, linewidths=0, zorder=3)
+        axes.scatter(values, place + spread(np.arange(len(values)), 0.5), s=3, color=GREY, linewidths=0, zorder=3)
     axes.set_xlim(0, None)
 
 

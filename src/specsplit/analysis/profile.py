@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
-from specsplit.analysis.drawing import DPI, house_style, save_figure, settle_layout
-from specsplit.analysis.tables import configuration_of
+from specsplit.analysis.drawing import house_style, new_figure, save_figure, settle_layout
+from specsplit.analysis.tables import configuration_of, quantiles
 from specsplit.experiment.sweep import Point
 from specsplit.settings.axes import CONFIGURATION
 
@@ -71,8 +70,7 @@ def profile(rounds: DataFrame) -> DataFrame:
             tokens = float((own.loc[chosen, "accepted"] + 1).mean())
             row: dict[str, Any] = {name: own[name].iloc[0] for name in CONFIGURATION}
             row |= {"phase": phase, "rounds": len(mine), "tokens_per_round": tokens}
-            row["round_ms_median"] = float(mine["round_ms"].median())
-            row["round_ms_p99"] = float(mine["round_ms"].quantile(0.99))
+            row |= quantiles(mine["round_ms"], "round_ms", (50, 99))
             row |= {name: float(mine[name].mean()) for name in ("round_ms", *PARTS, "hidden_ms")}
             row["ms_per_token"] = row["round_ms"] / tokens
             rows.append(row)
@@ -85,7 +83,7 @@ def draw_profile(table: DataFrame, path: Path) -> list[Path]:
     names = [_label(row) for _, row in table.iterrows()][:MOST_BARS]
     shown = table.iloc[: len(names)]
     with house_style():
-        figure = Figure(figsize=(WIDTH_IN, ROW_IN * len(names) + 1.3), dpi=DPI, layout="constrained")
+        figure = new_figure(WIDTH_IN, ROW_IN * len(names) + 1.3)
         by_round, by_token = figure.subplots(1, 2, sharey=True)
         for axes, scale in ((by_round, 1.0), (by_token, 1 / shown["tokens_per_round"])):
             left = np.zeros(len(shown))
@@ -111,7 +109,7 @@ def _label(row: Series) -> str:
 
 
 def summarize_overhead(rounds: DataFrame) -> DataFrame:
-    """What a round costs beyond model time: one row a mode and gamma, from `bench.overhead.measure_overhead`.
+    """What a round costs beyond model time: one row a mode and gamma, from `measure_overhead`.
 
     rounds (number, without the first of each text), round_ms_median, _p99, model_ms_median, overhead_ms_median, _p90,
     _p99: round_ms, what of it a model computed, and the rest; network_ms_median, worker_ms_median,
@@ -129,11 +127,10 @@ def summarize_overhead(rounds: DataFrame) -> DataFrame:
     for (mode, gamma), own in rounds[later].groupby(["mode", "gamma"], sort=False):
         mine = parts.loc[own.index]
         row: dict[str, Any] = {"mode": mode, "gamma": gamma, "rounds": len(own)}
-        for name, quantiles in (("round_ms", (50, 99)), ("model_ms", (50,)), ("overhead_ms", (50, 90, 99))):
-            for q in quantiles:
-                row[f"{name}_{'median' if q == 50 else f'p{q}'}"] = float(mine[name].quantile(q / 100))
+        for name, percents in (("round_ms", (50, 99)), ("model_ms", (50,)), ("overhead_ms", (50, 90, 99))):
+            row |= quantiles(mine[name], name, percents)
         for name in ("network_ms", "worker_ms", "queue_ms", "orchestrator_ms"):
-            row[f"{name}_median"] = float(mine[name].median())
+            row |= quantiles(mine[name], name, (50,))
         row["bare_grpc_ms"] = float(own["bare_grpc_ms"].iloc[0])
         rows.append(row)
     return DataFrame(rows)

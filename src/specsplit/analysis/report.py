@@ -109,44 +109,28 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
     for name, own in drafts.items():
         pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(own, models)))
     source = dataset.get("source") or config["dataset"]["path"]
-    categories = dataset.get("categories")
-    pairs.append(
-        (
-            "Prompts",
-            f"{dataset.get('count', _UNKNOWN)} of {source}"
-            + (f", categories {', '.join(categories)}" if categories else "")
-            + f"; sha256 {dataset.get('output_sha256', _UNKNOWN)}",
-        )
-    )
+    categories = f", categories {', '.join(dataset['categories'])}" if dataset.get("categories") else ""
+    prompts = f"{dataset.get('count', _UNKNOWN)} of {source}{categories}"
     generation, sampling = config["generation"], config["sampling"]
-    pairs += [
+    chosen = ", ".join("greedily" if t == 0 else f"at temperature {t:g}" for t in sampling["temperature"])
+    if any(sampling["temperature"]):
+        chosen += f"; top-k {sampling['top_k']}, top-p {sampling['top_p']:g}, {sampling['method']} verification"
+    rtts = ["as it is" if rtt == 0 else f"simulated RTT {rtt:g} ms" for rtt in config["network"]["rtt_ms"]]
+    template = "chat template" if generation["use_chat_template"] else "plain prompts"
+    on = ", written on after the end of text" if generation["ignore_eos"] else ""
+    return [
+        *pairs,
+        ("Prompts", f"{prompts}; sha256 {dataset.get('output_sha256', _UNKNOWN)}"),
         ("Draft lengths γ", ", ".join(map(str, config["gammas"]))),
         ("Pipeline modes", ", ".join(config["mode"])),
         ("Draft trees", ", ".join(config["tree"])),
-        (
-            "Tokens chosen",
-            ", ".join("greedily" if t == 0 else f"at temperature {t:g}" for t in sampling["temperature"])
-            + (
-                f"; top-k {sampling['top_k']}, top-p {sampling['top_p']:g}, {sampling['method']} verification"
-                if any(sampling["temperature"])
-                else ""
-            ),
-        ),
-        (
-            "Network to the target",
-            ", ".join("as it is" if rtt == 0 else f"simulated RTT {rtt:g} ms" for rtt in config["network"]["rtt_ms"]),
-        ),
-        (
-            "Texts",
-            f"at most {generation['max_output_tokens']} tokens, "
-            + ("chat template" if generation["use_chat_template"] else "plain prompts")
-            + (", written on after the end of text" if generation["ignore_eos"] else ""),
-        ),
+        ("Tokens chosen", chosen),
+        ("Network to the target", ", ".join(rtts)),
+        ("Texts", f"at most {generation['max_output_tokens']} tokens, {template}{on}"),
         ("Warm-up", f"requests run before each configuration, in no table: {config['warmup_requests']}"),
         ("Repeats", f"each request is measured this often, and its median counts: {config['repeats']}"),
         ("Seed", str(config["seed"])),
     ]
-    return pairs
 
 
 def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> str:
@@ -174,34 +158,25 @@ def _machine(record: Mapping[str, Any]) -> Pairs:
     torch = machine.get("torch") or {}
     gpus = [str(card.get("name")) for card in gpu.get("gpus") or []]
     memory = machine.get("memory_bytes")
-    commit = git.get("commit")
+    commit = f"commit unknown ({git.get('reason') or _UNKNOWN})"
+    if git.get("commit"):
+        commit = f"commit {git['commit']}{' with uncommitted changes' if git.get('dirty') else ''}"
+    versions = {
+        "SpecSplit": software.get("specsplit"),
+        "Python": software.get("python"),
+        "PyTorch": torch.get("version") or packages.get("torch"),
+        "Transformers": packages.get("transformers"),
+        "gRPC": packages.get("grpcio"),
+        "Snakemake": software.get("snakemake"),
+    }
     return [
         ("Host", str(machine.get("hostname") or _UNKNOWN)),
         ("Processor", f"{machine.get('cpu_model') or _UNKNOWN}, {machine.get('cores_usable', '?')} cores usable"),
         ("Memory", f"{memory / 2**30:.1f} GiB" if memory else _UNKNOWN),
         ("GPU", ", ".join(gpus) if gpus else f"none ({gpu.get('reason') or _UNKNOWN})"),
         ("System", f"{machine.get('os') or _UNKNOWN}, {machine.get('kernel') or 'kernel ' + _UNKNOWN}"),
-        (
-            "Software",
-            ", ".join(
-                f"{name} {version}"
-                for name, version in (
-                    ("SpecSplit", software.get("specsplit")),
-                    ("Python", software.get("python")),
-                    ("PyTorch", torch.get("version") or packages.get("torch")),
-                    ("Transformers", packages.get("transformers")),
-                    ("gRPC", packages.get("grpcio")),
-                    ("Snakemake", software.get("snakemake")),
-                )
-                if version
-            ),
-        ),
-        (
-            "Code",
-            f"commit {commit}{' with uncommitted changes' if git.get('dirty') else ''}"
-            if commit
-            else f"commit unknown ({git.get('reason') or _UNKNOWN})",
-        ),
+        ("Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
+        ("Code", commit),
     ]
 
 
@@ -254,9 +229,8 @@ def _data_uri(path: Path, kind: str) -> str:
     try:
         return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
     except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror or error}; make it with the workflow or `specsplit analyze`"
-        ) from None
+        reason = error.strerror or error
+        raise UserError(f"{path}: {reason}; make it with the workflow or `specsplit analyze`") from None
 
 
 def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """The tables of an experiment: the runs of a sweep put together, and their summary.
 
-`merge_runs` reads the folder of each run, `write_csv` writes the merged tables, `read_tables` reads them
+`merge_runs` reads the folder of each run, `read_tables` reads them
 again, and `summarize` makes one row a configuration. What is wrong in a file is refused with its name and line: a
 table that lost rows on the way would still give plausible means.
 """
@@ -21,7 +21,6 @@ from specsplit.analysis.statistics import bootstrap_mean_ci, bootstrap_ratio_ci,
 from specsplit.errors import UserError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.experiment.sweep import AUTO, MODES, gamma_order
-from specsplit.io import replace_file
 from specsplit.settings.axes import CONFIGURATION, PLAIN
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
@@ -81,16 +80,6 @@ def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     if requests.empty:
         raise UserError(f"{Path(results_dir) / 'requests.csv'}: has no request, only the header; {made_by}")
     return _checked(requests, rounds)
-
-
-def write_csv(frame: DataFrame, path: Path) -> None:
-    """Write a table; a reader sees the old file or the new one. Makes the folder when it is missing.
-
-    Floats have 10 significant digits: finer than any clock here, coarser than the last bits of a sum, which
-    differ between machines. Missing values are empty cells.
-    """
-    text = frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
-    replace_file(path, text)
 
 
 def finished(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:
@@ -178,15 +167,16 @@ def summarize(
         row |= {"requests": len(own), "repeats": repeats, "generated_tokens": int(tokens)}
         row |= _speedup(own, alone, settings)
         for metric in METRICS:
-            row |= _metric(own[metric].dropna(), metric, settings)
-        row |= _inter_chunk(own_rounds)
+            row |= metric_columns(own[metric], metric, settings)
+        gaps = own_rounds.groupby(["request_id", "repeat"], sort=False)["arrived_ms"].diff()
+        row |= quantiles(gaps, "inter_chunk_ms", (50, 90, 99))
         row["tokens_per_second"] = _ratio(1000 * tokens, latency)
         row |= _speculation(own, settings)
         for position in range(1, int(deepest) + 1):
             reached, kept = draft_position(own_rounds, position)
             row[f"acceptance_at_{position}"] = _ratio(kept.sum(), reached.sum())
-        known = own["matches_gamma0"].dropna()
-        row["lossless"] = _ratio(known.sum(), len(known))
+        compared = own["matches_gamma0"].dropna()
+        row["lossless"] = _ratio(compared.sum(), len(compared))
         row["failed_requests"] = int((every[configuration]["status"] == FAILED).sum())
         row["worker_failures"] = int(every[configuration][["draft_failures", "target_failures"]].to_numpy().sum())
         rows.append(row)
@@ -215,25 +205,20 @@ def _speedup(own: DataFrame, alone: DataFrame, settings: dict[str, Any]) -> dict
     return {"speedup": speedup, "speedup_ci_low": low, "speedup_ci_high": high}
 
 
-def _metric(values: Series, name: str, settings: dict[str, Any]) -> dict[str, float]:
-    low, high = bootstrap_mean_ci(values.to_numpy(), **settings)
-    row = {
-        f"{name}_mean": float(values.mean()),
-        f"{name}_ci_low": low,
-        f"{name}_ci_high": high,
-        f"{name}_median": float(values.median()),
-    }
-    if name in TIMES:
-        row |= {f"{name}_p90": float(values.quantile(0.9)), f"{name}_p99": float(values.quantile(0.99))}
-    return row
-
-
-def _inter_chunk(rounds: DataFrame) -> dict[str, float]:
-    gaps = rounds.groupby(["request_id", "repeat"], sort=False)["arrived_ms"].diff().dropna()
+def quantiles(values: Series, name: str, percents: Sequence[int]) -> dict[str, float]:
+    """{NAME_median, NAME_p90, ...} of the values that are there; NaN when there are none."""
     return {
-        "inter_chunk_ms_median": float(gaps.median()),
-        **{f"inter_chunk_ms_p{percent}": float(gaps.quantile(percent / 100)) for percent in (90, 99)},
+        f"{name}_{'median' if percent == 50 else f'p{percent}'}": float(values.dropna().quantile(percent / 100))
+        for percent in percents
     }
+
+
+def metric_columns(values: Series, name: str, settings: dict[str, Any]) -> dict[str, float]:
+    """NAME_mean, its interval and the median of the values that are there; of times p90 and p99 as well."""
+    values = values.dropna()
+    low, high = bootstrap_mean_ci(values.to_numpy(), **settings)
+    row = {f"{name}_mean": float(values.mean()), f"{name}_ci_low": low, f"{name}_ci_high": high}
+    return row | quantiles(values, name, (50, 90, 99) if name in TIMES else (50,))
 
 
 def _speculation(own: DataFrame, settings: dict[str, Any]) -> dict[str, float]:

@@ -8,19 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.errors import UserError
 from specsplit.settings.processes import OrchestratorConfig
 
 if TYPE_CHECKING:
-    from specsplit.client.result import SpeculativeResult
     from specsplit.launch.endpoint import Endpoint
 
 
-def add_commands(subparsers: Any) -> None:
-    parser = subparsers.add_parser("generate", help="write one text and show it as it comes")
+def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="the prompt; - reads it from standard input")
     parser.add_argument(
         "--model",
@@ -29,18 +27,15 @@ def add_commands(subparsers: Any) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="print the text alone, no figures after it")
     add_setting_flags(parser, OrchestratorConfig)
-    parser.set_defaults(run=run_generate)
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from specsplit import tracing
-    from specsplit.client.handshake import connected_pair
-    from specsplit.client.pipeline import TextWriter
+    from specsplit.api.pair import over_grpc
     from specsplit.errors import WorkerError
     from specsplit.launch.endpoint import resolve_address
     from specsplit.models.sources import resolve_model
-    from specsplit.models.tokenizer import TextCodec, TextStream
-    from specsplit.rpc.credentials import Access
+    from specsplit.models.tokenizer import TextCodec
 
     if args.model is not None:
         args.tokenizer = args.tokenizer or args.model
@@ -50,26 +45,18 @@ def run_generate(args: argparse.Namespace) -> None:
         raise UserError("no tokenizer: give --tokenizer FOLDER, or --model FOLDER to start workers as well")
     prompt = _prompt(args.prompt)
     codec = TextCodec.load(resolve_model(config.tokenizer)[0])
-    stream = TextStream(codec)
-
-    def show(token_ids: list[int], *, last: bool = False) -> None:
-        print(stream.feed(token_ids, last=last), end="", flush=True)
-
     with _addresses(args.model, config) as addresses:
         config = config.model_copy(update={role: resolve_address(a) for role, a in addresses.items()})
-        with connected_pair(config, codec.sha256) as (draft, target):
-            prompt_ids = codec.encode(prompt, use_chat_template=config.use_chat_template)
-            with TextWriter(draft.address if draft else None, target.address, access=Access.of(config)) as writer:
-                try:
-                    result = writer.write(prompt_ids, config, on_tokens=show)
-                except WorkerError:
-                    show([], last=True)
-                    print()  # the message stands below the text so far
-                    raise
-    show([], last=True)
-    print()
+        with over_grpc(config, codec, has_draft=config.max_draft_tokens != 0) as pair, pair.stream(prompt) as stream:
+            try:
+                for piece in stream:
+                    print(piece, end="", flush=True)
+            except WorkerError:
+                print()  # the message stands below the text so far
+                raise
+            print()
     if not args.quiet:
-        print(_figures(result), file=sys.stderr)
+        print(f"[{stream.text.summary()}]", file=sys.stderr)
 
 
 def _prompt(given: str) -> str:
@@ -104,17 +91,3 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
     roles = ("target", "draft") if config.max_draft_tokens else ("target",)
     with own_workers({role: partial(start, role) for role in roles}) as started:
         yield {f"{role}_address": endpoint.address for role, endpoint in started.items()}
-
-
-def _figures(result: SpeculativeResult) -> str:
-    tokens, rounds = len(result.output_tokens), result.rounds
-    drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
-    parts = [f"{tokens} tokens in {len(rounds)} rounds", f"ended by {result.finish_reason}"]
-    if drafted:
-        parts.append(f"accepted {accepted} of {drafted} drafted ({accepted / drafted:.0%})")
-    if result.ttft_ms is not None:
-        parts.append(f"TTFT {result.ttft_ms:.0f} ms")
-        if tokens > 1:
-            parts.append(f"TPOT {(result.total_ms - result.ttft_ms) / (tokens - 1):.1f} ms")
-    parts += [f"{f.worker} worker failed in round {f.round} ({f.code}, {f.action})" for f in result.failures]
-    return "[" + ", ".join(parts) + "]"

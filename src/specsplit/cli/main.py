@@ -8,17 +8,51 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import specsplit
 from specsplit import logs
-from specsplit.cli import bench, capacity, distill, drafts, generate, prepare, provenance, report, simulate, workers
 from specsplit.errors import UserError
 from specsplit.launch.lease import end_with_lease
+
+# Every command, with its line of help. `provenance verify` is the module specsplit.cli.provenance.verify, which has
+# `add_flags(parser)` and `run(args)`. A command with commands below it stands before them.
+COMMANDS = {
+    "generate": "write one text and show it as it comes",
+    "worker": "serve a draft or target model over gRPC until SIGTERM",
+    "start-worker": "start a worker in the background, or attach to a running one",
+    "stop-worker": "stop a worker that start-worker started",
+    "bench": "run prompts against two workers at every point of a sweep",
+    "merge": "put run folders together into requests.csv and per_round.csv",
+    "analyze": "summary.csv and figures from requests.csv and per_round.csv",
+    "profile": "where a round's time goes, from requests.csv and per_round.csv",
+    "capacity": "tokens/s, latency and goodput with many clients at once",
+    "context-curve": "what a token costs against the length of its context",
+    "theory-check": "every pipeline mode with simulated models: measured time per token beside the formula's",
+    "overhead": "what a round costs beyond model time: real workers on this machine, models that take no time",
+    "prepare-model": "fetch a model, check it, and make a local folder of it",
+    "prepare-dataset": "check prompts and take a stratified slice of them",
+    "pick-layers": "find decoder layers that a draft of the same model can skip",
+    "distill": "make a small draft from a target: its own text, trained on",
+    "distill write-data": "1: the target writes the training text; goes on where it was",
+    "distill train": "2: train the draft; goes on from the last checkpoint",
+    "distill measure": "3: acceptance by position, on prompts, with the workers' own code",
+    "distill card": "4: the model card, the hashes and the figure of the three steps",
+    "provenance": "the record of how results were made: check, compare, repeat",
+    "provenance record": "write the record (the workflow does)",
+    "provenance seal": "write a SHA256SUMS of finished results (the workflow does)",
+    "provenance archive": "pack results into an RO-Crate (the workflow does)",
+    "provenance verify": "recompute every hash and name what differs; exit status 1 when something does",
+    "provenance diff": "what changed between two runs; exit status 1 when more than times did",
+    "provenance reproduce": "print the commands that repeat an experiment, as a shell script",
+    "report": "one HTML page with tables, figures, machine, commands and checklist",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status 0; 2 for what the user can mend; 130 after Ctrl-C, 143 after SIGTERM."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = build_parser(argv).parse_args(argv)
     if args.command != "worker":  # which looks after its lease itself
         end_with_lease()
     # As an exception, so that what was started is stopped on the way out. Workers have a handler of their own.
@@ -39,11 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets `run` to its function."""
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands. Only that of the command in `argv`, whose module is imported, knows its flags."""
     parser = argparse.ArgumentParser(prog="specsplit", description=specsplit.__doc__)
     parser.add_argument("--version", action="version", version=f"specsplit {specsplit.__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, workers, bench, capacity, simulate, prepare, drafts, distill, provenance, report):
-        module.add_commands(subparsers)
+    subparsers = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
+    words = [word for word in argv if not word.startswith("-")]
+    for name, text in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        command = subparsers[group].add_parser(word, help=text, description=text)
+        if any(other.startswith(f"{name} ") for other in COMMANDS):
+            subparsers[name] = command.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+        elif name.split() == words[: len(name.split())]:
+            module = import_module(f"specsplit.cli.{name.replace('-', '_').replace(' ', '.')}")
+            module.add_flags(command)
+            command.set_defaults(run=module.run)
     return parser

@@ -13,29 +13,32 @@ from specsplit.settings.processes import OrchestratorConfig
 
 
 @contextmanager
-def connected_pair(config: OrchestratorConfig, tokenizer_sha256: str) -> Iterator[tuple[Connection | None, Connection]]:
-    """Connections to the draft (None when config.max_draft_tokens is 0) and the target worker.
+def connected_pair(
+    config: OrchestratorConfig, tokenizer_sha256: str | None, *, draft: bool | None = None
+) -> Iterator[tuple[Connection | None, Connection]]:
+    """Connections to the draft worker, or None, and to the target worker.
 
-    tokenizer_sha256: of the tokenizer that makes the prompts. Raises UserError when a worker is missing or the
+    tokenizer_sha256: of the tokenizer that makes the prompts; None when there is none. draft: whether there is a draft
+    worker; by default there is unless config.max_draft_tokens is 0. Raises UserError when a worker is missing or the
     tokenizers are not all the same.
     """
     with ExitStack() as stack:
         known: dict[str, Any] = {"timeout_s": config.connect_timeout_s, "access": Access.of(config)}
         target = stack.enter_context(connect("target", config.target_address, **known))
-        draft = None
-        if config.max_draft_tokens:
-            draft = stack.enter_context(connect("draft", config.draft_address, **known))
+        drafter = None
+        if config.max_draft_tokens if draft is None else draft:
+            drafter = stack.enter_context(connect("draft", config.draft_address, **known))
         check_tokenizers(
             {
-                "--tokenizer": tokenizer_sha256,
+                **({} if tokenizer_sha256 is None else {"--tokenizer": tokenizer_sha256}),
                 **{
                     f"the {c.role} worker ({c.description.model})": c.description.tokenizer_sha256
-                    for c in (draft, target)
+                    for c in (drafter, target)
                     if c is not None
                 },
             }
         )
-        yield draft, target
+        yield drafter, target
 
 
 def check_tokenizers(named: dict[str, str]) -> None:

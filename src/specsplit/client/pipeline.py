@@ -13,16 +13,16 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed, reach_async
+from specsplit.client.event_loop import event_loop
+from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed, describe
 from specsplit.client.requests import draft_fields, verify_fields
 from specsplit.client.result import Round, SpeculativeResult
-from specsplit.client.session import Confirmed
+from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
 from specsplit.client.stream import Stream
 from specsplit.client.text import OnTokens, Text
@@ -71,11 +71,11 @@ async def _write(
     on_tokens: OnTokens | None,
     controller: GammaController | None,
 ) -> SpeculativeResult:
-    target_info = await reach_async(recovery, "target", target_stub)
+    target_info = await describe(recovery, "target", target_stub)
     draft_info = None
     if config.max_draft_tokens:
         with suppress(WithoutDraft):
-            draft_info = await reach_async(recovery, "draft", draft_stub)
+            draft_info = await describe(recovery, "draft", draft_stub)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
     stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
     if config.max_draft_tokens != "auto":
@@ -93,7 +93,7 @@ async def _write(
         finally:
             await pipeline.close()
         try:
-            await reach_async(recovery, failed.role, stubs[failed.role], failed)
+            await describe(recovery, failed.role, stubs[failed.role], failed)
         except WithoutDraft:
             stubs["draft"] = None
             text.drop_draft()
@@ -129,7 +129,7 @@ class _Pipeline:
         self.draft = None
         if draft_stub is not None:
             self.draft = Stream("draft", carry(draft_stub.StreamDrafts), timeout_s=config.rpc_timeout_s)
-        self.at_target, self.at_draft = Confirmed(), Confirmed()
+        self.at_target, self.at_draft = HeldPrefix(), HeldPrefix()
 
     async def close(self) -> None:
         await self.target.close()
@@ -141,7 +141,7 @@ class _Pipeline:
         ahead: _Ahead | None = None
         outcome: tuple[tuple[int, ...], int] = ((), -1)
         while not self.text.finished:
-            began = time.perf_counter()
+            began = asked = time.perf_counter()
             drafted: pb.GenerateDraftsReply | None = None
             speculation = "none" if ahead is None else "hit" if outcome in ahead.trees else "miss"
             if ahead is not None and speculation == "hit":
@@ -158,13 +158,13 @@ class _Pipeline:
                     ahead = await self._ask_draft(gamma)
                     drafted = await self._draft_reply(is_ahead=False)
                     tree = tree_from_message(drafted.tree)
+                    asked = time.perf_counter()
                 await self._verify(tree)
-            asked = time.perf_counter() if drafted is not None else began
             verdict = await self._verdict(ahead)
             now = time.perf_counter()
             accepted = list(verdict.accepted_tokens)
             outcome = (tuple(accepted), verdict.next_token)
-            self.at_target.holds([*self.text.tokens, *accepted])
+            self.at_target.extend_to([*self.text.tokens, *accepted])
             timings = drafted.timings if drafted is not None else pb.Timings(compute_ms=hidden_ms)
             measured = Round(
                 round=len(self.text.result.rounds) + 1,
@@ -226,7 +226,7 @@ class _Pipeline:
                 )
         fields = draft_fields(self.text, gamma, wanted)
         context = self.at_draft.context(self.text.tokens)
-        self.at_draft.holds(self.text.tokens)
+        self.at_draft.extend_to(self.text.tokens)
         await self.draft.send(pb.GenerateDraftsRequest(context=context, **fields))
         return ahead
 
@@ -272,12 +272,6 @@ class _Pipeline:
             for task in (verdict, drafts):
                 task.cancel()
             await asyncio.gather(verdict, drafts, return_exceptions=True)
-
-
-@cache
-def event_loop() -> asyncio.Runner:
-    """The one event loop of this process: grpc.aio is unhappy when an earlier one was closed."""
-    return asyncio.Runner()
 
 
 class TextWriter:

@@ -188,28 +188,11 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int) else list(value)
 
 
-def reach(recovery: Recovery, role: str, stub: Any, failed: WorkerFailed | None = None) -> pb.DescribeReply:
+async def describe(recovery: Recovery, role: str, stub: Any, failed: WorkerFailed | None = None) -> pb.DescribeReply:
     """What the worker behind a stub says of itself, waited for and asked again as `recovery` says.
 
     failed: how it failed just now. Raises WorkerError and WithoutDraft.
     """
-    while True:
-        again = failed is not None
-        if failed is not None:
-            time.sleep(recovery.wait_s(failed))
-        try:
-            timeout_s = recovery.timeout_s(again=again)
-            worker = stub.Describe(pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=again)
-        except grpc.RpcError as error:
-            failed = failure_of(role, error.code(), error.details(), error.trailing_metadata())
-            continue
-        if again:
-            recovery.resumed()
-        return recovery.met(role, worker)
-
-
-async def reach_async(recovery: Recovery, role: str, stub: Any, failed: WorkerFailed | None = None) -> pb.DescribeReply:
-    """As `reach`, over a stub of grpc.aio."""
     while True:
         again = failed is not None
         if failed is not None:

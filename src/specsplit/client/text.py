@@ -9,7 +9,7 @@ from dataclasses import replace
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import TextSpan
 from specsplit.decoding.sampling import Sampling
-from specsplit.errors import UserError
+from specsplit.errors import PromptError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.processes import OrchestratorConfig
 
@@ -19,7 +19,7 @@ OnTokens = Callable[[list[int]], None]
 class Text:
     """Prompt and generated tokens, with the limits that the workers and the configuration set.
 
-    target, draft: what the workers say of themselves; draft may be None. Raises UserError when the prompt is empty or
+    target, draft: what the workers say of themselves; draft may be None. Raises PromptError when the prompt is empty or
     leaves no room for a token. span: told of each round, where there is one.
     """
 
@@ -39,11 +39,11 @@ class Text:
         self._draft_vocab = draft.vocab_size if draft else 0
         self._draft_limit = min(self.limit, draft.max_context) if draft else 0
         if len(prompt_ids) >= self.limit:
-            raise UserError(
+            raise PromptError(
                 f"the prompt has {len(prompt_ids)} tokens, a text can have {self.limit}: shorten the prompt"
             )
         if not prompt_ids:
-            raise UserError("the prompt has no tokens")
+            raise PromptError("the prompt has no tokens")
         self.stop_ids: list[int] = []
         if not config.ignore_eos:
             self.stop_ids = list(target.eos_token_ids if config.stop_token_ids is None else config.stop_token_ids)

@@ -9,12 +9,30 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Generator, Mapping
+from dataclasses import dataclass
 
-from specsplit.decoding.sampling import Candidates
-from specsplit.decoding.tree import ROOT, TokenTree, TreeShape
+from specsplit.decoding.sampling import GREEDY, Candidates, Sampling
+from specsplit.decoding.tree import MAX_BRANCHING, ROOT, TokenTree, TreeShape
+
+CANDIDATES = 2 * MAX_BRANCHING
+"""Kept of each node: enough for any shape, and for what may come instead of the drafted tokens."""
+
+CHAIN = TreeShape()
 
 Want = tuple[int, int, float]
 Growth = Generator[list[Want], list[int] | None, TokenTree]
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """What is asked of a draft. length_limit: tokens that the text can have; a draft ends one before it."""
+
+    gamma: int
+    shape: TreeShape = CHAIN
+    sampling: Sampling = GREEDY
+    stop_token_ids: frozenset[int] = frozenset()
+    vocab_size: int = 1 << 31
+    length_limit: int = 1 << 31
 
 
 def grow(

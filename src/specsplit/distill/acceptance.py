@@ -1,23 +1,23 @@
 """How often the target accepts what the draft proposes, position by position, on prompts that nothing was trained on.
 
-Drafts and verdicts come from the code that the workers run (worker/draft.py, worker/target.py); there
-is no network in between, so nothing here is a time.
+By the reference loop (decoding/loop.py): there is no network in between, so nothing here is a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
+import torch
 
 from specsplit.analysis.statistics import bootstrap_ratio_ci
-from specsplit.decoding.sampling import GREEDY
+from specsplit.decoding.growth import DraftSettings
+from specsplit.decoding.loop import NO_DRAFT, speculate
+from specsplit.decoding.tree import TokenTree
 from specsplit.engines.loading import LanguageModel
 from specsplit.models.vocabulary import Vocabulary
-from specsplit.worker.draft import Drafter, DraftSettings
-from specsplit.worker.sessions import Session
-from specsplit.worker.target import verify_tree
 
 ROUND_COLUMNS = ("request_id", "category", "round", "drafted", "accepted")
 ACCEPTANCE_COLUMNS = (
@@ -34,39 +34,20 @@ class Round:
     accepted: int
 
 
-def speculate(
-    target: LanguageModel,
-    draft: LanguageModel,
-    vocabulary: Vocabulary,
-    prompt: Sequence[int],
-    *,
-    gamma: int,
-    max_tokens: int,
-) -> tuple[list[int], list[Round]]:
-    """A greedy text of at most `max_tokens` tokens by drafts of `gamma` tokens, and its rounds.
+class InTargetTokens:
+    """A draft model that reads and writes the target's token ids, for `speculate`.
 
-    The text ends with an end-of-text token, which is included, at the latest; it is the target's own, whatever the
-    draft. A draft is never longer than what may still be written, less the token that the target adds itself.
+    vocabulary: one whose tokens have the target's ids, so the whole one or a reduced head.
     """
-    limit = min(len(prompt) + max_tokens, target.max_context)
-    room = limit + gamma + 1
-    sessions = Session(target.new_cache(room)), Session(draft.new_cache(min(room, draft.max_context)))
-    stop = frozenset(target.eos_token_ids)
-    settings = DraftSettings(gamma, stop_token_ids=stop, vocab_size=target.vocab_size, length_limit=limit)
-    text, held = list(prompt), 0
-    rounds: list[Round] = []
-    while len(text) < limit:
-        tree = Drafter(draft, vocabulary, sessions[1], text, settings).draft()
-        verdict = verify_tree(target, sessions[0], text, held, tree, GREEDY)
-        accepted = [tree.token_ids[node] for node in verdict.path]
-        rounds.append(Round(len(tree), len(accepted)))
-        held = len(text) + len(accepted)
-        new = [*accepted, verdict.next_token]
-        ended = next((i for i, token in enumerate(new) if token in stop), None)
-        text += new if ended is None else new[: ended + 1]
-        if ended is not None:
-            break
-    return text[len(prompt) :], rounds
+
+    def __init__(self, model: LanguageModel, vocabulary: Vocabulary) -> None:
+        self._model, self._vocabulary = model, vocabulary
+        self.vocab_size, self.max_context, self.new_cache = vocabulary.size, model.max_context, model.new_cache
+
+    def step(
+        self, cache: Any, tokens: Sequence[int], tree: TokenTree = NO_DRAFT, cached_nodes: int = 0
+    ) -> torch.Tensor:
+        return self._vocabulary.outward(self._model.step(cache, tokens, tree, cached_nodes))
 
 
 def acceptance(rounds: pd.DataFrame, *, confidence: float, bootstrap_samples: int, seed: int) -> pd.DataFrame:
@@ -99,10 +80,15 @@ def measure(
     max_tokens: int,
     on_request: Callable[[str, Sequence[Round]], None] = lambda request_id, rounds: None,
 ) -> pd.DataFrame:
-    """One row for every round of every request (id, category, tokens of the prompt), with ROUND_COLUMNS."""
+    """One row for every round of every request (id, category, tokens of the prompt), with ROUND_COLUMNS.
+
+    Texts are greedy and have at most `max_tokens` tokens, the end-of-text token included.
+    """
     rows = []
+    asked = DraftSettings(gamma, stop_token_ids=frozenset(target.eos_token_ids))
     for request_id, category, prompt in requests:
-        _, rounds = speculate(target, draft, vocabulary, prompt, gamma=gamma, max_tokens=max_tokens)
+        written = speculate(target, InTargetTokens(draft, vocabulary), prompt, asked, max_new_tokens=max_tokens)
+        rounds = [Round(len(r.tree), r.accepted) for r in written]
         rows += [(request_id, category, number, r.drafted, r.accepted) for number, r in enumerate(rounds, start=1)]
         on_request(request_id, rounds)
     return pd.DataFrame(rows, columns=list(ROUND_COLUMNS))

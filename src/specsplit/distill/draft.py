@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 
 from specsplit.distill.recipe import TrainingSettings
-from specsplit.distill.shards import Text, frequent_tokens
+from specsplit.distill.shards import Text, frequent_tokens, replace_tensors
 from specsplit.engines.numba import ARCHITECTURES
 from specsplit.engines.reduced_vocabulary import reduce_vocabulary
 from specsplit.engines.transformers import DTYPES, CausalLM, drop_layers
 from specsplit.errors import UserError
+from specsplit.io import replace_file
 from specsplit.models.fingerprint import MAP_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
 
 WEIGHTS = "model.safetensors"
@@ -84,9 +84,6 @@ def save_draft(model: Any, tokens: Sequence[int] | None, dtype: str, target_fold
     model.config.dtype = DTYPES[dtype]
     model.config.save_pretrained(folder)
     if tokens is not None:
-        (folder / MAP_FILES[0]).write_text(json.dumps(list(tokens)) + "\n", encoding="utf-8")
+        replace_file(folder / MAP_FILES[0], json.dumps(list(tokens)) + "\n")
     weights = {name: p.detach().to("cpu", DTYPES[dtype]).contiguous() for name, p in model.named_parameters()}
-    part = folder / f".{WEIGHTS}.part"
-    save_file(weights, part, {"format": "pt"})
-    shutil.copymode(folder / "config.json", part)  # saved readable by their owner alone
-    part.replace(folder / WEIGHTS)
+    replace_tensors(folder / WEIGHTS, weights, {"format": "pt"})

@@ -26,14 +26,14 @@ def top_k_divergence(logits: torch.Tensor, rows: torch.Tensor, log_probs: torch.
     log_probs: [positions, k], the target's. There must be fewer likely tokens than rows.
     """
     logits, log_probs = logits.float(), log_probs.float()
-    known = rows >= 0
+    in_head = rows >= 0
     draft = logits.log_softmax(-1)
-    target = torch.where(known, log_probs.exp(), 0.0)
+    target = torch.where(in_head, log_probs.exp(), 0.0)
     rest = (1.0 - target.sum(-1)).clamp(min=0.0)
-    tops = torch.where(known, target * (log_probs - draft.gather(-1, rows.clamp(min=0))), 0.0).sum(-1)
+    tops = torch.where(in_head, target * (log_probs - draft.gather(-1, rows.clamp(min=0))), 0.0).sum(-1)
     # Over the other rows alone: 1 - sum would lose all digits where the draft is sure. One row more takes what is
     # written for tokens that the draft does not have.
-    others = F.pad(draft, (0, 1), value=NOT_AT_ALL).scatter(-1, torch.where(known, rows, draft.shape[-1]), NOT_AT_ALL)
+    others = F.pad(draft, (0, 1), value=NOT_AT_ALL).scatter(-1, torch.where(in_head, rows, draft.shape[-1]), NOT_AT_ALL)
     draft_rest = others.logsumexp(-1)
     return tops + torch.where(rest > 0, rest * (rest.clamp(min=1e-30).log() - draft_rest), 0.0)
 

@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from specsplit.errors import UserError
-from specsplit.io import combined_sha256, read_json_object, sha256_file, write_json
+from specsplit.io import combined_sha256, read_json_object, replacing, sha256_file, write_json
 
 MANIFEST = "manifest.json"
+POOL = 32  # batches
 HEADER = "specsplit"
-RECIPE = "recipe_sha256"  # in the header of a shard: what it was written by
+RECIPE = "recipe_sha256"  # in the header of a shard: hash of the settings that it was written with
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,19 @@ def write_shard(path: Path, texts: Sequence[Text], header: Mapping[str, Any]) ->
         "top_ids": torch.cat([text.top_ids for text in texts]).to(torch.int32),
         "top_log_probs": torch.cat([text.top_log_probs for text in texts]).to(torch.float16),
     }
-    part = path.with_suffix(".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # One entry: several are written in any order, and the same texts must give the same bytes.
-        save_file(tensors, part, {HEADER: json.dumps(header, sort_keys=True)})
-        part.chmod(0o644)  # saved readable by its owner alone
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    # One entry: several are written in any order, and the same texts must give the same bytes.
+    replace_tensors(path, tensors, {HEADER: json.dumps(header, sort_keys=True)})
+
+
+def replace_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; a reader sees the old file or the new one."""
+    with replacing(path) as part:
+        save_file(tensors, part, metadata)
+        part.chmod(0o644)  # safetensors makes it readable by its owner alone
 
 
 def shard_header(path: Path) -> dict[str, Any]:
-    """What write_shard was told about a shard; empty when there is no whole file."""
+    """The header that write_shard was given; empty when there is no whole file."""
     try:
         with safe_open(path, framework="np") as shard:
             return dict(json.loads((shard.metadata() or {})[HEADER]))
@@ -145,20 +146,16 @@ def frequent_tokens(texts: Sequence[Text], size: int, vocab_size: int, always: S
         np.add.at(answers, tokens[text.answer :], 1)
         np.add.at(everywhere, tokens, 1)
     order = np.lexsort((np.arange(vocab_size), -everywhere, -answers)).tolist()
-    kept = set(order[:size])
-    spare = [token for token in order[:size] if token not in always]  # the rarest give way
-    for token in always:
-        if token not in kept:
-            kept.remove(spare.pop())
-            kept.add(token)
+    others = [token for token in order if token not in always]
+    kept = {*always, *others[: size - len(set(always))]}
     return [token for token in order if token in kept]
 
 
 def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """Indices of every text once, in batches of texts of about the same length, in the order of one epoch.
 
-    Texts are shuffled, sorted by length among POOL batches' worth, cut, and the batches shuffled: little padding, and
-    hardly any order. The last batch of a pool may be smaller.
+    Texts are shuffled, sorted by length within pools of POOL batches, cut into batches, and the batches shuffled:
+    little padding, and an order that is nearly random. The last batch of a pool may be smaller.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths)).tolist()
@@ -168,6 +165,3 @@ def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> Iterato
         found += [pool[i : i + size] for i in range(0, len(pool), size)]
     for index in rng.permutation(len(found)).tolist():
         yield found[index]
-
-
-POOL = 32

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from specsplit.distill.losses import agreement, to_draft_rows, top_k_divergence
 from specsplit.distill.recipe import TrainingSettings
-from specsplit.distill.shards import Text, batches
+from specsplit.distill.shards import HEADER, Text, batches, replace_tensors
 from specsplit.errors import UserError
 
 BETAS = (0.9, 0.95)
-HEADER = "specsplit"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_COLUMNS = ("step", "tokens", "learning_rate", "loss", "grad_norm", "validation_loss", "validation_agreement")
 Row = dict[str, Any]  # of LOSS_COLUMNS, those that are known
@@ -202,17 +200,8 @@ class Trainer:
         tensors = {f"param.{name}": p.detach() for name, p in self._parameters.items()}
         tensors |= {f"{m}.{name}": state[p][m] for name, p in self._parameters.items() for m in MOMENTS}
         header = {"recipe": self._recipe, "step": self.step, "seconds": self.seconds, "learnt": self.learnt}
-        part = self._checkpoint.with_suffix(".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-                part,
-                {HEADER: json.dumps({**header, "rows": self.rows})},
-            )
-            part.replace(self._checkpoint)
-        finally:
-            part.unlink(missing_ok=True)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        replace_tensors(self._checkpoint, tensors, {HEADER: json.dumps({**header, "rows": self.rows})})
 
     def _load_checkpoint(self) -> None:
         """Go on from the checkpoint, when there is one of this recipe; another one is left to be written over."""

@@ -1,14 +1,16 @@
-"""The target writes its own training text, as Magpie does (Xu et al. 2024): no data from elsewhere.
+"""The target writes its own training text, as in Magpie (Xu et al. 2024), so no other data is needed.
 
-A chat model that is given its template up to where the user speaks goes on as a user would. What it writes there is
-put into the template as a prompt is, and answered. A model without a template writes a text from its beginning.
+A chat model that gets its template up to the user's turn writes what a user would say. That text is put into the
+template as a prompt, and the model answers it. A model without a template writes a text from its beginning.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,12 @@ from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object, write_json
 from specsplit.models.tokenizer import TextCodec
 
-MARK = "\u2063specsplit\u2063"  # stands for what the user says while the template is taken apart
+MARK = "\u2063specsplit\u2063"  # stands for the user's words while the template is taken apart
 LABEL_TOKENS = 1 << 13  # of a pass that asks for the probabilities: its logits are [tokens, vocabulary]
 USER, ANSWER = 0, 1  # the two draws of a batch have seeds of their own
 LEFT_OUT = ("unusable", "repeated", "held_out")
 TIMES = "seconds.json"
-VERSION = 1  # of what is written by the same settings: another one, and shards that are there are not taken
+VERSION = 1  # of the texts that the same settings give; existing shards of another version are not used
 EMPTY_BATCHES = 20  # in a row, after which the model is given up
 
 
@@ -51,8 +53,8 @@ class Template:
 
 @dataclass
 class Written:
-    """Of one batch the texts, and how many were left out, and why: nothing said or nothing left to say (unusable), said
-    before (repeated), a prompt that must not be among them (held_out)."""
+    """The texts of a batch, and how many were left out: without a usable prompt (unusable), with the prompt of an
+    earlier text (repeated), with a prompt that must not be among them (held_out)."""
 
     texts: list[Text]
     unusable: int = 0
@@ -110,7 +112,7 @@ class Writer:
             raise UserError(f"top_k {settings.top_k}: the target has {model.vocab_size} tokens, so at most one less")
 
     def remember(self, texts: Sequence[Text]) -> None:
-        """Take note of texts that were written: their prompts are not taken again."""
+        """Note texts that were written before: their prompts are not used again."""
         self._seen |= {tuple(text.tokens[: text.answer].tolist()) for text in texts}
 
     def batch(self, number: int) -> Written:
@@ -134,7 +136,7 @@ class Writer:
         return written
 
     def _prompts(self, number: int) -> list[tuple[str, tuple[int, ...]]]:
-        """What users say, as text and as the model is given it; no tokens for what is of no use."""
+        """User turns, as text and as the tokens of the prompt; no tokens for one that cannot be used."""
         settings = self.settings
         rows = [self.template.user] * settings.write_batch
         turns = self._generate(rows, settings.max_user_tokens, settings.user_temperature, (number, USER))
@@ -144,7 +146,7 @@ class Writer:
                 (text, () if turn[-1] in self.stop_ids else (*self.template.user, *turn))
                 for text, turn in zip(texts, turns, strict=True)
             ]
-        # Encoded anew, as a prompt that is typed: perhaps not with the tokens that were sampled.
+        # Encoded from text, as a typed prompt is; the tokens may differ from the sampled ones.
         prompts = [tuple(self.codec.encode(text)) if text else () for text in texts]
         return [(text, p if len(p) <= self._longest_prompt else ()) for text, p in zip(texts, prompts, strict=True)]
 
@@ -170,19 +172,16 @@ class Writer:
             pad_token_id=pad,
             **chosen,
         )
-        return [self._until_end(row) for row in output[:, width:].tolist()]
-
-    def _until_end(self, row: list[int]) -> list[int]:
-        end = next((i for i, token in enumerate(row) if token in self.stop_ids), len(row) - 1)
-        return row[: end + 1]
+        new: list[list[int]] = output[:, width:].tolist()
+        ends = (next((i for i, token in enumerate(row) if token in self.stop_ids), len(row)) for row in new)
+        return [row[: end + 1] for row, end in zip(new, ends, strict=True)]
 
     @torch.inference_mode()
     def _label(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Text]:
         """The target's likeliest tokens at every position of the answers, by plain passes over the whole texts."""
         device, k = self.model.device, self.settings.top_k
         texts: list[Text] = []
-        width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-        at_once = max(1, LABEL_TOKENS // width)
+        at_once = max(1, LABEL_TOKENS // max(len(prompt) + len(answer) for prompt, answer in pairs))
         for start in range(0, len(pairs), at_once):
             part = pairs[start : start + at_once]
             rows = [prompt + answer for prompt, answer in part]
@@ -217,30 +216,31 @@ def write_texts(
         "target": about["target"],
         "held_out": about["held_out"],
     }
-    recipe, tokens, number, useless = json_sha256(decides), 0, 0, 0
+    recipe, tokens, empty = json_sha256(decides), 0, 0
     shards: list[dict[str, Any]] = []
-    left_out = dict.fromkeys(LEFT_OUT, 0)
-    took = _Times(folder / TIMES)
-    while tokens < settings.tokens:
-        path, started = shard_path(folder, number), time.monotonic()
-        found = shard_header(path)
-        if found.get(RECIPE) == recipe:
-            written = Written(read_shard(path), **{name: found[name] for name in LEFT_OUT})
+    left_out: Counter[str] = Counter(dict.fromkeys(LEFT_OUT, 0))
+    # The seconds that each shard took, in a file of their own: shards are the same bytes however long they took.
+    times: dict[str, float] = read_json_object(folder / TIMES) if (folder / TIMES).is_file() else {}
+    for number in count():
+        if tokens >= settings.tokens:
+            break
+        path, started, seconds = shard_path(folder, number), time.monotonic(), 0.0
+        header = shard_header(path)
+        if header.get(RECIPE) == recipe:
+            written = Written(read_shard(path), **{name: header[name] for name in LEFT_OUT})
             writer.remember(written.texts)
-            seconds = 0.0
         else:
             written = writer.batch(number)
             if written.texts:
                 write_shard(path, written.texts, {RECIPE: recipe, **written.counts()})
             seconds = time.monotonic() - started
-            took.note(path.name, seconds)
-        number += 1
-        for name, count in written.counts().items():
-            left_out[name] += count
-        useless = 0 if written.texts else useless + 1
-        if useless == EMPTY_BATCHES:
+            times[path.name] = round(seconds, 3)
+            write_json(folder / TIMES, times)
+        left_out.update(written.counts())
+        empty = 0 if written.texts else empty + 1
+        if empty == EMPTY_BATCHES:
             raise UserError(
-                f"the target wrote {useless} batches without a new prompt: raise user_temperature or write_batch, or "
+                f"the target wrote {empty} batches without a new prompt: raise user_temperature or write_batch, or "
                 "choose another target"
             )
         if written.texts:
@@ -250,27 +250,13 @@ def write_texts(
     for path in folder.glob("shard-*.safetensors"):  # of another recipe, or of more text
         if path.name not in {shard["file"] for shard in shards}:
             path.unlink()
-    facts = {"settings": settings.model_dump(), "left_out": left_out, "seconds": took.total(shards)}
+    spent = sum(times.get(shard["file"], 0.0) for shard in shards)
+    facts = {"settings": settings.model_dump(), "left_out": dict(left_out), "seconds": spent}
     return write_manifest(folder, shards, {"recipe_sha256": recipe, **facts, **about})
 
 
-class _Times:
-    """Seconds that each shard took. In a file of their own: shards are the same bytes however long they took."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._seconds: dict[str, float] = read_json_object(path) if path.is_file() else {}
-
-    def note(self, name: str, seconds: float) -> None:
-        self._seconds[name] = round(seconds, 3)
-        write_json(self._path, self._seconds)
-
-    def total(self, shards: Sequence[dict[str, Any]]) -> float:
-        return sum(self._seconds.get(shard["file"], 0.0) for shard in shards)
-
-
 def plain(text: str) -> str:
-    """A prompt without what does not make it another one: capitals, and how its words are spaced."""
+    """A prompt without capitals and with single spaces, so that other spellings of it are found."""
     return " ".join(text.casefold().split())
 
 

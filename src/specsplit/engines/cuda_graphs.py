@@ -1,9 +1,9 @@
 """CausalLM on buffers of fixed shape, so that a pass on a GPU is one CUDA graph that is replayed.
 
-A pass over few tokens takes as long as the weights' way from memory, if the GPU does not wait for Python in between,
-which launches some ten kernels a layer. A graph is recorded once and launched whole. For that every tensor stays where
-it is: tokens, positions and mask are copied to their place, keys and values go to slots that the graph reads, and a
-pass is padded to one of a few sizes. On the CPU the same passes run on the same buffers without a graph.
+A pass over few tokens takes as long as reading the weights from memory, unless the GPU waits for Python, which launches
+some ten kernels a layer. A graph is recorded once and launched as a whole. So every tensor keeps its address: tokens,
+positions and mask are copied to fixed places, keys and values go to slots that the graph reads, and a pass is padded to
+one of a few sizes. On the CPU the same passes run on the same buffers without a graph.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from specsplit.engines.kv_cache import LayeredSlots, StaticLayer
 from specsplit.engines.transformers import CausalLM
 from specsplit.engines.tree_attention import additive, positions, visible
 
-SMALLEST_PASS = 16  # as long as the weights' way takes, for one token as for so many
+SMALLEST_PASS = 16  # tokens; a pass of one takes as long, since reading the weights decides
 SMALLEST_VIEW = 256  # slots that attention looks at; more in powers of two
 
 
 class Buffers(Cache):
-    """Where keys and values are, and the passes recorded on them. Used by one session after another.
+    """Keys and values, and the passes recorded on them. Used by one session after another.
 
     capacity: slots for tokens, and a last one for padding.
     """
@@ -70,7 +70,7 @@ class GraphCache(LayeredSlots):
 
 
 class GraphLM(CausalLM):
-    """CausalLM with passes that are recorded at their first use; same methods, same logits but for rounding."""
+    """CausalLM with passes that are recorded when first used; same methods, same logits but for rounding."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -89,22 +89,22 @@ class GraphLM(CausalLM):
     def _forward(
         self, cache: Any, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int
     ) -> torch.Tensor:
-        fed = [*tokens, *tree.token_ids[cached_nodes:]]
-        context, end = cache.length - cached_nodes, cache.length + len(fed)
-        size, rows = _power_of_two(len(fed), SMALLEST_PASS), _power_of_two(keep_logits, SMALLEST_PASS)
+        ids = [*tokens, *tree.token_ids[cached_nodes:]]
+        context, end = cache.length - cached_nodes, cache.length + len(ids)
+        size, rows = _power_of_two(len(ids), SMALLEST_PASS), _power_of_two(keep_logits, SMALLEST_PASS)
         shape = (size, rows, _power_of_two(end, SMALLEST_VIEW))
         program = cache.buffers.programs.get(shape)
         if program is None:
             program = cache.buffers.programs[shape] = Program(self, cache.buffers, *shape)
         windows = (None, self._window) if self._masks_by_type else (self._window,)
         logits = program.run(
-            fed,
+            ids,
             positions(context, len(tokens), tree, cached_nodes),
             [visible(context, len(tokens), tree, cached_nodes, window) for window in windows],
-            first_row=len(fed) - keep_logits,
+            first_row=len(ids) - keep_logits,
             start=cache.length,
         )
-        cache.advance(len(fed))
+        cache.advance(len(ids))
         return logits[:keep_logits].clone()  # the next pass writes there
 
 
@@ -136,7 +136,7 @@ class Program:
         masks: [tokens, slots] of each kind of layer. start: the slot of the first token.
         """
         if self._copied is not None:
-            self._copied.synchronize()  # the last copy is still on its way perhaps
+            self._copied.synchronize()  # the last copy may not have ended
         size, count = self._size, len(ids)
         numbers, bits = self._host_numbers.numpy(), self._host_masks
         numbers[:] = 0
@@ -145,7 +145,7 @@ class Program:
         numbers[2 * size : 2 * size + count - first_row] = range(first_row, count)
         numbers[-1] = start
         bits.zero_()
-        bits[:, count:, 0] = True  # padding sees something, so that it is finite
+        bits[:, count:, 0] = True  # padding sees one slot, so that its softmax is finite
         for own, mask in zip(bits, masks, strict=True):
             own[:count, : mask.shape[1]] = mask
         self._numbers.copy_(self._host_numbers, non_blocking=True)
@@ -179,7 +179,7 @@ class Program:
         return logits
 
     def _record(self) -> None:
-        """Record the pass; what it writes meanwhile is what it will write when it is replayed."""
+        """Record the pass. Running it here writes the same slots as replaying it."""
         stream = torch.cuda.Stream(self._lm.device)
         stream.wait_stream(torch.cuda.current_stream(self._lm.device))
         with torch.cuda.stream(stream):  # libraries make their handles and caches at the first call

@@ -70,7 +70,7 @@ class LayeredSlots(Slots):
         end = context + len(path)
         self.check_keep(context, path)
         if path and path[-1] != len(path) - 1:
-            self.length = context  # as long as the path is being moved, it cannot be relied on
+            self.length = context  # a path that is moved only in part must not count
             slots = torch.tensor([context + node for node in path], device=self.layers[0].keys.device)
             for layer in self.layers:
                 # index_select copies first, so overlapping source and destination are safe.

@@ -56,9 +56,9 @@ def search_layers(
     pass a prompt. More agreement wins, then less divergence, then the lower number. The log-probabilities of all
     continuations are held in memory: 4 bytes x tokens x vocabulary.
 
-    edge: layers at either end that always stay; they are hardly ever dispensable. shortlist: after the first step try
+    edge: layers at either end that always stay; they can hardly ever be left out. shortlist: after the first step try
     only this many of the layers that did best in it (None = all). on_candidate(done, total): after every candidate.
-    The model is the same afterwards. Raises UserError when there are not that many layers.
+    The model is unchanged afterwards. Raises UserError when there are not that many layers.
     """
     candidates = list(range(edge, model.num_layers - edge))
     if not 1 <= count <= len(candidates):
@@ -119,8 +119,8 @@ def _compare(model: CausalLM, skipped: Sequence[int], texts: Sequence[Text]) -> 
     same, divergence, positions = 0, 0.0, 0
     with without_layers(model.model, skipped):
         for text in texts:
-            fed = torch.tensor([text.tokens[:-1]], device=model.device)
-            output = model.model(input_ids=fed, use_cache=False, logits_to_keep=len(text.top))
+            ids = torch.tensor([text.tokens[:-1]], device=model.device)
+            output = model.model(input_ids=ids, use_cache=False, logits_to_keep=len(text.top))
             log_probs = output.logits[0].float().log_softmax(-1)
             same += int((log_probs.argmax(-1) == text.top).sum())
             # Not from infinite logits: 0 x inf is no number.

@@ -1,4 +1,4 @@
-"""Loading whatever kind of model a folder holds, and what the rest of the code may ask of it."""
+"""Loading a model of any kind, and the interface that all kinds have."""
 
 from __future__ import annotations
 
@@ -23,13 +23,7 @@ from specsplit.models.gguf_file import GGUF_FILE, read_gguf
 from specsplit.models.sources import manifest_file, resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import read_reduced_map
-from specsplit.models.weightless import (
-    NGramParameters,
-    SyntheticParameters,
-    is_weightless,
-    parameters_sha256,
-    parse_parameters,
-)
+from specsplit.models.weightless import SyntheticParameters, is_weightless, parameters_sha256, parse_parameters
 from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -163,7 +157,7 @@ def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> 
 
 
 def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, str]:
-    """A synthetic or n-gram model; it runs on the CPU, dtype and device mean nothing to it."""
+    """A synthetic or n-gram model; it runs on the CPU and has neither dtype nor device."""
     name, fingerprint = manifest["name"], manifest["fingerprint"]
     parameters = parse_parameters(manifest["source"], name)
     weights_sha256 = parameters_sha256(parameters)
@@ -173,16 +167,13 @@ def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[
         raise UserError(f"skip_layers {config.skip_layers}: {name} is a {parameters.source} model, without layers")
     if isinstance(parameters, SyntheticParameters):
         settings = parameters.model_dump(exclude={"source"})
-        if not is_draft:  # acceptance is what a draft has; the target writes the text that is meant
+        if not is_draft:  # the target always writes the text itself; only a draft misses it
             settings["acceptance"] = 1.0
         return SyntheticLM(**settings), weights_sha256
-    return _load_ngram(parameters, fingerprint["vocab_size"], name, is_draft), weights_sha256
-
-
-def _load_ngram(parameters: NGramParameters, vocab_size: int, name: str, is_draft: bool) -> NGramLM:
     if not is_draft:
         raise UserError(f"{name} is an ngram model, which can only draft: name another model for the target worker")
-    return NGramLM(vocab_size, max_ngram=parameters.max_ngram, min_ngram=parameters.min_ngram)
+    lengths = {"max_ngram": parameters.max_ngram, "min_ngram": parameters.min_ngram}
+    return NGramLM(fingerprint["vocab_size"], **lengths), weights_sha256
 
 
 def _check_same(found: str, expected: str, what: str) -> None:

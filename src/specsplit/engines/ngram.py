@@ -14,35 +14,20 @@ from numpy.typing import NDArray
 
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.passes import EMPTY, Pass
-from specsplit.engines.token_cache import TokenCache, tokens_of_pass
+from specsplit.engines.token_cache import TokenCache, WeightlessLM, tokens_of_pass
 
-MAX_CONTEXT = 1 << 20
 TIE = 0.01  # of one occurrence: what the most recent of several equally frequent tokens has more
 
 
-class NGramLM:
+class NGramLM(WeightlessLM):
     """The tokens that followed the longest suffix of the text, of max_ngram down to min_ngram tokens, earlier in it."""
-
-    batch_tokens = 0
-    uses_torch_threads = False
 
     def __init__(self, vocab_size: int, *, max_ngram: int = 3, min_ngram: int = 1) -> None:
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"min_ngram {min_ngram} and max_ngram {max_ngram} must be 1 <= min_ngram <= max_ngram")
-        self.vocab_size = vocab_size
+        super().__init__(vocab_size)
         self.max_ngram = max_ngram
         self.min_ngram = min_ngram
-        self.max_context = MAX_CONTEXT
-        self.eos_token_ids: tuple[int, ...] = ()
-        self.device = torch.device("cpu")
-        self.parameters = 0
-
-    def cache_bytes(self, capacity: int) -> int:
-        return 8 * capacity
-
-    def new_cache(self, capacity: int) -> TokenCache:
-        """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
-        return TokenCache(capacity)
 
     def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """As CausalLM.step_many."""
@@ -56,10 +41,10 @@ class NGramLM:
         Returns logits [rows, vocab_size], float32: one row for the last of `tokens` (if any), then one for every node
         fed. A row is the logarithm of counts: -inf for a token that never followed, all -inf when nothing matches.
         """
-        fed = tokens_of_pass(cache, tokens, tree, cached_nodes)
+        new_tokens = tokens_of_pass(cache, tokens, tree, cached_nodes)
         context = cache.length - cached_nodes
         length = context + len(tokens)
-        # Room for the deepest path after the context; each node writes its own there.
+        # With space for the deepest path after the context; each node writes its path there.
         text = np.empty(length + tree.depth(), dtype=np.int64)
         text[:context] = np.frombuffer(cache.slots, dtype=np.uint64, count=context)
         text[context:length] = tokens
@@ -71,8 +56,8 @@ class NGramLM:
             path = _path_tokens(tree, node)
             text[length : length + len(path)] = path
             self._fill(logits[row], text[: length + len(path)])
-        cache.write(fed)
-        cache.advance(len(fed))
+        cache.write(new_tokens)
+        cache.advance(len(new_tokens))
         return logits
 
     def _fill(self, row: torch.Tensor, text: NDArray[np.int64]) -> None:

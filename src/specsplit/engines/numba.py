@@ -120,7 +120,7 @@ class FusedLM:
         self._sizes = _Sizes(
             config.hidden_size, config.num_attention_heads, self._kv_heads, self._head_dim, config.intermediate_size
         )
-        self._room = _Room(self._sizes, threads, 0, 0)
+        self._workspace = Workspace(self._sizes, threads, 0, 0)
 
     def cache_bytes(self, capacity: int) -> int:
         return 8 * self.num_layers * self._kv_heads * self._head_dim * capacity  # keys and values in float32
@@ -170,8 +170,8 @@ class FusedLM:
             addresses += [(cache.keys.ctypes.data, cache.values.ctypes.data, cache.capacity)] * (part.stop - part.start)
         count = len(ids)
         lengths = np.array([len(seen) for seen in visible], np.int64)
-        room = self._room = self._room.fitting(count, int(lengths.max()))
-        room.x[:count] = self._rows(ids if self._row_of is None else self._row_of[ids])
+        space = self._workspace = self._workspace.fitting(count, int(lengths.max()))
+        space.x[:count] = self._rows(ids if self._row_of is None else self._row_of[ids])
         logits = np.empty((len(wanted), self.vocab_size), np.float32)
         keys, values, capacity = np.array(addresses, np.int64).T.copy()
         arguments = (
@@ -182,7 +182,7 @@ class FusedLM:
         )
 
         def work(thread: int, threads: int, sync: np.ndarray) -> None:
-            run_pass(thread, threads, sync, *arguments, *room.of(thread, count), logits)
+            run_pass(thread, threads, sync, *arguments, *space.of(thread, count), logits)
 
         self._team.run(work)
         return logits
@@ -220,7 +220,7 @@ class _Sizes:
     inner: int
 
 
-class _Room:
+class Workspace:
     """Arrays that the kernel works in, as large as was ever needed. Zero at first, as padding is read."""
 
     def __init__(self, sizes: _Sizes, threads: int, tokens: int, visible: int) -> None:
@@ -237,12 +237,12 @@ class _Room:
         self._gated = np.zeros(tokens * inner, np.float32)
         self._scores = np.zeros((threads, visible), np.float32)
 
-    def fitting(self, tokens: int, visible: int) -> _Room:
-        """This room, or a larger one."""
+    def fitting(self, tokens: int, visible: int) -> Workspace:
+        """This one, or a larger one."""
         if tokens <= self._tokens and visible <= self._visible:
             return self
         visible = -(-max(visible, self._visible) // 1024) * 1024  # not a new one for every token
-        return _Room(self._sizes, self._threads, max(tokens, self._tokens), visible)
+        return Workspace(self._sizes, self._threads, max(tokens, self._tokens), visible)
 
     def of(self, thread: int, tokens: int) -> tuple[np.ndarray, ...]:
         return (

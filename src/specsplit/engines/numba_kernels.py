@@ -1,13 +1,13 @@
 """A whole pass of a Llama-type model on the CPU as one compiled function, run by every thread of a team at once.
 
-At a handful of tokens a pass is as long as reading the weights takes, so each weight is read from memory once, in the
-type that it is stored in (float32, bfloat16 as bits, int8), for all tokens of the pass; everything else stays in the
-processor's caches, and threads meet at a barrier that spins instead of sleeping.
+A pass over a handful of tokens takes about as long as reading the weights. So each weight is read from memory once, as
+it is stored, for all tokens of the pass (vector_kernels); everything else stays in the processor's caches, and threads
+meet at a barrier that spins instead of sleeping.
 
 Batch-invariant: what is computed for a token is the same sequence of operations whatever else is in the pass (He et al.
-2025, "Defeating Nondeterminism in LLM Inference"). A dot product is summed up in the same order for one token as for
-many, and attention goes over the visible slots in the order of the text, wherever they lie. So the logits of a token
-verified in a tree are, bit for bit, those of a pass over this token alone, in every type of weights.
+2025, "Defeating Nondeterminism in LLM Inference"). A dot product is summed in one order for one token as for many, and
+attention goes over the visible slots in the order of the text, wherever they lie. So the logits of a token verified in
+a tree are, bit for bit, those of a pass over this token alone, in every form of weights.
 
 Compiled by Numba for the processor at hand and cached on disk.
 """
@@ -238,7 +238,7 @@ def run_pass(
     pack, activate,
     # the tokens: positions, where each one's cache is, its own slot in it, its visible slots slots[first[t]:first[t+1]]
     count, positions, key_address, value_address, capacity, own_slot, slots, first, wanted,
-    # room: x [tokens, hidden] holds the embeddings; packed, row and scores are each thread's own, the rest is shared
+    # work space: x [tokens, hidden] holds the embeddings; packed, row and scores are each thread's own
     x, packed, row, projected, attended, gate, up, gated, scores, logits,
 ):  # fmt: skip
     """One pass over `count` tokens; logits[:len(wanted)] are those after the tokens `wanted`.

@@ -1,9 +1,8 @@
-"""Models that say only some of their tokens: an output head, and perhaps an input embedding, with fewer rows.
+"""Models with a reduced vocabulary: an output head, and optionally an input embedding, with fewer rows.
 
-`draft_to_target` of a model folder (vocabulary.read_reduced_map) names the token of every row. The output head has
-these rows alone. The input embedding keeps a row for every token, as in FR-Spec and EAGLE-3, or is stored with the same
-rows as the head; then every token that has none is read as the last one, so that a small draft of a large vocabulary is
-small in memory and on disk as well.
+`draft_to_target` of a model folder (vocabulary.read_reduced_map) names the token of every row of the output head. The
+input embedding has a row for every token, as in FR-Spec and EAGLE-3, or the same rows as the head. Then a token without
+a row is read as the last one, which makes a small draft of a large vocabulary small in memory and on disk.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def reduce_loaded(model: Any, folder: Path, tokens: Sequence[int], mismatched: C
 def reduce_vocabulary(model: Any, tokens: Sequence[int]) -> None:
     """Give a full model an input embedding and an output head with a row for each of `tokens`, in place.
 
-    The last of them, as which all others are read from now on, is read as their mean at first. Tied weights stay tied.
+    All other tokens are read as the last one, whose embedding starts as their mean. Tied weights stay tied.
     """
     config = model.config.get_text_config()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

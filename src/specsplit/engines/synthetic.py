@@ -21,9 +21,8 @@ import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.passes import EMPTY, Pass
-from specsplit.engines.token_cache import TokenCache, tokens_of_pass
+from specsplit.engines.token_cache import MAX_CONTEXT, TokenCache, WeightlessLM, tokens_of_pass
 
-MAX_CONTEXT = 1 << 20
 PRINTABLE = range(32, 127)  # the text is made of these bytes, for it is shown on terminals
 CERTAIN = 1 - 1e-6  # what a model that is always right gives its first candidate: logits stay finite
 SLEEP_LATE_S = 300e-6  # by so much time.sleep may wake up late, the more the longer it slept
@@ -31,7 +30,7 @@ SPIN_S = 100e-6  # even a sleep of nothing takes this long
 MASK = (1 << 64) - 1
 
 
-class SyntheticLM:
+class SyntheticLM(WeightlessLM):
     """A model whose passes take step_ms + token_ms for each token fed, its own computing included.
 
     acceptance: alpha, the probability that its first candidate is the text's next token, in (0, 1]. 1 is the target.
@@ -40,7 +39,6 @@ class SyntheticLM:
     """
 
     batch_tokens = MAX_CONTEXT
-    uses_torch_threads = False
 
     def __init__(
         self,
@@ -51,13 +49,9 @@ class SyntheticLM:
         seed: int = 0,
         vocab_size: int = 256,
     ) -> None:
+        super().__init__(vocab_size)
         self.step_ms = step_ms
         self.token_ms = token_ms
-        self.vocab_size = vocab_size
-        self.max_context = MAX_CONTEXT
-        self.eos_token_ids: tuple[int, ...] = ()
-        self.device = torch.device("cpu")
-        self.parameters = 0
         self._start = _mix(seed)
         alpha = min(acceptance, CERTAIN)
         # Divides the logarithm of a uniform number into a rank; -inf gives rank 0 always.
@@ -66,13 +60,6 @@ class SyntheticLM:
         by_rank = (math.log(alpha) + ranks * math.log1p(-alpha)).float()
         # Row i of this view has rank 0 at token -i modulo vocab_size, rank 1 at the token after it, and so on.
         self._rows = by_rank.repeat(2).unfold(0, vocab_size, 1)
-
-    def cache_bytes(self, capacity: int) -> int:
-        return 8 * capacity
-
-    def new_cache(self, capacity: int) -> TokenCache:
-        """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
-        return TokenCache(capacity)
 
     def step(
         self, cache: TokenCache, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
@@ -92,7 +79,7 @@ class SyntheticLM:
         return logits
 
     def _logits(self, cache: TokenCache, tokens: Sequence[int], tree: TokenTree, cached_nodes: int) -> torch.Tensor:
-        fed = tokens_of_pass(cache, tokens, tree, cached_nodes)
+        new_tokens = tokens_of_pass(cache, tokens, tree, cached_nodes)
         context = cache.length - cached_nodes
         state = cache.slots[context - 1] if context else self._start
         states = []
@@ -106,7 +93,7 @@ class SyntheticLM:
         rows = [*states[-1:], *nodes[cached_nodes:]]
         logits = self._rows[[self.vocab_size - self._first(row) for row in rows]]
         cache.write([*states, *nodes[cached_nodes:]])
-        cache.advance(len(fed))
+        cache.advance(len(new_tokens))
         return logits
 
     def _first(self, state: int) -> int:

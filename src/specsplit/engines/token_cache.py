@@ -1,4 +1,4 @@
-"""The cache of a model without weights: one number for every token held, where a real model has keys and values."""
+"""Models without weights: what they share, and their cache of one number a token, where others have keys and values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
+
 from specsplit.decoding.tree import TokenTree
+
+MAX_CONTEXT = 1 << 20
 
 
 class Slots:
@@ -70,18 +74,39 @@ class TokenCache(Slots):
         return self.capacity * self.slots.itemsize
 
 
+class WeightlessLM:
+    """What a model without weights has in common with CausalLM. vocab_size: columns of its logits."""
+
+    batch_tokens = 0
+    uses_torch_threads = False
+    max_context = MAX_CONTEXT
+    eos_token_ids: tuple[int, ...] = ()
+    parameters = 0
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device("cpu")
+
+    def cache_bytes(self, capacity: int) -> int:
+        return 8 * capacity
+
+    def new_cache(self, capacity: int) -> TokenCache:
+        """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
+        return TokenCache(capacity)
+
+
 def tokens_of_pass(cache: TokenCache, tokens: Sequence[int], tree: TokenTree, cached_nodes: int) -> list[int]:
     """What one pass feeds: `tokens`, then the nodes of `tree` from `cached_nodes` on (see CausalLM.step).
 
     Raises ValueError for a pass that a CausalLM would refuse.
     """
-    fed = [*tokens, *tree.token_ids[cached_nodes:]]
-    if not fed:
+    ids = [*tokens, *tree.token_ids[cached_nodes:]]
+    if not ids:
         raise ValueError("a pass needs at least one token")
     if tokens and cached_nodes:
         raise ValueError("context tokens cannot follow tree nodes that are in the cache")
     if cached_nodes > cache.length:
         raise ValueError(f"{cached_nodes} nodes cannot be in a cache that holds {cache.length} tokens")
-    if cache.length + len(fed) > cache.capacity:
-        raise ValueError(f"{cache.length} + {len(fed)} tokens exceed the cache of {cache.capacity}")
-    return fed
+    if cache.length + len(ids) > cache.capacity:
+        raise ValueError(f"{cache.length} + {len(ids)} tokens exceed the cache of {cache.capacity}")
+    return ids

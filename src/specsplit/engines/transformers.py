@@ -1,6 +1,6 @@
-"""Any Hugging Face causal language model behind the four operations that speculative decoding needs.
+"""Any Hugging Face causal language model, with the operations that speculative decoding needs.
 
-`step` runs one pass over context tokens and a tree, `KVCache.rollback` and `KVCache.keep` mend the cache after
+`step` runs one pass over context tokens and a tree, `KVCache.rollback` and `KVCache.keep` adapt the cache after
 verification, `new_cache` makes one.
 """
 
@@ -127,9 +127,9 @@ class CausalLM:
     def check_tree_attention(self) -> None:
         """Refuse a model whose attention or cache does not follow our mask, positions and cache.
 
-        A tree whose first branch is a wrong turn is fed beside the cached context; its last node must see what a
-        plain pass over the same text sees. State-space and recurrent models, for example, cannot do that, and models
-        that count positions by place in the cache (ALiBi) are a little off, which only float32 can tell.
+        A tree whose first branch differs from the text is fed after the cached context; its last node must give the
+        logits of a plain pass over the same text. State-space and recurrent models, for example, cannot do that, and
+        models that count positions by place in the cache (ALiBi) are a little off, which shows only in float32.
         """
         first, second, third, *wrong = (i % self.vocab_size for i in (11, 37, 41, 23, 29, 31, 43))
         tree = TokenTree.chain(wrong)
@@ -171,11 +171,11 @@ class CausalLM:
         holds everything fed. Returns logits [rows, vocab_size] on the model's device: one row for the last of
         `tokens` (if any), then one for every node fed.
         """
-        fed = [*tokens, *tree.token_ids[cached_nodes:]]
-        if not fed:
+        count = len(tokens) + len(tree) - cached_nodes
+        if not count:
             raise ValueError("a pass needs at least one token")
-        if cache.length + len(fed) > cache.capacity:
-            raise ValueError(f"{cache.length} + {len(fed)} tokens exceed the cache of {cache.capacity}")
+        if cache.length + count > cache.capacity:
+            raise ValueError(f"{cache.length} + {count} tokens exceed the cache of {cache.capacity}")
         if len(tokens) > PREFILL_CHUNK:
             for start in range(0, len(tokens) - PREFILL_CHUNK, PREFILL_CHUNK):
                 self._forward(cache, tokens[start : start + PREFILL_CHUNK], EMPTY, 0, keep_logits=1)
@@ -190,17 +190,17 @@ class CausalLM:
     def _forward(
         self, cache: Any, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int
     ) -> torch.Tensor:
-        fed = [*tokens, *tree.token_ids[cached_nodes:]]
+        ids = [*tokens, *tree.token_ids[cached_nodes:]]
         context = cache.length - cached_nodes
         output = self.model(
-            input_ids=torch.tensor([fed], device=self.device),
+            input_ids=torch.tensor([ids], device=self.device),
             position_ids=torch.tensor([positions(context, len(tokens), tree, cached_nodes)], device=self.device),
             attention_mask=self._attention_mask(context, len(tokens), tree, cached_nodes),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep_logits,
         )
-        cache.advance(len(fed))
+        cache.advance(len(ids))
         logits: torch.Tensor = output.logits[0]
         return logits
 
@@ -264,7 +264,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def drop_layers(model: Any, skip: Sequence[int]) -> None:
-    """Take decoder layers out of a loaded model, in place, and number the rest anew for the cache."""
+    """Remove decoder layers from a loaded model, in place, and renumber the others for the cache."""
     config = model.config.get_text_config()
     count = config.num_hidden_layers
     bad = [i for i in skip if not 0 <= i < count]
@@ -326,7 +326,7 @@ def _max_context(config: Any) -> int:
 
 
 def _known(config: Any, name: str) -> Any:
-    """A configuration value that the architecture knows; None when it is a stray one that the model ignores."""
+    """A value of the configuration that this architecture defines; None for one that the model ignores."""
     return getattr(config, name) if hasattr(type(config), name) else None
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 from specsplit.errors import UserError
-from specsplit.experiment.dataset import Prompt, load_prompts, select_prompts
+from specsplit.experiment.dataset import load_prompts, select_prompts, write_prompts
 
 
 def write_calibration_prompts(source: Path, measured: Path, output: Path, *, limit: int, on_bad_line: str) -> None:
@@ -18,19 +16,13 @@ def write_calibration_prompts(source: Path, measured: Path, output: Path, *, lim
     Raises UserError when fewer than `limit` prompts are left.
     """
     taken, _ = load_prompts(measured)
-    known = {prompt.id for prompt in taken} | {prompt.prompt for prompt in taken}
+    excluded = {prompt.id for prompt in taken} | {prompt.prompt for prompt in taken}
     every, _ = load_prompts(source, on_bad_line)
-    left = [prompt for prompt in every if not known & {prompt.id, prompt.prompt}]
+    left = [prompt for prompt in every if not excluded & {prompt.id, prompt.prompt}]
     if len(left) < limit:
         raise UserError(
             f"{source} has {len(every)} prompts, {len(every) - len(left)} of them measured: {len(left)} are left, "
             f"but draft.calibration_prompts asks for {limit}. Lower it or dataset.limit, add prompts, or name the "
             "layers in draft.skip_layers"
         )
-    _write(select_prompts(left, limit), output)
-
-
-def _write(prompts: list[Prompt], output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
-    output.write_text("".join(lines), encoding="utf-8", newline="\n")
+    write_prompts(select_prompts(left, limit), output)

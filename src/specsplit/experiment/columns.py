@@ -17,7 +17,7 @@ class RequestRecord:
     """One request: one row of `requests.csv`. Times are milliseconds; None is written as an empty cell."""
 
     request_id: str
-    gamma: int | str  # auto: chosen anew in every round
+    gamma: int | str  # auto: chosen in every round
     prompt_length: int
     generated_tokens: int
     ttft_ms: float | None
@@ -50,9 +50,9 @@ class RequestRecord:
     output_sha256: str
     itl_ms: float | None = None
     repeat: int = 1
-    # What failed on the way. status: ok | failed. A failed request has the counts and sums of what there is of its
-    # text, no TTFT, no times per token and no rates. error_code: a gRPC status. *_failures: rounds in which that worker
-    # failed. recovery_ms: waited for workers to be back. events: what failed, when, and what was done, in words.
+    # Failures. status: ok | failed. A failed request has the counts and sums of the text so far, no TTFT, no times per
+    # token and no rates. error_code: a gRPC status. *_failures: rounds in which that worker failed. recovery_ms: time
+    # that workers took to return. events: what failed, when, and what was done, in words.
     status: str = OK
     error_code: str = ""
     error_message: str = ""
@@ -63,15 +63,15 @@ class RequestRecord:
 
 
 @dataclass(frozen=True)
-class _Attribution:
-    """What a round belongs to."""
+class _Text:
+    """The text that a round is part of."""
 
     request_id: str
     gamma: int | str
 
 
 @dataclass(frozen=True)
-class RoundRecord(Round, _Attribution):
+class RoundRecord(Round, _Text):
     """One round of a request: one row of `per_round.csv`."""
 
     repeat: int = 1

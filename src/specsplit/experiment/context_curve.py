@@ -10,6 +10,7 @@ from statistics import median
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.decoding.measures import tokens_per_round
 from specsplit.experiment.records import Request, request_record
 from specsplit.rpc.credentials import Access
 from specsplit.settings.processes import OrchestratorConfig
@@ -45,25 +46,23 @@ def measure_contexts(
 ) -> list[ContextText]:
     """`texts` texts at each of `lengths` tokens of context for each configuration, which take turns text by text.
 
-    A context is the requests' tokens one after the other, from another request on for every text, cut at its length.
-    One text of each configuration at the shortest length is written before and not counted.
+    A context is the tokens of the requests one after the other, cut at its length; each text begins at another request.
+    One text of each configuration at the shortest length is written first and not counted.
     """
     with ExitStack() as stack:
-        writers = [stack.enter_context(_writer(config)) for config in configs]
-        rows = []
-        for config, writer in zip(configs, writers, strict=True):
+        writers = []
+        for config in configs:
+            draft = config.draft_address if config.max_draft_tokens else None
+            writer = stack.enter_context(TextWriter(draft, config.target_address, access=Access.of(config)))
+            writers.append((config, writer))
             writer.write(_context(requests, lengths[0], 0), config)
+        rows = []
         for text, length in product(range(texts), lengths):
             prompt = _context(requests, length, text)
-            for config, writer in zip(configs, writers, strict=True):
+            for config, writer in writers:
                 rows.append(_row(text, prompt, config, writer.write(prompt, config)))
                 on_row(rows[-1])
     return rows
-
-
-def _writer(config: OrchestratorConfig) -> TextWriter:
-    draft = config.draft_address if config.max_draft_tokens else None
-    return TextWriter(draft, config.target_address, access=Access.of(config))
 
 
 def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: SpeculativeResult) -> ContextText:
@@ -76,7 +75,7 @@ def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: Specu
         output_tokens=record.generated_tokens,
         ttft_ms=record.ttft_ms,
         itl_ms=record.itl_ms,
-        tokens_per_round=sum(r.accepted + 1 for r in later) / len(later),
+        tokens_per_round=tokens_per_round(later),
         verify_compute_ms=median(r.verify_compute_ms for r in later),
         draft_compute_ms=median(r.draft_compute_ms for r in later),
     )

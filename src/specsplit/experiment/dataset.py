@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.io import sha256_file, write_json
+from specsplit.io import replace_file, sha256_file, write_json
 
 LISTED_PROBLEMS = 10
 HUMAN_ROLES = ("human", "user")
@@ -147,6 +147,11 @@ def select_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]
     return [prompts[index] for index in sorted(taken)]
 
 
+def write_prompts(prompts: Sequence[Prompt], output: Path) -> None:
+    """Write prompts as normalised JSONL."""
+    replace_file(output, "".join(json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
+
+
 def prepare_dataset(
     source: Path, output: Path, manifest: Path, *, limit: int | None, on_bad_line: str
 ) -> dict[str, Any]:
@@ -161,15 +166,7 @@ def prepare_dataset(
             raise UserError(f"{written} is the source itself (--source): write to another file")
     prompts, skipped = load_prompts(source, on_bad_line)
     taken = select_prompts(prompts, limit)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(output.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            for prompt in taken:
-                file.write(json.dumps(asdict(prompt), ensure_ascii=False) + "\n")
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
+    write_prompts(taken, output)
     content = {
         "source": str(source),
         "source_sha256": sha256_file(source),

@@ -1,8 +1,8 @@
-"""What a run has done so far, kept so that a run that was cut short goes on where it stood.
+"""What a run has done so far, so that a run that was cut short can be resumed.
 
 The journal is one file of JSON lines in the run folder: first the settings that its rows were made with, then a line
 for every request that ended. A line is written at once and counts when it is whole, so a process that is killed at any
-moment loses no row and doubles none. The file is no output of the workflow, which deletes those of a job that failed.
+moment loses no row and repeats none. The file is no output of the workflow, which deletes those of a job that failed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from specsplit.errors import UserError
@@ -41,7 +40,7 @@ class Entry:
 class Journal:
     """The entries of the run in `folder`. Use as a context manager: one process at a time.
 
-    settings: whatever decides the rows, as JSON can hold it. An old journal with other settings is begun anew.
+    settings: everything that decides the rows, as JSON can hold it. A journal with other settings is started over.
     attempts: when each of the runs that wrote here started, this one last.
     """
 
@@ -70,9 +69,7 @@ class Journal:
         self._append({"attempt": self.attempts[-1]})
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def __len__(self) -> int:
@@ -88,7 +85,7 @@ class Journal:
         self._entries[entry.key] = entry
 
     def remove(self) -> None:
-        """Delete the file: the run is whole elsewhere."""
+        """Delete the file: the tables hold the whole run."""
         self._path.unlink()
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -104,17 +101,16 @@ class Journal:
                 if not line.endswith(b"\n"):
                     raise ValueError
                 if whole == 0:
-                    if differing := _differing(content["settings"], self._settings):
+                    if names := _differing(content["settings"], self._settings):
                         log.warning(
-                            "%s: its rows were made with other settings (%s) and are dropped", self._path, differing
+                            "%s: its rows were made with other settings (%s) and are dropped", self._path, names
                         )
                         return 0
                 elif "attempt" in content:
                     self.attempts.append(content["attempt"])
                 else:
-                    request = RequestRecord(**content["request"])
                     rounds = [RoundRecord(**row) for row in content["rounds"]]
-                    entry = Entry(request, rounds, content["output"])
+                    entry = Entry(RequestRecord(**content["request"]), rounds, content["output"])
                     self._entries[entry.key] = entry
             except (ValueError, KeyError, TypeError):
                 log.warning("%s: cut off after %d bytes; what came before is kept", self._path, whole)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from specsplit.client.pipeline import TextWriter
-from specsplit.client.result import SpeculativeResult
-from specsplit.decoding.adaptive import GammaController
+from specsplit.decoding.measures import per_token_ms
 from specsplit.errors import UserError
-from specsplit.experiment.peers import HuggingFace, Peer, PeerText
-from specsplit.experiment.records import Request, request_seed
-from specsplit.experiment.rows import RowFile
+from specsplit.experiment.peers import HuggingFace, Peer
+from specsplit.experiment.records import Request, gamma_controller, request_config, tokens_sha256
+from specsplit.experiment.rows import writing_rows
+from specsplit.models.weightless import is_weightless
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.settings.processes import OrchestratorConfig
@@ -71,7 +69,7 @@ PEER_COLUMNS = tuple(f.name for f in fields(PeerRecord))
 
 @dataclass(frozen=True)
 class _Text:
-    """What both engines tell of a finished text. first: tokens that came first, at ttft_ms."""
+    """A finished text of either engine. first: tokens that came first, at ttft_ms."""
 
     tokens: list[int]
     first: int
@@ -79,6 +77,9 @@ class _Text:
     ttft_ms: float | None
     total_ms: float
     finish_reason: str
+
+
+_Write = Callable[[Request], _Text]
 
 
 def race(
@@ -101,46 +102,62 @@ def race(
         raise ValueError(f"the first of ours is {ours[0].label}, not {REFERENCE}")
     limit = min(contender.target.description.max_context for contender in ours)
     with ExitStack() as stack:
-        contenders: dict[str, Callable[[Request], _Text]] = {
-            contender.label: _our_writer(contender, stack) for contender in ours
+        contenders: dict[str, tuple[str, _Write]] = {
+            contender.label: ("specsplit", _our_writer(contender, stack)) for contender in ours
         }
         for peer in peers:
-            contenders[peer.label] = _peer_writer(peer, hugging_face, ours[0].config, ours[0].target, limit)
-        labels, own = list(contenders), {contender.label for contender in ours}
+            write = _peer_writer(peer, hugging_face, ours[0].config, ours[0].target, limit)
+            contenders[peer.label] = "transformers", write
+        labels = list(contenders)
         expected: dict[str, list[int]] = {}
-        for write in contenders.values():
+        for _, write in contenders.values():
             for i in range(warmup):
                 write(requests[i % len(requests)])
-        rows = stack.enter_context(RowFile(output, PEER_COLUMNS))
+        write_row = stack.enter_context(writing_rows(output, PeerRecord))
         for repeat in range(1, repeats + 1):
             for number, request in enumerate(requests):
                 shift = (number + repeat - 1) % len(labels)
                 turn: dict[str, _Text] = {}
                 for label in [*labels[shift:], *labels[:shift]]:
                     time.sleep(SETTLE_S)
-                    turn[label] = contenders[label](request)
+                    turn[label] = contenders[label][1](request)
                 right = expected.setdefault(request.id, turn[REFERENCE].tokens)
                 for place, (label, text) in enumerate(turn.items(), start=1):
                     where = _divergence(text.tokens, right)
-                    margin = _margin(hugging_face, request, text.tokens, right, where)
-                    engine = "specsplit" if label in own else "transformers"
-                    record = _record(request, label, engine, repeat, place, text, where, margin)
-                    rows.write(asdict(record))
+                    record = PeerRecord(
+                        request_id=request.id,
+                        contender=label,
+                        engine=contenders[label][0],
+                        repeat=repeat,
+                        place=place,
+                        prompt_length=len(request.token_ids),
+                        generated_tokens=len(text.tokens),
+                        ttft_ms=text.ttft_ms,
+                        tpot_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.tokens)),
+                        itl_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.tokens), text.first),
+                        total_latency_ms=text.total_ms,
+                        num_rounds=text.rounds,
+                        category=request.category,
+                        finish_reason=text.finish_reason,
+                        identical=where is None,
+                        first_divergence=where,
+                        margin=_margin(hugging_face, request, text.tokens, right, where),
+                        output_sha256=tokens_sha256(text.tokens),
+                    )
+                    write_row(record)
                     on_row(record)
 
 
-def _our_writer(contender: Ours, stack: ExitStack) -> Callable[[Request], _Text]:
+def _our_writer(contender: Ours, stack: ExitStack) -> _Write:
     draft, config = contender.draft, contender.config
     writer = stack.enter_context(
         TextWriter(draft.address if draft else None, contender.target.address, access=Access.of(config))
     )
-    controller = None
-    if config.max_draft_tokens == "auto":
-        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+    controller = gamma_controller(config)
 
     def write(request: Request) -> _Text:
-        own = config.model_copy(update={"seed": request_seed(config.seed, request.id)})
-        result: SpeculativeResult = writer.write(request.token_ids, own, controller=controller, request_id=request.id)
+        own = request_config(config, request.id)
+        result = writer.write(request.token_ids, own, controller=controller, request_id=request.id)
         first = min(result.rounds[0].accepted + 1, len(result.output_tokens))
         return _Text(
             result.output_tokens, first, len(result.rounds), result.ttft_ms, result.total_ms, result.finish_reason
@@ -151,15 +168,15 @@ def _our_writer(contender: Ours, stack: ExitStack) -> Callable[[Request], _Text]
 
 def _peer_writer(
     peer: Peer, hugging_face: HuggingFace, config: OrchestratorConfig, target: Connection, limit: int
-) -> Callable[[Request], _Text]:
+) -> _Write:
     stop_ids: Sequence[int] = ()
     if not config.ignore_eos:
         named = config.stop_token_ids
         stop_ids = list(target.description.eos_token_ids) if named is None else named
 
     def write(request: Request) -> _Text:
-        room = min(config.max_output_tokens, limit - len(request.token_ids))
-        text: PeerText = hugging_face.write(peer, request.token_ids, max_tokens=room, stop_ids=stop_ids)
+        max_tokens = min(config.max_output_tokens, limit - len(request.token_ids))
+        text = hugging_face.write(peer, request.token_ids, max_tokens=max_tokens, stop_ids=stop_ids)
         first = min(text.chunks[0], len(text.output_tokens))
         return _Text(text.output_tokens, first, len(text.chunks), text.ttft_ms, text.total_ms, text.finish_reason)
 
@@ -182,60 +199,21 @@ def _margin(
     return hugging_face.margin([*request.token_ids, *expected[:where]], expected[where], tokens[where])
 
 
-def _record(
-    request: Request,
-    contender: str,
-    engine: str,
-    repeat: int,
-    place: int,
-    text: _Text,
-    where: int | None,
-    margin: float | None,
-) -> PeerRecord:
-    tokens = len(text.tokens)
-    decoding = None if text.ttft_ms is None else text.total_ms - text.ttft_ms
-    later = tokens - text.first
-    return PeerRecord(
-        request_id=request.id,
-        contender=contender,
-        engine=engine,
-        repeat=repeat,
-        place=place,
-        prompt_length=len(request.token_ids),
-        generated_tokens=tokens,
-        ttft_ms=text.ttft_ms,
-        tpot_ms=None if decoding is None or tokens < 2 else decoding / (tokens - 1),
-        itl_ms=None if decoding is None or later < 1 else decoding / later,
-        total_latency_ms=text.total_ms,
-        num_rounds=text.rounds,
-        category=request.category,
-        finish_reason=text.finish_reason,
-        identical=where is None,
-        first_divergence=where,
-        margin=margin,
-        output_sha256=hashlib.sha256(json.dumps(text.tokens).encode()).hexdigest(),
-    )
-
-
 def check_peers(peers: Sequence[Peer], ours: Sequence[Ours], manifests: Mapping[str, Mapping[str, Any] | None]) -> None:
     """Refuse a race that Hugging Face cannot run, or not with the models of the workers.
 
     manifests: of the folders given for the roles draft and target; None when none was given.
     """
-    from specsplit.models.weightless import is_weightless
-
     for role in ("target", "draft"):
-        needed = role == "target" or any(peer.kind == "assisted" for peer in peers)
-        manifest = manifests[role]
-        if not needed:
+        if role == "draft" and not any(peer.kind == "assisted" for peer in peers):
             continue
+        manifest = manifests[role]
         if manifest is None:
             raise UserError(f"--{role}-model is missing: the folder of the {role} model, which Hugging Face is to run")
         if is_weightless(manifest["source"]):
             other = "take the peers generate and prompt-lookup" if role == "draft" else "name a target with weights"
             raise UserError(f"{manifest['name']}, the {role}, has no weights that Hugging Face could run: {other}")
-        for contender in ours:
-            connection = contender.target if role == "target" else contender.draft
+        for connection in (contender.target if role == "target" else contender.draft for contender in ours):
             if connection is None:
                 continue
             served, given = connection.description.weights_sha256, manifest["fingerprint"]["weights_sha256"]

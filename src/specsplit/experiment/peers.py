@@ -1,4 +1,4 @@
-"""Hugging Face's own ways to decode, in a process of their own, timed as ours are.
+"""Hugging Face's ways to decode, in a process of their own, timed as ours are.
 
 `generate` is the target alone, `assisted` speculative decoding with the draft as `assistant_model` (as the library has
 it by default, or with a fixed number of drafted tokens), `prompt-lookup` drafts looked up in the text. All are greedy,
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from specsplit.errors import UserError
@@ -84,7 +83,7 @@ class HuggingFace:
 
     def __init__(self, target: PeerModel, draft: PeerModel | None, threads: int) -> None:
         self._arguments = target, draft, threads
-        self.description: dict[str, Any] = {}
+        self.description: dict[str, Any] = {}  # of the process, as _Decoder.describe gives it
 
     def __enter__(self) -> Self:
         # Spawned, not forked: torch's threads and grpc's do not survive a fork.
@@ -100,9 +99,7 @@ class HuggingFace:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -132,7 +129,7 @@ class HuggingFace:
 
 
 class _Chunks:
-    """A streamer that notes when tokens come. The first call brings the prompt."""
+    """A streamer that notes when tokens come. Its first call gets the prompt."""
 
     def __init__(self, stop_ids: Sequence[int]) -> None:
         self.text = PeerText()
@@ -181,7 +178,7 @@ def _serve(pipe: Pipe, target: PeerModel, draft: PeerModel | None, threads: int)
 
 
 def _load(spec: PeerModel) -> Any:
-    """The plain library model, with nothing of ours in the way it computes but int8 weights, which it has none of."""
+    """The library's model, computed by the library alone, but for int8 weights, which it does not have."""
     from transformers import GenerationConfig
 
     from specsplit.engines.quantise import quantise_linears

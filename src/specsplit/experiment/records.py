@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from specsplit.client.result import SpeculativeResult
+from specsplit.decoding.adaptive import GammaController
+from specsplit.decoding.measures import acceptance_rate, per_token_ms, tokens_per_round
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.settings.processes import OrchestratorConfig
+
+# Columns of requests.csv that are settings of the same name.
+SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms", "seed"}
 
 
 @dataclass(frozen=True)
@@ -21,9 +27,23 @@ class Request:
     token_ids: list[int]
 
 
-def request_seed(seed: int, request_id: str) -> int:
-    """The 32-bit seed of one text, from the run's and the request's id: other prompts do not change it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{request_id}".encode()).digest()[:4], "big")
+def request_config(config: OrchestratorConfig, request_id: str) -> OrchestratorConfig:
+    """The settings of one text: its 32-bit seed is made of the run's and the request's id, so other prompts do not
+    change it."""
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{request_id}".encode()).digest()[:4], "big")
+    return config.model_copy(update={"seed": seed})
+
+
+def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
+    """What chooses gamma when it is `auto`; it learns from one text for the next."""
+    if config.max_draft_tokens != "auto":
+        return None
+    return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+
+
+def tokens_sha256(tokens: Sequence[int]) -> str:
+    """The hash that tells whether two texts are the same, token for token."""
+    return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
 
 
 def round_records(
@@ -43,29 +63,20 @@ def request_record(
 ) -> RequestRecord:
     """The row of `requests.csv` of one text, finished or, with an error, as far as it came.
 
-    average_acceptance_rate is the mean over the rounds that drafted something; None when none did.
-    mean_accepted_length is the mean number of tokens a round added: accepted ones and the target's own.
-    itl_ms is the time after the first round over the tokens of the later rounds; None when there were none. (tpot_ms
-    divides the same time by all tokens but one, so it counts the rest of the first round as if it took no time.)
-    All of these, and ttft_ms, are None when the request failed.
+    itl_ms is over the tokens of all rounds but the first. (tpot_ms divides the same time by all tokens but one, as if
+    the rest of the first round took no time.) Times per token, rates and ttft_ms are None when the request failed.
     """
     rounds, generated = result.rounds, len(result.output_tokens)
-    rates = [r.accepted / r.drafted for r in rounds if r.drafted]
     idle = sum(r.network_ms for r in rounds)
-    recovery_ms = sum(failure.lost_ms for failure in result.failures)
-    tpot, itl = None, None
-    if error is None and generated > 1 and result.ttft_ms is not None:
-        tpot = (result.total_ms - result.ttft_ms) / (generated - 1)
-        later = generated - (rounds[0].accepted + 1)
-        itl = (result.total_ms - result.ttft_ms) / later if later > 0 else None
+    ttft_ms = None if error else result.ttft_ms
     return RequestRecord(
         request_id=request.id,
         gamma=config.max_draft_tokens,
         prompt_length=len(request.token_ids),
         generated_tokens=generated,
-        ttft_ms=None if error else result.ttft_ms,
-        tpot_ms=tpot,
-        average_acceptance_rate=sum(rates) / len(rates) if rates and error is None else None,
+        ttft_ms=ttft_ms,
+        tpot_ms=per_token_ms(result.total_ms, ttft_ms, generated),
+        average_acceptance_rate=None if error else acceptance_rate(rounds),
         total_network_idle_ms=idle,
         total_latency_ms=result.total_ms,
         num_rounds=len(rounds),
@@ -73,30 +84,22 @@ def request_record(
         finish_reason="error" if error else result.finish_reason,
         drafted_tokens=sum(r.drafted for r in rounds),
         accepted_tokens=sum(r.accepted for r in rounds),
-        mean_accepted_length=sum(r.accepted + 1 for r in rounds) / len(rounds) if error is None else None,
+        mean_accepted_length=None if error else tokens_per_round(rounds),
         network_idle_fraction=idle / result.total_ms if result.total_ms else 0.0,
         draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
-        mode=config.mode,
-        tree=config.tree,
         draft=config.draft_name,
-        sampling=config.sampling,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        rtt_ms=config.rtt_ms,
-        jitter_ms=config.jitter_ms,
-        seed=config.seed,
+        **config.model_dump(include=SETTINGS),
         speculation_hits=result.speculation_hits,
         speculation_misses=result.speculation_misses,
-        output_sha256=hashlib.sha256(json.dumps(result.output_tokens).encode()).hexdigest(),
-        itl_ms=itl,
+        output_sha256=tokens_sha256(result.output_tokens),
+        itl_ms=per_token_ms(result.total_ms, ttft_ms, generated, rounds[0].accepted + 1) if rounds else None,
         repeat=repeat,
         status=FAILED if error else OK,
         error_code=error.code if error else "",
         error_message=" ".join(str(error).split()) if error else "",
         draft_failures=sum(failure.worker == "draft" for failure in result.failures),
         target_failures=sum(failure.worker == "target" for failure in result.failures),
-        recovery_ms=recovery_ms,
+        recovery_ms=sum(failure.lost_ms for failure in result.failures),
         events="; ".join(f"{f.worker} {f.code} in round {f.round}: {f.action}" for f in result.failures),
     )

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from specsplit.io import replacing
 
 
-class RowFile:
-    """Writes rows to `PATH.part`; the end of the block without an error makes it `path`.
+@contextmanager
+def writing_rows(path: Path, record: type[Any]) -> Iterator[Callable[[Any], None]]:
+    """A function that writes a row; the end of the block without an error makes the rows the table `path`.
 
-    An old `path` is deleted at the start: rows of two measurements never stand side by side.
+    record: the dataclass of the rows, whose fields are the columns. An old `path` is deleted at the start: a table is
+    of one measurement.
     """
+    path.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(record)], lineterminator="\n")
+        table.writeheader()
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self._path = path
-        self._part = path.with_name(f"{path.name}.part")
-        self._columns = columns
+        def write(row: Any) -> None:
+            table.writerow(asdict(row))
+            file.flush()
 
-    def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.unlink(missing_ok=True)
-        self._file = self._part.open("w", encoding="utf-8", newline="")
-        self._rows = csv.DictWriter(self._file, self._columns, lineterminator="\n")
-        self._rows.writeheader()
-        return self
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        self._rows.writerow(row)
-        self._file.flush()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        if error is None:
-            self._part.replace(self._path)
+        yield write

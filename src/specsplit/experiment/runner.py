@@ -7,37 +7,33 @@ appear only when every request is done. A request that fails is a row too, and s
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from itertools import product
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
 import specsplit
 from specsplit.client.pipeline import TextWriter
-from specsplit.client.result import SpeculativeResult
-from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import UserError, WorkerError
-from specsplit.experiment.columns import FAILED, OK, REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
+from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.journal import Entry, Journal
-from specsplit.experiment.records import Request, request_record, request_seed, round_records
-from specsplit.io import combined_sha256, json_sha256, write_json
+from specsplit.experiment.records import Request, gamma_controller, request_config, request_record, round_records
+from specsplit.experiment.rows import writing_rows
+from specsplit.io import combined_sha256, json_sha256, replace_file, write_json
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.tokenizer import TextCodec
 from specsplit.provenance.capture import (
     capture_environment,
     capture_machine,
     capture_software,
-    hash_run_code,
     hash_tree,
     utc_now,
 )
+from specsplit.provenance.closure import PACKAGE, code_sha256
 from specsplit.provenance.git import capture_git
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
 from specsplit.provenance.redaction import redact, redact_arguments
@@ -47,7 +43,6 @@ from specsplit.rpc.credentials import Access
 from specsplit.settings.processes import AccessSettings, OrchestratorConfig
 
 RUN_SCHEMA_VERSION = 2
-PACKAGE = Path(specsplit.__file__).parent
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl")
 
 
@@ -100,17 +95,19 @@ def run_requests(
     with Journal(run_dir, _what_decides(run, requests), resume=resume) as journal:
         for name in (*TABLES, "run.json"):
             (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
-        kept = [(repeat, request) for repeat, request in plan if _done(journal, repeat, request)]
-        on_kept(len(kept))
+        left = [turn for turn in plan if not _done(journal, turn)]
+        left.sort(key=lambda turn: _entry(journal, turn) is not None)  # what failed before comes last
+        kept = len(plan) - len(left)
+        on_kept(kept)
 
         def end(code: int, error: str | None) -> None:
-            entries = [entry for repeat, request in plan if (entry := journal.get((repeat, request.id)))]
+            entries = [entry for turn in plan if (entry := _entry(journal, turn))]
             failed = sum(entry.request.status == FAILED for entry in entries)
             finished = {
                 "finished": utc_now(),
                 "exit_code": code,
                 "error": error,
-                "requests": {"planned": len(plan), OK: len(entries) - failed, FAILED: failed, "kept": len(kept)},
+                "requests": {"planned": len(plan), OK: len(entries) - failed, FAILED: failed, "kept": kept},
                 "attempts": journal.attempts,
             }
             gpu = {"before": gpu_before, "after": capture_gpu(), "samples": sampler.samples}
@@ -118,49 +115,47 @@ def run_requests(
 
         try:
             with sampler:
-                _measure(plan, draft, target, codec, config, journal, warmup, on_done)
-            _write_tables(plan, journal, run_dir)
+                for measured in _measure(left, draft, target, codec, config, warmup) if left else ():
+                    journal.add(measured)
+                    on_done(measured.request)
+            _write_tables([entry for turn in plan if (entry := _entry(journal, turn))], run_dir)
         except BaseException as error:
             end(1, str(error) if isinstance(error, UserError) else repr(error))
             raise
         end(0, None)
-        if all(_done(journal, repeat, request) for repeat, request in plan):
+        if all(_done(journal, turn) for turn in plan):
             journal.remove()
 
 
 Turn = tuple[int, Request]  # which repeat
 
 
-def _done(journal: Journal, repeat: int, request: Request) -> bool:
-    entry = journal.get((repeat, request.id))
+def _entry(journal: Journal, turn: Turn) -> Entry | None:
+    return journal.get((turn[0], turn[1].id))
+
+
+def _done(journal: Journal, turn: Turn) -> bool:
+    entry = _entry(journal, turn)
     return entry is not None and entry.request.status == OK
 
 
 def _measure(
-    plan: Sequence[Turn],
+    turns: Sequence[Turn],
     draft: Connection | None,
     target: Connection,
     codec: TextCodec,
     config: OrchestratorConfig,
-    journal: Journal,
     warmup: int,
-    on_done: Callable[[RequestRecord], None],
-) -> None:
-    """Run what the journal does not have, in order; then what failed before."""
-    left = [turn for turn in plan if not _done(journal, *turn)]
-    left.sort(key=lambda turn: journal.get((turn[0], turn[1].id)) is not None)
-    if not left:
-        return
-    controller = None
-    if config.max_draft_tokens == "auto":
-        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
-    known = {c.role: c.description for c in (draft, target) if c}
-    with TextWriter(draft.address if draft else None, target.address, known, access=Access.of(config)) as writer:
-        for i in range(warmup):
-            request = left[i % len(left)][1]
-            writer.write(request.token_ids, _own(config, request), controller=controller)
-        for repeat, request in left:
-            own = _own(config, request)
+) -> Iterator[Entry]:
+    """Run these requests, at least one, in order."""
+    controller = gamma_controller(config)
+    descriptions = {c.role: c.description for c in (draft, target) if c}
+    access = Access.of(config)
+    with TextWriter(draft.address if draft else None, target.address, descriptions, access=access) as writer:
+        for _, request in islice(cycle(turns), warmup):
+            writer.write(request.token_ids, request_config(config, request.id), controller=controller)
+        for repeat, request in turns:
+            own = request_config(config, request.id)
             error = None
             try:
                 result = writer.write(request.token_ids, own, controller=controller, request_id=request.id)
@@ -169,57 +164,34 @@ def _measure(
                 if failure.result is None:
                     raise
                 result, error = failure.result, failure
-            entry = _entry(request, result, own, repeat, codec, error)
-            journal.add(entry)
-            on_done(entry.request)
+            record = request_record(request, result, own, repeat, error)
+            output = {
+                "request_id": request.id,
+                "repeat": repeat,
+                "finish_reason": record.finish_reason,
+                "text": codec.decode(result.output_tokens),
+                "token_ids": result.output_tokens,
+                "status": record.status,
+            }
+            yield Entry(record, round_records(request.id, result, own, repeat), output)
 
 
-def _own(config: OrchestratorConfig, request: Request) -> OrchestratorConfig:
-    return config.model_copy(update={"seed": request_seed(config.seed, request.id)})
-
-
-def _entry(
-    request: Request,
-    result: SpeculativeResult,
-    config: OrchestratorConfig,
-    repeat: int,
-    codec: TextCodec,
-    error: WorkerError | None,
-) -> Entry:
-    record = request_record(request, result, config, repeat, error)
-    output = {
-        "request_id": request.id,
-        "repeat": repeat,
-        "finish_reason": record.finish_reason,
-        "text": codec.decode(result.output_tokens),
-        "token_ids": result.output_tokens,
-        "status": record.status,
-    }
-    return Entry(record, round_records(request.id, result, config, repeat), output)
-
-
-def _write_tables(plan: Sequence[Turn], journal: Journal, run_dir: Path) -> None:
+def _write_tables(entries: Sequence[Entry], run_dir: Path) -> None:
     """The tables of a run whose requests all ended. Raises UserError when every one failed."""
-    entries = [entry for repeat, request in plan if (entry := journal.get((repeat, request.id)))]
     if entries and all(entry.request.status == FAILED for entry in entries):
         raise UserError(f"every request failed, the first one with: {entries[0].request.error_message}")
-    requests, rounds, outputs = io.StringIO(), io.StringIO(), io.StringIO()
-    for file, columns, rows in (
-        (requests, REQUEST_COLUMNS, [entry.request for entry in entries]),
-        (rounds, ROUND_COLUMNS, [row for entry in entries for row in entry.rounds]),
-    ):
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(asdict(row) for row in rows)
-    for entry in entries:
-        outputs.write(json.dumps(entry.output, ensure_ascii=False) + "\n")
-    for name, content in zip(TABLES, (requests, rounds, outputs), strict=True):
-        part = run_dir / f".{name}.part"
-        part.write_text(content.getvalue(), encoding="utf-8", newline="")
-        part.replace(run_dir / name)
+    with writing_rows(run_dir / "requests.csv", RequestRecord) as write:
+        for entry in entries:
+            write(entry.request)
+    with writing_rows(run_dir / "per_round.csv", RoundRecord) as write:
+        for entry in entries:
+            for row in entry.rounds:
+                write(row)
+    outputs = "".join(json.dumps(entry.output, ensure_ascii=False) + "\n" for entry in entries)
+    replace_file(run_dir / "outputs.jsonl", outputs)
 
 
-# Where the workers are and how failures are met decides no text and no time, where nothing fails.
+# Settings that decide no text and no time where nothing fails: where the workers are and how failures are met.
 _OPERATION = (
     *("draft_address", "target_address", "tokenizer", "connect_timeout_s", "rpc_timeout_s"),
     *("recovery_timeout_s", "on_draft_failure", *AccessSettings.model_fields, "tls_name"),
@@ -281,6 +253,6 @@ def _describe_run(
         "software_sha256": capture_software()["sha256"],
         "specsplit_version": specsplit.__version__,
         "source_sha256": combined_sha256(source_files),
-        "run_code_sha256": hash_run_code(source_files),
+        "run_code_sha256": code_sha256("bench"),
         "git": capture_git(PACKAGE),
     }

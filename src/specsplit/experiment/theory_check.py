@@ -1,26 +1,27 @@
 """Simulated models behind real workers, every pipeline mode: measured time per token beside the formula's.
 
-The models take the time that they are told to and agree as often as they are told to, so what is left between
-measurement and formula is what the system itself costs.
+The time of the models and how often they agree are given, so the difference between measurement and formula is the cost
+of the system itself.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
-from specsplit.decoding.adaptive import GammaController
+from specsplit.decoding.measures import tokens_per_round
 from specsplit.decoding.theory import PipelineMode, expected_tokens, tpot_ms
 from specsplit.errors import UserError
+from specsplit.experiment.records import gamma_controller
 from specsplit.experiment.sweep import MODES
 from specsplit.experiment.transport import bare_round_trip_ms
-from specsplit.launch.start import start_worker, stop_worker
+from specsplit.launch.endpoint import Endpoint
+from specsplit.launch.start import own_workers, start_worker
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access
 from specsplit.settings.processes import OrchestratorConfig
@@ -28,7 +29,7 @@ from specsplit.settings.processes import OrchestratorConfig
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is simulated. Times in ms: draft_ms a pass of the draft, verify_ms one of the target."""
+    """A simulated pair. Times in ms: draft_ms of a pass of the draft, verify_ms of the target."""
 
     acceptance: float = 0.8
     draft_ms: float = 3.0
@@ -75,24 +76,15 @@ def simulated_workers(simulation: Simulation) -> Iterator[tuple[str, str]]:
         "draft": {"step_ms": s.draft_ms, "acceptance": s.acceptance, "seed": s.seed},
         "target": {"step_ms": s.verify_ms, "seed": s.seed},
     }
-    with tempfile.TemporaryDirectory(prefix="specsplit-") as name:
-        folder = Path(name)
-        addresses = []
-        try:
-            for role, settings in models.items():
-                prepare_model({"source": "synthetic", **settings}, role, folder / role)
-                endpoint = start_worker(
-                    role,
-                    ["--model", str(folder / role), "--port", "0", "--threads", "1", "--max-context", "8192"],
-                    endpoint_file=folder / f"{role}.json",
-                    log_file=folder / f"{role}.log",
-                    timeout_s=120.0,
-                )
-                addresses.append(endpoint.address)
-            yield addresses[0], addresses[1]
-        finally:
-            for role in models:
-                stop_worker(folder / f"{role}.json")
+
+    def start(role: str, endpoint_file: Path) -> Endpoint:
+        model, log_file = endpoint_file.with_name(role), endpoint_file.with_suffix(".log")
+        prepare_model({"source": "synthetic", **models[role]}, role, model)
+        settings = ["--model", str(model), "--port", "0", "--threads", "1", "--max-context", "8192"]
+        return start_worker(role, settings, endpoint_file=endpoint_file, log_file=log_file, timeout_s=120.0)
+
+    with own_workers({role: partial(start, role) for role in models}) as workers:
+        yield workers["draft"].address, workers["target"].address
 
 
 def check_theory(
@@ -122,7 +114,7 @@ def check_theory(
             for mode, gamma in points:
                 settings = {"mode": mode, "max_draft_tokens": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
                 config = OrchestratorConfig.load({**settings, "max_output_tokens": simulation.tokens})
-                controller = GammaController(mode, config.gamma_limit, fan_out=simulation.fan_out)
+                controller = gamma_controller(config)
                 results = [writer.write(prompt, config, controller=controller) for prompt in prompts]
                 alone = alone or [result.output_tokens for result in results]
                 rows.append(_row(simulation, mode, gamma, rtt_ms, bare_ms, results, alone))
@@ -142,10 +134,9 @@ def _row(
     s = simulation
     # Everything after the first round, which has no draft made ahead and no round before it.
     rounds = [r for result in results for r in result.rounds[1:]]
-    tokens = sum(r.accepted + 1 for r in rounds)
+    per_round = tokens_per_round(rounds)
     total_ms = sum(result.total_ms - (result.ttft_ms or 0.0) for result in results)
     hits = [r.speculation == "hit" for r in rounds if r.speculation != "none"]
-    per_round = tokens / len(rounds)
     transport_ms = bare_ms * (2 if gamma else 1)  # the draft worker's and the target's
     formula = expected = limit = None
     if isinstance(gamma, int):
@@ -154,7 +145,7 @@ def _row(
         by_chance = expected_tokens(s.acceptance, gamma) / per_round
         expected = by_chance * formula
         limit = by_chance * tpot_ms(*settings, rtt_ms + transport_ms, s.fan_out)
-    measured = total_ms / tokens
+    measured = total_ms / (per_round * len(rounds))
     return Check(
         mode=mode,
         rtt_ms=rtt_ms,
@@ -170,8 +161,3 @@ def _row(
         hit_rate=sum(hits) / len(hits) if hits else None,
         lossless=[result.output_tokens for result in results] == alone,
     )
-
-
-def as_table(rows: Sequence[Check]) -> list[dict[str, Any]]:
-    """The rows as dictionaries, in the order of the columns."""
-    return [asdict(row) for row in rows]

@@ -1,6 +1,6 @@
-"""What a message and its answer cost with gRPC and nothing else: the limit that a round is measured against.
+"""The time of a bare gRPC message and its answer: the limit that a round is measured against.
 
-Run as a program it is the other end: a stream that answers each message after a pause.
+Run as a program, this module is the other end: a stream that answers each message after a pause.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from specsplit.client.pipeline import event_loop
+from specsplit.client.event_loop import event_loop
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 
 METHOD = "/specsplit.Transport/Answer"
@@ -29,8 +29,8 @@ WARM_UP = 5
 def bare_round_trip_ms(pause_ms: float, repeats: int = 60) -> float:
     """Median ms of a message and its answer over an open gRPC stream to another process on this machine.
 
-    pause_ms: both sides rest so long in between, as they do while a model runs: what has rested answers later. The rest
-    itself, as it was on the other side, is not counted.
+    pause_ms: both sides sleep so long between messages, as while a model runs, since a sleeping process answers later.
+    The other side's sleep, as measured there, is not counted.
     """
     with subprocess.Popen(
         [sys.executable, "-m", "specsplit.experiment.transport", str(pause_ms)],

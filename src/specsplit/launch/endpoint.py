@@ -71,15 +71,9 @@ class Endpoint:
 
     @classmethod
     def local(
-        cls,
-        host: str,
-        port: int,
-        description: pb.DescribeReply,
-        holder: ProcessIdentity | None,
-        *,
-        tls: bool = False,
+        cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None, *, tls: bool = False
     ) -> Endpoint:
-        """The endpoint of this very process. One that listens on every address is found under its host's name."""
+        """The endpoint of this process. When it listens on every address, its host name is the one to use."""
         me = ProcessIdentity.of(os.getpid())
         reached = socket.gethostname() if host in EVERY_ADDRESS else host
         return cls(
@@ -95,7 +89,7 @@ class Endpoint:
 
     @classmethod
     def of_running(cls, address: str, description: pb.DescribeReply) -> Endpoint:
-        """The endpoint of a worker that somebody else runs."""
+        """The endpoint of a worker that was attached to."""
         return cls(address, True, split_address(address)[1], None, None, None, None, description_dict(description))
 
     @classmethod
@@ -105,9 +99,8 @@ class Endpoint:
         try:
             return cls(**data)
         except TypeError as error:
-            raise UserError(
-                f"{path} is not an endpoint file: {error}. Delete it and start the worker again."
-            ) from error
+            message = f"{path} is not an endpoint file: {error}. Delete it and start the worker again."
+            raise UserError(message) from error
 
     def write(self, path: Path) -> None:
         """Write atomically, mode 0600."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 import subprocess
 import tempfile
@@ -14,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from specsplit.errors import UserError
+from specsplit.io import json_sha256
 from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.launch.environment import COMMAND, deterministic_environment
 from specsplit.launch.lease import hold_lease, user_lock
@@ -48,7 +47,7 @@ def start_worker(
     if cuda_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_devices
     deadline = time.monotonic() + timeout_s
-    # A signal that came while the process is being made would leave it with nobody to end it: it waits for the try.
+    # Blocked until `try` can end the process: a signal during Popen would leave it running.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         with log_file.open("ab") as log:
@@ -105,7 +104,7 @@ def share_worker(
     pool: a folder. The worker ends when the endpoint files of all who share it are gone, so each user's file is a
     lease of its own.
     """
-    key = hashlib.sha256(json.dumps([role, *worker_args, cuda_devices]).encode()).hexdigest()[:12]
+    key = json_sha256([role, *worker_args, cuda_devices])[:12]
     own_file, users = pool / f"{role}-{key}.json", pool / f"{role}-{key}.users"
     pool.mkdir(parents=True, exist_ok=True)
     with user_lock(users):
@@ -149,17 +148,12 @@ def attach_worker(
     with connect(role, address, timeout_s=timeout_s, access=access) as connection:
         description = connection.description
     _, manifest = resolve_model(model)
-    wanted = {
-        "weights": manifest["fingerprint"]["weights_sha256"],
-        "dtype": dtype,
-        "skip_layers": list(skip_layers),
+    compared = {
+        "weights": (description.weights_sha256, manifest["fingerprint"]["weights_sha256"]),
+        "dtype": (description.dtype, dtype),
+        "skip_layers": (list(description.skip_layers), list(skip_layers)),
     }
-    found = {
-        "weights": description.weights_sha256,
-        "dtype": description.dtype,
-        "skip_layers": list(description.skip_layers),
-    }
-    differing = [f"{key} {found[key]} instead of {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    differing = [f"{key} {found} instead of {wanted}" for key, (found, wanted) in compared.items() if found != wanted]
     if differing:
         raise UserError(
             f"the {role} worker at {address} serves another model than the configuration names: "
@@ -172,10 +166,10 @@ def attach_worker(
 
 @contextmanager
 def own_workers(starts: Mapping[str, Callable[[Path], Endpoint]]) -> Iterator[dict[str, Endpoint]]:
-    """Workers of this process alone, by role: stopped on the way out, and gone with it however it goes.
+    """Workers of this process alone, by role: stopped at the end of the block, and when this process dies.
 
-    starts: role -> what starts its worker, given the endpoint file to write. What this process itself was started for
-    ends it as before.
+    starts: role -> what starts its worker, given the endpoint file to write. This process still ends with the process
+    that it was started for.
     """
     hold_lease()
     with tempfile.TemporaryDirectory(prefix="specsplit-") as folder, ExitStack() as stack:
@@ -190,8 +184,8 @@ def own_workers(starts: Mapping[str, Callable[[Path], Endpoint]]) -> Iterator[di
 def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | None:
     """End the lease of a worker by deleting its endpoint file, and wait until its process is gone.
 
-    Returns None when there was no such file. There is no waiting for a worker of a pool, which runs on while others
-    use it, nor for an attached one, which runs on in any case.
+    Returns None when there was no such file. It does not wait for a worker of a pool, which others may use, nor for an
+    attached one, which keeps running.
     """
     if not endpoint_file.exists():
         return None

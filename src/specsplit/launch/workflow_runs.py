@@ -1,7 +1,7 @@
-"""Which runs of the workflow are alive, so that one that was killed does not block the next.
+"""Which runs of the workflow are alive, so that a killed one does not block the next.
 
-A killed Snakemake leaves its lock on the folder, and endpoint files of workers that are gone. Each run registers its
-process; when no registered run is alive, what the dead ones left is cleared.
+A killed Snakemake leaves its lock on the folder and the endpoint files of its workers. Each run registers its process;
+when no registered run is alive, the leftovers of dead ones are removed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def begin_run(state: Path = Path(".snakemake"), workers: Path = Path("results/wo
 def _alive(path: Path) -> bool:
     try:
         run = read_json_object(path)
-        # A run on another host that shares the folder: nobody can tell from here.
+        # A run on another host that shares the folder counts as alive: it cannot be seen from here.
         return bool(run["host"] != socket.gethostname()) or ProcessIdentity(run["pid"], run["started"]).alive()
     except (UserError, KeyError, TypeError):
         return False

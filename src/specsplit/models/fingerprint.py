@@ -1,4 +1,4 @@
-"""What identifies a model: hashes of its weights and vocabulary, and the facts that others compare.
+"""What identifies a model: hashes of its weights and vocabulary, its size and its shape.
 
 Two workers must agree on the tokenizer, and a report must say which weights it measured. Everything here
 reads a folder in Hugging Face layout: config.json, safetensors or model.gguf, tokenizer files. Weights are only hashed.
@@ -23,22 +23,12 @@ from specsplit.models.gguf_file import GGUF_FILE, read_gguf
 CONFIG_FILES = ("config.json", "generation_config.json")
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", GGUF_FILE)
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "*.tiktoken",
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json", "*.tiktoken"),
 )
 TOKENIZER_EXTRAS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 # Of a draft with a reduced vocabulary: the target token of every row of its output head (models/vocabulary.py).
 MAP_FILES = ("draft_to_target.json", "draft_to_target.safetensors")
@@ -46,13 +36,7 @@ MODEL_FILES = CONFIG_FILES + WEIGHT_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS +
 
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-DTYPE_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-}
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -82,8 +66,25 @@ def check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json, so not a model in Hugging Face layout")
     weight_files(folder)
+    check_tokenizer(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise UserError unless `folder` holds a tokenizer."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; prepare the model first")
     if not any(matches(path.name, TOKENIZER_FILES) for path in folder.iterdir()):
         raise UserError(f"{folder}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a model, as transformers reads it. Raises UserError when it cannot."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # many kinds: unknown model type, malformed JSON, custom code that is not run
+        raise UserError(f"{folder}: transformers cannot read its configuration: {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -132,21 +133,21 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     model states no limit).
     Raises UserError for a folder that does not hold a readable causal language model.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     check_model_folder(folder)
     weights = weight_files(folder)
     hashed = [*weights, *(folder / name for name in MAP_FILES if (folder / name).is_file())]
-    known = files or {}
+    sha256 = files or {}
     parameters, dtype = _count_parameters(weights)
+    config = read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # many kinds: unknown model type, malformed JSON, custom code that is not run
-        raise UserError(f"{folder}: transformers cannot read its configuration or tokenizer: {error}") from error
+    except Exception as error:
+        raise UserError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
     text = config.get_text_config()
     return {
-        "weights_sha256": combined_sha256({f.name: known.get(f.name) or sha256_file(f) for f in hashed}),
+        "weights_sha256": combined_sha256({f.name: sha256.get(f.name) or sha256_file(f) for f in hashed}),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "parameters": parameters,
         "dtype": dtype,

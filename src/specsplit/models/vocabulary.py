@@ -4,10 +4,10 @@ A draft model may have another tokenizer than the target. It then proposes only 
 renormalised over them: token-level intersection (Timor et al. 2025, "Accelerating LLM Inference with Lossless
 Speculative Decoding Algorithms for Heterogeneous Vocabularies"). Verification stays as it is, so the text does too.
 
-Tokens are the same when they stand for the same bytes inside a text, whatever their files call them: " the" is
-`Ġthe` in a byte-level vocabulary and `▁the` in a SentencePiece one, a line feed is `Ċ` here and `<0x0A>` there.
-How a vocabulary spells is seen from the token of a space, as transformers' AssistantToTargetTranslator does; that one
-changes the sign of the leading space only, and so loses line feeds, inner spaces and everything beyond ASCII.
+Tokens are the same when they stand for the same bytes of a text, however their files spell them: " the" is `Ġthe` in a
+byte-level vocabulary and `▁the` in a SentencePiece one, a line feed is `Ċ` or `<0x0A>`. The token of a space shows how
+a vocabulary spells, as in transformers' AssistantToTargetTranslator; that one translates only the sign of the leading
+space, and so loses line feeds, inner spaces and everything beyond ASCII.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specsplit.errors import UserError
 from specsplit.io import read_json
-from specsplit.models.fingerprint import MAP_FILES
+from specsplit.models.fingerprint import MAP_FILES, read_config
 from specsplit.models.tokenizer import TextCodec
 
 MAP_TENSOR = "draft_to_target"
 
 
 class Vocabulary:
-    """One vocabulary for both. size: target token ids that can be proposed are below it."""
+    """One vocabulary for both models. size: target token ids that can be proposed are below it."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
     def context(self, tokens: Sequence[int]) -> list[int]:
-        """Draft tokens of a text; at least one when `tokens` has one."""
+        """The draft's tokens of a text; at least one when `tokens` has one."""
         return list(tokens)
 
     def token(self, token: int) -> int:
-        """The draft token of a proposed one."""
+        """The draft's token of a proposed target token."""
         return token
 
     def outward(self, logits: torch.Tensor) -> torch.Tensor:
@@ -93,10 +93,10 @@ class SharedVocabulary(Vocabulary):
         self._start = next(token for token in starts if token is not None)
 
     def context(self, tokens: Sequence[int]) -> list[int]:
-        """Draft tokens of a text, encoded anew: about 2 microseconds a token.
+        """Draft tokens of a text, which is decoded and encoded again: about 2 microseconds a token.
 
-        Special tokens are written out, so that the draft tokenizer may know them. The bytes of an unfinished
-        character at the end are left out: the draft then continues the text before them.
+        Special tokens are written out for the draft tokenizer to find. The bytes of an unfinished character at the
+        end are left out; the draft continues the text before them.
         """
         text = self._target_tokenizer.decode(
             list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -142,10 +142,7 @@ def load_vocabulary(draft_folder: Path, target_tokenizer_folder: Path | None, mo
         raise UserError(
             f"{draft_folder}: draft_to_target has {len(targets)} entries, but the output head {model_vocab_size} rows"
         )
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(draft_folder, local_files_only=True, trust_remote_code=False)
-    size = config.get_text_config().vocab_size
+    size = read_config(draft_folder).get_text_config().vocab_size
     if max(targets) >= size:
         raise UserError(f"{draft_folder}: draft_to_target names token {max(targets)}; the model has 0 to {size - 1}")
     return ReducedVocabulary(targets, size)
@@ -170,10 +167,9 @@ def read_reduced_map(folder: Path) -> list[int] | None:
         tokens = read_json(path)
     else:
         try:
-            tensor = load_file(path).get(MAP_TENSOR, np.zeros(0))
+            tokens = load_file(path).get(MAP_TENSOR, np.zeros(0)).tolist()
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-        tokens = tensor.tolist()
     if not isinstance(tokens, list) or not tokens or any(type(t) is not int or t < 0 for t in tokens):
         raise UserError(f"{path}: wanted a list of token ids, the target token of every row of the output head")
     if len(set(tokens)) != len(tokens):
@@ -187,7 +183,9 @@ def read_reduced_map(folder: Path) -> list[int] | None:
 def spellings(tokenizer: Any) -> dict[tuple[bool, bytes], int]:
     """(special, bytes in a text) -> token id. Of several tokens for the same bytes the whole-text one is taken before
     a byte token (`A` before `<0x41>`), then the lowest id."""
-    space = _space_sign(tokenizer)
+    # How the vocabulary spells a space: Ġ (byte-level), ▁ (SentencePiece), or itself.
+    ids = tokenizer(" ", add_special_tokens=False)["input_ids"]
+    space = str(tokenizer.convert_ids_to_tokens(ids)[0])[:1] if ids else " "
     added = tokenizer.added_tokens_decoder
     found: dict[tuple[bool, bytes], tuple[bool, int]] = {}
     for piece, token in tokenizer.get_vocab().items():
@@ -199,13 +197,6 @@ def spellings(tokenizer: Any) -> dict[tuple[bool, bytes], int]:
         if key[1]:
             found[key] = min(rank, found.get(key, rank))
     return {key: token for key, (_, token) in found.items()}
-
-
-def _space_sign(tokenizer: Any) -> str:
-    """What a space looks like in the vocabulary's own spelling: Ġ (byte-level), ▁ (SentencePiece), or itself."""
-    ids = tokenizer(" ", add_special_tokens=False)["input_ids"]
-    first = str(tokenizer.convert_ids_to_tokens(ids)[0]) if ids else " "
-    return first[:1]
 
 
 def _bytes(piece: str, space: str) -> tuple[bytes, bool]:

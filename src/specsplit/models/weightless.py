@@ -1,7 +1,7 @@
-"""Models that are parameters and a tokenizer, without weights: a simulated one, and prompt lookup.
+"""Models without weights, which are parameters and a tokenizer: a simulated one, and prompt lookup.
 
-They are prepared into folders like other models, so that workers, workflow and record treat them alike. What stands in
-for the hash of the weights is the hash of the parameters.
+They are prepared into folders like other models, so that workers, workflow and record treat them alike. The hash of the
+parameters takes the place of the hash of the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object
-from specsplit.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
+from specsplit.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, check_tokenizer, matches, read_config
 
 BYTES = 256
 
@@ -68,10 +68,10 @@ def parse_parameters(spec: Mapping[str, Any], name: str) -> SyntheticParameters 
     try:
         return KINDS[spec["source"]](**spec)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            place = ".".join(["models", name, *map(str, problem["loc"])])
-            lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
+        lines = [
+            f"{'.'.join(['models', name, *map(str, problem['loc'])])}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
         raise UserError("\n".join(lines)) from None
 
 
@@ -124,29 +124,21 @@ def tokenizer_source(parameters: NGramParameters) -> tuple[Path, dict[str, Any]]
     return (model if elsewhere == "." else Path(elsewhere)), manifest
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Raise UserError unless `folder` holds a tokenizer."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; prepare the model first")
-    if not any(matches(path.name, TOKENIZER_FILES) for path in folder.iterdir()):
-        raise UserError(f"{folder}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
-
-
 def fingerprint_weightless(parameters: SyntheticParameters | NGramParameters, folder: Path) -> dict[str, Any]:
     """What fingerprint_model says of a model with weights, for one prepared in `folder` from `parameters`."""
     from specsplit.models.tokenizer import TextCodec
 
-    tokenizer = TextCodec.load(folder).tokenizer
+    codec = TextCodec.load(folder)
     if isinstance(parameters, SyntheticParameters):
-        vocab_size = parameters.vocab_size
+        architecture, vocab_size = "SyntheticLM", parameters.vocab_size
     else:
-        vocab_size = _vocab_size(parameters, tokenizer)
+        architecture, vocab_size = "NGramLM", _vocab_size(parameters, codec.tokenizer)
     return {
         "weights_sha256": parameters_sha256(parameters),
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "tokenizer_sha256": codec.sha256,
         "parameters": 0,
         "dtype": "float32",  # of its logits
-        "architecture": "SyntheticLM" if isinstance(parameters, SyntheticParameters) else "NGramLM",
+        "architecture": architecture,
         "vocab_size": vocab_size,
         "max_context": None,
     }
@@ -154,15 +146,9 @@ def fingerprint_weightless(parameters: SyntheticParameters | NGramParameters, fo
 
 def _vocab_size(parameters: NGramParameters, tokenizer: Any) -> int:
     """Tokens that the model it drafts for may write: rows of its output head, often more than its tokenizer has."""
-    from transformers import AutoConfig
-
     folder, manifest = tokenizer_source(parameters)
     if manifest:
         return int(manifest["fingerprint"]["vocab_size"])
     if not (folder / "config.json").is_file():
         return len(tokenizer)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except Exception as error:  # many kinds: unknown model type, malformed JSON, custom code that is not run
-        raise UserError(f"{folder}: transformers cannot read its configuration: {error}") from error
-    return int(config.vocab_size)
+    return int(read_config(folder).get_text_config().vocab_size)

@@ -14,7 +14,7 @@ from typing import Any
 
 import specsplit
 from specsplit.errors import UserError
-from specsplit.io import read_json_object
+from specsplit.io import read_json_object, replacing
 from specsplit.provenance.capture import WORKFLOW_FILES, hash_tree
 from specsplit.provenance.crate import build_crate
 from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, RECORD, RESULTS, write_sums
@@ -40,16 +40,15 @@ def write_archive(output: Path, result_files: Sequence[Path], root: Path) -> int
     check_record(record)
     _refuse_other_code(record, root)
     _await_workers(root)
-    files = _collect(
-        result_files, [*(record["workflow"]["config_files"] or ()), record["dataset"].get("source") or ""], root, output
-    )
-    content = {name: _read(path) for name, path in files.items()}
+    others = [*(record["workflow"]["config_files"] or ()), record["dataset"].get("source") or ""]
+    content = {name: _read(path) for name, path in _collect(result_files, others, root, output).items()}
     for name, data in content.items():
         _refuse_secrets(name, data)
     made = [name for name in content if name.startswith((f"{RESULTS}/", "resources/models/"))]
-    known = {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in content.items()}
-    content[CRATE] = build_crate(record, read_steps(sorted(made), root), known)
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    files = {name: (sums[name], len(data)) for name, data in content.items()}
+    content[CRATE] = build_crate(record, read_steps(sorted(made), root), files)
+    sums[CRATE] = hashlib.sha256(content[CRATE]).hexdigest()
     content[ARCHIVE_SUMS] = write_sums(sums).encode()
     _write_zip(output, content)
     return len(content)
@@ -112,15 +111,9 @@ def _await_workers(root: Path) -> None:
 
 
 def _write_zip(output: Path, content: Mapping[str, bytes]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.name}.part")
-    try:
-        with zipfile.ZipFile(part, "w") as archive:
-            for name in sorted(content, key=lambda name: (name != CRATE, name)):  # what it is comes first
-                entry = zipfile.ZipInfo(name, FIXED_TIME)
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                entry.create_system, entry.external_attr = 3, 0o100644 << 16  # Unix, on every system
-                archive.writestr(entry, content[name], compresslevel=9)
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(output) as part, zipfile.ZipFile(part, "w") as archive:
+        for name in sorted(content, key=lambda name: (name != CRATE, name)):  # the description comes first
+            entry = zipfile.ZipInfo(name, FIXED_TIME)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.create_system, entry.external_attr = 3, 0o100644 << 16  # Unix, on every system
+            archive.writestr(entry, content[name], compresslevel=9)

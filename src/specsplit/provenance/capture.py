@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,23 +21,11 @@ from typing import Any
 import psutil
 
 import specsplit
-from specsplit.io import combined_sha256, json_sha256, sha256_file
+from specsplit.io import json_sha256, sha256_file
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 
 ENVIRONMENT_VARIABLES = (*DETERMINISM_VARIABLES, "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
 LOCK = Path("envs/constraints.txt")
-# What of the package decides what a run writes; relative to it, as the workflow names it.
-RUN_CODE = (
-    *("decoding", "engines", "models", "client", "worker", "launch", "rpc", "settings/processes.py"),
-    *(
-        "experiment/runner.py",
-        "experiment/journal.py",
-        "experiment/records.py",
-        "experiment/columns.py",
-        "experiment/dataset.py",
-    ),
-    "experiment/sweep.py",
-)
 # What decides a result beside the package, relative to the project's folder.
 WORKFLOW_FILES = ("Snakefile", "workflow/**/*", "profiles/**/*", "envs/*", "pyproject.toml")
 
@@ -61,8 +50,8 @@ def run_tool(command: Sequence[str], timeout_s: float, status: int = 0) -> tuple
     except OSError as error:
         return None, f"{name}: {error.strerror or error}"
     if done.returncode != status:
-        said = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
-        return None, f"{name}: exit status {done.returncode}: {said[:300]}"
+        message = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
+        return None, f"{name}: exit status {done.returncode}: {message[:300]}"
     return done.stdout, None
 
 
@@ -102,19 +91,16 @@ def with_reason(captured: dict[str, Any], why: str) -> dict[str, Any]:
 def _os_name() -> str:
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):  # not a Linux, or one without the file
+    except (OSError, KeyError):  # not Linux, or without the file
         return platform.platform()
 
 
 def _cpu_model() -> str | None:
-    try:
-        # x86 says "model name"; most ARM kernels say nothing of the kind.
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
+    with suppress(OSError):
+        # On x86; most ARM kernels do not tell.
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^model name\s*:\s*(.*\S)", cpuinfo, re.MULTILINE):
+            return found[1]
     text, _ = run_tool(["sysctl", "-n", "machdep.cpu.brand_string"], 5.0)
     return (text and text.strip()) or platform.processor() or None
 
@@ -143,8 +129,7 @@ def capture_software() -> dict[str, Any]:
     """Python, Snakemake, SpecSplit, and the version of every installed package, with a hash over them."""
     packages: dict[str, str] = {}
     for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:  # a half-removed package has none
+        if name := distribution.metadata["Name"]:  # a half-removed package has none
             # The first one on sys.path is the one that is imported.
             packages.setdefault(_normalised(name), distribution.version)
     packages = dict(sorted(packages.items()))
@@ -189,13 +174,6 @@ def capture_environment() -> dict[str, Any]:
 
 
 # ---- the source code
-
-
-def hash_run_code(files: Mapping[str, str]) -> str:
-    """One sha256 over the files of the package that decide what a run writes; files: hash_tree of the package."""
-    return combined_sha256(
-        {n: digest for n, digest in files.items() if any(n == part or n.startswith(f"{part}/") for part in RUN_CODE)}
-    )
 
 
 def hash_tree(root: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:

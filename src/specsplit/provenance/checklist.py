@@ -13,8 +13,8 @@ from specsplit.launch.environment import REQUIRED
 
 Named = Sequence[tuple[str, Mapping[str, Any]]]
 
-# Here a null is an answer: not set, no limit, no error.
-OWN_WORDS = ("config", "environment", "dataset", "orchestrator", "error", "inputs")
+# Keys under which a null is an answer (not set, no limit, no error) and needs no reason.
+NULL_IS_AN_ANSWER = ("config", "environment", "dataset", "orchestrator", "error", "inputs")
 
 
 def make_checklist(record: Mapping[str, Any], runs: Named, models: Named, dataset_files: Sequence[Path]) -> list[Any]:
@@ -136,9 +136,8 @@ def _check_gpu(gpu: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_git(git: Mapping[str, Any]) -> dict[str, Any]:
-    problems = [] if git["commit"] else [str(git["reason"])]
     changes = " with uncommitted changes" if git["dirty"] else ""
-    return _item("git commit known", problems, f"{git['commit']}{changes}")
+    return _item("git commit known", [] if git["commit"] else [str(git["reason"])], f"{git['commit']}{changes}")
 
 
 def _check_changes(git: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,20 +153,17 @@ def _check_changes(git: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Every null outside OWN_WORDS has a reason in its own object."""
+    """Every null outside NULL_IS_AN_ANSWER has a reason in its own object."""
     unexplained = list(_unexplained(record, ""))
     listed = ", ".join(unexplained[:5]) + (f" and {len(unexplained) - 5} more" if len(unexplained) > 5 else "")
     return _item("what is unavailable is explained", [listed] if unexplained else [], "every null has a reason")
 
 
 def _unexplained(value: Any, where: str) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if key in OWN_WORDS:
-                continue
-            if item is None and key != "reason" and not value.get("reason"):
+    explained = not isinstance(value, Mapping) or value.get("reason")
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if key not in NULL_IS_AN_ANSWER:
+            if item is None and key != "reason" and not explained:
                 yield f"{where}{key}"
             yield from _unexplained(item, f"{where}{key}.")
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _unexplained(item, f"{where}{i}.")

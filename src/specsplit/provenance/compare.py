@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -33,7 +33,8 @@ SHOWN = 60  # characters of a value
 
 @dataclass
 class Group:
-    """One group of the comparison. differences: a line each. times: lines that differ between any two runs."""
+    """One group of the comparison. same: what is said when nothing differs. differences: a line each. times: lines that
+    differ between any two runs."""
 
     name: str
     same: str
@@ -46,21 +47,27 @@ def compare(a: Experiment, b: Experiment) -> list[Group]:
 
     Raises UserError when a record or a table is missing or malformed.
     """
-    first, second = _read(a), _read(b)
-    config = Group("config", f"sha256 {first['config_sha256'][:12]}")
-    config.differences = _lines(_flat(first["config"]), _flat(second["config"]))
-    code = Group("code", f"commit {str(first['git']['commit'])[:12]}, {len(first['source_files'])} source files")
-    code.differences = _lines(_code(first), _code(second))
-    if first["git"]["commit"] and second["git"]["commit"]:
-        # An unpacked archive has no commit; its files are compared all the same.
-        code.differences = [*_lines(_commit(first), _commit(second)), *code.differences]
-    model = Group("model", ", ".join(str(entry.get("name")) for entry in first["models"]))
-    model.differences = _lines(_models(first), _models(second))
-    data = Group("data", f"{first['dataset'].get('count')} prompts")
-    data.differences = _lines(_flat(first["dataset"]), _flat(second["dataset"]))
-    machine = Group("machine", f"{first['machine']['hostname']}, {first['machine']['cpu_model']}")
-    machine.differences = _lines(_machine(first), _machine(second))
-    return [config, code, model, data, machine, _results(a, b)]
+    records = _read(a), _read(b)
+    record = records[0]
+    commit, models = str(record["git"]["commit"])[:12], [str(model.get("name")) for model in record["models"]]
+    same = {
+        "config": f"sha256 {record['config_sha256'][:12]}",
+        "code": f"commit {commit}, {len(record['source_files'])} source files",
+        "model": ", ".join(models),
+        "data": f"{record['dataset'].get('count')} prompts",
+        "machine": f"{record['machine']['hostname']}, {record['machine']['cpu_model']}",
+    }
+    # An unpacked archive has no commit; its files are compared all the same.
+    with_commit = all(record["git"]["commit"] for record in records)
+    facts: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "config": lambda record: _flat(record["config"]),
+        "code": lambda record: (_commit(record) if with_commit else {}) | _code(record),
+        "model": _models,
+        "data": lambda record: _flat(record["dataset"]),
+        "machine": _machine,
+    }
+    groups = [Group(name, same[name], _lines(*map(facts[name], records))) for name in facts]
+    return [*groups, _results(a, b)]
 
 
 def _read(experiment: Experiment) -> dict[str, Any]:
@@ -134,7 +141,7 @@ def _models(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _machine(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the runs ran on, without what no two runs share: process numbers, addresses, clocks, power."""
+    """What the runs ran on; not process numbers, addresses, clocks and power, which differ between any two runs."""
     facts = _flat(record["machine"])
     facts |= _gpus(record["gpu"], "gpu")
     for run in record["runs"]:
@@ -160,9 +167,6 @@ def _gpus(state: Mapping[str, Any], name: str) -> dict[str, Any]:
 # ---- the results
 
 
-Row = dict[str, str]
-
-
 def _results(a: Experiment, b: Experiment) -> Group:
     """Request by request: the same text and counts, and how the times moved."""
     first, second = _requests(a), _requests(b)
@@ -170,7 +174,7 @@ def _results(a: Experiment, b: Experiment) -> Group:
     texts = sum(first[key]["output_sha256"] == second[key]["output_sha256"] for key in shared)
     group = Group("results", f"{texts} of {len(shared)} texts are the same")
     for name, only, other in ((a.shown, first, second), (b.shown, second, first)):
-        points = _count(key[:-1] for key in only if key not in other)
+        points = Counter(key[:-1] for key in only if key not in other)
         group.differences += [
             f"only in {name}: {_point(point)}, {number} request(s)" for point, number in points.items()
         ]
@@ -193,7 +197,7 @@ def _results(a: Experiment, b: Experiment) -> Group:
     return group
 
 
-def _requests(experiment: Experiment) -> dict[tuple[str, ...], Row]:
+def _requests(experiment: Experiment) -> dict[tuple[str, ...], dict[str, str]]:
     """The rows of requests.csv by configuration and request."""
     path = experiment.results / "requests.csv"
     try:
@@ -207,22 +211,11 @@ def _requests(experiment: Experiment) -> dict[tuple[str, ...], Row]:
     return {(*(row[name] for name in CONFIGURATION), row["request_id"]): row for row in rows}
 
 
-def _count(items: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], int]:
-    counts: dict[tuple[str, ...], int] = defaultdict(int)
-    for item in items:
-        counts[item] += 1
-    return counts
-
-
 def _point(values: tuple[str, ...]) -> str:
     """gamma, and what is not as in a plain sweep."""
     named = dict(zip(CONFIGURATION, values, strict=True))
-    rest = [
-        f"{key} {named[key]}"
-        for key, plain in PLAIN.items()
-        if named[key].removesuffix(".0") != str(plain).removesuffix(".0")
-    ]
-    return " ".join([f"gamma {named['gamma']}", *rest])
+    differs = [key for key, plain in PLAIN.items() if named[key].removesuffix(".0") != str(plain).removesuffix(".0")]
+    return " ".join(f"{key} {named[key]}" for key in ("gamma", *differs))
 
 
 def _moved(column: str, pairs: list[tuple[str, str]]) -> str:

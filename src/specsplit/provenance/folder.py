@@ -1,4 +1,4 @@
-"""Finding the record and the files that it speaks of: in a project, in its results folder, in an archive."""
+"""Finding the record and the files that it names: in a project, in its results folder, in an archive."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ SAMPLE_COLUMNS = {
     "temperature.gpu": "temperature_c",
 }
 SAMPLE_PERIOD_S = 1.0
+FORMAT = "--format=csv,noheader,nounits"
 
 
 def capture_gpu(timeout_s: float = 30.0) -> dict[str, Any]:
@@ -38,20 +39,13 @@ def capture_gpu(timeout_s: float = 30.0) -> dict[str, Any]:
     Memory is MiB, clocks MHz, power watts; what a GPU does not report is null, and its `reason` says so. raw:
     `nvidia-smi -q`. timeout_s: limit of each of the two calls; a broken driver can make nvidia-smi hang.
     """
-    query = ["nvidia-smi", f"--query-gpu={','.join(GPU_COLUMNS)}", "--format=csv,noheader,nounits"]
-    state: dict[str, Any] = {
-        "available": False,
-        "reason": None,
-        "cuda_version": None,
-        "gpus": [],
-        "raw": None,
-    }
-    table, reason = run_tool(query, timeout_s)
+    nothing: dict[str, Any] = {"available": False, "reason": None, "cuda_version": None, "gpus": [], "raw": None}
+    table, reason = run_tool(["nvidia-smi", f"--query-gpu={','.join(GPU_COLUMNS)}", FORMAT], timeout_s)
     if table is None:
-        return {**state, "reason": reason}
+        return {**nothing, "reason": reason}
     rows = [row for row in csv.reader(table.splitlines(), skipinitialspace=True) if row]
     if not rows or any(len(row) != len(GPU_COLUMNS) for row in rows):
-        return {**state, "reason": f"nvidia-smi: lists no GPU: {table.strip()[:200] or 'no output'}"}
+        return {**nothing, "reason": f"nvidia-smi: lists no GPU: {table.strip()[:200] or 'no output'}"}
     raw, reason = run_tool(["nvidia-smi", "-q"], timeout_s)
     cuda = re.search(r"^CUDA (?:\w+ )?Version\s*:\s*([\d.]+)", raw or "", re.MULTILINE)
     if raw is not None and cuda is None:
@@ -63,17 +57,12 @@ def capture_gpu(timeout_s: float = 30.0) -> dict[str, Any]:
 def _gpu(row: Sequence[str]) -> dict[str, Any]:
     gpu: dict[str, Any] = {}
     missing = []
-    for column, cell in zip(GPU_COLUMNS, row, strict=True):
-        key = GPU_COLUMNS[column]
-        gpu[key] = _number(cell) if key.endswith(("_mib", "_mhz", "_w")) else _text(cell)
+    for (column, key), cell in zip(GPU_COLUMNS.items(), row, strict=True):
+        unknown = not cell or cell.startswith("[")  # [N/A], [Not Supported], [Unknown Error]
+        gpu[key] = _number(cell) if key.endswith(("_mib", "_mhz", "_w")) else None if unknown else cell.strip()
         if gpu[key] is None:
             missing.append(f"{column} is {cell.strip() or 'empty'}")
     return {**gpu, "reason": f"nvidia-smi: {', '.join(missing)}" if missing else None}
-
-
-def _text(cell: str) -> str | None:
-    text = cell.strip()
-    return None if not text or text.startswith("[") else text  # [N/A], [Not Supported], [Unknown Error]
 
 
 def _number(cell: str) -> float | None:
@@ -91,13 +80,13 @@ class GpuSampler:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        period_ms = round(self.samples["period_s"] * 1e3)
         query = f"--query-gpu=uuid,timestamp,{','.join(SAMPLE_COLUMNS)}"
-        # A file and not a pipe: nobody reads before the end, and a full pipe would stop it.
+        loop = f"--loop-ms={round(self.samples['period_s'] * 1e3)}"
+        # A file, not a pipe: it is read at the end only, and a full pipe would block nvidia-smi.
         self._output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         try:
             self._process = subprocess.Popen(
-                ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--loop-ms={period_ms}"],
+                ["nvidia-smi", query, FORMAT, loop],
                 stdin=subprocess.DEVNULL,
                 stdout=self._output,
                 stderr=subprocess.STDOUT,

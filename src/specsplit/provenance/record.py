@@ -10,7 +10,6 @@ from typing import Any
 
 import jsonschema
 
-import specsplit
 from specsplit.errors import UserError
 from specsplit.io import combined_sha256, json_sha256, read_json_object, sha256_file
 from specsplit.provenance.capture import (
@@ -19,11 +18,11 @@ from specsplit.provenance.capture import (
     capture_lock,
     capture_machine,
     capture_software,
-    hash_run_code,
     hash_tree,
     utc_now,
 )
 from specsplit.provenance.checklist import make_checklist
+from specsplit.provenance.closure import PACKAGE, command_files
 from specsplit.provenance.git import capture_diff, capture_git
 from specsplit.provenance.gpu import capture_gpu
 from specsplit.provenance.redaction import redact
@@ -64,7 +63,8 @@ def build_record(
     inputs = [_file_entry(path, root) for path in (*run_files, *model_files, dataset_manifest)]
     results = [_file_entry(path, root) for path in result_files]
     # The code that ran, which an installed copy may have from elsewhere than `root`.
-    source_files = hash_tree(Path(specsplit.__file__).parent)
+    source_files = hash_tree(PACKAGE)
+    run_code = command_files("bench")
     workflow_files = hash_tree(root, WORKFLOW_FILES)
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -88,7 +88,8 @@ def build_record(
         "lock": capture_lock(root, software["packages"]),
         "git": {**capture_git(root), "changes": capture_diff(root)},
         "source_sha256": combined_sha256(source_files),
-        "run_code_sha256": hash_run_code(source_files),
+        "run_code_sha256": combined_sha256({file: source_files[file] for file in run_code}),
+        "run_code_files": run_code,
         "source_files": source_files,
         "workflow_sha256": combined_sha256(workflow_files),
         "workflow_files": workflow_files,

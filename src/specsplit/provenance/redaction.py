@@ -1,7 +1,7 @@
-"""Passwords and tokens never get into a record or an archive.
+"""Keeps passwords and tokens out of records and archives.
 
-What counts as one: the value of an environment variable or a key with such a name, each line of a file that a variable
-names for it, a string in the form of a well-known kind of token, and the user part of an address.
+A secret is: the value of an environment variable or key whose name says so, each line of a file that such a variable
+names, a string in the form of a well-known kind of token, and the user part of an address.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 REDACTED = "[redacted]"
 _WORDS = {"token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "apikey", "pat"}
@@ -31,26 +32,22 @@ _TOKEN = re.compile(
 def is_secret_name(name: str) -> bool:
     """Whether a key or variable of this name holds a secret: HF_TOKEN, --api-key; not max_output_tokens, nor the name
     of a file with one: token_file, HF_TOKEN_PATH."""
-    words = _words(name)
-    return not _is_file_name(words) and _say_secret(words)
+    return _names(name) == "secret"
 
 
-def _words(name: str) -> list[str]:
-    return [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
-
-
-def _is_file_name(words: Sequence[str]) -> bool:
-    return words[-1:] in (["file"], ["path"])
-
-
-def _say_secret(words: Sequence[str]) -> bool:
-    return bool(_WORDS & set(words)) or any(pair in _PAIRS for pair in pairwise(words))
+def _names(name: str) -> Literal["secret", "file", ""]:
+    """What a name stands for: a secret, a file of secrets, or nothing of the kind."""
+    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+    if not _WORDS & set(words) and not any(pair in _PAIRS for pair in pairwise(words)):
+        return ""
+    return "file" if words[-1] in ("file", "path") else "secret"
 
 
 def find_secret(text: str, patterns: bool = True) -> int | None:
     """Where in `text` a secret begins, if there is one. patterns: look for well-known forms as well as known values."""
-    places = [found.start() for found in [_TOKEN.search(text) if patterns else None] if found]
-    places += [text.index(value) for value in _secret_values() if value in text]
+    places = [text.index(value) for value in _secret_values() if value in text]
+    if patterns and (found := _TOKEN.search(text)):
+        places.append(found.start())
     return min(places, default=None)
 
 
@@ -89,23 +86,19 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _secret_values() -> list[str]:
-    """Longest first: one may be part of another."""
-    found = set()
+    """The secrets in the environment, longest first: one may be part of another."""
+    found: set[str] = set()
     for name, value in os.environ.items():
-        words = _words(name)
-        if value and _say_secret(words):
-            found |= set(_lines_of(value)) if _is_file_name(words) else {value}
-    found = {value for value in found if len(value) >= _SHORTEST}
-    return sorted(found, key=lambda value: (-len(value), value))
+        if value and (kind := _names(name)):
+            found |= set(_lines_of(value)) if kind == "file" else {value}
+    return sorted((value for value in found if len(value) >= _SHORTEST), key=lambda value: (-len(value), value))
 
 
 @cache
 def _lines_of(path: str) -> tuple[str, ...]:
-    """The lines of a file of secrets; none when it cannot be read, or is no such file."""
-    try:
+    """The lines of a file of secrets; none when it cannot be read or is too large to be one."""
+    with suppress(OSError):
         file = Path(path)
-        if not file.is_file() or file.stat().st_size > _LARGEST_FILE:
-            return ()
-        return tuple(line.strip() for line in file.read_text("utf-8", errors="replace").splitlines())
-    except OSError:
-        return ()
+        if file.is_file() and file.stat().st_size <= _LARGEST_FILE:
+            return tuple(line.strip() for line in file.read_text("utf-8", errors="replace").splitlines())
+    return ()

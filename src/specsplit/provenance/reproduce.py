@@ -15,7 +15,7 @@ AGAIN = "specsplit-again"
 
 
 def reproduction(experiment: Experiment, archive: Path | None = None) -> str:
-    """A shell script that makes the results anew, in a folder of its own, and compares them.
+    """A shell script that makes the results again, in a new folder, and compares them.
 
     archive: the archive.zip that `experiment` was unpacked from. Without one the code comes from the unpacked archive
     that `experiment` is, or from its git commit.
@@ -25,9 +25,10 @@ def reproduction(experiment: Experiment, archive: Path | None = None) -> str:
 
 def _script(record: Mapping[str, Any], experiment: Experiment, archive: Path | None) -> Iterator[str]:
     machine, software = record["machine"], record["software"]
+    gpus = ", ".join(str(gpu["name"]) for gpu in record["gpu"]["gpus"]) or "no GPU"
     yield "#!/usr/bin/env bash"
     yield f"# Repeats the experiment recorded in {RECORD} of {experiment.shown}, made {record['created']}"
-    yield f"# on {machine['os']}, {machine['cpu_model']}, {machine['cores_usable']} cores, {_gpus(record)}."
+    yield f"# on {machine['os']}, {machine['cpu_model']}, {machine['cores_usable']} cores, {gpus}."
     yield "set -euo pipefail"
     yield ""
     yield "# The code"
@@ -50,7 +51,7 @@ def _script(record: Mapping[str, Any], experiment: Experiment, archive: Path | N
         line = f"{dataset['source_sha256']}  {dataset['source']}"
         yield f"echo {_quote(line)} | sha256sum --check"
     for model in record["models"]:
-        yield f"# model {model.get('name')}: {_source(model)}; weights {_weights(model)}"
+        yield f"# {_model(model)}"
     yield ""
     yield "# The runs"
     for role, address in sorted(_attached(record).items()):
@@ -87,10 +88,6 @@ def _quote(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
-def _gpus(record: Mapping[str, Any]) -> str:
-    return ", ".join(str(gpu["name"]) for gpu in record["gpu"]["gpus"]) or "no GPU"
-
-
 def _lock(record: Mapping[str, Any]) -> str:
     lock = record["lock"]
     if lock["sha256"] is None:
@@ -99,13 +96,10 @@ def _lock(record: Mapping[str, Any]) -> str:
     return f"pinned by {lock['path']}" + (f" but for {', '.join(differs)}" if differs else "")
 
 
-def _source(model: Mapping[str, Any]) -> str:
-    source = model.get("source") or {}
-    return ", ".join(f"{key} {value}" for key, value in source.items() if key not in ("reason", "sha256") and value)
-
-
-def _weights(model: Mapping[str, Any]) -> str:
-    return str((model.get("fingerprint") or {}).get("weights_sha256"))
+def _model(model: Mapping[str, Any]) -> str:
+    source, fingerprint = model.get("source") or {}, model.get("fingerprint") or {}
+    told = [f"{key} {value}" for key, value in source.items() if key not in ("reason", "sha256") and value]
+    return f"model {model.get('name')}: {', '.join(told)}; weights {fingerprint.get('weights_sha256')}"
 
 
 def _attached(record: Mapping[str, Any]) -> dict[str, str]:

@@ -1,32 +1,69 @@
-"""What the workflow ran: its own command, and the command and time of each step that made a file."""
+"""What the workflow ran: its own command, and the command and time of each job that made a file."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shlex
 import sys
-from base64 import urlsafe_b64encode
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
-from specsplit.io import read_json_object
 from specsplit.provenance.redaction import redact_arguments, redact_text
 
 COMMAND = "SPECSPLIT_WORKFLOW_COMMAND"
-NAME_LENGTH = 254  # Snakemake cuts longer names into folders: the longest name of a file, less one
+STEPS = Path(".snakemake/specsplit-steps.jsonl")  # a line for each job that began, in the project's folder
 
 
 def remember_workflow(cores: int | None, config_files: Sequence[str]) -> None:
-    """Leave the command line of this Snakemake in the environment, for the jobs that it starts.
+    """Pass the command line of this Snakemake to its jobs through the environment, and log each job to STEPS.
 
-    Neither inputs nor parameters of the rules: another way to ask for the same results reruns nothing.
+    Neither is an input or a parameter of a rule: asking for the same results in another way reruns nothing. Jobs read
+    the Snakefile too; there this does nothing.
     """
-    told = {"argv": ["snakemake", *sys.argv[1:]], "cores": cores, "config_files": list(config_files)}
-    os.environ.setdefault(COMMAND, json.dumps(told))  # jobs read the Snakefile too
+    if COMMAND in os.environ:
+        return
+    command = {"argv": ["snakemake", *sys.argv[1:]], "cores": cores, "config_files": list(config_files)}
+    os.environ[COMMAND] = json.dumps(command)
+    logging.getLogger("snakemake.logging").addHandler(StepLog(STEPS.absolute()))
+
+
+class StepLog(logging.Handler):
+    """Appends a line to `path` for each job that Snakemake starts.
+
+    It reads the events job_started and job_info that Snakemake documents for logger plugins
+    (snakemake_interface_logger_plugins.common.LogEvent). A dry run has no job_started and leaves no line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._runs_jobs = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = getattr(record, "event", None)
+        self._runs_jobs = self._runs_jobs or event == "job_started"
+        if event != "job_info" or not self._runs_jobs:
+            return
+        job: dict[str, Any] = record.__dict__
+        step = {
+            "rule": job["rule_name"],
+            "command": redact_text(job["shellcmd"]) if job["shellcmd"] else None,
+            "started": _utc(record.created),
+            "inputs": [name for name in map(_plain, job["input"]) if not name.startswith("src/")],
+            "outputs": [_plain(name) for name in job["output"]],
+            "log": [_plain(name) for name in job["log"]],
+        }
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:  # one write a line, so that lines never mix
+                file.write(json.dumps(step).encode() + b"\n")
+        except OSError:
+            self.handleError(record)
 
 
 def workflow_command() -> dict[str, Any]:
@@ -50,63 +87,48 @@ def read_steps(outputs: Sequence[str], root: Path) -> list[dict[str, Any]]:
     """The finished steps that made these files, in the order of their ends, each as {rule, command, started, finished,
     exit_code, inputs, outputs, log, reason}; inputs without source files.
 
-    outputs: paths as the rules name them, relative to `root`, the project's folder. They are read from what Snakemake
-    keeps below .snakemake/metadata, which it writes only when a job succeeds; a step of which nothing is kept there
-    has nulls. command is null for a rule with a script.
+    outputs: paths as the rules name them, relative to `root`, the project's folder. Of several jobs that made a file
+    the last one counts; Snakemake deletes the files of a job that failed, so a file that is there was made by a job
+    that succeeded. finished: when the last of the files was written. Files of which STEPS does not tell are one step of
+    nulls. command is null for a rule with a script.
     """
-    steps: dict[tuple[Any, ...], dict[str, Any]] = {}
+    made_by = {output: step for step in _logged(root / STEPS) for output in step["outputs"]}
+    steps: dict[int, dict[str, Any]] = {}
     unknown = []
     for output in outputs:
-        kept = _metadata(output, root)
-        if not kept.get("rule"):
+        # A file in remote storage has a local copy, .snakemake/storage/s3/bucket/...
+        logged = made_by.get(output) or made_by.get(output.partition("/storage/")[2])
+        if logged is None:
             unknown.append(output)
             continue
-        key = (kept["rule"], tuple(kept.get("log") or ()), kept.get("shellcmd"))
-        step = steps.setdefault(key, _step(kept))
+        reason = None if logged["command"] else "command: the rule runs a script of the workflow"
+        finished = {"finished": logged["started"], "exit_code": 0}
+        step = steps.setdefault(id(logged), {**logged, **finished, "outputs": [], "reason": reason})
         step["outputs"].append(output)
-        # The end that Snakemake keeps of a file is when it was written.
-        step["finished"] = max(filter(None, (step["finished"], _utc(kept.get("endtime")))), default=None)
-    known = sorted(steps.values(), key=lambda step: (step["finished"] or "", step["rule"], step["outputs"]))
+        if (root / output).is_file():
+            step["finished"] = max(step["finished"], _utc((root / output).stat().st_mtime))
+    found = sorted(steps.values(), key=lambda step: (step["finished"], step["rule"], step["outputs"]))
     if unknown:
         nothing = dict.fromkeys(("rule", "command", "started", "finished", "exit_code"))
-        known.append(
-            {
-                **nothing,
-                "inputs": [],
-                "outputs": unknown,
-                "log": [],
-                "reason": "Snakemake kept no record of these files",
-            }
-        )
-    return known
+        reason = "the workflow did not log how these files were made"
+        found.append({**nothing, "inputs": [], "outputs": unknown, "log": [], "reason": reason})
+    return found
 
 
-def _step(kept: dict[str, Any]) -> dict[str, Any]:
-    command = kept.get("shellcmd")
-    return {
-        "rule": kept["rule"],
-        "command": redact_text(command) if command else None,
-        "started": _utc(kept.get("starttime")),
-        "finished": _utc(kept.get("endtime")),
-        "exit_code": 0,
-        "inputs": [name for name in kept.get("input") or [] if not name.startswith("src/")],
-        "outputs": [],
-        "log": list(kept.get("log") or []),
-        "reason": None if command else "command: the rule runs a script of the workflow",
-    }
+def _logged(path: Path) -> list[dict[str, Any]]:
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            continue  # cut off: Snakemake was killed while it wrote
+    return steps
 
 
-def _utc(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
+def _plain(name: str) -> str:
+    """A path as the rules name it: Snakemake writes `s3://bucket/a (send to storage)` of a file in remote storage."""
+    return re.sub(r" \([^()]*\)$", "", name).replace("://", "/")
+
+
+def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _metadata(output: str, root: Path) -> dict[str, Any]:
-    name = urlsafe_b64encode(output.encode()).decode()
-    parts = [name[i : i + NAME_LENGTH] for i in range(0, len(name), NAME_LENGTH)]
-    path = root.joinpath(".snakemake", "metadata", *(f"@{part}" for part in parts[:-1]), parts[-1])
-    try:
-        return read_json_object(path)
-    except UserError:
-        return {}

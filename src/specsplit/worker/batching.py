@@ -1,9 +1,7 @@
-"""The model of a worker, shared by its sessions.
+"""One thread runs the model. Each pass serves every session that is waiting (continuous batching).
 
-Whoever finds the model free runs, in one pass, what all sessions are waiting for (continuous batching): the
-verifications of several clients read the weights once. A moment after a pass is waited for the sessions that were in
-it, which are back as soon as their clients have the reply; else the clients of a worker fall into two groups that take
-turns, each with half a batch.
+Handlers put requests into a queue and wait. The thread takes the earliest ones, as many as fit into one pass, so that
+the sessions of several clients share one reading of the weights.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from queue import SimpleQueue
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,12 +26,12 @@ from specsplit.worker.refusals import Abandoned, Stopped
 if TYPE_CHECKING:
     from specsplit.engines.loading import LanguageModel
 
-PATIENCE = 0.15  # of the time of a pass is waited for sessions to be back
-LONGEST_DOUBT = 32  # passes without waiting, after waiting was in vain again and again
+RETURN_WAIT = 0.15  # Wait for returning sessions this share of the last pass's time.
+MAX_SKIPPED_WAITS = 32  # Skip the wait for at most this many passes after it repeatedly gained nothing.
 
 
 def describe_runtime(device: Any, seed: int) -> dict[str, str]:
-    """What beside the model decides what this process computes, for Describe. device: PyTorch's, of the model."""
+    """What else than the model determines the results of this process, for Describe. device: of the model."""
     cuda = torch.device(device).type == "cuda"
     algorithms = "warn only" if torch.is_deterministic_algorithms_warn_only_enabled() else "enforced"
     return {
@@ -53,9 +51,9 @@ def describe_runtime(device: Any, seed: int) -> dict[str, str]:
 
 @dataclass
 class Stopwatch:
-    """Milliseconds of one request: waiting for the model, and all of its work without that.
+    """Milliseconds of one request: waiting for the model, and everything else.
 
-    gone: whether nobody waits for the request any more; asked before every pass.
+    gone: tells whether the client has left; asked before every pass.
     """
 
     queue_ms: float = 0.0
@@ -64,16 +62,20 @@ class Stopwatch:
 
 
 @dataclass
-class _Job:
-    what: Pass
+class _Request:
+    """A pass that a handler waits for; `done` gets an item once there are logits or an error."""
+
+    work: Pass
+    gone: Callable[[], bool]
+    arrived: float = field(default_factory=time.perf_counter)
+    began: float = 0.0
     logits: torch.Tensor | None = None
     error: BaseException | None = None
-    began: float = 0.0
-    done: bool = False
+    done: SimpleQueue[None] = field(default_factory=SimpleQueue)
 
 
 class SharedModel:
-    """A model that any thread may step; the passes of several that wait are run as one where the model can do that.
+    """A model that any thread may step, and the thread that runs it.
 
     threads: compute threads of a pass. seed: of torch.
     """
@@ -82,22 +84,20 @@ class SharedModel:
         self.model = model
         self.threads = threads
         self.new_cache = model.new_cache
-        self._waiting: deque[_Job] = deque()
-        self._running = False  # whether one of the waiting threads runs passes, for all of them
-        self._lock = threading.Lock()
-        self._over = threading.Condition(self._lock)  # a pass, for those whose work was in it
-        self._arrived = threading.Condition(self._lock)  # work, for the thread that gathers it
-        self._sessions: tuple[set[int], set[int]] = (set(), set())  # in the last pass and the one before, by cache
-        self._until = 0.0  # when nobody is waited for any longer, by time.perf_counter()
-        self._doubt = self._skipped = 0  # passes before which nobody is waited for, and how many of them are over
+        # Simple queues: a pass may take less time than other ways to hand it over and back.
+        self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()  # None: the model was closed
+        self._waiting: deque[_Request] = deque()  # taken from the arrivals, by the model's thread alone
+        self._recent: tuple[set[int], set[int]] = (set(), set())  # sessions of the last two passes, by cache
+        self._wait_until = 0.0  # time.perf_counter() until which returning sessions are waited for
+        self._skips = self._skips_left = 0  # passes that start without that wait
         self._closed = False
+        self._lock = threading.Lock()  # no request arrives after the None of `close`
         self._clock = threading.local()
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # PyTorch keeps a team of threads for every thread that calls it, so its models are called from one only.
-        self._thread = ModelThread(threads) if model.uses_torch_threads else None
-        if self._thread is None:
+        if not model.uses_torch_threads:
             torch.set_num_threads(1)  # what else is computed is too little to share
+        threading.Thread(target=self._run, name="model", daemon=True).start()
 
     @property
     def vocab_size(self) -> int:
@@ -109,14 +109,14 @@ class SharedModel:
 
     @property
     def waiting(self) -> int:
-        """Passes that wait for the model."""
-        return len(self._waiting)
+        """Requests that wait for the model."""
+        return len(self._waiting) + self._arrivals.qsize()
 
     @contextmanager
     def timed(self, gone: Callable[[], bool] = lambda: False) -> Iterator[Stopwatch]:
-        """Times what this thread does; the numbers are there at the end.
+        """Time what this thread does; the numbers are complete at the end.
 
-        gone: once it says that nobody waits for the answer, the next pass raises Abandoned instead of being run.
+        gone: once it says that the client has left, the next pass raises Abandoned instead of being run.
         """
         watch = self._clock.watch = Stopwatch(gone=gone)
         started = time.perf_counter()
@@ -127,135 +127,131 @@ class SharedModel:
             self._clock.watch = Stopwatch()
 
     def step(self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0) -> torch.Tensor:
-        """One pass, as CausalLM.step; waits for the model. A long prompt is fed in parts, so that others get turns.
+        """One pass, as CausalLM.step; waits for the model. A long prompt is fed in parts, between which others run.
 
-        Raises Stopped when the model is closed before it came to that, Abandoned when nobody waits any more (`timed`).
+        Raises Stopped when the model is closed before the pass begins, Abandoned when the client has left (`timed`).
+        The cache is as before then, as after any other error.
         """
         held, most = cache.length, self.model.batch_tokens or len(tokens)
         try:
             while len(tokens) > most:
-                self._pass(Pass(cache, tokens[:most]))
+                self._ask(Pass(cache, tokens[:most]))
                 tokens = tokens[most:]
-            return self._pass(Pass(cache, tokens, tree, cached_nodes))
+            return self._ask(Pass(cache, tokens, tree, cached_nodes))
         except BaseException:
             cache.rollback(held)
             raise
 
     def close(self) -> None:
-        """Take no more work and drop what waits. A pass that runs cannot be interrupted."""
-        self._closed = True
-
-    def _pass(self, what: Pass) -> torch.Tensor:
-        watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
-        if watch.gone():
-            raise Abandoned("the client is gone")
-        job, arrived = _Job(what), time.perf_counter()
+        """Refuse what waits and what comes, and end the thread. A pass that runs is finished."""
         with self._lock:
-            self._waiting.append(job)
-            self._arrived.notify()
-        while not job.done:
-            with self._lock:
-                while self._running and not job.done:
-                    self._over.wait()
-                if job.done:
-                    break
-                self._running = True
-                self._gather()
-            try:
-                self._run_waiting()
-            finally:
-                with self._lock:
-                    self._running = False
-                    self._over.notify_all()
-        watch.queue_ms += (job.began - arrived) * 1e3
-        if job.error is not None:
-            raise job.error
-        assert job.logits is not None
-        return job.logits
+            self._closed = True
+            self._arrivals.put(None)
 
-    def _gather(self) -> None:
-        """Wait for the sessions of the last passes, if they are likely to be back in a moment."""
-        expected, before = len(self._sessions[0] | self._sessions[1]), len(self._waiting)
-        if before >= expected or time.perf_counter() > self._until:
-            return
-        if self._skipped < self._doubt:
-            self._skipped += 1
-            return
-        while len(self._waiting) < expected and (left := self._until - time.perf_counter()) > 0:
-            self._arrived.wait(left)
-        in_vain = len(self._waiting) == before
-        self._doubt = min(2 * self._doubt + 1, LONGEST_DOUBT) if in_vain else 0
-        self._skipped = 0
-
-    def _run_waiting(self) -> None:
-        """The passes that came first, as many as fit into one."""
-        jobs = [self._waiting.popleft()]
-        room = self.model.batch_tokens - jobs[0].what.size
-        while self._waiting and self._waiting[0].what.size <= room:
-            jobs.append(self._waiting.popleft())
-            room -= jobs[-1].what.size
-        began = time.perf_counter()
-        for job in jobs:
-            job.began = began
-        try:
+    def _ask(self, work: Pass) -> torch.Tensor:
+        watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
+        request = _Request(work, watch.gone)
+        with self._lock:
             if self._closed:
-                raise Stopped("this worker is stopping")
-            for job, logits in zip(jobs, self._together([job.what for job in jobs]), strict=True):
-                job.logits = logits
-        except BaseException as error:
-            if len(jobs) > 1 and not isinstance(error, Stopped):
-                self._one_by_one(jobs)
+                raise _stopped()
+            self._arrivals.put(request)
+        request.done.get()
+        watch.queue_ms += (request.began - request.arrived) * 1e3
+        if request.error is not None:
+            raise request.error
+        assert request.logits is not None
+        return request.logits
+
+    # ---- the model's thread
+
+    def _run(self) -> None:
+        if self.model.uses_torch_threads:
+            torch.set_num_threads(self.threads)  # PyTorch keeps a team of threads for every thread that calls it
+        while self._collect():
+            self._run_pass(self._batch())
+        while not self._arrivals.empty():
+            self._take()
+        for request in self._waiting:
+            request.began, request.error = time.perf_counter(), _stopped()
+            request.done.put(None)
+        self._waiting.clear()
+
+    def _collect(self) -> bool:
+        """Take all that has arrived, and wait for it when nothing waits. False when the model was closed."""
+        while not self._closed and (not self._waiting or not self._arrivals.empty()):
+            self._take()
+        if not self._closed:
+            self._await_returning()
+        return not self._closed
+
+    def _take(self, timeout_s: float | None = None) -> bool:
+        """Wait for one arrival. False when none came or the model was closed."""
+        try:
+            request = self._arrivals.get(timeout=timeout_s)
+        except Empty:
+            return False
+        if request is not None:
+            self._waiting.append(request)
+        return request is not None
+
+    def _await_returning(self) -> None:
+        """Wait briefly for the sessions of the last two passes, which return once their clients have the reply.
+
+        Without this wait the sessions fall into two groups that take turns, each with half a batch.
+        """
+        expected, before = len(self._recent[0] | self._recent[1]), len(self._waiting)
+        if before >= expected or time.perf_counter() > self._wait_until:
+            return
+        if self._skips_left:
+            self._skips_left -= 1
+            return
+        while len(self._waiting) < expected and (left := self._wait_until - time.perf_counter()) > 0:
+            if not self._take(left):
+                break
+        in_vain = len(self._waiting) == before
+        self._skips = self._skips_left = min(2 * self._skips + 1, MAX_SKIPPED_WAITS) if in_vain else 0
+
+    def _batch(self) -> list[_Request]:
+        """The earliest requests, as many as fit into one pass."""
+        batch = [self._waiting.popleft()]
+        left = self.model.batch_tokens - batch[0].work.size
+        while self._waiting and self._waiting[0].work.size <= left:
+            batch.append(self._waiting.popleft())
+            left -= batch[-1].work.size
+        return batch
+
+    def _run_pass(self, batch: Sequence[_Request]) -> None:
+        """Run the requests of clients that are still there as one pass, and answer all."""
+        began = time.perf_counter()
+        running = []
+        for request in batch:
+            request.began = began
+            if request.gone():
+                request.error = Abandoned("the client is gone")
             else:
-                for job in jobs:
-                    job.error = error
+                running.append(request)
+        if running:
+            self._compute(running)
         ended = time.perf_counter()
-        self._until = ended + PATIENCE * (ended - began)
-        self._sessions = {id(job.what.cache) for job in jobs}, self._sessions[0]
-        for job in jobs:
-            job.done = True
+        self._wait_until = ended + RETURN_WAIT * (ended - began)
+        self._recent = {id(request.work.cache) for request in running}, self._recent[0]
+        for request in batch:
+            request.done.put(None)
 
-    def _together(self, passes: Sequence[Pass]) -> Sequence[torch.Tensor]:
-        if self._thread is not None:
-            return self._thread.run(lambda: self.model.step_many(passes))
-        return self.model.step_many(passes)
+    def _compute(self, batch: Sequence[_Request]) -> None:
+        """One pass. When it fails, one pass for each request, so that only what is wrong fails."""
+        lengths = [request.work.cache.length for request in batch]
+        try:
+            for request, logits in zip(batch, self.model.step_many([r.work for r in batch]), strict=True):
+                request.logits = logits
+        except BaseException as error:
+            if len(batch) == 1:
+                batch[0].error = error
+                return
+            for request, length in zip(batch, lengths, strict=True):
+                request.work.cache.rollback(length)
+                self._compute([request])
 
-    def _one_by_one(self, jobs: Sequence[_Job]) -> None:
-        """So that what is wrong with one pass fails that one alone."""
-        for job in jobs:
-            try:
-                (job.logits,) = self._together([job.what])
-            except BaseException as error:
-                job.error = error
 
-
-class ModelThread:
-    """The one thread that calls PyTorch.
-
-    Two plain queues, as a pass may take less than a ThreadPoolExecutor needs to hand it over: 0.17 ms where this takes
-    0.04 on a machine whose cores had gone to sleep.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self._jobs: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]]] = SimpleQueue()
-        threading.Thread(target=self._work, args=(threads,), name="model", daemon=True).start()
-
-    def run(self, work: Callable[[], Any]) -> Any:
-        """Run `work` and wait for it; its exceptions are raised here."""
-        answer: SimpleQueue[Any] = SimpleQueue()
-        self._jobs.put((work, answer))
-        value, error = answer.get()
-        if error is not None:
-            raise error
-        return value
-
-    def _work(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        while True:
-            work, answer = self._jobs.get()
-            value = error = None
-            try:
-                value = work()
-            except BaseException as raised:
-                error = raised
-            answer.put((value, error))
-            del work, answer, value, error  # a traceback would keep the caller's frames
+def _stopped() -> Stopped:
+    return Stopped("this worker is stopping")

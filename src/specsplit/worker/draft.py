@@ -14,29 +14,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from specsplit.decoding.growth import Growth, Want, grow
-from specsplit.decoding.sampling import GREEDY, Candidates, Sampling, candidates
-from specsplit.decoding.tree import MAX_BRANCHING, ROOT, TokenTree, TreeShape
+from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, Want, grow
+from specsplit.decoding.sampling import Candidates, candidates
+from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.worker.sessions import Session
 
 if TYPE_CHECKING:
     from specsplit.engines.passes import Steps
     from specsplit.models.vocabulary import Vocabulary
-
-CHAIN = TreeShape()
-KEPT_CANDIDATES = 2 * MAX_BRANCHING  # of each node; enough for any shape and for the outcomes beside it
-
-
-@dataclass(frozen=True)
-class DraftSettings:
-    """What a request asks for. length_limit: tokens that the text can have; a draft ends one before it."""
-
-    gamma: int
-    shape: TreeShape = CHAIN
-    sampling: Sampling = GREEDY
-    stop_token_ids: frozenset[int] = frozenset()
-    vocab_size: int = 1 << 31
-    length_limit: int = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -216,7 +201,7 @@ class Drafter:
         logits = self.vocabulary.outward(logits)[:, : self.settings.vocab_size]
         depths = [0 if node == ROOT else self.fed.depths[node] for node in nodes]
         positions = [len(self.context) + depth for depth in depths]
-        found = candidates(logits, positions, self.settings.sampling, KEPT_CANDIDATES)
+        found = candidates(logits, positions, self.settings.sampling, CANDIDATES)
         self.fed.known.update(zip(nodes, found, strict=True))
 
     def _move_to_context(self) -> None:

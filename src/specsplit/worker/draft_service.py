@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES, TokenTree, TreeShape
 from specsplit.models.vocabulary import Vocabulary
 from specsplit.rpc.codec import sampling_from_message, tree_to_message
@@ -14,7 +15,7 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.processes import MAX_GAMMA, DraftWorkerConfig
 from specsplit.worker.batching import SharedModel
-from specsplit.worker.draft import Drafter, DraftSettings
+from specsplit.worker.draft import Drafter
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest
 from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer

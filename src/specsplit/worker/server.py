@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import grpc
@@ -21,6 +22,7 @@ from specsplit.launch.endpoint import Endpoint, describe_identity
 from specsplit.launch.environment import usable_cores
 from specsplit.launch.lease import Lease, lease_holder
 from specsplit.models.sources import resolve_model
+from specsplit.models.tokenizer import pack_tokenizer
 from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import ServerAccess
@@ -61,7 +63,9 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
     if isinstance(config, DraftWorkerConfig):
         vocabulary = load_vocabulary(folder, target_tokenizer(config), model.vocab_size)
         return DraftServicer(shared, config, identity, vocabulary)
-    return TargetServicer(shared, config, identity)
+    servicer = TargetServicer(shared, config, identity)
+    servicer.tokenizer_files = cache(partial(pack_tokenizer, folder))
+    return servicer
 
 
 class WorkerServer:

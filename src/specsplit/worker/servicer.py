@@ -58,11 +58,12 @@ class WorkerServicer:
     """One loaded model and its sessions.
 
     identity: model name and fingerprint as reported by Describe. owner_of: who a call is from, by its metadata; what it
-    says has one length, so that no owner and session id can be read as another pair.
+    says has one length, so that no owner and session id can be read as another pair. tokenizer_files: for Describe.
     """
 
     role = ""
     owner_of: Callable[[Any], str] = staticmethod(lambda metadata: "")
+    tokenizer_files: Callable[[], Mapping[str, bytes]] = staticmethod(dict)
     metrics: Metrics | None = None
     spans: WorkerSpans | None = None
 
@@ -96,6 +97,7 @@ class WorkerServicer:
             pid=os.getpid(),
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
             runtime=describe_runtime(self.model.model.device, self.config.seed),
+            tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
             **self.identity,
         )
 

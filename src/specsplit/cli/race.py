@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from contextlib import ExitStack
+from importlib import import_module
 from typing import Any
 
 import specsplit
@@ -86,9 +87,7 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
     write_json(args.results_dir / "peers_run.json", {**run, "finished": utc_now()})
     print(table)
     if not args.only:
-        from specsplit.analysis.peers_table import write_peers
-
-        for path in write_peers(args.results_dir):
+        for path in import_module("specsplit.analysis.peers_table").write_peers(args.results_dir):
             print(path)
 
 

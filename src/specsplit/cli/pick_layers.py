@@ -6,33 +6,30 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from specsplit.errors import UserError
 
 
-def add_commands(subparsers: Any) -> None:
-    layers = subparsers.add_parser("pick-layers", help="find decoder layers that a draft of the same model can skip")
-    layers.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the target, prepared or local")
-    layers.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL of prompts to search on")
-    layers.add_argument("--count", type=int, required=True, metavar="K", help="layers to skip")
-    layers.add_argument("--limit", type=int, default=8, metavar="N", help="prompts of the file to use (default: 8)")
-    layers.add_argument("--max-tokens", type=int, default=48, metavar="M", help="tokens written for each (default: 48)")
-    layers.add_argument("--edge", type=int, default=1, metavar="N", help="layers kept at either end (default: 1)")
-    layers.add_argument(
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the target, prepared or local")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL of prompts to search on")
+    parser.add_argument("--count", type=int, required=True, metavar="K", help="layers to skip")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="prompts of the file to use (default: 8)")
+    parser.add_argument("--max-tokens", type=int, default=48, metavar="M", help="tokens written for each (default: 48)")
+    parser.add_argument("--edge", type=int, default=1, metavar="N", help="layers kept at either end (default: 1)")
+    parser.add_argument(
         "--shortlist", type=int, metavar="N", help="after the first layer, try only the N best of that search"
     )
-    layers.add_argument("--output", type=Path, metavar="FILE.json", help="what was found, as JSON")
-    layers.add_argument("--use-chat-template", action=argparse.BooleanOptionalAction, default=True)
-    layers.add_argument(
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="what was found, as JSON")
+    parser.add_argument("--use-chat-template", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
         "--dtype", default="bfloat16", help="of the search, as the draft will have it (default: bfloat16)"
     )
-    layers.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
-    layers.add_argument("--threads", type=int, metavar="N", help="compute threads (default: every core it may use)")
-    layers.set_defaults(run=run_pick_layers)
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: every core it may use)")
 
 
-def run_pick_layers(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     import torch
 
     from specsplit.engines.layer_search import Step, search_layers

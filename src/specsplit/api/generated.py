@@ -1,0 +1,147 @@
+"""What a pair gives back: a text with its figures, and a text that is still being written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Self
+
+from specsplit.client.result import Failure, Round, SpeculativeResult
+from specsplit.decoding.measures import acceptance_rate, per_token_ms
+from specsplit.models.tokenizer import TextCodec, TextStream
+
+
+class GeneratedText(str):
+    """A generated text: a string, with what was measured while it was written. Times are milliseconds.
+
+    token_ids: the generated tokens, the end-of-text token left out. prompt_token_ids: what they continue.
+    rounds: each draft and its verification (`Round`: drafted, accepted, times). finish_reason: "eos", "length",
+    "max_rounds" or "context". ttft_ms: until the first token, prompt included; None when none came. total_ms: until the
+    last. failures: of workers that were got over.
+    """
+
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    rounds: list[Round]
+    finish_reason: str
+    ttft_ms: float | None
+    total_ms: float
+    failures: list[Failure]
+    _result: SpeculativeResult
+
+    def __new__(cls, text: str, prompt_token_ids: Sequence[int], result: SpeculativeResult) -> Self:
+        self = super().__new__(cls, text)
+        self._result = result
+        self.token_ids, self.prompt_token_ids = result.output_tokens, list(prompt_token_ids)
+        self.rounds, self.failures = result.rounds, result.failures
+        self.finish_reason, self.ttft_ms, self.total_ms = result.finish_reason, result.ttft_ms, result.total_ms
+        return self
+
+    def __getnewargs__(self) -> tuple[str, list[int], SpeculativeResult]:  # type: ignore[override]
+        return str(self), self.prompt_token_ids, self._result
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Mean of accepted / drafted over the rounds that drafted something; None when none did."""
+        return acceptance_rate(self.rounds)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per verification: the accepted ones and the target's own, up to the end of the text."""
+        return (len(self.token_ids) + (self.finish_reason == "eos")) / len(self.rounds)
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """For each place in a draft, from the first: how often its token was accepted once all before it were."""
+        rates = []
+        for place in range(max((r.drafted for r in self.rounds), default=0)):
+            reached = [r.accepted > place for r in self.rounds if r.drafted > place and r.accepted >= place]
+            if not reached:
+                break
+            rates.append(sum(reached) / len(reached))
+        return rates
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole text, the pass over the prompt included."""
+        return len(self.token_ids) / self.total_ms * 1e3 if self.total_ms else 0.0
+
+    def summary(self) -> str:
+        """The figures in one line."""
+        tokens, rounds = len(self.token_ids), self.rounds
+        drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
+        parts = [f"{tokens} tokens in {len(rounds)} rounds", f"ended by {self.finish_reason}"]
+        if drafted:
+            parts.append(f"accepted {accepted} of {drafted} drafted ({accepted / drafted:.0%})")
+        if self.ttft_ms is not None:
+            parts.append(f"TTFT {self.ttft_ms:.0f} ms")
+        if (tpot := per_token_ms(self.total_ms, self.ttft_ms, tokens)) is not None:
+            parts.append(f"TPOT {tpot:.1f} ms")
+        parts += [f"{f.worker} worker failed in round {f.round} ({f.code}, {f.action})" for f in self.failures]
+        return ", ".join(parts)
+
+
+class GeneratedStream:
+    """A text as it is written: iterate over its pieces with `for` or `async for`; `text` is the whole of it.
+
+    Leaving early, by `close` or the end of a `with` block, or dropping the stream, stops the text.
+    """
+
+    def __init__(self, codec: TextCodec, start: Callable[[Callable[[list[int]], None]], Future[GeneratedText]]) -> None:
+        """start: begins the text and returns its future; it is given what to call with each round's tokens."""
+        decoder = TextStream(codec)
+        pieces: SimpleQueue[str | None] = SimpleQueue()  # None: the end
+
+        def ended(_: Future[GeneratedText]) -> None:
+            pieces.put(decoder.feed([], last=True))
+            pieces.put(None)
+
+        self._pieces = pieces
+        self._ended = False
+        # What is called from the event loop does not refer to this object: dropping it ends it.
+        self._future = start(lambda tokens: pieces.put(decoder.feed(tokens)))
+        self._future.add_done_callback(ended)
+
+    @property
+    def text(self) -> GeneratedText:
+        """The whole text; waits for its end. Raises WorkerError when it failed."""
+        return self._future.result()
+
+    def close(self) -> None:
+        """Stop writing; the pieces that are there already are dropped."""
+        self._ended = True
+        self._future.cancel()
+        self._pieces.put(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while not self._ended:
+            if piece := self._pieces.get():
+                return piece
+            if piece is None and not self._ended:
+                self._ended = True
+                self._future.result()  # raises what went wrong
+        raise StopIteration
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        piece = await asyncio.to_thread(next, self, None)
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if future := getattr(self, "_future", None):
+            future.cancel()

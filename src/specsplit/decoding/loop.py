@@ -1,0 +1,109 @@
+"""Speculative decoding on one page: draft, verify, accept. No transport, no sessions.
+
+A small draft model proposes a tree of tokens; the target model scores all of them in one pass; the longest path that
+the target confirms is kept, and the target adds one token of its own (Leviathan et al. 2023; Chen et al. 2023; for
+trees SpecInfer, Miao et al. 2024). The workers and the client, in every mode and with every engine, must write what
+this loop writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from specsplit.decoding.growth import CANDIDATES, DraftSettings, grow
+from specsplit.decoding.sampling import Candidates, Sampling, candidates
+from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.decoding.verification import Verdict, verify
+
+NO_DRAFT = TokenTree()
+
+
+class Model(Protocol):
+    """A language model and its cache; every engine is one.
+
+    step: feeds `tokens`, then the nodes of `tree` from number `cached_nodes` on (the earlier ones are in the cache).
+    Returns logits [rows, vocab_size]: after the last of `tokens`, if there are any, then after each node fed.
+    A cache has length, rollback(length), and keep(length, path): so many tokens, then the nodes of a path.
+    """
+
+    vocab_size: int
+    max_context: int
+
+    def new_cache(self, capacity: int) -> Any: ...
+    def step(
+        self, cache: Any, tokens: Sequence[int], tree: TokenTree = NO_DRAFT, cached_nodes: int = 0
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """One draft and what came of it. accepted: drafted tokens confirmed. tokens: what the round added to the text."""
+
+    tree: TokenTree
+    accepted: int
+    tokens: list[int]
+
+
+def speculate(
+    target: Model, draft: Model | None, prompt: Sequence[int], asked: DraftSettings, *, max_new_tokens: int
+) -> Iterator[Round]:
+    """Continue `prompt` by at most `max_new_tokens` tokens, round by round; a stop token ends the text and is its last.
+
+    draft: reads and writes the target's token ids; None = the target alone. asked: gamma, shape, sampling, stop tokens.
+    The text is the target's own: token for token (greedy, coupled sampling), or in distribution (rejection sampling).
+    """
+    text = list(prompt)
+    limit = min(len(text) + max_new_tokens, target.max_context, asked.length_limit)
+    asked = replace(asked, vocab_size=min(asked.vocab_size, target.vocab_size), length_limit=limit)
+    capacity = limit + max(asked.shape.size(asked.gamma), asked.shape.width * asked.gamma)
+    at_target, at_draft = target.new_cache(capacity), draft.new_cache(capacity) if draft else None
+    while len(text) < limit:
+        tree = draft_tree(draft, at_draft, text, asked) if draft else NO_DRAFT
+        verdict = verify_tree(target, at_target, text, tree, asked.sampling)
+        tokens = [*(tree.token_ids[node] for node in verdict.path), verdict.next_token]
+        end = next((i for i, token in enumerate(tokens) if token in asked.stop_token_ids), len(tokens))
+        text += tokens[: end + 1]
+        yield Round(tree, len(verdict.path), tokens[: end + 1])
+        if end < len(tokens):
+            return
+
+
+def draft_tree(model: Model, cache: Any, text: Sequence[int], asked: DraftSettings) -> TokenTree:
+    """What the draft model proposes after `text`. The cache holds a beginning of `text`, and all of it afterwards."""
+    gamma = min(asked.gamma, asked.length_limit - len(text) - 1)  # the last token is always the target's own
+    while gamma > 0 and len(text) + asked.shape.size(gamma) > model.max_context:
+        gamma -= 1
+    if gamma < 1 or max(text) >= model.vocab_size:  # no room, or a token that the draft model does not know
+        return NO_DRAFT
+    fed, depth = TokenTree(), {ROOT: 0}  # what the model has read after the text
+    found: dict[int, Candidates] = {}
+
+    def learn(nodes: Sequence[int], logits: torch.Tensor) -> None:
+        positions = [len(text) + depth[node] for node in nodes]
+        best = candidates(logits[:, : asked.vocab_size], positions, asked.sampling, CANDIDATES)
+        found.update(zip(nodes, best, strict=True))
+
+    learn([ROOT], model.step(cache, text[cache.length :])[-1:])
+    growth = grow(asked.shape, gamma, ROOT, found, asked.stop_token_ids)
+    try:
+        wanted = next(growth)
+        while True:
+            nodes = [fed.add(token, parent, log_prob) for parent, token, log_prob in wanted]
+            depth.update((node, depth[fed.parents[node]] + 1) for node in nodes)
+            learn(nodes, model.step(cache, (), fed, nodes[0]))
+            wanted = growth.send(nodes)
+    except StopIteration as grown:
+        cache.rollback(len(text))
+        tree: TokenTree = grown.value
+        return tree
+
+
+def verify_tree(model: Model, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
+    """One pass of the target over the draft. The cache holds the text and the accepted tokens afterwards."""
+    verdict = verify(tree, model.step(cache, text[cache.length :], tree), len(text), sampling)
+    cache.keep(len(text), verdict.path)
+    return verdict

@@ -1,0 +1,49 @@
+"""What every step of the distillation needs: a process that computes the same every time, and its target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from specsplit.errors import UserError
+
+
+def prepare_process(seed: int, threads: int | None) -> None:
+    """What every step needs of its process: the same numbers every time."""
+    from specsplit.launch.environment import ensure_deterministic_environment, usable_cores
+
+    ensure_deterministic_environment()
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_num_threads(threads or usable_cores())
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def find_target(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The target's folder, and what identifies it. UserError when it has no weights to learn from."""
+    from specsplit.models.sources import resolve_model
+    from specsplit.models.weightless import is_weightless
+
+    folder, manifest = resolve_model(path)
+    if is_weightless(manifest["source"]):
+        raise UserError(f"--target {path} is a {manifest['source']['source']} model; a draft is made of weights")
+    known = ("weights_sha256", "tokenizer_sha256", "vocab_size")
+    return folder, {"model": manifest["name"], **{key: manifest["fingerprint"][key] for key in known}}
+
+
+@contextmanager
+def fits_memory(field: str, value: int) -> Iterator[None]:
+    """What is too much for the memory of a GPU is a setting to mend."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise UserError(f"--{field.replace('_', '-')} {value} is too much for this GPU, take less: {reason}") from None
