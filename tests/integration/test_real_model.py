@@ -13,9 +13,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from specsplit.client.pipeline import TextWriter
+from specsplit.engines.transformers import library_model
 from specsplit.experiment.dataset import load_prompts, select_prompts
 from specsplit.launch.lease import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
@@ -83,7 +83,7 @@ def check_identity(
 ) -> dict[str, int]:
     """Every text equals gamma 0, and when greedy transformers' own search; returns drafted and accepted tokens."""
     codec = TextCodec.load(model_folder)
-    reference = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    reference = library_model(model_folder, torch.float32).eval()
     taken = select_prompts(load_prompts(ROOT / "resources" / "prompts" / "specsplit-48.jsonl")[0], prompts)
     counts = {"drafted": 0, "accepted": 0}
 

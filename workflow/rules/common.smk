@@ -203,7 +203,7 @@ def local_files(name):
         return []
     if os.path.normpath(spec["path"]) == DISTILLED:  # made by the workflow, so named whether it is there or not
         return [f"{DISTILLED}/model.safetensors", f"{DISTILLED}/config.json"]
-    return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors"})
+    return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors", ".gguf"})
 
 
 def role_settings(role, label):
