@@ -26,12 +26,8 @@ from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import (
-    DraftWorkerConfig,
-    OrchestratorConfig,
-    TargetWorkerConfig,
-    WorkerSettings,
-)
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import load_servicer
 from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.spans import WorkerSpans
@@ -263,7 +259,7 @@ class Pair:
 
     def _controller(self, config: OrchestratorConfig) -> GammaController | None:
         """What chooses gamma when it is `auto`; it remembers from text to text."""
-        if config.max_draft_tokens != "auto":
+        if config.gamma != "auto":
             return None
         key = config.mode, config.gamma_limit, config.fan_out
         return self._controllers.setdefault(key, GammaController(key[0], key[1], fan_out=key[2]))
@@ -296,8 +292,8 @@ def _configured(given: Mapping[str, Any], options: Mapping[str, Any], *, has_dra
 
 def _with_options(config: OrchestratorConfig, options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
     config = with_options(config, options)
-    if config.max_draft_tokens and not has_draft:
-        raise OptionError(f"gamma={config.max_draft_tokens!r}: this pair has no draft model; name one, or gamma=0")
+    if config.gamma and not has_draft:
+        raise OptionError(f"gamma={config.gamma!r}: this pair has no draft model; name one, or gamma=0")
     return config
 
 

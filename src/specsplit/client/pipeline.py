@@ -31,7 +31,7 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 async def run_speculative_loop_async(
@@ -47,7 +47,7 @@ async def run_speculative_loop_async(
 ) -> SpeculativeResult:
     """Write one text with speculative decoding in the mode of the configuration.
 
-    draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.max_draft_tokens is 0.
+    draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.gamma is 0.
     target_stub: a TargetServiceStub on a grpc.aio channel. on_tokens: called with each round's new tokens.
     controller: chooses gamma when it is `auto`, and remembers from text to text; default: a new one.
     identities: role -> what the worker there said of itself before; filled here, and another worker is refused.
@@ -73,12 +73,12 @@ async def _write(
 ) -> SpeculativeResult:
     target_info = await describe(recovery, "target", target_stub)
     draft_info = None
-    if config.max_draft_tokens:
+    if config.gamma:
         with suppress(WithoutDraft):
             draft_info = await describe(recovery, "draft", draft_stub)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
     stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
-    if config.max_draft_tokens != "auto":
+    if config.gamma != "auto":
         controller = None
     elif controller is None:
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
@@ -278,7 +278,7 @@ class TextWriter:
     """Writes texts from synchronous code, over channels that stay. Use as a context manager.
 
     draft: address of the draft worker, None when gamma is 0. access: how the client shows who it is.
-    identities: role -> what the worker there said of itself, by default before the first text; another model at that
+        identities: role -> what the worker there said of itself, by default before the first text; another model at that
     address is refused from then on.
     """
 

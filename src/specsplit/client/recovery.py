@@ -20,7 +20,7 @@ from specsplit.client.text import Text
 from specsplit.errors import WorkerError
 from specsplit.rpc.codec import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 log = logging.getLogger(__name__)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # doubled from try to try; half of each is drawn, so that clients spread
