@@ -278,7 +278,7 @@ class TextWriter:
     """Writes texts from synchronous code, over channels that stay. Use as a context manager.
 
     draft: address of the draft worker, None when gamma is 0. access: how the client shows who it is.
-        identities: role -> what the worker there said of itself, by default before the first text; another model at that
+    identities: role -> what the worker there said of itself, by default before the first text; another model at that
     address is refused from then on.
     """
 
