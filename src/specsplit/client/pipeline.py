@@ -278,8 +278,8 @@ class TextWriter:
     """Writes texts from synchronous code, over channels that stay. Use as a context manager.
 
     draft: address of the draft worker, None when gamma is 0. access: how the client shows who it is.
-    identities: role -> what the worker there said of itself, by default before the first text; another model at the
-    same address is refused from then on.
+    identities: role -> what the worker there said of itself, by default before the first text; another model at that
+    address is refused from then on.
     """
 
     def __init__(
