@@ -175,14 +175,14 @@ def compare_jointly(
 
 def t_quantile(confidence: float, degrees: float) -> float:
     """Student's t that the absolute value stays below with probability `confidence`; degrees of freedom above 0."""
-    return _t_quantile(confidence, round(degrees, 3))
+    return _t_quantile(confidence, round(degrees, 2))
 
 
 @lru_cache(maxsize=4096)
 def _t_quantile(confidence: float, degrees: float) -> float:
     # With t = sqrt(degrees) tan(angle) the density is cos(angle) ** (degrees - 1), here over the log of the distance
     # from a right angle, so that few degrees (a pole at the end) and many (a peak at 0) are both resolved.
-    rest = np.concatenate([np.geomspace(1e-12, 1e-3, 4000), np.linspace(1e-3, np.pi / 2, 40_000)[1:]])
+    rest = np.concatenate([np.geomspace(1e-12, 1e-2, 1000), np.linspace(1e-2, np.pi / 2, 4000)[1:]])
     density = np.sin(rest) ** (degrees - 1)
     beyond = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(rest))])
     angle = np.interp((1 - confidence) * beyond[-1], beyond, rest)
