@@ -27,14 +27,20 @@ def test_what_is_planned_for_a_distilled_draft(workspace):
     """By its own name all four steps; for a sweep with it the two that make it, before the model is prepared."""
     workspace.config["distill"] = TINY
     prepared = {"prepare_model": 1, "prepare_dataset": 1}
-    assert workspace.planned(target="distill") == {"distill": 1, **STEPS, **prepared}
+    assert workspace.planned(target="distill") == {
+        **{"distill": 1, "settings": 3, "operation": 1},
+        **{**STEPS, **prepared},
+    }
     workspace.config["models"]["made"] = MADE
     workspace.config["draft"] = {"model": "made"}
     text = workspace.run("--dry-run", "--printshellcmds")
     commands = {word: line for line in text.splitlines() for word in re.findall(r"specsplit distill (\S+)", line)}
     assert set(commands) == {"write-data", "train"}
     assert "--held-out prompts.jsonl" in commands["write-data"]
-    assert "--vocab-size 64" in commands["train"]
+    told = "results/settings/distill/train/settings.json"
+    assert told in commands["train"]
+    workspace.run(target=told)
+    assert json.loads((workspace.folder / told).read_text())["run"]["vocab_size"] == 64
     assert text.index("specsplit distill train") < text.index("--local results/distill/mine/draft")
     assert text.count("specsplit prepare-model") == 2
 
@@ -62,7 +68,10 @@ def test_a_sweep_with_a_distilled_draft(workspace):
     assert planned["benchmark"] == 2
     assert "distill_write_data" not in planned
     workspace.config["distill"] = {**TINY, "checkpoint_every": 7, "gamma": 2}
-    assert set(workspace.planned(target="distill")) == {"distill", "distill_measure", "distill_card"}
+    assert set(workspace.planned(target="distill")) == {
+        *("distill", "distill_measure", "distill_card"),
+        *("settings", "operation"),
+    }
 
 
 @pytest.mark.slow

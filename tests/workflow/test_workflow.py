@@ -210,7 +210,7 @@ def test_the_report_of_the_experiment_and_that_of_snakemake(finished):
     os.utime(template, times)
     finished.run("--report", "snakemake.html", target=page)
     made = (finished.folder / "snakemake.html").read_text("utf-8")
-    for shown in ("Time per output token", "Figures", "Tables", "so the curve has a minimum where one more costs"):
+    for shown in ("Time per token after the first burst", "Figures", "Tables", "so the curve has a minimum where one more costs"):
         assert shown in made, shown
 
 
