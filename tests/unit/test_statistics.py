@@ -126,7 +126,9 @@ def test_joint_intervals_repeat_with_their_seed_and_contain_the_single_one() -> 
     times = np.exp(np.random.default_rng(2).normal(0, 0.1, (4, 10)))
     tokens = np.ones_like(times)
     one, again, other = (compare_jointly(times, tokens, confidence=0.95, samples=300, seed=s) for s in (0, 0, 1))
-    assert one is not None and again is not None and other is not None
+    assert one is not None
+    assert again is not None
+    assert other is not None
     assert one.against_first(2) == again.against_first(2) != other.against_first(2)
     single = paired_ratio_ci(times[0], tokens[0], times[2], tokens[2], confidence=0.95)
     joint = one.against_first(2)
