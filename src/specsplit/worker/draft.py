@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, Want, grow
+from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, ToFeed, grow
 from specsplit.decoding.sampling import Candidates, candidates
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.worker.sessions import Session
@@ -147,7 +147,7 @@ class Drafter:
         answers: dict[int, list[int] | None] = dict.fromkeys(range(len(growths)))
         started = False
         while answers:
-            wants: dict[int, list[Want]] = {}
+            wants: dict[int, list[ToFeed]] = {}
             for i, nodes in answers.items():
                 try:
                     wants[i] = growths[i].send(nodes) if started else next(growths[i])
@@ -164,7 +164,7 @@ class Drafter:
     def _feed_tree(self, tree: TokenTree) -> dict[int, int] | None:
         """Compute the new nodes of a draft, its leaves. Returns place in the draft -> node, without stop tokens."""
         nodes = {ROOT: ROOT}
-        leaves: list[tuple[int, Want]] = []
+        leaves: list[tuple[int, ToFeed]] = []
         for place, (token, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True)):
             if parent not in nodes or token in self.settings.stop_token_ids:
                 continue
@@ -176,7 +176,7 @@ class Drafter:
         fed = self._feed([want for _, want in leaves])
         return None if fed is None else nodes | dict(zip([place for place, _ in leaves], fed, strict=True))
 
-    def _feed(self, wants: Sequence[Want]) -> list[int] | None:
+    def _feed(self, wants: Sequence[ToFeed]) -> list[int] | None:
         """One pass over the new ones among the wanted nodes; None when the cache is full or the draft is abandoned."""
         state, cache = self.state, self.session.cache
         new = [want for want in dict.fromkeys((w[0], w[1]) for w in wants) if want not in state.children]

@@ -13,7 +13,8 @@ from specsplit.models.vocabulary import Vocabulary
 from specsplit.rpc.codec import sampling_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import MAX_GAMMA, DraftWorkerConfig
+from specsplit.settings.run import MAX_GAMMA
+from specsplit.settings.worker import DraftWorkerConfig
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft import Drafter
 from specsplit.worker.inbox import Inbox

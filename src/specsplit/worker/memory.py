@@ -13,7 +13,7 @@ from specsplit.errors import UserError
 
 if TYPE_CHECKING:
     from specsplit.engines.loading import LanguageModel
-    from specsplit.settings.processes import WorkerSettings
+    from specsplit.settings.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20

@@ -28,7 +28,7 @@ from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import ServerAccess
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.interceptor import AuthInterceptor
@@ -54,8 +54,7 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
     Raises UserError when the model is missing or cannot be loaded.
     """
     if config.model is None:
-        prefix = config.model_config["env_prefix"]
-        raise UserError(f"no model: give --model FOLDER or set {prefix}MODEL")
+        raise UserError(f"no model: give --model FOLDER or set {config.prefix}MODEL")
     folder, manifest = resolve_model(config.model)
     threads = config.threads or usable_cores()
     model, identity = load_model(folder, manifest, config, threads)

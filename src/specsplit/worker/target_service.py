@@ -10,7 +10,7 @@ from specsplit.decoding.tree import TreeError, check_lengths
 from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.settings.worker import TargetWorkerConfig
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest
 from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
