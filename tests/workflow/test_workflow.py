@@ -92,18 +92,18 @@ def also(*row):
         ),
         also(
             {"network": {"jitter_ms": 1}},
-            {"start_worker": 5, "benchmark": 3, "settings": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "resolved_config": 1, **ANALYSIS},
         ),
         ({"lookahead": {"fan_out": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         also({"sampling": {"top_k": 5}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         ({"statistics": {"confidence": 0.9}}, {"resolved_config": 1, **ANALYSIS} | {"merge": 0}),
         (
             {"draft": {"skip_layers": [0]}},
-            {"start_worker": 4, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 4, "benchmark": 2, "settings": 2, "resolved_config": 1, **ANALYSIS},
         ),
         also(
             {"target": {"dtype": "bfloat16"}},
-            {"start_worker": 5, "benchmark": 3, "settings": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "resolved_config": 1, **ANALYSIS},
         ),
         also({"workers": {"max_sessions": 2}}, {"operation": 3, "resolved_config": 1, "provenance": 1, "summary": 1}),
         (
@@ -120,11 +120,11 @@ def also(*row):
         ),
         (
             {"models": {"tiny": {"source": "huggingface", "repo": "a/b", "revision": "c"}}},
-            {"prepare_model": 1, "start_worker": 5, "benchmark": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+            {"prepare_model": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
         ),
         (
             {"dataset": {"limit": 2}},
-            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
         ),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
@@ -148,7 +148,7 @@ def test_what_a_changed_key_reruns(finished, change, expected):
         ("analysis/figures.py", {"figures": 1, "summary": 1}),
         (
             "experiment/dataset.py",
-            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "operation": 3, **ANALYSIS},
+            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, **ANALYSIS},
         ),
         ("cli/generate.py", {}),
     ],
@@ -332,7 +332,7 @@ def test_archive(finished):
     jobs = {entity["@id"]: entity for entity in crate["@graph"] if entity["@id"].startswith("#job/")}
     rules = {identifier.split("/")[1] for identifier in jobs}
     assert rules == {
-        *("prepare_dataset", "prepare_model", "resolved_config", "benchmark"),
+        *("prepare_dataset", "prepare_model", "resolved_config", "settings", "benchmark"),
         *("merge", "figures", "provenance", "summary", "report"),
     }
     assert all(job["startTime"] < job["endTime"] for job in jobs.values())
