@@ -20,7 +20,7 @@ from specsplit.io import write_json
 from specsplit.launch.environment import REQUIRED
 from specsplit.launch.lease import hold_lease
 from specsplit.provenance.closure import PACKAGE, command_files
-from specsplit.settings.workflow import load_pipeline_config
+from specsplit.settings.configuration import load_pipeline_config
 
 from grpc_fixtures import noisy_copy
 

@@ -23,7 +23,7 @@ import specsplit
 from specsplit.api import named_models
 from specsplit.client import recovery
 from specsplit.models.tokenizer import TextCodec
-from specsplit.settings.workflow import load_pipeline_config
+from specsplit.settings.configuration import load_pipeline_config
 
 from grpc_fixtures import Reference, Worker, noisy_copy, serving
 from waiting import wait_until

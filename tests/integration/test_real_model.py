@@ -25,8 +25,8 @@ from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import Connection, connect
-from specsplit.settings.processes import OrchestratorConfig
-from specsplit.settings.workflow import load_pipeline_config
+from specsplit.settings.configuration import load_pipeline_config
+from specsplit.settings.run import OrchestratorConfig
 
 ROOT = Path(__file__).parents[2]
 NAME = "smollm2-135m-instruct"
@@ -100,13 +100,13 @@ def check_identity(
 
     for prompt, temperature in product(taken, temperatures):
         ids = codec.encode(prompt.prompt)
-        expected = write("draft", ids, max_draft_tokens=0, temperature=temperature)
+        expected = write("draft", ids, gamma=0, temperature=temperature)
         if not temperature:
             with torch.inference_mode():
                 full = reference.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=length)[0].tolist()
             assert expected == [token for token in full[len(ids) :] if token != 2], prompt.id
         for draft, gamma, tree, mode in product(drafts, gammas, shapes, modes):
-            text = write(draft, ids, max_draft_tokens=gamma, tree=tree, mode=mode, temperature=temperature)
+            text = write(draft, ids, gamma=gamma, tree=tree, mode=mode, temperature=temperature)
             assert text == expected, (prompt.id, draft, gamma, tree, mode, temperature)
     return counts
 

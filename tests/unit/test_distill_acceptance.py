@@ -23,7 +23,7 @@ from specsplit.models.vocabulary import ReducedVocabulary, Vocabulary
 from specsplit.provenance.folder import read_sums
 
 PROMPTS = [[1, 40, 41, 42], [1, 77, 50], [1, 99, 60, 61, 70, 71]]
-INTERVALS = {"confidence": 0.9, "bootstrap_samples": 200, "seed": 0}
+INTERVALS = {"confidence": 0.9}
 GAMMA, LENGTH = 4, 20
 
 
@@ -102,7 +102,9 @@ def test_acceptance_is_what_plain_passes_count(pair: tuple[CausalLM, CausalLM], 
     assert dict(zip(table["position"], table["reached"], strict=True)) == dict(reached)
     assert dict(zip(table["position"], table["accepted"], strict=True)) == {p: accepted[p] for p in reached}
     assert 0 < accepted[1] < reached[1]  # else little was proved
-    known = table.dropna()  # of a position that few requests reached there is no interval
+    assert table["acceptance_rate_ci_low"].isna().all()  # of fewer than six requests there is no interval
+    twice = pd.concat([measured, measured.assign(request_id=measured["request_id"] + " again")])
+    known = acceptance(twice, **INTERVALS).dropna()  # nor of a position that few requests reached
     assert len(known)
     assert (known["acceptance_rate_ci_low"] <= known["acceptance_rate"]).all()
     assert (known["acceptance_rate_ci_high"] >= known["acceptance_rate"]).all()

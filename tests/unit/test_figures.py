@@ -64,6 +64,7 @@ def experiment(
                     generated_tokens=made,
                     ttft_ms=120.0 + i,
                     tpot_ms=decode / (made - 1) if made > 1 else None,
+                    itl_ms=decode / (made - 1) if made > 1 else None,
                     average_acceptance_rate=total / (gamma * len(own)) if gamma and own else None,
                     total_network_idle_ms=2.0 * len(own),
                     total_latency_ms=latency,
@@ -94,7 +95,7 @@ def experiment(
             settings = {column: getattr(rows[-1], column) for column in CONFIGURATION[1:]}
             rounds += [asdict(round_) | settings for round_ in own]
     table = pd.DataFrame([asdict(row) for row in rows], columns=REQUEST_COLUMNS)
-    empty = ["tpot_ms", "ttft_ms", "average_acceptance_rate", "mean_accepted_length"]
+    empty = ["tpot_ms", "itl_ms", "ttft_ms", "average_acceptance_rate", "mean_accepted_length"]
     table[empty] = table[empty].astype(float)
     table["matches_gamma0"] = pd.array([True] * len(table), dtype="boolean")
     return table, pd.DataFrame(rounds, columns=[*ROUND_COLUMNS, *CONFIGURATION[1:]])
@@ -185,7 +186,7 @@ def test_crowded_ticks_keep_their_marks_but_not_every_label(tmp_path):
 
 def test_axes_have_units_and_start_at_zero(drawn):
     for name, label in (
-        ("tpot", "TPOT (ms)"),
+        ("tpot", "ITL (ms)"),
         ("ttft", "TTFT (ms)"),
         ("network_idle", "share of total latency"),
         ("acceptance_rate", "accepted / drafted"),
@@ -205,7 +206,7 @@ def test_every_request_is_a_dot(sweep, drawn):
 
 
 def test_reference_and_best_gamma_are_those_of_the_summary(sweep, drawn):
-    summary = summarize(*sweep, bootstrap_samples=10).set_index("gamma")["tpot_ms_mean"]
+    summary = summarize(*sweep, bootstrap_samples=10).set_index("gamma")["itl_ms_mean"]
     found = texts(drawn / "tpot.svg")
     assert f"target alone: {summary[0]:.1f} ms" in found
     assert f"lowest: γ = {summary.idxmin()}, {summary.min():.1f} ms" in found
@@ -219,9 +220,9 @@ def test_number_of_requests_and_confidence_are_said(sweep, drawn, tmp_path):
     assert "mean, 95 % interval" in texts(drawn / "tpot.svg")
     requests, rounds = sweep
     requests = requests.copy()
-    requests.loc[(requests["gamma"] == 5) & (requests["request_id"] == "r0"), "tpot_ms"] = np.nan
+    requests.loc[(requests["gamma"] == 5) & (requests["request_id"] == "r0"), "itl_ms"] = np.nan
     draw_figures(requests, rounds, tmp_path, confidence=0.995, **QUICK)
-    assert "n = 7 to 8 requests at each γ" in texts(tmp_path / "tpot.svg")
+    assert "n = 7 requests at each γ" in texts(tmp_path / "tpot.svg")
     assert "mean, 99.5 % interval" in texts(tmp_path / "tpot.svg")
 
 
@@ -234,7 +235,7 @@ def test_acceptance_by_position_is_that_of_the_largest_gamma(sweep, drawn):
 
 
 def test_position_with_too_few_rounds_is_marked(tmp_path):
-    requests, rounds = experiment((3,), requests=3)
+    requests, rounds = experiment((3,), requests=6)
     rounds["accepted"] = 1
     rounds.loc[rounds["request_id"] == "r0", "accepted"] = 3  # only this request reaches position 3
     draw_figures(requests, rounds, tmp_path, **QUICK)
@@ -265,7 +266,7 @@ def test_gamma_0_alone_says_that_nothing_was_drafted(tmp_path):
 
 def test_metric_without_a_value_says_why(tmp_path):
     draw_figures(*experiment((0, 4), requests=3, tokens=1), tmp_path, **QUICK)
-    assert "No request generated two tokens" in " ".join(texts(tmp_path / "tpot.svg"))
+    assert "No request has two rounds" in " ".join(texts(tmp_path / "tpot.svg"))
     assert axis_labels(tmp_path / "tpot.svg") == ["0", "4"]
     assert "n = 3 requests at each γ" in texts(tmp_path / "ttft.svg")
     assert "0.0" in texts(tmp_path / "network_idle.svg")  # all zero is a value, not a missing one
@@ -306,13 +307,13 @@ def test_lowest_mean_names_its_curve_and_gamma(tmp_path):
     requests, rounds = experiment((0, 1, 3, "auto"), requests=3, axes=MODES)
     draw_figures(requests, rounds, tmp_path, **QUICK)
     summary = summarize(requests, rounds, bootstrap_samples=10)
-    best = summary.loc[summary["tpot_ms_mean"].idxmin()]
-    text = f"lowest: {best['mode']}, γ = {best['gamma']}, {best['tpot_ms_mean']:.1f} ms"
+    best = summary.loc[summary["itl_ms_mean"].idxmin()]
+    text = f"lowest: {best['mode']}, γ = {best['gamma']}, {best['itl_ms_mean']:.1f} ms"
     assert text in texts(tmp_path / "tpot.svg")
 
 
 def test_a_single_curve_that_is_not_plain_says_what_it_is(tmp_path):
-    alone, drafted = experiment((0,), requests=3), experiment((1, 3), requests=3, axes=MODES[1:2])
+    alone, drafted = experiment((0,), requests=6), experiment((1, 3), requests=6, axes=MODES[1:2])
     draw_figures(*(pd.concat(pair, ignore_index=True) for pair in zip(alone, drafted, strict=True)), tmp_path, **QUICK)
     found = texts(tmp_path / "tpot.svg")
     assert "overlap: mean, 95 % interval" in found
@@ -339,9 +340,9 @@ def test_each_temperature_and_network_is_a_panel_on_the_same_scale(tmp_path):
     found = texts(tmp_path / "tpot.svg")
     titles = [f"temperature {t}, RTT {rtt} ms" for t in ("0", "0.7") for rtt in ("0", "14")]
     assert [text for text in found if text.startswith("temperature")] == titles
-    assert found.count("TPOT (ms)") == 2  # the left column
+    assert found.count("ITL (ms)") == 2  # the left column
     assert found.count("lookahead") == 1  # one legend
-    assert "Time per output token, n = 3 requests at each point" in found
+    assert "Time per token after the first burst, n = 3 requests at each point" in found
     assert [text for text in texts(tmp_path / "acceptance_rate.svg") if ", γ = 3" in text] == [
         f"{title}, γ = 3" for title in titles
     ]

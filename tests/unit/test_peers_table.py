@@ -19,7 +19,7 @@ from specsplit.errors import UserError
 from specsplit.experiment.peer_race import PEER_COLUMNS, Ours, check_peers, race
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 REQUESTS = [Request("a", "chat", [5, 6]), Request("b", "code", [7])]
 
@@ -66,7 +66,7 @@ def raced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         log: list[str] = []
 
         def write(self: TextWriter, prompt_ids: list[int], config: OrchestratorConfig, **_: Any) -> SpeculativeResult:
-            log.append(f"gamma_{config.max_draft_tokens}")
+            log.append(f"gamma_{config.gamma}")
             rounds = [Round(1, 1, 1, 1, *[0.0] * 7), Round(2, 0, 0, 0, *[0.0] * 7)]
             return SpeculativeResult([1, 1, 3], "length", rounds, 20.0, 40.0)
 
@@ -75,8 +75,8 @@ def raced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         monkeypatch.setattr(TextWriter, "write", write)
         monkeypatch.setattr("specsplit.experiment.peer_race.SETTLE_S", 0.0)
         worker: Any = SimpleNamespace(address="x", description=SimpleNamespace(max_context=64, eos_token_ids=[2]))
-        configs = [OrchestratorConfig(max_draft_tokens=gamma, max_output_tokens=3) for gamma in (0, 4)]
-        ours = [Ours(f"gamma_{c.max_draft_tokens}", c, worker if c.max_draft_tokens else None, worker) for c in configs]
+        configs = [OrchestratorConfig(gamma=gamma, max_output_tokens=3) for gamma in (0, 4)]
+        ours = [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
         output = tmp_path / "peers_requests.csv"
         race(REQUESTS, ours, [Peer("generate")], FakeHuggingFace(log), output, **options)  # type: ignore[arg-type]
         with output.open(newline="") as file:
@@ -143,17 +143,18 @@ def table(rows: Sequence[tuple[str, str, int, float, bool]]) -> pd.DataFrame:
 
 def test_ratios_are_of_medians_over_repeats() -> None:
     rows = []
-    for request, ours, theirs in (("a", 110.0, 210.0), ("b", 60.0, 110.0), ("c", 210.0, 410.0)):
+    times = (("a", 110.0, 210.0), ("b", 60.0, 110.0), ("c", 210.0, 410.0))
+    for request, ours, theirs in (*times, *((name + "2", *both) for name, *both in times)):
         for repeat, noise in ((1, 0.0), (2, 500.0), (3, 0.0)):  # one slow repeat decides nothing
-            rows.append(("hf_assisted", request, repeat, theirs + noise, request != "c"))
+            rows.append(("hf_assisted", request, repeat, theirs + noise, request[0] != "c"))
             rows.append(("gamma_5", request, repeat, ours + noise, True))
             rows.append(("gamma_0", request, repeat, 2 * theirs, True))
     summary = summarize_peers(table(rows), bootstrap_samples=200).set_index("contender")
     assert list(summary.index) == ["gamma_0", "gamma_5", "hf_assisted"]
-    assert summary.loc["gamma_5", "tpot_vs_hf_assisted"] == pytest.approx(10 / 20)
-    assert summary.loc["gamma_5", "tpot_vs_hf_assisted_ci_low"] == pytest.approx(0.5)  # half in every resample
+    assert summary.loc["gamma_5", "itl_vs_hf_assisted"] == pytest.approx(10 / 20)
+    assert summary.loc["gamma_5", "itl_vs_hf_assisted_ci_low"] == pytest.approx(0.5)  # half on every prompt
     assert summary.loc["gamma_5", "latency_vs_hf_assisted"] == pytest.approx(380 / 730)
-    assert summary.loc["hf_assisted", "tpot_vs_hf_assisted"] == 1
+    assert summary.loc["hf_assisted", "itl_vs_hf_assisted"] == 1
     assert summary.loc["hf_assisted", "identical"] == pytest.approx(2 / 3)
     assert summary.loc["gamma_5", "tpot_ms_median"] == pytest.approx(10.0)
     assert list(summary["repeats"]) == [3, 3, 3]
@@ -164,8 +165,8 @@ def test_texts_too_short_for_a_time_per_token_count_on_neither_side() -> None:
     short = (requests["contender"] == "hf_generate") & (requests["request_id"] == "a")
     requests.loc[short, ["generated_tokens", "tpot_ms", "itl_ms"]] = [1, math.nan, math.nan]
     summary = summarize_peers(requests, bootstrap_samples=100).set_index("contender")
-    assert summary.loc["gamma_0", "tpot_vs_hf_generate"] == pytest.approx(1.0)
-    assert math.isnan(summary.loc["gamma_0", "tpot_vs_hf_generate_ci_low"])  # one request is left
+    assert summary.loc["gamma_0", "itl_vs_hf_generate"] == pytest.approx(1.0)
+    assert math.isnan(summary.loc["gamma_0", "itl_vs_hf_generate_ci_low"])  # one request is left
 
 
 def test_table_and_figure_are_made_from_the_rows(raced, tmp_path: Path) -> None:
@@ -196,6 +197,6 @@ def manifest(source: str, weights: str) -> dict[str, Any]:
 )
 def test_a_race_that_cannot_be_run_is_refused(target: Any, draft: Any, message: str) -> None:
     worker: Any = SimpleNamespace(address="x", description=SimpleNamespace(weights_sha256="w" * 64))
-    ours = [Ours("gamma_0", OrchestratorConfig(max_draft_tokens=0), None, worker)]
+    ours = [Ours("gamma_0", OrchestratorConfig(gamma=0), None, worker)]
     with pytest.raises(UserError, match=message):
         check_peers([Peer("assisted")], ours, {"target": target, "draft": draft})

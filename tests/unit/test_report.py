@@ -20,7 +20,7 @@ from specsplit.errors import UserError
 from specsplit.experiment.columns import ROUND_COLUMNS
 from specsplit.io import write_csv
 from specsplit.settings.axes import CONFIGURATION
-from specsplit.settings.workflow import load_pipeline_config
+from specsplit.settings.configuration import load_pipeline_config
 
 from test_tables import a_request
 
@@ -48,7 +48,8 @@ def findings(latencies: dict[Any, float], **changes: Any) -> list[str]:
 
 
 def test_the_best_draft_length_with_its_interval() -> None:
-    (sentence,) = findings({0: 1000.0, 1: 800.0, 3: 500.0})
+    counted, sentence = findings({0: 1000.0, 1: 800.0, 3: 500.0})
+    assert counted == "Compared on the 8 prompts that every configuration finished."
     assert sentence == "γ = 3 is fastest: a speedup of 2.00 (95 % interval 2.00 to 2.00) against the target alone."
 
 
@@ -64,14 +65,18 @@ def test_what_cannot_be_told_from_the_best_is_named() -> None:
 
 
 def test_when_the_target_alone_is_fastest_the_best_draft_is_told() -> None:
-    (sentence,) = findings({0: 500.0, 1: 1000.0, 3: 800.0})
+    _, sentence = findings({0: 500.0, 1: 1000.0, 3: 800.0})
     assert sentence.startswith("The target alone is fastest. The best draft, γ = 3, has a speedup of 0.62 (95 %")
 
 
 def test_one_request_gives_no_interval_and_says_so() -> None:
     sentences = findings({0: 1000.0, 1: 500.0}, requests=1)
-    assert sentences[0] == "γ = 1 is fastest: a speedup of 2.00 against the target alone."
-    assert sentences[1] == "There are too few requests to say how sure that is."
+    assert sentences == [
+        "Compared on the 1 prompt that every configuration finished.",
+        "γ = 1 had the largest speedup against the target alone: 2.00.",
+        "There are too few requests to say how sure that is: an interval needs 6.",
+        "Not distinguishable from it on these prompts: the target alone.",
+    ]
 
 
 def test_the_target_alone_has_no_speedup_to_report() -> None:
@@ -197,12 +202,12 @@ def test_tables_measured_beside_the_sweep_are_shown_when_there(results: Path, tm
     assert "More measurements" not in page(results, tmp_path / "before.html")
     peers = results / "peers.csv"
     peers.write_text(
-        "contender,requests,tpot_ms_mean,tpot_ms_ci_low,tpot_ms_ci_high,latency_vs_hf_generate,identical\n"
+        "contender,requests,itl_ms_mean,itl_ms_ci_low,itl_ms_ci_high,latency_vs_hf_generate,identical\n"
         "<gamma_0>,8,12.3456789,11.111,13.999,,1\n"
     )
     try:
         text = page(results, tmp_path / "after.html")
-        assert "tpot ms</th>" in text
+        assert "itl ms</th>" in text
         assert "<td>&lt;gamma_0&gt;</td><td>12.3 [11.1, 14]</td><td>-</td><td>1</td>" in text
         peers.write_text("")
         with pytest.raises(UserError, match=r"peers\.csv: is empty"):

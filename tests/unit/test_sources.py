@@ -40,7 +40,7 @@ from specsplit.models.fingerprint import combined_sha256, fingerprint_model, has
 from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import connect
-from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import WorkerServer, load_servicer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -15,7 +15,7 @@ import pytest
 from specsplit.analysis.findings import faults_sentence, find_best
 from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize
 from specsplit.errors import UserError
-from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
+from specsplit.experiment.columns import LATER_COLUMNS, REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
 from specsplit.io import write_csv
 from specsplit.settings.axes import CONFIGURATION
 
@@ -314,22 +314,19 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     summary = summarize(requests, rounds, bootstrap_samples=100)
     assert summary["gamma"].to_list() == [0, 1, 3]
     expected = ["gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"]
-    expected += ["requests", "repeats", "generated_tokens"]
-    expected += ["speedup", "speedup_ci_low", "speedup_ci_high"]
+    expected += ["requests", "compared", "repeats", "generated_tokens"]
+    expected += ["speedup", "speedup_ci_low", "speedup_ci_high", "speedup_joint_low", "speedup_joint_high"]
     for metric in METRICS:
         expected += [f"{metric}_{part}" for part in ("mean", "ci_low", "ci_high", "median")]
         expected += [f"{metric}_{part}" for part in ("p90", "p99") if metric in TIMES]
     expected += ["inter_chunk_ms_median", "inter_chunk_ms_p90", "inter_chunk_ms_p99"]
     expected += ["tokens_per_second", "speculation_hits", "speculation_misses"]
     expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
-    expected += [
-        "acceptance_at_1",
-        "acceptance_at_2",
-        "acceptance_at_3",
-        "lossless",
-        "failed_requests",
-        "worker_failures",
-    ]
+    expected += [f"acceptance_length{part}" for part in ("", "_ci_low", "_ci_high", "_mean")]
+    expected += [f"draft_acceptance_rate{part}" for part in ("", "_ci_low", "_ci_high")]
+    expected += [f"{name}_{i}" for name in ("acceptance_at", "joint_acceptance_at") for i in (1, 2, 3)]
+    expected += [f"rounds_accepting_{i}" for i in range(4)]
+    expected += ["lossless", "lossless_compared", "failed_requests", "worker_failures"]
     assert list(summary.columns) == expected
 
 
@@ -345,22 +342,21 @@ def test_speedup_is_the_ratio_of_milliseconds_a_token():
     alone, drafted = summarize(requests, rounds).to_dict("records")
     assert (alone["speedup"], alone["speedup_ci_low"], alone["speedup_ci_high"]) == (1.0, 1.0, 1.0)
     assert drafted["speedup"] == pytest.approx(2.0)
-    # Two requests: the ends are the ratios of each request alone.
-    assert drafted["speedup_ci_low"] == pytest.approx(100 / 60)
-    assert drafted["speedup_ci_high"] == pytest.approx(100 / (1000 / 22))
+    assert math.isnan(drafted["speedup_ci_low"])  # of two requests
     assert drafted["tokens_per_second"] == pytest.approx(20.0)
     assert drafted["generated_tokens"] == 32
 
 
 def test_speedup_pairs_requests_by_name_not_by_place():
-    slow = {"a": 100.0, "b": 1000.0, "c": 10000.0}
+    slow = {name: 100.0 * 2**place for place, name in enumerate("abcdef")}
     requests, rounds = tables(
-        [a_request(i, 0, total_latency_ms=slow[i]) for i in "abc"]
-        + [a_request(i, 2, total_latency_ms=slow[i] / 2) for i in "cab"]
+        [a_request(i, 0, total_latency_ms=slow[i]) for i in "abcdef"]
+        + [a_request(i, 2, total_latency_ms=slow[i] / 2) for i in "cabfed"]
     )
     row = summarize(requests, rounds, bootstrap_samples=200).iloc[1]
     assert row["speedup_ci_low"] == pytest.approx(2.0)
     assert row["speedup_ci_high"] == pytest.approx(2.0)
+    assert (row["speedup_joint_low"], row["speedup_joint_high"]) == pytest.approx((2.0, 2.0))
 
 
 def test_without_gamma_0_speedup_and_lossless_are_empty():
@@ -377,14 +373,14 @@ def test_lossless_is_the_share_of_equal_texts():
 
 
 def test_mean_median_and_percentiles():
-    times = [10.0, 20.0, 30.0, 40.0, 100.0]
+    times = [*[20.0] * 4, 30.0, *[30.0] * 4, 130.0]
     requests, rounds = tables([a_request(str(i), 0, ttft_ms=time) for i, time in enumerate(times)])
     row = summarize(requests, rounds).iloc[0]
-    assert row["ttft_ms_mean"] == pytest.approx(40.0)
+    assert row["ttft_ms_mean"] == pytest.approx(36.0)
     assert row["ttft_ms_median"] == 30.0
-    assert row["ttft_ms_p90"] == pytest.approx(76.0)  # 0.6 of the way from 40 to 100
-    assert row["ttft_ms_p99"] == pytest.approx(97.6)
-    assert 10.0 < row["ttft_ms_ci_low"] < 40.0 < row["ttft_ms_ci_high"] < 100.0
+    assert row["ttft_ms_p90"] == pytest.approx(40.0)  # 0.1 of the way from 30 to 130
+    assert math.isnan(row["ttft_ms_p99"])  # of ten requests none is above it
+    assert 10.0 < row["ttft_ms_ci_low"] < 36.0 < row["ttft_ms_ci_high"] < 130.0
 
 
 def test_repeats_count_once_with_their_median(tmp_path):
@@ -422,13 +418,14 @@ def test_chunks_are_apart_by_the_time_between_arrivals():
     ]
     summary = summarize(*tables([a_request("a", 3), a_request("b", 3)], rounds), bootstrap_samples=100)
     row = summary.iloc[0]
-    assert (row["inter_chunk_ms_median"], row["inter_chunk_ms_p90"]) == pytest.approx((40.0, 56.0))
+    assert row["inter_chunk_ms_median"] == pytest.approx(40.0)
+    assert math.isnan(row["inter_chunk_ms_p90"])  # of three gaps
 
 
 def test_missing_values_are_left_out_and_an_empty_metric_is_empty():
     requests, rounds = tables([a_request("a", 0, tpot_ms=None), a_request("b", 0, tpot_ms=80.0)])
     row = summarize(requests, rounds, bootstrap_samples=50).iloc[0]
-    assert row["tpot_ms_mean"] == row["tpot_ms_p99"] == 80.0
+    assert row["tpot_ms_mean"] == row["tpot_ms_median"] == 80.0
     assert math.isnan(row["tpot_ms_ci_low"])  # one value has no interval
     assert row.filter(like="average_acceptance_rate").isna().all()
 
@@ -451,12 +448,14 @@ def test_acceptance_at_a_position_counts_only_rounds_that_reached_it():
 
 
 def test_summary_repeats_with_its_seed():
-    requests, rounds = tables([a_request(str(i), 0, ttft_ms=float(i * i)) for i in range(20)])
+    requests, rounds = tables(
+        [a_request(str(i), gamma, total_latency_ms=1e3 + i * i * gamma) for gamma in (0, 1, 2) for i in range(20)]
+    )
     first = summarize(requests, rounds, bootstrap_samples=200, seed=3)
     pd.testing.assert_frame_equal(summarize(requests, rounds, bootstrap_samples=200, seed=3), first)
     other = summarize(requests, rounds, bootstrap_samples=200, seed=4)
-    assert other["ttft_ms_ci_low"][0] != first["ttft_ms_ci_low"][0]
-    assert other["ttft_ms_mean"][0] == first["ttft_ms_mean"][0]
+    assert other["speedup_joint_low"][1] != first["speedup_joint_low"][1]
+    assert other["speedup_ci_low"][1] == first["speedup_ci_low"][1]
 
 
 def test_no_token_at_all_gives_empty_ratios_not_an_error():
@@ -669,7 +668,9 @@ def test_failed_requests_are_rows_and_in_no_mean(tmp_path):
     assert list(first.index[-2:]) == ["failed_requests", "worker_failures"]
     assert (first["requests"], first["failed_requests"], first["worker_failures"]) == (2, 1, 1)
     assert (second["requests"], second["failed_requests"], second["worker_failures"]) == (2, 1, 3)
-    assert (second["tpot_ms_mean"], second["total_latency_ms_mean"]) == (60.0, 1000.0)
+    # Compared is a alone: what one of the two configurations did not finish would make it look faster or slower.
+    assert (first["compared"], second["compared"]) == (1, 1)
+    assert (second["tpot_ms_mean"], second["total_latency_ms_mean"]) == (50.0, 1000.0)
     assert second["acceptance_at_1"] == 1.0  # the round of b drafted one and had none accepted
     assert (second["speedup"], second["lossless"]) == (1.0, 1.0)  # over a alone
 
@@ -680,6 +681,72 @@ def test_failed_requests_are_rows_and_in_no_mean(tmp_path):
     assert "Workers failed in 4 rounds" in said
     for finding in find_best(requests, rounds, summarize(requests, rounds), **SETTINGS):
         assert finding.sentences()
+
+
+def test_a_configuration_whose_slowest_requests_failed_does_not_become_the_best():
+    slow = {f"p{i}": 1000.0 * (1 + 3 * (i < 6)) for i in range(16)}
+    alone = [a_request(name, 0, total_latency_ms=ms) for name, ms in slow.items()]
+    equal = [a_request(name, 2, total_latency_ms=ms * 0.9, itl_ms=ms / 10) for name, ms in slow.items()]
+    lost = [failed(n, 4) if ms > 1e3 else a_request(n, 4, total_latency_ms=ms, itl_ms=ms / 9) for n, ms in slow.items()]
+    requests, rounds = tables([*alone, *equal, *lost])
+    summary = summarize(requests, rounds, **SETTINGS)
+    assert summary["requests"].to_list() == [16, 16, 10]
+    assert summary["compared"].to_list() == [10, 10, 10]
+    assert summary["itl_ms_mean"].to_list()[1:] == pytest.approx([100.0, 1000 / 9])
+    (finding,) = find_best(requests, rounds, summary, **SETTINGS)
+    assert finding.name == "γ = 2"
+    assert finding.sentences()[0] == "Compared on the 10 of 16 prompts that every configuration finished."
+
+
+def test_a_time_that_one_configuration_lacks_is_compared_on_neither_side():
+    requests, rounds = tables(
+        [
+            a_request(n, g, itl_ms=None if (n, g) == ("a", 4) else ms)
+            for g in (0, 4)
+            for n, ms in (("a", 90.0), ("b", 50.0))
+        ]
+    )
+    summary = summarize(requests, rounds, **SETTINGS)
+    assert summary["itl_ms_mean"].to_list() == [50.0, 50.0]
+    assert summary["compared"].to_list() == [2, 2]
+
+
+def test_acceptance_length_is_pooled_and_positions_are_conditional_and_joint():
+    rounds = [a_round("a", 3, 1, 3), a_round("a", 3, 2, 1), a_round("b", 3, 1, 0), a_round("b", 3, 2, 0, drafted=0)]
+    counts = {"a": (6, 4, 2), "b": (3, 0, 1)}
+    requests, per_round = tables(
+        [
+            a_request(n, 3, drafted_tokens=d, accepted_tokens=k, verifications=v, acceptance_length=1 + k / v)
+            for n, (d, k, v) in counts.items()
+        ],
+        rounds,
+    )
+    row = summarize(requests, per_round, **SETTINGS).iloc[0]
+    assert row["acceptance_length"] == pytest.approx(1 + 4 / 3)  # the round without a draft verifies none
+    assert row["acceptance_length_mean"] == pytest.approx((3 + 1) / 2)
+    assert row["draft_acceptance_rate"] == pytest.approx(4 / 9)
+    assert [row[f"acceptance_at_{i}"] for i in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 2, 1])
+    assert [row[f"joint_acceptance_at_{i}"] for i in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    assert [row[f"rounds_accepting_{i}"] for i in range(4)] == [1, 1, 0, 1]
+    assert 1 + sum(row[f"joint_acceptance_at_{i}"] for i in (1, 2, 3)) == pytest.approx(row["acceptance_length"])
+
+
+def test_tables_of_an_earlier_version_are_read_and_their_acceptance_is_counted_as_now(tmp_path):
+    # Five tokens and the end of the text, which the last draft foresaw: accepted 3, of which the user gets 1.
+    old = a_request("a", 4, generated_tokens=5, num_rounds=2, finish_reason="eos", accepted_tokens=6, drafted_tokens=8)
+    rounds = [a_round("a", 4, 1, 3), a_round("a", 4, 2, 3)]
+    run = write_run(tmp_path / "run", [old], rounds)
+    lines = list(csv.DictReader((run / "requests.csv").open()))
+    kept = [name for name in REQUEST_COLUMNS if name not in LATER_COLUMNS]
+    with (run / "requests.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, kept, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(lines)
+    requests, per_round = merge_runs([run])
+    row = requests.iloc[0]
+    assert (row["accepted_tokens"], row["drafted_tokens"], row["verifications"]) == (4, 5, 2)
+    assert (row["acceptance_length"], row["mean_accepted_length"], row["draft_acceptance_rate"]) == (3.0, 2.5, 0.8)
+    assert per_round[["drafted", "accepted"]].to_numpy().tolist() == [[4, 3], [1, 1]]
 
 
 def test_without_faults_there_is_nothing_to_say(runs):

@@ -16,7 +16,7 @@ from specsplit.experiment.columns import FAILED
 from specsplit.io import write_csv
 
 LEVEL = ("mode", "gamma", "clients")
-LIMIT_FACTOR = 2.0  # of the median TPOT of one client, when no limit is given
+LIMIT_FACTOR = 2.0  # of the median ITL of one client, when no limit is given
 WIDTH_IN, HEIGHT_IN = 6.8, 2.5
 
 
@@ -32,8 +32,8 @@ def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) 
     tpot_ms_median, _p90, _p99, and the same of ttft_ms, itl_ms and total_latency_ms
         over requests.
     tpot_limit_ms, goodput_share, goodput_tokens_per_second, goodput_requests_per_second
-        the limit; of the requests with a TPOT, the share that kept it; tokens and requests of those / wall_s.
-        Without a limit it is LIMIT_FACTOR times the median TPOT of one client in the first rows: of the target alone,
+        the limit; of the requests with an ITL, the share that kept it; tokens and requests of those / wall_s.
+        Without a limit it is LIMIT_FACTOR times the median ITL of one client in the first rows: of the target alone,
         if that was measured.
     queue_share
         of the latency of all requests, the part in which a worker computed for others.
@@ -58,9 +58,9 @@ def summarize_capacity(requests: DataFrame, tpot_limit_ms: float | None = None) 
         row["requests_per_second"] = len(own) / wall_s
         for metric in ("tpot_ms", "ttft_ms", "itl_ms", "total_latency_ms"):
             row |= quantiles(own[metric], metric, (50, 90, 99))
-        limit = limit or LIMIT_FACTOR * row["tpot_ms_median"]
-        timed = own[own["tpot_ms"].notna()]
-        good = timed[timed["tpot_ms"] <= limit]
+        limit = limit or LIMIT_FACTOR * row["itl_ms_median"]
+        timed = own[own["itl_ms"].notna()]
+        good = timed[timed["itl_ms"] <= limit]
         row["tpot_limit_ms"] = limit
         row["goodput_share"] = len(good) / len(timed) if len(timed) else math.nan
         row["goodput_tokens_per_second"] = good["generated_tokens"].sum() / wall_s
@@ -82,7 +82,7 @@ def write_capacity(results_dir: Path, tpot_limit_ms: float | None = None) -> lis
 
 
 def draw_capacity(summary: DataFrame, path: Path) -> list[Path]:
-    """Draw tokens/s, TPOT (median and p99) and goodput against clients, as `path` .png and .svg."""
+    """Draw tokens/s, ITL (median and p90) and goodput against clients, as `path` .png and .svg."""
     with house_style():
         figure = new_figure(WIDTH_IN, HEIGHT_IN)
         speed, latency, good = figure.subplots(1, 3)
@@ -94,17 +94,17 @@ def draw_capacity(summary: DataFrame, path: Path) -> list[Path]:
             speed.plot(x, own["tokens_per_second"], label=name, **style)
             one = own["tokens_per_second"].iloc[0]
             speed.plot(x, one * x / x.iloc[0], color=style["color"], linestyle=":", linewidth=0.8)
-            latency.plot(x, own["tpot_ms_median"], **style)
-            latency.plot(x, own["tpot_ms_p99"], linestyle="--", markerfacecolor="white", **style)
+            latency.plot(x, own["itl_ms_median"], **style)
+            latency.plot(x, own["itl_ms_p90"], linestyle="--", markerfacecolor="white", **style)
             good.plot(x, own["goodput_tokens_per_second"], **style)
         top = 1.15 * max(summary["tokens_per_second"])
         speed.set(title="Throughput", ylabel="tokens/s", ylim=(0, top))
-        latency.set(title="TPOT: median, p99 (hollow)", ylabel="ms", ylim=(0, None))
-        good.set(title="Goodput: TPOT within its limit", ylabel="tokens/s", ylim=(0, top))
+        latency.set(title="ITL: median, p90 (hollow)", ylabel="ms", ylim=(0, None))
+        good.set(title="Goodput: ITL within its limit", ylabel="tokens/s", ylim=(0, top))
         latency.axhline(summary["tpot_limit_ms"].iloc[0], color="black", linestyle=":", linewidth=0.8)
         for axes in (speed, latency, good):
             doubling_axis(axes, summary["clients"], "clients")
-        speed.plot([], [], color="black", linestyle=":", linewidth=0.8, label="ideal, or the TPOT limit")
+        speed.plot([], [], color="black", linestyle=":", linewidth=0.8, label="ideal, or the ITL limit")
         figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         settle_layout(figure)
         return save_figure(figure, path, {"Title": "Capacity against the number of clients"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # Figures of every sweep, and measurements beside it (tables, most with a figure), with their titles.
 FIGURES = {
-    "tpot": "Time per output token",
+    "tpot": "Time per token after the first burst",
     "acceptance_rate": "Acceptance rate",
     "ttft": "Time to first token",
     "network_idle": "Waiting for the network",
@@ -24,10 +24,11 @@ BESIDE = {
 }
 CAPTIONS = {
     "tpot": (
-        "Time per output token against the draft length γ, the first token apart. A drafted token costs time and saves "
-        "time when it is accepted, so the curve has a minimum where one more costs more than it saves. The dashed line "
-        "is the target alone: only what is below it is a gain. Points are means over requests, bars their intervals, "
-        "faint dots single requests."
+        "Time per token over the tokens after the first round (ITL), against the draft length γ. A drafted token costs "
+        "time and saves time when it is accepted, so the curve has a minimum where one more costs more than it saves. "
+        "The dashed line is the target alone. The time to the first token, which a draft makes longer, is not in it: "
+        "whether whole texts are written faster is the speedup. Points are means over the requests that every "
+        "configuration finished, bars their intervals, faint dots single requests."
     ),
     "acceptance_rate": (
         "How much of a draft the target accepts. Above, accepted / drafted against γ: as a rule it falls, since a "
@@ -57,8 +58,8 @@ CAPTIONS = {
     ),
     "capacity": (
         "Several clients at once on one pair of workers. Tokens per second rise as long as the workers serve clients "
-        "together, and each client waits longer; goodput counts only requests whose time per token stays under the "
-        "limit. Where drafting stops to pay, the target alone has the higher throughput."
+        "together, and each client waits longer; goodput counts only requests whose time per token (ITL) stays under "
+        "the limit. Where drafting stops to pay, the target alone has the higher throughput."
     ),
     "profile": (
         "Where the time of a round goes: the models, waiting for other work, messages under way, the rest of the "
@@ -79,9 +80,9 @@ CAPTIONS = {
         "trained on."
     ),
     "summary": (
-        "One row for each configuration: means over requests with bootstrap intervals; speedup end to end, prefill "
-        "included, against the target alone on the same prompts; lossless is the share of texts that are, token for "
-        "token, those of the target alone. docs/results.md explains every column."
+        "One row for each configuration: means with their intervals over the requests that all of them finished; "
+        "speedup end to end, prefill included, against the target alone on the same prompts; lossless is the share of "
+        "texts that are, token for token, those of the target alone. docs/results.md explains every column."
     ),
     "report": "Everything on one page: what was asked, on what machine, what came out, and whether it can be repeated.",
     "provenance": (

@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from pandas import DataFrame, Series
 
 from specsplit.analysis.curves import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, Curve, Panel, three_digits
-from specsplit.analysis.statistics import bootstrap_ratio_ci
+from specsplit.analysis.statistics import rate_ci
 from specsplit.analysis.tables import draft_position
-from specsplit.experiment.sweep import AUTO
 from specsplit.io import replace_file
+from specsplit.settings.run import AUTO
 
 DPI = 200
 RED, GREY = "#D55E00", "#8C8C8C"  # Okabe and Ito's vermilion, and a grey
@@ -158,10 +158,11 @@ def draw_metric(
             handles.insert(0, _mean_handle(curve, "mean", low, confidence))
         elif curve is not _ALONE or not plot.target_alone:
             handles.append(_handle(curve, curve.name))
-        for gamma, place, value in zip(rows["gamma"], x.tolist(), mean.tolist(), strict=True):
+        for gamma, place, value, speedup in zip(rows["gamma"], x.tolist(), mean.tolist(), rows["speedup"], strict=True):
             if np.isfinite(value) and (lowest is None or value < lowest[1]):
                 who = "" if single or curve is _ALONE else f"{curve.name}, "
-                lowest = place, value, f"{who}γ = {gamma}"
+                whole = "" if gamma == 0 or np.isnan(speedup) else f"\n(speedup of whole texts: {speedup:.2f})"
+                lowest = place, value, f"{who}γ = {gamma}, {three_digits(value)} ms{whole}"
     if not single and np.isfinite(np.concatenate(values)).any():
         handles.append(_interval_handle(confidence))
     alone = base[f"{plot.metric}_mean"].dropna()
@@ -169,7 +170,7 @@ def draw_metric(
         text = "target alone" if narrow else f"target alone: {three_digits(alone.iloc[0])} ms"
         handles.append(axes.axhline(alone.iloc[0], color="black", linestyle="--", linewidth=0.9, label=text))
     if plot.mark_best and len(places) > 1 and lowest is not None:
-        text = "lowest of its panel" if narrow else f"lowest: {lowest[2]}, {three_digits(lowest[1])} ms"
+        text = "lowest of its panel" if narrow else f"lowest: {lowest[2]}"
         ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none", "markeredgewidth": 1.4}
         handles += axes.plot(*lowest[:2], linestyle="none", color=RED, clip_on=False, label=text, **ring)
     _value_axis(axes, np.concatenate(values), plot.top)
@@ -177,7 +178,7 @@ def draw_metric(
 
 
 def draw_positions(
-    axes: Axes, panel: Panel, curves: list[Curve], settings: dict[str, Any], *, narrow: bool = False
+    axes: Axes, panel: Panel, curves: list[Curve], confidence: float, *, narrow: bool = False
 ) -> tuple[int | str, list[int], list[Artist]]:
     """Acceptance at each position of the draft, for the largest gamma; intervals over its requests.
 
@@ -206,22 +207,20 @@ def draw_positions(
         for position in rate.index:
             reached, kept = draft_position(own, position)
             counts = own[["request_id"]].assign(kept=kept, reached=reached).groupby("request_id").sum()
-            intervals.append(bootstrap_ratio_ci(counts["kept"], counts["reached"], **settings))
+            intervals.append(rate_ci(counts["kept"], counts["reached"], confidence=confidence))
         low, high = np.array(intervals).T
         x = rate.index.to_numpy(dtype=float) + _aside(curves.index(curve), len(curves), 1.0)
         single = len(curves) == 1
         drawn = replace(curve, marker="s") if single else curve
         _draw_means(axes, x, rate.to_numpy(), low, high, drawn, np.ones(len(x), dtype=bool))
-        handles.append(
-            _mean_handle(drawn, "all rounds", low, settings["confidence"]) if single else _handle(curve, curve.name)
-        )
+        handles.append(_mean_handle(drawn, "all rounds", low, confidence) if single else _handle(curve, curve.name))
         values += [rate, low, high]
         unknown = ~np.isfinite(low)
         if single and unknown.any() and not unknown.all():
             few: dict[str, Any] = {**drawn.marks, "markerfacecolor": "white", "label": "too few for an interval"}
             handles += axes.plot(x[unknown], rate[unknown], linestyle="none", clip_on=False, zorder=4, **few)
     if len(curves) > 1:
-        handles.append(_interval_handle(settings["confidence"]))
+        handles.append(_interval_handle(confidence))
     _value_axis(axes, np.concatenate(values), 1.0)
     return gamma, [len(own) for _, own, _ in rates], handles
 

@@ -28,8 +28,7 @@ from specsplit.analysis.drawing import (
     save_figure,
     settle_layout,
 )
-from specsplit.analysis.repeats import median_over_repeats
-from specsplit.analysis.tables import PER_REQUEST, finished, summarize
+from specsplit.analysis.tables import comparable, summarize
 
 WIDTH_IN, HEIGHT_IN, TALL_IN = 3.4, 2.6, 4.6
 PANEL_WIDTH_IN, PANEL_HEIGHT_IN = 2.5, 2.0  # of several beside each other
@@ -37,9 +36,9 @@ PANEL_WIDTH_IN, PANEL_HEIGHT_IN = 2.5, 2.0  # of several beside each other
 _LEGEND: dict[str, Any] = {"columnspacing": 1.2, "title_fontsize": 7}
 _PLOTS = {
     "tpot": Plot(
-        "tpot_ms",
-        "TPOT (ms)",
-        "No request generated two tokens, so there is no time between tokens.",
+        "itl_ms",
+        "ITL (ms)",
+        "No request has two rounds, so there is no time between tokens.",
         target_alone=True,
         mark_best=True,
     ),
@@ -71,11 +70,9 @@ def draw_figures(
     `summarize`. A figure without data says why instead of being left out. The same input gives the same
     bytes. Raises UserError as `summarize`.
     """
-    settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     summary = summarize(requests, rounds, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
     summary = summary.rename(columns={"hit_rate": "hit_rate_mean"})
-    requests, rounds = finished(requests, rounds)
-    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0")
+    requests, rounds = comparable(requests, rounds)
     ahead = requests["speculation_hits"] + requests["speculation_misses"]
     requests = requests.assign(hit_rate=requests["speculation_hits"] / ahead.where(ahead > 0))
     panels, curves = split_panels(requests, rounds, summary), split_curves(summary)
@@ -91,9 +88,9 @@ def draw_figures(
             figure = new_figure(WIDTH_IN, HEIGHT_IN)
             omitted = left_out(panels, summary, curves)
             if len(panels) == 1 or not own:
-                _draw_alone(figure, FIGURES[name], plot, shown[0], own or curves[:1], settings, omitted)
+                _draw_alone(figure, FIGURES[name], plot, shown[0], own or curves[:1], confidence, omitted)
             else:
-                _draw_panels(figure, FIGURES[name], plot, shown[:MOST_PANELS], own, settings, omitted)
+                _draw_panels(figure, FIGURES[name], plot, shown[:MOST_PANELS], own, confidence, omitted)
             settle_layout(figure)
             metadata = {"Title": f"{FIGURES[name]} against draft length"}
             paths += save_figure(figure, Path(out_dir) / f"{name}.png", metadata)
@@ -101,7 +98,7 @@ def draw_figures(
 
 
 def _draw_alone(
-    figure: Figure, title: str, plot: Plot, panel: Panel, curves: list[Curve], settings: dict[str, Any], omitted: str
+    figure: Figure, title: str, plot: Plot, panel: Panel, curves: list[Curve], confidence: float, omitted: str
 ) -> None:
     """A single panel, as wide as a column, each axes with its own legend."""
     positions = plot.metric == "average_acceptance_rate"
@@ -114,11 +111,11 @@ def _draw_alone(
         figure.set_size_inches(WIDTH_IN, height + (0.15 if len(curves) > 2 else 0.0))
     upper, *lower = figure.subplots(1 + positions, squeeze=False)[:, 0]
     upper.set(title=title, xlabel="draft length γ (tokens)", ylabel=plot.axis)
-    handles, counts = draw_metric(upper, plot, panel, curves, settings["confidence"])
+    handles, counts = draw_metric(upper, plot, panel, curves, confidence)
     _note(upper, counts, "request", "at each γ")
     _legend(upper, handles, columns, omitted)
     for axes in lower:
-        gamma, rounds, handles = draw_positions(axes, panel, curves, settings)
+        gamma, rounds, handles = draw_positions(axes, panel, curves, confidence)
         axes.set(xlabel="position in the draft", ylabel="accepted / reached", title=f"By position, γ = {gamma}")
         _note(axes, rounds, "round", "a curve")
         _legend(axes, handles, columns, omitted)
@@ -130,7 +127,7 @@ def _draw_panels(
     plot: Plot,
     panels: list[Panel],
     curves: list[Curve],
-    settings: dict[str, Any],
+    confidence: float,
     omitted: str,
 ) -> None:
     """Small panels beside each other on the same axes, with one legend below them."""
@@ -149,10 +146,10 @@ def _draw_panels(
                 continue
             panel = panels[place]
             if block:
-                gamma, _, handles = draw_positions(axes, panel, curves, settings, narrow=True)
+                gamma, _, handles = draw_positions(axes, panel, curves, confidence, narrow=True)
                 across, up, heading = "position in the draft", "accepted / reached", f"{panel.title}, γ = {gamma}"
             else:
-                handles, found = draw_metric(axes, plot, panel, curves, settings["confidence"], narrow=True)
+                handles, found = draw_metric(axes, plot, panel, curves, confidence, narrow=True)
                 across, up, heading = "draft length γ (tokens)", plot.axis, panel.title
                 counts += found
             axes.set_title(heading, fontsize=7.5)

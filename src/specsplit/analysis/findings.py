@@ -1,12 +1,12 @@
 """What a summary says, in words and as a table for a screen: which configuration is best, by how much, how surely.
 
-The best of several means overestimates, and its neighbours are often as good. So each of the others is compared with it
-on the same requests, and those that cannot be told from it are named.
+The best of several means overestimates, and its neighbours are often as good. So its interval is the one that holds for
+all configurations at once, and those that cannot be told from it, all pairs judged at once, are named. Every sentence
+rests on the requests that all configurations finished, and says first how many these are.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 from pandas import DataFrame, Series, isna
 
 from specsplit.analysis.curves import split_panels, three_digits
-from specsplit.analysis.repeats import median_over_repeats
-from specsplit.analysis.statistics import paired_ratio_ci
-from specsplit.analysis.tables import PER_REQUEST, configuration_of, finished, paired
+from specsplit.analysis.statistics import MIN_PROMPTS
+from specsplit.analysis.tables import comparable, compare_panel, configuration_of
 from specsplit.experiment.sweep import plain_number
 from specsplit.settings.axes import CONFIGURATION
 
@@ -25,9 +24,11 @@ _HEADINGS = {"gamma": "γ", "rtt_ms": "RTT, ms", "jitter_ms": "jitter, ms"}
 # Column of the summary -> its heading, and how its cells are written. `_mean` has its interval beside it.
 _MEASURES = {
     "speedup": ("speedup", ".2f"),
+    "itl_ms_mean": ("ITL, ms", "digits"),
     "tpot_ms_mean": ("TPOT, ms", "digits"),
     "ttft_ms_mean": ("TTFT, ms", "digits"),
     "average_acceptance_rate_mean": ("acceptance", ".3f"),
+    "acceptance_length": ("acceptance length", ".2f"),
     "mean_accepted_length_mean": ("tokens/round", ".2f"),
     "network_idle_fraction_mean": ("network", "%"),
     "tokens_per_second": ("tokens/s", "digits"),
@@ -40,8 +41,9 @@ _MEASURES = {
 class Finding:
     """The best configuration of those that choose tokens alike on one network.
 
-    where: what tells these from the others, e.g. "RTT 14 ms"; empty when all are alike. best: its row of the summary.
-    drafting: the best row that drafts, None when nothing does. ties: names of those that cannot be told from the best.
+    where: what tells these from the others, e.g. "RTT 14 ms"; empty when all are alike. best: its row of the summary,
+    with the joint interval of the speedup as `speedup_ci_low` and `_high`. drafting: so the best row that drafts, None
+    when nothing does. ties: names of those that cannot be told from the best. requests: how many prompts were measured.
     """
 
     where: str
@@ -51,27 +53,35 @@ class Finding:
     name: str
     drafting_name: str
     confidence: float
+    requests: int = 0
 
     def sentences(self) -> list[str]:
-        """The finding in plain words."""
+        """The finding in plain words, first what it rests on."""
         level = f"{100 * self.confidence:g} % interval"
         if self.drafting is None:
             return ["Only the target alone was run, so there is no speedup to report."]
+        compared = int(self.best["compared"])
+        lines = [f"Compared on {_counted(compared, self.requests)} that every configuration finished."]
         if isna(self.drafting["speedup"]):
-            return ["Nothing can be said of a speedup: gamma 0, the target alone, is missing or wrote no tokens."]
-        if self.best["gamma"] == 0:
-            lines = [
-                f"The target alone is fastest. The best draft, {self.drafting_name}, has a speedup of "
-                f"{_with_interval(self.drafting, level)}."
+            return [
+                *lines,
+                "Nothing can be said of a speedup: gamma 0, the target alone, is missing or wrote no tokens.",
             ]
+        low, high = self.drafting["speedup_ci_low"], self.drafting["speedup_ci_high"]
+        gain = _with_interval(self.drafting, level)
+        if self.best["gamma"] == 0:
+            first = "The target alone is fastest." if high < 1 else "No draft had a speedup above 1."
+            lines.append(f"{first} The best draft, {self.drafting_name}, has a speedup of {gain}.")
+            if high >= 1:
+                lines.append("The interval includes 1: it may be no slower at all.")
+        elif low > 1:
+            lines.append(f"{self.name} is fastest: a speedup of {gain} against the target alone.")
         else:
-            gain = _with_interval(self.best, level)
-            lines = [f"{self.name} is fastest: a speedup of {gain} against the target alone."]
-            low = self.best["speedup_ci_low"]
-            if isna(low):
-                lines.append("There are too few requests to say how sure that is.")
-            elif low <= 1:
+            lines.append(f"{self.name} had the largest speedup against the target alone: {gain}.")
+            if low <= 1:
                 lines.append("The interval includes 1: it may be no faster at all.")
+        if isna(low):
+            lines.append(f"There are too few requests to say how sure that is: an interval needs {MIN_PROMPTS}.")
         if self.ties:
             lines.append(f"Not distinguishable from it on these prompts: {'; '.join(self.ties)}.")
         return lines
@@ -83,24 +93,29 @@ def find_best(
     """One finding for each way to choose tokens and network, in the order of `summary`.
 
     requests, rounds: the tables of `read_tables`. summary: of `summarize`, as the other arguments. Best is the largest
-    speedup end to end, gamma 0 with its 1 among them. A configuration is tied with the best when the interval of the
-    ratio of their milliseconds per token, from a paired bootstrap over requests, includes 1.
+    speedup end to end, gamma 0 with its 1 among them. Intervals and ties are those of `compare_panel`: with equal
+    configurations one is called faster, or one pair told apart, in at most 1 - confidence of experiments.
     """
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
-    requests, rounds = finished(requests, rounds)
-    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0")
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
-    for panel in split_panels(requests, rounds, summary):
-        rows: Any = panel.summary
+    every = int(requests["request_id"].nunique())
+    for panel in split_panels(*comparable(requests, rounds), summary):
+        rows = panel.summary.assign(
+            speedup_ci_low=panel.summary["speedup_joint_low"], speedup_ci_high=panel.summary["speedup_joint_high"]
+        )
         rated = rows[rows["speedup"].notna()]
-        best = rated.loc[rated["speedup"].idxmax()] if len(rated) else rows.iloc[0]
+        best = rated.iloc[int(rated["speedup"].argmax())] if len(rated) else rows.iloc[0]
         drafts = rows[rows["gamma"] != 0]
         ranked = drafts.sort_values("speedup", ascending=False, kind="stable", na_position="last")
-        own = dict(list(panel.requests.groupby(configuration_of(panel.requests), sort=False)))
-        chosen = own[tuple(best[list(CONFIGURATION)])]
-        others = [row for index, row in rated.iterrows() if index != best.name]
-        tied = [row for row in others if _tied(own[tuple(row[list(CONFIGURATION)])], chosen, settings)]
+        order, found = compare_panel(panel.requests, **settings)
+        places = {configuration: place for place, configuration in enumerate(order)}
+        place_of = {index: places.get(key, 0) for index, key in configuration_of(rows).items()}
+        tied = [
+            row
+            for index, row in rated.iterrows()
+            if index != best.name and not (found and found.distinguishable(place_of[best.name], place_of[index]))
+        ]
         findings.append(
             Finding(
                 where=panel.title,
@@ -110,48 +125,60 @@ def find_best(
                 name=name_of(best, names),
                 drafting_name=name_of(ranked.iloc[0], names) if len(ranked) else "",
                 confidence=confidence,
+                requests=every,
             )
         )
     return findings
 
 
-def _tied(own: DataFrame, best: DataFrame, settings: dict[str, Any]) -> bool:
-    columns = [table[name] for table in paired(own, best) for name in ("total_latency_ms", "generated_tokens")]
-    low, _ = paired_ratio_ci(*columns, **settings)
-    return math.isnan(low) or low <= 1
+def compared_sentence(summary: DataFrame, every: int) -> str:
+    """How many of the `every` prompts measured all numbers of the summary rest on."""
+    few, many = int(summary["compared"].min()), int(summary["compared"].max())
+    if few == many:
+        return f"Compared are {_counted(few, every)} that every configuration finished"
+    return f"Compared are {few} to {many} of {every} prompts: those that every configuration on that network finished"
+
+
+def _counted(some: int, every: int) -> str:
+    noun = "prompt" if every == 1 else "prompts"
+    return f"the {every} {noun}" if some == every else f"the {some} of {every} {noun}"
 
 
 def lossless_sentence(summary: DataFrame) -> str:
     """Whether the texts are those of the target alone, as a sentence with the counts."""
     drafting = summary[summary["gamma"] != 0]
-    compared = drafting[drafting["lossless"].notna()]
-    unknown = int(drafting.loc[drafting["lossless"].isna(), "requests"].sum())
-    same = round(float((compared["lossless"] * compared["requests"]).sum()))
-    every = int(compared["requests"].sum())
+    compared = drafting[drafting["lossless_compared"] > 0]
+    every = int(compared["lossless_compared"].sum())
+    written = int(drafting["requests"].sum())
+    same = round(float((compared["lossless"] * compared["lossless_compared"]).sum()))
+    if not written:
+        return "Nothing was drafted, so there is nothing to compare."
     parts = []
+    texts = f"text{'' if every == 1 else 's'}"
     if every and same == every:
-        parts.append(
-            f"Yes: each of the {every} texts written with a draft is, token for token, that of the target alone."
-        )
+        which = "written with a draft" if every == written else f"compared, of {written} written with a draft,"
+        parts.append(f"Yes: each of the {every} {texts} {which} is, token for token, that of the target alone.")
     elif every:
+        which = "" if every == written else f" compared, of {written} written with a draft,"
         where = "; ".join(name_of(row, varied(summary)) for _, row in compared[compared["lossless"] < 1].iterrows())
-        parts.append(f"No: {every - same} of {every} texts differ from that of the target alone ({where}).")
-    if unknown:
+        parts.append(f"No: {every - same} of {every} {texts}{which} differ from that of the target alone ({where}).")
+    if unknown := written - every:
         parts.append(
-            f"Of {unknown} texts nothing can be said token for token: rejection sampling has the right distribution, "
-            "not the same text, or gamma 0 was not run."
+            f"Of {unknown} text{'' if unknown == 1 else 's'} nothing can be said token for token: gamma 0 was not run "
+            "or failed there, or it is rejection sampling, which has the right distribution and not the same text."
         )
-    return " ".join(parts) or "Nothing was drafted, so there is nothing to compare."
+    return " ".join(parts)
 
 
 def faults_sentence(summary: DataFrame) -> str:
     """What failed while this was measured, as sentences; empty when nothing did."""
     names, parts = varied(summary), []
     failed = summary[summary["failed_requests"] > 0]
-    if len(failed):
+    if number := int(failed["failed_requests"].sum()):
         where = "; ".join(f"{name_of(row, names)}: {row['failed_requests']}" for _, row in failed.iterrows())
         parts.append(
-            f"{failed['failed_requests'].sum()} requests failed and are in no mean ({where}); requests.csv says why."
+            f"{number} request{' failed and is' if number == 1 else 's failed and are'} in no mean ({where}); "
+            "requests.csv says why."
         )
     if count := int(summary["worker_failures"].sum()):
         parts.append(
@@ -201,7 +228,7 @@ def _cell(row: Series, name: str, form: str, intervals: bool) -> str:
     if isna(row[name]):
         return "-"
     text, metric = _number(row[name], form), name.removesuffix("_mean")
-    if not intervals or metric not in ("tpot_ms", "speedup"):
+    if not intervals or metric not in ("itl_ms", "speedup"):
         return text
     low, high = row[f"{metric}_ci_low"], row[f"{metric}_ci_high"]
     # Gamma 0 is its own measure: an interval of [1, 1] says nothing.

@@ -14,7 +14,7 @@ from specsplit.analysis.curves import BLUE, ORANGE
 from specsplit.analysis.drawing import GREY, house_style, new_figure, save_figure, settle_layout, spread
 from specsplit.analysis.reading import read_records
 from specsplit.analysis.repeats import median_over_repeats
-from specsplit.analysis.statistics import paired_median_ratio_ci, paired_ratio_ci
+from specsplit.analysis.statistics import compare_jointly, paired_ratio_ci
 from specsplit.analysis.tables import TIMES, metric_columns
 from specsplit.experiment.peer_race import PeerRecord
 from specsplit.io import write_csv
@@ -31,9 +31,12 @@ def summarize_peers(
     <t>_mean, _ci_low, _ci_high, _median, _p90, _p99 for each t of TIMES
         over requests, of the medians over the repeats of each.
     tokens_per_round, tokens_per_second
-    tpot_vs_P, _ci_low, _ci_high; latency_vs_P, _ci_low, _ci_high for each peer P
-        this contender's milliseconds divided by those of P: median TPOT by median TPOT, and end to end per token over
-        all requests. Below 1 this one is faster. Paired bootstrap: the same prompts on both sides.
+    itl_vs_P, _ci_low, _ci_high; latency_vs_P, _ci_low, _ci_high for each peer P
+        this contender's milliseconds divided by those of P: mean time per token after the first burst, over the
+        requests that have it on both sides, and end to end per token over all requests. Below 1 this one is faster.
+        Paired: the same prompts on both sides. Each interval is for itself.
+    latency_joint_low_P, latency_joint_high_P
+        the interval of latency_vs_P that holds for all contenders at once.
     identical
         share of requests with, in every repeat, the text of our target alone.
     """
@@ -42,6 +45,7 @@ def summarize_peers(
     own = {str(name): rows.set_index("request_id") for name, rows in table.groupby("contender", sort=False)}
     order = sorted(own, key=lambda name: (own[name]["engine"].iloc[0] != "specsplit", _rank(name)))
     peers = [name for name in order if own[name]["engine"].iloc[0] == "transformers"]
+    joint = {peer: _joint_intervals(own, peer, settings) for peer in peers}
     result = []
     for name in order:
         rows = own[name]
@@ -54,15 +58,16 @@ def summarize_peers(
             "generated_tokens": int(tokens),
         }
         for metric in TIMES:
-            row |= metric_columns(rows[metric], metric, settings)
+            row |= metric_columns(rows[metric], metric, confidence)
         row["tokens_per_round"] = tokens / rows["num_rounds"].sum()
         row["tokens_per_second"] = 1e3 * tokens / latency if latency else math.nan
         for peer in peers:
             other = own[peer].loc[rows.index]
-            for what, ratio in (("tpot", _tpot_ratio), ("latency", _latency_ratio)):
-                found = ratio(rows, other, settings) if name != peer else (1.0, 1.0, 1.0)
+            for what, ratio in (("itl", _itl_ratio), ("latency", _latency_ratio)):
+                found = ratio(rows, other, confidence) if name != peer else (1.0, 1.0, 1.0)
                 keys = (f"{what}_vs_{peer}{suffix}" for suffix in ("", "_ci_low", "_ci_high"))
                 row |= dict(zip(keys, found, strict=True))
+            row[f"latency_joint_low_{peer}"], row[f"latency_joint_high_{peer}"] = joint[peer][name]
         row["identical"] = rows["identical"].mean()
         result.append(row)
     return DataFrame(result)
@@ -74,21 +79,36 @@ def _rank(name: str) -> tuple[bool, int, str]:
     return (name != "gamma_0", int(number) if number.isdecimal() else 99, name)
 
 
-def _tpot_ratio(rows: DataFrame, other: DataFrame, settings: dict[str, Any]) -> tuple[float, float, float]:
-    """Over the requests that have a time per token on both sides: one without a second token has none."""
-    both = rows["tpot_ms"].notna().to_numpy() & other["tpot_ms"].notna().to_numpy()
-    ours, theirs = rows["tpot_ms"].to_numpy(float)[both], other["tpot_ms"].to_numpy(float)[both]
-    if not both.any() or not np.median(theirs):
+def _itl_ratio(rows: DataFrame, other: DataFrame, confidence: float) -> tuple[float, float, float]:
+    """Over the requests that have a time per token on both sides: one of a single burst has none."""
+    both = rows["itl_ms"].notna().to_numpy() & other["itl_ms"].notna().to_numpy()
+    ours, theirs = rows["itl_ms"].to_numpy(float)[both], other["itl_ms"].to_numpy(float)[both]
+    if not theirs.sum():
         return math.nan, math.nan, math.nan
-    return float(np.median(ours) / np.median(theirs)), *paired_median_ratio_ci(ours, theirs, **settings)
+    ones = np.ones_like(ours)
+    return float(ours.sum() / theirs.sum()), *paired_ratio_ci(ours, ones, theirs, ones, confidence=confidence)
 
 
-def _latency_ratio(rows: DataFrame, other: DataFrame, settings: dict[str, Any]) -> tuple[float, float, float]:
+def _latency_ratio(rows: DataFrame, other: DataFrame, confidence: float) -> tuple[float, float, float]:
     columns = [table[name] for table in (rows, other) for name in ("total_latency_ms", "generated_tokens")]
     ours, our_tokens, theirs, their_tokens = (float(column.sum()) for column in columns)
     if not (our_tokens and their_tokens and theirs):
         return math.nan, math.nan, math.nan
-    return (ours / our_tokens) / (theirs / their_tokens), *paired_ratio_ci(*columns, **settings)
+    return (ours / our_tokens) / (theirs / their_tokens), *paired_ratio_ci(*columns, confidence=confidence)
+
+
+def _joint_intervals(own: dict[str, DataFrame], peer: str, settings: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Of each contender's milliseconds per token divided by the peer's; they hold all at once."""
+    order = [peer, *(name for name in own if name != peer)]
+    tables = [own[name].loc[own[peer].index] for name in order]
+    times, tokens = (
+        [table[name].to_numpy(float) for table in tables] for name in ("total_latency_ms", "generated_tokens")
+    )
+    found = compare_jointly(times, tokens, **settings)
+    if found is None:
+        return dict.fromkeys(order, (math.nan, math.nan))
+    speedups = {name: found.against_first(place) for place, name in enumerate(order)}
+    return {name: (1 / high, 1 / low if low else math.inf) for name, (low, high) in speedups.items()}
 
 
 def write_peers(
@@ -103,19 +123,22 @@ def write_peers(
 
 
 def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidence: float = 0.95) -> list[Path]:
-    """Draw TPOT and TTFT of every contender, and the ratio of TPOT to the fastest peer, as `path` .png and .svg."""
+    """Draw ITL and TTFT of every contender, and whole texts beside the fastest peer, as `path` .png and .svg.
+
+    The fastest peer has the most tokens per second; the ratio's intervals hold for all contenders at once.
+    """
     table = median_over_repeats(requests, ("contender", "request_id"), "identical")
     names = list(summary["contender"])
-    peers = summary[(summary["engine"] == "transformers") & summary["tpot_ms_median"].notna()]
-    best = "" if peers.empty else str(peers.sort_values("tpot_ms_median")["contender"].iloc[0])
+    peers = summary[(summary["engine"] == "transformers") & summary["tokens_per_second"].notna()]
+    best = "" if peers.empty else str(peers.sort_values("tokens_per_second", ascending=False)["contender"].iloc[0])
     with house_style():
         figure = new_figure(WIDTH_IN, ROW_IN * len(names) + 1.1)
         panels = figure.subplots(1, 3 if best else 2, sharey=True)
         for axes, metric, title in zip(
-            panels, ("tpot_ms", "ttft_ms"), ("Time per output token", "Time to first token"), strict=False
+            panels, ("itl_ms", "ttft_ms"), ("Time per token after the first burst", "Time to first token"), strict=False
         ):
             _draw_times(axes, table, summary, metric)
-            axes.set(title=title, xlabel=f"{'TPOT' if metric == 'tpot_ms' else 'TTFT'} (ms)")
+            axes.set(title=title, xlabel=f"{'ITL' if metric == 'itl_ms' else 'TTFT'} (ms)")
         if best:
             _draw_ratio(panels[2], summary, best)
         panels[0].set_yticks(range(len(names)), [_words(name) for name in names])
@@ -123,7 +146,7 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
         count = int(summary["requests"].max())
         text = f"Bars: medians; dots: {count} requests."
         if best:
-            text += f" Ratio of medians with its {confidence:.0%} interval: left of 1 is faster than the fastest peer."
+            text += f" Ratio with its {confidence:.0%} interval, for all at once: left of 1 is faster than that peer."
         figure.supxlabel(text, fontsize=7, color="#555555")
         settle_layout(figure)
         return save_figure(figure, path, {"Title": "Ours beside Hugging Face's decoding"})
@@ -138,14 +161,16 @@ def _draw_times(axes: Axes, table: DataFrame, summary: DataFrame, metric: str) -
 
 
 def _draw_ratio(axes: Axes, summary: DataFrame, best: str) -> None:
-    key = f"tpot_vs_{best}"
+    key = f"latency_vs_{best}"
     for place, (_, row) in enumerate(summary.iterrows()):
         colour = _colour(row["engine"])
-        axes.hlines(place, row[f"{key}_ci_low"], row[f"{key}_ci_high"], color=colour, linewidth=1.4)
+        axes.hlines(
+            place, row[f"latency_joint_low_{best}"], row[f"latency_joint_high_{best}"], color=colour, linewidth=1.4
+        )
         axes.plot(row[key], place, marker="o" if row["engine"] == "specsplit" else "s", color=colour, markersize=4.5)
         axes.annotate(f"{row[key]:.2f}", (1.03, place), xycoords=("axes fraction", "data"), va="center", fontsize=7)
     axes.axvline(1, color="black", linestyle="--", linewidth=0.9)
-    axes.set(title=f"TPOT / that of {_words(best)}", xlabel="ratio")
+    axes.set(title=f"Whole text / {_words(best)}", xlabel="ratio")
     axes.set_xlim(0, None)
 
 

@@ -13,7 +13,8 @@ import pandas as pd
 from pandas import DataFrame
 
 from specsplit.errors import UserError
-from specsplit.experiment.sweep import AUTO
+from specsplit.experiment.columns import LATER_COLUMNS
+from specsplit.settings.run import AUTO
 
 
 def read_files(paths: list[Path], types: dict[str, str], made_by: str) -> DataFrame:
@@ -33,7 +34,8 @@ def read_records(path: Path, record: type[Any], command: str) -> DataFrame:
 
 
 def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
-    """One table. types: column -> annotation, a key of _CELLS; other columns are left out.
+    """One table. types: column -> annotation, a key of _CELLS; other columns are left out, LATER_COLUMNS that
+    the file lacks are empty.
 
     made_by: what makes the file, for the message when it cannot be read. Raises UserError.
     """
@@ -49,7 +51,8 @@ def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
         raise UserError(f"{path}: cannot be read as a CSV table: {error}; {made_by}") from None
     if not header:
         raise UserError(f"{path}: is empty; {made_by}")
-    if missing := [name for name in types if name not in header]:
+    absent = [name for name in types if name not in header]
+    if missing := [name for name in absent if name not in LATER_COLUMNS]:
         raise UserError(f"{path}: lacks the columns {', '.join(missing)}; {made_by}")
     for number, cells in lines:
         if len(cells) != len(header):
@@ -60,6 +63,9 @@ def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
     columns = {}
     for name, kind in types.items():
         parse, dtype = _CELLS[kind]
+        if name in absent:
+            columns[name] = pd.array([None] * len(lines), dtype=dtype)
+            continue
         place = header.index(name)
         values = []
         for number, cells in lines:

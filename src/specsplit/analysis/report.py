@@ -20,7 +20,8 @@ from markupsafe import Markup
 
 import specsplit
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
-from specsplit.analysis.findings import faults_sentence, find_best, lossless_sentence, summary_table
+from specsplit.analysis.findings import compared_sentence, faults_sentence, find_best, lossless_sentence, summary_table
+from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
 from specsplit.io import read_json_object, replace_file
@@ -28,8 +29,8 @@ from specsplit.settings.axes import CONFIGURATION
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
-    "peers": "contender tpot_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical",
-    "capacity": "mode gamma clients tokens_per_second gain tpot_ms_median tpot_ms_p99 ttft_ms_median tpot_limit_ms "
+    "peers": "contender itl_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical",
+    "capacity": "mode gamma clients tokens_per_second gain itl_ms_median itl_ms_p99 ttft_ms_median tpot_limit_ms "
     "goodput_share goodput_tokens_per_second matches_single",
     "profile": f"{' '.join(CONFIGURATION)} phase rounds tokens_per_round round_ms *_compute_ms *_queue_ms network_ms "
     "worker_ms orchestrator_ms hidden_ms ms_per_token",
@@ -60,7 +61,8 @@ def write_report(
         "lossless": lossless_sentence(summary),
         "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
-        "requests": int(requests["request_id"].nunique()),
+        "compared": compared_sentence(summary, int(requests["request_id"].nunique())),
+        "least": MIN_PROMPTS,
         "asked": _asked(record),
         "machine": _machine(record),
         "workers": _workers(record),

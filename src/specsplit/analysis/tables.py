@@ -13,15 +13,25 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pandas import DataFrame, Series
+import numpy as np
+from pandas import DataFrame, Series, isna
 
 from specsplit.analysis.reading import listed, read_files
 from specsplit.analysis.repeats import median_over_repeats
-from specsplit.analysis.statistics import bootstrap_mean_ci, bootstrap_ratio_ci, paired_ratio_ci
+from specsplit.analysis.statistics import (
+    Comparison,
+    bounded_mean_ci,
+    check_confidence,
+    compare_jointly,
+    mean_ci,
+    paired_ratio_ci,
+    quantile,
+    rate_ci,
+)
 from specsplit.errors import UserError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.experiment.sweep import AUTO, MODES, gamma_order
 from specsplit.settings.axes import CONFIGURATION, PLAIN
+from specsplit.settings.run import AUTO, MODES, gamma_order
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")
@@ -47,7 +57,7 @@ def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
     The requests get one more column, `matches_gamma0`: whether the text is the one that gamma 0, the target alone,
     gave for the same request and the same way to choose tokens. Empty without such a gamma 0, where one of the two
     failed, and for rejection sampling at a temperature above 0, which is right in distribution and not token for token.
-    Requests that failed are rows like all others; `finished` takes them out. The rounds get the
+    Requests that failed are rows like all others; `comparable` takes them out. The rounds get the
     configuration of their request, all CONFIGURATION but gamma, which they have.
 
     Raises UserError when a file is missing or malformed, a folder mixes configurations, a request of a configuration
@@ -82,19 +92,50 @@ def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     return _checked(requests, rounds)
 
 
-def finished(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """The requests that did not fail, and their rounds: what every mean is over."""
-    failed = requests["status"] == FAILED
-    if not failed.any():
+def comparable(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:
+    """What may be compared: requests that every configuration with the same choice of tokens and network finished.
+
+    Returns one row for each configuration and request, the medians over its repeats, and the rounds of all repeats. A
+    repeat counts when every configuration finished it. A time that a configuration lacks for a request (one round has
+    no time between rounds) is empty in all of them; a configuration that has it for no request does not count.
+    """
+    turn = ["request_id", "repeat"]
+    conditions = _conditions(requests, *_NETWORK)
+    keys = _tuples(requests[turn].assign(conditions=conditions))
+    shared = ~keys.isin(set(keys[requests["status"] == FAILED]))
+    names = [*CONFIGURATION, *turn]
+    if not shared.all():
+        rounds = rounds[_tuples(rounds[names]).isin(set(_tuples(requests.loc[shared, names])))]
+    requests, conditions = requests[shared], conditions[shared]
+    if requests.empty:
         return requests, rounds
-    key = [*CONFIGURATION, "request_id", "repeat"]
-    return requests[~failed], rounds[~_tuples(rounds[key]).isin(set(_tuples(requests.loc[failed, key])))]
+    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0").copy()
+    conditions, configurations = conditions[requests.index], configuration_of(requests)
+    prompts = _tuples(requests[["request_id"]].assign(conditions=conditions))
+    for name in TIMES:
+        has = requests[name].notna()
+        lacking = ~has & has.groupby(configurations, sort=False).transform("any")
+        if lacking.any():
+            requests[name] = requests[name].mask(prompts.isin(set(prompts[lacking])))
+    return requests, rounds
 
 
-def paired(own: DataFrame, other: DataFrame) -> tuple[DataFrame, DataFrame]:
-    """The requests that both have, row beside row, in the order of `own`."""
-    own = own[own["request_id"].isin(other["request_id"])]
-    return own, other.set_index("request_id").loc[own["request_id"]]
+def compare_panel(
+    requests: DataFrame, *, confidence: float, samples: int, seed: int
+) -> tuple[list[tuple[Any, ...]], Comparison | None]:
+    """The configurations of one choice of tokens and network, gamma 0 first, and how they compare end to end.
+
+    requests: of `comparable`. None as comparison without gamma 0, or where too few requests can be compared.
+    """
+    own = dict(list(requests.groupby(configuration_of(requests), sort=False)))
+    order = sorted(own, key=lambda configuration: configuration[0] != 0)
+    if not order or order[0][0] != 0:
+        return order, None
+    columns = [own[configuration].sort_values("request_id") for configuration in order]
+    times, tokens = (
+        [own[name].to_numpy(float) for own in columns] for name in ("total_latency_ms", "generated_tokens")
+    )
+    return order, compare_jointly(times, tokens, confidence=confidence, samples=samples, seed=seed)
 
 
 def summarize(
@@ -107,78 +148,98 @@ def summarize(
 ) -> DataFrame:
     """One row a configuration, in their order, from the tables of `merge_runs` or `read_tables`.
 
-    All but the last two columns is over requests that did not fail. Where requests were repeated, all but
-    `inter_chunk_ms` and `acceptance_at` is of the medians over the repeats of each request (`median_over_repeats`), so
-    that intervals are over prompts.
+    Rows are compared on the same requests: all columns but `requests`, the `lossless` and the failures are over those
+    that every configuration with the same choice of tokens and network finished (`comparable`). Where requests were
+    repeated, all but `inter_chunk_ms` and what is over rounds is of the medians over the repeats of each request, so
+    that intervals are over prompts. No interval is given below `MIN_PROMPTS` (6) requests.
 
     gamma, mode, tree, draft, sampling, temperature, top_k, top_p, rtt_ms, jitter_ms
         the configuration; gamma is a number or `auto`.
-    requests, repeats, generated_tokens
-        number of requests that did not fail, times that each was run, tokens generated by all of them once.
+    requests, compared, repeats, generated_tokens
+        number of requests that did not fail; of those that every configuration finished, which the rest is over; times
+        that each was run; tokens generated by the compared ones once.
     speedup, speedup_ci_low, speedup_ci_high
         end to end against gamma 0 with the same way to choose tokens and the same network: its milliseconds per
-        generated token (total latency / tokens, over all requests) divided by this configuration's. Paired
-        bootstrap: the same requests on both sides, those that failed on neither. 1, [1, 1] for gamma 0 itself. Empty
-        without such a gamma 0 or without tokens; the interval also with a single request.
+        generated token (total latency / tokens, over all requests) divided by this configuration's; an interval for
+        this row alone (`paired_ratio_ci`). 1, [1, 1] for gamma 0 itself. Empty without such a gamma 0 or tokens.
+    speedup_joint_low, speedup_joint_high
+        the interval that holds for all rows with this choice and network at once (`compare_jointly`): to judge a row
+        that was picked by its speedup.
     <m>_mean, <m>_ci_low, <m>_ci_high, <m>_median for each m of METRICS
         over requests that have the value. The median is p50. Milliseconds for TIMES, shares for the rates and
         fractions, tokens a round for mean_accepted_length. Empty when no request has the value: tpot_ms needs
-        two generated tokens, ttft_ms one, average_acceptance_rate a draft (never at gamma 0),
-        mean_accepted_length a round. The interval is also empty when only one request has it.
+        two generated tokens, itl_ms two rounds, ttft_ms one token, average_acceptance_rate a draft (never at gamma 0),
+        mean_accepted_length a round.
     <m>_p90, <m>_p99 for each m of TIMES
-        linear interpolation between requests: with fewer than 100 of them p99 is close to the slowest one.
+        linear interpolation between requests. Empty when fewer than one request is expected above: below 10, below 100.
     inter_chunk_ms_median, _p90, _p99
         time from the tokens of a round to those of the next one, over all rounds but the first of each text. Empty
-        where no text has two rounds.
+        where no text has two rounds; p90 and p99 as above.
     tokens_per_second
         all tokens / total latency of all requests, one after the other.
     speculation_hits, speculation_misses, hit_rate, hit_rate_ci_low, hit_rate_ci_high
         rounds whose draft was made while the round before was verified, rounds for which that did not foresee what
         was accepted, and hits / (hits + misses) with an interval over requests. Empty where nothing was drafted
         ahead, as in mode sync.
+    acceptance_length, _ci_low, _ci_high, acceptance_length_mean
+        1 + accepted / verifications over all requests together, and the mean of that of each request. Empty where
+        nothing was drafted, as at gamma 0.
+    draft_acceptance_rate, _ci_low, _ci_high
+        accepted / drafted tokens over all requests together.
     acceptance_at_1 .. acceptance_at_K, K = the largest gamma, or depth drafted at gamma auto
         how often the i-th drafted token was accepted, among rounds that drafted it and accepted the i-1
         before it. Empty where there was no such round.
-    lossless
-        share of requests with the text of gamma 0. Empty where `matches_gamma0` is: without a gamma 0, and for
-        rejection sampling at a temperature above 0.
+    joint_acceptance_at_1 .. _K
+        how often the i-th drafted token was accepted, with all before it, among all verifications of a draft.
+    rounds_accepting_0 .. _K
+        verifications of a draft in which so many drafted tokens were accepted.
+    lossless, lossless_compared
+        share of requests with the text of gamma 0, of so many that did not fail on either side. Empty, 0 where
+        `matches_gamma0` is empty: without a gamma 0, and for rejection sampling at a temperature above 0.
     failed_requests, worker_failures
         rows with status failed; rounds in which a worker failed, got over or not, of all rows.
 
     Raises UserError for impossible confidence or bootstrap_samples.
     """
-    settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
+    check_confidence(confidence)
     every = dict(list(requests.groupby(configuration_of(requests), sort=False)))
-    requests, rounds = finished(requests, rounds)
-    repeats = requests["repeat"].nunique()
-    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0")
+    shared, rounds = comparable(requests, rounds)
     numbers = [gamma for gamma in requests["gamma"] if gamma != AUTO]
     deepest = max([*numbers, *rounds.loc[rounds["gamma"] == AUTO, "drafted"]], default=0)
-    conditions = _conditions(requests, *_NETWORK)
-    baseline = requests[requests["gamma"] == 0]
-    baselines = dict(list(baseline.groupby(conditions[baseline.index], sort=False)))
+    own_of = dict(list(shared.groupby(configuration_of(shared), sort=False)))
     rounds_of = dict(list(rounds.groupby(configuration_of(rounds), sort=False)))
+    conditions = _conditions(requests, *_NETWORK)
+    joint: dict[Any, tuple[DataFrame, tuple[float, float]]] = {}
+    for _, panel in shared.groupby(conditions[shared.index], sort=False):
+        order, found = compare_panel(panel, confidence=confidence, samples=bootstrap_samples, seed=seed)
+        alone = own_of[order[0]] if order[0][0] == 0 else shared[:0]
+        for place, configuration in enumerate(order):
+            joint[configuration] = alone, found.against_first(place) if found else (math.nan, math.nan)
     rows = []
-    for configuration, own in requests.groupby(configuration_of(requests), sort=False):
-        own_rounds = rounds_of.get(configuration, rounds[:0])
-        alone = baselines.get(conditions[own.index[0]], baseline[:0])
-        tokens, latency = own["generated_tokens"].sum(), own["total_latency_ms"].sum()
-        row: dict[str, Any] = {name: own[name].iloc[0] for name in CONFIGURATION}
-        row |= {"requests": len(own), "repeats": repeats, "generated_tokens": int(tokens)}
-        row |= _speedup(own, alone, settings)
+    for configuration, all_own in every.items():
+        own, own_rounds = own_of.get(configuration, shared[:0]), rounds_of.get(configuration, rounds[:0])
+        alone, (low, high) = joint.get(configuration, (shared[:0], (math.nan, math.nan)))
+        ended = all_own[all_own["status"] == OK]
+        tokens = own["generated_tokens"].sum()
+        row: dict[str, Any] = {name: all_own[name].iloc[0] for name in CONFIGURATION}
+        row |= {"requests": ended["request_id"].nunique(), "compared": len(own)}
+        row |= {"repeats": all_own["repeat"].nunique(), "generated_tokens": int(tokens)}
+        row |= _speedup(own, alone, confidence)
+        row |= {"speedup_joint_low": low, "speedup_joint_high": high}
         for metric in METRICS:
-            row |= metric_columns(own[metric], metric, settings)
+            upper = {"average_acceptance_rate": 1.0, "mean_accepted_length": _depth(own_rounds, configuration) + 1}
+            bound = upper.get(metric) if configuration[0] != 0 else None
+            row |= metric_columns(own[metric], metric, confidence, bound)
         gaps = own_rounds.groupby(["request_id", "repeat"], sort=False)["arrived_ms"].diff()
         row |= quantiles(gaps, "inter_chunk_ms", (50, 90, 99))
-        row["tokens_per_second"] = _ratio(1000 * tokens, latency)
-        row |= _speculation(own, settings)
-        for position in range(1, int(deepest) + 1):
-            reached, kept = draft_position(own_rounds, position)
-            row[f"acceptance_at_{position}"] = _ratio(kept.sum(), reached.sum())
-        compared = own["matches_gamma0"].dropna()
-        row["lossless"] = _ratio(compared.sum(), len(compared))
-        row["failed_requests"] = int((every[configuration]["status"] == FAILED).sum())
-        row["worker_failures"] = int(every[configuration][["draft_failures", "target_failures"]].to_numpy().sum())
+        row["tokens_per_second"] = _ratio(1000 * tokens, own["total_latency_ms"].sum())
+        row |= _speculation(own, confidence)
+        row |= _acceptance(own, own_rounds, configuration, confidence)
+        row |= _positions(own_rounds, int(deepest))
+        texts = median_over_repeats(ended, PER_REQUEST, "matches_gamma0")["matches_gamma0"].dropna()
+        row |= {"lossless": _ratio(texts.sum(), len(texts)), "lossless_compared": len(texts)}
+        row["failed_requests"] = int((all_own["status"] == FAILED).sum())
+        row["worker_failures"] = int(all_own[["draft_failures", "target_failures"]].to_numpy().sum())
         rows.append(row)
     return _sorted(DataFrame(rows))
 
@@ -192,42 +253,94 @@ def draft_position(rounds: DataFrame, position: int) -> tuple[Series, Series]:
     return reached, reached & (rounds["accepted"] >= position)
 
 
-def _speedup(own: DataFrame, alone: DataFrame, settings: dict[str, Any]) -> dict[str, float]:
+def verifies_draft(rounds: DataFrame) -> Series:
+    """Whether each round verified a draft, whatever of it counts as drafted."""
+    return (rounds["tree_nodes"] > 0) | (rounds["drafted"] > 0)
+
+
+def _speedup(own: DataFrame, alone: DataFrame, confidence: float) -> dict[str, float]:
     speedup, low, high = math.nan, math.nan, math.nan
     if not alone.empty and own["gamma"].iloc[0] == 0:
         speedup, low, high = 1.0, 1.0, 1.0
     elif not alone.empty:
-        ours, base = paired(own, alone)
-        columns = [table[name] for table in (base, ours) for name in ("total_latency_ms", "generated_tokens")]
+        base = alone.set_index("request_id").loc[own["request_id"]]
+        columns = [table[name] for table in (base, own) for name in ("total_latency_ms", "generated_tokens")]
         base_ms, base_tokens, our_ms, our_tokens = (column.sum() for column in columns)
         speedup = _ratio(_ratio(base_ms, base_tokens), _ratio(our_ms, our_tokens))
-        low, high = paired_ratio_ci(*columns, **settings)
+        low, high = paired_ratio_ci(*columns, confidence=confidence)
     return {"speedup": speedup, "speedup_ci_low": low, "speedup_ci_high": high}
 
 
 def quantiles(values: Series, name: str, percents: Sequence[int]) -> dict[str, float]:
-    """{NAME_median, NAME_p90, ...} of the values that are there; NaN when there are none."""
+    """{NAME_median, NAME_p90, ...} of the values that are there; NaN when there are too few (`quantile`)."""
+    known = values.dropna().to_numpy()
     return {
-        f"{name}_{'median' if percent == 50 else f'p{percent}'}": float(values.dropna().quantile(percent / 100))
+        f"{name}_{'median' if percent == 50 else f'p{percent}'}": (
+            float(np.median(known)) if percent == 50 and known.size else quantile(known, percent / 100)
+        )
         for percent in percents
     }
 
 
-def metric_columns(values: Series, name: str, settings: dict[str, Any]) -> dict[str, float]:
-    """NAME_mean, its interval and the median of the values that are there; of times p90 and p99 as well."""
+def metric_columns(values: Series, name: str, confidence: float, upper: float | None = None) -> dict[str, float]:
+    """NAME_mean, its interval and the median of the values that are there; of times p90 and p99 as well.
+
+    upper: the most that a value can be, where the mean may be near it.
+    """
     values = values.dropna()
-    low, high = bootstrap_mean_ci(values.to_numpy(), **settings)
-    row = {f"{name}_mean": float(values.mean()), f"{name}_ci_low": low, f"{name}_ci_high": high}
+    known = values.to_numpy()
+    interval = (
+        mean_ci(known, confidence=confidence) if upper is None else bounded_mean_ci(known, upper, confidence=confidence)
+    )
+    row = {f"{name}_mean": float(values.mean()), f"{name}_ci_low": interval[0], f"{name}_ci_high": interval[1]}
     return row | quantiles(values, name, (50, 90, 99) if name in TIMES else (50,))
 
 
-def _speculation(own: DataFrame, settings: dict[str, Any]) -> dict[str, float]:
+def _speculation(own: DataFrame, confidence: float) -> dict[str, float]:
     hits, misses = own["speculation_hits"], own["speculation_misses"]
-    low, high = math.nan, math.nan
-    if (hits + misses).any():
-        low, high = bootstrap_ratio_ci(hits, hits + misses, **settings)
+    low, high = rate_ci(hits, hits + misses, confidence=confidence)
     row = {"speculation_hits": hits.sum(), "speculation_misses": misses.sum()}
     return row | {"hit_rate": _ratio(hits.sum(), sum(row.values())), "hit_rate_ci_low": low, "hit_rate_ci_high": high}
+
+
+def _acceptance(
+    own: DataFrame, rounds: DataFrame, configuration: tuple[Any, ...], confidence: float
+) -> dict[str, float]:
+    drafted, accepted = own["drafted_tokens"].to_numpy(float), own["accepted_tokens"].to_numpy(float)
+    counted = rounds[verifies_draft(rounds) & (rounds["repeat"] == rounds["repeat"].min())].groupby("request_id").size()
+    verified = own["verifications"].fillna(own["request_id"].map(counted)).fillna(0).to_numpy(float)
+    depth = _depth(rounds, configuration)
+    low, high = rate_ci(accepted * (verified > 0) / max(depth, 1), verified, confidence=confidence)
+    rate_low, rate_high = rate_ci(accepted, drafted, confidence=confidence)
+    return {
+        "acceptance_length": 1 + _ratio(accepted.sum(), verified.sum()),
+        "acceptance_length_ci_low": 1 + depth * low,
+        "acceptance_length_ci_high": 1 + depth * high,
+        "acceptance_length_mean": float(own["acceptance_length"].mean()),
+        "draft_acceptance_rate": _ratio(accepted.sum(), drafted.sum()),
+        "draft_acceptance_rate_ci_low": rate_low,
+        "draft_acceptance_rate_ci_high": rate_high,
+    }
+
+
+def _depth(rounds: DataFrame, configuration: tuple[Any, ...]) -> float:
+    """The most tokens that a draft of this configuration has."""
+    if configuration[0] == AUTO:
+        return float(rounds["drafted"].max()) if len(rounds) else 0.0
+    return float(configuration[0])
+
+
+def _positions(rounds: DataFrame, deepest: int) -> dict[str, Any]:
+    verified = rounds[verifies_draft(rounds)]
+    at, jointly = {}, {}
+    for position in range(1, deepest + 1):
+        reached, kept = draft_position(rounds, position)
+        at[f"acceptance_at_{position}"] = _ratio(kept.sum(), reached.sum())
+        jointly[f"joint_acceptance_at_{position}"] = _ratio(kept.sum(), len(verified))
+    counts = {
+        f"rounds_accepting_{number}": int((verified["accepted"] == number).sum()) for number in range(deepest + 1)
+    }
+    return {**at, **jointly, **counts}
 
 
 def _ratio(top: float, bottom: float) -> float:
@@ -298,7 +411,42 @@ def _checked(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFra
     _check_same_requests(requests)
     _check_finished(requests)
     _check_rounds(requests, rounds)
+    if requests["verifications"].isna().any():
+        requests, rounds = _counted_again(requests, rounds)
     return _sorted(requests), _sorted(rounds)
+
+
+def _counted_again(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:
+    """Tables of an earlier version with acceptance counted as now: nothing from the end of the text on.
+
+    What changes: `drafted` and `accepted` of a last round whose draft held the end of the text, and of each request the
+    sums, rates and lengths of its rounds. A request without rounds keeps what it has.
+    """
+    names = [*CONFIGURATION, "request_id", "repeat"]
+    requests, rounds = requests.copy(), rounds.copy()
+    own = dict(list(rounds.groupby(_tuples(rounds[names]), sort=False)))
+    key: Any
+    index: Any
+    for index, key in _tuples(requests[names]).items():
+        request, mine = requests.loc[index], own.get(key)
+        if mine is None or not isna(request["verifications"]):
+            continue
+        mine = mine.sort_values("round")
+        if request["finish_reason"] == "eos":
+            given = int(request["generated_tokens"] - (mine["accepted"].iloc[:-1] + 1).sum())
+            if 0 <= given < mine["accepted"].iloc[-1]:
+                rounds.loc[mine.index[-1], ["drafted", "accepted"]] = given
+                mine = rounds.loc[mine.index]
+        drafted, accepted = int(mine["drafted"].sum()), int(mine["accepted"].sum())
+        verified = int(verifies_draft(mine).sum())
+        rates = (mine["accepted"] / mine["drafted"])[mine["drafted"] > 0]
+        requests.loc[index, ["drafted_tokens", "accepted_tokens", "verifications"]] = drafted, accepted, verified
+        if request["status"] == OK:
+            requests.loc[index, "average_acceptance_rate"] = rates.mean()
+            requests.loc[index, "mean_accepted_length"] = request["generated_tokens"] / len(mine)
+            requests.loc[index, "acceptance_length"] = 1 + _ratio(accepted, verified)
+            requests.loc[index, "draft_acceptance_rate"] = _ratio(accepted, drafted)
+    return requests, rounds
 
 
 def _check_one_configuration(requests: DataFrame, path: Path, made_by: str) -> None:

@@ -26,12 +26,8 @@ from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import (
-    DraftWorkerConfig,
-    OrchestratorConfig,
-    TargetWorkerConfig,
-    WorkerSettings,
-)
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import load_servicer
 from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.spans import WorkerSpans
@@ -150,15 +146,15 @@ class Pair:
         codec: TextCodec | None,
         config: OrchestratorConfig,
         close: Callable[[], Coroutine[Any, Any, None]],
-        met: Mapping[str, pb.DescribeReply] | None = None,
+        identities: Mapping[str, pb.DescribeReply] | None = None,
     ) -> None:
-        """draft, target: stubs of grpc.aio, or what stands for them; draft may be None. met: what the workers said of
-        themselves; others are refused from then on."""
+        """draft, target: stubs of grpc.aio, or what stands for them; draft may be None. identities: role -> what the
+        worker said of itself; another model is refused from then on."""
         self.codec = codec
         self._draft, self._target = draft, target
         self._config = config
         self._close = close
-        self._met = dict(met or {})
+        self._identities = dict(identities or {})
         self._controllers: dict[tuple[Any, ...], GammaController] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._closed = False
@@ -240,7 +236,7 @@ class Pair:
                 config,
                 on_tokens=on_tokens,
                 controller=self._controller(config),
-                known=self._met,
+                identities=self._identities,
             )
         text = "" if self.codec is None else self.codec.decode(result.output_tokens)
         return GeneratedText(text, token_ids, result)
@@ -263,7 +259,7 @@ class Pair:
 
     def _controller(self, config: OrchestratorConfig) -> GammaController | None:
         """What chooses gamma when it is `auto`; it remembers from text to text."""
-        if config.max_draft_tokens != "auto":
+        if config.gamma != "auto":
             return None
         key = config.mode, config.gamma_limit, config.fan_out
         return self._controllers.setdefault(key, GammaController(key[0], key[1], fan_out=key[2]))
@@ -296,8 +292,8 @@ def _configured(given: Mapping[str, Any], options: Mapping[str, Any], *, has_dra
 
 def _with_options(config: OrchestratorConfig, options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
     config = with_options(config, options)
-    if config.max_draft_tokens and not has_draft:
-        raise OptionError(f"gamma={config.max_draft_tokens!r}: this pair has no draft model; name one, or gamma=0")
+    if config.gamma and not has_draft:
+        raise OptionError(f"gamma={config.gamma!r}: this pair has no draft model; name one, or gamma=0")
     return config
 
 

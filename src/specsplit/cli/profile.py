@@ -12,11 +12,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.profile import PARTS, draw_profile, profile
-    from specsplit.analysis.tables import finished, read_tables
+    from specsplit.analysis.tables import comparable, read_tables
     from specsplit.io import write_csv
     from specsplit.settings.axes import CONFIGURATION
 
-    table = profile(finished(*read_tables(args.results_dir))[1])
+    table = profile(comparable(*read_tables(args.results_dir))[1])
     for path in draw_profile(table, args.results_dir / "figures" / "profile.png"):
         print(path)
     write_csv(table, args.results_dir / "profile.csv")

@@ -10,8 +10,9 @@ class Round:
     """One draft -> verify round as measured; one row of `per_round.csv`. Times are milliseconds.
 
     drafted: depth of the draft, so the most tokens that could be accepted (0 when nothing was drafted).
-    accepted: drafted tokens that the target confirmed.
-    tree_nodes: nodes sent for verification (equal to `drafted` for a chain).
+    accepted: drafted tokens that the target confirmed and the user gets. Where the end of the text was drafted and
+        accepted, it and what follows is in neither `drafted` nor `accepted`.
+    tree_nodes: nodes sent for verification; 0 when the round had no draft.
     *_wall_ms: at the client; draft: what the round waited for its draft, 0 when it was there already; verify: from then
         to the reply. *_compute_ms, *_queue_ms: measured by the server.
     network_ms: what the round waited that was no server's time, exposed part only.

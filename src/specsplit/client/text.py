@@ -11,7 +11,7 @@ from specsplit.client.spans import TextSpan
 from specsplit.decoding.sampling import Sampling
 from specsplit.errors import PromptError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 OnTokens = Callable[[list[int]], None]
 
@@ -94,6 +94,8 @@ class Text:
             if self._on_tokens is not None:
                 self._on_tokens(fresh)
         result.total_ms = now_ms
+        if len(fresh) < len(accepted):  # the draft foresaw the end of the text: from there on nothing is given out
+            measured = replace(measured, drafted=len(fresh), accepted=len(fresh))
         result.rounds.append(replace(measured, arrived_ms=now_ms))
         if self.span is not None:
             self.span.round(measured)

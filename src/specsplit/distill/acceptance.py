@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from specsplit.analysis.statistics import bootstrap_ratio_ci
+from specsplit.analysis.statistics import rate_ci
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.loop import NO_DRAFT, speculate
 from specsplit.decoding.tree import TokenTree
@@ -50,9 +50,9 @@ class InTargetTokens:
         return self._vocabulary.outward(self._model.step(cache, tokens, tree, cached_nodes))
 
 
-def acceptance(rounds: pd.DataFrame, *, confidence: float, bootstrap_samples: int, seed: int) -> pd.DataFrame:
+def acceptance(rounds: pd.DataFrame, *, confidence: float) -> pd.DataFrame:
     """A row for each position in the draft, from 1: `reached` (rounds that drafted so far and had all earlier tokens
-    accepted), `accepted` (of these), `acceptance_rate`, `_ci_low` and `_ci_high` (bootstrap over requests).
+    accepted), `accepted` (of these), `acceptance_rate`, `_ci_low` and `_ci_high` (Wilson by request, `rate_ci`).
 
     rounds: one row a round, with ROUND_COLUMNS. A position that no round reached is left out.
     """
@@ -63,9 +63,7 @@ def acceptance(rounds: pd.DataFrame, *, confidence: float, bootstrap_samples: in
         if not reached.any():
             break
         by_request = pd.DataFrame({"id": rounds["request_id"], "reached": reached, "kept": kept}).groupby("id").sum()
-        low, high = bootstrap_ratio_ci(
-            by_request["kept"], by_request["reached"], confidence=confidence, samples=bootstrap_samples, seed=seed
-        )
+        low, high = rate_ci(by_request["kept"], by_request["reached"], confidence=confidence)
         found.append((position, int(reached.sum()), int(kept.sum()), kept.sum() / reached.sum(), low, high))
     return pd.DataFrame(found, columns=list(ACCEPTANCE_COLUMNS))
 

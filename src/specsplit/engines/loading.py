@@ -23,8 +23,9 @@ from specsplit.models.gguf_file import GGUF_FILE, read_gguf
 from specsplit.models.sources import manifest_file, resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import read_reduced_map
-from specsplit.models.weightless import SyntheticParameters, is_weightless, parameters_sha256, parse_parameters
-from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
+from specsplit.models.weightless import is_weightless, parameters_sha256, parse_parameters
+from specsplit.settings.models import SyntheticParameters
+from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)
 COMPILED_S = 3.0  # a first pass that took longer compiled

@@ -60,6 +60,11 @@ class RequestRecord:
     target_failures: int = 0
     recovery_ms: float = 0.0
     events: str = ""
+    # verifications: rounds in which the target verified a draft. acceptance_length: 1 + accepted_tokens /
+    # verifications. draft_acceptance_rate: accepted_tokens / drafted_tokens.
+    verifications: int | None = None
+    acceptance_length: float | None = None
+    draft_acceptance_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,5 +82,7 @@ class RoundRecord(Round, _Text):
     repeat: int = 1
 
 
+# Columns that tables of earlier versions lack.
+LATER_COLUMNS = ("verifications", "acceptance_length", "draft_acceptance_rate")
 REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))
 ROUND_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RoundRecord))

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
-from specsplit.decoding.measures import acceptance_rate, per_token_ms, tokens_per_round
+from specsplit.decoding.measures import acceptance_rate, per_token_ms
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 # Columns of requests.csv that are settings of the same name.
 SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms", "seed"}
@@ -36,7 +36,7 @@ def request_config(config: OrchestratorConfig, request_id: str) -> OrchestratorC
 
 def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
     """What chooses gamma when it is `auto`; it learns from one text for the next."""
-    if config.max_draft_tokens != "auto":
+    if config.gamma != "auto":
         return None
     return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
 
@@ -50,7 +50,7 @@ def round_records(
     request_id: str, result: SpeculativeResult, config: OrchestratorConfig, repeat: int = 1
 ) -> list[RoundRecord]:
     """The rows of `per_round.csv` of one finished text."""
-    gamma = config.max_draft_tokens
+    gamma = config.gamma
     return [RoundRecord(request_id=request_id, gamma=gamma, repeat=repeat, **asdict(row)) for row in result.rounds]
 
 
@@ -64,14 +64,18 @@ def request_record(
     """The row of `requests.csv` of one text, finished or, with an error, as far as it came.
 
     itl_ms is over the tokens of all rounds but the first. (tpot_ms divides the same time by all tokens but one, as if
-    the rest of the first round took no time.) Times per token, rates and ttft_ms are None when the request failed.
+    the rest of the first round took no time.) mean_accepted_length counts what the user gets, so no end-of-text token;
+    acceptance_length is the field's 1 + accepted / verifications. Times per token, rates, lengths and ttft_ms are None
+    when the request failed.
     """
     rounds, generated = result.rounds, len(result.output_tokens)
+    drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
+    verifications = sum(r.tree_nodes > 0 or r.drafted > 0 for r in rounds)
     idle = sum(r.network_ms for r in rounds)
     ttft_ms = None if error else result.ttft_ms
     return RequestRecord(
         request_id=request.id,
-        gamma=config.max_draft_tokens,
+        gamma=config.gamma,
         prompt_length=len(request.token_ids),
         generated_tokens=generated,
         ttft_ms=ttft_ms,
@@ -82,9 +86,9 @@ def request_record(
         num_rounds=len(rounds),
         category=request.category,
         finish_reason="error" if error else result.finish_reason,
-        drafted_tokens=sum(r.drafted for r in rounds),
-        accepted_tokens=sum(r.accepted for r in rounds),
-        mean_accepted_length=None if error else tokens_per_round(rounds),
+        drafted_tokens=drafted,
+        accepted_tokens=accepted,
+        mean_accepted_length=None if error else generated / len(rounds),
         network_idle_fraction=idle / result.total_ms if result.total_ms else 0.0,
         draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
@@ -94,6 +98,9 @@ def request_record(
         speculation_misses=result.speculation_misses,
         output_sha256=tokens_sha256(result.output_tokens),
         itl_ms=per_token_ms(result.total_ms, ttft_ms, generated, rounds[0].accepted + 1) if rounds else None,
+        verifications=verifications,
+        acceptance_length=1 + accepted / verifications if verifications and not error else None,
+        draft_acceptance_rate=accepted / drafted if drafted and not error else None,
         repeat=repeat,
         status=FAILED if error else OK,
         error_code=error.code if error else "",

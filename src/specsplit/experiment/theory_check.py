@@ -18,13 +18,12 @@ from specsplit.decoding.measures import tokens_per_round
 from specsplit.decoding.theory import PipelineMode, expected_tokens, tpot_ms
 from specsplit.errors import UserError
 from specsplit.experiment.records import gamma_controller
-from specsplit.experiment.sweep import MODES
 from specsplit.experiment.transport import bare_round_trip_ms
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import own_workers, start_worker
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import MODES, OrchestratorConfig
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def check_theory(
                 *((mode, gamma) for mode in MODES for gamma in gammas),
             ]
             for mode, gamma in points:
-                settings = {"mode": mode, "max_draft_tokens": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
+                settings = {"mode": mode, "gamma": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
                 config = OrchestratorConfig.load({**settings, "max_output_tokens": simulation.tokens})
                 controller = gamma_controller(config)
                 results = [writer.write(prompt, config, controller=controller) for prompt in prompts]

@@ -35,13 +35,13 @@ from specsplit.models.fingerprint import (
 from specsplit.models.gguf_file import ARCHITECTURES, GGUF_FILE, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (
     KINDS,
-    SyntheticParameters,
     fingerprint_weightless,
     is_weightless,
     parse_parameters,
     tokenizer_source,
     write_tokenizer,
 )
+from specsplit.settings.models import SyntheticParameters
 
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1

@@ -181,7 +181,8 @@ def _results(a: Experiment, b: Experiment) -> Group:
     changed: dict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
     for key in shared:
         for column in first[key]:
-            if column not in TIMES and first[key][column] != second[key].get(column):
+            # A column that only one of two versions writes says nothing of the runs.
+            if column not in TIMES and column in second[key] and first[key][column] != second[key][column]:
                 changed[key[:-1], column].append(key[-1])
     for (point, column), requests in changed.items():
         what = "text" if column == "output_sha256" else column
@@ -191,14 +192,17 @@ def _results(a: Experiment, b: Experiment) -> Group:
         )
     for point in dict.fromkeys(key[:-1] for key in shared):
         keys = [key for key in shared if key[:-1] == point]
-        moved = [_moved(column, [(first[key][column], second[key][column]) for key in keys]) for column in TIMES[:2]]
+        moved = [
+            _moved(column, [(first[key][column], second[key][column]) for key in keys])
+            for column in ("ttft_ms", "itl_ms")
+        ]
         if any(moved):
             group.times.append(f"{_point(point)}: {', '.join(filter(None, moved))}")
     return group
 
 
 def _requests(experiment: Experiment) -> dict[tuple[str, ...], dict[str, str]]:
-    """The rows of requests.csv by configuration and request."""
+    """The rows of requests.csv by configuration, and request with its repeat."""
     path = experiment.results / "requests.csv"
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -208,7 +212,12 @@ def _requests(experiment: Experiment) -> dict[tuple[str, ...], dict[str, str]]:
     missing = {*CONFIGURATION, *TIMES, "request_id", "output_sha256"} - set(rows[0] if rows else ())
     if missing:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}; make it again with this version")
-    return {(*(row[name] for name in CONFIGURATION), row["request_id"]): row for row in rows}
+    return {(*(row[name] for name in CONFIGURATION), _request(row)): row for row in rows}
+
+
+def _request(row: Mapping[str, str]) -> str:
+    repeat = row.get("repeat", "1")
+    return row["request_id"] if repeat == "1" else f"{row['request_id']} (repeat {repeat})"
 
 
 def _point(values: tuple[str, ...]) -> str:

@@ -21,7 +21,7 @@ from specsplit import tracing
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 from specsplit.rpc.codec import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import WorkerSettings
+from specsplit.settings.worker import WorkerSettings
 from specsplit.worker.batching import SharedModel, describe_runtime
 from specsplit.worker.inbox import MOST_WAITING, Inbox
 from specsplit.worker.memory import sessions_that_fit
