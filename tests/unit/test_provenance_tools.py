@@ -370,6 +370,34 @@ def test_two_runs_that_differ_in_time_only(finished: Experiment, tmp_path: Path)
     assert (status, printed.splitlines()[-1]) == (0, "Nothing differs.")
 
 
+def test_each_repeat_is_compared(finished: Experiment, tmp_path: Path) -> None:
+    table = finished.results / "requests.csv"
+    lines = table.read_text().splitlines()
+    place = lines[0].split(",").index("repeat")
+
+    def with_repeats(first: str) -> None:
+        rows = []
+        for line in lines[1:]:
+            for repeat in ("1", "2"):
+                cells = line.split(",")
+                cells[place] = repeat
+                rows.append(
+                    ",".join(cells).replace(cells[lines[0].split(",").index("output_sha256")], first * 64)
+                    if repeat == "1"
+                    else ",".join(cells)
+                )
+        table.write_text("\n".join([lines[0], *rows]) + "\n")
+        finished.finish()
+
+    with_repeats("a")
+    shutil.copytree(finished.results, tmp_path / "first")
+    with_repeats("b")
+    status, printed = specsplit("provenance", "diff", tmp_path / "first", finished.results)
+    assert status == 1
+    assert "2 of 4 texts are the same" in printed
+    assert "gamma 2: text of 1 request(s) differs: a" in printed
+
+
 def test_every_kind_of_difference_is_told(finished: Experiment, tmp_path: Path) -> None:
     shutil.copytree(finished.results, tmp_path / "first")
     finished.config |= {"seed": 8, "gammas": [0, 2, 4]}

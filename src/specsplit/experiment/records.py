@@ -48,7 +48,9 @@ def round_records(
 ) -> list[RoundRecord]:
     """The rows of `per_round.csv` of one finished text."""
     gamma = config.max_draft_tokens
-    return [RoundRecord(request_id=request_id, gamma=gamma, repeat=repeat, **asdict(row)) for row in result.rounds]
+    return [
+        RoundRecord(request_id=request_id, gamma=gamma, repeat=repeat, **asdict(row)) for row in result.counted_rounds
+    ]
 
 
 def request_record(
@@ -65,7 +67,7 @@ def request_record(
     acceptance_length is the field's 1 + accepted / verifications. Times per token, rates, lengths and ttft_ms are None
     when the request failed.
     """
-    rounds, generated = result.rounds, len(result.output_tokens)
+    rounds, generated = result.counted_rounds, len(result.output_tokens)
     drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
     verifications = sum(r.tree_nodes > 0 or r.drafted > 0 for r in rounds)
     idle = sum(r.network_ms for r in rounds)
