@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import shutil
@@ -372,21 +373,14 @@ def test_two_runs_that_differ_in_time_only(finished: Experiment, tmp_path: Path)
 
 def test_each_repeat_is_compared(finished: Experiment, tmp_path: Path) -> None:
     table = finished.results / "requests.csv"
-    lines = table.read_text().splitlines()
-    place = lines[0].split(",").index("repeat")
+    header, *rows = csv.reader(table.read_text().splitlines())
+    place, text = header.index("repeat"), header.index("output_sha256")
 
     def with_repeats(first: str) -> None:
-        rows = []
-        for line in lines[1:]:
-            for repeat in ("1", "2"):
-                cells = line.split(",")
-                cells[place] = repeat
-                rows.append(
-                    ",".join(cells).replace(cells[lines[0].split(",").index("output_sha256")], first * 64)
-                    if repeat == "1"
-                    else ",".join(cells)
-                )
-        table.write_text("\n".join([lines[0], *rows]) + "\n")
+        twice = [[*row[:place], repeat, *row[place + 1 :]] for row in rows for repeat in ("1", "2")]
+        for row in twice:
+            row[text] = ("c" if row[place] == "2" else first) * 64
+        table.write_text("".join(",".join(row) + "\n" for row in (header, *twice)))
         finished.finish()
 
     with_repeats("a")
@@ -394,8 +388,7 @@ def test_each_repeat_is_compared(finished: Experiment, tmp_path: Path) -> None:
     with_repeats("b")
     status, printed = specsplit("provenance", "diff", tmp_path / "first", finished.results)
     assert status == 1
-    assert "2 of 4 texts are the same" in printed
-    assert "gamma 2: text of 1 request(s) differs: a" in printed
+    assert "gamma 2: text of 1 request(s) differs: a\n" in printed
 
 
 def test_every_kind_of_difference_is_told(finished: Experiment, tmp_path: Path) -> None:
