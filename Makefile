@@ -50,10 +50,15 @@ lint: docs
 	$(RUN) lint-imports
 	$(RUN) snakemake --lint
 	$(RUN) scripts/proto.sh --check
+	$(RUN) python scripts/settings.py --check
 
 # Warnings, as of a link that leads nowhere, are errors.
 docs: .venv/installed-dev
 	$(BIN)/mkdocs build --quiet
+
+# What is made from the settings: the schema, the table of config/README.md, config/config.yaml.
+settings: .venv/installed-dev
+	$(RUN) python scripts/settings.py
 
 # Generate the gRPC stubs from the .proto file.
 proto: .venv/installed-dev

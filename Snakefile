@@ -15,6 +15,7 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/settings.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/dataset.smk"
 include: "workflow/rules/layers.smk"
@@ -32,6 +33,8 @@ include: "workflow/rules/distill.smk"
 # Light work, or work that needs the internet: on a cluster it is done where snakemake runs, the rest in jobs.
 localrules:
     all,
+    settings,
+    operation,
     prepare_model,
     prepare_dataset,
     calibration_prompts,

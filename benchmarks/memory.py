@@ -26,7 +26,7 @@ from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.lease import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import resolve_model
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 MB = 1e6
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2}  # int8: at most, with an embedding in bfloat16
@@ -110,7 +110,7 @@ def fill_and_write(args: argparse.Namespace, endpoints: dict[str, Endpoint], rep
     vocabulary = min(endpoint.worker["vocab_size"] for endpoint in endpoints.values())
 
     def jobs(count: int, length: int, tokens: int) -> list[Job]:
-        settings = {"max_draft_tokens": args.gamma, "max_output_tokens": tokens, "ignore_eos": True, **addresses}
+        settings = {"gamma": args.gamma, "max_output_tokens": tokens, "ignore_eos": True, **addresses}
         config = OrchestratorConfig.load(settings)
         texts = [[(7919 * (i + 1) + 31 * j) % vocabulary for j in range(length)] for i in range(count)]
         return [Job(Request(str(i), "", text), 1, config) for i, text in enumerate(texts)]

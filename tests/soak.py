@@ -43,7 +43,7 @@ from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from faulty_network import FaultyNetwork, faulty_network
 from worker_processes import WorkerProcess, start_command
@@ -100,7 +100,7 @@ def any_settings(chance: random.Random, **fixed: Any) -> OrchestratorConfig:
         **{
             "mode": chance.choice(["sync", "overlap", "lookahead"]),
             "tree": chance.choice(["chain", "2x2"]),
-            "max_draft_tokens": chance.choice([0, 1, 3, "auto"]),
+            "gamma": chance.choice([0, 1, 3, "auto"]),
             "temperature": temperature,
             "seed": 5,
             "max_output_tokens": TOKENS,
@@ -119,9 +119,7 @@ def right_texts(draft: str, target: str) -> dict[tuple[int, float], list[int]]:
     with TextWriter(draft, target) as writer:
         for number, prompt in enumerate(PROMPTS):
             for temperature in (0.0, 0.8):
-                config = OrchestratorConfig(
-                    max_draft_tokens=0, temperature=temperature, seed=5, max_output_tokens=TOKENS
-                )
+                config = OrchestratorConfig(gamma=0, temperature=temperature, seed=5, max_output_tokens=TOKENS)
                 texts[number, temperature] = writer.write(prompt, config).output_tokens
     return texts
 

@@ -32,7 +32,7 @@ def _prepare(log: str, lease_pid: int) -> None:
 
 
 def _work(role: str, settings: dict[str, Any], endpoint_file: Path, log: str, lease_pid: int) -> None:
-    from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig
+    from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
     from specsplit.worker.server import serve
 
     _prepare(log, lease_pid)

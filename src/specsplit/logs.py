@@ -1,4 +1,4 @@
-"""How the commands log: lines of text, and of a worker, where that is asked for, JSON."""
+"""Logging of the commands: lines of text; of a worker also JSON."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from specsplit.errors import UserError
 
 FORMATS = ("text", "json")
 VARIABLE = "SPECSPLIT_LOG_FORMAT"
-FIELDS = ("session", "round", "trace_id")  # given as `extra` where a line is about a request
+FIELDS = ("session", "round", "trace_id")  # the `extra` of a line about a request
 NOISY = ("httpx", "urllib3", "matplotlib")
 log = logging.getLogger(__name__)
 
 
 def set_up(command: str, log_format: str | None = None) -> None:
-    """Log to standard error, as the command does.
+    """Log to standard error in the format of the command.
 
     log_format: of a worker's lines, one of FORMATS; default: SPECSPLIT_LOG_FORMAT, or text. Raises UserError.
     """
@@ -33,7 +33,7 @@ def set_up(command: str, log_format: str | None = None) -> None:
         formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
         if log_format == "json":
             formatter = JsonFormatter()
-            _log_what_is_printed()
+            _log_warnings_and_tracebacks()
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)
     handler.addFilter(FirstProblem("opentelemetry"))
@@ -65,33 +65,33 @@ class JsonFormatter(logging.Formatter):
 
 
 class FirstProblem(logging.Filter):
-    """Lets pass the first error of that logger and those below it, and nothing else of theirs.
+    """Passes only the first error of that logger and those below it.
 
-    What sends the spans would tell of every try at a collector that cannot be reached.
+    The exporter of spans logs every attempt at a collector that cannot be reached.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._told = False
+        self._logged = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not super().filter(record):
             return True
-        passes = record.levelno >= logging.ERROR and not self._told
-        self._told = self._told or passes
+        passes = record.levelno >= logging.ERROR and not self._logged
+        self._logged = self._logged or passes
         return passes
 
 
-def _log_what_is_printed() -> None:
-    """Log what Python would print by itself."""
+def _log_warnings_and_tracebacks() -> None:
+    """Log what Python would print to standard error."""
     logging.captureWarnings(True)
 
     def failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         log.critical("failed: %s", kind.__name__, exc_info=(kind, error, trace))
 
-    def failed_thread(what: threading.ExceptHookArgs) -> None:
-        if what.exc_value is not None:
-            failed(what.exc_type, what.exc_value, what.exc_traceback)
+    def failed_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None:
+            failed(args.exc_type, args.exc_value, args.exc_traceback)
 
     sys.excepthook = failed
     threading.excepthook = failed_thread

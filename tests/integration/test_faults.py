@@ -19,7 +19,7 @@ from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import STUBS, Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1.specsplit_pb2_grpc import TargetServiceStub
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 import soak
 from faulty_network import FaultyNetwork, faulty_network
@@ -61,14 +61,14 @@ def pair(models: dict[str, Path]) -> Iterator[tuple[Worker, Worker]]:
 
 def write(draft: Any, target: Any, *, on_tokens: Any = None, **settings: Any) -> SpeculativeResult:
     """One text; workers are given as addresses, or as things that have one."""
-    given = {"max_draft_tokens": 3, "max_output_tokens": LENGTH, "recovery_timeout_s": 20.0, **settings}
+    given = {"gamma": 3, "max_output_tokens": LENGTH, "recovery_timeout_s": 20.0, **settings}
     addresses = [getattr(worker, "address", worker) for worker in (draft, target)]
     with TextWriter(*addresses) as writer:
         return writer.write(PROMPT, OrchestratorConfig(**given), on_tokens=on_tokens)
 
 
 def alone(target: Worker, **settings: Any) -> list[int]:
-    return write(None, target, max_draft_tokens=0, **settings).output_tokens
+    return write(None, target, gamma=0, **settings).output_tokens
 
 
 def after(bursts: int, action: Callable[[], object]) -> Callable[[list[int]], None]:
@@ -141,7 +141,7 @@ def test_another_model_at_the_same_address_is_refused(pair: tuple[Worker, Worker
 
 def test_a_second_text_is_written_by_the_model_of_the_first(pair: tuple[Worker, Worker], models: Any) -> None:
     draft, target = pair
-    config = OrchestratorConfig(max_draft_tokens=3, max_output_tokens=4)
+    config = OrchestratorConfig(gamma=3, max_output_tokens=4)
     with TextWriter(draft.address, target.address) as writer:
         writer.write(PROMPT, config)
         draft.settings["model"] = models["other"]
@@ -159,10 +159,10 @@ def test_a_worker_whose_sessions_are_all_busy_is_waited_for(models: dict[str, Pa
         )
         gate.wait()
         with pytest.raises(WorkerError, match="RESOURCE_EXHAUSTED: all 1 sessions are in use") as caught:
-            write(None, target, max_draft_tokens=0, recovery_timeout_s=0.2)
+            write(None, target, gamma=0, recovery_timeout_s=0.2)
         assert caught.value.code == "RESOURCE_EXHAUSTED"
         threading.Timer(0.3, gate.open).start()
-        result = write(None, target, max_draft_tokens=0)
+        result = write(None, target, gamma=0)
         assert (result.output_tokens, call.result().round) == (expected, 1)
         assert [f.code for f in result.failures] == ["RESOURCE_EXHAUSTED"]
 

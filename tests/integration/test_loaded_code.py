@@ -20,7 +20,7 @@ from specsplit.io import write_json
 from specsplit.launch.environment import REQUIRED
 from specsplit.launch.lease import hold_lease
 from specsplit.provenance.closure import PACKAGE, command_files
-from specsplit.settings.workflow import load_pipeline_config
+from specsplit.settings.configuration import load_pipeline_config
 
 from grpc_fixtures import noisy_copy
 
@@ -207,6 +207,7 @@ def test_what_runs_and_their_analysis_load(shop: Shop, models: tuple[Path, Path]
     assert not {file for file in loaded if file.startswith(("engines/", "worker/"))}
 
 
+@pytest.mark.slow
 def test_what_measurements_with_simulated_models_load(shop: Shop) -> None:
     short = ("--gamma", 2, "--tokens", 6, "--texts", 1)
     for command, flags in (

@@ -16,7 +16,8 @@ from specsplit.client.pipeline import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig, TargetWorkerConfig
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.worker import TargetWorkerConfig
 from specsplit.worker.server import WorkerServer, load_servicer
 
 from grpc_fixtures import PROMPTS, Worker, serving, verify_request
@@ -43,7 +44,7 @@ def test_metrics_count_what_happened(tiny_model_folder: Callable[..., Path]) -> 
         serving("draft", folder, metrics_port=0) as draft,
         serving("target", folder, metrics_port=0) as target,
     ):
-        config = OrchestratorConfig.load({"max_draft_tokens": 3, "max_output_tokens": 12, "ignore_eos": True})
+        config = OrchestratorConfig.load({"gamma": 3, "max_output_tokens": 12, "ignore_eos": True})
         with TextWriter(draft.address, target.address) as writer:
             result = writer.write(PROMPTS[0], config)
         target.stub.VerifyDrafts(verify_request([5], session="kept"), timeout=20)

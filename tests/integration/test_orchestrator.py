@@ -23,7 +23,7 @@ from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
 from tiny_models import SMALL, make_tokenizer
@@ -32,12 +32,12 @@ from waiting import wait_until
 PROMPT = PROMPTS[0]
 LENGTH = 40
 SHAPES: dict[str, dict[str, Any]] = {
-    "alone": {"max_draft_tokens": 0},
-    "chain-1": {"max_draft_tokens": 1},
-    "chain-3": {"max_draft_tokens": 3},
-    "chain-12": {"max_draft_tokens": 12},
-    "tree": {"max_draft_tokens": 4, "tree": "3x2"},
-    "bush": {"max_draft_tokens": 3, "tree": "2x2x2"},
+    "alone": {"gamma": 0},
+    "chain-1": {"gamma": 1},
+    "chain-3": {"gamma": 3},
+    "chain-12": {"gamma": 12},
+    "tree": {"gamma": 4, "tree": "3x2"},
+    "bush": {"gamma": 3, "tree": "2x2x2"},
 }
 
 
@@ -109,7 +109,7 @@ def write(
     **settings: Any,
 ) -> SpeculativeResult:
     """One text over streams."""
-    config = OrchestratorConfig(**{"max_draft_tokens": 4, "max_output_tokens": LENGTH, "ignore_eos": True, **settings})
+    config = OrchestratorConfig(**{"gamma": 4, "max_output_tokens": LENGTH, "ignore_eos": True, **settings})
 
     async def text() -> SpeculativeResult:
         async with AsyncExitStack() as stack:
@@ -151,7 +151,7 @@ def test_drafts_are_accepted_and_rejected(draft: Worker, target: Worker) -> None
 
 def test_a_perfect_draft_is_accepted_whole(target: Worker, folders: tuple[Path, Path]) -> None:
     with serving("draft", folders[0]) as same:
-        rounds = write(same, target, max_draft_tokens=4).rounds
+        rounds = write(same, target, gamma=4).rounds
         assert [(row.drafted, row.accepted) for row in rounds] == [(4, 4)] * 8
         # One pass a drafted token and no more, for the cache keeps what was accepted; one text of 40 tokens.
         assert same.passes == 8 * 4
@@ -165,13 +165,13 @@ def test_tokens_come_as_they_are_accepted(draft: Worker, target: Worker) -> None
 
 
 def test_a_target_alone_needs_no_draft(target: Worker, reference: Reference) -> None:
-    result = write(None, target, max_draft_tokens=0)
+    result = write(None, target, gamma=0)
     assert result.output_tokens == reference.text(PROMPT, LENGTH)
     assert {(row.drafted, row.tree_nodes, row.draft_wall_ms) for row in result.rounds} == {(0, 0, 0.0)}
 
 
 def test_figures_of_the_rounds(draft: Worker, target: Worker) -> None:
-    result = write(draft, target, max_draft_tokens=4, tree="3x2")
+    result = write(draft, target, gamma=4, tree="3x2")
     assert [row.round for row in result.rounds] == list(range(1, len(result.rounds) + 1))
     full = result.rounds[0]
     assert (full.drafted, full.tree_nodes) == (4, 3 + 6 + 6 + 6)
@@ -219,7 +219,7 @@ def test_an_end_of_text_inside_an_accepted_block(
             del request.stop_token_ids[:]
 
     with serving("draft", folders[0]) as same:
-        result = write(GoesOn(same), target, max_draft_tokens=6, ignore_eos=False, stop_token_ids=[text[3]])
+        result = write(GoesOn(same), target, gamma=6, ignore_eos=False, stop_token_ids=[text[3]])
     assert result.output_tokens == text[:3]
     assert [row.accepted for row in result.rounds] == [6]
 
@@ -239,7 +239,7 @@ def test_the_target_names_the_end_of_text_itself(draft: Worker, target: Worker, 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6])
 def test_a_text_ends_after_max_output_tokens(draft: Worker, target: Worker, reference: Reference, count: int) -> None:
-    result = write(draft, target, max_output_tokens=count, max_draft_tokens=12)
+    result = write(draft, target, max_output_tokens=count, gamma=12)
     assert result.output_tokens == reference.text(PROMPT, count)
     assert result.finish_reason == "length"
     assert all(row.drafted < count for row in result.rounds)  # the last token is always the target's own
@@ -469,7 +469,7 @@ def test_a_pair_shares_one_tokenizer(draft: Worker, target: Worker) -> None:
         assert (first.description.role, second.description.role) == ("draft", "target")
     with pytest.raises(UserError, match="the tokenizers differ"), connected_pair(config, "0" * 64):
         pass
-    alone = config.model_copy(update={"max_draft_tokens": 0, "draft_address": "127.0.0.1:1"})
+    alone = config.model_copy(update={"gamma": 0, "draft_address": "127.0.0.1:1"})
     with connected_pair(alone, sha256) as (first, _):
         assert first is None
 

@@ -18,7 +18,7 @@ from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, noisy_copy, serving
 from waiting import wait_until
@@ -39,7 +39,7 @@ def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 def write(
     draft: Worker | None, target: Worker, prompt: list[int] = PROMPT, *, on_tokens: Any = None, **settings: Any
 ) -> SpeculativeResult:
-    config = OrchestratorConfig(**{"max_draft_tokens": 4, "max_output_tokens": LENGTH, "ignore_eos": True, **settings})
+    config = OrchestratorConfig(**{"gamma": 4, "max_output_tokens": LENGTH, "ignore_eos": True, **settings})
     with TextWriter(draft.address if draft else None, target.address) as writer:
         return writer.write(prompt, config, on_tokens=on_tokens)
 
@@ -75,7 +75,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Worker
 def test_the_text_is_that_of_the_target_alone(pair: tuple[Worker, Worker, Reference], temperature: float) -> None:
     draft, target, reference = pair
     settings = {"temperature": temperature, "seed": 5}
-    expected = write(None, target, max_draft_tokens=0, **settings).output_tokens
+    expected = write(None, target, gamma=0, **settings).output_tokens
     assert len(expected) == LENGTH
     if not temperature:
         assert expected == reference.text(PROMPT, LENGTH)
@@ -87,7 +87,7 @@ def test_the_text_is_that_of_the_target_alone(pair: tuple[Worker, Worker, Refere
                     config = OrchestratorConfig(
                         mode=mode,
                         tree=tree,
-                        max_draft_tokens=gamma,
+                        gamma=gamma,
                         max_output_tokens=LENGTH,
                         ignore_eos=True,
                         **settings,
@@ -138,8 +138,8 @@ def test_guesses_come_true_and_fail_and_change_nothing(
 ) -> None:
     draft, target = simulated
     settings = {"max_output_tokens": 150, "temperature": temperature, "tree": tree}
-    expected = write(None, target, max_draft_tokens=0, **{**settings, "tree": "chain"})
-    result = write(draft, target, mode=mode, max_draft_tokens=2, **settings)
+    expected = write(None, target, gamma=0, **{**settings, "tree": "chain"})
+    result = write(draft, target, mode=mode, gamma=2, **settings)
     assert result.output_tokens == expected.output_tokens
     assert result.rounds[0].speculation == "none"
     assert result.total_rounds == len(result.rounds)
@@ -155,7 +155,7 @@ def test_lookahead_foresees_more_than_overlap(simulated: tuple[Worker, Worker]) 
     draft, target = simulated
     rates = []
     for settings in ({"mode": "overlap"}, {"mode": "lookahead", "fan_out": 1}, {"mode": "lookahead", "fan_out": 12}):
-        result = write(draft, target, max_output_tokens=150, max_draft_tokens=3, **settings)
+        result = write(draft, target, max_output_tokens=150, gamma=3, **settings)
         rates.append(result.speculation_hits / (result.speculation_hits + result.speculation_misses))
     # With acceptance .8: full acceptance and the next token .41; the 12 likeliest outcomes .96.
     assert rates[0] < 0.65
@@ -200,7 +200,7 @@ def test_an_end_of_text_ends_it_there(pair: tuple[Worker, Worker, Reference], mo
 @pytest.mark.parametrize("tree", TREES)
 def test_a_text_ends_at_its_limits(simulated: tuple[Worker, Worker], mode: str, tree: str) -> None:
     draft, target = simulated
-    expected = write(None, target, max_draft_tokens=0, max_output_tokens=60).output_tokens
+    expected = write(None, target, gamma=0, max_output_tokens=60).output_tokens
     for count in (1, 2, 3, 7):
         result = write(draft, target, mode=mode, tree=tree, max_output_tokens=count)
         assert (result.output_tokens, result.finish_reason) == (expected[:count], "length")
@@ -282,7 +282,7 @@ def test_a_refusal_is_not_tried_again(tiny_model_folder: Callable[..., Path]) ->
 def test_a_target_that_hangs_meets_the_deadline(simulated: tuple[Worker, Worker]) -> None:
     _, target = simulated
     with pytest.raises(WorkerError, match=r"in round 1: DEADLINE_EXCEEDED: no answer within 0.005 s"):
-        write(None, target, max_draft_tokens=0, rpc_timeout_s=0.005, recovery_timeout_s=0.1)
+        write(None, target, gamma=0, rpc_timeout_s=0.005, recovery_timeout_s=0.1)
 
 
 def test_a_text_that_fails_leaves_no_session(pair: tuple[Worker, Worker, Reference]) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import specsplit
 from specsplit.api import named_models
 from specsplit.client import recovery
 from specsplit.models.tokenizer import TextCodec
-from specsplit.settings.workflow import load_pipeline_config
+from specsplit.settings.configuration import load_pipeline_config
 
 from grpc_fixtures import Reference, Worker, noisy_copy, serving
 from waiting import wait_until
@@ -252,9 +253,37 @@ def test_a_draft_with_another_tokenizer_is_translated(folders: dict[str, Path], 
         assert pair.generate(PROMPT).token_ids == expected(PROMPT)
 
 
-def test_token_ids_need_no_tokenizer(workers: dict[str, Worker], codec: TextCodec, expected: Any) -> None:
-    with specsplit.connect(workers["target"].address, max_new_tokens=LENGTH, ignore_eos=True) as pair:
-        assert pair.generate(codec.encode(PROMPT)).token_ids == expected(PROMPT)
+def test_a_target_worker_brings_its_tokenizer(
+    workers: dict[str, Worker], codec: TextCodec, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = workers["target"]
+    with specsplit.connect(target.address, max_new_tokens=LENGTH, ignore_eos=True) as pair:
+        text = pair.generate(PROMPT)
+    assert (text.token_ids, text) == (expected(PROMPT), codec.decode(text.token_ids))
+    # A tokenizer that is too large for a message.
+    monkeypatch.setattr(target.servicer, "tokenizer_files", dict)
+    with specsplit.connect(target.address, max_new_tokens=LENGTH, ignore_eos=True) as pair:
+        text = pair.generate(codec.encode(PROMPT))
+        assert (text.token_ids, text) == (expected(PROMPT), "")
+        with pytest.raises(specsplit.PromptError, match="the target worker gave no tokenizer: send token ids"):
+            pair.generate(PROMPT)
+        with pytest.raises(specsplit.OptionError, match="the target worker gave no tokenizer"):
+            pair.stream([5])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"../tokenizer.json": b""}, "a tokenizer has no file '../tokenizer.json'"),
+        ({"model.safetensors": b""}, "a tokenizer has no file"),
+        ({"tokenizer.json": b"plain"}, "tokenizer.json of a tokenizer cannot be read"),
+        ({"tokenizer.json": zlib.compress(bytes(2000))[:-5]}, "is cut off, or larger than"),
+        ({"tokenizer.json": zlib.compress(b"{}")}, "a tokenizer cannot be loaded"),
+    ],
+)
+def test_a_tokenizer_from_a_worker_is_not_trusted(files: dict[str, bytes], message: str) -> None:
+    with pytest.raises(specsplit.UserError, match=message):
+        TextCodec.unpack(files)
 
 
 def test_connecting_with_a_token(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -13,17 +13,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from specsplit.client.pipeline import TextWriter
+from specsplit.engines.transformers import library_model
 from specsplit.experiment.dataset import load_prompts, select_prompts
 from specsplit.launch.lease import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import Connection, connect
-from specsplit.settings.processes import OrchestratorConfig
-from specsplit.settings.workflow import load_pipeline_config
+from specsplit.settings.configuration import load_pipeline_config
+from specsplit.settings.run import OrchestratorConfig
 
 ROOT = Path(__file__).parents[2]
 NAME = "smollm2-135m-instruct"
@@ -83,7 +83,7 @@ def check_identity(
 ) -> dict[str, int]:
     """Every text equals gamma 0, and when greedy transformers' own search; returns drafted and accepted tokens."""
     codec = TextCodec.load(model_folder)
-    reference = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    reference = library_model(model_folder, torch.float32).eval()
     taken = select_prompts(load_prompts(ROOT / "resources" / "prompts" / "specsplit-48.jsonl")[0], prompts)
     counts = {"drafted": 0, "accepted": 0}
 
@@ -97,13 +97,13 @@ def check_identity(
 
     for prompt, temperature in product(taken, temperatures):
         ids = codec.encode(prompt.prompt)
-        expected = write("draft", ids, max_draft_tokens=0, temperature=temperature)
+        expected = write("draft", ids, gamma=0, temperature=temperature)
         if not temperature:
             with torch.inference_mode():
                 full = reference.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=length)[0].tolist()
             assert expected == [token for token in full[len(ids) :] if token != 2], prompt.id
         for draft, gamma, tree, mode in product(drafts, gammas, shapes, modes):
-            text = write(draft, ids, max_draft_tokens=gamma, tree=tree, mode=mode, temperature=temperature)
+            text = write(draft, ids, gamma=gamma, tree=tree, mode=mode, temperature=temperature)
             assert text == expected, (prompt.id, draft, gamma, tree, mode, temperature)
     return counts
 

@@ -23,7 +23,7 @@ from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.connection import connect
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, serving, verify_request
 
@@ -132,7 +132,7 @@ def test_with_the_token_texts_are_written_in_every_way(guarded: dict[str, Worker
             "draft_address": draft.address,
             "target_address": target.address,
             "token_file": files["tokens"],
-            "max_draft_tokens": 3,
+            "gamma": 3,
             "max_output_tokens": 12,
             "ignore_eos": True,
         }
@@ -211,7 +211,7 @@ def test_tls_encrypts_and_the_certificate_is_checked(encrypted: Worker, files: d
         connect("target", encrypted.address, access=Access(files["another_ca"].read_bytes()))
     with pytest.raises(WorkerError, match=r"no TLS with the target worker.*CERTIFICATE_VERIFY_FAILED"):
         connect("target", encrypted.address)  # the system's authorities do not know it either
-    config = OrchestratorConfig.load({"max_draft_tokens": 0, "max_output_tokens": 8, "ignore_eos": True})
+    config = OrchestratorConfig.load({"gamma": 0, "max_output_tokens": 8, "ignore_eos": True})
     assert encrypted.passes == passes
     with TextWriter(None, encrypted.address, access=encrypted.access) as writer:
         assert writer.write(PROMPT, config).output_tokens == Reference(folder).text(PROMPT, 8)

@@ -20,7 +20,7 @@ import specsplit
 from specsplit.client.pipeline import TextWriter
 from specsplit.models.fingerprint import fingerprint_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import MAX_GAMMA, OrchestratorConfig
+from specsplit.settings.run import MAX_GAMMA, OrchestratorConfig
 
 from grpc_fixtures import (
     PROMPTS,
@@ -380,7 +380,7 @@ def test_waiting_for_the_model_is_queue_time(target: Worker) -> None:
 
 
 def test_clients_at_the_same_time_get_their_own_texts(draft: Worker, target: Worker, reference: Reference) -> None:
-    config = OrchestratorConfig(max_draft_tokens=3, tree="2", max_output_tokens=16, ignore_eos=True)
+    config = OrchestratorConfig(gamma=3, tree="2", max_output_tokens=16, ignore_eos=True)
     barrier = threading.Barrier(len(PROMPTS))
 
     def write(prompt: list[int]) -> list[int]:

@@ -69,7 +69,7 @@ def test_a_text_that_is_not_the_targets_is_noticed(monkeypatch: pytest.MonkeyPat
 
     def wrong(self: object, prompt: list[int], config: object, **kwargs: object) -> object:
         result = written(self, prompt, config, **kwargs)  # type: ignore[arg-type]
-        result.output_tokens[-1] += config.max_draft_tokens != 0  # type: ignore[attr-defined]
+        result.output_tokens[-1] += config.gamma != 0  # type: ignore[attr-defined]
         return result
 
     monkeypatch.setattr(theory_check.TextWriter, "write", wrong)

@@ -23,7 +23,7 @@ from specsplit.client.pipeline import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import PROMPTS, noisy_copy, serving, verify_request
 from waiting import wait_until
@@ -67,7 +67,7 @@ def weak(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(**settings: Any) -> OrchestratorConfig:
-    return OrchestratorConfig.load({"max_draft_tokens": 3, "max_output_tokens": 12, "ignore_eos": True, **settings})
+    return OrchestratorConfig.load({"gamma": 3, "max_output_tokens": 12, "ignore_eos": True, **settings})
 
 
 def named(exporter: InMemorySpanExporter, name: str, count: int) -> list[ReadableSpan]:
@@ -211,7 +211,7 @@ def test_failures_are_events_and_the_end_of_a_text_its_status(
             kept.clear()
             target.server.stop()
             with pytest.raises(WorkerError):
-                writer.write(PROMPTS[0], config_of(max_draft_tokens=0, recovery_timeout_s=0))
+                writer.write(PROMPTS[0], config_of(gamma=0, recovery_timeout_s=0))
             (failed,) = named(kept, "text", 1)
     first, last = text.events
     assert (first.name, dict(first.attributes)) == (
@@ -235,7 +235,7 @@ def test_a_worker_that_is_back_is_an_event(model: Path, kept: InMemorySpanExport
                 target.servicer.sessions.end(next(iter(target.servicer.sessions._sessions)))
             done.extend(tokens)
 
-        result = writer.write(PROMPTS[0], config_of(max_draft_tokens=0), on_tokens=lose_session)
+        result = writer.write(PROMPTS[0], config_of(gamma=0), on_tokens=lose_session)
         (text,) = named(kept, "text", 1)
     assert len(result.output_tokens) == 12
     assert [event.name for event in text.events] == ["worker failed", "worker back"]
@@ -276,14 +276,14 @@ def test_the_end_of_a_process_sends_what_is_left() -> None:
 
 def test_a_collector_that_cannot_be_reached_changes_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving("target", model) as target, TextWriter(None, target.address) as writer:
-        expected = writer.write(PROMPTS[1], config_of(max_draft_tokens=0)).output_tokens
+        expected = writer.write(PROMPTS[1], config_of(gamma=0)).output_tokens
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")  # tried again and again for an hour
     monkeypatch.setattr(tracing, "FLUSH_S", 0.2)
     tracing.tracer.cache_clear()
     with serving("target", model) as target, TextWriter(None, target.address) as writer:
         for _ in range(2):
-            assert writer.write(PROMPTS[1], config_of(max_draft_tokens=0)).output_tokens == expected
+            assert writer.write(PROMPTS[1], config_of(gamma=0)).output_tokens == expected
         assert tracing.tracer("specsplit-target") is target.server.spans._tracer
         closers = list(tracing._closers)
         assert len(closers) == 2
@@ -301,7 +301,7 @@ def test_nothing_is_imported_without_an_endpoint(model: Path, monkeypatch: pytes
     with serving("target", model) as target:
         assert target.server.spans is None
         with TextWriter(None, target.address) as writer:
-            result = writer.write(PROMPTS[0], config_of(max_draft_tokens=0))
+            result = writer.write(PROMPTS[0], config_of(gamma=0))
         with pytest.raises(grpc.RpcError):
             target.stub.VerifyDrafts(verify_request([999]), timeout=20, metadata=[HEADER])
     assert len(result.output_tokens) == 12

@@ -25,7 +25,7 @@ from specsplit.launch.lease import LEASE_HOST, LEASE_PID
 from specsplit.launch.start import attach_worker, start_worker, stop_worker
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import DraftWorkerConfig
+from specsplit.settings.worker import DraftWorkerConfig
 from specsplit.worker.server import load_servicer
 
 from grpc_fixtures import draft_request, serving
@@ -199,7 +199,7 @@ def test_a_worker_that_has_stopped_waits_for_no_thread(model: Path, folder: Path
     file = folder / "target.json"
     code = f"""import threading, time
 from pathlib import Path
-from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.settings.worker import TargetWorkerConfig
 from specsplit.worker.server import serve
 threading.Thread(target=time.sleep, args=(100,)).start()
 serve(TargetWorkerConfig(model={str(model)!r}, port=0, threads=1, max_context=128), endpoint_file=Path({str(file)!r}))

@@ -25,7 +25,8 @@ from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CausalLM
-from specsplit.settings.processes import DraftWorkerConfig, OrchestratorConfig, TargetWorkerConfig
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.target_service import TargetServicer
@@ -134,7 +135,7 @@ def streamed(pair: str, prompt: list[int], asked: DraftSettings, mode: str) -> S
     s = asked.sampling
     config = OrchestratorConfig.load(
         {
-            **{"mode": mode, "max_draft_tokens": asked.gamma, "tree": str(asked.shape), "max_output_tokens": LENGTH},
+            **{"mode": mode, "gamma": asked.gamma, "tree": str(asked.shape), "max_output_tokens": LENGTH},
             **{"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "seed": s.seed},
             **{"sampling": "rejection" if s.rejection else "coupled", "stop_token_ids": list(asked.stop_token_ids)},
         }
@@ -173,7 +174,7 @@ def test_rejection_sampling_over_streams_is_that_of_the_loop(pair, prompt, shape
 
 def test_texts_side_by_side_are_those_of_the_loop() -> None:
     async def write_all() -> list[SpeculativeResult]:
-        config = OrchestratorConfig(mode="lookahead", max_draft_tokens=3, max_output_tokens=LENGTH, stop_token_ids=[])
+        config = OrchestratorConfig(mode="lookahead", gamma=3, max_output_tokens=LENGTH, stop_token_ids=[])
         return await asyncio.gather(
             *(run_speculative_loop_async(*STUBS["llama"], [5, token], config) for token in range(10, 16))
         )

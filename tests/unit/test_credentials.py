@@ -11,7 +11,8 @@ import trustme
 
 from specsplit.errors import UserError
 from specsplit.rpc.credentials import Access, ServerAccess, is_loopback, read_tokens, split_address
-from specsplit.settings.processes import DraftWorkerConfig, OrchestratorConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
 TOKEN, OTHER = "0123456789abcdef", "fedcba9876543210"
 

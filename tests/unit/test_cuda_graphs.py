@@ -14,7 +14,7 @@ from specsplit.engines.numba import FusedLM
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.models.sources import resolve_model
-from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.settings.worker import TargetWorkerConfig
 
 from tiny_models import make_tiny_model
 

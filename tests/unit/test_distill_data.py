@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from specsplit.distill.recipe import WritingSettings
 from specsplit.distill.shards import (
     Text,
     batches,
@@ -28,6 +27,7 @@ from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.io import sha256_file
 from specsplit.models.tokenizer import TextCodec
+from specsplit.settings.distill import WritingSettings
 
 SMALL = {"tokens": 60, "max_user_tokens": 3, "max_answer_tokens": 8, "write_batch": 6, "top_k": 5, "threads": 1}
 ABOUT = {"target": {"model": "tiny"}, "held_out": {}}

@@ -15,7 +15,6 @@ import transformers
 from safetensors import safe_open
 
 from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
-from specsplit.distill.recipe import TrainingSettings, WritingSettings
 from specsplit.distill.shards import Text
 from specsplit.distill.training import Row, Trainer, collate, learning_rate, split_texts
 from specsplit.distill.writing import Writer
@@ -25,6 +24,7 @@ from specsplit.errors import UserError
 from specsplit.io import sha256_file
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import ReducedVocabulary, load_vocabulary, read_reduced_map
+from specsplit.settings.distill import TrainingSettings, WritingSettings
 
 from tiny_models import SMALL, make_tokenizer, random_model
 

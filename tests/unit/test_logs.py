@@ -21,7 +21,7 @@ from specsplit.cli import main as cli
 from specsplit.errors import UserError
 from specsplit.launch.environment import REQUIRED
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.settings.worker import TargetWorkerConfig
 from specsplit.worker.server import load_servicer
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"

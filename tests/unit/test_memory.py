@@ -13,7 +13,7 @@ from specsplit.engines.numba import FusedLM
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
-from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.settings.worker import TargetWorkerConfig
 from specsplit.worker import memory
 from specsplit.worker.memory import MIB, free_memory, sessions_that_fit
 

@@ -17,7 +17,7 @@ from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.models.sources import resolve_model
-from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
 from tiny_models import SMALL, make_tiny_model, random_model
 

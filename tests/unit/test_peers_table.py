@@ -19,7 +19,7 @@ from specsplit.errors import UserError
 from specsplit.experiment.peer_race import PEER_COLUMNS, Ours, check_peers, race
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 REQUESTS = [Request("a", "chat", [5, 6]), Request("b", "code", [7])]
 
@@ -66,7 +66,7 @@ def raced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         log: list[str] = []
 
         def write(self: TextWriter, prompt_ids: list[int], config: OrchestratorConfig, **_: Any) -> SpeculativeResult:
-            log.append(f"gamma_{config.max_draft_tokens}")
+            log.append(f"gamma_{config.gamma}")
             rounds = [Round(1, 1, 1, 1, *[0.0] * 7), Round(2, 0, 0, 0, *[0.0] * 7)]
             return SpeculativeResult([1, 1, 3], "length", rounds, 20.0, 40.0)
 
@@ -75,8 +75,8 @@ def raced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         monkeypatch.setattr(TextWriter, "write", write)
         monkeypatch.setattr("specsplit.experiment.peer_race.SETTLE_S", 0.0)
         worker: Any = SimpleNamespace(address="x", description=SimpleNamespace(max_context=64, eos_token_ids=[2]))
-        configs = [OrchestratorConfig(max_draft_tokens=gamma, max_output_tokens=3) for gamma in (0, 4)]
-        ours = [Ours(f"gamma_{c.max_draft_tokens}", c, worker if c.max_draft_tokens else None, worker) for c in configs]
+        configs = [OrchestratorConfig(gamma=gamma, max_output_tokens=3) for gamma in (0, 4)]
+        ours = [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
         output = tmp_path / "peers_requests.csv"
         race(REQUESTS, ours, [Peer("generate")], FakeHuggingFace(log), output, **options)  # type: ignore[arg-type]
         with output.open(newline="") as file:
@@ -197,6 +197,6 @@ def manifest(source: str, weights: str) -> dict[str, Any]:
 )
 def test_a_race_that_cannot_be_run_is_refused(target: Any, draft: Any, message: str) -> None:
     worker: Any = SimpleNamespace(address="x", description=SimpleNamespace(weights_sha256="w" * 64))
-    ours = [Ours("gamma_0", OrchestratorConfig(max_draft_tokens=0), None, worker)]
+    ours = [Ours("gamma_0", OrchestratorConfig(gamma=0), None, worker)]
     with pytest.raises(UserError, match=message):
         check_peers([Peer("assisted")], ours, {"target": target, "draft": draft})

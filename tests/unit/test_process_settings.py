@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from specsplit.cli.flags import add_setting_flags, load_settings, setting_arguments
+from specsplit.cli.parser import Parser
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
-from specsplit.settings.processes import (
-    AUTO_GAMMA_LIMIT,
-    MAX_GAMMA,
-    DraftWorkerConfig,
-    OrchestratorConfig,
-    Settings,
-    TargetWorkerConfig,
-    WorkerSettings,
-)
+from specsplit.settings import environment
+from specsplit.settings.base import Settings
+from specsplit.settings.environment import check_environment
+from specsplit.settings.run import AUTO_GAMMA_LIMIT, MAX_GAMMA, OrchestratorConfig, SweepSettings
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
 ROLES: list[type[WorkerSettings]] = [DraftWorkerConfig, TargetWorkerConfig]
 ALL: list[type[Settings]] = [DraftWorkerConfig, TargetWorkerConfig, OrchestratorConfig]
@@ -42,7 +40,7 @@ def test_defaults() -> None:
     draft, target, loop = DraftWorkerConfig.load(), TargetWorkerConfig.load(), OrchestratorConfig.load()
     assert (draft.port, draft.dtype, target.port, target.dtype) == (50051, "bfloat16", 50052, "float32")
     assert (loop.draft_address, loop.target_address) == ("127.0.0.1:50051", "127.0.0.1:50052")
-    assert (loop.max_draft_tokens, loop.tree, loop.max_rounds) == (5, "chain", None)
+    assert (loop.gamma, loop.tree, loop.max_rounds) == (5, "chain", None)
     assert (loop.mode, loop.rtt_ms, loop.jitter_ms) == ("sync", 0, 0)
     assert (loop.temperature, loop.top_k, loop.top_p, loop.sampling) == (0, 0, 1, "coupled")  # greedy
 
@@ -50,9 +48,9 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("settings", "variable", "text", "field", "value"),
     [
-        (OrchestratorConfig, "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "7", "max_draft_tokens", 7),
+        (OrchestratorConfig, "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "7", "gamma", 7),
         (OrchestratorConfig, "SPECSPLIT_ORCH_TARGET_ADDRESS", "gpu:1", "target_address", "gpu:1"),
-        (OrchestratorConfig, "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "auto", "max_draft_tokens", "auto"),
+        (OrchestratorConfig, "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "auto", "gamma", "auto"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_TREE", "2x2", "tree", "2x2"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_TREE", "dynamic-16", "tree", "dynamic-16x4"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_MODE", "lookahead", "mode", "lookahead"),
@@ -74,7 +72,7 @@ def test_the_environment_overrides_the_default(
 ) -> None:
     monkeypatch.setenv(variable, text)
     assert getattr(settings.load(), field) == value
-    assert settings.variable(field) == variable
+    assert variable in settings.variables(field)
 
 
 def test_a_flag_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +80,7 @@ def test_a_flag_overrides_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SPECSPLIT_ORCH_IGNORE_EOS", "true")
     monkeypatch.setenv("SPECSPLIT_ORCH_TREE", "3")
     given = load_settings(OrchestratorConfig, parsed(OrchestratorConfig, "--gamma", "2", "--no-ignore-eos"))
-    assert (given.max_draft_tokens, given.ignore_eos, given.tree) == (2, False, "3")
+    assert (given.gamma, given.ignore_eos, given.tree) == (2, False, "3")
 
 
 def test_one_role_does_not_read_the_variables_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +90,9 @@ def test_one_role_does_not_read_the_variables_of_another(monkeypatch: pytest.Mon
 
 
 def test_the_shape_and_the_deepest_draft_that_settings_ask_for() -> None:
-    given = OrchestratorConfig.load({"tree": "3x2", "max_draft_tokens": "4"})
+    given = OrchestratorConfig.load({"tree": "3x2", "gamma": "4"})
     assert (given.shape, given.gamma_limit) == (TreeShape((3, 2)), 4)
-    automatic = OrchestratorConfig.load({"max_draft_tokens": "auto"})
+    automatic = OrchestratorConfig.load({"gamma": "auto"})
     assert (automatic.shape, automatic.gamma_limit) == (TreeShape(), AUTO_GAMMA_LIMIT)
 
 
@@ -124,7 +122,7 @@ def test_the_shape_and_the_deepest_draft_that_settings_ask_for() -> None:
         (OrchestratorConfig, "SPECSPLIT_ORCH_JITTER_MS", "-5", "--jitter-ms"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_SEED", "-1", "--seed"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_RPC_TIMEOUT_S", "nan", "SPECSPLIT_ORCH_RPC_TIMEOUT_S"),
-        (DraftWorkerConfig, "SPECSPLIT_DRAFT_SKIP_LAYERS", "13, 14", "SPECSPLIT_DRAFT_SKIP_LAYERS: not JSON"),
+        (DraftWorkerConfig, "SPECSPLIT_DRAFT_SKIP_LAYERS", "[13; 14]", "not JSON; write a list as [1, 2]"),
         (DraftWorkerConfig, "SPECSPLIT_DRAFT_PORT", "70000", "--port / SPECSPLIT_DRAFT_PORT = '70000'"),
         (TargetWorkerConfig, "SPECSPLIT_TARGET_DTYPE", "int4", "--dtype / SPECSPLIT_TARGET_DTYPE = 'int4'"),
         (TargetWorkerConfig, "SPECSPLIT_TARGET_THREADS", "0", "SPECSPLIT_TARGET_THREADS"),
@@ -142,10 +140,10 @@ def test_a_bad_value_names_its_variable(
 
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        OrchestratorConfig.load({"max_draft_tokens": -1, "draft_address": None, "max_rounds": "x"})
+        OrchestratorConfig.load({"gamma": -1, "draft_address": None, "max_rounds": "x"})
     lines = str(caught.value).splitlines()
     assert {line.split(" = ")[0] for line in lines} == {
-        "--gamma / SPECSPLIT_ORCH_MAX_DRAFT_TOKENS",
+        "--gamma / SPECSPLIT_ORCH_GAMMA",
         "--max-rounds / SPECSPLIT_ORCH_MAX_ROUNDS",
     }
 
@@ -176,8 +174,8 @@ def test_every_field_has_the_flag_that_messages_name(settings: type[Settings]) -
 
 def test_some_fields_can_be_left_out() -> None:
     parser = argparse.ArgumentParser()
-    add_setting_flags(parser, OrchestratorConfig, only=["seed"])
-    assert [action.dest for action in parser._actions] == ["help", "seed"]
+    add_setting_flags(parser, OrchestratorConfig, without=set(OrchestratorConfig.model_fields) - {"seed"})
+    assert [action.dest for action in parser._actions] == ["help", "settings", "seed"]
 
 
 @pytest.mark.parametrize("settings", ROLES)
@@ -190,7 +188,7 @@ def test_a_child_process_gets_these_very_settings(
     config = settings.load(values)
     arguments = setting_arguments(config, list(settings.model_fields))
     for field in ("max_context", "dtype", "port"):  # the child's environment may say something else
-        monkeypatch.setenv(settings.variable(field), "17" if field != "dtype" else "float16")
+        monkeypatch.setenv(settings.variables(field)[0], "17" if field != "dtype" else "float16")
     assert load_settings(settings, parsed(settings, *arguments)) == config
 
 
@@ -198,3 +196,100 @@ def test_a_child_process_gets_an_empty_list(monkeypatch: pytest.MonkeyPatch) -> 
     arguments = setting_arguments(DraftWorkerConfig.load({"skip_layers": []}), ["skip_layers"])
     monkeypatch.setenv("SPECSPLIT_DRAFT_SKIP_LAYERS", "[1]")
     assert load_settings(DraftWorkerConfig, parsed(DraftWorkerConfig, *arguments)).skip_layers == []
+
+
+# ---- one setting, four places
+
+
+def test_flag_before_variable_before_file_before_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text('{"run": {"gamma": 2, "tree": "2x2", "max_rounds": 9}, "draft": {"threads": 3}}')
+    monkeypatch.setenv("SPECSPLIT_ORCH_GAMMA", "3")
+    monkeypatch.setenv("SPECSPLIT_ORCH_TREE", "3")
+    flags = ["--settings", str(file)]
+    given = load_settings(OrchestratorConfig, parsed(OrchestratorConfig, *flags, "--gamma", "4"))
+    assert (given.gamma, given.tree, given.max_rounds, given.mode) == (4, "3", 9, "sync")
+    assert load_settings(OrchestratorConfig, parsed(OrchestratorConfig, *flags)).gamma == 3
+    monkeypatch.delenv("SPECSPLIT_ORCH_GAMMA")
+    assert load_settings(OrchestratorConfig, parsed(OrchestratorConfig, *flags)).gamma == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"run": {"gama": 2}}', "run.gama: unknown setting; did you mean gamma?"),
+        ('{"rum": {}}', "rum: no such part; did you mean run?"),
+        ('{"run": 3}', "run: wanted an object of settings"),
+        ('{"run": {"rtt_ms": NaN}}', "JSON has no NaN"),
+        ('{"run": {"gamma": 65}}', "--gamma"),
+    ],
+)
+def test_a_mistake_in_a_file_of_settings_is_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_settings(OrchestratorConfig, parsed(OrchestratorConfig, "--settings", str(file)))
+
+
+def test_both_variables_of_gamma_mean_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECSPLIT_ORCH_GAMMA", "7")
+    assert OrchestratorConfig.load().gamma == 7
+    monkeypatch.setenv("SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "7")
+    assert OrchestratorConfig.load().gamma == 7
+    monkeypatch.setenv("SPECSPLIT_ORCH_MAX_DRAFT_TOKENS", "8")
+    with pytest.raises(UserError, match="two values of one setting"):
+        OrchestratorConfig.load()
+
+
+@pytest.mark.parametrize("given", [["1", "3", "auto"], ["1,3,auto"], ["1,3", "auto"]])
+def test_several_values_are_given_with_spaces_or_commas(given: list[str]) -> None:
+    arguments = parsed(SweepSettings, "--gamma", *given)
+    assert load_settings(SweepSettings, arguments).gamma == [1, 3, "auto"]
+
+
+def test_several_values_where_one_is_wanted_say_who_takes_several() -> None:
+    with pytest.raises(UserError, match=r"one value here; `specsplit bench` takes several: --gamma 1 3 5"):
+        OrchestratorConfig.load({"gamma": "1,3,5"})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("SPECSPLIT_ORCH_GAMA", "SPECSPLIT_ORCH_GAMMA"),
+        ("SPECSPLIT_DRAFT_THREAD", "SPECSPLIT_DRAFT_THREADS"),
+        ("SPECSPLIT_TARGET_MODLE", "SPECSPLIT_TARGET_MODEL"),
+        ("SPECSPLIT_TOKENS", "SPECSPLIT_TOKEN"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_the_right_one(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, right: str
+) -> None:
+    check_environment()
+    monkeypatch.setenv(wrong, "1")
+    with pytest.raises(UserError, match=f"{wrong}: no such variable; did you mean {right}"):
+        check_environment()
+
+
+def test_every_variable_that_the_code_names_is_known() -> None:
+    source = Path(environment.__file__).parents[1]
+    named = {name for file in source.rglob("*.py") for name in re.findall(r"SPECSPLIT_[A-Z_]*[A-Z]", file.read_text())}
+    known = environment.known_variables()
+    assert not {name for name in named - known if not any(other.startswith(f"{name}_") for other in known)}
+
+
+def test_a_workflow_refuses_variables_that_would_change_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECSPLIT_ORCH_TARGET_ADDRESS", "gpu:1")
+    environment.refuse_overrides()
+    monkeypatch.setenv("SPECSPLIT_ORCH_MAX_OUTPUT_TOKENS", "8")
+    with pytest.raises(UserError, match="SPECSPLIT_ORCH_MAX_OUTPUT_TOKENS: would change results"):
+        environment.refuse_overrides()
+
+
+def test_a_misspelt_flag_gets_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="specsplit")
+    add_setting_flags(parser, OrchestratorConfig)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--gama", "3"])
+    assert "did you mean --gamma instead of --gama?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # no abbreviations
+        parser.parse_args(["--max-out", "3"])

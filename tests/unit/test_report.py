@@ -20,7 +20,7 @@ from specsplit.errors import UserError
 from specsplit.experiment.columns import ROUND_COLUMNS
 from specsplit.io import write_csv
 from specsplit.settings.axes import CONFIGURATION
-from specsplit.settings.workflow import load_pipeline_config
+from specsplit.settings.configuration import load_pipeline_config
 
 from test_tables import a_request
 

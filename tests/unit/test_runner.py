@@ -25,14 +25,14 @@ from specsplit.experiment.runner import encode_prompts, run_requests
 from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 CONTRACT = (
     "request_id", "gamma", "prompt_length", "generated_tokens", "ttft_ms", "tpot_ms", "average_acceptance_rate",
     "total_network_idle_ms", "total_latency_ms", "num_rounds",
 )  # fmt: skip
 REQUESTS = [Request("a", "chat", [1, 2, 3]), Request("b", "code", [4]), Request("c", "chat", [5, 6])]
-CONFIG = OrchestratorConfig(max_draft_tokens=4, tree="2x2", seed=11)
+CONFIG = OrchestratorConfig(gamma=4, tree="2x2", seed=11)
 
 
 class Words:
@@ -102,7 +102,7 @@ def test_time_between_tokens_leaves_out_those_of_the_first_round() -> None:
 
 def test_without_a_draft_there_is_no_acceptance_rate() -> None:
     alone = SpeculativeResult([7, 8], "length", [one_round(1, 0, 0), one_round(2, 0, 0)], 10.0, 20.0)
-    record = request_record(REQUESTS[0], alone, OrchestratorConfig(max_draft_tokens=0))
+    record = request_record(REQUESTS[0], alone, OrchestratorConfig(gamma=0))
     assert record.average_acceptance_rate is None
     assert (record.mean_accepted_length, record.tree) == (1.0, "chain")
 

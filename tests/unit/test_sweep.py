@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 SHARED = {"fan_out": 3, "top_k": 50, "top_p": 0.9, "sampling": "rejection", "jitter_ms": 2}
 
@@ -84,7 +84,7 @@ def test_settings_that_decide_nothing_stay_at_their_default(point: Point, change
 def test_settings_are_those_of_the_orchestrator(point: Point) -> None:
     config = OrchestratorConfig.load(point.settings(SHARED))
     given: dict[str, Any] = config.model_dump()
-    assert (given["max_draft_tokens"], given["mode"], given["tree"]) == (point.gamma, point.mode, point.tree)
+    assert (given["gamma"], given["mode"], given["tree"]) == (point.gamma, point.mode, point.tree)
     assert (given["temperature"], given["rtt_ms"]) == (point.temperature, point.rtt_ms)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 from specsplit.errors import UserError
-from specsplit.settings.workflow import SCHEMA, load_pipeline_config, schema_keys, swept_drafts, wanted
+from specsplit.settings.configuration import SCHEMA, load_pipeline_config, schema_keys, swept_drafts
 
 CONFIG = Path(__file__).parents[2] / "config"
 LOCAL = {"source": "local", "path": "/data/m"}
@@ -359,25 +361,10 @@ def leaf_keys() -> dict[str, dict[str, Any]]:
     return {key: schema for key, schema in schema_keys().items() if schema.get("type") != "object"}
 
 
-def expected_table() -> list[str]:
-    """The table in config/README.md, made from the schema."""
-    lines = ["| Key | Type | Default | Meaning | Example |", "|---|---|---|---|---|"]
-    for key, schema in schema_keys().items():
-        cells = [f"`{key}`", wanted(schema), "", schema["description"], ""]
-        if schema.get("type") != "object":
-            if "default" in schema:
-                cells[2] = f"`{json.dumps(schema['default'])}`"
-            else:
-                cells[2] = "required" if key.startswith("models.") else "that of `draft`"
-            cells[4] = f"`{json.dumps(schema['examples'][0])}`"
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def test_readme_has_the_table_of_the_schema() -> None:
-    lines = (CONFIG / "README.md").read_text(encoding="utf-8").splitlines()
-    start = lines.index("| Key | Type | Default | Meaning | Example |")
-    assert lines[start : lines.index("", start)] == expected_table()
+def test_what_is_made_from_the_settings_is_current() -> None:
+    command = [sys.executable, CONFIG.parent / "scripts" / "settings.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_config_file_holds_every_key_with_its_default() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,22 +20,23 @@ def test_workers_that_compute_at_once_share_the_cores(workspace):
     workspace.config |= {"gammas": [0, 2], "mode": ["sync", "lookahead"]}
     del workspace.config["workers"]["threads"]
 
-    def threads() -> dict[str, list[str]]:
-        text = workspace.run("--dry-run", "--printshellcmds")
-        commands = [line for line in text.splitlines() if "specsplit start-worker" in line]
-        found = {
-            re.search(r"workers/(\w+/\w+)\.json", line)[1]: re.findall(r"--threads (\d+)", line) for line in commands
+    def threads() -> dict[str, int | None]:
+        shutil.rmtree(workspace.folder / "results" / "settings", ignore_errors=True)
+        points = ("gamma_0", "gamma_2", "lookahead_gamma_2")
+        files = [f"results/settings/{point}/settings.json" for point in points]
+        workspace.run(target=" ".join(files))
+        told = {
+            point: json.loads((workspace.folder / file).read_text()) for point, file in zip(points, files, strict=True)
         }
-        assert len(found) == 5
-        return found
+        return {f"{p}/{role}": parts[role]["threads"] for p, parts in told.items() for role in parts if role != "run"}
 
-    half = [str(threads_beside_another())]
+    half = threads_beside_another()
     pair = {"lookahead_gamma_2/draft", "lookahead_gamma_2/target"}
-    assert {worker: half if worker in pair else [] for worker in threads()} == threads()
+    assert {worker: half if worker in pair else None for worker in threads()} == threads()
     workspace.config["workers"]["device"] = "cuda"
     assert not any(threads().values())
     workspace.config["workers"] |= {"device": "cpu", "threads": 3}
-    assert all(found == ["3"] for found in threads().values())
+    assert all(found == 3 for found in threads().values())
 
 
 @pytest.mark.slow
@@ -146,16 +146,21 @@ def test_runs_that_own_their_workers(workspace):
     assert workspace.planned() == {}
 
 
-def test_flags_of_own_workers_are_quoted_twice(workspace):
-    """Once for the shell, once for bench: an address file may have a space in its name."""
-    workspace.config["workers"] |= {"lifecycle": "job", "target_address": "my target.json"}
-    text = workspace.run("--dry-run", "--printshellcmds")
-    commands = [shlex.split(line) for line in text.splitlines() if "specsplit bench" in line]
-    assert len(commands) == 3
-    for command in commands:
-        target = shlex.split(command[command.index("--start-target") + 1])
-        assert target[target.index("--attach") + 1] == "my target.json"
-        assert target[target.index("--model") + 1] == "resources/models/tiny/model.json"
+def test_settings_are_data_and_no_code(workspace):
+    """An address file may have a space, a quote, a brace or a dollar in its name."""
+    name = "my {target} 'of' $HOME.json"
+    workspace.config["workers"] |= {"lifecycle": "job", "target_address": name}
+    file = "results/settings/gamma_1/operation.json"
+    workspace.run("--notemp", target=file)
+    told = json.loads((workspace.folder / file).read_text())
+    assert told["target"]["attach"] == name
+    assert told["run"]["start_workers"] is True
+    decides = "results/settings/gamma_1/settings.json"
+    workspace.run(target=decides)
+    told = json.loads((workspace.folder / decides).read_text())
+    assert told["run"]["gamma"] == 1
+    assert told["target"]["model"] == "resources/models/tiny/model.json"
+    assert "attach" not in told["target"]
 
 
 @pytest.mark.slow
@@ -164,7 +169,7 @@ def test_one_failed_gamma_keeps_the_others(workspace):
     marker = workspace.folder / "fail"
     runner = workspace.folder / "src" / "specsplit" / "bench" / "runner.py"
     code = runner.read_text()
-    condition = f"config.max_draft_tokens == 3 and Path({str(marker)!r}).exists()"
+    condition = f"config.gamma == 3 and Path({str(marker)!r}).exists()"
     guard = f"    if {condition}:\n        raise UserError('on purpose')\n"
     body = "    gpu_before = capture_gpu()\n"
     assert body in code

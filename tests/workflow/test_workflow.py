@@ -65,30 +65,58 @@ def also(*row):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"gammas": [0, 1, 2, 3]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
-        ({"gammas": [0, 1]}, {"resolved_config": 1, **ANALYSIS}),
-        also({"gammas": [0, 1, 3, "auto"]}, {"start_worker": 2, "benchmark": 1, "resolved_config": 1, **ANALYSIS}),
-        ({"mode": ["sync", "lookahead"]}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
-        also({"tree": ["chain", "2x2"]}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
-        also(
-            {"sampling": {"temperature": [0, 1]}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}
+        (
+            {"gammas": [0, 1, 2, 3]},
+            {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS},
         ),
-        ({"network": {"rtt_ms": [0, 5]}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
-        also({"network": {"jitter_ms": 1}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
+        ({"gammas": [0, 1]}, {"resolved_config": 1, **ANALYSIS}),
+        also(
+            {"gammas": [0, 1, 3, "auto"]},
+            {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS},
+        ),
+        (
+            {"mode": ["sync", "lookahead"]},
+            {"start_worker": 4, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
+        ),
+        also(
+            {"tree": ["chain", "2x2"]},
+            {"start_worker": 4, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
+        ),
+        also(
+            {"sampling": {"temperature": [0, 1]}},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+        ),
+        (
+            {"network": {"rtt_ms": [0, 5]}},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "operation": 3, "resolved_config": 1, **ANALYSIS},
+        ),
+        also(
+            {"network": {"jitter_ms": 1}},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "resolved_config": 1, **ANALYSIS},
+        ),
         ({"lookahead": {"fan_out": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         also({"sampling": {"top_k": 5}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         ({"statistics": {"confidence": 0.9}}, {"resolved_config": 1, **ANALYSIS} | {"merge": 0}),
-        ({"draft": {"skip_layers": [0]}}, {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS}),
-        also({"target": {"dtype": "bfloat16"}}, {"start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS}),
-        also({"workers": {"max_sessions": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        (
+            {"draft": {"skip_layers": [0]}},
+            {"start_worker": 4, "benchmark": 2, "settings": 2, "resolved_config": 1, **ANALYSIS},
+        ),
+        also(
+            {"target": {"dtype": "bfloat16"}},
+            {"start_worker": 5, "benchmark": 3, "settings": 3, "resolved_config": 1, **ANALYSIS},
+        ),
+        also({"workers": {"max_sessions": 2}}, {"operation": 3, "resolved_config": 1, "provenance": 1, "summary": 1}),
         (
             {"workers": {"gpus": 1, "token_file": "secrets/token", "tls_ca": "ca.pem", "cache_memory_mb": 99}},
-            {"resolved_config": 1, "provenance": 1, "summary": 1},
+            {"operation": 3, "resolved_config": 1, "provenance": 1, "summary": 1},
         ),
-        also({"faults": {"on_draft_failure": "fail"}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        also(
+            {"faults": {"on_draft_failure": "fail"}},
+            {"operation": 3, "resolved_config": 1, "provenance": 1, "summary": 1},
+        ),
         (
             {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
-            {"start_worker": 4, "benchmark": 2, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 4, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
         ),
         (
             {"models": {"tiny": {"source": "huggingface", "repo": "a/b", "revision": "c"}}},
@@ -116,9 +144,12 @@ def test_what_a_changed_key_reruns(finished, change, expected):
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("decoding/verification.py", {"start_worker": 5, "benchmark": 3, **ANALYSIS}),
+        ("decoding/verification.py", {"start_worker": 5, "benchmark": 3, "operation": 3, **ANALYSIS}),
         ("analysis/figures.py", {"figures": 1, "summary": 1}),
-        ("experiment/dataset.py", {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, **ANALYSIS}),
+        (
+            "experiment/dataset.py",
+            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, **ANALYSIS},
+        ),
         ("cli/generate.py", {}),
     ],
 )
@@ -207,19 +238,33 @@ def test_timing_runs_take_every_core(finished):
 BESIDE = "results/peers.csv results/capacity.csv results/context_curve.csv results/profile.csv"
 
 
+def settings_of(workspace, name, file):
+    path = f"results/settings/{name}/{file}.json"
+    workspace.run("--notemp", target=path)
+    text = (workspace.folder / path).read_text()
+    (workspace.folder / path).unlink()
+    return text
+
+
 def test_measurements_beside_the_sweep_are_planned(finished):
     workers = 7 + 3 + 3  # raced: gamma 0 and 3, 5 in two modes; many clients and contexts: gamma 0 and 3
     assert finished.planned(target=BESIDE) == {
         **{"race_peers": 1, "peers": 1, "benchmark_capacity": 1, "capacity": 1, "context_curve": 1, "profile": 1},
         "start_worker": workers + 2,
+        "settings": 12,
+        "operation": 12,
     }
-    text = finished.run("--dry-run", "--printshellcmds", target=BESIDE)
-    started = {
-        line.split("--endpoint-file ")[1].split()[0]: line for line in text.splitlines() if "start-worker" in line
+    told = {
+        name: json.loads(settings_of(finished, name, file))
+        for name, file in (
+            ("capacity/gamma_3", "operation"),
+            ("context/gamma_0", "settings"),
+            ("race/gamma_3", "operation"),
+        )
     }
-    assert "--max-sessions 16" in started["results/workers/capacity/gamma_3/target.json"]
-    assert "--max-context 4192" in started["results/workers/context/gamma_0/target.json"]
-    assert "--max-sessions 8" in started["results/workers/race/gamma_3/draft.json"]
+    assert told["capacity/gamma_3"]["target"]["max_sessions"] == 16
+    assert told["context/gamma_0"]["target"]["max_context"] == 4192
+    assert told["race/gamma_3"]["draft"]["max_sessions"] == 8
     assert finished.planned() == {}  # none of it is part of the main job
 
 
@@ -287,7 +332,7 @@ def test_archive(finished):
     jobs = {entity["@id"]: entity for entity in crate["@graph"] if entity["@id"].startswith("#job/")}
     rules = {identifier.split("/")[1] for identifier in jobs}
     assert rules == {
-        *("prepare_dataset", "prepare_model", "resolved_config", "benchmark"),
+        *("prepare_dataset", "prepare_model", "resolved_config", "settings", "benchmark"),
         *("merge", "figures", "provenance", "summary", "report"),
     }
     assert all(job["startTime"] < job["endTime"] for job in jobs.values())

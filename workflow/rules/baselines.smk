@@ -4,6 +4,9 @@
 # Every core, as a run. All workers and Hugging Face's process are loaded, and one of them computes.
 rule race_peers:
     input:
+        settings=told("race"),
+        operation=operated("race"),
+        workers=told(*RACED),
         endpoints=lambda wildcards: endpoints_of(RACED),
         prompts="results/dataset/prompts.jsonl",
         models=models_of(RACED)[0],
@@ -17,27 +20,14 @@ rule race_peers:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
-        settings=flags(
-            baseline=config["baselines"]["peers"],
-            gamma=config["baselines"]["gammas"],
-            mode=config["baselines"]["mode"],
-            tree=config["baselines"]["tree"],
-            fan_out=config["lookahead"]["fan_out"],
-            repeats=config["repeats"],
-            draft_name=FIRST_DRAFT,
-            **text_settings(),
-        ),
-        # Not used by the command: other workers, other results.
-        workers=[worker_settings(role, label) for label in RACED for role in run_roles(label)],
         models=flags(
-            tokenizer=TARGET_FOLDER,
             target_model=TARGET_FOLDER,
             draft_model=f"resources/models/{DRAFTS[FIRST_DRAFT]['model']}",
         ),
         code=code_of("bench", "race"),
     shell:
-        "specsplit bench --only --prompts {input.prompts} --results-dir results --workers-dir results/workers/race"
-        " {params.models} {params.settings} > {log} 2>&1"
+        "specsplit bench --only --settings {input.settings} {input.operation} --prompts {input.prompts} --results-dir results"
+        " --workers-dir results/workers/race {params.models} > {log} 2>&1"
 
 
 rule peers:

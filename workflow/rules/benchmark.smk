@@ -3,6 +3,8 @@
 
 rule benchmark:
     input:
+        settings="results/settings/{point}/settings.json",
+        operation=ancient("results/settings/{point}/operation.json"),
         endpoints=lambda wildcards: run_endpoints(wildcards.point),
         prompts="results/dataset/prompts.jsonl",
         models=lambda wildcards: models_of([wildcards.point])[0],
@@ -19,16 +21,10 @@ rule benchmark:
     threads: EVERY_CORE
     resources:
         gpu=config["workers"]["gpus"],
-        workers=lambda wildcards: run_workers(wildcards.point),
-        faults=fault_settings(),
     params:
-        settings=lambda wildcards: run_settings(wildcards.point),
-        # Not used by the command, which has it from the resources: other workers, other results.
-        workers=lambda wildcards: [worker_settings(role, wildcards.point) for role in run_roles(wildcards.point)],
-        tokenizer=TARGET_FOLDER,
         code=code_of("bench"),
     shell:
-        "specsplit bench --only --prompts {input.prompts} --results-dir results"
-        " --tokenizer {params.tokenizer} {resources.workers} {resources.faults} --gpus {resources.gpu} {params.settings}"
+        "specsplit bench --only --settings {input.settings} {input.operation} --prompts {input.prompts}"
+        " --results-dir results --gpus {resources.gpu}"
         # The log gets everything; a terminal, if there is one behind it, the bar.
         " --terminal-fd 3 3>&2 > {log} 2>&1"

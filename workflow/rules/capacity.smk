@@ -3,6 +3,9 @@
 
 rule benchmark_capacity:
     input:
+        settings=told("capacity"),
+        operation=operated("capacity"),
+        workers=told(*CAPACITY),
         endpoints=lambda wildcards: endpoints_of(CAPACITY),
         prompts="results/dataset/prompts.jsonl",
         models=models_of(CAPACITY)[0],
@@ -14,25 +17,11 @@ rule benchmark_capacity:
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
-    resources:
-        faults=fault_settings(),
     params:
-        settings=flags(
-            clients=config["capacity"]["clients"],
-            gamma=config["capacity"]["gammas"],
-            mode=config["capacity"]["mode"],
-            requests=config["capacity"]["requests"],
-            fan_out=config["lookahead"]["fan_out"],
-            draft_name=FIRST_DRAFT,
-            **text_settings(),
-        ),
-        # Not used by the command: other workers, other results.
-        workers=[worker_settings(role, label) for label in CAPACITY for role in run_roles(label)],
-        tokenizer=lambda wildcards: TARGET_FOLDER,
         code=code_of("capacity"),
     shell:
-        "specsplit capacity --only --prompts {input.prompts} --results-dir results"
-        " --workers-dir results/workers/capacity --tokenizer {params.tokenizer} {params.settings} {resources.faults} > {log} 2>&1"
+        "specsplit capacity --only --settings {input.settings} {input.operation} --prompts {input.prompts} --results-dir results"
+        " --workers-dir results/workers/capacity > {log} 2>&1"
 
 
 rule capacity:

@@ -7,10 +7,15 @@ from pathlib import Path
 
 try:
     from specsplit.analysis.captions import BESIDE, FIGURES
-    from specsplit.experiment.sweep import plain_number, sweep_points
-    from specsplit.settings.processes import MAX_GAMMA
+    from specsplit.experiment.sweep import sweep_points
+    from specsplit.settings.configuration import load_pipeline_config, swept_drafts
+    from specsplit.settings.distill import AcceptanceSettings, TrainingSettings, WritingSettings
+    from specsplit.settings.environment import check_environment, refuse_overrides
+    from specsplit.settings.measure import BenchSettings
+    from specsplit.settings.run import MAX_GAMMA, OrchestratorConfig
+    from specsplit.settings.worker import ROLES as WORKERS
+    from specsplit.settings.worker import LaunchSettings
     from specsplit.errors import UserError
-    from specsplit.settings.workflow import load_pipeline_config, swept_drafts
     from specsplit.provenance.capture import WORKFLOW_FILES
     from specsplit.provenance.closure import code_sha256
     from specsplit.provenance.steps import remember_workflow
@@ -23,6 +28,8 @@ except ModuleNotFoundError as error:
     ) from None
 
 try:
+    check_environment()
+    refuse_overrides()
     resolved = load_pipeline_config(config)
 except UserError as error:
     raise WorkflowError(str(error)) from None
@@ -62,6 +69,11 @@ CAPACITY = {
 CONTEXT = {f"context/{point.label}": point for point in sweep_points(config["context"]["gammas"], drafts=[FIRST_DRAFT])}
 WORKER_POINTS = {**RACED, **CAPACITY, **CONTEXT, **POINTS}
 MODELS = sorted({config["target"]["model"], *(draft["model"] for draft in DRAFTS.values())})
+# Jobs beside the runs that have a file of settings.
+MEASUREMENTS = [
+    *("race", "capacity", "context", "distill/write_data", "distill/train", "distill/measure"),
+    *(f"layers/{draft}" for draft in DRAFTS),
+]
 TARGET_FOLDER = f"resources/models/{config['target']['model']}"
 ROLES = ["draft", "target"]
 # The draft that distill.smk makes, as the path of a model, and the GPU that its steps ask for.
@@ -73,6 +85,7 @@ wildcard_constraints:
     point="|".join(map(re.escape, WORKER_POINTS)),
     role="|".join(ROLES),
     draft="|".join(map(re.escape, DRAFTS)),
+    job="|".join(map(re.escape, [*WORKER_POINTS, *MEASUREMENTS])),
     recipe=re.escape(config["distill"]["name"]),
     model="|".join(config["models"]),  # all: an ngram model may take the tokenizer of one that is not run
 
@@ -190,14 +203,7 @@ def local_files(name):
         return []
     if os.path.normpath(spec["path"]) == DISTILLED:  # made by the workflow, so named whether it is there or not
         return [f"{DISTILLED}/model.safetensors", f"{DISTILLED}/config.json"]
-    return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors"})
-
-
-def distill_flags(*names):
-    """Flags of a step of the distillation: these keys of its section, and what all steps share."""
-    values = {name: config["distill"][name] for name in names}
-    workers = config["workers"]
-    return flags(**values, seed=config["seed"], device=workers["device"], threads=workers["threads"])
+    return sorted(str(f) for f in Path(spec["path"]).glob("*") if f.suffix in {".json", ".safetensors", ".gguf"})
 
 
 def role_settings(role, label):
@@ -241,20 +247,27 @@ def worker_sessions(label):
 
 
 def worker_settings(role, label):
-    """What decides the results of a run's worker; a change of it reruns the run."""
+    """Settings of a run's worker, and of how it is started."""
     workers = config["workers"]
     own, picked = role_settings(role, label), layers_file(role, label)
-    return flags(
-        dtype=own["dtype"],
-        skip_layers=None if picked else own.get("skip_layers"),
-        skip_layers_file=picked[0] if picked else None,
-        device=workers["device"],
-        engine=workers["engine"],
-        threads=worker_threads(label),
-        max_context=worker_context(label),
-        seed=config["seed"],
-        target_tokenizer=TARGET_FOLDER if speaks_through(role, label) else None,
-    )
+    settings = {
+        "model": role_model(role, label),
+        "dtype": own["dtype"],
+        "device": workers["device"],
+        "engine": workers["engine"],
+        "threads": worker_threads(label),
+        "max_context": worker_context(label),
+        "seed": config["seed"],
+        "max_sessions": worker_sessions(label),
+        "cache_memory_mb": workers["cache_memory_mb"],
+        "session_ttl_s": workers["session_ttl_s"],
+        "startup_timeout_s": workers["startup_timeout_s"],
+        "attach": attach_address(role) or None,
+    }
+    if role == "draft":
+        settings |= {"skip_layers_file": picked[0]} if picked else {"skip_layers": own["skip_layers"]}
+        settings["target_tokenizer"] = TARGET_FOLDER if speaks_through(role, label) else None
+    return settings
 
 
 def speaks_through(role, label):
@@ -266,28 +279,6 @@ def speaks_through(role, label):
 def attach_address(role):
     """Address, or address file, of the running worker to use, or nothing: start one."""
     return os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or config["workers"][f"{role}_address"] or ""
-
-
-def worker_operation(role, label):
-    """How a run's worker is operated. No params: it changes no result, so a change of it reruns nothing."""
-    workers = config["workers"]
-    return flags(
-        max_sessions=worker_sessions(label),
-        cache_memory_mb=workers["cache_memory_mb"],
-        session_ttl_s=workers["session_ttl_s"],
-        startup_timeout_s=workers["startup_timeout_s"],
-        attach=attach_address(role) or None,
-    )
-
-
-def fault_settings():
-    """What a run does when a worker fails. No params: it changes no result where nothing fails."""
-    faults = config["faults"]
-    return flags(
-        on_draft_failure=faults["on_draft_failure"],
-        recovery_timeout_s=plain_number(faults["recovery_timeout_s"]),
-        rpc_timeout_s=plain_number(faults["call_timeout_s"]),
-    )
 
 
 # ---- results
@@ -309,6 +300,7 @@ def result_files():
         *rules.resolved_config.output,
         *rules.provenance.output,
         *run_files("requests.csv", "per_round.csv", "outputs.jsonl", "run.json"),
+        *told(*POINTS),
     ]
 
 
@@ -345,49 +337,125 @@ def run_endpoints(label):
     return [] if config["workers"]["lifecycle"] == "job" else endpoints_of([label])
 
 
-def run_workers(label):
-    """Flags of bench that say where its workers are, or how to start them."""
-    roles = run_roles(label)
-    if config["workers"]["lifecycle"] == "workflow":
-        return flags(**{f"{role}_addr": f"results/workers/{label}/{role}.json" for role in roles})
-    return flags(**{f"start_{role}": own_worker(role, label) for role in roles})
+# ---- settings
 
 
-def own_worker(role, label):
-    """Flags of start-worker, in one string, for a worker that a run's own job starts."""
-    files = flags(model=role_model(role, label), worker_log=f"results/logs/workers/{label}_{role}.log")
-    return f"{files} {worker_settings(role, label)} {worker_operation(role, label)}"
+def settings_file(job, operates):
+    """The file of settings of a job, as JSON: those that decide its result, or those that only operate it."""
+    parts = {"run": JOB_SETTINGS[job]()} if job in JOB_SETTINGS else {}
+    if job in POINTS:
+        parts["run"] = run_settings(job)
+    if job in WORKER_POINTS:
+        parts |= {role: worker_settings(role, job) for role in run_roles(job)}
+    fields = set().union(*(settings.operating() for settings in [*CLASSES, *WORKERS.values()]))
+    chosen = {
+        part: {key: value for key, value in settings.items() if (key in fields) == operates}
+        for part, settings in parts.items()
+    }
+    return json.dumps(chosen, indent=2)
+
+
+CLASSES = [OrchestratorConfig, BenchSettings, LaunchSettings, WritingSettings, TrainingSettings, AcceptanceSettings]
 
 
 def run_settings(label):
-    """Flags of bench that decide a run's results."""
+    """Settings of a run of the sweep."""
     sampling = config["sampling"]
-    settings = POINTS[label].settings(
-        {
-            "fan_out": config["lookahead"]["fan_out"],
-            "top_k": sampling["top_k"],
-            "top_p": sampling["top_p"],
-            "sampling": sampling["method"],
-            "jitter_ms": config["network"]["jitter_ms"],
-        }
-    )
-    settings = {key: plain_number(value) if isinstance(value, float) else value for key, value in settings.items()}
-    return flags(
-        gamma=settings.pop("max_draft_tokens"),
-        **settings,
-        max_rounds=config["generation"]["max_rounds"],
-        repeats=config["repeats"],
+    shared = {
+        "fan_out": config["lookahead"]["fan_out"],
+        "top_k": sampling["top_k"],
+        "top_p": sampling["top_p"],
+        "sampling": sampling["method"],
+        "jitter_ms": config["network"]["jitter_ms"],
+    }
+    if config["workers"]["lifecycle"] == "job":
+        workers = {"start_workers": True}
+    else:
+        workers = {f"{role}_address": f"results/workers/{label}/{role}.json" for role in run_roles(label)}
+    return {
+        **POINTS[label].settings(shared),
+        "max_rounds": config["generation"]["max_rounds"],
+        "repeats": config["repeats"],
         **text_settings(),
-    )
+        **workers,
+    }
 
 
 def text_settings():
-    """Flags of every measurement with prompts that decide its texts."""
-    generation = config["generation"]
+    """Settings of every measurement with prompts."""
+    generation, faults = config["generation"], config["faults"]
     return {
         "max_output_tokens": generation["max_output_tokens"],
         "use_chat_template": generation["use_chat_template"],
         "ignore_eos": generation["ignore_eos"],
         "warmup": config["warmup_requests"],
         "seed": config["seed"],
+        "tokenizer": TARGET_FOLDER,
+        "on_draft_failure": faults["on_draft_failure"],
+        "recovery_timeout_s": faults["recovery_timeout_s"],
+        "rpc_timeout_s": faults["call_timeout_s"],
     }
+
+
+def race_settings():
+    raced = config["baselines"]
+    axes = {"baseline": raced["peers"], "gamma": raced["gammas"], "mode": raced["mode"], "tree": raced["tree"]}
+    shared = {"fan_out": config["lookahead"]["fan_out"], "repeats": config["repeats"], "draft_name": FIRST_DRAFT}
+    return {**axes, **shared, **text_settings()}
+
+
+def capacity_settings():
+    measured = config["capacity"]
+    told = {"clients": measured["clients"], "gamma": measured["gammas"], "mode": measured["mode"]}
+    told |= {"requests": measured["requests"], "fan_out": config["lookahead"]["fan_out"], "draft_name": FIRST_DRAFT}
+    return {**told, **text_settings()}
+
+
+def context_settings():
+    measured = config["context"]
+    told = {"length": measured["lengths"], "gamma": measured["gammas"], "output_tokens": measured["output_tokens"]}
+    told |= {"texts": measured["texts"], "draft_name": FIRST_DRAFT, "tokenizer": TARGET_FOLDER, "seed": config["seed"]}
+    return {**told, "use_chat_template": config["generation"]["use_chat_template"]}
+
+
+def distill_settings(settings):
+    """Settings of a step of the distillation: its keys of the section, and what all steps share."""
+    workers = {key: config["workers"][key] for key in ("device", "threads")}
+    own = {key: value for key, value in config["distill"].items() if key in settings.model_fields}
+    return {**own, **workers, "seed": config["seed"]}
+
+
+def acceptance_settings():
+    told = {"gamma": config["distill"]["gamma"], "draft_dtype": config["distill"]["draft_dtype"]}
+    told |= {"target_dtype": config["target"]["dtype"], "seed": config["seed"]}
+    told |= {key: config["workers"][key] for key in ("device", "engine", "threads")}
+    told |= {key: config["generation"][key] for key in ("max_output_tokens", "use_chat_template")}
+    return {**told, **config["statistics"]}
+
+
+def layer_settings(draft):
+    told = {"skip_count": DRAFTS[draft]["skip_count"], "dtype": DRAFTS[draft]["dtype"]}
+    told |= {key: config["workers"][key] for key in ("device", "threads")}
+    told["use_chat_template"] = config["generation"]["use_chat_template"]
+    return {**told, "limit": config["draft"]["calibration_prompts"]}
+
+
+JOB_SETTINGS = {
+    "race": race_settings,
+    "capacity": capacity_settings,
+    "context": context_settings,
+    "distill/write_data": lambda: distill_settings(WritingSettings),
+    "distill/train": lambda: distill_settings(TrainingSettings),
+    "distill/measure": acceptance_settings,
+    **{f"layers/{draft}": lambda draft=draft: layer_settings(draft) for draft in DRAFTS},
+}
+
+
+def told(*jobs):
+    """Inputs of a job: the files with the settings that decide what these jobs make."""
+    return [f"results/settings/{job}/settings.json" for job in jobs]
+
+
+def operated(job):
+    """Input of a job: the file with how it is operated."""
+    return ancient(f"results/settings/{job}/operation.json")

@@ -14,6 +14,7 @@ rule distill:
 # Shards are no outputs, which Snakemake would delete before it goes on where an interrupted job was.
 rule distill_write_data:
     input:
+        settings=told("distill/write_data"),
         target=f"{TARGET_FOLDER}/model.json",
         held_out=config["dataset"]["path"],
     output:
@@ -26,22 +27,20 @@ rule distill_write_data:
     resources:
         gpu=DISTILL_GPU,
     params:
-        settings=distill_flags(
-            *("tokens", "user_temperature", "answer_temperature", "max_user_tokens", "max_answer_tokens"),
-            *("write_batch", "top_k", "target_dtype"),
-        ),
         on_bad_line=config["dataset"]["on_bad_line"],
         code=code_of("distill write-data"),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:
-        "specsplit distill write-data --target {input.target} --held-out {input.held_out}"
-        " --on-bad-line {params.on_bad_line} --output {params.folder} {params.settings}"
+        "specsplit distill write-data --settings {input.settings} --target {input.target} --held-out {input.held_out}"
+        " --on-bad-line {params.on_bad_line} --output {params.folder}"
         " --terminal-fd 3 3>&2 > {log} 2>&1"
 
 
 # The folder has the target's tokenizer files and, for a reduced vocabulary, its map as well.
 rule distill_train:
     input:
+        settings=told("distill/train"),
+        operation=operated("distill/train"),
         target=f"{TARGET_FOLDER}/model.json",
         data="results/distill/{recipe}/data/manifest.json",
     output:
@@ -56,25 +55,20 @@ rule distill_train:
     threads: EVERY_CORE
     resources:
         gpu=DISTILL_GPU,
-        # It changes no result, so a change of it reruns nothing.
-        operation=flags(checkpoint_every=config["distill"]["checkpoint_every"]),
     params:
-        settings=distill_flags(
-            *("layers", "take_layers", "vocab_size", "draft_dtype", "epochs", "batch_size", "learning_rate"),
-            *("warmup_share", "weight_decay", "clip_norm", "validation_texts", "evaluate_every"),
-        ),
         folder=lambda wildcards, output: os.path.dirname(output.weights),
         checkpoint="results/distill/{recipe}/checkpoint.safetensors",
         code=code_of("distill train"),
     shell:
-        "specsplit distill train --target {input.target} --data {input.data} --name {wildcards.recipe}"
+        "specsplit distill train --settings {input.settings} {input.operation} --target {input.target} --data {input.data} --name {wildcards.recipe}"
         " --output {params.folder} --losses {output.losses} --report {output.report}"
-        " --checkpoint {params.checkpoint} {params.settings} {resources.operation}"
+        " --checkpoint {params.checkpoint}"
         " --terminal-fd 3 3>&2 > {log} 2>&1"
 
 
 rule distill_measure:
     input:
+        settings=told("distill/measure"),
         target=f"{TARGET_FOLDER}/model.json",
         weights="results/distill/{recipe}/draft/model.safetensors",
         prompts="results/dataset/prompts.jsonl",
@@ -90,24 +84,11 @@ rule distill_measure:
     resources:
         gpu=DISTILL_GPU,
     params:
-        settings=flags(
-            gamma=config["distill"]["gamma"],
-            max_output_tokens=config["generation"]["max_output_tokens"],
-            use_chat_template=config["generation"]["use_chat_template"],
-            target_dtype=config["target"]["dtype"],
-            draft_dtype=config["distill"]["draft_dtype"],
-            device=config["workers"]["device"],
-            engine=config["workers"]["engine"],
-            threads=config["workers"]["threads"],
-            confidence=config["statistics"]["confidence"],
-            bootstrap_samples=config["statistics"]["bootstrap_samples"],
-            seed=config["seed"],
-        ),
         draft=lambda wildcards, input: os.path.dirname(input.weights),
         code=code_of("distill measure"),
     shell:
-        "specsplit distill measure --target {input.target} --draft {params.draft} --prompts {input.prompts}"
-        " --output {output.acceptance} --rounds {output.rounds} --report {output.report} {params.settings}"
+        "specsplit distill measure --settings {input.settings} --target {input.target} --draft {params.draft} --prompts {input.prompts}"
+        " --output {output.acceptance} --rounds {output.rounds} --report {output.report}"
         " --terminal-fd 3 3>&2 > {log} 2>&1"
 
 

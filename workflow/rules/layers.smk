@@ -24,6 +24,7 @@ rule calibration_prompts:
 # Every core, as a run: it must not run beside one.
 rule pick_layers:
     input:
+        settings="results/settings/layers/{draft}/settings.json",
         model=lambda wildcards: f"resources/models/{DRAFTS[wildcards.draft]['model']}/model.json",
         prompts="results/dataset/calibration.jsonl",
     output:
@@ -34,15 +35,7 @@ rule pick_layers:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
-        flags=lambda wildcards: flags(
-            count=DRAFTS[wildcards.draft]["skip_count"],
-            limit=config["draft"]["calibration_prompts"],
-            dtype=DRAFTS[wildcards.draft]["dtype"],
-            use_chat_template=config["generation"]["use_chat_template"],
-            device=config["workers"]["device"],
-            threads=config["workers"]["threads"],
-        ),
         code=code_of("pick-layers"),
     shell:
-        "specsplit pick-layers --model {input.model} --prompts {input.prompts} {params.flags}"
+        "specsplit pick-layers --settings {input.settings} --model {input.model} --prompts {input.prompts}"
         " --output {output} > {log} 2>&1"

@@ -35,6 +35,9 @@ rule overhead:
 
 rule context_curve:
     input:
+        settings=told("context"),
+        operation=operated("context"),
+        workers=told(*CONTEXT),
         endpoints=lambda wildcards: endpoints_of(CONTEXT),
         prompts="results/dataset/prompts.jsonl",
         models=models_of(CONTEXT)[0],
@@ -48,19 +51,7 @@ rule context_curve:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
-        settings=flags(
-            length=config["context"]["lengths"],
-            gamma=config["context"]["gammas"],
-            output_tokens=config["context"]["output_tokens"],
-            texts=config["context"]["texts"],
-            use_chat_template=config["generation"]["use_chat_template"],
-            seed=config["seed"],
-            draft_name=FIRST_DRAFT,
-        ),
-        # Not used by the command: other workers, other results.
-        workers=[worker_settings(role, label) for label in CONTEXT for role in run_roles(label)],
-        tokenizer=lambda wildcards: TARGET_FOLDER,
         code=code_of("context-curve"),
     shell:
-        "specsplit context-curve --prompts {input.prompts} --output {output.table} --figure {output.figures[0]}"
-        " --workers-dir results/workers/context --tokenizer {params.tokenizer} {params.settings} > {log} 2>&1"
+        "specsplit context-curve --settings {input.settings} {input.operation} --prompts {input.prompts} --output {output.table} --figure {output.figures[0]}"
+        " --workers-dir results/workers/context > {log} 2>&1"

@@ -20,6 +20,7 @@ rule provenance:
         config="results/provenance/config.json",
         runs=run_files("run.json"),
         models=expand("resources/models/{model}/model.json", model=MODELS),
+        settings=told(*POINTS),
         dataset="results/dataset/manifest.json",
         prompts="results/dataset/prompts.jsonl",
         results=["results/requests.csv", "results/per_round.csv", *run_files("outputs.jsonl")],
@@ -34,7 +35,7 @@ rule provenance:
         code=code_of("provenance record"),
     shell:
         "specsplit provenance record --config {input.config} --runs {input.runs} --models {input.models}"
-        " --dataset {input.dataset} --results {input.prompts} {input.results}"
+        " --dataset {input.dataset} --results {input.prompts} {input.settings} {input.results}"
         " --output {output.record} --patch {output.patch} > {log} 2>&1"
 
 

@@ -8,6 +8,8 @@
 
 rule start_worker:
     input:
+        settings="results/settings/{point}/settings.json",
+        operation=ancient("results/settings/{point}/operation.json"),
         model=lambda wildcards: role_model(wildcards.role, wildcards.point),
         layers=lambda wildcards: layers_file(wildcards.role, wildcards.point),
         tokenizer=lambda wildcards: speaks_through(wildcards.role, wildcards.point),
@@ -21,10 +23,8 @@ rule start_worker:
         "../../envs/specsplit.yaml"
     resources:
         gpu=config["workers"]["gpus"],
-        operation=lambda wildcards: worker_operation(wildcards.role, wildcards.point),
-    params:
-        settings=lambda wildcards: worker_settings(wildcards.role, wildcards.point),
     shell:
-        "specsplit start-worker {wildcards.role} --model {input.model} --endpoint-file {output.endpoint}"
+        "specsplit start-worker {wildcards.role} --settings {input.settings} {input.operation}"
+        " --endpoint-file {output.endpoint}"
         " --pool results/workers/.pool --worker-log results/logs/workers/{wildcards.role}.log"
-        " {params.settings} {resources.operation} --gpus {resources.gpu} > {log} 2>&1"
+        " --gpus {resources.gpu} > {log} 2>&1"

@@ -10,7 +10,8 @@ import numpy as np
 from pandas import DataFrame
 
 from specsplit.analysis.tables import configuration_of
-from specsplit.experiment.sweep import DEFAULT_DRAFT, plain_number
+from specsplit.experiment.sweep import plain_number
+from specsplit.settings.run import DEFAULT_DRAFT
 
 MOST_PANELS, MOST_CURVES = 6, 9  # more cannot be read; the rest is in summary.csv
 

@@ -22,8 +22,8 @@ from pandas import DataFrame, Series
 from specsplit.analysis.curves import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, Curve, Panel, three_digits
 from specsplit.analysis.statistics import rate_ci
 from specsplit.analysis.tables import draft_position
-from specsplit.experiment.sweep import AUTO
 from specsplit.io import replace_file
+from specsplit.settings.run import AUTO
 
 DPI = 200
 RED, GREY = "#D55E00", "#8C8C8C"  # Okabe and Ito's vermilion, and a grey

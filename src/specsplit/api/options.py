@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from specsplit.errors import OptionError
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -49,7 +49,7 @@ class Options(TypedDict, total=False):
     on_draft_failure: Literal["reconnect", "target_alone", "fail"]
 
 
-FIELDS = {"gamma": "max_draft_tokens", "max_new_tokens": "max_output_tokens"}  # where the setting's name is another
+FIELDS = {"max_new_tokens": "max_output_tokens"}  # where the setting's name is another
 
 
 def with_options(config: OrchestratorConfig, options: Mapping[str, Any]) -> OrchestratorConfig:

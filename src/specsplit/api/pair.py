@@ -15,7 +15,7 @@ from specsplit.api.in_process import InProcessStub
 from specsplit.api.named_models import Model
 from specsplit.api.options import Options, checked, with_options
 from specsplit.client.event_loop import event_loop
-from specsplit.client.handshake import connected_pair
+from specsplit.client.handshake import check_tokenizers, connected_pair
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.text import OnTokens
 from specsplit.decoding.adaptive import GammaController
@@ -23,14 +23,11 @@ from specsplit.errors import ModelError, OptionError, PromptError, UserError
 from specsplit.launch.environment import threads_beside_another, usable_cores
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
+from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import (
-    DraftWorkerConfig,
-    OrchestratorConfig,
-    TargetWorkerConfig,
-    WorkerSettings,
-)
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import load_servicer
 from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.spans import WorkerSpans
@@ -95,7 +92,7 @@ def connect(
 ) -> Pair:
     """Use a target worker that runs at host:port (grpcs://host:port with TLS), and a draft worker for it.
 
-    tokenizer: the target's, as `load` takes a model; None: prompts are token ids, and the text of a result is empty.
+    tokenizer: the target's, as `load` takes a model; by default the worker is asked for it.
     token_file: a bearer token. tls_ca: whom to trust, tls_cert and tls_key: who we are, tls_name: the name in the
     worker's certificate; docs/security.md. insecure: a token may go over a network without TLS.
     options: of all texts of this pair, unless a call says otherwise (see Options).
@@ -118,6 +115,8 @@ def over_grpc(config: OrchestratorConfig, codec: TextCodec | None, *, has_draft:
     with described as (draft, target):
         met = {c.role: c.description for c in (draft, target) if c is not None}
         addresses = {c.role: c.address for c in (draft, target) if c is not None}
+        if codec is None:
+            codec = _received(target, config.connect_timeout_s)
 
     async def open_channels() -> dict[str, grpc.aio.Channel]:
         return {role: access.aio_channel(address) for role, address in addresses.items()}
@@ -147,15 +146,15 @@ class Pair:
         codec: TextCodec | None,
         config: OrchestratorConfig,
         close: Callable[[], Coroutine[Any, Any, None]],
-        met: Mapping[str, pb.DescribeReply] | None = None,
+        identities: Mapping[str, pb.DescribeReply] | None = None,
     ) -> None:
-        """draft, target: stubs of grpc.aio, or what stands for them; draft may be None. met: what the workers said of
-        themselves; others are refused from then on."""
+        """draft, target: stubs of grpc.aio, or what stands for them; draft may be None. identities: role -> what the
+        worker said of itself; another model is refused from then on."""
         self.codec = codec
         self._draft, self._target = draft, target
         self._config = config
         self._close = close
-        self._met = dict(met or {})
+        self._identities = dict(identities or {})
         self._controllers: dict[tuple[Any, ...], GammaController] = {}
         self._slots = asyncio.Semaphore(AT_ONCE)
         self._closed = False
@@ -187,7 +186,7 @@ class Pair:
         Raises as `generate`: for the prompt and the options at once, for a worker where the text ends.
         """
         if self.codec is None:
-            raise OptionError("to stream text, say which tokenizer the target has: connect(..., tokenizer=...)")
+            raise OptionError("the target worker gave no tokenizer: say which it is, connect(..., tokenizer=...)")
         config = self._options(options)
         token_ids = self._encode(prompt, config)
         return GeneratedStream(
@@ -237,7 +236,7 @@ class Pair:
                 config,
                 on_tokens=on_tokens,
                 controller=self._controller(config),
-                known=self._met,
+                identities=self._identities,
             )
         text = "" if self.codec is None else self.codec.decode(result.output_tokens)
         return GeneratedText(text, token_ids, result)
@@ -255,12 +254,12 @@ class Pair:
         if not isinstance(prompt, str) and not all(isinstance(message, Mapping) for message in prompt):
             raise PromptError("a prompt is a string, a list of messages with role and content, or a list of token ids")
         if self.codec is None:
-            raise PromptError("only token ids: say which tokenizer the target has, connect(..., tokenizer=...)")
+            raise PromptError("the target worker gave no tokenizer: send token ids, or connect(..., tokenizer=...)")
         return self.codec.encode(cast(str | Sequence[Message], prompt), use_chat_template=config.use_chat_template)
 
     def _controller(self, config: OrchestratorConfig) -> GammaController | None:
         """What chooses gamma when it is `auto`; it remembers from text to text."""
-        if config.max_draft_tokens != "auto":
+        if config.gamma != "auto":
             return None
         key = config.mode, config.gamma_limit, config.fan_out
         return self._controllers.setdefault(key, GammaController(key[0], key[1], fan_out=key[2]))
@@ -269,6 +268,16 @@ class Pair:
 def _is_list_of_prompts(prompt: Prompt | Prompts) -> bool:
     """A list whose items are prompts themselves, not tokens or messages."""
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
+
+
+def _received(target: Connection, timeout_s: float) -> TextCodec | None:
+    """The tokenizer of a target worker, from itself; None when it gives none."""
+    described = target.stub.Describe(pb.DescribeRequest(with_tokenizer=True), timeout=timeout_s)
+    if not described.tokenizer_files:
+        return None
+    codec = TextCodec.unpack(described.tokenizer_files)
+    check_tokenizers({"its tokenizer as received": codec.sha256, "the target worker": described.tokenizer_sha256})
+    return codec
 
 
 def _model(given: str | Path | Model) -> Model:
@@ -283,8 +292,8 @@ def _configured(given: Mapping[str, Any], options: Mapping[str, Any], *, has_dra
 
 def _with_options(config: OrchestratorConfig, options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
     config = with_options(config, options)
-    if config.max_draft_tokens and not has_draft:
-        raise OptionError(f"gamma={config.max_draft_tokens!r}: this pair has no draft model; name one, or gamma=0")
+    if config.gamma and not has_draft:
+        raise OptionError(f"gamma={config.gamma!r}: this pair has no draft model; name one, or gamma=0")
     return config
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from specsplit.cli.flags import add_interval_flags, interval_settings
+from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.settings.measure import IntervalSettings
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results-dir", type=Path, required=True)
-    add_interval_flags(parser)
+    add_setting_flags(parser, IntervalSettings)
     parser.add_argument("--no-figures", action="store_true", help="write the summary alone")
 
 
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.tables import read_tables, summarize
     from specsplit.io import write_csv
 
-    settings = interval_settings(args)
+    settings = load_settings(IntervalSettings, args).model_dump()
     requests, rounds = read_tables(args.results_dir)
     summary = summarize(requests, rounds, **settings)
     write_csv(summary, args.results_dir / "summary.csv")
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     print(args.results_dir / "summary.csv")
     count = requests["request_id"].nunique()
     prompts = "1 prompt" if count == 1 else f"{count} prompts"
-    print(f"\n{prompts}; [{100 * args.confidence:g} % interval]; γ = 0 is the target alone\n")
+    print(f"\n{prompts}; [{100 * settings['confidence']:g} % interval]; γ = 0 is the target alone\n")
     print(text_table(*summary_table(summary)))
     print()
     for finding in find_best(requests, rounds, summary, **settings):

@@ -7,29 +7,23 @@ from pathlib import Path
 
 from specsplit import tracing
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.sweep_flags import CLIENT_SETTINGS, add_prompt_flags, add_workers_dir_flag, parse_gamma
+from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
 from specsplit.errors import UserError
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.measure import ContextSettings
+from specsplit.settings.run import OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_prompt_flags(parser)
+    add_prompts_flag(parser)
     parser.add_argument("--output", type=Path, required=True, help="CSV table, one row a gamma and length")
     parser.add_argument("--figure", type=Path, help="also draw it: a path ending in .png; the .svg is put beside it")
-    parser.add_argument(
-        "--length",
-        dest="lengths",
-        type=int,
-        nargs="+",
-        default=[64, 128, 256, 512, 1024, 2048, 4096],
-        metavar="N",
-        help="context tokens; those that the workers cannot hold are left out",
-    )
-    parser.add_argument("--gamma", type=parse_gamma, nargs="+", default=[0, 3], metavar="N", help="or auto")
-    parser.add_argument("--output-tokens", type=int, default=32, metavar="N", help="tokens after each context")
-    parser.add_argument("--texts", type=int, default=3, metavar="N", help="texts at each length")
     add_workers_dir_flag(parser)
-    add_setting_flags(parser, OrchestratorConfig, only=[name for name in CLIENT_SETTINGS if name != "ignore_eos"])
+    # Greedy texts of a fixed length in mode sync, without a simulated network.
+    without = (
+        *("mode", "temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms"),
+        *("max_output_tokens", "max_rounds", "ignore_eos"),
+    )
+    add_setting_flags(parser, ContextSettings, OrchestratorConfig, without=without)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,36 +35,32 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.runner import encode_prompts
     from specsplit.io import write_csv
 
-    for name, values, least in (
-        ("length", args.lengths, 1),
-        ("output-tokens", [args.output_tokens], 8),
-        ("texts", [args.texts], 1),
-    ):
-        if min(values) < least:
-            raise UserError(f"--{name} {min(values)}: wanted a whole number >= {least}")
+    settings = load_settings(ContextSettings, args)
     if args.figure is not None and args.figure.suffix != ".png":
         raise UserError(f"--figure {args.figure}: a path that ends in .png")
-    settings = {"mode": "sync", "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0, "ignore_eos": True}
+    fixed = {"mode": "sync", "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0, "ignore_eos": True}
     tracing.wanted()
-    config = load_settings(OrchestratorConfig, args, **settings, max_output_tokens=args.output_tokens)
+    config = load_settings(
+        OrchestratorConfig, args, **fixed, gamma=settings.gamma[0], max_output_tokens=settings.output_tokens
+    )
     codec = load_codec(config)
-    configs, limit = connected_configs(args, config, codec)
-    lengths = [length for length in sorted(set(args.lengths)) if length + args.output_tokens <= limit]
-    left_out = sorted(set(args.lengths) - set(lengths))
+    configs, limit = connected_configs(args, settings.gamma, config, codec)
+    lengths = [length for length in sorted(set(settings.length)) if length + settings.output_tokens <= limit]
+    left_out = sorted(set(settings.length) - set(lengths))
     if not lengths:
         raise UserError(
-            f"--length {left_out[0]}: with {args.output_tokens} tokens more it exceeds the {limit} of a worker"
+            f"--length {left_out[0]}: with {settings.output_tokens} tokens more it exceeds the {limit} of a worker"
         )
     if left_out:
         print(f"left out, for the workers hold {limit} tokens: {', '.join(map(str, left_out))}", flush=True)
-    requests = encode_prompts(read_prompts(args), codec, chat=config.use_chat_template, limit=limit)
+    requests = encode_prompts(read_prompts(args.prompts, settings), codec, chat=config.use_chat_template, limit=limit)
 
     def show(row: ContextText) -> None:
         itl = "" if row.itl_ms is None else f", {row.itl_ms:.1f} ms a token"
         prefill = "" if row.ttft_ms is None else f"first token after {row.ttft_ms:.0f} ms"
         print(f"gamma {row.gamma}, {row.context_tokens} tokens of context: {prefill}{itl}", flush=True)
 
-    rows = measure_contexts(requests, configs, lengths, texts=args.texts, on_row=show)
+    rows = measure_contexts(requests, configs, lengths, texts=settings.texts, on_row=show)
     table = summarize_contexts(pd.DataFrame(rows))
     write_csv(table, args.output)
     print(args.output)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.errors import UserError
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 if TYPE_CHECKING:
     from specsplit.launch.endpoint import Endpoint
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     codec = TextCodec.load(resolve_model(config.tokenizer)[0])
     with _addresses(args.model, config) as addresses:
         config = config.model_copy(update={role: resolve_address(a) for role, a in addresses.items()})
-        with over_grpc(config, codec, has_draft=config.max_draft_tokens != 0) as pair, pair.stream(prompt) as stream:
+        with over_grpc(config, codec, has_draft=config.gamma != 0) as pair, pair.stream(prompt) as stream:
             try:
                 for piece in stream:
                     print(piece, end="", flush=True)
@@ -79,7 +79,7 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
     from specsplit.launch.environment import threads_beside_another
     from specsplit.launch.start import own_workers, start_worker
 
-    at_once = config.max_draft_tokens != 0 and config.mode != "sync"
+    at_once = config.gamma != 0 and config.mode != "sync"
     threads = ["--threads", str(threads_beside_another())] if at_once else []
     arguments = ["--model", str(model), "--port", "0", *threads]
 
@@ -88,6 +88,6 @@ def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[
         log_file = file.with_suffix(".log")
         return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0)
 
-    roles = ("target", "draft") if config.max_draft_tokens else ("target",)
+    roles = ("target", "draft") if config.gamma else ("target",)
     with own_workers({role: partial(start, role) for role in roles}) as started:
         yield {f"{role}_address": endpoint.address for role, endpoint in started.items()}

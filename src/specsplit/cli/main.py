@@ -12,6 +12,7 @@ from importlib import import_module
 
 import specsplit
 from specsplit import logs
+from specsplit.cli.parser import Parser
 from specsplit.errors import UserError
 from specsplit.launch.lease import end_with_lease
 
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         logs.set_up(args.command, getattr(args, "log_format", None))
+        if any(name.startswith("SPECSPLIT_") for name in os.environ):
+            import_module("specsplit.settings.environment").check_environment()
         args.run(args)
         sys.stdout.flush()  # here, where a closed pipe is dealt with
     except KeyboardInterrupt:
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of all commands. Only that of the command in `argv`, whose module is imported, knows its flags."""
-    parser = argparse.ArgumentParser(prog="specsplit", description=specsplit.__doc__)
+    parser: argparse.ArgumentParser = Parser(prog="specsplit", description=specsplit.__doc__)
     parser.add_argument("--version", action="version", version=f"specsplit {specsplit.__version__}")
     subparsers = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     words = [word for word in argv if not word.startswith("-")]

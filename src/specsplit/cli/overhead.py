@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from specsplit.errors import UserError
-from specsplit.experiment.sweep import MODES
+from specsplit.settings.run import MODES
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

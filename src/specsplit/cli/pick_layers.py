@@ -7,26 +7,16 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.errors import UserError
+from specsplit.settings.measure import LayerSettings
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the target, prepared or local")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL of prompts to search on")
-    parser.add_argument("--count", type=int, required=True, metavar="K", help="layers to skip")
-    parser.add_argument("--limit", type=int, default=8, metavar="N", help="prompts of the file to use (default: 8)")
-    parser.add_argument("--max-tokens", type=int, default=48, metavar="M", help="tokens written for each (default: 48)")
-    parser.add_argument("--edge", type=int, default=1, metavar="N", help="layers kept at either end (default: 1)")
-    parser.add_argument(
-        "--shortlist", type=int, metavar="N", help="after the first layer, try only the N best of that search"
-    )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="what was found, as JSON")
-    parser.add_argument("--use-chat-template", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument(
-        "--dtype", default="bfloat16", help="of the search, as the draft will have it (default: bfloat16)"
-    )
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N (default: auto)")
-    parser.add_argument("--threads", type=int, metavar="N", help="compute threads (default: every core it may use)")
+    add_setting_flags(parser, LayerSettings)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,17 +29,14 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec
 
-    for flag, least in (("max_tokens", 1), ("edge", 0), ("threads", 1)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise UserError(f"--{flag.replace('_', '-')} {value}: wanted a whole number >= {least}")
-    prompts = select_prompts(load_prompts(args.prompts)[0], args.limit)
+    settings = load_settings(LayerSettings, args)
+    prompts = select_prompts(load_prompts(args.prompts)[0], settings.limit)
     folder, manifest = resolve_model(args.model)
     if "weights_sha256" not in manifest["fingerprint"]:
         raise UserError(f"--model {args.model} has no weights, so no layers: name a model with weights")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    model = CausalLM.load(folder, dtype=args.dtype, device=args.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    model = CausalLM.load(folder, dtype=settings.dtype, device=settings.device)
     codec = TextCodec.load(folder)
 
     def show_candidate(done: int, total: int) -> None:
@@ -61,11 +48,11 @@ def run(args: argparse.Namespace) -> None:
 
     steps = search_layers(
         model,
-        [codec.encode(prompt.prompt, use_chat_template=args.use_chat_template) for prompt in prompts],
-        count=args.count,
-        max_tokens=args.max_tokens,
-        edge=args.edge,
-        shortlist=args.shortlist,
+        [codec.encode(prompt.prompt, use_chat_template=settings.use_chat_template) for prompt in prompts],
+        count=settings.skip_count,
+        max_tokens=settings.max_tokens,
+        edge=settings.edge,
+        shortlist=settings.shortlist,
         on_candidate=show_candidate,
         on_step=show_step,
     )
@@ -75,9 +62,9 @@ def run(args: argparse.Namespace) -> None:
             "weights_sha256": manifest["fingerprint"]["weights_sha256"],
             "prompts_sha256": sha256_file(args.prompts),
             "prompts": len(prompts),
-            "max_tokens": args.max_tokens,
-            "dtype": args.dtype,
-            "count": args.count,
+            "max_tokens": settings.max_tokens,
+            "dtype": settings.dtype,
+            "count": settings.skip_count,
             "layers": steps[-1].skipped,
             "agreement": steps[-1].agreement,
             "steps": [asdict(step) for step in steps],

@@ -14,7 +14,8 @@ from specsplit.errors import UserError
 from specsplit.experiment.dataset import Prompt, load_prompts, select_prompts
 from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
 from specsplit.io import sha256_file
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.measure import BenchSettings, PromptSettings
+from specsplit.settings.run import OrchestratorConfig, SweepSettings
 
 if TYPE_CHECKING:
     from specsplit.models.tokenizer import TextCodec
@@ -25,6 +26,7 @@ class Plan:
     """config: what all points share. inputs: what run.json says of files read."""
 
     config: OrchestratorConfig
+    bench: BenchSettings
     points: list[Point]
     configs: dict[Point, OrchestratorConfig]
     prompts: list[Prompt]
@@ -34,27 +36,25 @@ class Plan:
 
 def plan_bench(args: argparse.Namespace) -> Plan:
     """The points, settings and prompts that the flags of `bench` ask for. Raises UserError."""
-    config = load_settings(OrchestratorConfig, args)
+    sweep, bench = load_settings(SweepSettings, args), load_settings(BenchSettings, args)
+    axes = {axis: values[0] for axis, values in sweep.model_dump(exclude_none=True).items()}
+    config = load_settings(OrchestratorConfig, args, **axes)
     tracing.wanted()  # tells at once what it lacks
     codec = load_codec(config)
-    if args.warmup < 0:
-        raise UserError(f"--warmup {args.warmup}: a number of requests, 0 or more")
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: a number of times, 1 or more")
     points = sweep_points(
-        args.gamma if args.only and not args.baselines else [0, *args.gamma],
-        args.modes or [config.mode],
-        args.trees or [config.tree],
-        args.temperatures or [config.temperature],
-        args.rtts_ms or [config.rtt_ms],
+        sweep.gamma if args.only and not bench.baseline else [0, *sweep.gamma],
+        sweep.mode or [config.mode],
+        sweep.tree or [config.tree],
+        sweep.temperature or [config.temperature],
+        sweep.rtt_ms or [config.rtt_ms],
         [config.draft_name],
     )
     shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
     # Every point is checked before the first one is run.
     configs = {point: load_settings(OrchestratorConfig, args, **point.settings(shared)) for point in points}
-    prompts = read_prompts(args)
+    prompts = read_prompts(args.prompts, bench)
     inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
-    return Plan(config, points, configs, prompts, codec, inputs)
+    return Plan(config, bench, points, configs, prompts, codec, inputs)
 
 
 def load_codec(config: OrchestratorConfig) -> TextCodec:
@@ -68,17 +68,17 @@ def load_codec(config: OrchestratorConfig) -> TextCodec:
 
 
 def connected_configs(
-    args: argparse.Namespace, config: OrchestratorConfig, codec: TextCodec
+    args: argparse.Namespace, gammas: list[Any], config: OrchestratorConfig, codec: TextCodec
 ) -> tuple[list[OrchestratorConfig], int]:
-    """The settings at each gamma of --gamma, with the addresses of workers that answered and fit together.
+    """The settings at each gamma, with the addresses of workers that answered and fit together.
 
     Returns them with the longest text that all of these workers can hold.
     """
     from specsplit.client.handshake import connected_pair
 
     configs, limits = [], []
-    for point in sweep_points(args.gamma, [config.mode], [config.tree], drafts=[config.draft_name]):
-        own = with_addresses(config.model_copy(update={"max_draft_tokens": point.gamma}), args.workers_dir, point)
+    for point in sweep_points(gammas, [config.mode], [config.tree], drafts=[config.draft_name]):
+        own = with_addresses(config.model_copy(update={"gamma": point.gamma}), args.workers_dir, point)
         with connected_pair(own, codec.sha256) as workers:
             limits += [worker.description.max_context for worker in workers if worker is not None]
         configs.append(own)
@@ -99,9 +99,9 @@ def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: 
     return config.model_copy(update=found)
 
 
-def read_prompts(args: argparse.Namespace) -> list[Prompt]:
-    """The prompts of --prompts, --limit and --on-bad-line; skipped lines are told on standard error."""
-    prompts, skipped = load_prompts(args.prompts, args.on_bad_line)
+def read_prompts(path: Path, settings: PromptSettings) -> list[Prompt]:
+    """The prompts of a file that the settings take; skipped lines are told on standard error."""
+    prompts, skipped = load_prompts(path, settings.on_bad_line)
     for line in skipped:
-        print(f"{args.prompts}:{line.line}: skipped: {line.reason}", file=sys.stderr)
-    return select_prompts(prompts, args.limit)
+        print(f"{path}:{line.line}: skipped: {line.reason}", file=sys.stderr)
+    return select_prompts(prompts, settings.limit)

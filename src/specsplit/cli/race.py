@@ -14,7 +14,7 @@ from specsplit.cli.plan import Plan, with_addresses
 from specsplit.client.handshake import connected_pair
 from specsplit.errors import UserError
 from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, check_peers, race
-from specsplit.experiment.peers import HuggingFace, PeerModel
+from specsplit.experiment.peers import HuggingFace, Peer, PeerModel
 from specsplit.experiment.runner import encode_prompts
 from specsplit.experiment.sweep import Point
 from specsplit.io import write_json
@@ -34,14 +34,15 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
         )
     if plan.config.max_rounds is not None:
         raise UserError("--baseline with --max-rounds: Hugging Face knows no such limit")
-    if len({peer.label for peer in args.baselines}) < len(args.baselines):
+    baselines = [Peer.parse(text) for text in plan.bench.baseline or ()]
+    if len({peer.label for peer in baselines}) < len(baselines):
         raise UserError("--baseline: a peer is there more than once; remove the repeats")
     folders = {"target": args.target_model, "draft": args.draft_model}
     resolved = {role: resolve_model(folder) if folder else None for role, folder in folders.items()}
     manifests = {role: model[1] if model else None for role, model in resolved.items()}
     with ExitStack() as stack:
         ours = [_connect(args, plan, point, stack) for point in plan.points]
-        check_peers(args.baselines, ours, manifests)
+        check_peers(baselines, ours, manifests)
         limit = min(contender.target.description.max_context for contender in ours)
         requests = encode_prompts(plan.prompts, plan.codec, chat=plan.config.use_chat_template, limit=limit)
         target, draft = ours[0].target.description, next((o.draft for o in ours if o.draft is not None), None)
@@ -52,7 +53,7 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
                 layers = tuple(description.skip_layers)
                 models[role] = PeerModel(model[0], description.dtype, description.device, layers)
         assert models["target"] is not None
-        if any(peer.kind == "assisted" for peer in args.baselines) and draft is None:
+        if any(peer.kind == "assisted" for peer in baselines) and draft is None:
             raise UserError("--baseline assisted: give a gamma above 0 as well, for the draft of the workers is raced")
         print(f"loading the models of Hugging Face, {target.threads} threads ...", flush=True)
         hugging_face = stack.enter_context(HuggingFace(models["target"], models["draft"], target.threads))
@@ -60,18 +61,18 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
             "schema_version": 1,
             "command": shlex.join(["specsplit", *sys.argv[1:]]),
             "started": utc_now(),
-            "warmup_requests": args.warmup,
-            "repeats": args.repeats,
+            "warmup_requests": plan.bench.warmup,
+            "repeats": plan.bench.repeats,
             "settle_s": SETTLE_S,
             "ours": {contender.label: _describe(contender) for contender in ours},
-            "hugging_face": {"peers": [peer.label for peer in args.baselines], **hugging_face.description},
+            "hugging_face": {"peers": [peer.label for peer in baselines], **hugging_face.description},
             "inputs": plan.inputs,
             "tokenizer_sha256": plan.codec.sha256,
             "environment": capture_environment(),
             "software_sha256": capture_software()["sha256"],
             "specsplit_version": specsplit.__version__,
         }
-        total = args.repeats * len(requests) * (len(ours) + len(args.baselines))
+        total = plan.bench.repeats * len(requests) * (len(ours) + len(baselines))
         done = 0
 
         def show(row: PeerRecord) -> None:
@@ -83,7 +84,16 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
             sys.stdout.flush()
 
         table = args.results_dir / "peers_requests.csv"
-        race(requests, ours, args.baselines, hugging_face, table, warmup=args.warmup, repeats=args.repeats, on_row=show)
+        race(
+            requests,
+            ours,
+            baselines,
+            hugging_face,
+            table,
+            warmup=plan.bench.warmup,
+            repeats=plan.bench.repeats,
+            on_row=show,
+        )
     write_json(args.results_dir / "peers_run.json", {**run, "finished": utc_now()})
     print(table)
     if not args.only:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from specsplit.cli.flags import add_interval_flags, interval_settings
+from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.settings.measure import IntervalSettings
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results-dir", type=Path, required=True, help="folder with the tables, figures and record")
     parser.add_argument("--output", type=Path, help="the page (default: DIR/report.html)")
-    add_interval_flags(parser)
+    add_setting_flags(parser, IntervalSettings)
 
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.report import write_report
 
     output = args.output or args.results_dir / "report.html"
-    write_report(args.results_dir, output, **interval_settings(args))
+    write_report(args.results_dir, output, **load_settings(IntervalSettings, args).model_dump())
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, needs no other file")

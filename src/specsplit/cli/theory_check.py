@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from specsplit.analysis.theory_figure import draw_theory_check
-    from specsplit.experiment.theory_check import Simulation, as_table, check_theory
+    from specsplit.experiment.theory_check import Simulation, check_theory
     from specsplit.io import write_csv
     from specsplit.launch.lease import hold_lease
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         if not row.lossless:
             raise UserError(f"{row.mode} at gamma {row.gamma}, RTT {row.rtt_ms:g} ms: the text is not the target's own")
 
-    table = pd.DataFrame(as_table(check_theory(simulation, gammas, args.rtt_ms, show)))
+    table = pd.DataFrame(check_theory(simulation, gammas, args.rtt_ms, show))
     write_csv(table, args.output)
     print(args.output)
     if args.figure is not None:

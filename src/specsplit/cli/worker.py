@@ -7,8 +7,9 @@ from pathlib import Path
 
 from specsplit import logs
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.worker_flags import ROLES, add_layers_file, add_log_format, read_layers_file
+from specsplit.cli.worker_flags import add_log_format, with_layers
 from specsplit.launch.lease import end_with_lease
+from specsplit.settings.worker import ROLES
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,19 +22,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         own.add_argument(
             "--users-file", type=Path, help="lists endpoint files; the worker stops when none of them exists"
         )
-        add_layers_file(own, role)
         add_log_format(own)
-        add_setting_flags(own, settings)
+        add_setting_flags(own, settings, part=role)
 
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.launch.environment import ensure_deterministic_environment
 
     ensure_deterministic_environment()
-    # Loading takes a minute at times: nobody waits for it any more when the holder of the lease is gone.
+    # Loading may take a minute: end it when the holder of the lease is gone.
     serves = end_with_lease()
-    read_layers_file(args)
-    config = load_settings(ROLES[args.role], args)
+    config = with_layers(load_settings(ROLES[args.role], args))
     from transformers.utils import logging as transformers_logging
 
     from specsplit.worker.server import serve

@@ -9,7 +9,7 @@ from typing import Any
 from specsplit.errors import UserError
 from specsplit.rpc.connection import Connection, connect
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 @contextmanager
@@ -19,15 +19,15 @@ def connected_pair(
     """Connections to the draft worker, or None, and to the target worker.
 
     tokenizer_sha256: of the tokenizer that makes the prompts; None when there is none. draft: whether there is a draft
-    worker; by default there is unless config.max_draft_tokens is 0. Raises UserError when a worker is missing or the
+    worker; by default there is unless config.gamma is 0. Raises UserError when a worker is missing or the
     tokenizers are not all the same.
     """
     with ExitStack() as stack:
-        known: dict[str, Any] = {"timeout_s": config.connect_timeout_s, "access": Access.of(config)}
-        target = stack.enter_context(connect("target", config.target_address, **known))
+        options: dict[str, Any] = {"timeout_s": config.connect_timeout_s, "access": Access.of(config)}
+        target = stack.enter_context(connect("target", config.target_address, **options))
         drafter = None
-        if config.max_draft_tokens if draft is None else draft:
-            drafter = stack.enter_context(connect("draft", config.draft_address, **known))
+        if config.gamma if draft is None else draft:
+            drafter = stack.enter_context(connect("draft", config.draft_address, **options))
         check_tokenizers(
             {
                 **({} if tokenizer_sha256 is None else {"--tokenizer": tokenizer_sha256}),

@@ -2,8 +2,8 @@
 
 `overlap` drafts round N + 1 while round N is verified, guessing that all is accepted and which token comes next.
 `lookahead` drafts for the likeliest outcomes and sends these drafts on to the target, which starts the next
-verification by itself when one fits: no round trip lies between two verifications then. A guess that was wrong costs
-nothing but the pass that runs at that moment; both workers roll their caches back. No guess ever changes the text.
+verification by itself when one fits, so there is no round trip between the two. A wrong guess costs the pass that is
+running, no more: both workers roll their caches back. No guess changes the text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 async def run_speculative_loop_async(
@@ -42,15 +42,15 @@ async def run_speculative_loop_async(
     *,
     on_tokens: OnTokens | None = None,
     controller: GammaController | None = None,
-    known: dict[str, pb.DescribeReply] | None = None,
+    identities: dict[str, pb.DescribeReply] | None = None,
     request_id: str | None = None,
 ) -> SpeculativeResult:
     """Write one text with speculative decoding in the mode of the configuration.
 
-    draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.max_draft_tokens is 0.
+    draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.gamma is 0.
     target_stub: a TargetServiceStub on a grpc.aio channel. on_tokens: called with each round's new tokens.
     controller: chooses gamma when it is `auto`, and remembers from text to text; default: a new one.
-    known: role -> what the worker there said of itself before; filled here, and another worker is refused.
+    identities: role -> what the worker there said of itself before; filled here, and another worker is refused.
     request_id: what the span of the text calls it.
 
     The output is what the target alone would write, token for token (with rejection sampling: in distribution).
@@ -58,7 +58,7 @@ async def run_speculative_loop_async(
     far, when that did not help, and UserError when the prompt does not fit.
     """
     with text_span(config, request_id) as span:
-        recovery = Recovery(config, {} if known is None else known, span)
+        recovery = Recovery(config, {} if identities is None else identities, span)
         return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller)
 
 
@@ -73,12 +73,12 @@ async def _write(
 ) -> SpeculativeResult:
     target_info = await describe(recovery, "target", target_stub)
     draft_info = None
-    if config.max_draft_tokens:
+    if config.gamma:
         with suppress(WithoutDraft):
             draft_info = await describe(recovery, "draft", draft_stub)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
     stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
-    if config.max_draft_tokens != "auto":
+    if config.gamma != "auto":
         controller = None
     elif controller is None:
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
@@ -231,7 +231,7 @@ class _Pipeline:
         return ahead
 
     async def _ask_ahead(self, gamma: int) -> _Ahead | None:
-        """As `_ask_draft` for a text whose draft is known: the worker has it as well, so asking costs no pass."""
+        """As `_ask_draft` for a text whose draft is here. The worker has kept that draft, so asking costs no pass."""
         return await self._ask_draft(gamma) if gamma > 0 else None
 
     async def _draft_reply(self, *, is_ahead: bool) -> pb.GenerateDraftsReply:
@@ -239,7 +239,7 @@ class _Pipeline:
         while True:
             reply = await self.draft.receive()
             if reply.round == self.at_draft.round and reply.is_ahead == is_ahead:
-                return reply  # others belong to rounds that are over, or are known
+                return reply  # others are of earlier rounds
 
     async def _target_reply(self) -> pb.VerifyDraftsReply:
         while True:
@@ -277,21 +277,21 @@ class _Pipeline:
 class TextWriter:
     """Writes texts from synchronous code, over channels that stay. Use as a context manager.
 
-    draft: address of the draft worker, None when gamma is 0. known: role -> what the worker there said of itself, by
-    default before the first text; another model at the same address is refused from then on. access: how we show the
-    workers who we are.
+    draft: address of the draft worker, None when gamma is 0. access: how the client shows who it is.
+    identities: role -> what the worker there said of itself, by default before the first text; another model at that
+    address is refused from then on.
     """
 
     def __init__(
         self,
         draft: str | None,
         target: str,
-        known: Mapping[str, pb.DescribeReply] | None = None,
+        identities: Mapping[str, pb.DescribeReply] | None = None,
         *,
         access: Access | None = None,
     ) -> None:
         self._addresses = draft, target
-        self._known = dict(known or {})
+        self._identities = dict(identities or {})
         self._access = access or Access()
 
     def __enter__(self) -> Self:
@@ -322,7 +322,7 @@ class TextWriter:
                 config,
                 on_tokens=on_tokens,
                 controller=controller,
-                known=self._known,
+                identities=self._identities,
                 request_id=request_id,
             )
         )

@@ -1,8 +1,7 @@
 """When a worker fails while a text is written: go on where the text stands, without the draft, or give up.
 
-Nothing of a round counts until its reply is here, and a worker that lost its session gets the whole text again; so
-whatever is tried here can be tried twice, and no failure changes a text. Times are of the monotonic clock: a clock that
-is set meanwhile changes nothing.
+A round counts only once its reply is here, and a worker that lost its session gets the whole text again. So every try
+can be repeated, and no failure changes a text. Times are of the monotonic clock, which nobody sets.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from specsplit.client.text import Text
 from specsplit.errors import WorkerError
 from specsplit.rpc.codec import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 log = logging.getLogger(__name__)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # doubled from try to try; half of each is drawn, so that clients spread
@@ -76,16 +75,16 @@ def failure_of(role: str, code: grpc.StatusCode, details: str | None, metadata: 
 class Recovery:
     """What is done about the failures of one text, as the configuration says.
 
-    known: role -> what the worker said of itself when it was first met; filled here. A worker that comes back as
-    another model is refused. span: of the text, told of failures; None where there are none.
+    identities: role -> what the worker said of itself when it was first met; filled here. A worker that comes back as
+    another model is refused. span: of the text; it is told of failures. None without tracing.
     """
 
     def __init__(
-        self, config: OrchestratorConfig, known: dict[str, pb.DescribeReply], span: TextSpan | None = None
+        self, config: OrchestratorConfig, identities: dict[str, pb.DescribeReply], span: TextSpan | None = None
     ) -> None:
         self.span = span
         self._config = config
-        self._known = known
+        self._identities = identities
         self._text: Text | None = None
         self._failures: list[Failure] = []
         # The outage under way: it lasts until a round is done.
@@ -150,7 +149,7 @@ class Recovery:
 
     def met(self, role: str, worker: pb.DescribeReply) -> pb.DescribeReply:
         """Take what a worker says of itself. Raises WorkerError when another one was there before."""
-        before = self._known.setdefault(role, worker)
+        before = self._identities.setdefault(role, worker)
         pairs = [(name, _plain(getattr(before, name)), _plain(getattr(worker, name))) for name in _IDENTITY]
         if changed := [f"{name} {now} instead of {then}" for name, then, now in pairs if then != now]:
             raise self._error(

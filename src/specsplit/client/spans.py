@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from specsplit import tracing
 from specsplit.client.result import Round, SpeculativeResult
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
@@ -22,7 +22,7 @@ class TextSpan:
     def __init__(self, tracer: Tracer, config: OrchestratorConfig, request_id: str | None) -> None:
         self._tracer = tracer
         attributes: dict[str, Any] = {
-            "specsplit.gamma": str(config.max_draft_tokens),
+            "specsplit.gamma": str(config.gamma),
             "specsplit.mode": config.mode,
             "specsplit.tree": config.tree,
         }

@@ -11,7 +11,7 @@ from specsplit.client.spans import TextSpan
 from specsplit.decoding.sampling import Sampling
 from specsplit.errors import PromptError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 OnTokens = Callable[[list[int]], None]
 

@@ -19,8 +19,8 @@ CANDIDATES = 2 * MAX_BRANCHING
 
 CHAIN = TreeShape()
 
-Want = tuple[int, int, float]
-Growth = Generator[list[Want], list[int] | None, TokenTree]
+ToFeed = tuple[int, int, float]
+Growth = Generator[list[ToFeed], list[int] | None, TokenTree]
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class DraftSettings:
 
 
 def grow(
-    shape: TreeShape, gamma: int, start: int, known: Mapping[int, Candidates], stop_token_ids: Collection[int]
+    shape: TreeShape, gamma: int, start: int, candidates: Mapping[int, Candidates], stop_token_ids: Collection[int]
 ) -> Growth:
     """The draft of depth `gamma` that follows the node `start`, in at most gamma - 1 passes.
 
-    known: the candidates of every node that has been fed; it grows with the answers. Nothing is drafted after a stop
-    token. Drafts for rejection sampling carry the distributions of their nodes.
+    candidates: of every node that has been fed; the caller adds those of the nodes that it sends. Nothing is drafted
+    after a stop token. Drafts for rejection sampling carry the distributions of their nodes.
     """
     if gamma < 1:
         return _nothing()
     if shape.nodes:
-        return _grow_best_first(shape, gamma, start, known, stop_token_ids)
-    return _grow_levels(shape, gamma, start, known, stop_token_ids)
+        return _grow_best_first(shape, gamma, start, candidates, stop_token_ids)
+    return _grow_levels(shape, gamma, start, candidates, stop_token_ids)
 
 
 def _nothing() -> Growth:
@@ -56,15 +56,15 @@ def _nothing() -> Growth:
 
 
 def _grow_levels(
-    shape: TreeShape, gamma: int, start: int, known: Mapping[int, Candidates], stop_token_ids: Collection[int]
+    shape: TreeShape, gamma: int, start: int, candidates: Mapping[int, Candidates], stop_token_ids: Collection[int]
 ) -> Growth:
     tree = TokenTree()
     level = [(start, ROOT)]  # nodes as the model was fed them, and their places in this tree
     for depth in range(gamma):
-        wants: list[Want] = []
+        wants: list[ToFeed] = []
         places = []
         for node, place in level:
-            best = known[node]
+            best = candidates[node]
             if best.support and best.token_ids:
                 tree.distributions[place] = (best.support, best.probabilities)
             for token, log_prob in zip(best.token_ids[: shape.children(depth)], best.log_probs, strict=False):
@@ -82,7 +82,7 @@ def _grow_levels(
 
 
 def _grow_best_first(
-    shape: TreeShape, gamma: int, start: int, known: Mapping[int, Candidates], stop_token_ids: Collection[int]
+    shape: TreeShape, gamma: int, start: int, candidates: Mapping[int, Candidates], stop_token_ids: Collection[int]
 ) -> Growth:
     """Each pass feeds the `width` likeliest candidates by the probability of their whole path; the `nodes` likeliest of
     all candidates are the draft (EAGLE-2, Li et al. 2024)."""
@@ -94,7 +94,7 @@ def _grow_best_first(
     heap: list[tuple[float, int]] = []
 
     def offer(parent: int, node: int, cost: float, depth: int) -> None:
-        for token, log_prob in zip(known[node].token_ids, known[node].log_probs, strict=True):
+        for token, log_prob in zip(candidates[node].token_ids, candidates[node].log_probs, strict=True):
             entry = (cost - log_prob, len(what))
             what.append((parent, node, token, log_prob, depth))
             found.append(entry)

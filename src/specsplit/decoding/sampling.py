@@ -10,9 +10,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # a client, which needs the settings alone, starts a second sooner without it
+    import torch
 
 # Purposes of random numbers: each has a stream of its own, so that no two decisions share a number.
 COUPLED, DRAFTED, ACCEPTANCE, RESIDUAL = range(4)
@@ -77,6 +80,8 @@ def log_probs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Mask of the smallest set of likeliest tokens whose probability reaches top_p; [rows, vocab]."""
+    import torch
+
     vocab = probabilities.shape[-1]
     for count in (256, 4096, vocab):  # sorting the whole vocabulary is slow and seldom needed
         values, tokens = probabilities.topk(min(count, vocab), dim=-1)
@@ -108,6 +113,8 @@ def candidates(logits: torch.Tensor, positions: Sequence[int], sampling: Samplin
     elif sampling.rejection:
         return [_drawn(row, position, sampling, count) for row, position in zip(logits, positions, strict=True)]
     else:
+        import torch
+
         noise = torch.stack([gumbel(sampling.seed, COUPLED, p, logits.shape[-1]) for p in positions])
         # How far ahead the winner is says how sure it is that the target, with the same noise, chooses it as well.
         scores = (log_probs(logits, sampling).cpu() + noise).log_softmax(-1)
@@ -138,6 +145,8 @@ def _drawn(logits: torch.Tensor, position: int, sampling: Sampling, count: int) 
 @lru_cache(maxsize=64)
 def gumbel(seed: int, purpose: int, position: int, size: int) -> torch.Tensor:
     """Standard Gumbel noise of the first `size` token ids at a position; float64, on the CPU. Do not change it."""
+    import torch
+
     return torch.from_numpy(-np.log(-np.log(_uniform(seed, purpose, position, size))))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from specsplit.distill.recipe import TrainingSettings
 from specsplit.distill.shards import Text, frequent_tokens, replace_tensors
 from specsplit.engines.numba import ARCHITECTURES
 from specsplit.engines.reduced_vocabulary import reduce_vocabulary
@@ -18,6 +17,7 @@ from specsplit.engines.transformers import DTYPES, CausalLM, drop_layers
 from specsplit.errors import UserError
 from specsplit.io import replace_file
 from specsplit.models.fingerprint import MAP_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
+from specsplit.settings.distill import TrainingSettings
 
 WEIGHTS = "model.safetensors"
 

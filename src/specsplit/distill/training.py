@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from specsplit.distill.losses import agreement, to_draft_rows, top_k_divergence
-from specsplit.distill.recipe import TrainingSettings
 from specsplit.distill.shards import HEADER, Text, batches, replace_tensors
 from specsplit.errors import UserError
+from specsplit.settings.distill import TrainingSettings
 
 BETAS = (0.9, 0.95)
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from specsplit.distill.recipe import WritingSettings
 from specsplit.distill.shards import (
     RECIPE,
     Text,
@@ -32,6 +31,7 @@ from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object, write_json
 from specsplit.models.tokenizer import TextCodec
+from specsplit.settings.distill import WritingSettings
 
 MARK = "\u2063specsplit\u2063"  # stands for the user's words while the template is taken apart
 LABEL_TOKENS = 1 << 13  # of a pass that asks for the probabilities: its logits are [tokens, vocabulary]

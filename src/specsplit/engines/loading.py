@@ -16,13 +16,16 @@ from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM, unsuitable
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.synthetic import SyntheticLM
-from specsplit.engines.transformers import CANNOT_RUN, CausalLM
+from specsplit.engines.transformers import CANNOT_RUN, CausalLM, pick_device
 from specsplit.errors import UserError
-from specsplit.models.fingerprint import fingerprint_model
+from specsplit.models.fingerprint import fingerprint_model, gguf_weights
+from specsplit.models.gguf_file import GGUF_FILE, read_gguf
 from specsplit.models.sources import manifest_file, resolve_model
 from specsplit.models.tokenizer import TextCodec
-from specsplit.models.weightless import SyntheticParameters, is_weightless, parameters_sha256, parse_parameters
-from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
+from specsplit.models.vocabulary import read_reduced_map
+from specsplit.models.weightless import is_weightless, parameters_sha256, parse_parameters
+from specsplit.settings.models import SyntheticParameters
+from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)
 COMPILED_S = 3.0  # a first pass that took longer compiled
@@ -87,6 +90,8 @@ def _load_causal_lm(
     if config.model is not None and manifest_file(config.model).is_file():
         _check_same(fingerprint_model(folder)["weights_sha256"], weights_sha256, f"the weights in {folder}")
     skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
+    if (fused := _in_blocks(folder, config, threads, skip_layers)) is not None:
+        return fused, weights_sha256
     model = CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers)
     if config.engine == "transformers":
         return model, weights_sha256
@@ -98,6 +103,25 @@ def _load_causal_lm(
         log.info("engine transformers, as %s", reason)
         return model, weights_sha256
     return _compared(model, lambda: FusedLM(model, threads), "fused"), weights_sha256
+
+
+def _in_blocks(folder: Path, config: WorkerSettings, threads: int, skip_layers: Sequence[int]) -> LanguageModel | None:
+    """A float32 model of a GGUF file in the fused engine, its weights as stored; None for any other."""
+    wanted = config.engine in ("auto", "fused") and config.dtype == "float32"
+    if not wanted or gguf_weights(folder) is None or pick_device(config.device).type != "cpu":
+        return None
+    if read_reduced_map(folder) is not None:
+        return None
+    model = CausalLM.load_blocks(folder, skip_layers=skip_layers)
+    if reason := unsuitable(model):
+        log.info("weights are turned to float32, as %s", reason)
+        return None
+    fast = _compared(model, lambda: FusedLM(model, threads), "fused")
+    log.info(
+        "engine fused: float32, with the weights in memory as stored (%s)",
+        "+".join(read_gguf(folder / GGUF_FILE).types),
+    )
+    return fast
 
 
 def _graphs(model: CausalLM, folder: Path, engine: str) -> LanguageModel:

@@ -1,10 +1,7 @@
-"""Llama-type models on the CPU without PyTorch: weights laid out for `kernels.run_pass`, caches, a team of threads."""
+"""Llama-type models on the CPU without PyTorch: tables for `run_pass`, caches, a team of threads."""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,20 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines.linears import Linears, embedding_rows, padded, tied
 from specsplit.engines.numba_kernels import run_pass
 from specsplit.engines.passes import EMPTY, Pass
-from specsplit.engines.quantise import Int8Linear
 from specsplit.engines.reduced_vocabulary import ReducedEmbedding
 from specsplit.engines.token_cache import Slots, tokens_of_pass
 from specsplit.engines.transformers import CausalLM
+from specsplit.engines.vector_kernels import activation, packing
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROTARY = ("default", "linear", "llama3", "yarn")  # position embeddings that do not depend on the length of the text
 CHUNK = 64  # tokens of a run: more would push each other out of the processor's caches
-NOTHING = np.zeros(0, np.float32)
 Job = Callable[[int, int, np.ndarray], None]
 
 
@@ -113,13 +109,23 @@ class FusedLM:
         self._rotary = source.model.model.rotary_emb
         self._cos = self._sin = np.zeros((0, self._head_dim // 2), np.float32)
         self._windows = np.array(source.windows(), np.int64)
-        _leave_the_file(source.model)
-        self._weights = _stack(source.model)
+        norms, is_tied = _norms(source.model), tied(source.model)
+        self._linears = Linears(source.model)
         embedding = source.model.get_input_embeddings()
-        self._embedding = _bits(embedding.weight)
+        self._rows = embedding_rows(embedding, self._linears.head_rows if is_tied else None)
         self._row_of = embedding.rows.numpy() if isinstance(embedding, ReducedEmbedding) else None
+        self._model = (self._linears.layers, self._linears.head, *norms)
+        self._functions = (packing().address, activation().address)
         self._team = Team(threads)
-        self._workspace = Workspace(self._weights, threads, 0, 0)
+        self._sizes = _Sizes(
+            config.hidden_size, config.num_attention_heads, self._kv_heads, self._head_dim, config.intermediate_size
+        )
+        self._workspace = Workspace(self._sizes, threads, 0, 0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights that a pass reads."""
+        return self._linears.nbytes
 
     def cache_bytes(self, capacity: int) -> int:
         return 8 * self.num_layers * self._kv_heads * self._head_dim * capacity  # keys and values in float32
@@ -167,22 +173,21 @@ class FusedLM:
             own += range(cache.length + part.start, cache.length + part.stop)
             visible += part.visible()
             addresses += [(cache.keys.ctypes.data, cache.values.ctypes.data, cache.capacity)] * (part.stop - part.start)
+        count = len(ids)
         lengths = np.array([len(seen) for seen in visible], np.int64)
-        space = self._workspace = self._workspace.fitting(len(ids), int(lengths.max()))
-        arrays = space.first(len(ids))
-        arrays[0][:] = _floats(self._embedding[ids if self._row_of is None else self._row_of[ids]])
+        space = self._workspace = self._workspace.fitting(count, int(lengths.max()))
+        space.x[:count] = self._rows(ids if self._row_of is None else self._row_of[ids])
         logits = np.empty((len(wanted), self.vocab_size), np.float32)
         keys, values, capacity = np.array(addresses, np.int64).T.copy()
         arguments = (
-            *self._weights,
-            *(self._cos, self._sin, self._windows, NOTHING, self._eps, self._kv_heads, self._head_dim),
-            *(lengths - 1, keys, values, capacity, np.array(own, np.int64), np.concatenate(visible)),
+            *self._model,
+            *(self._cos, self._sin, self._windows, self._eps, self._kv_heads, self._head_dim, *self._functions),
+            *(count, lengths - 1, keys, values, capacity, np.array(own, np.int64), np.concatenate(visible)),
             *(np.concatenate([[0], lengths.cumsum()]), np.array(wanted, np.int64)),
         )
 
         def work(thread: int, threads: int, sync: np.ndarray) -> None:
-            x, h, *shared, scores = arrays
-            run_pass(thread, threads, sync, *arguments, x, h[thread], *shared, scores[thread], logits)
+            run_pass(thread, threads, sync, *arguments, *space.of(thread, count), logits)
 
         self._team.run(work)
         return logits
@@ -209,31 +214,53 @@ class Team:
             jobs.get()(number, self.threads, self._sync)
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a model. hidden: numbers of a token between layers; inner: in the middle of the MLP."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+
+
 class Workspace:
-    """Arrays that the kernel works in, as large as was ever needed.
+    """Arrays that the kernel works in, as large as was ever needed. Zero at first, as padding is read."""
 
-    threads: how many have arrays of their own. tokens, visible: the most of a run, and that a token of it attends to.
-    """
-
-    def __init__(self, weights: Sequence[np.ndarray], threads: int, tokens: int, visible: int) -> None:
-        self._weights, self._threads, self._tokens, self._visible = weights, threads, tokens, visible
-        qkv, output, gate_up, down = weights[0], weights[3], weights[5], weights[7]
-        hidden = qkv.shape[2]
-        sizes = qkv.shape[1], output.shape[2], gate_up.shape[1], down.shape[2]
-        self._x, *self._shared = (np.empty((tokens, size), np.float32) for size in (hidden, *sizes))
-        self._h = np.empty((threads, tokens, hidden), np.float32)
-        self._scores = np.empty((threads, visible), np.float32)
+    def __init__(self, sizes: _Sizes, threads: int, tokens: int, visible: int) -> None:
+        self._sizes, self._threads, self._tokens, self._visible = sizes, threads, tokens, visible
+        attended, inner = sizes.heads * sizes.head_dim, padded(sizes.inner)
+        self._inputs = max(padded(sizes.hidden), padded(attended))
+        self._inner = inner
+        self.x = np.zeros((tokens, sizes.hidden), np.float32)
+        self._packed = np.zeros((threads, tokens * self._inputs), np.float32)
+        self._row = np.zeros((threads, sizes.hidden), np.float32)
+        self._projected = np.zeros((tokens, attended + 2 * sizes.kv_heads * sizes.head_dim), np.float32)
+        self._attended = np.zeros((tokens, attended), np.float32)
+        self._gate, self._up = np.zeros((2, tokens, inner), np.float32)
+        self._gated = np.zeros(tokens * inner, np.float32)
+        self._scores = np.zeros((threads, visible), np.float32)
 
     def fitting(self, tokens: int, visible: int) -> Workspace:
         """This one, or a larger one."""
         if tokens <= self._tokens and visible <= self._visible:
             return self
         visible = -(-max(visible, self._visible) // 1024) * 1024  # not a new one for every token
-        return Workspace(self._weights, self._threads, max(tokens, self._tokens), visible)
+        return Workspace(self._sizes, self._threads, max(tokens, self._tokens), visible)
 
-    def first(self, tokens: int) -> list[np.ndarray]:
-        """For so many tokens: x, h of every thread, what `run_pass` wants between, scores of every thread."""
-        return [self._x[:tokens], self._h[:, :tokens], *(array[:tokens] for array in self._shared), self._scores]
+    def of(self, thread: int, tokens: int) -> tuple[np.ndarray, ...]:
+        return (
+            self.x[:tokens],
+            self._packed[thread, : tokens * self._inputs],
+            self._row[thread],
+            self._projected[:tokens],
+            self._attended[:tokens],
+            self._gate[:tokens],
+            self._up[:tokens],
+            self._gated[: tokens * self._inner],
+            self._scores[thread],
+        )
 
 
 def unsuitable(model: CausalLM) -> str | None:
@@ -253,9 +280,6 @@ def unsuitable(model: CausalLM) -> str | None:
     attention, mlp = hf.model.layers[0].self_attn, hf.model.layers[0].mlp
     if any(m.bias is not None for m in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
         return "it has biases outside the inputs of attention"
-    layers = [type(module) for module in hf.model.layers.modules() if isinstance(module, nn.Linear | Int8Linear)]
-    if len(set(layers)) > 1:
-        return "some of its linear layers are quantised, others not"
     return None
 
 
@@ -277,76 +301,21 @@ def _chunks(passes: Sequence[Pass], fed: Sequence[Sequence[int]]) -> Iterator[di
         yield parts
 
 
-# ---- weights
-
-
-def _leave_the_file(hf: Any) -> None:
-    """Copy the embedding and the output head, which are not stacked, in place.
-
-    Weights are read by mapping their file to memory, all of which stays there as long as one of them does.
-    """
-    embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
-    tied = head.weight is embedding.weight
-    for module in (embedding,) if tied else (embedding, head):
-        before, module.weight = module.weight, nn.Parameter(module.weight.detach().clone(), requires_grad=False)
-        _give_back(before)
-    if tied:
-        head.weight = embedding.weight
-
-
-def _give_back(copied: torch.Tensor) -> None:
-    """Give back the memory of a weight that nobody reads any more: a mapped file's would stay until the last goes."""
-    if sys.platform == "linux" and copied.is_contiguous():
-        page, start, size = mmap.PAGESIZE, copied.data_ptr(), copied.nbytes
-        first, end = -(-start // page) * page, (start + size) // page * page  # whole pages of it alone
-        if end > first:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
-
-
-def _stack(hf: Any) -> tuple[np.ndarray, ...]:
-    """The weights in the order of run_pass, stacked over the layers. Those of the layers are taken out of `hf`."""
+def _norms(hf: Any) -> tuple[np.ndarray, ...]:
+    """Weights of the norms in the order of run_pass, float32: of attention and MLP [layers, hidden], the last [hidden],
+    of queries and keys [layers, head_dim], or [layers, 0] when there are none."""
     layers = hf.model.layers
-    attention, mlp = [layer.self_attn for layer in layers], [layer.mlp for layer in layers]
-    qkv, qkv_scale = _stack_linears([[a.q_proj, a.k_proj, a.v_proj] for a in attention])
-    biases = [
-        torch.cat([m.bias for m in (a.q_proj, a.k_proj, a.v_proj)]) for a in attention if a.q_proj.bias is not None
-    ]
-    output, output_scale = _stack_linears([[a.o_proj] for a in attention])
-    gate_up, gate_up_scale = _stack_linears([[m.gate_proj, m.up_proj] for m in mlp])
-    down, down_scale = _stack_linears([[m.down_proj] for m in mlp])
-    head = hf.get_output_embeddings()
-    head_scale = _floats(_bits(head.scale)) if isinstance(head, Int8Linear) else NOTHING
+    attention = [layer.self_attn for layer in layers]
     norms = [
         [layer.input_layernorm.weight for layer in layers],
         [layer.post_attention_layernorm.weight for layer in layers],
     ]
     head_norms = [[getattr(a, name).weight for a in attention if hasattr(a, name)] for name in ("q_norm", "k_norm")]
     return (
-        *(qkv, qkv_scale, _stack_floats(biases, len(layers)), output, output_scale),
-        *(gate_up, gate_up_scale, down, down_scale, _bits(head.weight), head_scale),
         *(_stack_floats(each, len(layers)) for each in norms),
-        _floats(_bits(hf.model.norm.weight)),
+        hf.model.norm.weight.detach().float().numpy().copy(),
         *(_stack_floats(each, len(layers)) for each in head_norms),
     )
-
-
-def _stack_linears(modules: Sequence[Sequence[Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """[layers, rows of all modules of a layer, inputs] and, for int8, [layers, rows], else [layers, 0]."""
-    rows = sum(len(module.weight) for module in modules[0])
-    example = _bits(modules[0][0].weight)
-    stacked = np.empty((len(modules), rows, example.shape[1]), example.dtype)
-    scales = np.zeros((len(modules), rows if example.dtype == np.int8 else 0), np.float32)
-    for i, layer in enumerate(modules):
-        at = 0
-        for module in layer:
-            count = len(module.weight)
-            stacked[i, at : at + count] = _bits(module.weight)
-            if scales.size:
-                scales[i, at : at + count] = _floats(_bits(module.scale))
-            _give_back(module.weight)
-            module.weight = nn.Parameter(module.weight.new_empty(0), requires_grad=False)
-            at += count
-    return stacked, scales
 
 
 def _stack_floats(tensors: Sequence[torch.Tensor], layers: int) -> np.ndarray:
@@ -354,14 +323,3 @@ def _stack_floats(tensors: Sequence[torch.Tensor], layers: int) -> np.ndarray:
     if not tensors:
         return np.zeros((layers, 0), np.float32)
     return torch.stack(list(tensors)).detach().float().numpy()
-
-
-def _bits(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a tensor: float32 and int8 as they are, bfloat16 as uint16."""
-    tensor = tensor.detach().contiguous()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def _floats(bits: np.ndarray) -> np.ndarray:
-    """float32 of what `_bits` gave."""
-    return (bits.astype(np.uint32) << 16).view(np.float32) if bits.dtype == np.uint16 else bits.astype(np.float32)

@@ -1,14 +1,13 @@
 """A whole pass of a Llama-type model on the CPU as one compiled function, run by every thread of a team at once.
 
-A pass over a handful of tokens takes about as long as reading the weights. So each weight is read from memory once, in
-the type that it is stored in (float32, bfloat16 as bits, int8), for all tokens of the pass; everything else stays in
-the processor's caches, and threads meet at a barrier that spins instead of sleeping.
+A pass over a handful of tokens takes about as long as reading the weights. So each weight is read from memory once, as
+it is stored, for all tokens of the pass (vector_kernels); everything else stays in the processor's caches, and threads
+meet at a barrier that spins instead of sleeping.
 
 Batch-invariant: what is computed for a token is the same sequence of operations whatever else is in the pass (He et al.
-2025, "Defeating Nondeterminism in LLM Inference"). A dot product is summed in an order that is written out below, not
-left to the compiler, and is the same for one token as for many; attention goes over the visible slots in the order of
-the text, wherever they lie. So the logits of a token verified in a tree are, bit for bit, those of a pass over this
-token alone, in every type of weights.
+2025, "Defeating Nondeterminism in LLM Inference"). A dot product is summed in one order for one token as for many, and
+attention goes over the visible slots in the order of the text, wherever they lie. So the logits of a token verified in
+a tree are, bit for bit, those of a pass over this token alone, in every form of weights.
 
 Compiled by Numba for the processor at hand and cached on disk.
 """
@@ -21,20 +20,17 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.core import cgutils, config
-from numba.core.codegen import get_host_cpu_features
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+# Columns of a table of linear layers: the address of the function of their form (vector_kernels.product), that of the
+# weights and the bytes of a row of them, outputs, and addresses of scales and biases with the bytes between two.
+FUNCTION, WEIGHT, ROW_BYTES, ROWS, SCALE, SCALE_STEP, BIAS, BIAS_STEP = range(8)
+Q, K, V, OUTPUT, GATE, UP, DOWN = range(7)  # of a layer, in the order in which they are used
+PAD = 32  # inputs of a product are padded with zeros to a multiple of this
 SPINS = 2000  # looks at the barrier before the thread offers its core to another
 # Sums may be taken in vectors and products fused; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-
-FEATURES = config.CPU_FEATURES or get_host_cpu_features()
-LANES = 16 if "+avx512f" in FEATURES else 8 if "+avx2" in FEATURES else 4  # floats in a vector
-ROWS = 4  # of weights that are multiplied at a time
-TOKENS = 4  # that they are multiplied with at a time
-TILE_ROWS = 2 if "+sse2" in FEATURES and "+avx512f" not in FEATURES else ROWS  # sums in registers: 16 need more than 16
-AHEAD = 8  # rows from the current one to the one that is fetched into the L2 cache
 
 
 # ---- what Numba does not have
@@ -57,10 +53,9 @@ def _pointer(typingctx: Any, address: Any) -> Any:
     return signature, generate
 
 
-def _item(context: Any, builder: Any, array_type: Any, value: Any, *index: Any) -> Any:
-    """Pointer to value[index]."""
+def _item(context: Any, builder: Any, array_type: Any, value: Any, index: Any) -> Any:
     array = context.make_array(array_type)(context, builder, value)
-    return cgutils.get_item_pointer(context, builder, array_type, array, list(index))
+    return cgutils.get_item_pointer(context, builder, array_type, array, [index])
 
 
 @intrinsic
@@ -95,122 +90,16 @@ def _offer_core(typingctx: Any) -> Any:
 
 
 @intrinsic
-def _fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c of float32, fused where the processor can."""
+def _call(typingctx: Any, function: Any, arguments: Any) -> Any:
+    """Call the function at an address with a tuple of int64."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 3)
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.f32"), args)
+        values = cgutils.unpack_tuple(builder, args[1], len(arguments))
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments))
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+        return context.get_dummy_value()
 
-    return types.float32(types.float32, types.float32, types.float32), generate
-
-
-def _tile(rows: int, tokens: int) -> Any:
-    """A function dot(weight, i, x, t, sums, fetch): dot products of `rows` rows of weights with `tokens` tokens.
-
-    sums[j * rows + r] = weight[i + r] . x[t + j]. Sum number l of LANES adds up the products l, l + LANES, ... in turn
-    (fused where the processor can); then halves of the lanes are added until one number is left, and after that comes
-    the sum of the products that fill no vector. Every shape of a tile does the same for each of its numbers.
-    fetch: the first of `rows` rows whose memory is asked for meanwhile. weight: float32, the bits of bfloat16, or int8.
-    """
-
-    @intrinsic
-    def dot(typingctx: Any, weight: Any, i: Any, x: Any, t: Any, sums: Any, fetch: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            _, i, x, t, sums, fetch = args
-            stored = sig.args[0].dtype
-            number, word, index = ir.FloatType(), ir.IntType(32), i.type
-            vector = ir.VectorType(number, LANES)
-
-            def function(name: str, result: Any, arguments: Any) -> Any:
-                return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
-
-            fma = {
-                vector: function(f"llvm.fmuladd.v{LANES}f32", vector, [vector] * 3),
-                number: function("llvm.fmuladd.f32", number, [number] * 3),
-            }
-            prefetch = function("llvm.prefetch.p0", ir.VoidType(), [ir.IntType(8).as_pointer(), word, word, word])
-
-            def row(number: int, base: Any, offset: int) -> Any:
-                place = builder.add(base, index(offset)), index(0)
-                return _item(context, builder, sig.args[number], args[number], *place)
-
-            def load(pointer: Any, k: Any, kind: Any, bytes_each: int) -> Any:
-                value = builder.load(builder.bitcast(builder.gep(pointer, [k]), kind.as_pointer()))
-                value.align = bytes_each
-                return value
-
-            def load_weight(pointer: Any, k: Any, kind: Any) -> Any:
-                """As float32."""
-                element = context.get_value_type(stored)
-                wide = word
-                if kind is vector:
-                    element, wide = ir.VectorType(element, LANES), ir.VectorType(word, LANES)
-                value = load(pointer, k, element, stored.bitwidth // 8)
-                if stored == types.uint16:
-                    shift = ir.Constant(wide, [16] * LANES if kind is vector else 16)
-                    return builder.bitcast(builder.shl(builder.zext(value, wide), shift), kind)
-                return builder.sitofp(value, kind) if stored == types.int8 else value
-
-            weights = [row(0, i, r) for r in range(rows)]
-            fetched = [row(0, fetch, r) for r in range(rows)]
-            inputs = [row(2, t, j) for j in range(tokens)]
-
-            def add_up(kind: Any, zero: Any, begin: Any, end: Any, step: int) -> list[Any]:
-                """The sums over k = begin, begin + step, ... below end."""
-                totals = [cgutils.alloca_once_value(builder, zero) for _ in range(rows * tokens)]
-                with cgutils.for_range_slice(builder, begin, end, index(step), index) as (k, _):
-                    values = [load(pointer, k, kind, 4) for pointer in inputs]
-                    for r in range(rows):
-                        if kind is vector:
-                            place = builder.bitcast(builder.gep(fetched[r], [k]), ir.IntType(8).as_pointer())
-                            builder.call(prefetch, [place, word(0), word(2), word(1)])  # to read, into L2, data
-                        factor = load_weight(weights[r], k, kind)
-                        for j, value in enumerate(values):
-                            total = totals[j * rows + r]
-                            builder.store(builder.call(fma[kind], [factor, value, builder.load(total)]), total)
-                return [builder.load(total) for total in totals]
-
-            size = cgutils.unpack_tuple(builder, context.make_array(sig.args[2])(context, builder, x).shape, 2)[1]
-            whole = builder.mul(builder.sdiv(size, index(LANES)), index(LANES))
-            parts = add_up(vector, ir.Constant(vector, [0.0] * LANES), index(0), whole, LANES)
-            rest = add_up(number, number(0.0), whole, size, 1)
-            for n, total in enumerate(_add_lanes(builder, parts)):
-                place = _item(context, builder, sig.args[4], sums, index(n))
-                builder.store(builder.fadd(total, rest[n]), place)
-            return context.get_dummy_value()
-
-        return types.void(weight, types.intp, x, types.intp, sums, types.intp), generate
-
-    return dot
-
-
-def _add_lanes(builder: Any, vectors: list[Any]) -> list[Any]:
-    """The sum of the lanes of each vector, halves first; two vectors at a time, which changes nothing in their sums."""
-    mask_type = ir.VectorType(ir.IntType(32), LANES)
-    groups = [(vector, [n]) for n, vector in enumerate(vectors)]  # vector n has one group of lanes, which are summands
-    width = LANES
-    while width > 1:
-        half, merged = width // 2, []
-        for a in range(0, len(groups), 2):
-            (first, members), (second, others) = groups[a], groups[min(a + 1, len(groups) - 1)]
-            starts = range(0, 2 * LANES, width)
-            halves = [
-                builder.shuffle_vector(
-                    first, second, ir.Constant(mask_type, [start + lane for start in starts for lane in lanes])
-                )
-                for lanes in (range(half), range(half, width))
-            ]
-            merged.append((builder.fadd(*halves), members + others))
-        groups, width = merged, half
-    found = {}
-    for vector, members in groups:
-        for lane, n in enumerate(members):
-            found[n] = builder.extract_element(vector, ir.Constant(ir.IntType(32), lane))
-    return [found[n] for n in range(len(vectors))]
-
-
-_one_token, _two_tokens, _four_tokens = _tile(ROWS, 1), _tile(ROWS, 2), _tile(TILE_ROWS, TOKENS)
+    return types.void(types.int64, types.UniTuple(types.int64, len(arguments))), generate
 
 
 # ---- steps of a pass
@@ -241,74 +130,30 @@ def _share(count: int, multiple: int, thread: int, threads: int) -> tuple[int, i
 
 
 @njit(nogil=True, cache=True)
-def _finish(sums, rows, tokens, y, t, i, begin, end, scale, bias, add):
-    """Write the sums of a tile whose first row is i and whose first token is t; of its rows those in [begin, end)."""
-    for j in range(tokens):
-        for r in range(begin, end):
-            factor = scale[i + r] if scale.shape[0] > 0 else np.float32(1)
-            before = y[t + j, i + r] if add else bias[i + r] if bias.shape[0] > 0 else np.float32(0)
-            # One operation that is always fused: left to the compiler, some tiles would be and others not.
-            y[t + j, i + r] = _fma(sums[j * rows + r], factor, before)
+def _padded(inputs: int) -> int:
+    """Inputs of a product as they are packed."""
+    return (inputs + PAD - 1) // PAD * PAD
 
 
 @njit(nogil=True, cache=True)
-def _matmul(x, weight, scale, bias, y, low, high, add):
-    """y[:, low:high] = x weight[low:high]^T (* scale) (+ bias), or += for the residual stream.
-
-    x: [tokens, inputs]; weight: [outputs, inputs], at least ROWS outputs; scale, bias: [outputs], or [0] for none.
-    With `add` there is no bias.
-    """
-    tokens = x.shape[0]
-    sums = np.empty(ROWS * TOKENS, np.float32)
-    for row in range(low, high, ROWS):
-        i = max(min(row, high - ROWS), 0)  # the last rows may be computed with some before them
-        begin, end = row - i, min(ROWS, high - i)
-        t = 0
-        while t + TOKENS <= tokens:
-            for r in range(0, ROWS, TILE_ROWS):
-                _four_tokens(weight, i + r, x, t, sums, i + r + AHEAD)
-                if begin == 0 and end == ROWS:
-                    _finish(sums, TILE_ROWS, TOKENS, y, t, i + r, 0, TILE_ROWS, scale, bias, add)
-                else:
-                    part = max(begin - r, 0), min(end - r, TILE_ROWS)
-                    _finish(sums, TILE_ROWS, TOKENS, y, t, i + r, part[0], part[1], scale, bias, add)
-            t += TOKENS
-        if t + 2 <= tokens:
-            _two_tokens(weight, i, x, t, sums, i + AHEAD)
-            _finish(sums, ROWS, 2, y, t, i, begin, end, scale, bias, add)
-            t += 2
-        if t < tokens:
-            _one_token(weight, i, x, t, sums, i + AHEAD)
-            _finish(sums, ROWS, 1, y, t, i, begin, end, scale, bias, add)
-
-
-@njit(nogil=True, cache=True, inline="always")
-def _exp_of(x):
-    """exp(x) for -87 <= x <= 88, and the nearest of those beyond; good to 2 ulp. Loops over it become vectors."""
-    x *= np.float32(1.44269504)
-    x = x if x > np.float32(-126) else np.float32(-126)
-    x = x if x < np.float32(127) else np.float32(127)
-    whole = np.floor(x + np.float32(0.5))
-    f = (x - whole) * np.float32(0.69314718)
-    p = np.float32(1.0 / 5040)
-    p = p * f + np.float32(1.0 / 720)
-    p = p * f + np.float32(1.0 / 120)
-    p = p * f + np.float32(1.0 / 24)
-    p = p * f + np.float32(1.0 / 6)
-    p = p * f + np.float32(0.5)
-    p = p * f + np.float32(1)
-    p = p * f + np.float32(1)
-    return p * _float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
-
-
-@njit(nogil=True, cache=True)
-def _gate(x: np.ndarray, low: int, high: int, out: np.ndarray) -> None:
-    """out[:, low:high] = silu(gate) * up (Shazeer 2020). x: [tokens, 2 * width], gate first; out: [tokens, width]."""
-    width = out.shape[1]
-    for t in range(out.shape[0]):
-        gate, up, y = x[t, :width], x[t, width:], out[t]
-        for i in range(low, high):
-            y[i] = gate[i] / (np.float32(1) + _exp_of(-gate[i])) * up[i]
+def _apply(linear, following, x, tokens, inputs, y, stride, add, thread, threads):
+    """A thread's share of y = x weight^T, or += for the residual stream. x: packed tokens; y: of the results
+    of the first token, stride: bytes to those of the next. linear: as `run_pass` has it, following: the one after."""
+    low, high = _share(linear[ROWS], 8, thread, threads)
+    next_low, _ = _share(following[ROWS], 8, thread, threads)
+    if low == high:
+        return
+    term, term_row, term_token = linear[BIAS], linear[BIAS_STEP], 0
+    if add:
+        term, term_row, term_token = y, 4, stride
+    _call(
+        linear[FUNCTION],
+        (
+            x.ctypes.data, tokens, inputs, linear[WEIGHT], linear[ROW_BYTES], low, high,
+            following[WEIGHT] + next_low * following[ROW_BYTES],
+            linear[SCALE], linear[SCALE_STEP], term, term_row, term_token, y, stride,
+        ),
+    )  # fmt: skip
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)
@@ -327,7 +172,18 @@ def _exp(values: np.ndarray, count: int, largest: float) -> Any:
     """values[:count] become exp(value - largest), value <= largest; returns their sum. In vectors, good to 2 ulp."""
     total = np.float32(0)
     for j in range(count):
-        value = _exp_of(values[j] - largest)
+        x = max((values[j] - largest) * np.float32(1.44269504), np.float32(-126))
+        whole = np.floor(x + np.float32(0.5))
+        f = (x - whole) * np.float32(0.69314718)
+        p = np.float32(1.0 / 5040)
+        p = p * f + np.float32(1.0 / 720)
+        p = p * f + np.float32(1.0 / 120)
+        p = p * f + np.float32(1.0 / 24)
+        p = p * f + np.float32(1.0 / 6)
+        p = p * f + np.float32(0.5)
+        p = p * f + np.float32(1)
+        p = p * f + np.float32(1)
+        value = p * _float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
         values[j] = value
         total += value
     return total
@@ -376,26 +232,32 @@ def _attend(
 @njit(nogil=True, fastmath=FAST, cache=True)
 def run_pass(
     thread, threads, sync,
-    # the model: stacked over layers; norms, scales and biases are float32, [.., 0] when there are none
-    qkv, qkv_scale, qkv_bias, output, output_scale, gate_up, gate_up_scale, down, down_scale, head, head_scale,
-    attention_norm, mlp_norm, final_norm, q_norm, k_norm, cos, sin, windows, nothing, eps, kv_heads, head_dim,
+    # the model: linear layers as tables [layers, 7, 8] and [8]; norms are float32, [.., 0] when there are none
+    linears, head, attention_norm, mlp_norm, final_norm, q_norm, k_norm, cos, sin, windows, eps, kv_heads, head_dim,
+    # addresses of what is compiled apart (vector_kernels)
+    pack, activate,
     # the tokens: positions, where each one's cache is, its own slot in it, its visible slots slots[first[t]:first[t+1]]
-    positions, key_address, value_address, capacity, own_slot, slots, first, wanted,
-    # work space: x [tokens, hidden] holds the embeddings; h and scores are each thread's own, the rest is shared
-    x, h, projected, attended, gate_and_up, gated, scores, logits,
+    count, positions, key_address, value_address, capacity, own_slot, slots, first, wanted,
+    # work space: x [tokens, hidden] holds the embeddings; packed, row and scores are each thread's own
+    x, packed, row, projected, attended, gate, up, gated, scores, logits,
 ):  # fmt: skip
-    """One pass over the tokens x; logits [len(wanted), vocabulary] are those after the tokens `wanted`.
+    """One pass over `count` tokens; logits[:len(wanted)] are those after the tokens `wanted`.
 
     Keys and values of a cache: float32 [layers, kv_heads, capacity, head_dim].
     """
-    count, layers, width = x.shape[0], qkv.shape[0], gated.shape[1]
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    layers, hidden = linears.shape[0], x.shape[1]
+    heads = attended.shape[1] // head_dim
     group = heads // kv_heads
+    hidden_inputs, attended_inputs, gated_inputs = _padded(hidden), _padded(attended.shape[1]), gate.shape[1]
     for layer in range(layers):
+        these = linears[layer]
         for t in range(count):  # every thread for itself: cheaper than to meet
-            _normalise(x[t], attention_norm[layer], eps, h[t])
-        low, high = _share(qkv.shape[1], 8, thread, threads)
-        _matmul(h, qkv[layer], qkv_scale[layer], qkv_bias[layer], projected, low, high, False)
+            _normalise(x[t], attention_norm[layer], eps, row)
+            _call(pack, (row.ctypes.data, hidden, t, count, hidden_inputs, packed.ctypes.data))
+        y, stride = projected.ctypes.data, 4 * projected.shape[1]
+        for part in (Q, K, V):
+            _apply(these[part], these[part + 1], packed, count, hidden_inputs, y, stride, False, thread, threads)
+            y += 4 * these[part, ROWS]
         _meet(sync, threads)
         # Queries in place, keys and values into the caches.
         low, high = _share(count * (heads + 2 * kv_heads), 1, thread, threads)
@@ -430,22 +292,35 @@ def run_pass(
             dims = slice(q_head * head_dim, (q_head + 1) * head_dim)
             _attend(projected[t, dims], keys, values, slots[begin : first[t + 1]], scores, attended[t, dims])
         _meet(sync, threads)
-        low, high = _share(output.shape[1], 8, thread, threads)
-        _matmul(attended, output[layer], output_scale[layer], nothing, x, low, high, True)
+        for t in range(count):
+            _call(pack, (attended[t].ctypes.data, attended.shape[1], t, count, attended_inputs, packed.ctypes.data))
+        stride = 4 * hidden
+        _apply(these[OUTPUT], these[GATE], packed, count, attended_inputs, x.ctypes.data, stride, True, thread, threads)
         _meet(sync, threads)
         for t in range(count):
-            _normalise(x[t], mlp_norm[layer], eps, h[t])
-        low, high = _share(width, 4, thread, threads)
-        for first_row in (0, width):  # of the gate, then of what it is multiplied with
-            rows = first_row + low, first_row + high
-            _matmul(h, gate_up[layer], gate_up_scale[layer], nothing, gate_and_up, rows[0], rows[1], False)
-        _gate(gate_and_up, low, high, gated)
+            _normalise(x[t], mlp_norm[layer], eps, row)
+            _call(pack, (row.ctypes.data, hidden, t, count, hidden_inputs, packed.ctypes.data))
+        stride = 4 * gate.shape[1]
+        _apply(these[GATE], these[UP], packed, count, hidden_inputs, gate.ctypes.data, stride, False, thread, threads)
+        _apply(these[UP], these[DOWN], packed, count, hidden_inputs, up.ctypes.data, stride, False, thread, threads)
+        low, high = _share(these[GATE, ROWS], 8, thread, threads)
+        if low < high:
+            if high == these[GATE, ROWS]:
+                high = gated_inputs  # with the padding, which is zero
+            for t in range(count):
+                arguments = (gate[t].ctypes.data, up[t].ctypes.data, low, high, t, count, gated_inputs)
+                _call(activate, (*arguments, gated.ctypes.data))
         _meet(sync, threads)
-        low, high = _share(down.shape[1], 8, thread, threads)
-        _matmul(gated, down[layer], down_scale[layer], nothing, x, low, high, True)
+        after = linears[layer + 1, Q] if layer + 1 < layers else head
+        stride = 4 * hidden
+        _apply(these[DOWN], after, gated, count, gated_inputs, x.ctypes.data, stride, True, thread, threads)
         _meet(sync, threads)
-    for r in range(wanted.shape[0]):
-        _normalise(x[wanted[r]], final_norm, eps, h[r])
-    low, high = _share(head.shape[0], 8, thread, threads)
-    _matmul(h[: wanted.shape[0]], head, head_scale, nothing, logits, low, high, False)
+    rows = wanted.shape[0]
+    for r in range(rows):
+        _normalise(x[wanted[r]], final_norm, eps, row)
+        _call(pack, (row.ctypes.data, hidden, r, rows, hidden_inputs, packed.ctypes.data))
+    if rows > 0:
+        stride = 4 * logits.shape[1]
+        following = linears[0, Q]
+        _apply(head, following, packed, rows, hidden_inputs, logits.ctypes.data, stride, False, thread, threads)
     _meet(sync, threads)

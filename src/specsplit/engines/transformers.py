@@ -17,12 +17,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines.blocks import numbers_in_blocks
+from specsplit.engines.gguf_model import load_blocks, load_floats
 from specsplit.engines.kv_cache import KVCache, LayeredSlots
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.reduced_vocabulary import reduce_loaded
 from specsplit.engines.tree_attention import additive, positions, visible
 from specsplit.errors import UserError
+from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.vocabulary import read_reduced_map
 
 DTYPES = {
@@ -71,7 +74,7 @@ class CausalLM:
     @property
     def parameters(self) -> int:
         """Numbers in the weights."""
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(p.numel() for p in self.model.parameters()) + numbers_in_blocks(self.model)
 
     def windows(self) -> list[int]:
         """Of each layer the positions that a token sees, itself included; 0 = all."""
@@ -84,7 +87,7 @@ class CausalLM:
     def load(
         cls, folder: Path, *, dtype: str = "float32", device: str = "auto", skip_layers: Sequence[int] = ()
     ) -> CausalLM:
-        """Load safetensors weights from a local folder; never from the network, never running its code.
+        """Load weights, of safetensors or GGUF, from a local folder; never from the network, never running its code.
 
         dtype: float32 | bfloat16 | float16 | int8 (weights of linear layers, on the CPU; the rest is bfloat16).
         device: auto (cuda when there is one) | cpu | cuda | cuda:N.
@@ -92,8 +95,6 @@ class CausalLM:
         A folder with a `draft_to_target` map (see vocabulary.read_reduced_map) gives a model with an output head of
         its rows alone, whether the weights hold these or the full head (engines/reduced_vocabulary.py).
         """
-        from transformers import AutoModelForCausalLM
-
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         target_device = pick_device(device)
@@ -101,29 +102,21 @@ class CausalLM:
             raise UserError(f"dtype int8 is for the CPU, not for {target_device}: use device cpu, or dtype bfloat16")
         if not folder.is_dir():  # transformers would look the name up among its downloads
             raise UserError(f"{folder} does not hold a model: no such folder")
-        head_tokens = read_reduced_map(folder)
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=DTYPES[dtype],
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=head_tokens is not None,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
-        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-            raise UserError(
-                f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
-                f"Fetch or convert the model again."
-            )
-        if head_tokens is not None:
-            reduce_loaded(model, folder, head_tokens, {key for key, *_ in report["mismatched_keys"]})
+        return cls._finished(library_model(folder, DTYPES[dtype]), target_device, dtype, skip_layers)
+
+    @classmethod
+    def load_blocks(cls, folder: Path, *, skip_layers: Sequence[int] = ()) -> CausalLM:
+        """The model of a GGUF file, its weights as stored, for the fused engine to take apart; float32, on the CPU."""
+        model = load_blocks(folder)
         if skip_layers:
             drop_layers(model, skip_layers)
-        model = model.to(target_device)
+        return cls(model)
+
+    @classmethod
+    def _finished(cls, model: Any, device: torch.device, dtype: str, skip_layers: Sequence[int]) -> CausalLM:
+        if skip_layers:
+            drop_layers(model, skip_layers)
+        model = model.to(device)
         if dtype == "int8":
             quantise_linears(model)
         loaded = cls(model)
@@ -220,6 +213,37 @@ class CausalLM:
         if self._masks_by_type:
             return {"full_attention": mask(None), "sliding_attention": mask(self._window)}
         return mask(self._window)
+
+
+def library_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model in a folder as transformers loads it; of GGUF weights, turned to numbers of this type."""
+    from transformers import AutoModelForCausalLM
+
+    head_tokens = read_reduced_map(folder)
+    if gguf_weights(folder) is not None:
+        model, mismatched = load_floats(folder, dtype), set()
+    else:
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=head_tokens is not None,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
+        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+            raise UserError(
+                f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
+                f"Fetch or convert the model again."
+            )
+        mismatched = {key for key, *_ in report["mismatched_keys"]}
+    if head_tokens is not None:
+        reduce_loaded(model, folder, head_tokens, mismatched)
+    return model
 
 
 def pick_device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ from specsplit.experiment.records import Request, gamma_controller, request_conf
 from specsplit.experiment.rows import writing_rows
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 WARM_UP_TOKENS = 8
 

@@ -13,7 +13,7 @@ from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.measures import tokens_per_round
 from specsplit.experiment.records import Request, request_record
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure_contexts(
     with ExitStack() as stack:
         writers = []
         for config in configs:
-            draft = config.draft_address if config.max_draft_tokens else None
+            draft = config.draft_address if config.gamma else None
             writer = stack.enter_context(TextWriter(draft, config.target_address, access=Access.of(config)))
             writers.append((config, writer))
             writer.write(_context(requests, lengths[0], 0), config)
@@ -69,7 +69,7 @@ def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: Specu
     record = request_record(Request(str(text), "", prompt), result, config)
     later = result.rounds[1:] or result.rounds
     return ContextText(
-        gamma=config.max_draft_tokens,
+        gamma=config.gamma,
         context_tokens=len(prompt),
         text=text,
         output_tokens=record.generated_tokens,

@@ -11,7 +11,7 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.experiment.theory_check import Simulation, simulated_workers
 from specsplit.experiment.transport import bare_round_trip_ms
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 def measure_overhead(
@@ -32,7 +32,7 @@ def measure_overhead(
         for text in range(-1, texts):  # -1: the warm-up
             for mode, gamma in points:
                 config = OrchestratorConfig.load(
-                    {"mode": mode, "max_draft_tokens": gamma, "max_output_tokens": tokens, "temperature": 0.0}
+                    {"mode": mode, "gamma": gamma, "max_output_tokens": tokens, "temperature": 0.0}
                 )
                 result = writer.write([65 + max(text, 0), 66, 67], config)
                 if text >= 0:

@@ -18,7 +18,7 @@ from specsplit.experiment.rows import writing_rows
 from specsplit.models.weightless import is_weightless
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 SETTLE_S = 0.25  # between turns: threads that wait actively go to sleep (Intel's OpenMP after 0.2 s)
 REFERENCE = "gamma_0"  # whose texts the others are compared with: ours, the target alone

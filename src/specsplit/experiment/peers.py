@@ -179,18 +179,12 @@ def _serve(pipe: Pipe, target: PeerModel, draft: PeerModel | None, threads: int)
 
 def _load(spec: PeerModel) -> Any:
     """The library's model, computed by the library alone, but for int8 weights, which it does not have."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     from specsplit.engines.quantise import quantise_linears
-    from specsplit.engines.transformers import DTYPES, drop_layers
+    from specsplit.engines.transformers import DTYPES, drop_layers, library_model
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        spec.folder,
-        dtype=DTYPES[spec.dtype],
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    model = library_model(spec.folder, DTYPES[spec.dtype])
     if spec.skip_layers:
         drop_layers(model, spec.skip_layers)
     model = model.to(spec.device).eval()

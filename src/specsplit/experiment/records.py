@@ -12,7 +12,10 @@ from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.measures import acceptance_rate, per_token_ms
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
+
+# Columns of requests.csv that are settings of the same name.
+SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms", "seed"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def request_config(config: OrchestratorConfig, request_id: str) -> OrchestratorC
 
 def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
     """What chooses gamma when it is `auto`; it learns from one text for the next."""
-    if config.max_draft_tokens != "auto":
+    if config.gamma != "auto":
         return None
     return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
 
@@ -47,10 +50,8 @@ def round_records(
     request_id: str, result: SpeculativeResult, config: OrchestratorConfig, repeat: int = 1
 ) -> list[RoundRecord]:
     """The rows of `per_round.csv` of one finished text."""
-    gamma = config.max_draft_tokens
-    return [
-        RoundRecord(request_id=request_id, gamma=gamma, repeat=repeat, **asdict(row)) for row in result.counted_rounds
-    ]
+    rows = result.counted_rounds
+    return [RoundRecord(request_id=request_id, gamma=config.gamma, repeat=repeat, **asdict(row)) for row in rows]
 
 
 def request_record(
@@ -74,7 +75,7 @@ def request_record(
     ttft_ms = None if error else result.ttft_ms
     return RequestRecord(
         request_id=request.id,
-        gamma=config.max_draft_tokens,
+        gamma=config.gamma,
         prompt_length=len(request.token_ids),
         generated_tokens=generated,
         ttft_ms=ttft_ms,
@@ -91,16 +92,8 @@ def request_record(
         network_idle_fraction=idle / result.total_ms if result.total_ms else 0.0,
         draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
-        mode=config.mode,
-        tree=config.tree,
         draft=config.draft_name,
-        sampling=config.sampling,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        rtt_ms=config.rtt_ms,
-        jitter_ms=config.jitter_ms,
-        seed=config.seed,
+        **config.model_dump(include=SETTINGS),
         speculation_hits=result.speculation_hits,
         speculation_misses=result.speculation_misses,
         output_sha256=tokens_sha256(result.output_tokens),

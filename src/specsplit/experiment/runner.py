@@ -40,7 +40,7 @@ from specsplit.provenance.redaction import redact, redact_arguments
 from specsplit.provenance.steps import workflow_command
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import AccessSettings, OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 RUN_SCHEMA_VERSION = 2
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl")
@@ -191,23 +191,19 @@ def _write_tables(entries: Sequence[Entry], run_dir: Path) -> None:
     replace_file(run_dir / "outputs.jsonl", outputs)
 
 
-# Settings that decide no text and no time where nothing fails: where the workers are and how failures are met.
-_OPERATION = (
-    *("draft_address", "target_address", "tokenizer", "connect_timeout_s", "rpc_timeout_s"),
-    *("recovery_timeout_s", "on_draft_failure", *AccessSettings.model_fields, "tls_name"),
-)
 _WORKER_OPERATION = ("address", "pid", "attached", "process_started", "log", "reason")
 
 
 def _what_decides(run: Mapping[str, Any], requests: Sequence[Request]) -> dict[str, Any]:
     """The settings that the rows of one run share: those of another run with the same ones may stand beside them."""
+    operates = OrchestratorConfig.operating()
     workers = {
         role: {key: value for key, value in worker.items() if key not in _WORKER_OPERATION}
         for role, worker in run["workers"].items()
     }
     return {
         "requests_sha256": json_sha256([[r.id, r.category, r.token_ids] for r in requests]),
-        "orchestrator": {key: value for key, value in run["orchestrator"].items() if key not in _OPERATION},
+        "orchestrator": {key: value for key, value in run["orchestrator"].items() if key not in operates},
         "workers": workers,
         **{key: run[key] for key in ("repeats", "warmup_requests", "tokenizer_sha256", "machine", "environment")},
         **{key: run[key] for key in ("software_sha256", "run_code_sha256")},
@@ -237,7 +233,7 @@ def _describe_run(
         "argv": argv,
         "workflow": workflow_command(),
         "started": utc_now(),
-        "gamma": config.max_draft_tokens,
+        "gamma": config.gamma,
         "seeds": {
             "orchestrator": config.seed,
             **{f"{role}_worker": int(w["runtime"]["seed"]) for role, w in workers.items() if "seed" in w["runtime"]},

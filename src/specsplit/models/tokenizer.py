@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinja2 import TemplateError
 
 from specsplit.errors import PromptError, UserError
-from specsplit.models.fingerprint import tokenizer_sha256
+from specsplit.models.fingerprint import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
+
+PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 12 << 20, 256 << 20
+
+
+def pack_tokenizer(folder: Path) -> dict[str, bytes]:
+    """The files of a tokenizer for a message, compressed; none when they would be over MOST_PACKED_BYTES."""
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and matches(path.name, PACKED_FILES)]
+    packed = {path.name: zlib.compress(path.read_bytes()) for path in paths}
+    return packed if sum(map(len, packed.values())) <= MOST_PACKED_BYTES else {}
 
 
 class TextCodec:
@@ -28,6 +40,28 @@ class TextCodec:
             return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {error}") from error
+
+    @classmethod
+    def unpack(cls, files: Mapping[str, bytes]) -> TextCodec:
+        """The tokenizer that `pack_tokenizer` packed elsewhere. Raises UserError for what is none."""
+        with TemporaryDirectory(prefix="specsplit-") as folder:
+            for name, packed in files.items():
+                if not matches(name, PACKED_FILES) or Path(name).name != name:
+                    raise UserError(f"a tokenizer has no file {name!r}")
+                unpacking = zlib.decompressobj()
+                try:
+                    data = unpacking.decompress(packed, MOST_UNPACKED_BYTES)
+                except zlib.error as error:
+                    raise UserError(f"{name} of a tokenizer cannot be read: {error}") from None
+                if not unpacking.eof:
+                    raise UserError(f"{name} of a tokenizer is cut off, or larger than {MOST_UNPACKED_BYTES} bytes")
+                Path(folder, name).write_bytes(data)
+            try:
+                return cls.load(Path(folder))
+            except UserError:
+                raise
+            except Exception as error:  # whatever transformers meets in files that nobody here has seen
+                raise UserError(f"a tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]], *, use_chat_template: bool = True) -> list[int]:
         """Token ids of a prompt: a string, or messages with `role` and `content`.

@@ -9,48 +9,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object
 from specsplit.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, check_tokenizer, matches, read_config
-
-BYTES = 256
-
-
-class Parameters(BaseModel):
-    """An entry of `models` in the configuration, and what the manifest says of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SyntheticParameters(Parameters):
-    """What a SyntheticLM is made of; its docstring explains them."""
-
-    source: Literal["synthetic"] = "synthetic"
-    step_ms: float = Field(3.0, ge=0)
-    token_ms: float = Field(0.0, ge=0)
-    acceptance: float = Field(0.8, gt=0, le=1)
-    seed: int = Field(0, ge=0, lt=1 << 32)
-    vocab_size: int = Field(BYTES, ge=BYTES, le=1 << 20)
-
-
-class NGramParameters(Parameters):
-    """What an NGramLM is made of. tokenizer: folder of a model, prepared or local, whose tokens it speaks."""
-
-    source: Literal["ngram"] = "ngram"
-    tokenizer: str = Field(min_length=1)
-    max_ngram: int = Field(3, ge=1)
-    min_ngram: int = Field(1, ge=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_ngram > self.max_ngram:
-            raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
-        return self
-
+from specsplit.settings.models import BYTES, ModelSource, NGramParameters, SyntheticParameters
 
 KINDS: dict[str, type[SyntheticParameters] | type[NGramParameters]] = {
     "synthetic": SyntheticParameters,
@@ -75,7 +41,7 @@ def parse_parameters(spec: Mapping[str, Any], name: str) -> SyntheticParameters 
         raise UserError("\n".join(lines)) from None
 
 
-def parameters_sha256(parameters: Parameters) -> str:
+def parameters_sha256(parameters: ModelSource) -> str:
     """Identity of the model: what decides its answers and its time. The tokenizer has a hash of its own."""
     return json_sha256(parameters.model_dump(exclude={"tokenizer"}))
 

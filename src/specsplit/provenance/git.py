@@ -1,4 +1,4 @@
-"""The state of a git checkout, and what it holds beyond its commit."""
+"""The state of a git checkout, and its uncommitted changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specsplit.provenance.redaction import redact_text
 
 LARGEST_DIFF = 5_000_000  # characters
 LARGEST_NEW_FILE = 256 * 1024  # bytes
-# New files whose content stays out of the diff: by habit they hold keys and passwords.
+# New files whose content stays out of the diff, since such files often hold keys and passwords.
 PRIVATE = (".env", ".env.*", "*.pem", "*.key", "id_*", ".netrc", "*credential*", "*secret*", "*token*.txt", "*.p12")
 
 
@@ -75,14 +75,13 @@ def capture_diff(root: Path) -> dict[str, Any]:
             addition, _ = _git(root, *command, strip=False, status=1)
         new_files.append({"path": name, "bytes": size, "sha256": sha256_file(path), "in_diff": addition is not None})
         diff += addition or ""
+    reason = None
     if len(diff) > LARGEST_DIFF:
-        return {
-            **nothing,
-            "new_files": new_files,
-            "reason": f"the diff has {len(diff)} characters, over {LARGEST_DIFF}",
-        }
-    if "\ufffd" in diff:
-        return {**nothing, "new_files": new_files, "reason": "the diff has text that is not UTF-8"}
+        reason = f"the diff has {len(diff)} characters, over {LARGEST_DIFF}"
+    elif "\ufffd" in diff:
+        reason = "the diff has text that is not UTF-8"
+    if reason:
+        return {**nothing, "new_files": new_files, "reason": reason}
     clean = redact_text(diff)
     digest = hashlib.sha256(clean.encode()).hexdigest()
     return {"diff": clean, "sha256": digest, "redacted": clean != diff, "new_files": new_files, "reason": None}

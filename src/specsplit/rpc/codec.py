@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from specsplit.decoding.sampling import Sampling
 from specsplit.decoding.tree import TokenTree, TreeError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import MAX_TEMPERATURE, MIN_TEMPERATURE
+from specsplit.settings.run import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 RETRY_AFTER = "retry-after-ms"  # metadata of a refusal that is for now only
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024

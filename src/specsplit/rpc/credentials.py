@@ -24,7 +24,9 @@ import grpc
 from specsplit.errors import UserError
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import AccessSettings, OrchestratorConfig, WorkerSettings
+from specsplit.settings.access import AccessSettings
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 TLS_SCHEME = "grpcs://"
@@ -230,5 +232,5 @@ def _read(config: AccessSettings, setting: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{config.flag(setting)} / {config.variable(setting)}: {path}: {error.strerror or error}"
+            f"{' / '.join([config.flag(setting), *config.variables(setting)])}: {path}: {error.strerror or error}"
         ) from None

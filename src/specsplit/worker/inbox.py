@@ -1,4 +1,4 @@
-"""The messages of a stream, read as they come, so that a handler can see that a newer one waits."""
+"""The messages of a stream, read as they arrive, so that a handler can see whether a newer one waits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import grpc
 from specsplit.rpc.codec import MALFORMED
 from specsplit.worker.refusals import InvalidRequest, LimitReached
 
-MOST_WAITING = 64  # messages of a stream; a client of ours has three under way at most
+MOST_WAITING = 64  # messages of a stream; our client has at most three under way
 
 
 class Inbox:
-    """Reads `requests` on a thread of its own until the client has sent all or is gone.
+    """Read `requests` on a thread of its own until the client has sent all or has left.
 
-    Iterating gives (message, time.perf_counter() of its arrival), and ends as soon as the client is gone, whatever
-    waits. It raises InvalidRequest for a message that cannot be read and LimitReached when over MOST_WAITING wait.
-    session_id, round: of the last message, noted by the handler (`of_session`). arrived: when that message came.
+    Iterating yields (message, time.perf_counter() of its arrival). It ends once the client has left, even if messages
+    wait, and raises InvalidRequest for a malformed message and LimitReached when more than MOST_WAITING wait.
+    session_id, round: of the last message, set by the handler with `of_session`. arrived: when that message came.
     """
 
     def __init__(self, requests: Iterator[Any]) -> None:
@@ -55,11 +55,11 @@ class Inbox:
             yield item
 
     def of_session(self, session_id: str, round_number: int) -> None:
-        """Note whose message it is. Raises InvalidRequest when it is of another session than those before it."""
+        """Set session and round of the message. Raises InvalidRequest when an earlier one was of another session."""
         if self.session_id and session_id != self.session_id:
             raise InvalidRequest("a stream is of one session: open another stream for another one")
         self.session_id, self.round = session_id, round_number
 
     def waiting(self) -> bool:
-        """Whether something has come that was not taken yet, the end included."""
+        """Whether a message, or the end of the stream, has arrived and was not taken yet."""
         return not self._messages.empty()

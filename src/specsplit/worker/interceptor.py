@@ -1,6 +1,6 @@
-"""What every call must pass before any work is done for it, health and reflection included.
+"""A gRPC interceptor that checks every call before any work is done for it, health and reflection included.
 
-A gRPC interceptor: it is asked once per call or stream, never per message.
+gRPC asks it once per call or stream, never per message.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import grpc
 from specsplit.rpc.codec import MALFORMED, lenient
 from specsplit.rpc.credentials import ServerAccess
 
-OWN = "/specsplit."
+OWN_METHODS = "/specsplit."
 
 
-class Gate(grpc.ServerInterceptor):
-    """Refuses, in this order: strangers, calls of ours while there is no model (`loading`), what is not served here.
+class AuthInterceptor(grpc.ServerInterceptor):
+    """Refuse, in this order: callers without a valid token, our methods while the model loads, unknown methods.
 
-    Bytes that are not a message are INVALID_ARGUMENT, for which gRPC alone would say INTERNAL.
-    served: what to tell about a method that is not. on_refused: gets the status of each call refused here.
+    Bytes that are not a message are refused with INVALID_ARGUMENT; gRPC alone would say INTERNAL.
+    served: name of the service, for the refusal of an unknown method. on_refused: gets the status of each refusal.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Gate(grpc.ServerInterceptor):
         self._access = access
         self._served = served
         self._on_refused = on_refused
-        self._handlers: dict[str, tuple[Any, grpc.RpcMethodHandler]] = {}
+        self._checked: dict[str, tuple[Any, grpc.RpcMethodHandler]] = {}  # by method: the handler, and it with checks
 
     def intercept_service(
         self,
@@ -43,13 +43,13 @@ class Gate(grpc.ServerInterceptor):
             return self._refuse(grpc.StatusCode.UNAUTHENTICATED, "this worker wants a token that it knows")
         handler = continuation(details)
         if handler is None:
-            if self.loading and method.startswith(OWN):
+            if self.loading and method.startswith(OWN_METHODS):
                 return self._refuse(grpc.StatusCode.UNAVAILABLE, "the model is still being loaded")
             return self._refuse(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not served here, but {self._served}")
-        kept = self._handlers.get(method)
-        if kept is None or kept[0] is not handler:
-            kept = self._handlers[method] = handler, _reading(handler, method.startswith(OWN))
-        return kept[1]
+        known = self._checked.get(method)
+        if known is None or known[0] is not handler:
+            known = self._checked[method] = handler, _check_messages(handler, method.startswith(OWN_METHODS))
+        return known[1]
 
     def _refuse(self, status: grpc.StatusCode, details: str) -> grpc.RpcMethodHandler:
         """A handler that ends the call without reading a message, whatever kind of call it is."""
@@ -58,8 +58,8 @@ class Gate(grpc.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(lambda requests, context: context.abort(status, details))
 
 
-def _reading(handler: Any, own: bool) -> grpc.RpcMethodHandler:
-    """The handler with a deserializer that does not fail. Streams of ours look for MALFORMED themselves (Inbox)."""
+def _check_messages(handler: Any, own: bool) -> grpc.RpcMethodHandler:
+    """The handler, which refuses malformed messages. Our own streams (`own`) look for MALFORMED themselves (Inbox)."""
     handler = handler._replace(request_deserializer=lenient(handler.request_deserializer))
     kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
     behaviour = getattr(handler, kind)

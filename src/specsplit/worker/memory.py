@@ -1,4 +1,4 @@
-"""How many sessions the memory holds, so that a worker refuses work and is not killed for want of memory."""
+"""How many sessions fit into memory, so that a worker refuses work instead of running out of memory."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from specsplit.errors import UserError
 
 if TYPE_CHECKING:
     from specsplit.engines.loading import LanguageModel
-    from specsplit.settings.processes import WorkerSettings
+    from specsplit.settings.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
-SHARE = 0.5  # of what is free: passes need memory too, and the other worker may be on the same machine
+CACHE_SHARE = 0.5  # of free memory: passes need some too, and the other worker may be on the same machine
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def sessions_that_fit(config: WorkerSettings, model: LanguageModel, max_context: int) -> int:
-    """max_sessions, or as many as there is memory for. Raises UserError when it holds none."""
+    """max_sessions, or as many as fit into memory. Raises UserError when none does."""
     each = model.cache_bytes(max_context)
-    budget = config.cache_memory_mb * MIB if config.cache_memory_mb else int(SHARE * free_memory(model.device))
+    budget = config.cache_memory_mb * MIB if config.cache_memory_mb else int(CACHE_SHARE * free_memory(model.device))
     fitting = budget // max(each, 1)
     if fitting < 1:
         raise UserError(
@@ -40,11 +40,11 @@ def sessions_that_fit(config: WorkerSettings, model: LanguageModel, max_context:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on the device; on the CPU within the limit of its control group."""
+    """Bytes that this process can still allocate on the device; on the CPU within the limit of its control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free: int = psutil.virtual_memory().available
-    try:  # version 2, as containers and SLURM set it up
+    try:  # control groups version 2, as containers and SLURM use them
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         reclaimable = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         return min(free, max(0, limit - used + int(reclaimable.get("inactive_file", 0))))

@@ -6,13 +6,13 @@ import grpc
 
 
 class Refusal(Exception):
-    """A request that a worker will not serve; the message goes to the client with `status`."""
+    """A request that a worker does not serve; the client gets the message with `status`."""
 
     status = grpc.StatusCode.INTERNAL
 
 
 class InvalidRequest(Refusal):
-    """The request itself is wrong, whatever state the worker is in."""
+    """The request itself is wrong, in any state of the worker."""
 
     status = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -24,30 +24,30 @@ class SessionLost(Refusal):
 
 
 class StaleRound(Refusal):
-    """A round that is over and cannot be answered again."""
+    """The round is over and cannot be answered again."""
 
     status = grpc.StatusCode.ABORTED
 
 
 class LimitReached(Refusal):
-    """A limit of the worker: context, sessions, tree size, calls at once, memory."""
+    """The request exceeds a limit of the worker: context, sessions, tree size, calls at once, memory."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class Busy(LimitReached):
-    """There is no room now; there may be after `retry_after_ms`."""
+    """All sessions or calls are in use; retry after `retry_after_ms`."""
 
     retry_after_ms = 100
 
 
 class Abandoned(Refusal):
-    """The client cancelled the call or its deadline passed: nothing more is computed for it."""
+    """The client cancelled the call or its deadline passed, so nothing more is computed for it."""
 
     status = grpc.StatusCode.CANCELLED
 
 
 class Stopped(Refusal):
-    """The worker is stopping; the call may be made again where another one serves."""
+    """The worker is stopping; the call can be made again at another worker."""
 
     status = grpc.StatusCode.UNAVAILABLE

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import grpc
@@ -21,15 +22,16 @@ from specsplit.launch.endpoint import Endpoint, describe_identity
 from specsplit.launch.environment import usable_cores
 from specsplit.launch.lease import Lease, lease_holder
 from specsplit.models.sources import resolve_model
+from specsplit.models.tokenizer import pack_tokenizer
 from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import ServerAccess
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import DraftWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
-from specsplit.worker.interceptor import Gate
+from specsplit.worker.interceptor import AuthInterceptor
 from specsplit.worker.prometheus import Metrics
 from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.spans import WorkerSpans
@@ -37,10 +39,10 @@ from specsplit.worker.target_service import TargetServicer
 
 log = logging.getLogger(__name__)
 LEASE_POLL_S = 0.5
-SPARE_CALLS = 16  # beyond those that work: health, Describe and what is refused are answered in any case
+SPARE_CALLS = 16  # beyond max_calls, so that health, Describe and refusals are always answered
 SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
-    ("grpc.so_reuseport", 0),  # or two workers could listen on one port and share its calls
+    ("grpc.so_reuseport", 0),  # otherwise two workers could listen on one port and share its calls
 ]
 DRAFT_SERVICE = pb.DESCRIPTOR.services_by_name["DraftService"].full_name
 TARGET_SERVICE = pb.DESCRIPTOR.services_by_name["TargetService"].full_name
@@ -52,8 +54,7 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
     Raises UserError when the model is missing or cannot be loaded.
     """
     if config.model is None:
-        prefix = config.model_config["env_prefix"]
-        raise UserError(f"no model: give --model FOLDER or set {prefix}MODEL")
+        raise UserError(f"no model: give --model FOLDER or set {config.prefix}MODEL")
     folder, manifest = resolve_model(config.model)
     threads = config.threads or usable_cores()
     model, identity = load_model(folder, manifest, config, threads)
@@ -61,11 +62,13 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
     if isinstance(config, DraftWorkerConfig):
         vocabulary = load_vocabulary(folder, target_tokenizer(config), model.vocab_size)
         return DraftServicer(shared, config, identity, vocabulary)
-    return TargetServicer(shared, config, identity)
+    servicer = TargetServicer(shared, config, identity)
+    servicer.tokenizer_files = cache(partial(pack_tokenizer, folder))
+    return servicer
 
 
 class WorkerServer:
-    """A gRPC server: health and reflection from `start` on, the service of a worker from `open` on.
+    """A gRPC server: health and reflection from `start` on, the worker's service from `open` on.
 
     port: the one it listens on after `start`.
     """
@@ -78,11 +81,11 @@ class WorkerServer:
         self._access = ServerAccess.load(config)
         self.metrics = Metrics() if config.metrics_port is not None else None
         self.spans = WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
-        self._gate = Gate(self._access, self.service, self.metrics.refused if self.metrics else None)
+        self._auth = AuthInterceptor(self._access, self.service, self.metrics.refused if self.metrics else None)
         threads = config.call_limit + SPARE_CALLS
         self._server = grpc.server(
-            ThreadPoolExecutor(threads, "rpc"),  # made as they are needed; they mostly wait for the model
-            interceptors=[self._gate],
+            ThreadPoolExecutor(threads, "rpc"),  # started when they are needed; they mostly wait for the model
+            interceptors=[self._auth],
             options=SERVER_OPTIONS,
             maximum_concurrent_rpcs=threads,
         )
@@ -94,7 +97,7 @@ class WorkerServer:
         reflection.enable_server_reflection(names, self._server)
 
     def start(self) -> None:
-        """Listen and report NOT_SERVING. UserError when the address cannot be had."""
+        """Listen and report NOT_SERVING. Raises UserError when the address is in use or not local."""
         address = f"{self.config.host}:{self.config.port}"
         self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
@@ -113,8 +116,8 @@ class WorkerServer:
             self.metrics.listen(self.config.metrics_host, self.config.metrics_port)
 
     def open(self, servicer: WorkerServicer) -> None:
-        """Serve what was loaded and report SERVING."""
-        # Of a call that passed the gate.
+        """Serve the loaded model and report SERVING."""
+        # The interceptor has let the call through, so it has an owner.
         servicer.owner_of = lambda metadata: self._access.owner(metadata) or ""
         self.servicer = servicer
         if self.metrics is not None:
@@ -125,11 +128,11 @@ class WorkerServer:
             pb_grpc.add_DraftServiceServicer_to_server(servicer, self._late)
         else:
             pb_grpc.add_TargetServiceServicer_to_server(servicer, self._late)
-        self._gate.loading = False
+        self._auth.loading = False
         self._report(health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self) -> None:
-        """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s`, stop."""
+        """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s` seconds, and stop."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace=self.config.drain_s).wait()
         if self.metrics is not None:
@@ -143,7 +146,7 @@ class WorkerServer:
 
 
 class _LateService(grpc.GenericRpcHandler):
-    """The handlers of a service that comes when the server runs already. Stands in for a server when they are added."""
+    """Handlers that are added while the server already runs. The generated code takes it for a server."""
 
     def __init__(self) -> None:
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
@@ -155,7 +158,7 @@ class _LateService(grpc.GenericRpcHandler):
         self._handlers.update({f"/{service}/{method}": handler for method, handler in handlers.items()})
 
     def add_generic_rpc_handlers(self, handlers: object) -> None:
-        """The same ones in another form."""
+        """Ignored: the same handlers in another form."""
 
 
 def serve(
@@ -169,14 +172,14 @@ def serve(
 
     endpoint_file: written once the worker serves; deleting it stops the worker.
     users_file: lists the endpoint files of those who share it; the worker stops when none of them exists.
-    on_loaded: called when the model is loaded; from then on we look after the lease here, and drain when it ends.
+    on_loaded: called when the model is loaded; from then on this function watches the lease and drains when it ends.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     lease = Lease(lease_holder(), endpoint_file, users_file)
     server = WorkerServer(config)
-    server.start()  # first: health is answered while the model is loaded, and a port in use is told at once
+    server.start()  # before loading: health is answered meanwhile, and a port in use is reported at once
     servicer = load_servicer(config)
     on_loaded()
     if stop.is_set() or lease.lost():
@@ -199,6 +202,6 @@ def serve(
         Endpoint.remove(endpoint_file, pid=os.getpid())
     log.info("stopped")
     tracing.stop()  # sends the last spans
-    # Nothing is left to be done, and Python's own end takes seconds at times: it waits for every thread, so for a pass
-    # of the model whose result nobody wants, and takes the libraries apart.
+    # Python's own shutdown may take seconds: it waits for every thread, even for a pass of the model whose result is no
+    # longer wanted, and unloads the libraries.
     os._exit(0)

@@ -21,7 +21,7 @@ from specsplit import tracing
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 from specsplit.rpc.codec import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.processes import WorkerSettings
+from specsplit.settings.worker import WorkerSettings
 from specsplit.worker.batching import SharedModel, describe_runtime
 from specsplit.worker.inbox import MOST_WAITING, Inbox
 from specsplit.worker.memory import sessions_that_fit
@@ -58,11 +58,12 @@ class WorkerServicer:
     """One loaded model and its sessions.
 
     identity: model name and fingerprint as reported by Describe. owner_of: who a call is from, by its metadata; what it
-    says has one length, so that no owner and session id can be read as another pair.
+    says has one length, so that no owner and session id can be read as another pair. tokenizer_files: for Describe.
     """
 
     role = ""
     owner_of: Callable[[Any], str] = staticmethod(lambda metadata: "")
+    tokenizer_files: Callable[[], Mapping[str, bytes]] = staticmethod(dict)
     metrics: Metrics | None = None
     spans: WorkerSpans | None = None
 
@@ -96,6 +97,7 @@ class WorkerServicer:
             pid=os.getpid(),
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
             runtime=describe_runtime(self.model.model.device, self.config.seed),
+            tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
             **self.identity,
         )
 

@@ -1,4 +1,4 @@
-"""Sessions of a worker: the tokens it holds, their cache, and the last reply, under an LRU limit and a TTL."""
+"""A worker's sessions: tokens, their cache and the last reply of each, under an LRU limit and a TTL."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.refusals import Busy, SessionLost, StaleRound
 
-PATIENCE_S = 0.25  # a text that ended may keep its session busy for a pass more
+BUSY_WAIT_S = 0.25  # wait for a busy session: one whose text ended may still be in a pass
 
 
 @dataclass
 class Session:
-    """One text being written.
+    """One text that is being generated.
 
-    tokens: the context as of the last round. cache: its keys and values, perhaps followed by tree nodes.
-    state: what the engine of the draft worker knows beside them.
+    tokens: the context after the last round. cache: its keys and values, perhaps followed by tree nodes.
+    state: what the draft worker knows about them (`draft.DraftState`).
     """
 
     cache: KVCache
@@ -33,13 +33,13 @@ class Session:
     last_request: bytes = b""
     last_reply: Any = None
     last_used: float = 0.0
-    users: int = 0  # calls that hold or wait for this session; it is not evicted meanwhile
+    users: int = 0  # calls that hold or wait for this session, which is not evicted meanwhile
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def replay(self, round_number: int, request: bytes) -> Any:
-        """The reply already given to this very request, or None when it is a new round.
+        """The reply already given to the same request, or None when the round is new.
 
-        Raises StaleRound when the round is over and the request is another one.
+        Raises StaleRound when the round is over and the request differs.
         """
         if round_number > self.last_round:
             return None
@@ -53,7 +53,7 @@ class Session:
         self.last_round, self.last_request, self.last_reply = round_number, request, reply
 
     def context_for(self, context: pb.Context) -> list[int]:
-        """The full context that a request means; checks that this session holds its prefix."""
+        """The full context of a request. Raises SessionLost when this session does not hold its prefix."""
         prefix = self.tokens[: context.prefix_length]
         if context.prefix_length > len(self.tokens) or context.prefix_crc32 != tokens_crc32(prefix):
             raise SessionLost(
@@ -64,10 +64,11 @@ class Session:
 
 
 class SessionStore:
-    """Sessions by owner and id. At most `limit` are kept, each with a cache, and no more caches are ever made; idle
-    sessions go after `ttl_s` seconds, the least recently used first.
+    """Sessions by owner and id: at most `limit`, each with a cache; no more caches are ever made.
 
-    owner: who may use a session, where clients can be told apart; to everybody else it is an unknown one.
+    An idle session is dropped after `ttl_s` seconds, or earlier, the least recently used first, when its cache is
+    needed. A new session waits up to `busy_wait_s` seconds for a cache. owner: who may use a session, where clients can
+    be told apart; for everybody else it does not exist.
     """
 
     def __init__(
@@ -76,17 +77,17 @@ class SessionStore:
         *,
         limit: int,
         ttl_s: float,
-        patience_s: float = PATIENCE_S,
+        busy_wait_s: float = BUSY_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._new_cache = new_cache
         self._limit = limit
         self._ttl_s = ttl_s
-        self._patience_s = patience_s
+        self._busy_wait_s = busy_wait_s
         self._clock = clock
         self._sessions: OrderedDict[str, Session] = OrderedDict()
-        self._spare: list[KVCache] = []  # caches of ended sessions: their memory is used again
-        self._made = 0  # caches, those of sessions that were ended while a call still used them included
+        self._spare: list[KVCache] = []  # caches of ended sessions, to be used again
+        self._made = 0  # caches, including those of ended sessions that a call still uses
         self._lock = threading.Condition()
 
     def __len__(self) -> int:
@@ -101,7 +102,7 @@ class SessionStore:
 
     @contextmanager
     def use(self, context: pb.Context, owner: str = "") -> Iterator[Session]:
-        """The session of a request, locked. A request with prefix_length 0 opens it when it is not there."""
+        """The session of a request, locked. A request with prefix_length 0 opens it if needed."""
         key = owner + context.session_id
         with self._lock:
             session = self._find(key, new=not context.prefix_length)
@@ -129,8 +130,8 @@ class SessionStore:
             return session is not None
 
     def _find(self, key: str, *, new: bool) -> Session:
-        """The session, opened when it may be a new one: then what is busy gets a little time to become idle."""
-        deadline = time.monotonic() + self._patience_s
+        """The session, opened if `new`: then a busy session gets `busy_wait_s` to free its cache."""
+        deadline = time.monotonic() + self._busy_wait_s
         while True:
             self._expire()
             if (session := self._sessions.get(key)) is not None:
@@ -149,7 +150,7 @@ class SessionStore:
             self._lock.wait(left)
 
     def _free_cache(self) -> KVCache | None:
-        """A spare cache, or a new one, or that of the session that was idle for longest; None when all are busy."""
+        """A spare cache, a new one, or that of the session idle for longest; None when all are busy."""
         if self._spare:
             return self._spare.pop()
         if self._made < self._limit:

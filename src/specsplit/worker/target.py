@@ -22,10 +22,10 @@ def verify_tree(
     tree: TokenTree,
     sampling: Sampling = GREEDY,
 ) -> Verdict:
-    """Which drafted tokens the target confirms, and its own next token.
+    """Decide which drafted tokens the target accepts, and its own next token.
 
-    `context` agrees with the session's tokens up to `prefix_length`. The session then holds the context and the
-    accepted tokens, in its token list and in its cache.
+    context: the full context; the session holds its first `prefix_length` tokens. Afterwards the session holds the
+    context and the accepted tokens, in its token list and in its cache. A pass that fails leaves a consistent session.
     """
     cache = session.cache
     cache.rollback(min(cache.length, prefix_length, len(context) - 1))

@@ -10,7 +10,7 @@ from specsplit.decoding.tree import TreeError, check_lengths
 from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.processes import TargetWorkerConfig
+from specsplit.settings.worker import TargetWorkerConfig
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest
 from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
@@ -32,7 +32,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
         return self.guard_stream(requests, context, self._stream)
 
     def _stream(self, inbox: Inbox, caller: Caller) -> Iterator[pb.VerifyDraftsReply]:
-        # Messages are taken in order, so drafts prepared for a round come up right when that round is done.
+        # Messages are taken in order, so drafts prepared for a round are seen right after that round.
         last: tuple[pb.VerifyDraftsRequest, pb.VerifyDraftsReply] | None = None
         for message, arrived in inbox:
             request: pb.VerifyDraftsRequest | None = message.verify
@@ -54,7 +54,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
     def _verify(
         self, request: pb.VerifyDraftsRequest, caller: Caller, arrived: float | None = None
     ) -> pb.VerifyDraftsReply:
-        # Counted before they are taken out of the message: a few megabytes of it would be many of Python's numbers.
+        # Counts are checked before the tree is unpacked: a few megabytes of message would become many Python numbers.
         nodes = len(request.tree.token_ids)
         self.check_request(request.context, nodes)
         try:
@@ -91,7 +91,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
 def _next_round(
     request: pb.VerifyDraftsRequest, reply: pb.VerifyDraftsReply, prepared: pb.Prepared
 ) -> pb.VerifyDraftsRequest | None:
-    """The request of the round after `request`, when its outcome was prepared for."""
+    """The request of the round after `request`, when a draft for its outcome was prepared; else None."""
     if prepared.round != request.context.round:
         return None
     accepted = list(reply.accepted_tokens)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from specsplit.cli.distill import add_target_flag, add_terminal_flag
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.distill.recipe import TrainingSettings
 from specsplit.errors import UserError
+from specsplit.settings.distill import TrainingSettings
 
 SHOWN_STEPS = 20  # lines of a log between two evaluations, at most
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specsplit.cli.distill import add_target_flag, add_terminal_flag
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.distill.recipe import WritingSettings
+from specsplit.settings.distill import WritingSettings
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

