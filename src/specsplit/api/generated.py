@@ -35,7 +35,7 @@ class GeneratedText(str):
         self = super().__new__(cls, text)
         self._result = result
         self.token_ids, self.prompt_token_ids = result.output_tokens, list(prompt_token_ids)
-        self.rounds, self.failures = result.rounds, result.failures
+        self.rounds, self.failures = result.counted_rounds, result.failures
         self.finish_reason, self.ttft_ms, self.total_ms = result.finish_reason, result.ttft_ms, result.total_ms
         return self
 
