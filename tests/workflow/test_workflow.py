@@ -144,7 +144,7 @@ def test_what_a_changed_key_reruns(finished, change, expected):
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("decoding/verification.py", {"start_worker": 5, "benchmark": 3, "operation": 3, **ANALYSIS}),
+        ("decoding/verification.py", {"start_worker": 5, "benchmark": 3, **ANALYSIS}),
         ("analysis/figures.py", {"figures": 1, "summary": 1}),
         (
             "experiment/dataset.py",
@@ -200,7 +200,7 @@ def test_the_report_of_the_experiment_and_that_of_snakemake(finished):
     finished.run(target=page)
     text = (finished.folder / page).read_text("utf-8")
     assert "Yes: each of the 6 texts written with a draft" in text
-    assert "--gamma 3" in text
+    assert "--settings results/settings/gamma_3/settings.json" in text
     assert finished.planned(target=page) == {}
     template = finished.folder / "src" / "specsplit" / "analysis" / "report.html.j2"
     original, times = template.read_bytes(), (template.stat().st_atime, template.stat().st_mtime)

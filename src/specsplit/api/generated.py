@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import Self
 
 from specsplit.client.result import Failure, Round, SpeculativeResult
-from specsplit.decoding.measures import acceptance_rate, per_token_ms
+from specsplit.decoding.measures import acceptance_rate, per_token_ms, tokens_per_round
 from specsplit.models.tokenizer import TextCodec, TextStream
 
 
@@ -50,7 +50,7 @@ class GeneratedText(str):
     @property
     def acceptance_length(self) -> float:
         """Tokens per verification: the accepted ones and the target's own, up to the end of the text."""
-        return (len(self.token_ids) + (self.finish_reason == "eos")) / len(self.rounds)
+        return tokens_per_round(self.rounds)
 
     @property
     def acceptance_by_position(self) -> list[float]:
