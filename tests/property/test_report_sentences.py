@@ -162,7 +162,13 @@ def check_finding(finding: Finding, table: DataFrame, summary: DataFrame) -> Non
     assert said
     assert said[1] == f"{drafted:.2f}"
     interval = re.search(r"95 % interval (\S+) to ([\w.]+)\)", text)
-    assert bool(interval) == (prompts >= MIN_PROMPTS) == ("too few requests" not in text)
+    written = {
+        key: int((rows["generated_tokens"] > 0).sum()) for key, rows in own.groupby(["gamma", "draft"], sort=False)
+    }
+    best_draft = (finding.drafting["gamma"], finding.drafting["draft"])
+    sure = prompts >= MIN_PROMPTS and min(written[0, "draft"], written[best_draft]) > 1
+    assert bool(interval) == sure == ("too few" not in text)
+    assert ("too few requests" in text) == (prompts < MIN_PROMPTS)
     low, high = finding.drafting["speedup_ci_low"], finding.drafting["speedup_ci_high"]
     if interval:
         assert (interval[1], interval[2]) == (f"{low:.2f}", f"{high:.2f}")
