@@ -1,11 +1,13 @@
-"""How long a pass of the model takes, beside the memory floor and Hugging Face's.
+"""How long a pass of the model takes, in every form of weights, beside the memory floor and Hugging Face's.
 
     python benchmarks/engine.py --model resources/models/smollm2-135m-instruct
 
-times a pass over 1, 2, 4, 8 and 16 tokens after a context, engine `fused` and engine `transformers` (the library's own
-forward on our static cache) and the library alone (its dynamic cache) in turn, and how long it takes to read as many
-bytes as the weights have, with the same threads. Prints medians in ms. Texts are random tokens: a pass takes the same
-time for any.
+times a pass over 1 to 16 tokens after a context, and prompts, in engine `fused` with weights in each form that the
+folder allows (`stored`, of a GGUF file, is the one that workers take), in engine `transformers` (the library's own
+forward on our static cache) and in the library alone (its dynamic cache), in turn. `floor` is how long it takes to read
+as many bytes as the weights have, with the same threads. Prints medians in ms and, in brackets, how many times a pass
+over one token each takes; --least prints the least times instead, for a machine that others use too. Texts are random
+tokens: a pass takes the same time for any.
 """
 
 from __future__ import annotations
@@ -19,63 +21,88 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.numba import FusedLM
-from specsplit.engines.transformers import DTYPES, CausalLM
+from specsplit.engines.transformers import CausalLM, library_model
 from specsplit.launch.environment import usable_cores
+from specsplit.models.fingerprint import gguf_weights
 
-SIZES = (1, 2, 4, 8, 16)
+SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 16)
+FORMS = ("float32", "bfloat16", "int8", "stored")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a prepared or local model")
-    parser.add_argument("--dtype", default="float32", help="float32 | bfloat16 | int8 (default: float32)")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, help="of weights in engine fused (default: all)")
     parser.add_argument("--context", type=int, default=128, help="tokens before the pass (default: 128)")
+    parser.add_argument("--prompts", type=int, nargs="*", default=[64, 256, 512], help="lengths (default: 64 256 512)")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: every core")
     parser.add_argument("--repeats", type=int, default=15, help="passes of each kind that count (default: 15)")
+    parser.add_argument("--no-peers", action="store_true", help="without transformers")
+    parser.add_argument("--least", action="store_true", help="the least times instead of medians")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
+    forms = args.forms or [form for form in FORMS if form != "stored" or gguf_weights(args.model)]
+    summary = min if args.least else statistics.median
 
-    ours = CausalLM.load(args.model, dtype=args.dtype, device="cpu")
-    fused = FusedLM(CausalLM.load(args.model, dtype=args.dtype, device="cpu"), args.threads)
-    vocab = fused.vocab_size
-    context = [int(t) for t in np.random.default_rng(0).integers(0, vocab, args.context + max(SIZES))]
-    passes = {"fused": step_of(fused, context, args.context), "transformers": step_of(ours, context, args.context)}
-    if args.dtype != "int8":
-        library = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).eval()
-        passes["library"] = library_step(library, context, args.context)
+    passes, floors = {}, {}
+    vocab = 0
+    tokens: list[int] = []
+    for form in forms:
+        model = FusedLM(load(args.model, form), args.threads)
+        if not tokens:
+            vocab = model.vocab_size
+            length = max(args.context + max(SIZES), *args.prompts, 1)
+            tokens = [int(t) for t in np.random.default_rng(0).integers(0, vocab, length)]
+        passes[form] = step_of(model, tokens, args.context)
+        floors[form] = np.ones(model.weight_bytes // 4, np.float32)
+    if not args.no_peers:
+        ours = CausalLM.load(args.model, device="cpu")
+        passes["transformers"] = step_of(ours, tokens, args.context)
+        passes["library"] = library_step(library_model(args.model, torch.float32).eval(), tokens, args.context)
 
-    width = {"float32": 4, "bfloat16": 2, "int8": 1}[args.dtype]
-    memory = torch.ones(fused.parameters * width // 4)
-    floor = timed([memory.sum], args.repeats)[0]
-    print(f"{args.dtype}, {args.threads} threads, {args.context} tokens before; medians in ms")
-    print(f"memory floor ({memory.numel() * 4 / 1e6:.0f} MB of weights): {floor:.1f}")
-    print(f"{'tokens':>6}" + "".join(f"{name:>14}" for name in passes) + f"{'fused/floor':>14}{'fused/last':>12}")
+    print(f"{args.threads} threads, {args.context} tokens before; {'least' if args.least else 'median'} ms")
+    for form, memory in floors.items():
+        floor = timed([torch.from_numpy(memory).sum], args.repeats, summary)[0]
+        print(f"floor of {form}: {floor:.1f} ({memory.nbytes / 1e6:.0f} MB)")
+    print(f"{'tokens':>8}" + "".join(f"{name:>20}" for name in passes))
+    ones: list[float] = []
     for size in SIZES:
-        times = timed([partial(step, size) for step in passes.values()], args.repeats)
-        ratios = f"{times[0] / floor:14.2f}{times[0] / times[-1]:12.2f}"
-        print(f"{size:6d}" + "".join(f"{t:14.1f}" for t in times) + ratios, flush=True)
+        times = timed([partial(step, size, False) for step in passes.values()], args.repeats, summary)
+        ones = ones or times
+        print(f"{size:8d}" + "".join(f"{t:12.1f} ({t / one:5.2f})" for t, one in zip(times, ones, strict=True)))
+    for size in args.prompts:
+        times = timed([partial(step, size, True) for step in passes.values()], max(args.repeats // 4, 1), summary)
+        print(f"{f'all {size}':>8}" + "".join(f"{t:20.1f}" for t in times), flush=True)
 
 
-def step_of(model: CausalLM | FusedLM, tokens: list[int], context: int) -> Callable[[int], object]:
+def load(folder: Path, form: str) -> CausalLM:
+    return CausalLM.load_blocks(folder) if form == "stored" else CausalLM.load(folder, dtype=form, device="cpu")
+
+
+def step_of(model: CausalLM | FusedLM, tokens: list[int], context: int) -> Callable[[int, bool], object]:
     cache = model.new_cache(len(tokens))
-    model.step(cache, tokens[:context])
 
-    def step(size: int) -> object:
+    def step(size: int, prompt: bool) -> object:
+        if prompt:
+            return model.step(model.new_cache(size), tokens[:size])
+        if cache.length < context:
+            model.step(cache, tokens[cache.length : context])
         cache.rollback(context)
         return model.step(cache, tokens[context : context + 1], TokenTree.chain(tokens[context + 1 : context + size]))
 
     return step
 
 
-def library_step(model: torch.nn.Module, tokens: list[int], context: int) -> Callable[[int], object]:
+def library_step(model: torch.nn.Module, tokens: list[int], context: int) -> Callable[[int, bool], object]:
     past = model(torch.tensor([tokens[:context]]), use_cache=True).past_key_values
 
-    def step(size: int) -> object:
+    def step(size: int, prompt: bool) -> object:
+        if prompt:
+            return model(torch.tensor([tokens[:size]]), use_cache=True, logits_to_keep=1)
         if beyond := past.get_seq_length() - context:
             past.crop(-beyond)
         return model(torch.tensor([tokens[context : context + size]]), past_key_values=past, use_cache=True)
@@ -83,8 +110,8 @@ def library_step(model: torch.nn.Module, tokens: list[int], context: int) -> Cal
     return step
 
 
-def timed(calls: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median ms of each, in turn, so that what drifts meets all alike."""
+def timed(calls: list[Callable[[], object]], repeats: int, summary: Callable[[list[float]], float]) -> list[float]:
+    """ms of each, in turn, so that what drifts meets all alike."""
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 2):
         for call, kept in zip(calls, times, strict=True):
@@ -93,7 +120,7 @@ def timed(calls: list[Callable[[], object]], repeats: int) -> list[float]:
             call()
             if turn >= 2:
                 kept.append((time.perf_counter() - started) * 1e3)
-    return [statistics.median(kept) for kept in times]
+    return [summary(kept) for kept in times]
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_hugging_face_writes_its_own_text_in_every_way(folders: tuple[Path, Path
 
 def test_a_model_that_hugging_face_cannot_load_is_told(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match="Unrecognized model"),
+        pytest.raises(UserError, match="no weights; expected model"),
         HuggingFace(PeerModel(tmp_path, "float32", "cpu"), None, threads=1),
     ):
         raise AssertionError("it has no model")

@@ -221,7 +221,9 @@ def test_an_end_of_text_inside_an_accepted_block(
     with serving("draft", folders[0]) as same:
         result = write(GoesOn(same), target, gamma=6, ignore_eos=False, stop_token_ids=[text[3]])
     assert result.output_tokens == text[:3]
-    assert [row.accepted for row in result.rounds] == [6]
+    # All six were accepted; those from the end on are not given out, so they do not count.
+    assert [(row.tree_nodes, row.drafted, row.accepted) for row in result.rounds] == [(6, 6, 6)]
+    assert [(row.tree_nodes, row.drafted, row.accepted) for row in result.counted_rounds] == [(6, 3, 3)]
 
 
 def test_the_target_names_the_end_of_text_itself(draft: Worker, target: Worker, reference: Reference) -> None:

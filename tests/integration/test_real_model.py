@@ -15,10 +15,13 @@ import pytest
 import torch
 
 from specsplit.client.pipeline import TextWriter
-from specsplit.engines.transformers import library_model
+from specsplit.decoding.tree import TokenTree
+from specsplit.engines.numba import FusedLM
+from specsplit.engines.transformers import CausalLM, library_model
 from specsplit.experiment.dataset import load_prompts, select_prompts
 from specsplit.launch.lease import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
+from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import Connection, connect
@@ -140,3 +143,21 @@ def test_text_is_the_targets_own_in_every_mode_at_every_temperature(workers, mod
     counts = check_identity(workers, model_folder, 6, (1, 3, 6), 24, **settings)
     print(counts)
     assert 0.1 < counts["accepted"] / counts["drafted"] < 0.99
+
+
+@pytest.mark.model
+def test_weights_as_stored_have_the_bits_of_float32(model_folder):
+    """Every logit of the embedded model in the fused engine, whatever the number of tokens in a pass."""
+    assert gguf_weights(model_folder) is not None
+    stored, wide = FusedLM(CausalLM.load_blocks(model_folder), 2), FusedLM(CausalLM.load(model_folder, device="cpu"), 2)
+    assert stored.weight_bytes < 0.2 * wide.weight_bytes
+    tokens = [(97 * i + 11) % stored.vocab_size for i in range(150)]
+    alone = {}
+    for engine in (stored, wide):
+        cache = engine.new_cache(160)
+        alone[engine] = [engine.step(cache, [token])[0] for token in tokens[:20]]
+    assert all(torch.equal(*rows) for rows in zip(*alone.values(), strict=True))
+    for count in range(1, 21):
+        rows = stored.step(stored.new_cache(32), tokens[:1], TokenTree.chain(tokens[1:count]))
+        assert all(torch.equal(a, b) for a, b in zip(rows, alone[stored][:count], strict=True)), count
+    assert torch.equal(*(engine.step(engine.new_cache(160), tokens)[0] for engine in (stored, wide)))

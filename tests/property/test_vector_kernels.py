@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite import binding, ir
 
-from specsplit.engines.vector_kernels import ARGUMENTS, TILE, activation, packing, product
+from specsplit.engines.vector_kernels import ARGUMENTS, TILE, _write_strip, activation, packing, product
+from specsplit.engines.vectors import POINTER, call_own
 from specsplit.engines.weight_forms import BLOCK_FORMS, FORMS, NUMBERS
 
+NUMBERS_OF_STRIP = (1, 3, 4, 5, 8, 10, 11, 13)  # arguments that are no addresses
 PLAIN = ("float32", "bfloat16", "int8")
 CONSTANTS = np.array([1, 0], np.float32)
 
@@ -143,3 +146,23 @@ def test_the_activation() -> None:
         expected = gate.astype(float) / (1 + np.exp(-gate.astype(float))) * up
         np.testing.assert_allclose(out[place], expected, rtol=1e-5, atol=1e-30)
         assert not out[~place].any()
+
+
+@pytest.mark.parametrize("triple", ["aarch64-unknown-linux-gnu", "x86_64-unknown-linux-gnu"])
+@pytest.mark.parametrize("form", [*PLAIN, *BLOCK_FORMS])
+def test_it_compiles_for_other_processors(form: str, triple: str) -> None:
+    """ARM with NEON, and any x86-64: what LLVM is given holds nothing that only this machine has."""
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = triple
+    builder = ir.IRBuilder(ir.Function(module, ir.FunctionType(ir.VoidType(), []), "caller").append_basic_block())
+    pointer, number = ir.Constant(POINTER, None), ir.Constant(ir.IntType(64), 1)
+    kinds = [number if i in NUMBERS_OF_STRIP else pointer for i in range(14)]
+    for rows, tokens in ((1, 12), (2, 6), (4, 1)):
+        write = partial(_write_strip, FORMS[NUMBERS[form]], rows, tokens)
+        call_own(builder, f"strip_{rows}x{tokens}", kinds, write)
+    builder.ret_void()
+    machine = binding.Target.from_triple(triple).create_target_machine(opt=2)
+    assembly = machine.emit_assembly(binding.parse_assembly(str(module)))
+    assert ("fmla" in assembly) == triple.startswith("aarch64")

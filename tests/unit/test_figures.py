@@ -342,7 +342,7 @@ def test_each_temperature_and_network_is_a_panel_on_the_same_scale(tmp_path):
     assert [text for text in found if text.startswith("temperature")] == titles
     assert found.count("ITL (ms)") == 2  # the left column
     assert found.count("lookahead") == 1  # one legend
-    assert "Time per token after the first burst, n = 3 requests at each point" in found
+    assert "Time between tokens, n = 3 requests at each point" in found
     assert [text for text in texts(tmp_path / "acceptance_rate.svg") if ", γ = 3" in text] == [
         f"{title}, γ = 3" for title in titles
     ]

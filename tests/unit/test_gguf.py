@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from specsplit.settings.processes import DraftWorkerConfig, TargetWorkerConfig
 
 from gguf_files import write_gguf
 from specsplit.decoding.tree import TokenTree
@@ -20,6 +19,7 @@ from specsplit.errors import UserError
 from specsplit.models import sources
 from specsplit.models.gguf_file import check_types, read_gguf, rope_scaling
 from specsplit.models.sources import resolve_model
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
 PROMPT = [5, 9, 33, 71, 12, 90, 44, 8, 101, 63, 27, 200, 250]
 TREE = TokenTree([5, 6, 7, 8, 9], [-1, -1, 0, 1, 3], [-1.0] * 5)

@@ -159,9 +159,9 @@ def test_the_command(tmp_path, inputs, capsys):
     ("extra", "message"),
     [
         (["--count", "9"], "cannot leave out 9 of 5 layers"),
-        (["--count", "1", "--max-tokens", "0"], "--max-tokens 0: wanted a whole number >= 1"),
-        (["--count", "1", "--edge", "-1"], "--edge -1: wanted a whole number >= 0"),
-        (["--count", "1", "--dtype", "int3"], "dtype 'int3'"),
+        (["--count", "1", "--max-tokens", "0"], "--max-tokens = '0': Input should be greater than or equal to 1"),
+        (["--count", "1", "--edge", "-1"], "--edge = '-1': Input should be greater than or equal to 0"),
+        (["--count", "1", "--dtype", "int3"], "--dtype = 'int3': Input should be 'float32'"),
     ],
 )
 def test_mistakes_on_the_command_line(inputs, capsys, extra, message):

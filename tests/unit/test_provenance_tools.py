@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import shutil
@@ -368,6 +369,26 @@ def test_two_runs_that_differ_in_time_only(finished: Experiment, tmp_path: Path)
     ]
     status, printed = specsplit("provenance", "diff", finished.results, finished.archive())
     assert (status, printed.splitlines()[-1]) == (0, "Nothing differs.")
+
+
+def test_each_repeat_is_compared(finished: Experiment, tmp_path: Path) -> None:
+    table = finished.results / "requests.csv"
+    header, *rows = csv.reader(table.read_text().splitlines())
+    place, text = header.index("repeat"), header.index("output_sha256")
+
+    def with_repeats(first: str) -> None:
+        twice = [[*row[:place], repeat, *row[place + 1 :]] for row in rows for repeat in ("1", "2")]
+        for row in twice:
+            row[text] = ("c" if row[place] == "2" else first) * 64
+        table.write_text("".join(",".join(row) + "\n" for row in (header, *twice)))
+        finished.finish()
+
+    with_repeats("a")
+    shutil.copytree(finished.results, tmp_path / "first")
+    with_repeats("b")
+    status, printed = specsplit("provenance", "diff", tmp_path / "first", finished.results)
+    assert status == 1
+    assert "gamma 2: text of 1 request(s) differs: a\n" in printed
 
 
 def test_every_kind_of_difference_is_told(finished: Experiment, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_one_request_gives_no_interval_and_says_so() -> None:
     assert sentences == [
         "Compared on the 1 prompt that every configuration finished.",
         "γ = 1 had the largest speedup against the target alone: 2.00.",
-        "There are too few requests to say how sure that is: an interval needs 6.",
+        "There are too few requests to say how sure that is: an interval needs 6 requests.",
         "Not distinguishable from it on these prompts: the target alone.",
     ]
 

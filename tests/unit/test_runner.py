@@ -119,6 +119,30 @@ def test_time_per_token_needs_two_tokens(tokens: list[int], ttft: float | None) 
     assert (record.ttft_ms, record.tpot_ms, record.generated_tokens) == (ttft, None, len(tokens))
 
 
+@pytest.mark.parametrize(
+    ("drafted", "accepted", "given", "counted"),
+    [
+        (4, 3, 1, (1, 1)),  # a token and the end of the text were drafted, and something after it
+        (4, 2, 2, (4, 2)),  # two drafted tokens, then the target's own end of the text
+        (1, 1, 0, (0, 0)),  # the end of the text was all that was drafted
+    ],
+)
+def test_tokens_from_the_end_of_the_text_on_count_nowhere(
+    drafted: int, accepted: int, given: int, counted: tuple[int, int]
+) -> None:
+    # The first round gives two drafted tokens and the target's own; the last one `given` tokens before the end.
+    rounds = [one_round(1, 2, 2), one_round(2, drafted, accepted)]
+    result = SpeculativeResult([5] * (3 + given), "eos", rounds, 10.0, 20.0)
+    record = request_record(REQUESTS[0], result, CONFIG)
+    assert (record.drafted_tokens, record.accepted_tokens) == (2 + counted[0], 2 + counted[1])
+    assert record.mean_accepted_length == (3 + given) / 2
+    assert record.acceptance_length == 1 + (2 + counted[1]) / 2
+    assert record.verifications == 2
+    assert record.draft_acceptance_rate == (2 + counted[1]) / (2 + counted[0])
+    last = round_records("a", result, CONFIG)[-1]
+    assert (last.drafted, last.accepted, last.tree_nodes) == (*counted, drafted)
+
+
 def test_every_text_has_a_seed_of_its_own() -> None:
     seeds = [request_config(OrchestratorConfig(seed=seed), name).seed for seed in (0, 1) for name in ("a", "b", "c")]
     assert len(set(seeds)) == 6

@@ -242,7 +242,7 @@ def test_mistakes_are_named(tmp_path, tiny_model_folder):
         CausalLM.load(folder, skip_layers=[7])
     with pytest.raises(UserError, match="one must remain"):
         CausalLM.load(folder, skip_layers=[0, 1, 2])
-    with pytest.raises(UserError, match="does not hold a model"):
+    with pytest.raises(UserError, match="no weights; expected model"):
         CausalLM.load(tmp_path)
 
 
@@ -275,7 +275,7 @@ def test_only_folders_are_loaded(tmp_path, tiny_model_folder):
     shutil.copytree(tiny_model_folder("llama"), pickled)
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="pickled does not hold a model"):
+    with pytest.raises(UserError, match="pickled: the weights are pickled"):
         CausalLM.load(pickled)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # Figures of every sweep, and measurements beside it (tables, most with a figure), with their titles.
 FIGURES = {
-    "tpot": "Time per token after the first burst",
+    "tpot": "Time between tokens",
     "acceptance_rate": "Acceptance rate",
     "ttft": "Time to first token",
     "network_idle": "Waiting for the network",

@@ -81,7 +81,8 @@ class Finding:
             if low <= 1:
                 lines.append("The interval includes 1: it may be no faster at all.")
         if isna(low):
-            lines.append(f"There are too few requests to say how sure that is: an interval needs {MIN_PROMPTS}.")
+            few = "requests" if compared < MIN_PROMPTS else "texts with tokens"
+            lines.append(f"There are too few {few} to say how sure that is: an interval needs {MIN_PROMPTS} requests.")
         if self.ties:
             lines.append(f"Not distinguishable from it on these prompts: {'; '.join(self.ties)}.")
         return lines
@@ -110,12 +111,13 @@ def find_best(
         ranked = drafts.sort_values("speedup", ascending=False, kind="stable", na_position="last")
         order, found = compare_panel(panel.requests, **settings)
         places = {configuration: place for place, configuration in enumerate(order)}
-        place_of = {index: places.get(key, 0) for index, key in configuration_of(rows).items()}
-        tied = [
-            row
-            for index, row in rated.iterrows()
-            if index != best.name and not (found and found.distinguishable(place_of[best.name], place_of[index]))
-        ]
+        place_of = {index: places[key] for index, key in configuration_of(rows).items() if key in places}
+        tied = []
+        for index, row in rated.iterrows():
+            places_known = best.name in place_of and index in place_of
+            apart = found and places_known and found.distinguishable(place_of[best.name], place_of[index])
+            if index != best.name and not apart:
+                tied.append(row)
         findings.append(
             Finding(
                 where=panel.title,

@@ -135,7 +135,7 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
         figure = new_figure(WIDTH_IN, ROW_IN * len(names) + 1.1)
         panels = figure.subplots(1, 3 if best else 2, sharey=True)
         for axes, metric, title in zip(
-            panels, ("itl_ms", "ttft_ms"), ("Time per token after the first burst", "Time to first token"), strict=False
+            panels, ("itl_ms", "ttft_ms"), ("Time between tokens", "Time to first token"), strict=False
         ):
             _draw_times(axes, table, summary, metric)
             axes.set(title=title, xlabel=f"{'ITL' if metric == 'itl_ms' else 'TTFT'} (ms)")

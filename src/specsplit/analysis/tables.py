@@ -125,9 +125,11 @@ def compare_panel(
 ) -> tuple[list[tuple[Any, ...]], Comparison | None]:
     """The configurations of one choice of tokens and network, gamma 0 first, and how they compare end to end.
 
-    requests: of `comparable`. None as comparison without gamma 0, or where too few requests can be compared.
+    requests: of `comparable`. A configuration of which fewer than two texts have tokens is left out. None as comparison
+    without gamma 0, or where too few requests can be compared.
     """
-    own = dict(list(requests.groupby(configuration_of(requests), sort=False)))
+    every = requests.groupby(configuration_of(requests), sort=False)
+    own = {key: rows for key, rows in every if (rows["generated_tokens"] > 0).sum() > 1}
     order = sorted(own, key=lambda configuration: configuration[0] != 0)
     if not order or order[0][0] != 0:
         return order, None
@@ -209,16 +211,17 @@ def summarize(
     own_of = dict(list(shared.groupby(configuration_of(shared), sort=False)))
     rounds_of = dict(list(rounds.groupby(configuration_of(rounds), sort=False)))
     conditions = _conditions(requests, *_NETWORK)
-    joint: dict[Any, tuple[DataFrame, tuple[float, float]]] = {}
-    for _, panel in shared.groupby(conditions[shared.index], sort=False):
+    alone_of: dict[Any, DataFrame] = {}
+    joint: dict[Any, tuple[float, float]] = {}
+    for condition, panel in shared.groupby(conditions[shared.index], sort=False):
+        alone_of[condition] = panel[panel["gamma"] == 0]
         order, found = compare_panel(panel, confidence=confidence, samples=bootstrap_samples, seed=seed)
-        alone = own_of[order[0]] if order[0][0] == 0 else shared[:0]
-        for place, configuration in enumerate(order):
-            joint[configuration] = alone, found.against_first(place) if found else (math.nan, math.nan)
+        joint |= {key: found.against_first(place) for place, key in enumerate(order)} if found else {}
     rows = []
     for configuration, all_own in every.items():
         own, own_rounds = own_of.get(configuration, shared[:0]), rounds_of.get(configuration, rounds[:0])
-        alone, (low, high) = joint.get(configuration, (shared[:0], (math.nan, math.nan)))
+        alone = alone_of.get(conditions[all_own.index[0]], shared[:0])
+        low, high = joint.get(configuration, (math.nan, math.nan))
         ended = all_own[all_own["status"] == OK]
         tokens = own["generated_tokens"].sum()
         row: dict[str, Any] = {name: all_own[name].iloc[0] for name in CONFIGURATION}

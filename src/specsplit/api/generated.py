@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import Self
 
 from specsplit.client.result import Failure, Round, SpeculativeResult
-from specsplit.decoding.measures import acceptance_rate, per_token_ms
+from specsplit.decoding.measures import acceptance_rate, per_token_ms, tokens_per_round
 from specsplit.models.tokenizer import TextCodec, TextStream
 
 
@@ -35,7 +35,7 @@ class GeneratedText(str):
         self = super().__new__(cls, text)
         self._result = result
         self.token_ids, self.prompt_token_ids = result.output_tokens, list(prompt_token_ids)
-        self.rounds, self.failures = result.rounds, result.failures
+        self.rounds, self.failures = result.counted_rounds, result.failures
         self.finish_reason, self.ttft_ms, self.total_ms = result.finish_reason, result.ttft_ms, result.total_ms
         return self
 
@@ -50,7 +50,7 @@ class GeneratedText(str):
     @property
     def acceptance_length(self) -> float:
         """Tokens per verification: the accepted ones and the target's own, up to the end of the text."""
-        return (len(self.token_ids) + (self.finish_reason == "eos")) / len(self.rounds)
+        return tokens_per_round(self.rounds)
 
     @property
     def acceptance_by_position(self) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -10,8 +10,7 @@ class Round:
     """One draft -> verify round as measured; one row of `per_round.csv`. Times are milliseconds.
 
     drafted: depth of the draft, so the most tokens that could be accepted (0 when nothing was drafted).
-    accepted: drafted tokens that the target confirmed and the user gets. Where the end of the text was drafted and
-        accepted, it and what follows is in neither `drafted` nor `accepted`.
+    accepted: drafted tokens that the target confirmed.
     tree_nodes: nodes sent for verification; 0 when the round had no draft.
     *_wall_ms: at the client; draft: what the round waited for its draft, 0 when it was there already; verify: from then
         to the reply. *_compute_ms, *_queue_ms: measured by the server.
@@ -78,6 +77,16 @@ class SpeculativeResult:
     @property
     def total_rounds(self) -> int:
         return len(self.rounds)
+
+    @property
+    def counted_rounds(self) -> list[Round]:
+        """The rounds with the tokens that the user gets: where the draft foresaw the end of the text, that token and
+        what follows is in neither `drafted` nor `accepted`."""
+        if self.finish_reason != "eos" or not self.rounds:
+            return self.rounds
+        *earlier, last = self.rounds
+        given = len(self.output_tokens) - sum(r.accepted + 1 for r in earlier)
+        return [*earlier, replace(last, drafted=given, accepted=given)] if given < last.accepted else self.rounds
 
     @property
     def speculation_hits(self) -> int:

@@ -94,8 +94,6 @@ class Text:
             if self._on_tokens is not None:
                 self._on_tokens(fresh)
         result.total_ms = now_ms
-        if len(fresh) < len(accepted):  # the draft foresaw the end of the text: from there on nothing is given out
-            measured = replace(measured, drafted=len(fresh), accepted=len(fresh))
         result.rounds.append(replace(measured, arrived_ms=now_ms))
         if self.span is not None:
             self.span.round(measured)

@@ -51,7 +51,7 @@ class _Stored:
 class Linears:
     """layers: int64 [layers, 7, 8], head: int64 [8], as run_pass documents them; head_rows: those of the output head.
 
-    The weights of the model are taken out of it. They may be of several forms.
+    The weights of the model are taken out of it. They may be of several forms. nbytes: of all of them.
     """
 
     def __init__(self, hf: Any) -> None:
@@ -74,6 +74,7 @@ class Linears:
             table.append(self._entry(stored, rows))
             at += stored.nbytes
             _empty(module)
+        self.nbytes = total
         self.layers = np.array(table[:-1], np.int64).reshape(-1, 7, 8)
         self.head = np.array(table[-1], np.int64)
         self.head_rows = rows[:, : stored.rows.shape[1]]

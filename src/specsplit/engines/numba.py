@@ -122,6 +122,11 @@ class FusedLM:
         )
         self._workspace = Workspace(self._sizes, threads, 0, 0)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights that a pass reads."""
+        return self._linears.nbytes
+
     def cache_bytes(self, capacity: int) -> int:
         return 8 * self.num_layers * self._kv_heads * self._head_dim * capacity  # keys and values in float32
 

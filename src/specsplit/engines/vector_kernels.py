@@ -19,15 +19,28 @@ from typing import Any
 
 import numpy as np
 from numba import cfunc, njit, types
+from numba.core import config
+from numba.core.codegen import get_host_cpu_features
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from specsplit.engines import vectors, weight_forms
 from specsplit.engines.vectors import FLOAT, LANES, LINE, POINTER, Emitter, Value, call_own
-from specsplit.engines.weight_forms import FORMS, Form
+from specsplit.engines.weight_forms import BLOCK_FORMS, FORMS, Form
 
-TILE = 12  # most tokens of a tile: their sums and a vector of weights fill the sixteen registers of AVX2
-ROWS = {1: 4, 2: 4, 3: 4, 4: 3, 5: 2, 6: 2}  # rows of a tile of so many tokens; else 1
+FEATURES = config.CPU_FEATURES or get_host_cpu_features()
+WIDE = "+avx512vl" in FEATURES  # 32 registers of eight float32, else 16, or as many pairs of NEON
+TILE = 12 if WIDE else 6  # most tokens of a tile
+# Rows of a tile of so many tokens, else 1; measured: about as many as have their sums in registers.
+ROWS = {
+    True: {1: 4, 2: 4, 3: 4, 4: 4, 5: 4, 6: 4, 7: 3, 8: 3, 9: 2, 10: 2, 11: 2, 12: 2},
+    False: {1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2},
+}[WIDE]
+# Of blocks, which need registers to be unpacked.
+BLOCK_ROWS = {
+    True: {1: 4, 2: 4, 3: 4, 4: 3, 5: 3, 6: 2, 7: 2, 8: 2, 9: 2, 10: 2, 11: 2, 12: 2},
+    False: {1: 2, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2},
+}[WIDE]
 BLOCK_BYTES = 1 << 17  # of weights that stay in the cache while the tiles of many tokens go over them
 AHEAD_BYTES = 1 << 14  # how far ahead weights are prefetched
 ARGUMENTS = 15
@@ -233,7 +246,7 @@ def _strip(
             arguments[at] = builder.inttoptr(arguments[at], POINTER)
         switch = builder.switch(args[1], end)
         for count in range(1, TILE + 1):
-            rows = ROWS.get(count, 1)
+            rows = _rows(chosen, count)
             block = builder.append_basic_block()
             switch.add_case(count, block)
             builder.position_at_end(block)
@@ -244,6 +257,12 @@ def _strip(
         return context.get_dummy_value()
 
     return types.void(form, *[types.int64] * ARGUMENTS), generate
+
+
+def _rows(form: Form, tokens: int) -> int:
+    """Rows of a tile."""
+    table = BLOCK_ROWS if form.name in BLOCK_FORMS else ROWS
+    return table.get(tokens, 1)
 
 
 def _write_strip(

@@ -50,8 +50,8 @@ def round_records(
     request_id: str, result: SpeculativeResult, config: OrchestratorConfig, repeat: int = 1
 ) -> list[RoundRecord]:
     """The rows of `per_round.csv` of one finished text."""
-    gamma = config.gamma
-    return [RoundRecord(request_id=request_id, gamma=gamma, repeat=repeat, **asdict(row)) for row in result.rounds]
+    rows = result.counted_rounds
+    return [RoundRecord(request_id=request_id, gamma=config.gamma, repeat=repeat, **asdict(row)) for row in rows]
 
 
 def request_record(
@@ -68,7 +68,7 @@ def request_record(
     acceptance_length is the field's 1 + accepted / verifications. Times per token, rates, lengths and ttft_ms are None
     when the request failed.
     """
-    rounds, generated = result.rounds, len(result.output_tokens)
+    rounds, generated = result.counted_rounds, len(result.output_tokens)
     drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
     verifications = sum(r.tree_nodes > 0 or r.drafted > 0 for r in rounds)
     idle = sum(r.network_ms for r in rounds)

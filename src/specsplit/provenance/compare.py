@@ -192,10 +192,7 @@ def _results(a: Experiment, b: Experiment) -> Group:
         )
     for point in dict.fromkeys(key[:-1] for key in shared):
         keys = [key for key in shared if key[:-1] == point]
-        moved = [
-            _moved(column, [(first[key][column], second[key][column]) for key in keys])
-            for column in ("ttft_ms", "itl_ms")
-        ]
+        moved = [_moved(column, [(first[key][column], second[key][column]) for key in keys]) for column in TIMES[:2]]
         if any(moved):
             group.times.append(f"{_point(point)}: {', '.join(filter(None, moved))}")
     return group

@@ -95,8 +95,8 @@ class CapacitySettings(WarmupSettings):
     )
     tpot_limit_ms: float | None = setting(
         None,
-        "Goodput counts the requests with a TPOT of at most this many milliseconds; null is twice the median of one "
-        "client.",
+        "Goodput counts the requests with at most this many milliseconds a token (ITL); null is twice the median of "
+        "one client.",
         example=50,
         note="for the goodput; null = twice the median of one client",
         gt=0,
@@ -120,8 +120,10 @@ class ContextSettings(PromptSettings):
 class IntervalSettings(Settings):
     """The intervals that tables state."""
 
-    confidence: float = setting(0.95, "Confidence level of the bootstrap intervals.", example=0.99, gt=0, lt=1)
-    bootstrap_samples: int = setting(10_000, "Bootstrap resamples of each interval.", example=2000, ge=1)
+    confidence: float = setting(0.95, "Confidence level of the intervals.", example=0.99, gt=0, lt=1)
+    bootstrap_samples: int = setting(
+        10_000, "Draws for the intervals that hold for all configurations at once.", example=2000, ge=1
+    )
     seed: int = setting(0, "Seed of what draws random numbers.", ge=0, le=MAX_SEED)
 
 
