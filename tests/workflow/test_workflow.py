@@ -11,6 +11,7 @@ import zipfile
 import pandas as pd
 import pytest
 
+from specsplit.analysis.captions import FIGURES
 from specsplit.experiment.columns import REQUEST_COLUMNS
 from specsplit.io import sha256_file
 
@@ -210,7 +211,7 @@ def test_the_report_of_the_experiment_and_that_of_snakemake(finished):
     os.utime(template, times)
     finished.run("--report", "snakemake.html", target=page)
     made = (finished.folder / "snakemake.html").read_text("utf-8")
-    for shown in ("Time per token after the first burst", "Figures", "Tables", "so the curve has a minimum where one more costs"):
+    for shown in (FIGURES["tpot"], "Figures", "Tables", "so the curve has a minimum where one more costs"):
         assert shown in made, shown
 
 
