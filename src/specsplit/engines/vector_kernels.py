@@ -275,6 +275,8 @@ def _write_strip(
     far = b.add(b.udiv(e.number(AHEAD_BYTES), row_bytes), e.number(rows))
     step = rows * form.bytes
     lines = -(-step // LINE)
+    # More lines can be on their way to L2 than to L1. Blocks are bound by their unpacking, and want them near.
+    nearness = 2 if form.name in ("float32", "bfloat16", "int8") else 3
 
     def one_tile(index: Value, carried: list[Value]) -> list[Value]:
         row = b.add(low, b.mul(index, e.number(rows)))
@@ -298,7 +300,7 @@ def _write_strip(
             offset, fetched = b.mul(index, e.number(form.bytes)), b.mul(index, e.number(step))
             inputs = e.at(x, b.mul(index, e.number(form.unit * tokens * 4)))
             for line in range(lines):
-                e.prefetch(e.at(ahead, fetched, line * step // lines))
+                e.prefetch(e.at(ahead, fetched, line * step // lines), nearness)
             unpacked = [form.unpack(e, e.at(start, offset)) for start in starts]
             for k in range(form.unit // LANES):
                 weights = [next(each) for each in unpacked]

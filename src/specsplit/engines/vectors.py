@@ -62,9 +62,9 @@ class Emitter:
         kind = ir.FunctionType(result, [a.type for a in arguments])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
 
-    def prefetch(self, pointer: Value) -> None:
-        """Have the cache line at this address fetched; any address will do."""
-        constants = [ir.Constant(I32, value) for value in (0, 3, 1)]  # to read, into all caches, data
+    def prefetch(self, pointer: Value, nearness: int) -> None:
+        """Have the cache line at this address fetched; any address will do. nearness: 3 = to L1, 2 = to L2."""
+        constants = [ir.Constant(I32, value) for value in (0, nearness, 1)]  # to read, data
         self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, *constants])
 
     def spread(self, scalar: Value) -> Value:
