@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import specsplit
-from specsplit.api.named_models import EMBEDDED
+from specsplit.settings.models import EMBEDDED
 
 from grpc_fixtures import serving
 

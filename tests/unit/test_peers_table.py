@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from specsplit.analysis.peers_table import summarize_peers, write_peers
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.errors import UserError
-from specsplit.experiment.peer_race import PEER_COLUMNS, Ours, check_peers, race
+from specsplit.experiment.peer_race import Ours, PeerRecord, check_peers, race
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request
 from specsplit.settings.run import OrchestratorConfig
@@ -123,7 +124,7 @@ def table(rows: Sequence[tuple[str, str, int, float, bool]]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                **dict.fromkeys(PEER_COLUMNS),
+                **dict.fromkeys(field.name for field in fields(PeerRecord)),
                 "contender": contender,
                 "engine": "transformers" if contender.startswith("hf") else "specsplit",
                 "request_id": request,

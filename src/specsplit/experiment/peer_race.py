@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,6 @@ class PeerRecord:
     first_divergence: int | None
     margin: float | None
     output_sha256: str
-
-
-PEER_COLUMNS = tuple(f.name for f in fields(PeerRecord))
 
 
 @dataclass(frozen=True)

