@@ -32,6 +32,7 @@ FLUSH_S = 2.0  # at the end of the process, for spans that were not sent yet
 SHOWN_OF_SESSION = 8  # digits: enough to find it, not to use it
 
 _closers: list[_Closer] = []
+_making = threading.Lock()
 
 
 def wanted() -> bool:
@@ -55,12 +56,17 @@ def wanted() -> bool:
     return True
 
 
-@cache
 def tracer(service: str) -> Tracer | None:
     """What makes spans of that service, unless OTEL_SERVICE_NAME calls it otherwise; None without an endpoint.
 
     Raises UserError as `wanted`, and for settings of OpenTelemetry that it does not take.
     """
+    with _making:  # of several threads that ask first, one makes it
+        return _tracer(service)
+
+
+@cache
+def _tracer(service: str) -> Tracer | None:
     if not wanted():
         return None
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource

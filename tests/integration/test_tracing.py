@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from opentelemetry.trace import StatusCode
 
 from specsplit import tracing
 from specsplit.cli import main as cli
+from specsplit.client import event_loop as client_loop
 from specsplit.client.pipeline import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.credentials import Access
@@ -41,10 +45,10 @@ def _untraced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
-    tracing.tracer.cache_clear()
+    tracing._tracer.cache_clear()
     yield
     tracing.stop()
-    tracing.tracer.cache_clear()
+    tracing._tracer.cache_clear()
 
 
 @pytest.fixture
@@ -280,7 +284,7 @@ def test_a_collector_that_cannot_be_reached_changes_nothing(model: Path, monkeyp
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3600")  # tried again and again for an hour
     monkeypatch.setattr(tracing, "FLUSH_S", 0.2)
-    tracing.tracer.cache_clear()
+    tracing._tracer.cache_clear()
     with serving("target", model) as target, TextWriter(None, target.address) as writer:
         for _ in range(2):
             assert writer.write(PROMPTS[1], config_of(gamma=0)).output_tokens == expected
@@ -357,3 +361,27 @@ def test_the_variables_of_opentelemetry_are_obeyed(monkeypatch: pytest.MonkeyPat
 def test_the_header_of_a_trace(header: str, trace: str | None) -> None:
     assert tracing.trace_id([("other", "x"), ("traceparent", header)]) == trace
     assert bool(tracing.parent_of([("traceparent", header)])) == (trace is not None)
+
+
+@pytest.mark.parametrize(
+    ("module", "maker", "get"),
+    [(tracing, "_tracer", lambda: tracing.tracer("one")), (client_loop, "_made", client_loop.event_loop)],
+)
+def test_threads_that_ask_at_once_get_the_same_one(
+    monkeypatch: pytest.MonkeyPatch, module: Any, maker: str, get: Callable[[], Any]
+) -> None:
+    def made_slowly(*_: object) -> object:
+        time.sleep(0.05)
+        return object()
+
+    monkeypatch.setattr(module, maker, cache(made_slowly))
+    barrier = threading.Barrier(8)
+
+    def ask(_: int) -> Any:
+        barrier.wait(30)
+        return get()
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ask, range(8)))
+    monkeypatch.undo()
+    assert all(one is found[0] for one in found)
