@@ -4,9 +4,9 @@
 # Every core, as a run. All workers and Hugging Face's process are loaded, and one of them computes.
 rule race_peers:
     input:
-        settings=told("race"),
-        operation=operated("race"),
-        workers=told(*RACED),
+        settings=settings_files("race"),
+        operation=operation_file("race"),
+        workers=settings_files(*RACED),
         endpoints=lambda wildcards: endpoints_of(RACED),
         prompts="results/dataset/prompts.jsonl",
         models=models_of(RACED)[0],

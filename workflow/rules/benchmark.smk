@@ -3,8 +3,8 @@
 
 rule benchmark:
     input:
-        settings="results/settings/{point}/settings.json",
-        operation=ancient("results/settings/{point}/operation.json"),
+        settings=settings_files("{point}"),
+        operation=operation_file("{point}"),
         endpoints=lambda wildcards: run_endpoints(wildcards.point),
         prompts="results/dataset/prompts.jsonl",
         models=lambda wildcards: models_of([wildcards.point])[0],

@@ -3,9 +3,9 @@
 
 rule benchmark_capacity:
     input:
-        settings=told("capacity"),
-        operation=operated("capacity"),
-        workers=told(*CAPACITY),
+        settings=settings_files("capacity"),
+        operation=operation_file("capacity"),
+        workers=settings_files(*CAPACITY),
         endpoints=lambda wildcards: endpoints_of(CAPACITY),
         prompts="results/dataset/prompts.jsonl",
         models=models_of(CAPACITY)[0],

@@ -300,7 +300,7 @@ def result_files():
         *rules.resolved_config.output,
         *rules.provenance.output,
         *run_files("requests.csv", "per_round.csv", "outputs.jsonl", "run.json"),
-        *told(*POINTS),
+        *settings_files(*POINTS),
     ]
 
 
@@ -340,7 +340,7 @@ def run_endpoints(label):
 # ---- settings
 
 
-def settings_file(job, operates):
+def settings_content(job, operates):
     """The file of settings of a job, as JSON: those that decide its result, or those that only operate it."""
     parts = {"run": JOB_SETTINGS[job]()} if job in JOB_SETTINGS else {}
     if job in POINTS:
@@ -406,16 +406,21 @@ def race_settings():
 
 def capacity_settings():
     measured = config["capacity"]
-    told = {"clients": measured["clients"], "gamma": measured["gammas"], "mode": measured["mode"]}
-    told |= {"requests": measured["requests"], "fan_out": config["lookahead"]["fan_out"], "draft_name": FIRST_DRAFT}
-    return {**told, **text_settings()}
+    settings = {"clients": measured["clients"], "gamma": measured["gammas"], "mode": measured["mode"]}
+    settings |= {"requests": measured["requests"], "fan_out": config["lookahead"]["fan_out"], "draft_name": FIRST_DRAFT}
+    return {**settings, **text_settings()}
 
 
 def context_settings():
     measured = config["context"]
-    told = {"length": measured["lengths"], "gamma": measured["gammas"], "output_tokens": measured["output_tokens"]}
-    told |= {"texts": measured["texts"], "draft_name": FIRST_DRAFT, "tokenizer": TARGET_FOLDER, "seed": config["seed"]}
-    return {**told, "use_chat_template": config["generation"]["use_chat_template"]}
+    settings = {"length": measured["lengths"], "gamma": measured["gammas"], "output_tokens": measured["output_tokens"]}
+    settings |= {
+        "texts": measured["texts"],
+        "draft_name": FIRST_DRAFT,
+        "tokenizer": TARGET_FOLDER,
+        "seed": config["seed"],
+    }
+    return {**settings, "use_chat_template": config["generation"]["use_chat_template"]}
 
 
 def distill_settings(settings):
@@ -426,18 +431,18 @@ def distill_settings(settings):
 
 
 def acceptance_settings():
-    told = {"gamma": config["distill"]["gamma"], "draft_dtype": config["distill"]["draft_dtype"]}
-    told |= {"target_dtype": config["target"]["dtype"], "seed": config["seed"]}
-    told |= {key: config["workers"][key] for key in ("device", "engine", "threads")}
-    told |= {key: config["generation"][key] for key in ("max_output_tokens", "use_chat_template")}
-    return {**told, **config["statistics"]}
+    settings = {"gamma": config["distill"]["gamma"], "draft_dtype": config["distill"]["draft_dtype"]}
+    settings |= {"target_dtype": config["target"]["dtype"], "seed": config["seed"]}
+    settings |= {key: config["workers"][key] for key in ("device", "engine", "threads")}
+    settings |= {key: config["generation"][key] for key in ("max_output_tokens", "use_chat_template")}
+    return {**settings, **config["statistics"]}
 
 
 def layer_settings(draft):
-    told = {"skip_count": DRAFTS[draft]["skip_count"], "dtype": DRAFTS[draft]["dtype"]}
-    told |= {key: config["workers"][key] for key in ("device", "threads")}
-    told["use_chat_template"] = config["generation"]["use_chat_template"]
-    return {**told, "limit": config["draft"]["calibration_prompts"]}
+    settings = {"skip_count": DRAFTS[draft]["skip_count"], "dtype": DRAFTS[draft]["dtype"]}
+    settings |= {key: config["workers"][key] for key in ("device", "threads")}
+    settings["use_chat_template"] = config["generation"]["use_chat_template"]
+    return {**settings, "limit": config["draft"]["calibration_prompts"]}
 
 
 JOB_SETTINGS = {
@@ -451,11 +456,11 @@ JOB_SETTINGS = {
 }
 
 
-def told(*jobs):
+def settings_files(*jobs):
     """Inputs of a job: the files with the settings that decide what these jobs make."""
     return [f"results/settings/{job}/settings.json" for job in jobs]
 
 
-def operated(job):
+def operation_file(job):
     """Input of a job: the file with how it is operated."""
     return ancient(f"results/settings/{job}/operation.json")

@@ -14,7 +14,7 @@ rule distill:
 # Shards are no outputs, which Snakemake would delete before it goes on where an interrupted job was.
 rule distill_write_data:
     input:
-        settings=told("distill/write_data"),
+        settings=settings_files("distill/write_data"),
         target=f"{TARGET_FOLDER}/model.json",
         held_out=config["dataset"]["path"],
     output:
@@ -39,8 +39,8 @@ rule distill_write_data:
 # The folder has the target's tokenizer files and, for a reduced vocabulary, its map as well.
 rule distill_train:
     input:
-        settings=told("distill/train"),
-        operation=operated("distill/train"),
+        settings=settings_files("distill/train"),
+        operation=operation_file("distill/train"),
         target=f"{TARGET_FOLDER}/model.json",
         data="results/distill/{recipe}/data/manifest.json",
     output:
@@ -68,7 +68,7 @@ rule distill_train:
 
 rule distill_measure:
     input:
-        settings=told("distill/measure"),
+        settings=settings_files("distill/measure"),
         target=f"{TARGET_FOLDER}/model.json",
         weights="results/distill/{recipe}/draft/model.safetensors",
         prompts="results/dataset/prompts.jsonl",

@@ -24,7 +24,7 @@ rule calibration_prompts:
 # Every core, as a run: it must not run beside one.
 rule pick_layers:
     input:
-        settings="results/settings/layers/{draft}/settings.json",
+        settings=settings_files("layers/{draft}"),
         model=lambda wildcards: f"resources/models/{DRAFTS[wildcards.draft]['model']}/model.json",
         prompts="results/dataset/calibration.jsonl",
     output:

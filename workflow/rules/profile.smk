@@ -35,9 +35,9 @@ rule overhead:
 
 rule context_curve:
     input:
-        settings=told("context"),
-        operation=operated("context"),
-        workers=told(*CONTEXT),
+        settings=settings_files("context"),
+        operation=operation_file("context"),
+        workers=settings_files(*CONTEXT),
         endpoints=lambda wildcards: endpoints_of(CONTEXT),
         prompts="results/dataset/prompts.jsonl",
         models=models_of(CONTEXT)[0],

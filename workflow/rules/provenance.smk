@@ -20,7 +20,7 @@ rule provenance:
         config="results/provenance/config.json",
         runs=run_files("run.json"),
         models=expand("resources/models/{model}/model.json", model=MODELS),
-        settings=told(*POINTS),
+        settings=settings_files(*POINTS),
         dataset="results/dataset/manifest.json",
         prompts="results/dataset/prompts.jsonl",
         results=["results/requests.csv", "results/per_round.csv", *run_files("outputs.jsonl")],

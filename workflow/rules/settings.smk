@@ -10,7 +10,7 @@ rule settings:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        content=lambda wildcards: settings_file(wildcards.job, operates=False),
+        content=lambda wildcards: settings_content(wildcards.job, operates=False),
     shell:
         "printf '%s\\n' {params.content:q} > {output} 2> {log}"
 
@@ -24,6 +24,6 @@ rule operation:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        content=lambda wildcards: settings_file(wildcards.job, operates=True),
+        content=lambda wildcards: settings_content(wildcards.job, operates=True),
     shell:
         "printf '%s\\n' {params.content:q} > {output} 2> {log}"

@@ -8,8 +8,8 @@
 
 rule start_worker:
     input:
-        settings="results/settings/{point}/settings.json",
-        operation=ancient("results/settings/{point}/operation.json"),
+        settings=settings_files("{point}"),
+        operation=operation_file("{point}"),
         model=lambda wildcards: role_model(wildcards.role, wildcards.point),
         layers=lambda wildcards: layers_file(wildcards.role, wildcards.point),
         tokenizer=lambda wildcards: speaks_through(wildcards.role, wildcards.point),
