@@ -2,6 +2,7 @@
 # make test      install into .venv with the development tools and pass the tests
 # make soak      break things for an hour and count what came of it
 # make lint      style, types, layers, workflow lint, generated files, documentation
+# make settings  what is made from the settings: schema, config/config.yaml, the table of its keys
 # make docs      the documentation as a site, build/docs
 # make rulegraph draw docs/rulegraph.svg again (needs graphviz)
 PYTHON ?= python3.11

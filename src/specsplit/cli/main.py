@@ -37,7 +37,7 @@ COMMANDS = {
     "distill": "make a small draft from a target: its own text, trained on",
     "distill write-data": "1: the target writes the training text; goes on where it was",
     "distill train": "2: train the draft; goes on from the last checkpoint",
-    "distill measure": "3: acceptance by position, on prompts, with the workers' own code",
+    "distill measure": "3: acceptance by position, on prompts, without workers",
     "distill card": "4: the model card, the hashes and the figure of the three steps",
     "provenance": "the record of how results were made: check, compare, repeat",
     "provenance record": "write the record (the workflow does)",
