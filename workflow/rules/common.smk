@@ -376,6 +376,7 @@ def run_settings(label):
         **POINTS[label].settings(shared),
         "max_rounds": config["generation"]["max_rounds"],
         "repeats": config["repeats"],
+        "setups": config["setups"],
         **text_settings(),
         **workers,
     }

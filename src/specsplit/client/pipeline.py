@@ -334,9 +334,7 @@ class TextWriter:
         """As `stream_target_async`: the target alone, which streams its tokens."""
         stub = self._access.stub("target", self._channels[1])
         known = self._identities
-        return event_loop().run(
-            stream_target_async(stub, prompt_ids, config, identities=known, request_id=request_id)
-        )
+        return event_loop().run(stream_target_async(stub, prompt_ids, config, identities=known, request_id=request_id))
 
     async def _open(self) -> list[grpc.aio.Channel | None]:
         return [address and self._access.aio_channel(address) for address in self._addresses]

@@ -64,10 +64,16 @@ async def _stream(text: Text, target_stub: Any) -> None:
     )
     began = time.perf_counter()
     call = target_stub.StreamText if text.span is None else text.span.carry(target_stub.StreamText)
-    network = {"rtt_ms": config.rtt_ms, "jitter_ms": config.jitter_ms, "seed": config.seed}
     if config.rtt_ms:
         await asyncio.sleep(config.rtt_ms / 2e3)  # the request under way
-    stream = Stream("target", lambda: call(request), timeout_s=config.rpc_timeout_s, **network)
+    stream = Stream(
+        "target",
+        lambda: call(request),
+        timeout_s=config.rpc_timeout_s,
+        rtt_ms=config.rtt_ms,
+        jitter_ms=config.jitter_ms,
+        seed=config.seed,
+    )
     try:
         while not text.finished:
             reply = await stream.receive()
