@@ -326,7 +326,13 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     expected += [f"draft_acceptance_rate{part}" for part in ("", "_ci_low", "_ci_high")]
     expected += [f"{name}_{i}" for name in ("acceptance_at", "joint_acceptance_at") for i in (1, 2, 3)]
     expected += [f"rounds_accepting_{i}" for i in range(4)]
-    expected += ["lossless", "lossless_compared", "failed_requests", "worker_failures"]
+    expected += ["lossless", "lossless_compared", "failed_requests", "worker_failures", "setup"]
+    expected += [
+        f"speedup_over_{base}{part}"
+        for base in ("streamed", "colocated")
+        for part in ("", "_ci_low", "_ci_high", "_joint_low", "_joint_high")
+    ]
+    expected += ["reference_ms_per_token", "reference_drift", "baselines_lossless", "baselines_compared"]
     assert list(summary.columns) == expected
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
-from specsplit.analysis.tables import configuration_of
+from specsplit.analysis.configurations import configuration_of
 from specsplit.experiment.sweep import plain_number
 from specsplit.settings.run import DEFAULT_DRAFT
 

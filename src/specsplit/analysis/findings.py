@@ -13,9 +13,10 @@ from typing import Any
 
 from pandas import DataFrame, Series, isna
 
+from specsplit.analysis.configurations import configuration_of
 from specsplit.analysis.curves import split_panels, three_digits
 from specsplit.analysis.statistics import MIN_PROMPTS
-from specsplit.analysis.tables import comparable, compare_panel, configuration_of
+from specsplit.analysis.tables import comparable, compare_panel
 from specsplit.experiment.sweep import plain_number
 from specsplit.settings.axes import CONFIGURATION
 
