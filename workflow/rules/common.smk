@@ -295,11 +295,12 @@ def result_files():
         "results/summary.csv",
         "results/requests.csv",
         "results/per_round.csv",
+        "results/reference.csv",
         *rules.figures.output,
         *rules.prepare_dataset.output,
         *rules.resolved_config.output,
         *rules.provenance.output,
-        *run_files("requests.csv", "per_round.csv", "outputs.jsonl", "run.json"),
+        *run_files("requests.csv", "per_round.csv", "reference.csv", "outputs.jsonl", "run.json"),
         *settings_files(*POINTS),
     ]
 

@@ -26,7 +26,8 @@ CAPTIONS = {
     "tpot": (
         "Time per token over the tokens after the first round (ITL), against the draft length γ. A drafted token costs "
         "time and saves time when it is accepted, so the curve has a minimum where one more costs more than it saves. "
-        "The dashed line is the target alone. The time to the first token, which a draft makes longer, is not in it: "
+        "The dashed line is the target alone, the dotted one the target worker that streams its tokens by itself; a "
+        "cross is the same pair in one process. The time to the first token, which a draft makes longer, is not in it: "
         "whether whole texts are written faster is the speedup. Points are means over the requests that every "
         "configuration finished, bars their intervals, faint dots single requests."
     ),
@@ -80,9 +81,9 @@ CAPTIONS = {
         "trained on."
     ),
     "summary": (
-        "One row for each configuration: means with their intervals over the requests that all of them finished; "
-        "speedup end to end, prefill included, against the target alone on the same prompts; lossless is the share of "
-        "texts that are, token for token, those of the target alone. docs/results.md explains every column."
+        "One row for each configuration, then the baselines: means with their intervals over the requests that all of "
+        "them finished; speedup end to end, prefill included, against the target alone in the same run; lossless is "
+        "the share of texts that are, token for token, those of the target alone. docs/results.md explains every column."
     ),
     "report": "Everything on one page: what was asked, on what machine, what came out, and whether it can be repeated.",
     "provenance": (

@@ -146,7 +146,7 @@ def with_references(requests: DataFrame, reference: DataFrame | None = None) -> 
         if stray:
             names = listed(sorted(str(key[1]) for key in stray))
             raise UserError(f"{REFERENCE}: has requests that requests.csv lacks: {names}; merge the runs again")
-        texts = reference[reference["matches_gamma0"].notna()]
+        texts = reference
         for base, setup in _SETUPS.items():
             beside[base] |= _measured(reference[reference["setup"] == setup])
         requests = pd.concat([requests, _baseline_rows(requests, reference)], ignore_index=True)
@@ -163,12 +163,13 @@ def with_references(requests: DataFrame, reference: DataFrame | None = None) -> 
         ]
         for number, unit in enumerate(("ms", "tokens")):
             requests[f"{base}_{unit}"] = [math.nan if pair is None else float(pair[number]) for pair in pairs]
-    compared, same = Counter[Any](), Counter[Any]()
-    for key, matches in zip(tuples(texts[_TURN]), texts["matches_gamma0"], strict=True):
-        compared[key] += 1
-        same[key] += bool(matches)
+    counts: dict[str, Counter[Any]] = {"compared": Counter(), "same": Counter(), "failed": Counter()}
+    for key, matches, status in zip(tuples(texts[_TURN]), texts["matches_gamma0"], texts["status"], strict=True):
+        counts["compared"][key] += not pd.isna(matches)
+        counts["same"][key] += not pd.isna(matches) and bool(matches)
+        counts["failed"][key] += status != OK
     keys = tuples(requests[_TURN]).where(requests["setup"] == WORKERS)
-    return requests.assign(beside_compared=[compared[key] for key in keys], beside_same=[same[key] for key in keys])
+    return requests.assign(**{f"beside_{name}": [found[key] for key in keys] for name, found in counts.items()})
 
 
 def _measured(rows: DataFrame) -> dict[Any, tuple[float, float]]:
@@ -240,6 +241,7 @@ def reference_columns(all_own: DataFrame, own: DataFrame) -> dict[str, float]:
         "reference_drift": math.nan,
         "baselines_lossless": ratio(all_own["beside_same"].sum(), compared),
         "baselines_compared": int(compared),
+        "baselines_failed": int(all_own["beside_failed"].sum()),
     }
 
 

@@ -20,7 +20,15 @@ from markupsafe import Markup
 
 import specsplit
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
-from specsplit.analysis.findings import compared_sentence, faults_sentence, find_best, lossless_sentence, summary_table
+from specsplit.analysis.findings import (
+    compared_sentence,
+    drift_sentence,
+    faults_sentence,
+    find_best,
+    lossless_sentence,
+    round_trip_sentences,
+    summary_table,
+)
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
@@ -58,6 +66,8 @@ def write_report(
         "created": _moment(record.get("created")),
         "record": record,
         "findings": find_best(requests, rounds, summary, **settings),
+        "round_trips": round_trip_sentences(summary, confidence),
+        "drift": drift_sentence(summary),
         "lossless": lossless_sentence(summary),
         "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
@@ -84,6 +94,7 @@ def write_report(
             for path, kind in (
                 (results_dir / "summary.csv", "text/csv"),
                 (results_dir / "requests.csv", "text/csv"),
+                (results_dir / "reference.csv", "text/csv"),
                 (results_dir / "provenance" / "config.json", "application/json"),
             )
             if path.exists()

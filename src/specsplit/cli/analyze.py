@@ -16,7 +16,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.analysis.findings import faults_sentence, find_best, lossless_sentence, summary_table, text_table
+    from specsplit.analysis.findings import (
+        drift_sentence,
+        faults_sentence,
+        find_best,
+        lossless_sentence,
+        round_trip_sentences,
+        summary_table,
+        text_table,
+    )
     from specsplit.analysis.tables import read_tables, summarize
     from specsplit.io import write_csv
 
@@ -37,6 +45,9 @@ def run(args: argparse.Namespace) -> None:
     print()
     for finding in find_best(requests, rounds, summary, **settings):
         print(f"{finding.where or 'Best'}:", *finding.sentences())
+    for sentence in round_trip_sentences(summary, settings["confidence"]):
+        print("Round trips:", sentence)
+    print("Machine:", drift_sentence(summary))
     print("Lossless:", lossless_sentence(summary))
     if faults := faults_sentence(summary):
         print("Faults:", faults)
