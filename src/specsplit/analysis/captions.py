@@ -83,7 +83,8 @@ CAPTIONS = {
     "summary": (
         "One row for each configuration, then the baselines: means with their intervals over the requests that all of "
         "them finished; speedup end to end, prefill included, against the target alone in the same run; lossless is "
-        "the share of texts that are, token for token, those of the target alone. docs/results.md explains every column."
+        "the share of texts that are, token for token, those of the target alone. docs/results.md explains every "
+        "column."
     ),
     "report": "Everything on one page: what was asked, on what machine, what came out, and whether it can be repeated.",
     "provenance": (

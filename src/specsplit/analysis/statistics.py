@@ -177,7 +177,8 @@ def compare_jointly(
     beside = beside if base else beside * len(known)
     deviations = np.array([own.deviations - other.deviations for own, other in zip(known, beside, strict=True)])
     logs = np.array([own.value - other.value for own, other in zip(known, beside, strict=True)])
-    degrees = _degrees(known)
+    # Of the most unequal one, so that no joint interval is within that of its row alone.
+    degrees = min(_degrees([own, other]) for own, other in zip(known, beside, strict=True))
     first, pairs = _critical_values(deviations, degrees, confidence, samples, seed)
     errors = np.array([[_error(one - other) for other in deviations] for one in deviations])
     return Comparison(logs, errors, first, pairs)
