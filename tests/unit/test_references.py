@@ -240,7 +240,7 @@ def test_the_interval_covers_the_truth_when_the_machine_slows_down_half_way(
     assert len(covered) == 20
     assert sum(covered) >= 18  # one in twenty misses by chance
     drift = summary[summary["setup"] == WORKERS]["reference_drift"]
-    assert drift.max() - drift.min() > 1
+    assert drift.max() - drift.min() > 0.5
     said = drift_sentence(summary)
     assert said.startswith("Warning: the machine was not steady. Gamma 0, which each of 3 runs measured")
     # Against gamma 0 of another run the same texts are off by far.

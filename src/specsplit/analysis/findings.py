@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pandas import DataFrame, Series, isna
+from pandas import DataFrame, Series, concat, isna
 
 from specsplit.analysis.configurations import ROW, conditions_of, configuration_of
 from specsplit.analysis.curves import split_panels, three_digits
@@ -143,7 +143,7 @@ def find_best(
         streamed = drafting & panel.summary[BASES[STREAM]].notna()
         base = STREAM if streamed.any() else GAMMA0
         alone = panel.summary["setup"].eq(STREAMED) if base == STREAM else ours & ~drafting
-        rows = panel.summary[alone | drafting]
+        rows = concat([panel.summary[alone], panel.summary[drafting]])  # of equals the target alone is best
         gain = BASES[base]
         rows = rows.assign(
             gain=rows[gain],
