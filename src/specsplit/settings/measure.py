@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from specsplit.decoding.theory import PipelineMode
 from specsplit.settings.base import Settings, setting
-from specsplit.settings.run import MAX_SEED, Gamma, OnBadLine
+from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MODES, Gamma, Milliseconds, OnBadLine
 from specsplit.settings.worker import ComputeSettings, Dtype
 
 Positive = Annotated[int, Field(ge=1)]
@@ -115,6 +115,38 @@ class ContextSettings(PromptSettings):
     gamma: list[Gamma] = setting([0, 3], "Draft lengths, in mode sync.", example=[5], min_length=1)
     output_tokens: int = setting(32, "Tokens written after each context.", example=128, ge=8)
     texts: int = setting(3, "Different texts at each length.", example=8, ge=1)
+
+
+DraftLength = Annotated[int, Field(ge=1, le=MAX_GAMMA)]
+
+
+class SimulatedTexts(Settings):
+    """Texts of simulated models behind real workers."""
+
+    tokens: int = setting(400, "Length of a text in tokens.", ge=2)
+    texts: int = setting(2, "Texts at each point.", ge=1)
+
+
+class OverheadSettings(SimulatedTexts):
+    """Rounds of models that take no time."""
+
+    mode: list[PipelineMode] = setting(list(MODES), "Pipeline modes.", min_length=1)
+    gamma: list[DraftLength] = setting([3, 5], "Draft lengths.", min_length=1)
+    texts: int = setting(4, "Texts at each point.", ge=1)
+
+
+class SimulationSettings(SimulatedTexts):
+    """A simulated pair, and what of it is laid beside the formulas."""
+
+    gamma: list[DraftLength | Literal["auto"]] = setting(
+        [3, 5, 7, 9, "auto"], "Draft lengths; the target alone is always measured.", min_length=1
+    )
+    rtt_ms: list[Milliseconds] = setting([0.0, 14.0, 50.0], "Round trips in milliseconds.", min_length=1)
+    acceptance: float = setting(0.8, "Probability that a drafted token is accepted.", gt=0, lt=1)
+    draft_ms: float = setting(3.0, "Milliseconds of a pass of the draft.", gt=0)
+    verify_ms: float = setting(30.0, "Milliseconds of a pass of the target.", gt=0)
+    fan_out: int = setting(16, "Outcomes that lookahead prepares drafts for.", ge=1, le=64)
+    seed: int = setting(0, "Of the simulated text.", ge=0, le=MAX_SEED)
 
 
 class IntervalSettings(Settings):
