@@ -259,8 +259,8 @@ def references(draw: st.DrawFn) -> tuple[DataFrame, DataFrame]:
 
 
 def paired(requests: DataFrame, reference: DataFrame, rtt: float) -> DataFrame:
-    """One row a run and prompt of a network, medians of the repeats in which nothing of any run failed: milliseconds and
-    tokens of the run's own configuration and of each setup beside it."""
+    """One row a run, setup beside it (and its own) and prompt of a network: medians of milliseconds and tokens over the
+    repeats in which nothing of any run failed."""
     turn = ["request_id", "repeat"]
     own, beside = requests[requests["rtt_ms"] == rtt], reference[reference["rtt_ms"] == rtt]
     lost = {
