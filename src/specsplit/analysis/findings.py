@@ -53,9 +53,9 @@ class Finding:
     """The best configuration of those that choose tokens alike on one network.
 
     where: what tells these from the others, e.g. "RTT 14 ms"; empty when all are alike. base: what the gains are
-    against, one of BASES. best: its row of the summary, with `gain`, the speedup over the base, and its joint interval
-    `gain_low` and `gain_high`. drafting: so the best row that drafts, None when nothing does. ties: names of those that
-    cannot be told from the best. requests: how many prompts were measured.
+    against, one of BASES. best: its row of the summary, with the joint interval of the speedup over the base in
+    place of its own. drafting: so the best row that drafts, None when nothing does. ties: names of those that cannot be
+    told from the best. requests: how many prompts were measured.
     """
 
     where: str
@@ -75,15 +75,16 @@ class Finding:
             return ["Only the target alone was run, so there is no speedup to report."]
         compared = int(self.best["compared"])
         lines = [f"Compared on {_counted(compared, self.requests)} that every configuration finished."]
-        if isna(self.drafting["gain"]):
+        name = BASES[self.base]
+        if isna(self.drafting[name]):
             return [
                 *lines,
                 "Nothing can be said of a speedup: gamma 0, the target alone, is missing or wrote no tokens.",
             ]
-        low, high = self.drafting["gain_low"], self.drafting["gain_high"]
-        gain = _with_interval(self.drafting, "gain", level)
+        low, high = self.drafting[f"{name}_ci_low"], self.drafting[f"{name}_ci_high"]
+        gain = _with_interval(self.drafting, f"{name}_ci", level)
         if self.base == STREAM:
-            lines = [f"{lines[0][:-1]}, {self._over_streamed(gain)}"]
+            lines = [f"{lines[0][:-1]}, {self._over_streamed(gain, fastest=low > 1)}"]
         elif self.best["gamma"] == 0:
             first = "The target alone is fastest." if high < 1 else "No draft had a speedup above 1."
             lines.append(f"{first} The best draft, {self.drafting_name}, has a speedup of {gain}.")
@@ -104,12 +105,12 @@ class Finding:
             lines.append(f"Not distinguishable from it on these prompts: {'; '.join(self.ties)}.")
         return lines
 
-    def _over_streamed(self, gain: str) -> str:
+    def _over_streamed(self, gain: str, *, fastest: bool) -> str:
         """The end of a sentence that says what the requests were compared on."""
         other = _OTHERS[STREAM]
         if self.best["gamma"] == 0:
             return f"no draft was faster than {other}: the best, {self.drafting_name}, has a speedup of {gain} over it."
-        if self.drafting is not None and self.drafting["gain_low"] > 1:
+        if fastest:
             return f"{self.name} is fastest: a speedup of {gain} over {other}."
         return f"{self.name} had the largest speedup over {other}: {gain}."
 
@@ -145,14 +146,10 @@ def find_best(
         alone = panel.summary["setup"].eq(STREAMED) if base == STREAM else ours & ~drafting
         rows = concat([panel.summary[alone], panel.summary[drafting]])  # of equals the target alone is best
         gain = BASES[base]
-        rows = rows.assign(
-            gain=rows[gain],
-            gain_low=rows[f"{gain}_joint_low"].fillna(rows[gain].where(alone)),
-            gain_high=rows[f"{gain}_joint_high"].fillna(rows[gain].where(alone)),
-        )
-        rated = rows[rows["gain"].notna()]
-        best = rated.iloc[int(rated["gain"].argmax())] if len(rated) else rows.iloc[0]
-        ranked = rows[drafting[rows.index]].sort_values("gain", ascending=False, kind="stable", na_position="last")
+        rows = rows.assign(**{f"{gain}_ci_{end}": rows[f"{gain}_joint_{end}"] for end in ("low", "high")})
+        rated = rows[rows[gain].notna()]
+        best = rated.iloc[int(rated[gain].argmax())] if len(rated) else rows.iloc[0]
+        ranked = rows[drafting[rows.index]].sort_values(gain, ascending=False, kind="stable", na_position="last")
         order, found = compare_panel(panel.requests, base, **settings)
         places = {configuration: place for place, configuration in enumerate(order)}
         place_of = {index: places[key] for index, key in configuration_of(rows, ROW).items() if key in places}
@@ -382,6 +379,6 @@ def _plain(value: Any) -> str:
 
 
 def _with_interval(row: Series, name: str, level: str) -> str:
-    """A number with its interval; of `X_joint` the number is X."""
+    """A number with its interval. name: X_ci or X_joint, of the number X."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name.removesuffix('_joint')]:.2f}" + ("" if isna(low) else f" ({level} {low:.2f} to {high:.2f})")
+    return f"{row[name.rpartition('_')[0]]:.2f}" + ("" if isna(low) else f" ({level} {low:.2f} to {high:.2f})")
