@@ -56,7 +56,7 @@ class Machine:
         self.texts.append((setup, config.gamma, prompt[0]))
         usual = 100.0 * (1 + prompt[0] % 5) * float(np.exp(self.random.normal(0, 0.05)))
         total = usual / self.speeds[setup, config.gamma] * (self.slower if len(self.texts) > self.steady else 1.0)
-        drafted = int(config.gamma or 0)
+        drafted = 3 if config.gamma == "auto" else int(config.gamma)
         first, second = (Round(n, drafted, 0, drafted, 0, 0, 0, 0, 0, 0, 0, arrived_ms=total * n / 2) for n in (1, 2))
         result = SpeculativeResult([7, prompt[0]], "length", [first, second], total / 2, total)
         if self.fails(self.texts[-1]):
@@ -86,7 +86,7 @@ class Words:
 def run(
     machine: Machine,
     folder: Path,
-    gamma: int,
+    gamma: int | str,
     prompts: int = 16,
     setups: Sequence[str] = SETUPS,
     repeats: int = 1,
@@ -109,9 +109,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 SPEEDS = {
-    **{(WORKERS, 0): 1.0, (WORKERS, 2): 1.3, (WORKERS, 5): 0.8},
+    **{(WORKERS, 0): 1.0, (WORKERS, 2): 1.3, (WORKERS, 5): 0.8, (WORKERS, "auto"): 1.2},
     (STREAMED, 0): 1.1,
-    **{(COLOCATED, 0): 1.2, (COLOCATED, 2): 1.5, (COLOCATED, 5): 0.9},
+    **{(COLOCATED, 0): 1.2, (COLOCATED, 2): 1.5, (COLOCATED, 5): 0.9, (COLOCATED, "auto"): 1.4},
 }
 
 
@@ -313,6 +313,29 @@ def test_repeats_and_no_gamma_0(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert summary.loc[(STREAMED, 0), "speedup"] == pytest.approx(1.1, rel=0.05)
     assert summary.loc[(STREAMED, 0), ["compared", "repeats"]].to_list() == [16, 3]
     assert (summary["lossless"] == 1).all()
+
+
+def test_modes_trees_and_gamma_auto_have_their_own_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = Machine(SPEEDS)
+    machine.patch(monkeypatch)
+    run(machine, tmp_path / "runs" / "0", 0)
+    points: list[dict[str, Any]] = [
+        {"gamma": "auto", "mode": "overlap"},
+        {"gamma": 2, "tree": "2x2"},
+        {"gamma": 2, "draft_name": "int8"},
+    ]
+    for number, point in enumerate(points):
+        run(machine, tmp_path / "runs" / f"{number + 1}", **point)
+    requests = merged(tmp_path)
+    summary = summarize(requests, no_rounds(tmp_path), **SETTINGS)
+    pairs = summary[summary["setup"] == COLOCATED]
+    own = summary[(summary["setup"] == WORKERS)]
+    keys = ["gamma", "mode", "tree", "draft"]
+    assert pairs[keys].astype(str).to_numpy().tolist() == own[keys].astype(str).to_numpy().tolist()
+    assert (summary["setup"] == STREAMED).sum() == 1
+    assert own["speedup_over_colocated"].notna().all()
+    auto = own[own["gamma"] == "auto"].iloc[0]
+    assert auto["speedup_over_colocated"] == pytest.approx(1.2 / 1.4, rel=0.1)
 
 
 def test_what_failed_beside_one_configuration_is_compared_in_none(
