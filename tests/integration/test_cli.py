@@ -451,9 +451,12 @@ def test_the_pair_in_one_process_is_that_of_the_workers(
     mine = {row["request_id"]: row["accepted_tokens"] for row in reference if row["gamma"] == "2"}
     theirs = {row["request_id"]: row["accepted_tokens"] for row in rows(results / "runs/gamma_2/requests.csv")}
     assert mine == theirs  # it drafts as the workers do
-    other = specsplit(*bench, *flags, "--draft-model", tmp_path / "none", "--results-dir", tmp_path / "other").error()
-    assert "the pair in one process (colocated) cannot be loaded" in other
-    assert "--setups target_streamed, or setups: [target_streamed] in the configuration" in other
+    other = specsplit(*bench, *flags, "--draft-model", tmp_path / "none", "--results-dir", tmp_path / "other")
+    assert other.status == 0
+    assert "colocated is not measured: the models cannot be loaded once more: draft: " in other.out
+    assert {row["setup"] for row in rows(tmp_path / "other/reference.csv")} == {"workers", "target_streamed"}
+    run = json.loads((tmp_path / "other/runs/gamma_2/run.json").read_text())
+    assert list(run["beside"]["left_out"]) == ["colocated"]
 
 
 def test_only_the_gammas_named(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:

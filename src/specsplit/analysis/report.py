@@ -70,6 +70,7 @@ def write_report(
         "findings": find_best(requests, rounds, summary, **settings),
         "round_trips": round_trip_sentences(summary, confidence),
         "drift": drift_sentence(summary),
+        "left_out": _left_out(record),
         "lossless": lossless_sentence(summary),
         "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
@@ -206,6 +207,12 @@ def _workers(record: Mapping[str, Any]) -> list[str]:
                 f"threads {worker.get('threads')}"
             )
     return list(dict.fromkeys(found))
+
+
+def _left_out(record: Mapping[str, Any]) -> list[str]:
+    """What runs were to measure beside their configuration and could not, with the reasons."""
+    found = [(run.get("beside") or {}).get("left_out") or {} for run in record.get("runs", [])]
+    return list(dict.fromkeys(f"{setup}: {reason}" for left_out in found for setup, reason in left_out.items()))
 
 
 def _run(run: Mapping[str, Any]) -> dict[str, str]:

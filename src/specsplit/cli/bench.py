@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from specsplit.cli.flags import add_setting_flags, settings_part
 from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
 from specsplit.cli.worker_flags import add_gpus_flag
+from specsplit.errors import UserError
 from specsplit.settings.measure import BenchSettings
 from specsplit.settings.run import OrchestratorConfig, SweepSettings
 from specsplit.settings.worker import ROLES, LaunchSettings
@@ -106,24 +107,30 @@ def run(args: argparse.Namespace) -> None:
 @contextmanager
 def _beside(args: argparse.Namespace, setups: Sequence[str], workers: Mapping[str, Connection]) -> Iterator[Beside]:
     """What every run measures beside its own configuration; what cannot be is told on standard output."""
-    from specsplit.experiment.baselines import Beside, colocated_pair
+    from specsplit.api.pair import in_process_pair
+    from specsplit.experiment.baselines import Beside
 
     if "colocated" not in setups:
         yield Beside(setups)
         return
     settings = {role: _model_settings(args, role, worker.description) for role, worker in workers.items()}
-    reason = ""
+    reason, pair = "", None
     for role, worker in workers.items():
         if (host := worker.description.runtime.get("host")) != socket.gethostname():
             reason = f"the {role} worker is on another machine, {host}"
         elif "model" not in settings[role]:
             reason = f"the folder of the {role} worker's model is not known; say --{role}-model"
-    if reason:
+    if not reason:
+        configs = {role: ROLES[role].load(file=values) for role, values in settings.items()}
+        try:
+            pair = in_process_pair(configs, {role: worker.description for role, worker in workers.items()})
+        except (UserError, MemoryError, RuntimeError) as error:  # PyTorch's want of memory is a RuntimeError
+            reason = f"the models cannot be loaded once more: {' '.join(str(error).split())}"
+    if pair is None:
         print(f"colocated is not measured: {reason}", flush=True)
         yield Beside([setup for setup in setups if setup != "colocated"], left_out={"colocated": reason})
         return
-    configs = {role: ROLES[role].load(file=values) for role, values in settings.items()}
-    with colocated_pair(configs, {role: worker.description for role, worker in workers.items()}) as pair:
+    with pair:
         yield Beside(setups, pair)
 
 

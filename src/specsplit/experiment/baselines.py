@@ -6,20 +6,16 @@ server does, and the same pair in one process what a library does; both pay no r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from specsplit.api.pair import Pair, in_process_pair
+from specsplit.api.pair import Pair
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
-from specsplit.errors import UserError
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.records import Request, gamma_controller, request_config
-from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import DEFAULT_DRAFT, OrchestratorConfig
-from specsplit.settings.worker import WorkerSettings
 
 
 @dataclass(frozen=True)
@@ -63,23 +59,3 @@ class Beside:
 
             found.append(Contender(COLOCATED, config, write))
         return found
-
-
-@contextmanager
-def colocated_pair(
-    workers: Mapping[str, WorkerSettings], descriptions: Mapping[str, pb.DescribeReply]
-) -> Iterator[Pair]:
-    """The models of these workers in this process.
-
-    workers: role -> settings of the worker. descriptions: role -> what the worker that it is compared with says of
-    itself; another model is refused. Raises UserError that says how to do without.
-    """
-    try:
-        pair = in_process_pair(workers, descriptions)
-    except UserError as error:
-        raise UserError(
-            f"the pair in one process (colocated) cannot be loaded: {error}; measure without it: "
-            "--setups target_streamed, or setups: [target_streamed] in the configuration"
-        ) from error
-    with pair:
-        yield pair
