@@ -344,7 +344,7 @@ def test_mistakes_in_drafts() -> None:
     lines = mistakes(raw)
     assert any(line.startswith("drafts.b.calibration_prompts: unknown key") for line in lines)
     assert mistakes({"drafts": {"a": {"model": "nobody"}}}) == [
-        'drafts.a.model: "nobody" is not in models; known models: smollm2-135m-instruct'
+        'drafts.a.model: "nobody" is not in models; known models: smollm2-135m-instruct, smollm2-two-layers'
     ]
     assert "wanted a letter or digit first, then letters, digits and . -" in mistakes({"drafts": {"a_b": {}}})[0]
 

@@ -191,7 +191,7 @@ def model_source(name):
         if spec["source"] == "ngram":
             parameters["tokenizer"] = f"resources/models/{spec['tokenizer']}"
         return flags(**{spec["source"]: True}, **parameters)
-    return flags(local=spec["path"])
+    return flags(local=spec["path"], sha256=spec["sha256"])
 
 
 def local_files(name):
