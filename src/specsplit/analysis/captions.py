@@ -52,9 +52,9 @@ CAPTIONS = {
         "at several round-trip times. Where points leave the lines, the system costs something that the formula lacks."
     ),
     "peers": (
-        "Ours beside Hugging Face's and llama.cpp's ways to decode: the same models, prompts and machine, request by request in turn, "
-        "greedy. A ratio divides the milliseconds per token of the row by those of the peer, so below 1 the row is "
-        "faster. Identical is the share of texts that are, token for token, those of our target alone. "
+        "Ours beside Hugging Face's and llama.cpp's ways to decode: the same models, prompts and machine, request by "
+        "request in turn, greedy. A ratio divides the milliseconds per token of the row by those of the peer, so below "
+        "1 the row is faster. Identical is the share of texts that are, token for token, those of our target alone. "
         "A peer that could not use the models is a row with the reason."
     ),
     "capacity": (

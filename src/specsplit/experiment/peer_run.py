@@ -34,7 +34,7 @@ def check_race(ours: Mapping[str, Any], names: Sequence[str]) -> list[Peer]:
                 "random numbers and have no network"
             )
         if config.max_rounds is not None:
-            raise UserError("--baseline with --max-rounds: the peers know no such limit")
+            raise UserError("--baseline with --max-rounds: Hugging Face knows no such limit")
     peers = [Peer.parse(name) for name in names]
     if len({peer.label for peer in peers}) < len(peers):
         raise UserError("--baseline: a peer is there more than once; remove the repeats")
