@@ -28,6 +28,7 @@ from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
 from specsplit.io import read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
+from specsplit.settings.configuration import swept_drafts
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
@@ -108,10 +109,18 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
     """Models, data, sweep and settings, as names and values."""
     config, dataset = record.get("config", {}), record.get("dataset", {})
     models = {model.get("name"): model for model in record.get("models", [])}
-    drafts = {name: {**config["draft"], **own} for name, own in (config.get("drafts") or {"draft": {}}).items()}
+    drafts = swept_drafts({"drafts": {}, **config})
     pairs = [("Target", _model(config["target"], models))]
     for name, own in drafts.items():
         pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(own, models)))
+        if (acceptance := own.get("acceptance")) is not None:
+            pairs.append(
+                (
+                    f"Synthetic: {name}",
+                    f"its acceptance is forced: each drafted token was made right with probability {acceptance:g}. "
+                    "It says what the system does with such a draft, not how good the draft is",
+                )
+            )
     source = dataset.get("source") or config["dataset"]["path"]
     categories = f", categories {', '.join(dataset['categories'])}" if dataset.get("categories") else ""
     prompts = f"{dataset.get('count', _UNKNOWN)} of {source}{categories}"

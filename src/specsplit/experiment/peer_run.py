@@ -33,6 +33,8 @@ def check_race(ours: Mapping[str, Any], names: Sequence[str]) -> list[Peer]:
                 f"--baseline with {label}: a race is greedy and without a simulated network; the peers draw other "
                 "random numbers and have no network"
             )
+        if config.draft_acceptance is not None:
+            raise UserError("--baseline with --draft-acceptance: the peers take the draft as it is")
         if config.max_rounds is not None:
             raise UserError("--baseline with --max-rounds: Hugging Face knows no such limit")
     peers = [Peer.parse(name) for name in names]

@@ -142,6 +142,7 @@ NamedDraft: Any = section(
     model=other("model", str, "my-draft"),
     dtype=other("dtype", type_of(DraftWorkerConfig, "dtype"), "int8"),
     skip_layers=other("skip_layers", SkipLayers, [13, 14], schema=UNIQUE),
+    acceptance=other("acceptance", Annotated[float, Field(ge=0, le=1)], 0.8),
     skip_count=other("skip_count", type_of(LayerSettings, "skip_count"), 4),
 )[0]
 
@@ -238,6 +239,7 @@ Workflow: type[BaseModel] = section(
             note="e.g. [13, 14]: a cheaper, weaker draft; auto = look for the layers that matter least",
             schema=UNIQUE,
         ),
+        acceptance=same(Run, "draft_acceptance"),
         skip_count=same(LayerSettings, "skip_count"),
         calibration_prompts=same(LayerSettings, "limit"),
     ),
