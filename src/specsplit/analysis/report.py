@@ -32,7 +32,7 @@ from specsplit.settings.configuration import swept_drafts
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
-    "peers": "contender itl_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical",
+    "peers": "contender itl_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical first_divergence reason",
     "capacity": "mode gamma clients rate tokens_per_second gain speedup_at_load itl_ms_median itl_ms_p99 "
     "ttft_ms_median total_latency_ms_p90 goodput_share goodput_tokens_per_second matches_single",
     "profile": f"{' '.join(CONFIGURATION)} phase rounds tokens_per_round round_ms *_compute_ms *_queue_ms network_ms "
