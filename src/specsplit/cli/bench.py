@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
     plan = plan_bench(args)
     if plan.bench.baseline:
-        import_module("specsplit.cli.race").run_race(args, plan)
+        import_module("specsplit.cli.race").race(args, plan)
         return
     points, config = plan.points, plan.config
     run_dirs = {point: args.results_dir / "runs" / point.label for point in points}

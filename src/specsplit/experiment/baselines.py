@@ -41,7 +41,7 @@ class Beside:
 
     def contenders(self, config: OrchestratorConfig, writer: TextWriter) -> list[Contender]:
         """They, for a run with these settings."""
-        plain = {"gamma": 0, "mode": "sync", "tree": "chain", "draft_name": DEFAULT_DRAFT}
+        plain = {"gamma": 0, "mode": "sync", "tree": "chain", "draft_name": DEFAULT_DRAFT, "draft_acceptance": None}
         alone = config.model_copy(update=plain)
         found = []
         if config.gamma != 0:
