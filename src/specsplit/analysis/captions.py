@@ -15,6 +15,7 @@ FIGURES = {
     "speculation": "Drafts made ahead that fit",
 }
 BESIDE = {
+    "summary_by_category": "By category of the prompts",
     "peers": "Beside other programs' decoding",
     "capacity": "Many clients at once",
     "profile": "Where the time of a round goes",
@@ -47,6 +48,11 @@ CAPTIONS = {
     "speculation": (
         "How often a draft that was made ahead, while the round before was still verified, fitted what was accepted. "
         "Only the modes overlap and lookahead draft ahead; a hit hides the time of a whole draft."
+    ),
+    "summary_by_category": (
+        "The same measures for each category of the prompts, for all of them together, and as the mean in which each "
+        "category counts alike. Acceptance length is 1 + accepted tokens / verifications; the speedup is end to end. "
+        "Bars are intervals over the prompts of a category, where there are enough of them."
     ),
     "theory_check": (
         "Simulated models behind real workers: the measured time per token of each pipeline mode beside its formula, "
