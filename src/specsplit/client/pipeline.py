@@ -28,6 +28,7 @@ from specsplit.client.stream import Stream
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -81,7 +82,7 @@ async def _write(
     if config.gamma != "auto":
         controller = None
     elif controller is None:
-        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape)
     text.started = time.perf_counter()
     while True:
         pipeline = _Pipeline(text, stubs["draft"], target_stub, controller)
@@ -182,7 +183,7 @@ class _Pipeline:
                 gamma_asked=gamma,
             )
             self.text.take(accepted, verdict.next_token, measured)
-            self._observe(measured)
+            self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
 
     def _fits(self, outcome: pb.Outcome) -> bool:
         """Whether the target can hold the text with this outcome and the draft after it."""
@@ -193,7 +194,7 @@ class _Pipeline:
         room = self.text.room()
         return room if self.controller is None else self.controller.choose(room)
 
-    def _observe(self, measured: Round) -> None:
+    def _observe(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
         if self.controller is not None:
             self.controller.observe(
                 gamma=measured.gamma_asked,
@@ -204,7 +205,8 @@ class _Pipeline:
                 verify_ms=measured.verify_compute_ms,
                 network_ms=measured.network_ms,
                 hit=None if measured.speculation == "none" else measured.speculation == "hit",
-                first=measured.round == 1,
+                first=self.at_target.whole or (drafted_now and self.at_draft.whole),
+                ranks=ranks(tree.parents, path),
             )
 
     async def _verify(self, tree: TokenTree) -> None:

@@ -38,7 +38,7 @@ def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
     """What chooses gamma when it is `auto`; it learns from one text for the next."""
     if config.gamma != "auto":
         return None
-    return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+    return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape)
 
 
 def tokens_sha256(tokens: Sequence[int]) -> str:
