@@ -103,8 +103,9 @@ def draft_tree(model: Model, cache: Any, text: Sequence[int], asked: DraftSettin
         return tree
 
 
-def checked_pass(model: Model, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
-    """Verify the draft. The cache holds a beginning of `text`, and `text` and the whole tree afterwards.
+def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
+    """Verify the draft. model: anything that has `Model.step`. The cache holds a beginning of
+    `text`, and `text` and the whole tree afterwards.
 
     A drafted token may make the model overflow where the target alone would not go. So a pass with numbers that are not
     finite is repeated without the draft. Raises NonFiniteLogits when they are those of the text itself; the cache is
