@@ -90,7 +90,7 @@ class FusedLM:
     Raises ValueError where `unsuitable` has a reason.
     """
 
-    batch_tokens = CHUNK
+    batch_tokens = prefill_tokens = CHUNK
     uses_torch_threads = False
 
     def __init__(self, source: CausalLM, threads: int) -> None:

@@ -81,6 +81,7 @@ class WeightlessLM:
     """What a model without weights has in common with CausalLM. vocab_size: columns of its logits."""
 
     batch_tokens = 0
+    prefill_tokens = 512
     uses_torch_threads = False
     max_context = MAX_CONTEXT
     eos_token_ids: tuple[int, ...] = ()
