@@ -2,7 +2,7 @@
 
 A pass over a handful of tokens takes about as long as reading the weights. So each weight is read from memory once, as
 it is stored, for all tokens of the pass (vector_kernels); everything else stays in the processor's caches, and threads
-meet at a barrier that spins instead of sleeping.
+meet at a barrier that spins shortly before it sleeps.
 
 Batch-invariant: what is computed for a token is the same sequence of operations whatever else is in the pass (He et al.
 2025, "Defeating Nondeterminism in LLM Inference"). A dot product is summed in one order for one token as for many, and

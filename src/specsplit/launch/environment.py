@@ -57,10 +57,8 @@ def _quotas() -> Iterator[float]:
         else:
             continue
         inner = PurePosixPath(path.lstrip("/"))
-        for group in (
-            inner,
-            *inner.parents,
-        ):  # in a container the path may be that of the host, and only the top is there
+        # In a container the path may be that of the host: only the top is there.
+        for group in (inner, *inner.parents):
             try:
                 quota, period = " ".join((top / group / name).read_text() for name in names).split()
                 cores = int(quota) / int(period)
@@ -73,8 +71,7 @@ def _quotas() -> Iterator[float]:
 def threads_beside_another() -> int:
     """Compute threads of a worker that computes while another one on this machine does.
 
-    Half of the cores: threads that share cores wait for each other at the end of every operation, actively, which makes
-    a pass several times slower.
+    Half of the cores: threads that share cores wait for each other at the end of every operation.
     """
     return max(1, usable_cores() // 2)
 
