@@ -1,7 +1,9 @@
 """How a token is chosen from logits: greedily, or with noise that both workers compute for themselves.
 
 All noise comes from Philox 4x64 (Salmon et al. 2011, as in NumPy), a counter-based generator: a number is a function of
-(seed, purpose, absolute position, token id) and of nothing else, so that every worker on every machine has the same.
+(seed, purpose, absolute position, token id) and of nothing else. Philox is integers alone, the same on every machine.
+The logarithms after it are NumPy's, which on other processors may differ in the last bit: then a text is another one
+only where two tokens' scores are as close as that, less than once in 10^12 tokens. It is the target's own in any case.
 """
 
 from __future__ import annotations

@@ -106,6 +106,22 @@ class GraphLM(CausalLM):
         weakref.finalize(cache, free.append, buffers)
         return cache
 
+    def cache_bytes(self, capacity: int) -> int:
+        """As CausalLM.cache_bytes: all slots of the buffers, and what the passes recorded on them keep.
+
+        Counted are passes of every size up to parts of prompts, at every view, with logits of SMALLEST_PASS rows.
+        """
+        slots = _power_of_two(capacity, SMALLEST_VIEW)
+        kept, view = super().cache_bytes(slots + 1), SMALLEST_VIEW
+        masks = 2 if self._masks_by_type else 1
+        logits = SMALLEST_PASS * self.vocab_size * self.dtype.itemsize
+        sizes = [size for size in (SMALLEST_PASS << i for i in range(16)) if size <= self.prefill_tokens]
+        while view <= slots:
+            # On the device; on the CPU there is one more copy, and no logits are kept.
+            kept += sum(masks * size * view * (2 if self._pool is None else 1) + logits for size in sizes)
+            view *= 2
+        return kept
+
     def _forward(
         self, cache: Any, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int
     ) -> torch.Tensor:
