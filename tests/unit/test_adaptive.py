@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import defaultdict
@@ -246,3 +247,16 @@ def test_one_slow_round_changes_nothing(alpha):
         return gammas
 
     assert chosen(1500.0) == chosen(0.0)
+
+
+@pytest.mark.parametrize("mode", ["sync", "overlap", "lookahead"])
+@pytest.mark.parametrize("shape", ["chain", "2x2", "dynamic-16x4"])
+def test_it_goes_on_from_a_state_as_if_nothing_had_happened(mode, shape):
+    controller = GammaController(mode, 8, shape=TreeShape.parse(shape))
+    drive(controller, mode, 0.4, 9.0, 30.0, 5.0, 70)
+    later = GammaController(mode, 8, shape=TreeShape.parse(shape))
+    later.restore(json.loads(json.dumps(controller.state())))
+    assert later.state() == controller.state()
+    assert drive(later, mode, 0.7, 3.0, 30.0, 5.0, 70, seed=5) == drive(
+        controller, mode, 0.7, 3.0, 30.0, 5.0, 70, seed=5
+    )

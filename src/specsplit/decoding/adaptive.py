@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
-from typing import Literal
+from typing import Any, Literal
 
 from specsplit.decoding.theory import PipelineMode, lookahead_round_ms, round_ms
 from specsplit.decoding.tree import TreeShape
@@ -36,6 +36,12 @@ class _Typical:
     def add(self, value: float) -> None:
         self._values.append(value)
 
+    def state(self) -> list[float]:
+        return list(self._values)
+
+    def restore(self, state: Sequence[float]) -> None:
+        self._values.extend(state)
+
     @property
     def value(self) -> float | None:
         if not self._values:
@@ -65,6 +71,16 @@ class _Cost:
         for faded in [k for k, weight in self._faded.items() if weight < FADED]:
             del self._faded[faded], self._seen[faded]
         self._seen.setdefault(kind, _Typical()).add(ms)
+        self._fit = self._fitted()
+
+    def state(self) -> list[list[Any]]:
+        return [[*kind, self._faded[kind], seen.state()] for kind, seen in self._seen.items()]
+
+    def restore(self, state: Sequence[Sequence[Any]]) -> None:
+        for passes, tokens, faded, values in state:
+            seen = self._seen[passes, tokens] = _Typical()
+            seen.restore(values)
+            self._faded[passes, tokens] = faded
         self._fit = self._fitted()
 
     def at(self, passes: float, tokens: float) -> float:
@@ -120,6 +136,22 @@ class GammaController:
         self._drafts = 0
         self._undrafted = 0  # rounds since the last draft
         self._alone: Literal["unknown", "next", "known"] = "unknown"  # the time of a round without a draft
+
+    def state(self) -> dict[str, Any]:
+        """All that it has learnt, as JSON can hold it."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str)}
+        costs = {name: value.state() for name, value in vars(self).items() if isinstance(value, _Typical | _Cost)}
+        return {**plain, **costs, "_tried": [[width, *counts] for width, counts in self._tried.items()]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        for name, value in state.items():
+            if name == "_tried":
+                self._tried = {width: (tried, won) for width, tried, won in value}
+            elif isinstance(value, list):
+                getattr(self, name).restore(value)
+            else:
+                setattr(self, name, value)
 
     @property
     def alpha(self) -> float:
