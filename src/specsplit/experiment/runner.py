@@ -19,8 +19,9 @@ import specsplit
 from specsplit.client.pipeline import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.journal import Entry, Journal
+from specsplit.experiment.prompt import Prompt
+from specsplit.experiment.prompt_tokens import prompt_tokens
 from specsplit.experiment.records import Request, gamma_controller, request_config, request_record, round_records
 from specsplit.experiment.rows import writing_rows
 from specsplit.io import combined_sha256, json_sha256, replace_file, write_json
@@ -47,9 +48,11 @@ TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl")
 
 
 def encode_prompts(prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int) -> list[Request]:
-    """Token ids of every prompt. Raises UserError that names the prompts of `limit` tokens or more, before any
-    work is done."""
-    requests = [Request(p.id, p.category, codec.encode(p.prompt, use_chat_template=chat)) for p in prompts]
+    """Token ids of every prompt, those that were prepared where they fit this tokenizer and template.
+
+    Raises UserError that names the prompts of `limit` tokens or more, before any work is done.
+    """
+    requests = [Request(p.id, p.category, prompt_tokens(p, codec, chat=chat)) for p in prompts]
     long = [f"{r.id} ({len(r.token_ids)} tokens)" for r in requests if len(r.token_ids) >= limit]
     if long:
         raise UserError(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jinja2 import TemplateError
-
 from specsplit.errors import PromptError, UserError
+from specsplit.io import json_sha256
 from specsplit.models.fingerprint import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
@@ -24,12 +25,41 @@ def pack_tokenizer(folder: Path) -> dict[str, bytes]:
     return packed if sum(map(len, packed.values())) <= MOST_PACKED_BYTES else {}
 
 
+class Clock:
+    """What a chat template calls as `strftime_now`: a date that stands still. asked: whether it was called."""
+
+    def __init__(self, date: datetime) -> None:
+        self.date, self.asked = date, False
+
+    def __call__(self, form: str) -> str:
+        self.asked = True
+        return self.date.strftime(form)
+
+
 class TextCodec:
     """A tokenizer with the chat template it came with."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.sha256 = tokenizer_sha256(tokenizer)
+        self._clock: Clock | None = None
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def key(self, chat: bool) -> str:
+        """What token ids depend on beside the text: vocabulary and, where it is used, chat template; a hash."""
+        return json_sha256([self.sha256, self.tokenizer.chat_template if chat else None])
+
+    @contextmanager
+    def at(self, date: datetime) -> Iterator[Clock]:
+        """Within the block a chat template that asks for the date and time is told this one."""
+        self._clock = Clock(date)
+        try:
+            yield self._clock
+        finally:
+            self._clock = None
 
     @classmethod
     def load(cls, folder: Path) -> TextCodec:
@@ -76,10 +106,14 @@ class TextCodec:
             raise PromptError("this model has no chat template: give the prompt as one string")
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+            clock = {"strftime_now": self._clock} if self._clock else {}
             try:
-                ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-            except (TemplateError, KeyError, TypeError, ValueError) as error:
-                raise PromptError(f"the chat template of this model does not take these messages: {error}") from None
+                ids = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=True, **clock
+                )
+            except Exception as error:  # templates are programs of others
+                told = f"{type(error).__name__}: {error}" if not str(error) else str(error)
+                raise PromptError(f"the chat template of this model does not take these messages: {told}") from None
             ids = ids["input_ids"]
         if not ids:
             raise PromptError(f"the prompt {prompt!r} has no tokens; give it some text")

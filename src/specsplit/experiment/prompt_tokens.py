@@ -1,0 +1,75 @@
+"""Token ids of prompts, made once: a chat template may print the date, the time or something random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from specsplit.errors import PromptError
+from specsplit.experiment.prompt import Prompt
+from specsplit.models.tokenizer import TextCodec
+
+TRIED_TWICE = 8  # prompts on which it is seen whether the template says the same again
+
+
+def tokenize_prompts(
+    prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, date: datetime | None
+) -> tuple[list[Prompt], dict[str, Any]]:
+    """The prompts with their token ids, and what these were made with, for the manifest.
+
+    date: what a template is told that asks for it; None: now. Facts: tokens_of (`TextCodec.key`), tokenizer_sha256,
+    chat_template (whether one was used), date, template_prints_the_date, template_varies (it says something else each
+    time), system_messages_left_out (a list of ids: the template has no place for them, or there is none).
+    Raises PromptError that names the prompt.
+    """
+    now = datetime.now().replace(microsecond=0) if date is None else date
+    key, left_out = codec.key(chat), []
+    with codec.at(now) as clock:
+        made = []
+        for prompt in prompts:
+            ids, whole = _encode(prompt, codec, chat=chat)
+            left_out += [] if whole else [prompt.id]
+            made.append(replace(prompt, token_ids=tuple(ids), tokens_of=key))
+        again = [tuple(_encode(prompt, codec, chat=chat)[0]) for prompt in prompts[:TRIED_TWICE]]
+    return made, {
+        "tokens_of": key,
+        "tokenizer_sha256": codec.sha256,
+        "chat_template": codec.has_template and chat,
+        "date": now.isoformat(),
+        "template_prints_the_date": clock.asked,
+        "template_varies": again != [prompt.token_ids for prompt in made[:TRIED_TWICE]],
+        "system_messages_left_out": left_out,
+    }
+
+
+def prompt_tokens(prompt: Prompt, codec: TextCodec, *, chat: bool) -> list[int]:
+    """Token ids of a prompt: those that were prepared for this tokenizer and template, else made now."""
+    if prompt.token_ids is not None and prompt.tokens_of == codec.key(chat):
+        return list(prompt.token_ids)
+    return _encode(prompt, codec, chat=chat)[0]
+
+
+def _encode(prompt: Prompt, codec: TextCodec, *, chat: bool) -> tuple[list[int], bool]:
+    """Token ids, and whether the system message is in them. Raises PromptError that names the prompt."""
+    try:
+        if prompt.system is None or not (chat and codec.has_template):
+            return codec.encode(prompt.prompt, use_chat_template=chat), prompt.system is None
+        without = _try(prompt.messages[1:], codec)
+        try:
+            ids = codec.encode(prompt.messages)
+        except PromptError:
+            if without is None:
+                raise
+            return without, False
+        return ids, ids != without
+    except PromptError as error:
+        raise PromptError(f"prompt {prompt.id[:80]!r}: {error}") from None
+
+
+def _try(messages: Sequence[dict[str, str]], codec: TextCodec) -> list[int] | None:
+    try:
+        return codec.encode(messages)
+    except PromptError:
+        return None
