@@ -1,9 +1,40 @@
-# Check the prompts and take the slice that is run; the manifest says which, from what, and what was skipped.
+# Check the prompts and take the slice that is run; the manifest says which, from what, and what was not taken.
 
 
+def hub_dataset():
+    """Flags that say which dataset of the Hub to fetch."""
+    hub = dict(config["dataset"]["huggingface"] or {})
+    return {"huggingface": hub.pop("id", None), **hub}
+
+
+# A standard set or a dataset of the Hub; only with dataset.name or dataset.huggingface, which decide dataset.path.
+if config["dataset"]["name"] or config["dataset"]["huggingface"]:
+
+    rule fetch_dataset:
+        output:
+            prompts=config["dataset"]["path"],
+            facts=os.path.splitext(config["dataset"]["path"])[0] + ".json",
+        log:
+            "results/logs/fetch_dataset.log",
+        conda:
+            "../../envs/specsplit.yaml"
+        params:
+            flags=flags(name=config["dataset"]["name"], **hub_dataset()),
+            code=code_of("fetch-dataset"),
+        shell:
+            "specsplit fetch-dataset {params.flags} --output {output.prompts:q} > {log} 2>&1"
+
+
+def column_flag():
+    """The mapping of columns, as a flag takes it."""
+    return json.dumps(config["dataset"]["columns"]) if config["dataset"]["columns"] else None
+
+
+# With the token ids that the target gets, so that every run gets the same.
 rule prepare_dataset:
     input:
         prompts=config["dataset"]["path"],
+        tokenizer=f"{TARGET_FOLDER}/model.json",
     output:
         prompts="results/dataset/prompts.jsonl",
         manifest="results/dataset/manifest.json",
@@ -13,10 +44,13 @@ rule prepare_dataset:
         "../../envs/specsplit.yaml"
     params:
         flags=flags(
+            columns=column_flag(),
             limit=config["dataset"]["limit"],
             on_bad_line=config["dataset"]["on_bad_line"],
+            date=config["dataset"]["date"],
+            use_chat_template=config["generation"]["use_chat_template"],
         ),
         code=code_of("prepare-dataset"),
     shell:
-        "specsplit prepare-dataset --source {input.prompts} --output {output.prompts} --manifest {output.manifest}"
-        " {params.flags} > {log} 2>&1"
+        "specsplit prepare-dataset --source {input.prompts:q} --tokenizer {input.tokenizer} --output {output.prompts}"
+        " --manifest {output.manifest} {params.flags} > {log} 2>&1"

@@ -33,9 +33,10 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.cli.plan import connected_configs, load_codec, read_prompts
     from specsplit.experiment.context_curve import ContextText, measure_contexts
     from specsplit.experiment.runner import encode_prompts
-    from specsplit.io import write_csv
+    from specsplit.io import refuse_overwriting, write_csv
 
     settings = load_settings(ContextSettings, args)
+    refuse_overwriting({"--output": args.output}, {"--prompts": args.prompts})
     if args.figure is not None and args.figure.suffix != ".png":
         raise UserError(f"--figure {args.figure}: a path that ends in .png")
     fixed = {"mode": "sync", "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0, "ignore_eos": True}

@@ -32,6 +32,7 @@ COMMANDS = {
     "theory-check": "every pipeline mode with simulated models: measured time per token beside the formula's",
     "overhead": "what a round costs beyond model time: real workers on this machine, models that take no time",
     "prepare-model": "fetch a model, check it, and make a local folder of it",
+    "fetch-dataset": "fetch a standard set of prompts, or a dataset of the Hugging Face Hub",
     "prepare-dataset": "check prompts and take a stratified slice of them",
     "pick-layers": "find decoder layers that a draft of the same model can skip",
     "distill": "make a small draft from a target: its own text, trained on",

@@ -25,11 +25,13 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.engines.layer_search import Step, search_layers
     from specsplit.engines.transformers import CausalLM
     from specsplit.experiment.dataset import load_prompts, select_prompts
-    from specsplit.io import sha256_file, write_json
+    from specsplit.experiment.prompt_tokens import prompt_tokens
+    from specsplit.io import refuse_overwriting, sha256_file, write_json
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec
 
     settings = load_settings(LayerSettings, args)
+    refuse_overwriting({"--output": args.output} if args.output else {}, {"--prompts": args.prompts})
     prompts = select_prompts(load_prompts(args.prompts)[0], settings.limit)
     folder, manifest = resolve_model(args.model)
     if "weights_sha256" not in manifest["fingerprint"]:
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     steps = search_layers(
         model,
-        [codec.encode(prompt.prompt, use_chat_template=settings.use_chat_template) for prompt in prompts],
+        [prompt_tokens(prompt, codec, chat=settings.use_chat_template) for prompt in prompts],
         count=settings.skip_count,
         max_tokens=settings.max_tokens,
         edge=settings.edge,

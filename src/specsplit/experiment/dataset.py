@@ -12,6 +12,7 @@ from typing import Any
 
 from specsplit.errors import UserError
 from specsplit.experiment.containers import read_source
+from specsplit.experiment.fetching import fetched_facts
 from specsplit.experiment.prompt import Prompt as Prompt
 from specsplit.experiment.prompt_rows import Row, read_rows
 from specsplit.experiment.prompt_shapes import (
@@ -55,7 +56,7 @@ def load_prompts(path: Path, on_bad_line: str = "stop") -> tuple[list[Prompt], l
     return file.prompts, file.skipped
 
 
-def read_prompt_file(path: Path, on_bad_line: str = "stop", columns: Mapping[str, str] | None = None) -> PromptFile:
+def read_prompt_file(path: Path, on_bad_line: str = "stop", columns: Mapping[Any, str] | None = None) -> PromptFile:
     """Read a file of prompts of any format (`prompt_rows`) and shape (`prompt_shapes`); docs/prompts.md lists them.
 
     columns: the names of the columns that hold prompt, id, category and system message, where they are not the usual
@@ -107,7 +108,7 @@ def read_prompt_file(path: Path, on_bad_line: str = "stop", columns: Mapping[str
     return PromptFile(prompts, skipped, digest, table.unit, {"format": table.format, **_facts(read)})
 
 
-def check_columns(columns: Mapping[str, str]) -> dict[str, str]:
+def check_columns(columns: Mapping[Any, str]) -> dict[str, str]:
     """The mapping, if its keys are parts of a prompt. Raises UserError."""
     for part, name in columns.items():
         if part not in COLUMNS or not name:
@@ -150,6 +151,29 @@ def _facts(read: Sequence[tuple[Row, Conversation]]) -> dict[str, Any]:
     }
 
 
+def tell(path: Path, skipped: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
+    """What was not taken of a file, a sentence each: skipped lines and the facts of its manifest."""
+    said = [f"skipped {path}:{bad['line']}: {bad['reason']}" for bad in skipped]
+    said += [f"{path}:{note['line']}: {note['note']}" for note in facts["notes"][:LISTED_PROBLEMS]]
+    if more := len(facts["notes"]) - LISTED_PROBLEMS:
+        said += [f"... and {more} more such notes"] if more > 0 else []
+    if later := facts["later_turns_not_used"]:
+        said.append(f"{later} later turns of {facts['prompts_with_later_turns']} conversations are not used")
+    if others := facts["other_messages_not_used"]:
+        said.append(f"{others} messages that are neither a system message at the start nor a turn are not used")
+    tokens = facts.get("tokens") or {}
+    if left_out := tokens.get("system_messages_left_out"):
+        shown = ", ".join(name[:80] for name in left_out[:5]) + (" ..." if len(left_out) > 5 else "")
+        said.append(
+            f"{len(left_out)} system messages are left out, for the chat template has no place for them: {shown}"
+        )
+    if tokens.get("template_prints_the_date"):
+        said.append(f"the chat template prints the date: {tokens['date']}")
+    if tokens.get("template_varies"):
+        said.append("the chat template says something else each time; all runs get the token ids of this one")
+    return said
+
+
 def select_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """A slice of at most `limit` prompts (None = all) that takes from every category in turn.
 
@@ -184,7 +208,7 @@ def prepare_dataset(
     *,
     limit: int | None,
     on_bad_line: str,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[Any, str] | None = None,
     codec: TextCodec | None = None,
     use_chat_template: bool = True,
     date: datetime | None = None,
@@ -196,9 +220,9 @@ def prepare_dataset(
 
     Manifest: source, source_sha256, output_sha256, prompts_sha256 (of ids, categories and texts, whatever the
     tokenizer), count, available (usable prompts before the limit), limit, categories {name: count}, on_bad_line,
-    skipped [{line, reason}], tokens (None, or what they were made with), and what `read_prompt_file` says of all
-    usable prompts: format, columns and columns_not_used, generated_ids, system_messages, later_turns_not_used,
-    other_messages_not_used, notes.
+    unit (what lines count), skipped [{line, reason}], tokens (None, or what they were made with), fetched (None, or
+    where from), and what `read_prompt_file` says of all usable prompts: format, columns and columns_not_used,
+    generated_ids, system_messages, later_turns_not_used, other_messages_not_used, notes.
     Raises UserError as read_prompt_file and select_prompts do, and when an output would overwrite one of these files.
     """
     refuse_overwriting({"--output": output, "--manifest": manifest}, {"--source": source})
@@ -218,9 +242,11 @@ def prepare_dataset(
         "limit": limit,
         "categories": dict(Counter(prompt.category for prompt in taken)),
         "on_bad_line": on_bad_line,
+        "unit": file.unit,
         "skipped": [asdict(bad) for bad in file.skipped],
         **file.facts,
         "tokens": tokens,
+        "fetched": fetched_facts(source, file.source_sha256),
     }
     write_json(manifest, content)
     return content

@@ -57,7 +57,9 @@ def read_conversation(data: Mapping[str, Any], columns: Mapping[str, str]) -> Co
 
     Raises RowError that says what is wrong with it.
     """
-    names = {name.lower(): name for name in reversed(data)}  # the first of several spellings
+    names: dict[str, str] = {}
+    for spelled in data:
+        names.setdefault(spelled.lower(), spelled)  # the first of several spellings
     used: set[str] = set()
     notes: list[str] = []
 
@@ -65,7 +67,7 @@ def read_conversation(data: Mapping[str, Any], columns: Mapping[str, str]) -> Co
         """The column that the user named, or the first of the known ones that is there and not null."""
         if part in columns:
             return columns[part], _inside(data, columns[part])
-        found = [names[key] for key in known if data.get(names.get(key, "")) is not None]
+        found = [names[key] for key in known if key in names and data[names[key]] is not None]
         return (found[0], data[found[0]]) if found else ("", None)
 
     key, value = take("prompt", PROMPT_KEYS)
@@ -145,7 +147,7 @@ def _chat_beside(
     key: str, value: str, data: Mapping[str, Any], names: Mapping[str, str], notes: list[str]
 ) -> tuple[str, Any]:
     """`prompt` beside a conversation (as UltraChat has it): the conversation when it begins with that prompt."""
-    chat = next((names[name] for name in CHAT_KEYS if isinstance(data.get(names.get(name, "")), list)), None)
+    chat = next((names[name] for name in CHAT_KEYS if name in names and isinstance(data[names[name]], list)), None)
     if chat is None:
         return key, value
     try:
@@ -164,7 +166,7 @@ def _alpaca(value: Any, data: Mapping[str, Any], names: Mapping[str, str]) -> tu
     """An instruction with its input (Alpaca) or context (Dolly), where it has one."""
     used = set()
     for name in ("input", "context"):
-        more = data.get(names.get(name, ""))
+        more = data[names[name]] if name in names else None
         if isinstance(more, str) and more.strip() and isinstance(value, str):
             value = f"{value}\n\n{more}"
         if name in names:

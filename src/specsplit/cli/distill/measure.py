@@ -31,13 +31,16 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.engines.loading import load_model
     from specsplit.experiment.dataset import load_prompts, select_prompts
     from specsplit.experiment.progress import Bar
-    from specsplit.io import sha256_file, write_csv, write_json
+    from specsplit.experiment.prompt_tokens import prompt_tokens
+    from specsplit.io import refuse_overwriting, sha256_file, write_csv, write_json
     from specsplit.launch.environment import usable_cores
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec
     from specsplit.models.vocabulary import load_vocabulary
     from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
+    outputs = {"--output": args.output, "--rounds": args.rounds, "--report": args.report}
+    refuse_overwriting(outputs, {"--prompts": args.prompts})
     prompts = select_prompts(load_prompts(args.prompts)[0], settings.limit)
     common = {"device": settings.device, "engine": settings.engine, "threads": settings.threads}
     threads = settings.threads or usable_cores()
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     vocabulary = load_vocabulary(draft_folder, target_folder, draft.vocab_size)
     codec = TextCodec.load(target_folder)
     requests = [
-        (prompt.id, prompt.category, codec.encode(prompt.prompt, use_chat_template=settings.use_chat_template))
+        (prompt.id, prompt.category, prompt_tokens(prompt, codec, chat=settings.use_chat_template))
         for prompt in prompts
     ]
     with Bar(len(requests), "req", args.terminal_fd) as bar:
