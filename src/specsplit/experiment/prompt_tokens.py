@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from specsplit.errors import PromptError
@@ -12,6 +12,7 @@ from specsplit.experiment.prompt import Prompt
 from specsplit.models.tokenizer import TextCodec
 
 TRIED_TWICE = 8  # prompts on which it is seen whether the template says the same again
+ANOTHER_TIME = timedelta(days=432, hours=5, minutes=4, seconds=3)  # nothing of a date is the same after that
 
 
 def tokenize_prompts(
@@ -20,26 +21,29 @@ def tokenize_prompts(
     """The prompts with their token ids, and what these were made with, for the manifest.
 
     date: what a template is told that asks for it; None: now. Facts: tokens_of (`TextCodec.key`), tokenizer_sha256,
-    chat_template (whether one was used), date, template_prints_the_date, template_varies (it says something else each
-    time), system_messages_left_out (a list of ids: the template has no place for them, or there is none).
+    chat_template (whether one was used), date, template_prints_the_date (it says something else at another time),
+    template_varies (it does so at the same time as well), system_messages_left_out (ids of prompts: the template has no
+    place for them, or there is none).
     Raises PromptError that names the prompt.
     """
     now = datetime.now().replace(microsecond=0) if date is None else date
-    key, left_out = codec.key(chat), []
-    with codec.at(now) as clock:
-        made = []
-        for prompt in prompts:
-            ids, whole = _encode(prompt, codec, chat=chat)
-            left_out += [] if whole else [prompt.id]
-            made.append(replace(prompt, token_ids=tuple(ids), tokens_of=key))
-        again = [tuple(_encode(prompt, codec, chat=chat)[0]) for prompt in prompts[:TRIED_TWICE]]
+    key, left_out, made = codec.key(chat), [], []
+    for prompt in prompts:
+        ids, whole = _encode(prompt, codec, chat=chat, date=now)
+        left_out += [] if whole else [prompt.id]
+        made.append(replace(prompt, token_ids=tuple(ids), tokens_of=key))
+
+    def differs(date: datetime) -> bool:
+        tried = made[:TRIED_TWICE]
+        return any(tuple(_encode(prompt, codec, chat=chat, date=date)[0]) != prompt.token_ids for prompt in tried)
+
     return made, {
         "tokens_of": key,
         "tokenizer_sha256": codec.sha256,
         "chat_template": codec.has_template and chat,
         "date": now.isoformat(),
-        "template_prints_the_date": clock.asked,
-        "template_varies": again != [prompt.token_ids for prompt in made[:TRIED_TWICE]],
+        "template_prints_the_date": differs(now + ANOTHER_TIME),
+        "template_varies": differs(now),
         "system_messages_left_out": left_out,
     }
 
@@ -51,14 +55,14 @@ def prompt_tokens(prompt: Prompt, codec: TextCodec, *, chat: bool) -> list[int]:
     return _encode(prompt, codec, chat=chat)[0]
 
 
-def _encode(prompt: Prompt, codec: TextCodec, *, chat: bool) -> tuple[list[int], bool]:
+def _encode(prompt: Prompt, codec: TextCodec, *, chat: bool, date: datetime | None = None) -> tuple[list[int], bool]:
     """Token ids, and whether the system message is in them. Raises PromptError that names the prompt."""
     try:
         if prompt.system is None or not (chat and codec.has_template):
-            return codec.encode(prompt.prompt, use_chat_template=chat), prompt.system is None
-        without = _try(prompt.messages[1:], codec)
+            return codec.encode(prompt.prompt, use_chat_template=chat, date=date), prompt.system is None
+        without = _try(prompt.messages[1:], codec, date)
         try:
-            ids = codec.encode(prompt.messages)
+            ids = codec.encode(prompt.messages, date=date)
         except PromptError:
             if without is None:
                 raise
@@ -68,8 +72,8 @@ def _encode(prompt: Prompt, codec: TextCodec, *, chat: bool) -> tuple[list[int],
         raise PromptError(f"prompt {prompt.id[:80]!r}: {error}") from None
 
 
-def _try(messages: Sequence[dict[str, str]], codec: TextCodec) -> list[int] | None:
+def _try(messages: Sequence[dict[str, str]], codec: TextCodec, date: datetime | None) -> list[int] | None:
     try:
-        return codec.encode(messages)
+        return codec.encode(messages, date=date)
     except PromptError:
         return None

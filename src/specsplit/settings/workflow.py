@@ -148,7 +148,7 @@ NamedDraft: Any = section(
 
 HubDataset: Any = section(
     "",
-    id=key(str, None, "owner/name", schema={"title": "owner/name"}, pattern=r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$"),
+    id=key(str, ..., "owner/name", schema={"title": "owner/name"}, pattern=r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$"),
     config=key(str | None, None, "Its configuration.", min_length=1),
     split=key(str | None, None, "Its split.", min_length=1),
     revision=key(str | None, None, "A branch, tag or commit.", min_length=1),
@@ -198,7 +198,7 @@ Workflow: type[BaseModel] = section(
             HubDataset | None,
             None,
             "A dataset of the Hugging Face Hub, fetched once, instead of `path`: its `id` (owner/name) and, where it "
-            "has them, `config` and `split` (the only one, or test, when left out), and `revision` (main as it is then).",
+            "has them, `config` and `split` (else the only one, or test), and `revision` (else main).",
             example={"id": "openai/gsm8k", "config": "main", "split": "test"},
             note="{ id: owner/name, config: main, split: test, revision: COMMIT }, instead of path",
             schema={"title": "a mapping of id, config, split, revision"},
