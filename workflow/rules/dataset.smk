@@ -1,12 +1,6 @@
 # Check the prompts and take the slice that is run; the manifest says which, from what, and what was not taken.
 
 
-def hub_dataset():
-    """Flags that say which dataset of the Hub to fetch."""
-    hub = dict(config["dataset"]["huggingface"] or {})
-    return {"huggingface": hub.pop("id", None), **hub}
-
-
 # A standard set or a dataset of the Hub; only with dataset.name or dataset.huggingface, which decide dataset.path.
 if config["dataset"]["name"] or config["dataset"]["huggingface"]:
 
@@ -19,15 +13,16 @@ if config["dataset"]["name"] or config["dataset"]["huggingface"]:
         conda:
             "../../envs/specsplit.yaml"
         params:
-            flags=flags(name=config["dataset"]["name"], **hub_dataset()),
+            flags=flags(
+                name=config["dataset"]["name"],
+                huggingface=(config["dataset"]["huggingface"] or {}).get("id"),
+                config=(config["dataset"]["huggingface"] or {}).get("config"),
+                split=(config["dataset"]["huggingface"] or {}).get("split"),
+                revision=(config["dataset"]["huggingface"] or {}).get("revision"),
+            ),
             code=code_of("fetch-dataset"),
         shell:
             "specsplit fetch-dataset {params.flags} --output {output.prompts:q} > {log} 2>&1"
-
-
-def column_flag():
-    """The mapping of columns, as a flag takes it."""
-    return json.dumps(config["dataset"]["columns"]) if config["dataset"]["columns"] else None
 
 
 # With the token ids that the target gets, so that every run gets the same.
@@ -44,7 +39,7 @@ rule prepare_dataset:
         "../../envs/specsplit.yaml"
     params:
         flags=flags(
-            columns=column_flag(),
+            columns=json.dumps(config["dataset"]["columns"]),
             limit=config["dataset"]["limit"],
             on_bad_line=config["dataset"]["on_bad_line"],
             date=config["dataset"]["date"],

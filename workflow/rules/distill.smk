@@ -27,7 +27,10 @@ rule distill_write_data:
     resources:
         gpu=DISTILL_GPU,
     params:
-        flags=flags(on_bad_line=config["dataset"]["on_bad_line"], columns=column_flag()),
+        flags=flags(
+            on_bad_line=config["dataset"]["on_bad_line"],
+            columns=json.dumps(config["dataset"]["columns"]),
+        ),
         code=code_of("distill write-data"),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:

@@ -167,7 +167,7 @@ def tell(path: Path, skipped: Sequence[Mapping[str, Any]], facts: Mapping[str, A
         said.append(
             f"{len(left_out)} system messages are left out, for the chat template has no place for them: {shown}"
         )
-    if tokens.get("template_prints_the_date") and not tokens["template_varies"]:
+    if tokens.get("date"):
         said.append(f"the chat template prints the date: {tokens['date']}")
     if tokens.get("template_varies"):
         said.append("the chat template says something else each time; all runs get the token ids of this one")

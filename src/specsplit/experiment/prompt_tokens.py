@@ -21,8 +21,8 @@ def tokenize_prompts(
     """The prompts with their token ids, and what these were made with, for the manifest.
 
     date: what a template is told that asks for it; None: now. Facts: tokens_of (`TextCodec.key`), tokenizer_sha256,
-    chat_template (whether one was used), date, template_prints_the_date (it says something else at another time),
-    template_varies (it does so at the same time as well), system_messages_left_out (ids of prompts: the template has no
+    chat_template (whether one was used), date (what the template was told; None when it does not print it),
+    template_varies (it says something else each time), system_messages_left_out (ids of prompts: the template has no
     place for them, or there is none).
     Raises PromptError that names the prompt.
     """
@@ -37,13 +37,14 @@ def tokenize_prompts(
         tried = made[:TRIED_TWICE]
         return any(tuple(_encode(prompt, codec, chat=chat, date=date)[0]) != prompt.token_ids for prompt in tried)
 
+    varies = differs(now)
+    asked = differs(now + ANOTHER_TIME) and (not varies or codec.asks_for_the_date)
     return made, {
         "tokens_of": key,
         "tokenizer_sha256": codec.sha256,
         "chat_template": codec.has_template and chat,
-        "date": now.isoformat(),
-        "template_prints_the_date": differs(now + ANOTHER_TIME),
-        "template_varies": differs(now),
+        "date": now.isoformat() if asked else None,  # else two runs would differ by it alone
+        "template_varies": varies,
         "system_messages_left_out": left_out,
     }
 

@@ -49,6 +49,10 @@ class TextCodec:
     def has_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
+    @property
+    def asks_for_the_date(self) -> bool:
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
     def key(self, chat: bool) -> str:
         """What token ids depend on beside the text: vocabulary and, where it is used, chat template; a hash."""
         return json_sha256([self.sha256, self.tokenizer.chat_template if chat else None])
