@@ -40,6 +40,7 @@ rule prepare_dataset:
     params:
         flags=flags(
             columns=json.dumps(config["dataset"]["columns"]),
+            turns=config["dataset"]["turns"],
             limit=config["dataset"]["limit"],
             on_bad_line=config["dataset"]["on_bad_line"],
             date=config["dataset"]["date"],

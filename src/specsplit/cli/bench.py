@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
         first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
         draft, target = stack.enter_context(connected_pair(first, plan.codec.sha256))
         limit = target.description.max_context
-        requests = encode_prompts(plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit)
+        requests = encode_prompts(
+            plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit, later_turns=True
+        )
         with Progress(len(points) * len(requests) * plan.bench.repeats, args.terminal_fd) as progress:
             for point in points:
                 run_requests(

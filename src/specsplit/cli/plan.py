@@ -102,7 +102,7 @@ def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: 
 
 def read_prompts(path: Path, settings: PromptSettings) -> list[Prompt]:
     """The prompts of a file that the settings take; what was not taken is told on standard error."""
-    file = read_prompt_file(path, settings.on_bad_line, settings.columns)
+    file = read_prompt_file(path, settings.on_bad_line, settings.columns, settings.turns)
     for said in tell(path, [asdict(line) for line in file.skipped], file.facts):
         print(said, file=sys.stderr)
     return select_prompts(file.prompts, settings.limit)

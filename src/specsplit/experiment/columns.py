@@ -65,6 +65,8 @@ class RequestRecord:
     verifications: int | None = None
     acceptance_length: float | None = None
     draft_acceptance_rate: float | None = None
+    # turn: place in a conversation, from 1.
+    turn: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class RoundRecord(Round, _Text):
 
 # Columns that tables of earlier versions lack.
 LATER_COLUMNS = (
-    *("verifications", "acceptance_length", "draft_acceptance_rate"),
+    *("verifications", "acceptance_length", "draft_acceptance_rate", "turn"),
     *("arrivals", "rate", "due_ms"),  # of capacity_requests.csv
 )
 REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))

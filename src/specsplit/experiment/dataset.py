@@ -29,6 +29,7 @@ from specsplit.models.tokenizer import TextCodec
 
 LISTED_PROBLEMS = 10
 LISTED_COLUMNS = 100
+OURS = ("token_ids", "tokens_of", "after", "date")  # keys that `write_prompts` writes and no other file has
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ def load_prompts(path: Path, on_bad_line: str = "stop") -> tuple[list[Prompt], l
     return file.prompts, file.skipped
 
 
-def read_prompt_file(path: Path, on_bad_line: str = "stop", columns: Mapping[Any, str] | None = None) -> PromptFile:
+def read_prompt_file(
+    path: Path, on_bad_line: str = "stop", columns: Mapping[Any, str] | None = None, turns: str = "first"
+) -> PromptFile:
     """Read a file of prompts of any format (`prompt_rows`) and shape (`prompt_shapes`); docs/prompts.md lists them.
 
     columns: the names of the columns that hold prompt, id, category and system message, where they are not the usual
-    ones. Of a conversation the first turn is the prompt; later ones are counted.
+    ones. turns: "first" takes the first turn of a conversation and counts the later ones; "all" makes a prompt of each.
     on_bad_line: "stop" raises UserError that lists the bad lines with number and reason; "skip" returns them.
     Duplicate ids, a missing file and a file without any usable prompt are always a UserError.
     """
@@ -87,13 +90,18 @@ def read_prompt_file(path: Path, on_bad_line: str = "stop", columns: Mapping[Any
         except RowError as error:
             skipped.append(SkippedLine(row.line, str(error)))
             continue
-        if prompt.id in line_of:
+        several = [prompt, *_later_turns(said, prompt)] if turns == "all" else [prompt]
+        if twice := next((each for each in several if each.id in line_of), None):
+            prompt = twice
             raise UserError(
                 f"{at(row.line)}: id {_short(prompt.id)} stands in {table.unit} {line_of[prompt.id]} already; give "
                 "each its own id"
             )
-        line_of[prompt.id] = row.line
-        prompts.append(prompt)
+        if prompt.after is not None and prompt.after not in line_of:
+            skipped.append(SkippedLine(row.line, f"'after' {_short(prompt.after)} is no id of an earlier prompt"))
+            continue
+        line_of |= {each.id: row.line for each in several}
+        prompts += several
         read.append((row, said))
     if skipped and on_bad_line == "stop":
         listed = "\n".join(f"{at(bad.line)}: {bad.reason}" for bad in skipped[:LISTED_PROBLEMS])
@@ -105,7 +113,7 @@ def read_prompt_file(path: Path, on_bad_line: str = "stop", columns: Mapping[Any
     if not prompts:
         why = f"; the first bad {table.unit} is {skipped[0].line}: {skipped[0].reason}" if skipped else ""
         raise UserError(f"{path}: no usable prompt{why}. Each {table.unit} wants one of {FORMS}")
-    return PromptFile(prompts, skipped, digest, table.unit, {"format": table.format, **_facts(read)})
+    return PromptFile(prompts, skipped, digest, table.unit, {"format": table.format, **_facts(read, turns)})
 
 
 def check_columns(columns: Mapping[Any, str]) -> dict[str, str]:
@@ -131,20 +139,44 @@ def _prompt(said: Conversation, row: Row, generated_id: str) -> Prompt:
         if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens) or not tokens:
             raise RowError("'token_ids' is not a list of token ids, which are whole numbers")
         return replace(prompt, token_ids=tuple(tokens), tokens_of=str(made_with))
+    turn, after, date = (row.data.get(key) for key in ("turn", "after", "date"))
+    if type(turn) is int and turn > 1 and isinstance(after, str):  # as well
+        if date is not None and not _is_date(date):
+            raise RowError(f"'date' {date!r} is not a date")
+        return replace(prompt, turn=turn, after=after, date=date)
     return prompt
 
 
-def _facts(read: Sequence[tuple[Row, Conversation]]) -> dict[str, Any]:
+def _is_date(text: Any) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _later_turns(said: Conversation, first: Prompt) -> list[Prompt]:
+    """The turns after the first, each after the one before it."""
+    ids = [first.id, *(f"{first.id}-turn-{number}" for number in range(2, len(said.turns) + 1))]
+    return [
+        Prompt(ids[number], first.category, text, turn=number + 1, after=ids[number - 1])
+        for number, text in enumerate(said.turns)
+        if number > 0
+    ]
+
+
+def _facts(read: Sequence[tuple[Row, Conversation]], turns: str) -> dict[str, Any]:
     """What was taken from where, and what was not."""
     used = Counter(name for _, said in read for name in said.used)
     every = dict.fromkeys(name for row, _ in read if row.data for name in row.data)
-    unused = [name for name in every if name not in used and name not in ("token_ids", "tokens_of")]
+    unused = [name for name in every if name not in used and name not in OURS]
     return {
         "columns": dict(used),
         "columns_not_used": unused[:LISTED_COLUMNS],
         "generated_ids": sum(said.id is None for _, said in read),
         "system_messages": sum(said.system is not None for _, said in read),
-        "later_turns_not_used": sum(len(said.turns) - 1 for _, said in read),
+        "turns": turns,
+        "later_turns_not_used": 0 if turns == "all" else sum(len(said.turns) - 1 for _, said in read),
         "prompts_with_later_turns": sum(len(said.turns) > 1 for _, said in read),
         "other_messages_not_used": sum(said.others for _, said in read),
         "notes": [{"line": row.line, "note": note} for row, said in read for note in (*row.notes, *said.notes)],
@@ -177,6 +209,7 @@ def tell(path: Path, skipped: Sequence[Mapping[str, Any]], facts: Mapping[str, A
 def select_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """A slice of at most `limit` prompts (None = all) that takes from every category in turn.
 
+    A conversation counts as one: its later turns are taken with its first.
     Always the same for the same file: categories in the order of their first prompt, prompts in file order, and
     the slice in file order as well.
     """
@@ -184,20 +217,35 @@ def select_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]
         return list(prompts)
     if limit < 1:
         raise UserError(f"dataset.limit (--limit) is {limit}: take at least one prompt, or null for all")
-    queues: dict[str, deque[int]] = {}
-    for index, prompt in enumerate(prompts):
-        queues.setdefault(prompt.category, deque()).append(index)
-    taken: list[int] = []
-    while len(taken) < min(limit, len(prompts)):
+    queues: dict[str, deque[str]] = {}
+    for prompt in prompts:
+        if prompt.after is None:
+            queues.setdefault(prompt.category, deque()).append(prompt.id)
+    count = min(limit, sum(map(len, queues.values())))
+    taken: set[str] = set()
+    while len(taken) < count:
         for queue in queues.values():
             if queue and len(taken) < limit:
-                taken.append(queue.popleft())
-    return [prompts[index] for index in sorted(taken)]
+                taken.add(queue.popleft())
+    chosen = []
+    for prompt in prompts:
+        if prompt.id in taken or prompt.after in taken:
+            taken.add(prompt.id)
+            chosen.append(prompt)
+    return chosen
+
+
+def first_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Without the later turns of conversations, whose text is known only in a run."""
+    return [prompt for prompt in prompts if prompt.after is None]
 
 
 def write_prompts(prompts: Sequence[Prompt], output: Path) -> None:
     """Write prompts as normalised JSON lines, which `load_prompts` reads back as they are."""
-    rows = [{key: value for key, value in asdict(prompt).items() if value is not None} for prompt in prompts]
+    rows = [
+        {key: value for key, value in asdict(prompt).items() if value is not None and (key, value) != ("turn", 1)}
+        for prompt in prompts
+    ]
     replace_file(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -209,6 +257,7 @@ def prepare_dataset(
     limit: int | None,
     on_bad_line: str,
     columns: Mapping[Any, str] | None = None,
+    turns: str = "first",
     codec: TextCodec | None = None,
     use_chat_template: bool = True,
     date: datetime | None = None,
@@ -222,11 +271,12 @@ def prepare_dataset(
     tokenizer), count, available (usable prompts before the limit), limit, categories {name: count}, on_bad_line,
     unit (what lines count), skipped [{line, reason}], tokens (None, or what they were made with), fetched (None, or
     where from), and what `read_prompt_file` says of all usable prompts: format, columns and columns_not_used,
-    generated_ids, system_messages, later_turns_not_used, other_messages_not_used, notes.
+    generated_ids, system_messages, turns, later_turns_not_used,
+    other_messages_not_used, notes.
     Raises UserError as read_prompt_file and select_prompts do, and when an output would overwrite one of these files.
     """
     refuse_overwriting({"--output": output, "--manifest": manifest}, {"--source": source})
-    file = read_prompt_file(source, on_bad_line, columns)
+    file = read_prompt_file(source, on_bad_line, columns, turns)
     taken = select_prompts(file.prompts, limit)
     tokens = None
     if codec is not None:
@@ -236,7 +286,7 @@ def prepare_dataset(
         "source": str(source),
         "source_sha256": file.source_sha256,
         "output_sha256": sha256_file(output),
-        "prompts_sha256": json_sha256([[p.id, p.category, p.system, p.prompt] for p in taken]),
+        "prompts_sha256": json_sha256([[p.id, p.category, p.system, p.prompt, p.after] for p in taken]),
         "count": len(taken),
         "available": len(file.prompts),
         "limit": limit,

@@ -11,6 +11,8 @@ class Prompt:
 
     system: the system message that goes with it. token_ids: what the model gets, where it was prepared;
     tokens_of: with which tokenizer and template (`TextCodec.key`).
+    Of a later turn of a conversation, whose text so far is known only in a run: turn, from 2; after: the id of the
+    prompt whose answer comes before it; date: what a chat template is told that prints it.
     """
 
     id: str
@@ -19,9 +21,6 @@ class Prompt:
     system: str | None = None
     token_ids: tuple[int, ...] | None = None
     tokens_of: str | None = None
-
-    @property
-    def messages(self) -> list[dict[str, str]]:
-        """As a chat template takes them."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.prompt}]
+    turn: int = 1
+    after: str | None = None
+    date: str | None = None

@@ -29,21 +29,31 @@ def tokenize_prompts(
     now = datetime.now().replace(microsecond=0) if date is None else date
     key, left_out, made = codec.key(chat), [], []
     for prompt in prompts:
-        ids, whole = _encode(prompt, codec, chat=chat, date=now)
-        left_out += [] if whole else [prompt.id]
-        made.append(replace(prompt, token_ids=tuple(ids), tokens_of=key))
+        if prompt.after is None:
+            ids, whole = _encode(prompt, codec, chat=chat, date=now)
+            left_out += [] if whole else [prompt.id]
+            prompt = replace(prompt, token_ids=tuple(ids), tokens_of=key)
+        made.append(prompt)
+    tried = [prompt for prompt in made if prompt.after is None][:TRIED_TWICE]
 
     def differs(date: datetime) -> bool:
-        tried = made[:TRIED_TWICE]
         return any(tuple(_encode(prompt, codec, chat=chat, date=date)[0]) != prompt.token_ids for prompt in tried)
 
     varies = differs(now)
     asked = differs(now + ANOTHER_TIME) and (not varies or codec.asks_for_the_date)
+    told = now.isoformat() if asked else None  # else two runs would differ by it alone
+    if later := next((prompt for prompt in made if prompt.after), None):
+        if varies:
+            raise PromptError(
+                f"prompt {later.id[:80]!r}: the chat template says something else each time, so a later turn is not "
+                "the same in every run; write dataset.turns: first (--turns first)"
+            )
+        made = [replace(prompt, date=told) if prompt.after else prompt for prompt in made]
     return made, {
         "tokens_of": key,
         "tokenizer_sha256": codec.sha256,
         "chat_template": codec.has_template and chat,
-        "date": now.isoformat() if asked else None,  # else two runs would differ by it alone
+        "date": told,
         "template_varies": varies,
         "system_messages_left_out": left_out,
     }
@@ -56,19 +66,47 @@ def prompt_tokens(prompt: Prompt, codec: TextCodec, *, chat: bool) -> list[int]:
     return _encode(prompt, codec, chat=chat)[0]
 
 
-def _encode(prompt: Prompt, codec: TextCodec, *, chat: bool, date: datetime | None = None) -> tuple[list[int], bool]:
-    """Token ids, and whether the system message is in them. Raises PromptError that names the prompt."""
+def later_turn_tokens(
+    prompt: Prompt, before: Sequence[tuple[Prompt, str]], codec: TextCodec, *, chat: bool
+) -> list[int]:
+    """Token ids of a later turn. before: the prompts before it in order, each with the answer that was written."""
+    date = None if prompt.date is None else datetime.fromisoformat(prompt.date)
+    said = [
+        message
+        for turn, answer in before
+        for message in ({"role": "user", "content": turn.prompt}, {"role": "assistant", "content": answer})
+    ]
+    whole = replace(prompt, system=before[0][0].system)
+    return _encode(whole, codec, chat=chat, date=date, before=said)[0]
+
+
+def _encode(
+    prompt: Prompt,
+    codec: TextCodec,
+    *,
+    chat: bool,
+    date: datetime | None = None,
+    before: Sequence[dict[str, str]] = (),
+) -> tuple[list[int], bool]:
+    """Token ids, and whether the system message is in them. Raises PromptError that names the prompt.
+
+    before: the turns before. Without a template texts are put together, an empty line between two.
+    """
+    messages = [*before, {"role": "user", "content": prompt.prompt}]
     try:
-        if prompt.system is None or not (chat and codec.has_template):
-            return codec.encode(prompt.prompt, use_chat_template=chat, date=date), prompt.system is None
-        without = _try(prompt.messages[1:], codec, date)
+        if prompt.system is None and not before:
+            told = {} if date is None else {"date": date}
+            return codec.encode(prompt.prompt, use_chat_template=chat, **told), True
+        if not (chat and codec.has_template):
+            text = "\n\n".join(message["content"] for message in messages)
+            return codec.encode(text, use_chat_template=False), prompt.system is None
+        if prompt.system is None:
+            return codec.encode(messages, date=date), True
         try:
-            ids = codec.encode(prompt.messages, date=date)
+            ids = codec.encode([{"role": "system", "content": prompt.system}, *messages], date=date)
         except PromptError:
-            if without is None:
-                raise
-            return without, False
-        return ids, ids != without
+            return codec.encode(messages, date=date), False
+        return ids, ids != _try(messages, codec, date)
     except PromptError as error:
         raise PromptError(f"prompt {prompt.id[:80]!r}: {error}") from None
 

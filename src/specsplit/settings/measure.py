@@ -42,6 +42,13 @@ class PromptSettings(Settings):
         note="{ prompt: question, id: task_id, category: subject }, where the file has names of its own",
         schema={"title": "a mapping of prompt, id, category, system to names of columns"},
     )
+    turns: Literal["first", "all"] = setting(
+        "first",
+        "Of a conversation with several turns: `first` is the prompt, and the later ones are counted in the manifest; "
+        "`all` makes each a request of its own, after the answers that the target wrote to those before it.",
+        example="all",
+        note="first | all: each turn a request, after the target's own answers",
+    )
     limit: int | None = setting(
         None,
         "How many prompts: a stratified slice over the categories; null takes every prompt.",

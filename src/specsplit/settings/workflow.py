@@ -204,6 +204,7 @@ Workflow: type[BaseModel] = section(
             schema={"title": "a mapping of id, config, split, revision"},
         ),
         columns=same(PromptSettings, "columns"),
+        turns=same(PromptSettings, "turns"),
         limit=same(PromptSettings, "limit", default=16),
         on_bad_line=same(PromptSettings, "on_bad_line"),
         date=same(TokenSettings, "date"),

@@ -14,7 +14,7 @@ from specsplit.settings.distill import AcceptanceSettings
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_target_flag(parser)
     parser.add_argument("--draft", type=Path, required=True, metavar="FOLDER", help="the draft")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL of prompts")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="file of prompts")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.csv", help="acceptance by position")
     parser.add_argument("--rounds", type=Path, required=True, metavar="FILE.csv", help="a row for each round")
     parser.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="on what, for the card")
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     prepare_process(settings.seed, settings.threads)
     from specsplit.distill.acceptance import Round, acceptance, measure
     from specsplit.engines.loading import load_model
-    from specsplit.experiment.dataset import load_prompts, select_prompts
+    from specsplit.experiment.dataset import first_turns, load_prompts, select_prompts
     from specsplit.experiment.progress import Bar
     from specsplit.experiment.prompt_tokens import prompt_tokens
     from specsplit.io import refuse_overwriting, sha256_file, write_csv, write_json
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
     outputs = {"--output": args.output, "--rounds": args.rounds, "--report": args.report}
     refuse_overwriting(outputs, {"--prompts": args.prompts})
-    prompts = select_prompts(load_prompts(args.prompts)[0], settings.limit)
+    prompts = select_prompts(first_turns(load_prompts(args.prompts)[0]), settings.limit)
     common = {"device": settings.device, "engine": settings.engine, "threads": settings.threads}
     threads = settings.threads or usable_cores()
     target_config = TargetWorkerConfig.load({"model": args.target, "dtype": settings.target_dtype, **common})
