@@ -122,6 +122,24 @@ def test_spellings_that_people_use(tmp_path, row, expected):
     assert load_prompts(put(tmp_path / "p", json_lines([row])))[0] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"sep=;\nprompt;id\na, b;1\n", [("1", "a, b")]),
+        (b"prompt|id\na|1\n", [("1", "a")]),
+        (b"prompt\nHow, then?\n", [("row-1", "How, then?")]),
+        (b'\xef\xbb\xbf{"prompt":"a"}\n\xef\xbb\xbf{"prompt":"b"}\n', [("line-1", "a"), ("line-2", "b")]),
+        (b'{"prompt":"a"}\r{"prompt":"b"}\r', [("line-1", "a"), ("line-2", "b")]),
+        (b'{"features":[{"name":"prompt"}],"rows":[{"row_idx":0,"row":{"prompt":"a"}}]}', [("row-1", "a")]),
+        (b'id,messages\n1,"[{""role"":""user"",""content"":""hi""}]"\n', [("1", "hi")]),
+        (b'{\n"id":"x",\n"prompt":"a"\n}', [("x", "a")]),
+    ],
+    ids=["Excel", "pipes", "one column", "marks within", "old Mac", "dataset viewer", "JSON in a cell", "one object"],
+)
+def test_other_files_that_people_have(tmp_path, content, prompts):
+    assert [(p.id, p.prompt) for p in load_prompts(put(tmp_path / "p", content))[0]] == prompts
+
+
 # ---- what is named
 
 
@@ -176,7 +194,14 @@ NAMED = [
     ("open quote", b'prompt,id\n"never closed,1\nb,2\n', "line 2: not CSV"),
     ("short row", b"prompt,id\na,1\nb\n", ":3: 1 cells, the header has 2"),
     ("other keys", b'{"text": "Why is the sky blue?"}', "none of the keys prompt.*there are 'text'.*prompt: text"),
-    ("an error", b'{"error": "Repository not found"}', "none of the keys"),
+    ("an error", b'{"error": "Repository not found"}', "error message of a server.*Repository not found"),
+    ("one column", b"text\nWhy?\nHow?\n", "the one column 'text'.*prompt=text"),
+    ("texts", b'["a", "b"]', "not a JSON object but str; write"),
+    ("Shift-JIS", '{"prompt":"こんにちは"}'.encode("shift-jis"), r"not UTF-8 \(byte 12 .*from its encoding"),
+    ("cut in a character", '{"prompt":"café'.encode()[:-1], "cut off .truncated. within a character"),
+    ("cut line", b'{"prompt":"a', ":1: not valid JSON: Unterminated string at column 11; the line is cut off"),
+    ("LZ4", b"\x04\x22\x4d\x18\x64\x40", "an LZ4 file; unpack it"),
+    ("tar in gzip", gzip.compress(b"a" + bytes(256) + b"ustar\x0000" + bytes(300)), "tar archive.*unpack"),
     ("picture part", b'{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}', "part of type 'image_url'"),
     ("no such column", b'{"prompt": 3}', "the prompt is not text but a number"),
 ]

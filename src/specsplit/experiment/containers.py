@@ -26,6 +26,7 @@ BINARIES = (
     (b"PK\x05\x06", "an empty ZIP archive"),
     (b"Rar!", "a RAR archive; unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive; unpack it"),
+    (b"\x04\x22\x4d\x18", "an LZ4 file; unpack it"),
     (b"%PDF", "a PDF document"),
     (b"\x89PNG", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),

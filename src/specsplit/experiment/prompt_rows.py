@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from specsplit.errors import UserError
 from specsplit.experiment.containers import arrow_rows, folder_rows, read_container, recognise_binary
 
 MOST_DIGITS = 1000
+ONE_COLUMN = "\x1f"  # the separator of a table that has none: its cells may hold commas
 JSON_LINES = "JSON lines"
 JSON_SPACE = " \t\n\r"
 # UTF-32 first: its mark begins as that of UTF-16 does.
@@ -32,6 +34,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_ERROR_KEYS = {"error", "message", "detail", "details", "status", "statusCode", "documentation_url", "code"}
 _PAGES = (("<!doctype html", "an HTML page"), ("<html", "an HTML page"), ("<?xml", "an XML document"))
 
 
@@ -110,7 +113,7 @@ def _read_text(path: Path, content: bytes, wanted: Sequence[str]) -> Table:
     if "\n" not in text and start[0] == "{":
         text = text.replace("\r", "\n")  # line ends of old Macs; no JSON string holds one as it is
     lines = text.split("\n")
-    if start[0] == "{" and (whole := _whole_object(text)) is not None:
+    if start[0] == "{" and (whole := _whole_object(path, text)) is not None:
         return whole
     objects = [line for line in lines if line.lstrip(JSON_SPACE).startswith("{")]
     if objects and (start[0] == "{" or any(_parse(line).data is not None for line in objects)):
@@ -162,12 +165,15 @@ def _encoding_problem(text: str, where: str = "of the line") -> str | None:
         return None
     byte = ord(text[place]) - 0xDC00
     before = len(text[:place].encode("utf-8", "surrogateescape"))
+    found = f"not UTF-8 (byte {before + 1} {where} is 0x{byte:02x}"
+    rest = text[place:]
+    if len(rest) <= 3 and byte >= 0xC2 and all("\udc80" <= sign <= "\udcff" for sign in rest):
+        return f"{found}): cut off (truncated) within a character; fetch the file again"
     sign = bytes([byte]).decode("cp1252", errors="replace")
-    looks = f", {sign!r} in Latin-1" if sign.isprintable() and sign != "\ufffd" else ""
-    return (
-        f"not UTF-8 (byte {before + 1} {where} is 0x{byte:02x}{looks}); convert the file, for example: "
-        "iconv -f WINDOWS-1252 -t UTF-8"
-    )
+    # Single bytes between letters are Latin-1; several in a row are of another encoding.
+    if sign.isprintable() and sign != "\ufffd" and undecodable(rest[1:2]) is None:
+        return f"{found}, {sign!r} in Latin-1); convert the file, for example: iconv -f WINDOWS-1252 -t UTF-8"
+    return f"{found}); convert the file from its encoding, for example: iconv -f SHIFT-JIS -t UTF-8"
 
 
 # ---- JSON
@@ -222,7 +228,8 @@ def _parse(text: str, line: int = 1) -> Row:
 
 def _object_row(data: Any, line: int, notes: Sequence[str]) -> Row:
     if not isinstance(data, dict):
-        return Row(line, None, f"not a JSON object but {type(data).__name__}")
+        mend = '; write {"prompt": "..."}' if isinstance(data, str) else ""
+        return Row(line, None, f"not a JSON object but {type(data).__name__}{mend}")
     return Row(line, data, notes=tuple(notes))
 
 
@@ -234,12 +241,16 @@ def _explain_line(text: str, error: json.JSONDecodeError) -> str:
         return f"not valid JSON: a NUL character at column {text.index(chr(0)) + 1}; the file is damaged or binary"
     if start.startswith("{'") or "': '" in start:
         return f"not valid JSON at column {error.colno} but a Python dictionary; write it with json.dumps"
+    if start.startswith("{") and (error.pos >= len(text) or error.msg.startswith("Unterminated string")):
+        return f"not valid JSON: {error.msg.removesuffix(' starting at')} at column {error.colno}; the line is cut off"
     return f"not valid JSON: {error.msg} at column {error.colno}"
 
 
 def _read_lines(path: Path, text: str, lines: Sequence[str]) -> Table:
     """JSON lines. An object is not skipped for what it has around it: that is told of the file."""
-    rows = [_parse(line.strip(JSON_SPACE), number) for number, line in enumerate(lines, start=1) if line.strip()]
+    rows = [
+        _parse(line.strip(f"{JSON_SPACE}\ufeff"), number) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
     bad = [row for row in rows if row.data is None and not row.problem.startswith("not a JSON object but")]
     for row in bad:
         line = lines[row.line - 1].rstrip()
@@ -255,13 +266,20 @@ def _read_lines(path: Path, text: str, lines: Sequence[str]) -> Table:
     return Table(JSON_LINES, "line", rows)
 
 
-def _whole_object(text: str) -> Table | None:
+def _whole_object(path: Path, text: str) -> Table | None:
     """A file that is one JSON object: a row, or what its only list of objects holds."""
     try:
         data = _Pairs().decoder().decode(text)
     except (ValueError, RecursionError):
         return None
+    if data and set(data) <= _ERROR_KEYS:
+        told = _shorten(str(next(iter(data.values()))))
+        raise UserError(
+            f"{path}: the error message of a server, not a table of prompts: {told!r}; fetch the file again"
+        )
     lists = {key: value for key, value in data.items() if _is_rows(value)}
+    if "rows" in lists:
+        lists = {"rows": lists["rows"]}
     if len(lists) == 1 and not {"prompt", "messages", "conversations", "conversation", "items"} & set(data):
         key, items = next(iter(lists.items()))
         # As the dataset viewer of the Hub answers: {"rows": [{"row": {...}}]}.
@@ -380,8 +398,11 @@ def _read_array(path: Path, text: str) -> Table:
 def _read_csv(path: Path, text: str, wanted: Sequence[str]) -> Table:
     if problem := _encoding_problem(text, "of the file"):
         raise UserError(f"{path}: {problem}")
-    first = next(line for line in text.splitlines() if line.strip())
-    delimiter = max("\t,;|", key=first.count)
+    first = next(line for line in text.split("\n") if line.strip())
+    if re.fullmatch(r"sep=.\s*", first):  # of Excel
+        delimiter, text = first[4], text.replace(first, "", 1)
+    else:
+        delimiter = max(f"{ONE_COLUMN},\t;|", key=first.count)
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -390,6 +411,11 @@ def _read_csv(path: Path, text: str, wanted: Sequence[str]) -> Table:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}; and not JSON") from None
     known = {name.lower() for name in wanted}
     has_prompt = any(name.lower() in known for name in header)
+    if not has_prompt and len(header) == 1 and re.fullmatch(r"[A-Za-z_]\w*", header[0]) and "\n" in text.strip():
+        raise UserError(
+            f"{path}, line 1: plain text, or a CSV table with the one column {header[0]!r}. If that holds the prompts, "
+            f"name it: dataset.columns: {{prompt: {header[0]}}} (--columns prompt={header[0]})"
+        )
     if not has_prompt and (len(header) < 2 or not _is_regular(text, delimiter, len(header))):
         raise UserError(
             f"{path}, line 1: plain text, not a table: {_shorten(first)!r}. Give each prompt a line of JSON, as "

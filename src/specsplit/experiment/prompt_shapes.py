@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ID_KEYS = ("id", "question_id", "prompt_id", "task_id", "custom_id", "conversation_id", "unique_id")
+ID_KEYS = (
+    *("id", "question_id", "prompt_id", "task_id", "custom_id"),
+    *("conversation_id", "conversation_hash", "unique_id", "uuid", "uid"),
+)
 CHAT_KEYS = ("conversations", "messages", "conversation", "items")
 SYSTEM_KEYS = ("system", "system_prompt")
 PROMPT_KEYS = ("prompt", *CHAT_KEYS, "body", "turns", "instruction", "question")
@@ -112,6 +115,9 @@ def _inside(data: Mapping[str, Any], name: str) -> Any:
         return data[name]
     value: Any = data
     for part in name.split("."):
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+            continue
         if not isinstance(value, Mapping) or part not in value:
             raise RowError(f"no column {name!r}, which dataset.columns (--columns) names; there are {_listed(data)}")
         value = value[part]
