@@ -14,7 +14,7 @@ from specsplit.errors import UserError
 from specsplit.experiment.containers import read_source
 from specsplit.experiment.fetching import fetched_facts
 from specsplit.experiment.prompt import Prompt as Prompt
-from specsplit.experiment.prompt_rows import Row, read_rows
+from specsplit.experiment.prompt_rows import read_rows
 from specsplit.experiment.prompt_shapes import (
     COLUMNS,
     FORMS,
@@ -23,6 +23,7 @@ from specsplit.experiment.prompt_shapes import (
     RowError,
     read_conversation,
 )
+from specsplit.experiment.prompt_table import Row
 from specsplit.experiment.prompt_tokens import tokenize_prompts
 from specsplit.io import json_sha256, refuse_overwriting, replace_file, sha256_file, write_json
 from specsplit.models.tokenizer import TextCodec
