@@ -412,6 +412,38 @@ def test_a_source_is_never_overwritten(tmp_path, monkeypatch, capsys, output, li
     assert source.read_bytes() == before
 
 
+P = "p.jsonl"
+OVERWRITING = [
+    ("prepare-dataset --source p.jsonl --output o --manifest o", "--manifest and --output are one file"),
+    ("context-curve --prompts p.jsonl --output p.jsonl", "--output p.jsonl is the source itself"),
+    ("context-curve --prompts p.png --output o.csv --figure p.png", "--figure p.png is the source itself"),
+    ("report --results-dir . --output requests.csv", "--output requests.csv: a table of --results-dir"),
+    ("pick-layers --model . --prompts p.jsonl --output p.jsonl", "--output p.jsonl is the source itself"),
+    (
+        "distill measure --target . --draft . --prompts p.jsonl --output o --rounds p.jsonl --report r",
+        "--rounds p.jsonl is",
+    ),
+    ("distill train --target . --data p.jsonl --name x --output f --losses l --report p.jsonl", "--report p.jsonl is"),
+    (
+        "distill card --draft . --training t --losses l --acceptance a --measured p.jsonl --figure p.jsonl",
+        "--figure p.jsonl",
+    ),
+    ("bench --prompts requests.csv --results-dir .", "--prompts requests.csv: a table of --results-dir"),
+    ("capacity --prompts capacity_requests.csv --results-dir .", "a table of --results-dir"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), OVERWRITING, ids=lambda value: value.split(" --")[0])
+def test_no_command_writes_over_what_it_reads(tmp_path, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / P, json_lines(ROWS))
+    with pytest.raises(SystemExit) as end:
+        main(command.split())
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / P).read_bytes() == json_lines(ROWS)
+
+
 def test_two_outputs_are_two_files(tmp_path):
     with pytest.raises(UserError, match="--manifest and --output are one file"):
         refuse_overwriting({"--output": tmp_path / "o", "--manifest": tmp_path / "." / "o"}, {})

@@ -33,10 +33,9 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.cli.plan import connected_configs, load_codec, read_prompts
     from specsplit.experiment.context_curve import ContextText, measure_contexts
     from specsplit.experiment.runner import encode_prompts
-    from specsplit.io import refuse_overwriting, write_csv
+    from specsplit.io import write_csv
 
     settings = load_settings(ContextSettings, args)
-    refuse_overwriting({"--output": args.output}, {"--prompts": args.prompts})
     fixed = {"mode": "sync", "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0, "ignore_eos": True}
     tracing.wanted()
     config = load_settings(

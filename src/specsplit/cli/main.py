@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logs.set_up(args.command, getattr(args, "log_format", None))
         if any(name.startswith("SPECSPLIT_") for name in os.environ):
             import_module("specsplit.settings.environment").check_environment()
+        import_module("specsplit.cli.overwriting").check_paths(args)
         args.run(args)
         sys.stdout.flush()  # here, where a closed pipe is dealt with
     except KeyboardInterrupt:

@@ -26,12 +26,11 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.engines.transformers import CausalLM
     from specsplit.experiment.dataset import first_turns, load_prompts, select_prompts
     from specsplit.experiment.prompt_tokens import prompt_tokens
-    from specsplit.io import refuse_overwriting, sha256_file, write_json
+    from specsplit.io import sha256_file, write_json
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec
 
     settings = load_settings(LayerSettings, args)
-    refuse_overwriting({"--output": args.output} if args.output else {}, {"--prompts": args.prompts})
     prompts = select_prompts(first_turns(load_prompts(args.prompts)[0]), settings.limit)
     folder, manifest = resolve_model(args.model)
     if "weights_sha256" not in manifest["fingerprint"]:

@@ -32,15 +32,13 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.dataset import first_turns, load_prompts, select_prompts
     from specsplit.experiment.progress import Bar
     from specsplit.experiment.prompt_tokens import prompt_tokens
-    from specsplit.io import refuse_overwriting, sha256_file, write_csv, write_json
+    from specsplit.io import sha256_file, write_csv, write_json
     from specsplit.launch.environment import usable_cores
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec
     from specsplit.models.vocabulary import load_vocabulary
     from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
-    outputs = {"--output": args.output, "--rounds": args.rounds, "--report": args.report}
-    refuse_overwriting(outputs, {"--prompts": args.prompts})
     prompts = select_prompts(first_turns(load_prompts(args.prompts)[0]), settings.limit)
     common = {"device": settings.device, "engine": settings.engine, "threads": settings.threads}
     threads = settings.threads or usable_cores()
