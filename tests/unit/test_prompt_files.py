@@ -203,7 +203,7 @@ NAMED = [
     ("LZ4", b"\x04\x22\x4d\x18\x64\x40", "an LZ4 file; unpack it"),
     ("tar in gzip", gzip.compress(b"a" + bytes(256) + b"ustar\x0000" + bytes(300)), "tar archive.*unpack"),
     ("picture part", b'{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}', "part of type 'image_url'"),
-    ("no such column", b'{"prompt": 3}', "the prompt is not text but a number"),
+    ("no such column", b'{"prompt": 3}', "the prompt is not text"),
 ]
 
 
@@ -257,7 +257,7 @@ def test_what_was_not_taken_is_counted(tmp_path):
     assert manifest["system_messages"] == 1
     assert manifest["generated_ids"] == 3
     assert manifest["columns_not_used"] == ["model", "conversations", "score"]
-    assert manifest["skipped"] == [{"line": 4, "reason": "the prompt is not text but a number"}]
+    assert manifest["skipped"] == [{"line": 4, "reason": "the prompt is not text"}]
     assert [note["line"] for note in manifest["notes"]] == [2, 3]
     assert load_prompts(outputs["output"])[0][0].system == "Be brief."
 

@@ -12,7 +12,6 @@ from importlib import import_module
 
 import specsplit
 from specsplit import logs
-from specsplit.cli.overwriting import check_paths
 from specsplit.cli.parser import Parser
 from specsplit.errors import UserError
 from specsplit.launch.lease import end_with_lease
@@ -65,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         logs.set_up(args.command, getattr(args, "log_format", None))
         if any(name.startswith("SPECSPLIT_") for name in os.environ):
             import_module("specsplit.settings.environment").check_environment()
+        from specsplit.cli.overwriting import check_paths
+
         check_paths(args)
         args.run(args)
         sys.stdout.flush()  # here, where a closed pipe is dealt with

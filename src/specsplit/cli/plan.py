@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,8 @@ def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: 
 def read_prompts(path: Path, settings: PromptSettings) -> list[Prompt]:
     """The prompts of a file that the settings take; what was not taken is told on standard error."""
     file = read_prompt_file(path, settings.on_bad_line, settings.columns, settings.turns)
-    for said in tell(path, [asdict(line) for line in file.skipped], file.facts):
+    for line in file.skipped:
+        print(f"{path}:{line.line}: skipped: {line.reason}", file=sys.stderr)
+    for said in tell(path, [], file.facts):
         print(said, file=sys.stderr)
     return select_prompts(file.prompts, settings.limit)

@@ -244,7 +244,7 @@ def _content(content: Any) -> Any:
 
 def _check_text(text: Any, what: str = "prompt") -> None:
     if not isinstance(text, str):
-        raise RowError(f"the {what} is not text but {_kind(text)}")
+        raise RowError(f"the {what} is not text")
     if not text.strip():
         raise RowError(f"the {what} is empty")
 
