@@ -190,7 +190,7 @@ def _turns(key: str, value: Any) -> tuple[str | None, list[str], list[str | None
             raise RowError("'turns' is not a list with at least one turn")
         if key.lower() in CHAT_KEYS:
             raise RowError(f"{key!r} has no turn of a human")
-        raise RowError(f"the prompt is not text but {_kind(value)}")
+        raise RowError("the prompt is not text")
     if not any(isinstance(item, Mapping) for item in value):
         for number, item in enumerate(value, start=1):
             _check_text(item, f"turn {number}" if len(value) > 1 else "prompt")
