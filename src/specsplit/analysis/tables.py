@@ -31,7 +31,8 @@ from specsplit.analysis.statistics import (
 from specsplit.errors import UserError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.settings.axes import CONFIGURATION, PLAIN
-from specsplit.settings.run import AUTO, MODES, gamma_order
+from specsplit.settings.names import AUTO, gamma_order
+from specsplit.settings.run import MODES
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")

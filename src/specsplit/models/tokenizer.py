@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from specsplit.errors import PromptError, UserError
-from specsplit.models.fingerprint import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
+from specsplit.models.file_names import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES
+from specsplit.models.fingerprint import matches, tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 12 << 20, 256 << 20

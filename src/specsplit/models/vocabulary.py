@@ -23,7 +23,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specsplit.errors import UserError
 from specsplit.io import read_json
-from specsplit.models.fingerprint import MAP_FILES, read_config
+from specsplit.models.file_names import MAP_FILES
+from specsplit.models.fingerprint import read_config
 from specsplit.models.tokenizer import TextCodec
 
 MAP_TENSOR = "draft_to_target"

@@ -20,7 +20,7 @@ from jsonschema.validators import extend
 
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
-from specsplit.settings.run import DEFAULT_DRAFT, gamma_order
+from specsplit.settings.names import DEFAULT_DRAFT, gamma_order
 
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
 

@@ -11,10 +11,9 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.decoding.tree import TreeShape
 from specsplit.settings.access import AccessSettings
 from specsplit.settings.base import Settings, setting
+from specsplit.settings.names import DEFAULT_DRAFT
 
-AUTO = "auto"
 MODES = get_args(PipelineMode)
-DEFAULT_DRAFT = "draft"  # name of a draft that has no other
 MAX_GAMMA = 64
 AUTO_GAMMA_LIMIT = 16  # drafts longer than this pay nowhere that was measured
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0  # but for 0: beyond them logits overflow, or say nothing
@@ -40,11 +39,6 @@ DraftFailure = Literal["reconnect", "target_alone", "fail"]
 OnBadLine = Literal["stop", "skip"]
 DRAFT_NAME = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"
 SEVERAL = "; `specsplit bench` takes several: {} 1 3 5 or {} 1,3,5"
-
-
-def gamma_order(gamma: int | str) -> float:
-    """Sorts draft lengths: numbers first, then `auto`."""
-    return float("inf") if gamma == AUTO else float(gamma)
 
 
 class OrchestratorConfig(AccessSettings):

@@ -1,0 +1,20 @@
+"""Names and rules of settings that the workflow reads as well. Snakemake imports this without pydantic."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+AUTO = "auto"
+DEFAULT_DRAFT = "draft"  # name of a draft that has no other
+
+
+def gamma_order(gamma: int | str) -> float:
+    """Sorts draft lengths: numbers first, then `auto`."""
+    return float("inf") if gamma == AUTO else float(gamma)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` with the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
