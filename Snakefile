@@ -5,7 +5,7 @@
 # leaves the tables, the figures and the provenance record under results/.
 from snakemake.utils import min_version
 
-min_version("9.11")
+min_version("9.0")
 
 
 configfile: "config/config.yaml"

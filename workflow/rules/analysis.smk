@@ -46,9 +46,7 @@ rule figures:
 rule summary:
     """A row for each configuration. Made last: where it is, figures and record are there as well, and sealed."""
     input:
-        requests="results/requests.csv",
-        rounds="results/per_round.csv",
-        sealed=PLAN.result_files(),
+        PLAN.result_files(),
     output:
         summary=table_output("summary"),
         seal="results/provenance/SHA256SUMS",
@@ -64,7 +62,7 @@ rule summary:
     shell:
         "specsplit analyze --no-figures --results-dir {params.folder:q} {params.settings}"
         " > {log:q} 2>&1 && specsplit provenance seal --output {output.seal:q}"
-        " {output.summary:q} {input.sealed:q} >> {log:q} 2>&1"
+        " {output.summary:q} {input:q} >> {log:q} 2>&1"
 
 
 rule report:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 # The folder of the project, whichever Snakefile of it was called.
-PROJECT = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)) / "../.."
+PROJECT = Path(getattr(workflow.current_basedir, "path", "")) / "../.."
 PACKAGE = PROJECT / "src" / "specsplit"
 
 

@@ -142,23 +142,6 @@ class Endpoint:
         return self.holder_pid is not None and not ProcessIdentity(self.holder_pid, self.holder_started or -1.0).alive()
 
 
-def remove_stale(folder: Path) -> list[Path]:
-    """Delete the endpoint files below `folder` whose worker is gone; returns them.
-
-    A workflow that was killed leaves them behind, and the next one would take them for running workers.
-    """
-    removed = []
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            stale = Endpoint.read(path).stale()
-        except UserError:
-            stale = True
-        if stale:
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    return removed
-
-
 def description_dict(description: pb.DescribeReply) -> dict[str, Any]:
     """Describe's reply as a plain dict with every field present."""
     data: dict[str, Any] = MessageToDict(
