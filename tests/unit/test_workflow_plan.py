@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint
@@ -157,6 +160,18 @@ def test_a_text_that_cannot_be_a_path_is_refused_with_its_key(key: str, bad: str
     at[last] = bad
     with pytest.raises(UserError, match=rf"{key}: "):
         Plan(raw)
+
+
+@pytest.mark.parametrize("bad", ["{a}", "{{a}}", "{wildcards.model}", "a{", "a<results>"])
+@pytest.mark.parametrize("key", ["dataset", "models"])
+def test_what_snakemake_takes_for_a_pattern_is_refused_in_an_input_and_fine_elsewhere(key: str, bad: str) -> None:
+    raw: dict[str, Any] = {"workers": {"token_file": bad}}
+    Plan(raw)
+    named = {"dataset": "dataset.path", "models": r"models\.m\.path"}[key]
+    given = {"path": bad} if key == "dataset" else {"m": {"source": "local", "path": bad}}
+    both = {"target": {"model": "m"}, "draft": {"model": "m"}} if key == "models" else {}
+    with pytest.raises(UserError, match=f"{named}: .* takes for a pattern"):
+        Plan({**raw, key: given, **both})
 
 
 def test_flags_are_words_whatever_is_in_them() -> None:
@@ -308,3 +323,21 @@ def test_the_last_words_are_those_of_the_jobs_that_failed(state: Path, tmp_path:
     assert "    line 99\n    TypeError: the cause" in words
     assert "line 80" not in words
     assert words.endswith("Rule empty failed; its log is empty")
+
+
+# ---- how it is deployed
+
+
+def test_the_environment_of_the_rules_is_what_the_package_asks_for_in_the_tested_versions() -> None:
+    root = SOURCES.parent
+
+    def name(requirement: str) -> str:
+        return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=; ]", requirement)[0]).lower()
+
+    needed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    tested = (root / "envs" / "constraints.txt").read_text().splitlines()
+    versions = {name(line): line.partition("==")[2] for line in tested if "==" in line}
+    environment = yaml.safe_load((root / "envs" / "specsplit.yaml").read_text())
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert {name(line) for line in pip} == {name(line) for line in needed}
+    assert all(line.partition("==")[2] == versions[name(line)] for line in pip)

@@ -104,12 +104,12 @@ configfile: "settings.yaml"
 
 rule tiny_model:
     output:
-        "models/a tiny {{one}}/config.json",
-        "models/a tiny {{one}}/model.safetensors",
+        "models/a tiny $one/config.json",
+        "models/a tiny $one/model.safetensors",
     params:
         source=config.pop("made_from"),
     shell:
-        "cp -r {params.source:q}/* 'models/a tiny {{one}}'"
+        "cp -r {params.source:q}/* 'models/a tiny $one'"
 
 
 module specsplit:
@@ -134,7 +134,7 @@ def test_from_another_workflow(workspace: Workspace, tmp_path_factory: pytest.Te
     mine = tmp_path_factory.mktemp("other workflow")
     model = workspace.config["models"]["tiny"]["path"]
     config = {**workspace.config, "gammas": [0, 2], "made_from": model}
-    config["models"] = {"tiny": {"source": "local", "path": "models/a tiny {one}"}}
+    config["models"] = {"tiny": {"source": "local", "path": "models/a tiny $one"}}
     (mine / "settings.yaml").write_text(yaml.safe_dump(config))
     (mine / "Snakefile").write_text(PARENT.replace("@", str(workspace.folder)))
     shutil.copy(workspace.folder / "prompts.jsonl", mine)

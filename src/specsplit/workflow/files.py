@@ -34,6 +34,8 @@ BESIDE = {
         "theory_check": [],
     }.items()
 } | {"overhead": ["results/overhead.csv"]}
+INPUT_KEYS = re.compile(r"dataset\.path|models\..*\.path")  # of files that Snakemake sees as inputs
+PATTERN = re.compile(r"[{}]|<[^<>]*>")  # its wildcards and path variables, which cannot be escaped
 UNUSABLE = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # control characters, half a character
 # Keys that name a file or a folder; `models.NAME.path` as well.
 PATH_KEYS = (
@@ -45,12 +47,14 @@ PATH_KEYS = (
 def refuse_unusable(config: Mapping[str, Any]) -> None:
     """Raise UserError with a line for each text of a checked configuration that cannot be a path or an argument.
 
-    Everything else works: spaces, quotes, `$`, backticks, braces and stars are characters of a name like others.
+    Everything else works: spaces, quotes, `$`, backticks and stars are characters of a name like others.
     """
     lines = list(_unusable("", config))
     for key, path in path_values(config):
         if path.startswith("-"):
             lines.append(f"{key}: {path!r} begins with -, as a flag does: write the absolute path, or rename it")
+        elif INPUT_KEYS.fullmatch(key) and (found := PATTERN.search(path)):
+            lines.append(f"{key}: {path!r} has {found[0]} in it, which Snakemake takes for a pattern: rename it")
         elif path != path.strip():
             lines.append(f"{key}: {path!r} begins or ends with a space: rename it")
     if lines:
