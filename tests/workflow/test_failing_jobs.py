@@ -74,8 +74,8 @@ def test_a_job_that_fails_says_why_and_where(failing: Workspace, rule: str) -> N
     arguments = ("--allowed-rules", rule, "--force")
     # The files that the job reads are there, empty; the command does not come so far as to read them.
     listed = failing.snakemake(*arguments, "--dry-run", target=TARGETS[rule])
-    while "affected files:" in listed.stderr:
-        for line in listed.stderr.partition("affected files:")[2].splitlines()[1:]:
+    while "affected files:" in listed.stdout:
+        for line in listed.stdout.partition("affected files:")[2].splitlines()[1:]:
             if line.startswith(" " * 8):
                 path = failing.folder / line.strip()
                 path.parent.mkdir(parents=True, exist_ok=True)
