@@ -22,6 +22,7 @@ from specsplit.settings.base import extra_of
 from specsplit.settings.distill import TrainingSettings, WritingSettings
 from specsplit.settings.measure import BenchSettings
 from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.serve import ServeSettings
 from specsplit.settings.worker import DraftWorkerConfig, LaunchSettings, TargetWorkerConfig
 from specsplit.settings.workflow import Workflow
 
@@ -39,7 +40,8 @@ WIDTH = 120
 
 def facts():
     """Which settings only operate a job, which a step of the distillation takes, and which variables set what."""
-    with_variables = (OrchestratorConfig, DraftWorkerConfig, TargetWorkerConfig, WritingSettings, TrainingSettings)
+    workers = (DraftWorkerConfig, TargetWorkerConfig)
+    with_variables = (OrchestratorConfig, *workers, ServeSettings, WritingSettings, TrainingSettings)
     operates = (cls.operating() for cls in (*with_variables, BenchSettings, LaunchSettings))
     operating, deciding = set(), set()
     for cls in with_variables:

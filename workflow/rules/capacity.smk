@@ -42,7 +42,10 @@ rule capacity:
         "../../envs/specsplit.yaml"
     params:
         folder=lambda wildcards, input: os.path.dirname(input.requests),
-        settings=flags(tpot_limit_ms=config["capacity"]["tpot_limit_ms"]),
+        settings=flags(
+            **{limit: config["capacity"][limit] for limit in ("tpot_limit_ms", "ttft_limit_ms")},
+            confidence=config["statistics"]["confidence"],
+        ),
         code=code_of("capacity-table"),
     shell:
         "specsplit capacity-table --results-dir {params.folder:q} {params.settings} > {log:q} 2>&1"

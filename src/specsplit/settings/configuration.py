@@ -20,7 +20,7 @@ from jsonschema.validators import extend
 
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
-from specsplit.settings.names import DEFAULT_DRAFT, gamma_order
+from specsplit.settings.names import DEFAULT_DRAFT, gamma_order, too_few_requests
 
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
 
@@ -315,6 +315,8 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     target = models.get(config["target"]["model"], {})
     if target.get("path", "").rstrip("/") == f"results/distill/{config['distill']['name']}/draft":
         yield f"target.model: {_show(config['target']['model'])} is the draft that distill makes from the target"
+    if problem := too_few_requests(config["capacity"]["clients"], config["capacity"]["requests"]):
+        yield f"capacity.{problem}"
     workers = config["workers"]
     if workers["gpus"] and workers["device"] not in ("auto", "cuda"):
         yield (

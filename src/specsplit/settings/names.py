@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 AUTO = "auto"
 DEFAULT_DRAFT = "draft"  # name of a draft that has no other
+REQUESTS_A_CLIENT = 4  # at least, or there is no time in which all clients are at work and none starts or ends
 
 
 def gamma_order(gamma: int | str) -> float:
@@ -18,3 +19,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` with the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def too_few_requests(clients: Sequence[int], requests: int) -> str:
+    """What is wrong with so many requests for the most clients, in words; empty when nothing is."""
+    least = REQUESTS_A_CLIENT * max(clients)
+    return (
+        "" if requests >= least else f"requests is {requests}: {max(clients)} clients need at least {least}, four each"
+    )

@@ -221,7 +221,7 @@ class Plan:
             return {**axes, **shared, **self._text_part()}
         if kind == "capacity":
             own = config["capacity"]
-            axes = {"clients": own["clients"], "gamma": own["gammas"], "mode": own["mode"], "requests": own["requests"]}
+            axes = {"gamma": own["gammas"], **{key: value for key, value in own.items() if key != "gammas"}}
             return {**axes, "fan_out": fan_out, "draft_name": self.first_draft, **self._text_part()}
         if kind == "context":
             own = config["context"]
