@@ -259,7 +259,7 @@ ENDPOINT = Endpoint("127.0.0.1:1", False, socket.gethostname(), ME.pid, ME.start
     ],
 )
 def test_a_worker_that_a_killed_run_left_is_noticed(tmp_path: Path, endpoint: Endpoint | None, dead: bool) -> None:
-    path, run = tmp_path / "target.json", tmp_path / "run.json"
+    path, run = tmp_path / "target.json", tmp_path / "requests.csv"
     path.write_text(json.dumps(asdict(endpoint)) if endpoint else '{"address": ')
     assert files.dead_worker(str(path), str(run)) == (ME.pid if dead else None)
     run.touch()  # made already: nothing waits for the worker

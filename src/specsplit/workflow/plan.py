@@ -113,7 +113,7 @@ class Plan:
     def worker_left_behind(self, role: str, label: str) -> int | None:
         """`dead_worker` of the endpoint file of a run's worker."""
         return dead_worker(
-            f"{self.root}results/workers/{label}/{role}.json", f"{self.root}results/runs/{label}/run.json"
+            f"{self.root}results/workers/{label}/{role}.json", f"{self.root}results/runs/{label}/requests.csv"
         )
 
     def _distilled(self, spec: Mapping[str, Any]) -> bool:
