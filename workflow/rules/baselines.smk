@@ -1,8 +1,8 @@
-# Ours and Hugging Face's decoding on the same prompts, request by request in turn: results/peers.csv.
+# Ours, Hugging Face's and llama.cpp's decoding on the same prompts, request by request in turn: results/peers.csv.
 
 
 rule race_peers:
-    """The rows of the race. All workers and Hugging Face's process are loaded, and one of them computes at a time."""
+    """The rows of the race. All workers and the processes of the peers are loaded, and one of them computes."""
     input:
         settings=settings_files("race"),
         operation=operation_file("race"),
@@ -35,6 +35,7 @@ rule peers:
     """The table and the figure of the race."""
     input:
         requests="results/peers_requests.csv",
+        run="results/peers_run.json",
     output:
         table_output("peers"),
         "results/figures/peers.png",

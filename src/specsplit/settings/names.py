@@ -10,6 +10,12 @@ DEFAULT_DRAFT = "draft"  # name of a draft that has no other
 REQUESTS_A_CLIENT = 4  # at least, or there is no time in which all clients are at work and none starts or ends
 
 
+def synthetic_name(draft: str, acceptance: float | None) -> str:
+    """The name of a draft whose acceptance is forced; its own when it is not."""
+    mark = "" if acceptance is None else f"-synthetic-{acceptance:g}"
+    return draft if draft.endswith(mark) else draft + mark
+
+
 def gamma_order(gamma: int | str) -> float:
     """Sorts draft lengths: numbers first, then `auto`."""
     return float("inf") if gamma == AUTO else float(gamma)

@@ -11,7 +11,7 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.decoding.tree import TreeShape
 from specsplit.settings.access import AccessSettings
 from specsplit.settings.base import Settings, setting
-from specsplit.settings.names import DEFAULT_DRAFT
+from specsplit.settings.names import DEFAULT_DRAFT, synthetic_name
 
 MODES = get_args(PipelineMode)
 MAX_GAMMA = 64
@@ -78,6 +78,17 @@ class OrchestratorConfig(AccessSettings):
         note="chain | 3x2 (children per level) | dynamic-16x4 (nodes, nodes fed in a pass)",
     )
     draft_name: str = setting(DEFAULT_DRAFT, "Name of the draft in tables and run folders.", pattern=DRAFT_NAME)
+    draft_acceptance: float | None = setting(
+        None,
+        "Forced acceptance: each drafted token is right with this probability, whatever the draft model would say, by "
+        "the seed and its position. The text is written once before, unmeasured; verification stays as it is. So "
+        "systems can be compared apart from the quality of a draft. It is called NAME-synthetic-P in every table. "
+        "null: as the draft is.",
+        example=0.8,
+        note="0.8: forced, synthetic: each drafted token is right with this probability; null: as the draft is",
+        ge=0,
+        le=1,
+    )
     fan_out: int = setting(
         16,
         "Outcomes of a verification that mode lookahead prepares drafts for.",
@@ -181,6 +192,11 @@ class OrchestratorConfig(AccessSettings):
                 "a dynamic tree keeps drafted tokens by their probability, which biases rejection sampling: "
                 "use sampling coupled, or a chain or static tree"
             )
+        if self.draft_acceptance is not None:
+            if self.sampling == "rejection" and self.temperature:
+                raise ValueError("draft_acceptance needs a text that is known beforehand: use sampling coupled")
+            if self.gamma:
+                self.draft_name = synthetic_name(self.draft_name, self.draft_acceptance)
         return self
 
     @property

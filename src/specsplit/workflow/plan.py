@@ -16,7 +16,7 @@ from specsplit.analysis.captions import FIGURES
 from specsplit.errors import UserError
 from specsplit.experiment.sweep import Point, sweep_points
 from specsplit.launch.environment import threads_beside_another
-from specsplit.settings.configuration import SCHEMA, load_pipeline_config, swept_drafts
+from specsplit.settings.configuration import SCHEMA, first_draft, load_pipeline_config, swept_drafts
 from specsplit.settings.environment import FACTS, check_environment, refuse_overrides
 from specsplit.workflow.files import dead_worker, flags, local_folder, model_inputs, refuse_unusable
 
@@ -30,8 +30,9 @@ class Plan:
 
     config: checked, with every key. points: the runs of the sweep by label. worker_points: these and the points of the
     measurements beside it, which have workers under names of their own: an endpoint file that is made anew would make
-    the finished run of its name out of date. Of several drafts those measurements take the first. root: what stands
-    before the paths of the workflow, as the prefix of a module; empty as a rule.
+    the finished run of its name out of date. Of several drafts those measurements take the first, as it is: acceptance
+    is forced in the sweep alone. root: what stands before the paths of the workflow, as the prefix of a module; empty
+    as a rule.
     Raises UserError for mistakes in the configuration and in SPECSPLIT_* variables.
     """
 
@@ -41,10 +42,11 @@ class Plan:
         self.config = config = load_pipeline_config(raw)
         refuse_unusable(config)
         self.root = root
-        self.drafts = swept_drafts(config)
-        self.first_draft = next(iter(self.drafts))
+        swept = swept_drafts(config)
+        self.first_draft, first = first_draft(config)
+        self.drafts = {self.first_draft: first, **swept}
         temperatures, rtts_ms = config["sampling"]["temperature"], config["network"]["rtt_ms"]
-        points = sweep_points(config["gammas"], config["mode"], config["tree"], temperatures, rtts_ms, self.drafts)
+        points = sweep_points(config["gammas"], config["mode"], config["tree"], temperatures, rtts_ms, swept)
         self.points = {point.label: point for point in points}
         raced = config["baselines"]
         self.raced = self._beside("race", [0, *raced["gammas"]], raced["mode"], raced["tree"])
@@ -83,9 +85,9 @@ class Plan:
         if spec["source"] == "huggingface":
             return flags(huggingface=f"{spec['repo']}@{spec['revision']}")
         if spec["source"] == "local":
-            return flags(
-                local=self.root + os.path.normpath(spec["path"]) if self._distilled(spec) else str(local_folder(spec))
-            )
+            made = self.root + os.path.normpath(spec["path"])
+            folder = made if self._distilled(spec) else str(local_folder(spec))
+            return flags(local=folder, sha256=spec["sha256"])
         parameters = {key: value for key, value in spec.items() if key != "source"}
         if spec["source"] == "ngram":
             parameters["tokenizer"] = self.root + _folder(spec["tokenizer"])
@@ -232,7 +234,7 @@ class Plan:
         return self._layers_part(rest) if kind == "layers" else self._distill_part(rest)
 
     def _sweep_part(self, label: str) -> dict[str, Any]:
-        sampling = self.config["sampling"]
+        sampling, point = self.config["sampling"], self.points[label]
         shared = {
             "fan_out": self.config["lookahead"]["fan_out"],
             "top_k": sampling["top_k"],
@@ -244,9 +246,10 @@ class Plan:
         if self.config["workers"]["lifecycle"] == "workflow":
             workers = {f"{r}_address": f"{self.root}results/workers/{label}/{r}.json" for r in self.roles(label)}
         return {
-            **self.points[label].settings(shared),
+            **point.settings(shared),
             "max_rounds": self.config["generation"]["max_rounds"],
             "repeats": self.config["repeats"],
+            "draft_acceptance": self.drafts[point.draft]["acceptance"] if point.gamma else None,
             **self._text_part(),
             **workers,
         }
