@@ -6,9 +6,11 @@ rule merge:
     input:
         requests=PLAN.run_files("requests.csv"),
         rounds=PLAN.run_files("per_round.csv"),
+        references=PLAN.run_files("reference.csv"),
     output:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
+        reference="results/reference.csv",
     log:
         "results/logs/merge.log",
     localrule: True
@@ -27,6 +29,7 @@ rule figures:
     input:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
+        reference="results/reference.csv",
     output:
         expand("results/figures/{name}.png", name=captions.FIGURES),
         [figure_output(name) for name in captions.FIGURES],
@@ -69,7 +72,8 @@ rule report:
     """Everything on one page that needs no other file."""
     input:
         summary="results/summary.csv",
-        tables=["results/requests.csv", "results/per_round.csv", "results/provenance/provenance.json"],
+        tables=expand("results/{name}.csv", name=["requests", "per_round", "reference"]),
+        record="results/provenance/provenance.json",
         figures=[f"results/figures/{name}.svg" for name in captions.FIGURES],
         beside=beside_the_sweep,
     output:

@@ -25,7 +25,10 @@ rule provenance:
         settings=settings_files(*PLAN.points),
         dataset="results/dataset/manifest.json",
         prompts="results/dataset/prompts.jsonl",
-        results=["results/requests.csv", "results/per_round.csv", *PLAN.run_files("outputs.jsonl")],
+        results=[
+            *("results/requests.csv", "results/per_round.csv", "results/reference.csv"),
+            *PLAN.run_files("outputs.jsonl"),
+        ],
     output:
         record=report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
         patch="results/provenance/changes.patch",

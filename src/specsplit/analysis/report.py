@@ -22,7 +22,15 @@ from pandas import read_csv
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
-from specsplit.analysis.findings import compared_sentence, faults_sentence, find_best, lossless_sentence, summary_table
+from specsplit.analysis.findings import (
+    compared_sentence,
+    drift_sentence,
+    faults_sentence,
+    find_best,
+    lossless_sentence,
+    round_trip_sentences,
+    summary_table,
+)
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
@@ -61,6 +69,9 @@ def write_report(
         "created": _moment(record.get("created")),
         "record": record,
         "findings": find_best(requests, rounds, summary, **settings),
+        "round_trips": round_trip_sentences(summary, confidence),
+        "drift": drift_sentence(summary),
+        "left_out": _left_out(record),
         "lossless": lossless_sentence(summary),
         "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
@@ -87,6 +98,7 @@ def write_report(
             for path, kind in (
                 (results_dir / "summary.csv", "text/csv"),
                 (results_dir / "requests.csv", "text/csv"),
+                (results_dir / "reference.csv", "text/csv"),
                 (results_dir / "provenance" / "config.json", "application/json"),
             )
             if path.exists()
@@ -204,6 +216,12 @@ def _workers(record: Mapping[str, Any]) -> list[str]:
                 f"threads {worker.get('threads')}"
             )
     return list(dict.fromkeys(found))
+
+
+def _left_out(record: Mapping[str, Any]) -> list[str]:
+    """What runs were to measure beside their configuration and could not, with the reasons."""
+    found = [(run.get("beside") or {}).get("left_out") or {} for run in record.get("runs", [])]
+    return list(dict.fromkeys(f"{setup}: {reason}" for left_out in found for setup, reason in left_out.items()))
 
 
 def _run(run: Mapping[str, Any]) -> dict[str, str]:

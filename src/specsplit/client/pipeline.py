@@ -25,6 +25,7 @@ from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
 from specsplit.client.stream import Stream
+from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.tree import TokenTree
@@ -337,6 +338,14 @@ class TextWriter:
                 request_id=request_id,
             )
         )
+
+    def stream_target(
+        self, prompt_ids: Sequence[int], config: OrchestratorConfig, *, request_id: str | None = None
+    ) -> SpeculativeResult:
+        """As `stream_target_async`: the target alone, which streams its tokens."""
+        stub = self._access.stub("target", self._channels[1])
+        known = self._identities
+        return event_loop().run(stream_target_async(stub, prompt_ids, config, identities=known, request_id=request_id))
 
     async def _open(self) -> list[grpc.aio.Channel | None]:
         return [address and self._access.aio_channel(address) for address in self._addresses]

@@ -26,6 +26,8 @@ Peer = Annotated[
     ),
 ]
 
+Setup = Literal["target_streamed", "colocated"]
+
 
 class PromptSettings(Settings):
     """Which prompts of a file are taken."""
@@ -64,6 +66,14 @@ class BenchSettings(WarmupSettings):
         example=3,
         note="times that every request is measured; statistics take the median over them first",
         ge=1,
+    )
+    setups: list[Setup] = setting(
+        ["target_streamed", "colocated"],
+        "What every run measures beside gamma 0, request by request in turn with its own configuration: "
+        "`target_streamed` (the target worker decodes alone and streams its tokens) and `colocated` (the same models "
+        "in one process, which takes their memory once more).",
+        example=["target_streamed"],
+        note="measured in every run beside gamma 0; [] = neither",
     )
     start_workers: bool = setting(
         False, "Start the workers that `draft` and `target` of --settings describe for this call alone.", operates=True

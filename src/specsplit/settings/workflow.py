@@ -205,6 +205,7 @@ Workflow: type[BaseModel] = section(
     ),
     warmup_requests=same(BenchSettings, "warmup"),
     repeats=same(BenchSettings, "repeats"),
+    setups=same(BenchSettings, "setups", schema=UNIQUE),
     models=key(
         dict[str, Source],
         {**EMBEDDED, **SHIPPED_DRAFT},

@@ -130,11 +130,11 @@ class Plan:
 
     def result_files(self) -> list[str]:
         """All that the main job leaves, but for the summary, the logs and what seals it."""
-        made = ["requests.csv", "per_round.csv", "dataset/prompts.jsonl", "dataset/manifest.json"]
+        made = ["requests.csv", "per_round.csv", "reference.csv", "dataset/prompts.jsonl", "dataset/manifest.json"]
         made += [f"figures/{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")]
         made += [f"provenance/{name}" for name in ("config.json", "provenance.json", "changes.patch")]
         made += [f"settings/{label}/settings.json" for label in self.points]
-        runs = self.run_files("requests.csv", "per_round.csv", "outputs.jsonl", "run.json")
+        runs = self.run_files("requests.csv", "per_round.csv", "reference.csv", "outputs.jsonl", "run.json")
         return [*(f"results/{name}" for name in made), *runs]
 
     # ---- models and workers of a run
@@ -249,6 +249,7 @@ class Plan:
             **point.settings(shared),
             "max_rounds": self.config["generation"]["max_rounds"],
             "repeats": self.config["repeats"],
+            "setups": self.config["setups"],
             "draft_acceptance": self.drafts[point.draft]["acceptance"] if point.gamma else None,
             **self._text_part(),
             **workers,
