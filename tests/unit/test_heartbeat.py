@@ -10,11 +10,12 @@ import psutil
 import pytest
 
 from specsplit.launch import heartbeat
-from specsplit.launch.endpoint import Endpoint, remove_stale
+from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.heartbeat import Pulse, silent, start_heartbeat
-from specsplit.launch.lease import LEASE_FILE, LEASE_HOST, LEASE_PID, Lease, ProcessIdentity, hold_lease, lease_holder
-from specsplit.launch.workflow_runs import begin_run
+from specsplit.launch.lease import LEASE_FILE, LEASE_HOST, LEASE_PID, Lease, hold_lease, lease_holder
+from specsplit.launch.process import ProcessIdentity
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.workflow.files import dead_worker
 
 from waiting import wait_until
 
@@ -88,41 +89,14 @@ def test_a_worker_on_another_host_is_stale_when_its_heart_stops(
     file, beat = tmp_path / "gamma_1" / "target.json", tmp_path / "gamma_1" / ".target.json.heartbeat"
     beat.parent.mkdir()
     beat.touch()
-    Endpoint.local("127.0.0.1", 1, pb.DescribeReply(), None, heartbeat=beat).write(file)
+    Endpoint.local("127.0.0.1", 1, pb.DescribeReply(), ProcessIdentity.of(os.getpid()), heartbeat=beat).write(file)
     over = start_heartbeat(beat)
     move_to_another_host(monkeypatch)
-    assert remove_stale(tmp_path) == []
+    worker = os.getpid()
+    assert dead_worker(str(file), "no run") is None
     over.set()
     assert wait_until(lambda: silent({beat}) == {beat})
-    assert remove_stale(tmp_path) == [file]
-    assert list(file.parent.iterdir()) == []
-
-
-def test_a_run_of_another_host_holds_its_lock_as_long_as_its_heart_beats(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state, lock = tmp_path / "state", tmp_path / "state" / "locks" / "0.lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    runs = state / "specsplit-runs"
-
-    def begin(host: str) -> Path:
-        monkeypatch.setattr(socket, "gethostname", lambda: host)
-        monkeypatch.delenv(LEASE_PID, raising=False)
-        begin_run(state, tmp_path / "workers")
-        return runs / f"{host}-{os.getpid()}.json"
-
-    first = begin("first")
-    second = begin("second")
-    assert first.exists()
-    assert lock.exists()
-    dead = runs / "third-1.json"  # a run that was killed: its file is there and nobody touches it
-    dead.write_text(first.read_text().replace('"first"', '"third"'))
-    first.unlink()
-    second.unlink()
-    begin("fourth")
-    assert not dead.exists()
-    assert not lock.exists()
+    assert dead_worker(str(file), "no run") == worker
 
 
 def test_a_worker_ends_with_its_holder_on_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,10 +116,10 @@ def test_a_worker_ends_with_its_holder_on_another_host(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("content", ['{"address": "gpu-1:50051"}', '{"note": 1}', "[]", "3"])
-def test_what_somebody_wrote_by_hand_stays(tmp_path: Path, content: str) -> None:
+def test_what_somebody_wrote_by_hand_is_no_dead_worker(tmp_path: Path, content: str) -> None:
     path = tmp_path / "gpu.json"
     path.write_text(content)
-    assert remove_stale(tmp_path) == []
+    assert dead_worker(str(path), "no run") is None
     assert path.read_text() == content
 
 

@@ -168,7 +168,7 @@ def test_settings_are_data_and_no_code(workspace):
 def test_one_failed_gamma_keeps_the_others(workspace):
     """With --keep-going a run that fails loses nothing of the runs that worked, and the next call makes it."""
     marker = workspace.folder / "fail"
-    runner = workspace.folder / "src" / "specsplit" / "bench" / "runner.py"
+    runner = workspace.folder / "src" / "specsplit" / "experiment" / "runner.py"
     code = runner.read_text()
     condition = f"config.gamma == 3 and Path({str(marker)!r}).exists()"
     guard = f"    if {condition}:\n        raise UserError('on purpose')\n"

@@ -1,40 +1,36 @@
-# Check the prompts and take the slice that is run; the manifest says which, from what, and what was not taken.
+# The prompts.
 
 
-# A standard set or a dataset of the Hub; only with dataset.name or dataset.huggingface, which decide dataset.path.
-if config["dataset"]["name"] or config["dataset"]["huggingface"]:
+if PLAN.dataset_flags:
 
     rule fetch_dataset:
+        """A standard set or a dataset of the Hub, which dataset.name or dataset.huggingface names."""
         output:
-            prompts=config["dataset"]["path"],
-            facts=os.path.splitext(config["dataset"]["path"])[0] + ".json",
+            prompts=DATASET,
+            facts=os.path.splitext(DATASET)[0] + ".json",
         log:
             "results/logs/fetch_dataset.log",
         conda:
             "../../envs/specsplit.yaml"
         params:
-            flags=flags(
-                name=config["dataset"]["name"],
-                huggingface=(config["dataset"]["huggingface"] or {}).get("id"),
-                config=(config["dataset"]["huggingface"] or {}).get("config"),
-                split=(config["dataset"]["huggingface"] or {}).get("split"),
-                revision=(config["dataset"]["huggingface"] or {}).get("revision"),
-            ),
+            flags=PLAN.dataset_flags,
             code=code_of("fetch-dataset"),
         shell:
-            "specsplit fetch-dataset {params.flags} --output {output.prompts:q} > {log} 2>&1"
+            "specsplit fetch-dataset {params.flags} --output {output.prompts:q} > {log:q} 2>&1"
 
 
-# With the token ids that the target gets, so that every run gets the same.
 rule prepare_dataset:
+    """The slice of the prompts that is run, checked, with the token ids that the target gets, the same in every run; the
+    manifest says which, from what, and what was not taken."""
     input:
-        prompts=config["dataset"]["path"],
-        tokenizer=f"{TARGET_FOLDER}/model.json",
+        prompts=lambda wildcards: local(DATASET),
+        tokenizer=PLAN.target,
     output:
         prompts="results/dataset/prompts.jsonl",
         manifest="results/dataset/manifest.json",
     log:
         "results/logs/prepare_dataset.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
@@ -46,7 +42,8 @@ rule prepare_dataset:
             date=config["dataset"]["date"],
             use_chat_template=config["generation"]["use_chat_template"],
         ),
+        sha256=lambda wildcards: content_of([Path(DATASET)]),
         code=code_of("prepare-dataset"),
     shell:
-        "specsplit prepare-dataset --source {input.prompts:q} --tokenizer {input.tokenizer} --output {output.prompts}"
-        " --manifest {output.manifest} {params.flags} > {log} 2>&1"
+        "specsplit prepare-dataset --source {input.prompts:q} --tokenizer {input.tokenizer:q} --output {output.prompts:q}"
+        " --manifest {output.manifest:q} {params.flags} > {log:q} 2>&1"

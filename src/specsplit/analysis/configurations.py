@@ -9,7 +9,8 @@ from pandas import DataFrame, Series
 
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.settings.axes import CONFIGURATION, PLAIN
-from specsplit.settings.run import MODES, gamma_order
+from specsplit.settings.names import gamma_order
+from specsplit.settings.run import MODES
 
 ROW = (*CONFIGURATION, "setup")  # what a row of the summary is of
 NETWORK = ("rtt_ms", "jitter_ms")

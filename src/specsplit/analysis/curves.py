@@ -12,7 +12,7 @@ from pandas import DataFrame
 from specsplit.analysis.configurations import configuration_of
 from specsplit.experiment.columns import WORKERS
 from specsplit.experiment.sweep import plain_number
-from specsplit.settings.run import DEFAULT_DRAFT
+from specsplit.settings.names import DEFAULT_DRAFT
 
 MOST_PANELS, MOST_CURVES = 6, 9  # more cannot be read; the rest is in summary.csv
 

@@ -24,7 +24,7 @@ from specsplit.analysis.statistics import rate_ci
 from specsplit.analysis.tables import draft_position
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.io import replace_file
-from specsplit.settings.run import AUTO
+from specsplit.settings.names import AUTO
 
 DPI = 200
 RED, GREY = "#D55E00", "#8C8C8C"  # Okabe and Ito's vermilion, and a grey

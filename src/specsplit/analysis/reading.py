@@ -15,7 +15,7 @@ from pandas import DataFrame
 from specsplit.errors import UserError
 from specsplit.experiment.columns import LATER_COLUMNS
 from specsplit.io import csv_reader
-from specsplit.settings.run import AUTO
+from specsplit.settings.names import AUTO
 
 
 def read_files(paths: list[Path], types: dict[str, str], made_by: str) -> DataFrame:

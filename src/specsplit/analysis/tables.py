@@ -44,7 +44,7 @@ from specsplit.analysis.statistics import (
 from specsplit.errors import UserError
 from specsplit.experiment.columns import FAILED, OK, WORKERS, RequestRecord, RoundRecord
 from specsplit.settings.axes import CONFIGURATION, PLAIN
-from specsplit.settings.run import AUTO
+from specsplit.settings.names import AUTO
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")

@@ -18,8 +18,9 @@ from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CANNOT_RUN, CausalLM, pick_device
 from specsplit.errors import UserError
+from specsplit.models.file_names import GGUF_FILE
 from specsplit.models.fingerprint import fingerprint_model, gguf_weights
-from specsplit.models.gguf_file import GGUF_FILE, read_gguf
+from specsplit.models.gguf_file import read_gguf
 from specsplit.models.sources import manifest_file, resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import read_reduced_map

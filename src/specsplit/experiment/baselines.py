@@ -15,7 +15,8 @@ from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.records import Request, gamma_controller, request_config
-from specsplit.settings.run import DEFAULT_DRAFT, OrchestratorConfig
+from specsplit.settings.names import DEFAULT_DRAFT
+from specsplit.settings.run import OrchestratorConfig
 
 
 @dataclass(frozen=True)

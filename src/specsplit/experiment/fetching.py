@@ -16,7 +16,7 @@ from specsplit.experiment.prompt_rows import read_rows
 from specsplit.experiment.prompt_shapes import PROMPT_KEYS, RowError, read_conversation
 from specsplit.experiment.standard_sets import STANDARD_SETS, StandardSet
 from specsplit.io import replace_file, replacing, sha256_file, write_json
-from specsplit.settings.base import did_you_mean
+from specsplit.settings.names import did_you_mean
 
 TIMEOUT_S = 60
 

@@ -13,8 +13,8 @@ from google.protobuf.json_format import MessageToDict
 
 from specsplit.errors import UserError
 from specsplit.io import read_json, read_json_object, replace_file
-from specsplit.launch.heartbeat import silent
-from specsplit.launch.lease import ProcessIdentity, RemoteHolder
+from specsplit.launch.lease import RemoteHolder
+from specsplit.launch.process import ProcessIdentity
 from specsplit.rpc.credentials import TLS_SCHEME, split_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
@@ -157,46 +157,6 @@ class Endpoint:
             return True
         holder = ProcessIdentity(self.holder_pid or 0, self.holder_started or -1.0, self.holder_birth)
         return self.holder_pid is not None and not holder.alive()
-
-    def remote_heartbeat(self) -> Path | None:
-        """The heartbeat of a worker on another host."""
-        return Path(self.heartbeat) if self.heartbeat and self.host != socket.gethostname() else None
-
-
-def remove_stale(folder: Path) -> list[Path]:
-    """Delete the endpoint files below `folder` whose worker is gone; returns them.
-
-    A workflow that was killed leaves them behind, and the next one would take them for running workers. Files of
-    workers on other hosts go when their heartbeat is silent, which takes seconds to tell. What is JSON and no endpoint,
-    such as an address written by hand, stays.
-    """
-    stale, beating = set(), {}
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            endpoint = Endpoint.read(path)
-        except UserError:
-            if not _is_json(path):
-                stale.add(path)
-            continue
-        if endpoint.stale():
-            stale.add(path)
-        elif (heartbeat := endpoint.remote_heartbeat()) is not None:
-            beating[path] = heartbeat
-    quiet = silent(set(beating.values()))
-    stale |= {path for path, heartbeat in beating.items() if heartbeat in quiet}
-    for heartbeat in quiet:
-        heartbeat.unlink(missing_ok=True)
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return sorted(stale)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        read_json(path)
-    except UserError:
-        return False
-    return True
 
 
 def description_dict(description: pb.DescribeReply) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from specsplit.errors import PromptError, UserError
 from specsplit.io import json_sha256, scratch_folder
-from specsplit.models.fingerprint import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
+from specsplit.models.file_names import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES
+from specsplit.models.fingerprint import matches, tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 _DIRECTIVES = "aAbBcdDeFHIjmMpRSTuUVwWxXyYGzZ%"  # of strftime

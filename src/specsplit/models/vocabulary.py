@@ -25,7 +25,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specsplit.errors import UserError
 from specsplit.io import read_json
-from specsplit.models.fingerprint import MAP_FILES, read_config
+from specsplit.models.file_names import MAP_FILES
+from specsplit.models.fingerprint import read_config
 from specsplit.models.tokenizer import TextCodec
 
 OVERLAP = 64  # tokens at the end of a text that are encoded again with those after them

@@ -22,8 +22,7 @@ from jsonschema.validators import extend
 
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
-from specsplit.settings.measure import too_few_requests
-from specsplit.settings.run import DEFAULT_DRAFT, gamma_order, synthetic_name
+from specsplit.settings.names import DEFAULT_DRAFT, gamma_order, synthetic_name, too_few_requests
 
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
 

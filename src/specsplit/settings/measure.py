@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -11,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from specsplit.decoding.theory import PipelineMode
 from specsplit.settings.base import Settings, setting
+from specsplit.settings.names import REQUESTS_A_CLIENT, too_few_requests
 from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MODES, Gamma, Milliseconds, OnBadLine
 from specsplit.settings.worker import ComputeSettings, Dtype
 
@@ -150,7 +150,6 @@ class BenchSettings(WarmupSettings):
 
 CLOSED = "closed"
 ArrivalPattern = Literal["constant", "poisson", "gamma"]
-REQUESTS_A_CLIENT = 4  # at least, or there is no time in which all clients are at work and none starts or ends
 
 
 class CapacitySettings(WarmupSettings):
@@ -222,14 +221,6 @@ class CapacitySettings(WarmupSettings):
         if problem := too_few_requests(self.clients, self.requests):
             raise ValueError(problem)
         return self
-
-
-def too_few_requests(clients: Sequence[int], requests: int) -> str:
-    """What is wrong with so many requests for the most clients, in words; empty when nothing is."""
-    least = REQUESTS_A_CLIENT * max(clients)
-    return (
-        "" if requests >= least else f"requests is {requests}: {max(clients)} clients need at least {least}, four each"
-    )
 
 
 class ContextSettings(PromptSettings):
