@@ -15,7 +15,6 @@ from specsplit.decoding.tree import TokenTree, TreeError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import MAX_TEMPERATURE, MIN_TEMPERATURE
 
-RETRY_AFTER = "retry-after-ms"  # metadata of a refusal that is for now only
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

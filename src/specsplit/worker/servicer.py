@@ -19,7 +19,7 @@ import torch
 import specsplit
 from specsplit import tracing
 from specsplit.launch.environment import DETERMINISM_VARIABLES
-from specsplit.rpc.codec import RETRY_AFTER
+from specsplit.rpc.statuses import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.worker import WorkerSettings
 from specsplit.worker.batching import SharedModel, describe_runtime
