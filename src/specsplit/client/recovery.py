@@ -128,10 +128,8 @@ class Recovery:
         if self._tries > 1:
             said += f"; gave up after {time.monotonic() - self._began:.1f} s"
         what = "does not answer" if self._text is None else f"failed in round {first.round}"
-        # What cannot be mended is the reason, whatever came before it.
-        return self._error(
-            f"{failed.role} worker {what}: {said}", failed.code if failed.remedy == "none" else first.code
-        )
+        code = failed.code if failed.remedy == "none" else first.code  # what cannot be mended is the reason
+        return self._error(f"{failed.role} worker {what}: {said}", code)
 
     def met(self, role: str, worker: pb.DescribeReply) -> pb.DescribeReply:
         """Take what a worker says of itself. Raises WorkerError when another one was there before."""
