@@ -35,7 +35,7 @@ from specsplit.worker.spans import WorkerSpans
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 Prompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
-AT_ONCE = 8  # texts of one pair; as many sessions as a worker keeps by default
+AT_ONCE = 8  # texts of one pair, or fewer where a worker has fewer sessions
 CALL_TIMEOUT_S = 3600.0  # of a pass in this process: there is no connection to lose
 
 
@@ -73,7 +73,8 @@ def load(target: str | Path | Model, draft: str | Path | Model | None = None, **
         restore()
 
     stubs = {role: InProcessStub(servicer) for role, servicer in servicers.items()}
-    return Pair(stubs.get("draft"), stubs["target"], codec, config, close)
+    met = {role: servicer.Describe(pb.DescribeRequest(), None) for role, servicer in servicers.items()}
+    return Pair(stubs.get("draft"), stubs["target"], codec, config, close, met)
 
 
 def connect(
@@ -156,7 +157,8 @@ class Pair:
         self._close = close
         self._identities = dict(identities or {})
         self._controllers: dict[tuple[Any, ...], GammaController] = {}
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        most = [(worker.limits.sessions, worker.limits.streams) for worker in self._identities.values()]
+        self._slots = asyncio.Semaphore(min([AT_ONCE, *(limit for each in most for limit in each if limit)]))
         self._closed = False
 
     @overload

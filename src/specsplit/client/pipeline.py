@@ -77,6 +77,7 @@ async def _write(
         with suppress(WithoutDraft):
             draft_info = await describe(recovery, "draft", draft_stub)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+    text.limits.say()
     stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
     if config.gamma != "auto":
         controller = None
@@ -218,12 +219,11 @@ class _Pipeline:
         ahead, wanted = None, None
         if self.config.mode != "sync":
             next_gamma = self._choose()
-            if next_gamma > 0:
+            full = self.config.mode == "overlap"
+            fan_out = self.text.limits.fan_out(next_gamma)
+            if next_gamma > 0 and fan_out > 0:
                 ahead = _Ahead(next_gamma)
-                full = self.config.mode == "overlap"
-                wanted = pb.Ahead(
-                    fan_out=1 if full else self.config.fan_out, max_draft_tokens=next_gamma, full_acceptance=full
-                )
+                wanted = pb.Ahead(fan_out=1 if full else fan_out, max_draft_tokens=next_gamma, full_acceptance=full)
         fields = draft_fields(self.text, gamma, wanted)
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)

@@ -75,7 +75,7 @@ def tree_from_message(message: pb.TokenTree) -> TokenTree:
 def sampling_to_message(sampling: Sampling) -> pb.Sampling:
     return pb.Sampling(
         temperature=sampling.temperature,
-        top_k=sampling.top_k,
+        top_k=min(sampling.top_k, (1 << 32) - 1),
         top_p=sampling.top_p,
         seed=sampling.seed,
         rejection=sampling.rejection,

@@ -20,6 +20,9 @@ Device = Annotated[
 ]
 
 
+WAITING_CALLS = 256  # that wait for one of max_calls, or for their client
+
+
 class ComputeSettings(Settings):
     """Where and with how many threads a model runs."""
 
@@ -83,6 +86,13 @@ class WorkerSettings(AccessSettings, ComputeSettings):
         ge=1,
     )
     max_tree_nodes: int = setting(256, "Largest tree drafted or verified.", ge=1)
+    max_message_mb: int = setting(
+        16,
+        "MiB of a message, at most; a proxy in between may take less. Clients keep within it.",
+        operates=True,
+        ge=1,
+        le=16,
+    )
     seed: int = setting(0, "Seed of torch in this process.")
     drain_s: float = setting(3.0, "Seconds that running calls get to finish after SIGTERM.", operates=True, ge=0)
     metrics_port: int | None = setting(
@@ -93,6 +103,15 @@ class WorkerSettings(AccessSettings, ComputeSettings):
     @property
     def call_limit(self) -> int:
         return self.max_calls or 2 * self.max_sessions + 16
+
+    @property
+    def stream_limit(self) -> int:
+        """Calls and streams that are open at once, those that wait for a place or for their client included."""
+        return self.call_limit + WAITING_CALLS
+
+    @property
+    def message_bytes(self) -> int:
+        return self.max_message_mb << 20
 
 
 class DraftWorkerConfig(WorkerSettings):

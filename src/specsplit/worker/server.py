@@ -86,7 +86,7 @@ class WorkerServer:
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "rpc"),  # started when they are needed; they mostly wait for the model
             interceptors=[self._auth],
-            options=SERVER_OPTIONS,
+            options=list({**dict(SERVER_OPTIONS), "grpc.max_receive_message_length": config.message_bytes}.items()),
             maximum_concurrent_rpcs=threads,
         )
         self._late = _LateService()

@@ -18,9 +18,11 @@ import torch
 
 import specsplit
 from specsplit import tracing
+from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 from specsplit.rpc.statuses import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.run import MAX_GAMMA
 from specsplit.settings.worker import WorkerSettings
 from specsplit.worker.batching import SharedModel, describe_runtime
 from specsplit.worker.inbox import MOST_WAITING, Inbox
@@ -38,6 +40,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 MAX_SESSION_ID = 128
 MAX_FAN_OUT = 64  # outcomes of a verification
+MAX_STOP_TOKENS = 1024
 MAX_ROUND = 1 << 31
 MAX_DETAILS = 500  # characters: a status goes into headers, whose size is limited
 
@@ -57,8 +60,9 @@ class Caller:
 class WorkerServicer:
     """One loaded model and its sessions.
 
-    identity: model name and fingerprint as reported by Describe. owner_of: who a call is from, by its metadata; what it
-    says has one length, so that no owner and session id can be read as another pair. tokenizer_files: for Describe.
+    identity: model name and fingerprint as reported by Describe. limits: what requests are checked against.
+    owner_of: who a call is from, by its metadata; what it says has one length, so that no owner and session id can be
+    read as another pair. tokenizer_files: for Describe.
     """
 
     role = ""
@@ -73,10 +77,22 @@ class WorkerServicer:
         self.config = config
         self.identity = identity
         self.max_context = min(config.max_context, model.max_context)
+        sessions = sessions_that_fit(config, model.model, self.max_context)
+        self.limits = pb.Limits(
+            tree_nodes=config.max_tree_nodes,
+            draft_tokens=MAX_GAMMA,
+            children=MAX_BRANCHING,
+            tree_width=MAX_TREE_NODES,
+            fan_out=MAX_FAN_OUT,
+            stop_tokens=MAX_STOP_TOKENS,
+            message_bytes=config.message_bytes,
+            waiting_messages=MOST_WAITING,
+            sessions=sessions,
+            calls=config.call_limit,
+            streams=config.stream_limit,
+        )
         self.sessions = SessionStore(
-            lambda: model.new_cache(self.max_context),
-            limit=sessions_that_fit(config, model.model, self.max_context),
-            ttl_s=config.session_ttl_s,
+            lambda: model.new_cache(self.max_context), limit=sessions, ttl_s=config.session_ttl_s
         )
         self._calls = threading.BoundedSemaphore(config.call_limit)
 
@@ -98,6 +114,7 @@ class WorkerServicer:
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
             runtime=describe_runtime(self.model.model.device, self.config.seed),
             tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
+            limits=self.limits,
             **self.identity,
         )
 
@@ -115,8 +132,8 @@ class WorkerServicer:
         if not context.new_tokens:
             raise InvalidRequest("new_tokens is empty: send at least the last token of the context")
         length = context.prefix_length + len(context.new_tokens)
-        if nodes > self.config.max_tree_nodes:
-            raise LimitReached(f"a tree of {nodes} nodes is over the limit of {self.config.max_tree_nodes}")
+        if nodes > self.limits.tree_nodes:
+            raise LimitReached(f"a tree of {nodes} nodes is over the limit of {self.limits.tree_nodes}")
         if length + nodes > self.max_context:
             raise LimitReached(
                 f"a context of {length} tokens and {nodes} drafted ones exceed the "

@@ -13,7 +13,7 @@ from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.worker import TargetWorkerConfig
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest
-from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
+from specsplit.worker.servicer import Caller, WorkerServicer
 from specsplit.worker.target import verify_tree
 
 
@@ -41,8 +41,9 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             if what is None:
                 raise InvalidRequest("a message of this stream is either verify or prepared")
             if what == "prepared":
-                if len(message.prepared.outcomes) > MAX_FAN_OUT:
-                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {MAX_FAN_OUT}")
+                if len(message.prepared.outcomes) > self.limits.fan_out:
+                    most = self.limits.fan_out
+                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {most}")
                 request, waiting_since = last and _next_round(*last, message.prepared), None
             if request is None:
                 continue
