@@ -84,20 +84,23 @@ async def _write(
     elif controller is None:
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
     text.started = time.perf_counter()
-    while True:
-        pipeline = _Pipeline(text, stubs["draft"], target_stub, controller)
-        try:
-            await pipeline.run()
-            return text.result
-        except WorkerFailed as error:
-            failed = error
-        finally:
-            await pipeline.close()
-        try:
-            await describe(recovery, failed.role, stubs[failed.role], failed)
-        except WithoutDraft:
-            stubs["draft"] = None
-            text.drop_draft()
+    pipeline = _Pipeline(text, stubs, controller)
+    try:
+        while True:
+            try:
+                await pipeline.run()
+                return text.result
+            except WorkerFailed as error:
+                failed = error
+            await pipeline.close(failed.role)
+            try:
+                await describe(recovery, failed.role, stubs[failed.role], failed)
+                pipeline.open(failed.role)
+            except WithoutDraft:
+                text.drop_draft()
+    finally:
+        await pipeline.close("draft")
+        await pipeline.close("target")
 
 
 @dataclass
@@ -111,31 +114,55 @@ class _Ahead:
 
 
 class _Pipeline:
-    """One pair of streams and the rounds over them, until the text ends or a stream breaks."""
+    """A stream to each worker and the rounds over them, until the text ends or one of them breaks.
 
-    def __init__(self, text: Text, draft_stub: Any, target_stub: Any, controller: GammaController | None) -> None:
-        config = text.config
+    That one alone is opened anew (`close`, `open`), and `run` goes on where the text stands: the other worker keeps its
+    session and what it has computed.
+    """
+
+    def __init__(self, text: Text, stubs: Mapping[str, Any], controller: GammaController | None) -> None:
         self.text = text
-        self.config = config
+        self.config = text.config
         self.controller = controller
-        carry = (lambda call: call) if text.span is None else text.span.carry
-        self.target = Stream(
-            "target",
-            carry(target_stub.StreamVerify),
-            timeout_s=config.rpc_timeout_s,
-            rtt_ms=config.rtt_ms,
-            jitter_ms=config.jitter_ms,
-            seed=config.seed,
-        )
-        self.draft = None
-        if draft_stub is not None:
-            self.draft = Stream("draft", carry(draft_stub.StreamDrafts), timeout_s=config.rpc_timeout_s)
-        self.at_target, self.at_draft = HeldPrefix(), HeldPrefix()
+        self._stubs = stubs
+        self._streams: dict[str, Stream] = {}
+        for role, stub in stubs.items():
+            if stub is not None:
+                self.open(role)
 
-    async def close(self) -> None:
-        await self.target.close()
-        if self.draft is not None:
-            await self.draft.close()
+    @property
+    def target(self) -> Stream:
+        return self._streams["target"]
+
+    @property
+    def draft(self) -> Stream | None:
+        return self._streams.get("draft")
+
+    def open(self, role: str) -> None:
+        """A new stream to a worker, which holds nothing of the text."""
+        config, stub = self.config, self._stubs[role]
+        call = stub.StreamVerify if role == "target" else stub.StreamDrafts
+        network: dict[str, Any] = {"rtt_ms": config.rtt_ms, "jitter_ms": config.jitter_ms, "seed": config.seed}
+        self._streams[role] = Stream(
+            role,
+            call if self.text.span is None else self.text.span.carry(call),
+            timeout_s=config.rpc_timeout_s,
+            **(network if role == "target" else {}),
+        )
+        # A place in line is given up before the client takes the worker for hung.
+        held = HeldPrefix(min(config.recovery_timeout_s, config.rpc_timeout_s / 2))
+        if role == "target":
+            self.at_target = held
+        else:
+            self.at_draft = held
+
+    async def close(self, role: str) -> None:
+        """End the stream to a worker, and with it the worker's session."""
+        if role in self._streams:
+            await self._streams.pop(role).close()
+        if role == "draft" and "target" in self._streams:
+            # The target may have begun a round by itself, from what was prepared: the one after that is ours.
+            self.at_target.round += 1
 
     async def run(self) -> None:
         """Rounds until the text is finished. Raises WorkerFailed."""

@@ -65,7 +65,8 @@ class WorkerSettings(AccessSettings, ComputeSettings):
     )
     max_sessions: int = setting(
         8,
-        "Sessions that a worker keeps at once; the least recently used idle one goes first.",
+        "Sessions that a worker keeps at once. The least recently used idle one goes first; while all are in use, who "
+        "comes waits in line.",
         example=32,
         operates=True,
         ge=1,
@@ -73,8 +74,24 @@ class WorkerSettings(AccessSettings, ComputeSettings):
     session_ttl_s: float = setting(
         600.0, "Seconds after which an idle session is dropped.", example=60, operates=True, gt=0
     )
+    session_wait_s: float = setting(
+        60.0, "Seconds that a stream waits in line for a session, at most.", operates=True, ge=0
+    )
+    session_slice_s: float = setting(
+        10.0,
+        "Seconds that a session in use is its stream's while others wait in line, or 20 times what it takes to read "
+        "its context, if that is more.",
+        operates=True,
+        gt=0,
+    )
+    stream_idle_s: float = setting(
+        120.0, "Seconds after which a stream that says nothing is ended.", operates=True, gt=0
+    )
     max_calls: int | None = setting(
-        None, "Calls and streams at once; null: 16 more than twice max_sessions.", operates=True, ge=1
+        None,
+        "Calls and streams that are worked on at once, others wait; null: 16 more than twice max_sessions.",
+        operates=True,
+        ge=1,
     )
     cache_memory_mb: int | None = setting(
         None,

@@ -15,10 +15,11 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.worker import DraftWorkerConfig
 from specsplit.worker.batching import SharedModel
+from specsplit.worker.calls import Caller
 from specsplit.worker.draft import Drafter
 from specsplit.worker.inbox import Inbox
-from specsplit.worker.refusals import InvalidRequest
-from specsplit.worker.servicer import Caller, WorkerServicer
+from specsplit.worker.refusals import InvalidRequest, SessionLost
+from specsplit.worker.servicer import WorkerServicer
 
 
 class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
@@ -95,13 +96,16 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
     ) -> pb.GenerateDraftsReply | None:
         """Drafts for the likely outcomes of verifying `tree`; None when a newer request has arrived."""
         ahead = request.ahead
-        with self.sessions.use(request.context, caller.owner) as session:
-            if session.last_round != request.context.round:  # evicted and opened anew
-                return None
-            with self.model.timed(caller.gone) as watch:
+        try:
+            with (
+                self.sessions.use(request.context, caller, new=False) as session,
+                self.model.timed(caller.gone) as watch,
+            ):
                 outcomes = Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
                     tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
                 )
+        except SessionLost:  # the next request will say so
+            return None
         if abandoned():
             return None
         reply = pb.GenerateDraftsReply(

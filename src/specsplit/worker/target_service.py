@@ -11,9 +11,10 @@ from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_m
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.worker import TargetWorkerConfig
+from specsplit.worker.calls import Caller
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest
-from specsplit.worker.servicer import Caller, WorkerServicer
+from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.target import verify_tree
 
 
