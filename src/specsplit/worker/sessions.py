@@ -78,7 +78,7 @@ class SessionStore:
     A session is in use while a call works with it and while the stream that opened it is open. Others are idle: they
     are dropped after `ttl_s` seconds, or earlier, the least recently used first, when their cache is needed. When all
     are in use a new one waits in line. Sessions in use stay, but for two kinds that make room for who waits: one that
-    was in use for `slice_s` seconds, and one whose stream has been silent for `idle_s`. So every client gets on, and a
+    was in use for `slice_s` seconds, and one whose stream has been silent for IDLE_S. So every client gets on, and a
     silent or greedy one keeps nobody out. owner: who may use a session, where clients can be told apart; for everybody
     else it does not exist.
     """
@@ -90,13 +90,12 @@ class SessionStore:
         limit: int,
         ttl_s: float,
         slice_s: float = SLICE_S,
-        idle_s: float = IDLE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._new_cache = new_cache
         self._limit = limit
         self._ttl_s = ttl_s
-        self._slice_s, self._idle_s = slice_s, idle_s
+        self._slice_s = slice_s
         self._clock = clock
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._spare: list[KVCache] = []  # caches of ended sessions, to be used again
@@ -202,7 +201,7 @@ class SessionStore:
             for key, session in free.items()
             if shares.of(session.peer) >= own
             and (
-                now - session.last_used >= self._idle_s
+                now - session.last_used >= IDLE_S
                 or now - session.opened >= max(self._slice_s, SLICE_COSTS * session.cost_s)
             )
         }
