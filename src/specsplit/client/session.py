@@ -12,11 +12,11 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 class HeldPrefix:
     """The beginning of the text that a worker holds in one session, and the contexts that build on it.
 
-    wait_s: how long a request may wait in line at the worker.
+    wait_s: how long a request may wait in line at the worker; None leaves it to the worker.
     """
 
-    def __init__(self, wait_s: float) -> None:
-        self._wait_ms = int(wait_s * 1e3)
+    def __init__(self, wait_s: float | None = None) -> None:
+        self._wait_ms = None if wait_s is None else min(int(wait_s * 1e3), (1 << 32) - 1)
         self.id = uuid.uuid4().hex
         self.round = 0
         self.length = 0  # tokens
