@@ -30,8 +30,6 @@ from waiting import wait_until
 PROMPT = [65, 66, 67]
 MODES = ("sync", "overlap", "lookahead")
 MAYBE = {"UNAVAILABLE"}  # grpc.aio may meet the end of a stream while it writes, and then does not know its status
-    "UNAVAILABLE"
-}  # grpc.aio may meet the end of a stream while it writes, and then does not know the status of it
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 
