@@ -17,7 +17,8 @@ from specsplit.worker.calls import Caller, Line, Peer
 from specsplit.worker.refusals import SessionLost, StaleRound
 
 SLICE_S = 10.0  # a session in use for so long goes to who waits for one
-IDLE_S = 2.0  # likewise one whose open stream said nothing for so long
+IDLE_S = 2.0  # likewise one whose open stream said nothing for so long after its first round
+SHORT_IDLE_S, IDLE_GAPS = 0.2, 3.0  # later: for that long, for so many of its longest pauses, and for `cost_s`
 SLICE_COSTS = 20.0  # but it gets this many times what it took to read its context, so that changing costs a twentieth
 NOBODY = Caller()
 
@@ -28,7 +29,8 @@ class Session:
 
     tokens: the context after the last round. cache: its keys and values, perhaps followed by tree nodes.
     state: what the draft worker knows about them (`draft.DraftState`). held: the stream that opened it is open. peer:
-    whose it is. opened: when. cost_s: what its first round took, the whole context.
+    whose it is. opened: when. cost_s: what its first round took, the whole context. pause_s: the longest between
+    rounds.
     """
 
     cache: KVCache
@@ -43,7 +45,15 @@ class Session:
     peer: Peer = field(default_factory=Peer)
     opened: float = 0.0
     cost_s: float = 0.0
+    pause_s: float | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def idle_limit_s(self) -> float:
+        """Silence after which it goes to who waits: no pause as its client makes them, and no less than is lost."""
+        if self.pause_s is None:
+            return IDLE_S
+        return max(SHORT_IDLE_S, IDLE_GAPS * self.pause_s, self.cost_s)
 
     def replay(self, round_number: int, request: bytes) -> Any:
         """The reply already given to the same request, or None when the round is new.
@@ -78,9 +88,9 @@ class SessionStore:
     A session is in use while a call works with it and while the stream that opened it is open. Others are idle: they
     are dropped after `ttl_s` seconds, or earlier, the least recently used first, when their cache is needed. When all
     are in use a new one waits in line. Sessions in use stay, but for two kinds that make room for who waits: one that
-    was in use for `slice_s` seconds, and one whose stream has been silent for IDLE_S. So every client gets on, and a
-    silent or greedy one keeps nobody out. owner: who may use a session, where clients can be told apart; for everybody
-    else it does not exist.
+    was in use for `slice_s` seconds, and one whose stream has been silent for longer than it ever was. So every client
+    gets on, and a silent or greedy one keeps nobody out. owner: who may use a session, where clients can be told apart;
+    for everybody else it does not exist.
     """
 
     def __init__(
@@ -143,6 +153,8 @@ class SessionStore:
                     busy=f"all {self._limit} sessions are in use; raise max_sessions where memory allows",
                 )
             self._sessions.move_to_end(key)
+            if session.last_round and not session.users:
+                session.pause_s = max(session.pause_s or 0.0, self._clock() - session.last_used)
             session.users += 1
             session.held = session.held or caller.holds
         try:
@@ -201,7 +213,7 @@ class SessionStore:
             for key, session in free.items()
             if shares.of(session.peer) >= own
             and (
-                now - session.last_used >= IDLE_S
+                now - session.last_used >= session.idle_limit_s
                 or now - session.opened >= max(self._slice_s, SLICE_COSTS * session.cost_s)
             )
         }
