@@ -4,8 +4,8 @@
 
 starts a draft and a target worker with so many sessions, simulated so that a pass takes `--step-ms`, and lets 1, 2, 3
 and 4 times as many clients write text after text. Prints a row each: tokens a second of all clients, the share of that
-with as many clients as sessions, sessions that changed hands in finished texts, texts that were wrong, and the tokens of
-the clients with fewest and with most. Long texts (`--tokens`) make sessions change hands before a text is done.
+with as many clients as sessions, sessions that changed hands in finished texts, wrong texts, and the tokens of the
+clients with fewest and with most. Long texts (`--tokens`) make sessions change hands before a text is done.
 """
 
 from __future__ import annotations
