@@ -111,7 +111,10 @@ class Recovery:
         hopeless = failed.remedy == "none" or (failed.remedy == "resend" and not lost_session)
         if hopeless or (policy == "fail" and not lost_session) or self._left() <= 0:
             raise self.give_up(failed)
-        log.warning("%s; opening a new session with the whole text", failed)
+        # A session that went to another client is no fault.
+        log.log(
+            logging.INFO if lost_session else logging.WARNING, "%s; opening a new session with the whole text", failed
+        )
         if lost_session:
             return 0.0
         wait = min(FIRST_WAIT_S * 2 ** (self._tries - 1), LONGEST_WAIT_S)
