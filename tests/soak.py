@@ -302,6 +302,9 @@ def kill_workflow(kills: int, seed: int, *, prompts: int = 8) -> dict[str, Any]:
     return figures
 
 
+# A peer that went silent is noticed in a second instead of 15.
+_PINGS = {"grpc.keepalive_time_ms": 700, "grpc.http2.ping_timeout_ms": 500, "grpc.use_local_subchannel_pool": 1}
+QUICK = list({**dict(CHANNEL_OPTIONS), **_PINGS}.items())
 FAULTS = ("cut", "silent", "stall", "slow", "twice")
 
 
@@ -331,9 +334,6 @@ async def _disturb(
 def load(minutes: float, clients: int, seed: int, *, curve: Path | None = None, every_s: float = 2.0) -> dict[str, Any]:
     """Many clients through a network with faults; how many texts were right, and the memory of the workers."""
     chance = random.Random(seed)
-    # A peer that went silent is noticed in a second instead of 15.
-    quick = {"grpc.keepalive_time_ms": 700, "grpc.http2.ping_timeout_ms": 500, "grpc.use_local_subchannel_pool": 1}
-    options = list({**dict(CHANNEL_OPTIONS), **quick}.items())
     verdicts: Counter[str] = Counter()
     codes: Counter[str] = Counter()
     done: Counter[str] = Counter()
@@ -351,8 +351,8 @@ def load(minutes: float, clients: int, seed: int, *, curve: Path | None = None, 
         async def client(number: int) -> None:
             own = random.Random(seed + number)
             async with (
-                grpc.aio.insecure_channel(networks[0].address, options=options) as draft,
-                grpc.aio.insecure_channel(networks[1].address, options=options) as target,
+                grpc.aio.insecure_channel(networks[0].address, options=QUICK) as draft,
+                grpc.aio.insecure_channel(networks[1].address, options=QUICK) as target,
             ):
                 stubs = pb_grpc.DraftServiceStub(draft), pb_grpc.TargetServiceStub(target)
                 while time.monotonic() - began < minutes * 60:
@@ -491,11 +491,10 @@ def _episode(
             prompt = own.randrange(len(PROMPTS))
             tree, gamma = own.choice(["chain", "2x2", "4x4x2", "dynamic-64x8"]), own.choice([0, 3, 16, "auto"])
             config = any_settings(own, tree=tree, gamma=gamma)
-            options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
             error, tokens, started = None, [], time.monotonic()
             async with (
-                grpc.aio.insecure_channel(networks[0].address, options=options) as draft,
-                grpc.aio.insecure_channel(networks[1].address, options=options) as target,
+                grpc.aio.insecure_channel(networks[0].address, options=QUICK) as draft,
+                grpc.aio.insecure_channel(networks[1].address, options=QUICK) as target,
             ):
                 stubs = pb_grpc.DraftServiceStub(draft), pb_grpc.TargetServiceStub(target)
                 try:

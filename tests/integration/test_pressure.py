@@ -16,6 +16,7 @@ import pytest
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.stream import Stream
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access
@@ -354,3 +355,30 @@ def test_calls_that_wait_for_their_message_end_as_well(models: dict[str, Path]) 
             over.set()
         assert error.code() == grpc.StatusCode.CANCELLED
         assert len(target.server._open_calls) == 0
+
+
+def test_everyone_who_asks_a_broken_stream_learns_that_it_is() -> None:
+    """One that asked may have been cancelled when the answer came; then nobody would know."""
+
+    class Broken:
+        def cancel(self) -> None: ...
+
+        async def read(self) -> Any:
+            return grpc.aio.EOF
+
+        async def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.ABORTED
+
+        async def details(self) -> str:
+            return "gone"
+
+        async def trailing_metadata(self) -> Any:
+            return ()
+
+    async def ask_twice() -> list[str]:
+        stream = Stream("draft", Broken, timeout_s=5.0)
+        found = await asyncio.gather(stream.receive(), stream.receive(), return_exceptions=True)
+        await stream.close()
+        return [str(each) for each in found]
+
+    assert event_loop().run(ask_twice()) == ["draft worker: ABORTED: gone"] * 2

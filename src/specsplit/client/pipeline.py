@@ -95,9 +95,9 @@ async def _write(
             await pipeline.close(failed.role)
             try:
                 await describe(recovery, failed.role, stubs[failed.role], failed)
-                pipeline.open(failed.role)
+                pipeline.renew(failed.role)
             except WithoutDraft:
-                text.drop_draft()
+                pipeline.drop_draft()
     finally:
         await pipeline.close("draft")
         await pipeline.close("target")
@@ -116,41 +116,32 @@ class _Ahead:
 class _Pipeline:
     """A stream to each worker and the rounds over them, until the text ends or one of them breaks.
 
-    That one alone is opened anew (`close`, `open`), and `run` goes on where the text stands: the other worker keeps its
-    session and what it has computed.
+    That one alone is opened anew (`close`, `renew`), and `run` goes on where the text stands: the other worker keeps
+    its session and what it has computed.
     """
 
     def __init__(self, text: Text, stubs: Mapping[str, Any], controller: GammaController | None) -> None:
         self.text = text
         self.config = text.config
         self.controller = controller
-        self._stubs = stubs
+        self._stubs = dict(stubs)
         self._streams: dict[str, Stream] = {}
-        for role, stub in stubs.items():
-            if stub is not None:
-                self.open(role)
+        self.renew("draft")
+        self.renew("target")
 
     @property
     def target(self) -> Stream:
-        return self._streams["target"]
+        return self._stream("target")
 
     @property
     def draft(self) -> Stream | None:
-        return self._streams.get("draft")
+        return None if self._stubs["draft"] is None else self._stream("draft")
 
-    def open(self, role: str) -> None:
-        """A new stream to a worker, which holds nothing of the text."""
-        config, stub = self.config, self._stubs[role]
-        call = stub.StreamVerify if role == "target" else stub.StreamDrafts
-        network: dict[str, Any] = {"rtt_ms": config.rtt_ms, "jitter_ms": config.jitter_ms, "seed": config.seed}
-        self._streams[role] = Stream(
-            role,
-            call if self.text.span is None else self.text.span.carry(call),
-            timeout_s=config.rpc_timeout_s,
-            **(network if role == "target" else {}),
-        )
+    def renew(self, role: str) -> None:
+        """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
+        for a worker ends one that says nothing."""
         # A place in line is given up before the client takes the worker for hung.
-        held = HeldPrefix(min(config.recovery_timeout_s, config.rpc_timeout_s / 2))
+        held = HeldPrefix(min(self.config.recovery_timeout_s, self.config.rpc_timeout_s / 2))
         if role == "target":
             self.at_target = held
         else:
@@ -160,9 +151,27 @@ class _Pipeline:
         """End the stream to a worker, and with it the worker's session."""
         if role in self._streams:
             await self._streams.pop(role).close()
-        if role == "draft" and "target" in self._streams:
+        if role == "draft":
             # The target may have begun a round by itself, from what was prepared: the one after that is ours.
             self.at_target.round += 1
+
+    def drop_draft(self) -> None:
+        """From here on the target writes alone."""
+        self._stubs["draft"] = None
+        self.text.drop_draft()
+
+    def _stream(self, role: str) -> Stream:
+        if role not in self._streams:
+            config, stub = self.config, self._stubs[role]
+            call = stub.StreamVerify if role == "target" else stub.StreamDrafts
+            network: dict[str, Any] = {"rtt_ms": config.rtt_ms, "jitter_ms": config.jitter_ms, "seed": config.seed}
+            self._streams[role] = Stream(
+                role,
+                call if self.text.span is None else self.text.span.carry(call),
+                timeout_s=config.rpc_timeout_s,
+                **(network if role == "target" else {}),
+            )
+        return self._streams[role]
 
     async def run(self) -> None:
         """Rounds until the text is finished. Raises WorkerFailed."""
