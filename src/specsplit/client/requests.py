@@ -14,6 +14,7 @@ def draft_fields(text: Text, gamma: int, ahead: pb.Ahead | None = None) -> dict[
     """Every field of GenerateDraftsRequest but `context`."""
     shape = text.limits.shape
     depth = max(gamma, ahead.max_draft_tokens) if ahead is not None else gamma
+    forced = text.forced(gamma + 1 + ahead.max_draft_tokens if ahead else gamma)
     return {
         "max_draft_tokens": gamma,
         "branching": shape.branching[:depth],
@@ -24,6 +25,7 @@ def draft_fields(text: Text, gamma: int, ahead: pb.Ahead | None = None) -> dict[
         "vocab_size": text.vocab_size,
         "length_limit": text.length_limit,
         "ahead": ahead,
+        "forced": pb.Forced(tokens=forced.tokens, right=forced.right) if forced.tokens else None,
     }
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import grpc
 
+from specsplit.decoding.forced import Forced
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.tree import MAX_TREE_NODES, TokenTree, TreeShape
 from specsplit.models.vocabulary import Vocabulary
 from specsplit.rpc.codec import sampling_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
+from specsplit.settings.run import MAX_GAMMA
 from specsplit.settings.worker import DraftWorkerConfig
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.calls import Caller
@@ -20,6 +22,8 @@ from specsplit.worker.draft import Drafter
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest, SessionLost
 from specsplit.worker.servicer import WorkerServicer
+
+MOST_FORCED = 2 * MAX_GAMMA + 1  # a draft, the token after it, and a draft ahead
 
 
 class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
@@ -145,6 +149,9 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             raise InvalidRequest(
                 f"ahead: fan_out is at most {most.fan_out}, max_draft_tokens at most {most.draft_tokens}"
             )
+        forced = Forced(tuple(request.forced.tokens), tuple(request.forced.right))
+        if len(forced.tokens) != len(forced.right) or len(forced.tokens) > MOST_FORCED:
+            raise InvalidRequest(f"forced: tokens and right have one length, at most {MOST_FORCED}")
         try:
             sampling = sampling_from_message(request.sampling)
         except ValueError as error:
@@ -160,4 +167,5 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             stop_token_ids=frozenset(request.stop_token_ids),
             vocab_size=request.vocab_size or self.vocab_size,
             length_limit=request.length_limit or DraftSettings.length_limit,
+            forced=forced,
         )
