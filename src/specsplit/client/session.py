@@ -20,6 +20,7 @@ class HeldPrefix:
         self.id = uuid.uuid4().hex
         self.round = 0
         self.length = 0  # tokens
+        self.whole = False  # whether the last context was the whole text
         self._crc = 0
 
     def context(self, tokens: Sequence[int]) -> pb.Context:
@@ -28,6 +29,7 @@ class HeldPrefix:
         if self.length >= len(tokens):  # the round before was for this text as well, and did not come to its end
             self.length = len(tokens) - 1
             self._crc = tokens_crc32(tokens[: self.length])
+        self.whole = self.length == 0
         return pb.Context(
             session_id=self.id,
             round=self.round,

@@ -98,7 +98,8 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         tree: TokenTree,
         abandoned: Callable[[], bool],
     ) -> pb.GenerateDraftsReply | None:
-        """Drafts for the likely outcomes of verifying `tree`; None when a newer request has arrived."""
+        """Drafts for the likely outcomes of verifying `tree`, none when a newer request has arrived; None without a
+        session."""
         ahead = request.ahead
         try:
             with (
@@ -110,8 +111,10 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
                 )
         except SessionLost:  # the next request will say so
             return None
-        if abandoned():
-            return None
+        if self.metrics is not None:
+            self.metrics.ahead(watch.compute_ms)
+        if abandoned():  # nobody wants them, but what they took is counted
+            outcomes = []
         reply = pb.GenerateDraftsReply(
             round=request.context.round,
             is_ahead=True,

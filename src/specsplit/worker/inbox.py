@@ -48,6 +48,7 @@ class Inbox:
         self._messages.put(None)
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
+        said = False
         while (item := self._messages.get()) is not None:
             if self._gone or self._caller.displaced:
                 break
@@ -58,12 +59,14 @@ class Inbox:
             self.arrived = item[1]
             self._caller.may_wait(_context_of(item[0]), self._most_wait_s)
             self._caller.work()
+            said = True
             yield item
             self._caller.rest()
         if self._caller.displaced:
             raise self._caller.displaced
-        self._caller.work()  # an empty stream, too, is answered only when there is a place
-        self._caller.rest()
+        if not said:
+            self._caller.work()  # an empty stream, too, is answered only when there is a place
+            self._caller.rest()
 
     def end(self) -> None:
         """End the iteration, although the client would go on."""
