@@ -102,6 +102,12 @@ class _Context:
     def is_active(self) -> bool:
         return self.active
 
+    def peer(self) -> str:
+        return "in-process"
+
+    def cancel(self) -> None:
+        self.active = False
+
     def set_trailing_metadata(self, metadata: Metadata) -> None:
         self.trailing_metadata = metadata
 

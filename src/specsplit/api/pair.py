@@ -36,7 +36,7 @@ from specsplit.worker.spans import WorkerSpans
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 Prompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
-AT_ONCE = 8  # texts of one pair; as many sessions as a worker keeps by default
+AT_ONCE = 8  # texts of one pair, or fewer where a worker has fewer sessions
 CALL_TIMEOUT_S = 3600.0  # of a pass in this process: there is no connection to lose
 
 
@@ -83,8 +83,9 @@ def in_process_pair(
         for role, settings in workers.items():
             servicers[role] = _servicer(role, settings)
         stubs = {role: InProcessStub(servicer) for role, servicer in servicers.items()}
+        met = {role: servicer.Describe(pb.DescribeRequest(), None) for role, servicer in servicers.items()}
         base = config or OrchestratorConfig(rpc_timeout_s=CALL_TIMEOUT_S)
-        return Pair(stubs.get("draft"), stubs["target"], codec(), base, close, identities)
+        return Pair(stubs.get("draft"), stubs["target"], codec(), base, close, {**met, **identities})
     except BaseException:
         event_loop().run(close())
         raise
@@ -171,7 +172,8 @@ class Pair:
         self._close = close
         self._identities = dict(identities or {})
         self._controllers: dict[tuple[Any, ...], GammaController] = {}
-        self._slots = asyncio.Semaphore(at_once)
+        most = [(worker.limits.sessions, worker.limits.streams) for worker in self._identities.values()]
+        self._slots = asyncio.Semaphore(min([at_once, *(limit for each in most for limit in each if limit)]))
         self._closed = False
 
     @overload

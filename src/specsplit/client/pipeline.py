@@ -91,27 +91,31 @@ async def _write(
         with suppress(WithoutDraft):
             draft_info = await describe(recovery, "draft", draft_stub)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+    text.limits.say()
     text.known = known
     stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
     if config.gamma != "auto":
         controller = None
     elif controller is None:
-        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape)
+        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=text.limits.shape)
     text.started = time.perf_counter()
-    while True:
-        pipeline = _Pipeline(text, stubs["draft"], target_stub, controller)
-        try:
-            await pipeline.run()
-            return text.result
-        except WorkerFailed as error:
-            failed = error
-        finally:
-            await pipeline.close()
-        try:
-            await describe(recovery, failed.role, stubs[failed.role], failed)
-        except WithoutDraft:
-            stubs["draft"] = None
-            text.drop_draft()
+    pipeline = _Pipeline(text, stubs, controller)
+    try:
+        while True:
+            try:
+                await pipeline.run()
+                return text.result
+            except WorkerFailed as error:
+                failed = error
+            await pipeline.close(failed.role)
+            try:
+                await describe(recovery, failed.role, stubs[failed.role], failed)
+                pipeline.renew(failed.role)
+            except WithoutDraft:
+                pipeline.drop_draft()
+    finally:
+        await pipeline.close("draft")
+        await pipeline.close("target")
 
 
 @dataclass
@@ -125,33 +129,67 @@ class _Ahead:
 
 
 class _Pipeline:
-    """One pair of streams and the rounds over them, until the text ends or a stream breaks."""
+    """A stream to each worker and the rounds over them, until the text ends or one of them breaks.
 
-    def __init__(self, text: Text, draft_stub: Any, target_stub: Any, controller: GammaController | None) -> None:
-        config = text.config
+    That one alone is opened anew (`close`, `renew`), and `run` goes on where the text stands: the other worker keeps
+    its session and what it has computed.
+    """
+
+    def __init__(self, text: Text, stubs: Mapping[str, Any], controller: GammaController | None) -> None:
         self.text = text
-        self.config = config
+        self.config = text.config
         self.controller = controller
-        carry = (lambda call: call) if text.span is None else text.span.carry
-        self.target = Stream(
-            "target",
-            carry(target_stub.StreamVerify),
-            timeout_s=config.rpc_timeout_s,
-            rtt_ms=config.rtt_ms,
-            jitter_ms=config.jitter_ms,
-            seed=config.seed,
-        )
-        self.draft = None
-        if draft_stub is not None:
-            self.draft = Stream("draft", carry(draft_stub.StreamDrafts), timeout_s=config.rpc_timeout_s)
-        self.at_target, self.at_draft = HeldPrefix(), HeldPrefix()
+        self._stubs = dict(stubs)
+        self._streams: dict[str, Stream] = {}
+        self.renew("draft")
+        self.renew("target")
         self._exposed_ms = self._hidden_ms = 0.0
         self._awaited = 0  # replies of the draft worker, at most
 
-    async def close(self) -> None:
-        await self.target.close()
-        if self.draft is not None:
-            await self.draft.close()
+    @property
+    def target(self) -> Stream:
+        return self._stream("target")
+
+    @property
+    def draft(self) -> Stream | None:
+        return None if self._stubs["draft"] is None else self._stream("draft")
+
+    def renew(self, role: str) -> None:
+        """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
+        for a worker ends one that says nothing."""
+        # A place in line is given up before the client takes the worker for hung.
+        held = HeldPrefix(min(self.config.recovery_timeout_s, self.config.rpc_timeout_s / 2))
+        if role == "target":
+            self.at_target = held
+        else:
+            self.at_draft = held
+
+    async def close(self, role: str) -> None:
+        """End the stream to a worker, and with it the worker's session."""
+        if role in self._streams:
+            await self._streams.pop(role).close()
+        if role == "draft":
+            # The target may have begun a round by itself, from what was prepared: the one after that is ours.
+            self.at_target.round += 1
+            self._awaited = 0
+
+    def drop_draft(self) -> None:
+        """From here on the target writes alone."""
+        self._stubs["draft"] = None
+        self.text.drop_draft()
+
+    def _stream(self, role: str) -> Stream:
+        if role not in self._streams:
+            config, stub = self.config, self._stubs[role]
+            call = stub.StreamVerify if role == "target" else stub.StreamDrafts
+            network: dict[str, Any] = {"rtt_ms": config.rtt_ms, "jitter_ms": config.jitter_ms, "seed": config.seed}
+            self._streams[role] = Stream(
+                role,
+                call if self.text.span is None else self.text.span.carry(call),
+                timeout_s=config.rpc_timeout_s,
+                **(network if role == "target" else {}),
+            )
+        return self._streams[role]
 
     async def run(self) -> None:
         """Rounds until the text is finished. Raises WorkerFailed."""
@@ -268,12 +306,11 @@ class _Pipeline:
         ahead, wanted = None, None
         if self.config.mode != "sync":
             next_gamma = self._choose()
-            if next_gamma > 0:
+            full = self.config.mode == "overlap"
+            fan_out = self.text.limits.fan_out(next_gamma)
+            if next_gamma > 0 and fan_out > 0:
                 ahead = _Ahead(next_gamma)
-                full = self.config.mode == "overlap"
-                wanted = pb.Ahead(
-                    fan_out=1 if full else self.config.fan_out, max_draft_tokens=next_gamma, full_acceptance=full
-                )
+                wanted = pb.Ahead(fan_out=1 if full else fan_out, max_draft_tokens=next_gamma, full_acceptance=full)
         fields = draft_fields(self.text, gamma, wanted)
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)

@@ -63,6 +63,8 @@ class Stream:
             raise WorkerFailed(self.name, grpc.StatusCode.DEADLINE_EXCEEDED.name, late, "wait") from None
         await _until(due)
         if isinstance(message, WorkerFailed):
+            # Whoever asks next has to learn of it too: this one may have been cancelled meanwhile.
+            self._inbox.put_nowait((0.0, message))
             raise message
         return message
 

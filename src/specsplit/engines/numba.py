@@ -14,7 +14,7 @@ import torch
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.linears import Linears, embedding_rows, padded, tied
 from specsplit.engines.numba_kernels import ARRIVED, FAILED, NANOSECONDS, SLEEPING, run_pass
-from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.passes import EMPTY, Pass, all_or_none
 from specsplit.engines.reduced_vocabulary import ReducedEmbedding
 from specsplit.engines.token_cache import Slots, tokens_of_pass
 from specsplit.engines.transformers import CausalLM
@@ -150,14 +150,15 @@ class FusedLM:
         """The passes of several sessions, each of another one, made as one; the logits of each."""
         fed = [tokens_of_pass(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
         rows: list[list[np.ndarray]] = [[] for _ in passes]
-        for parts in _chunks(passes, fed):
-            logits, at = self._run(list(parts.values())), 0
-            for i, part in parts.items():
-                count = part.stop - part.first_wanted
-                rows[i].append(logits[at : at + count])
-                at += count
-        for p, ids in zip(passes, fed, strict=True):
-            p.cache.advance(len(ids))
+        with all_or_none(p.cache for p in passes):
+            for parts in _chunks(passes, fed):
+                logits, at = self._run(list(parts.values())), 0
+                for i, part in parts.items():
+                    count = part.stop - part.first_wanted
+                    rows[i].append(logits[at : at + count])
+                    at += count
+            for p, ids in zip(passes, fed, strict=True):
+                p.cache.advance(len(ids))
         return [torch.from_numpy(np.concatenate(each) if len(each) > 1 else each[0]) for each in rows]
 
     def _run(self, parts: Sequence[_Part]) -> np.ndarray:

@@ -20,7 +20,7 @@ from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.blocks import numbers_in_blocks
 from specsplit.engines.gguf_model import load_blocks, load_floats
 from specsplit.engines.kv_cache import KVCache, LayeredSlots
-from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.passes import EMPTY, Pass, all_or_none
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.reduced_vocabulary import reduce_loaded
 from specsplit.engines.tree_attention import additive, positions, visible
@@ -179,15 +179,17 @@ class CausalLM:
             raise ValueError("a pass needs at least one token")
         if cache.length + count > cache.capacity:
             raise ValueError(f"{cache.length} + {count} tokens exceed the cache of {cache.capacity}")
-        while len(tokens) > self.prefill_tokens:
-            self._forward(cache, tokens[: self.prefill_tokens], EMPTY, 0, keep_logits=1)
-            tokens = tokens[self.prefill_tokens :]
-        rows = len(tree) - cached_nodes + (1 if tokens else 0)
-        return self._forward(cache, tokens, tree, cached_nodes, keep_logits=rows)
+        with all_or_none([cache]):
+            while len(tokens) > self.prefill_tokens:
+                self._forward(cache, tokens[: self.prefill_tokens], EMPTY, 0, keep_logits=1)
+                tokens = tokens[self.prefill_tokens :]
+            rows = len(tree) - cached_nodes + (1 if tokens else 0)
+            return self._forward(cache, tokens, tree, cached_nodes, keep_logits=rows)
 
     def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """The passes of several sessions; the logits of each."""
-        return [self.step(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
+        with all_or_none(p.cache for p in passes):
+            return [self.step(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
 
     def _forward(
         self, cache: Any, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int

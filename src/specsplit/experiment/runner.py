@@ -292,6 +292,7 @@ def _write_tables(entries: Sequence[Entry], run_dir: Path, *, with_reference: bo
 
 
 _WORKER_OPERATION = ("address", "pid", "attached", "process_started", "log", "reason")
+_LIMITS_OPERATION = ("sessions", "calls", "streams", "waiting_messages")  # the others decide how long drafts are
 
 
 def _what_decides(run: Mapping[str, Any], requests: Sequence[Request]) -> dict[str, Any]:
@@ -301,6 +302,9 @@ def _what_decides(run: Mapping[str, Any], requests: Sequence[Request]) -> dict[s
         role: {key: value for key, value in worker.items() if key not in _WORKER_OPERATION}
         for role, worker in run["workers"].items()
     }
+    for worker in workers.values():
+        limits = worker.get("limits", {})
+        worker["limits"] = {name: limit for name, limit in limits.items() if name not in _LIMITS_OPERATION}
     return {
         "requests_sha256": json_sha256([_identity(request) for request in requests]),
         "orchestrator": {key: value for key, value in run["orchestrator"].items() if key not in operates},

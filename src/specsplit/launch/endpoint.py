@@ -161,8 +161,11 @@ class Endpoint:
 
 def description_dict(description: pb.DescribeReply) -> dict[str, Any]:
     """Describe's reply as a plain dict with every field present."""
+    whole = pb.DescribeReply()
+    whole.CopyFrom(description)
+    whole.limits.SetInParent()
     data: dict[str, Any] = MessageToDict(
-        description, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        whole, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     data["parameters"] = int(data["parameters"])  # 64-bit integers are strings in protobuf's JSON
     return data

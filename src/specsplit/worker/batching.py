@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specsplit.decoding.tree import TokenTree
-from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.passes import EMPTY, Pass, all_or_none
 from specsplit.worker.refusals import Abandoned, Stopped
 
 if TYPE_CHECKING:
@@ -253,17 +253,18 @@ class SharedModel:
             request.done.put(None)
 
     def _compute(self, batch: Sequence[_Request]) -> None:
-        """One pass. When it fails, one pass for each request, so that only what is wrong fails."""
-        lengths = [request.work.cache.length for request in batch]
+        """One pass. When it fails it has happened for none of them, and each request gets a pass of its own, so that
+        only what is wrong fails."""
         try:
-            for request, logits in zip(batch, self.model.step_many([r.work for r in batch]), strict=True):
-                request.logits = logits
+            with all_or_none(request.work.cache for request in batch):
+                logits = self.model.step_many([request.work for request in batch])
+                for request, own in zip(batch, logits, strict=True):
+                    request.logits = own
         except BaseException as error:
             if len(batch) == 1:
-                batch[0].error = error
+                batch[0].logits, batch[0].error = None, error
                 return
-            for request, length in zip(batch, lengths, strict=True):
-                request.work.cache.rollback(length)
+            for request in batch:
                 self._compute([request])
 
 

@@ -32,6 +32,7 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
+from specsplit.worker.calls import OpenCalls
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.interceptor import AuthInterceptor
 from specsplit.worker.prometheus import Metrics
@@ -41,7 +42,8 @@ from specsplit.worker.target_service import TargetServicer
 
 log = logging.getLogger(__name__)
 LEASE_POLL_S = 0.5
-SPARE_CALLS = 16  # beyond max_calls, so that health, Describe and refusals are always answered
+SPARE_CALLS = 16  # beyond those that wait, so that health, Describe and refusals are always answered
+SWEEP_S = 1.0
 SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
     ("grpc.so_reuseport", 0),  # otherwise two workers could listen on one port and share its calls
@@ -83,12 +85,15 @@ class WorkerServer:
         self._access = ServerAccess.load(config)
         self.metrics = Metrics() if config.metrics_port is not None else None
         self.spans = WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
-        self._auth = AuthInterceptor(self._access, self.service, self.metrics.refused if self.metrics else None)
-        threads = config.call_limit + SPARE_CALLS
+        self._open_calls = OpenCalls(config.stream_limit, config.stream_idle_s)
+        refused = self.metrics.refused if self.metrics else None
+        self._auth = AuthInterceptor(self._access, self.service, self._open_calls, refused)
+        self._stopped = threading.Event()
+        threads = config.stream_limit + SPARE_CALLS
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "rpc"),  # started when they are needed; they mostly wait for the model
             interceptors=[self._auth],
-            options=SERVER_OPTIONS,
+            options=list({**dict(SERVER_OPTIONS), "grpc.max_receive_message_length": config.message_bytes}.items()),
             maximum_concurrent_rpcs=threads,
         )
         self._late = _LateService()
@@ -113,6 +118,7 @@ class WorkerServer:
                 f"Choose another --port (0 = any free one) or --host."
             ) from error
         self._server.start()
+        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
         if self.metrics is not None:
             assert self.config.metrics_port is not None
             self.metrics.listen(self.config.metrics_host, self.config.metrics_port)
@@ -126,6 +132,7 @@ class WorkerServer:
             self.metrics.watch(servicer.sessions, servicer.model, servicer.Describe(pb.DescribeRequest(), None))
             servicer.metrics = self.metrics
         servicer.spans = self.spans
+        servicer.open_calls = self._open_calls
         if isinstance(servicer, DraftServicer):
             pb_grpc.add_DraftServiceServicer_to_server(servicer, self._late)
         else:
@@ -136,11 +143,16 @@ class WorkerServer:
     def stop(self) -> None:
         """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s` seconds, and stop."""
         self._health.enter_graceful_shutdown()
+        self._stopped.set()
         self._server.stop(grace=self.config.drain_s).wait()
         if self.metrics is not None:
             self.metrics.close()
         if self.servicer is not None:
             self.servicer.model.close()
+
+    def _sweep(self) -> None:
+        while not self._stopped.wait(SWEEP_S):
+            self._open_calls.sweep()
 
     def _report(self, status: int) -> None:
         for name in ("", self.service):

@@ -12,9 +12,10 @@ from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_m
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.worker import TargetWorkerConfig
+from specsplit.worker.calls import Caller
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest, LimitReached
-from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
+from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.target import verify_tree
 
 
@@ -37,8 +38,14 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
 
     def _write(self, inbox: Inbox, caller: Caller) -> Iterator[pb.StreamTextReply]:
         """The text of one request, a reply a token. Each pass is timed and can be abandoned like that of a round."""
-        request: pb.StreamTextRequest = next(iter(inbox))[0]
-        inbox.of_session(request.context.session_id, request.context.round)
+        for request, _ in inbox:
+            inbox.of_session(request.context.session_id, request.context.round)
+            yield from self._whole_text(request, inbox.arrived, caller)
+            return
+
+    def _whole_text(
+        self, request: pb.StreamTextRequest, arrived: float, caller: Caller
+    ) -> Iterator[pb.StreamTextReply]:
         self.check_request(request.context, 0)
         tokens, stop_ids = list(request.context.new_tokens), set(request.stop_token_ids)
         if request.context.prefix_length:
@@ -54,9 +61,9 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             sampling = sampling_from_message(request.sampling)
         except ValueError as error:
             raise InvalidRequest(f"sampling: {error}") from error
-        with self.sessions.use(request.context, caller.owner) as session:
+        with self.sessions.use(request.context, caller) as session:
             for number in range(request.max_tokens):
-                began = time.perf_counter() if number else inbox.arrived
+                began = time.perf_counter() if number else arrived
                 with self.model.timed(caller.gone) as watch:
                     held = len(session.tokens) if number else 0  # a session of this name may be left from before
                     verdict = verify_tree(self.model, session, tokens, held, TokenTree(), sampling)
@@ -78,8 +85,9 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             if what is None:
                 raise InvalidRequest("a message of this stream is either verify or prepared")
             if what == "prepared":
-                if len(message.prepared.outcomes) > MAX_FAN_OUT:
-                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {MAX_FAN_OUT}")
+                if len(message.prepared.outcomes) > self.limits.fan_out:
+                    most = self.limits.fan_out
+                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {most}")
                 request, waiting_since = last and _next_round(*last, message.prepared), None
             if request is None:
                 continue
