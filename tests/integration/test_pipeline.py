@@ -274,7 +274,7 @@ def test_a_worker_that_stays_away_is_named(tiny_model_folder: Callable[..., Path
 
 def test_a_refusal_is_not_tried_again(tiny_model_folder: Callable[..., Path]) -> None:
     folder = tiny_model_folder("llama")
-    refusal = pytest.raises(WorkerError, match=r"draft worker failed in round 1: RESOURCE_EXHAUSTED: a tree of 4 nodes")
+    refusal = pytest.raises(WorkerError, match=r"draft worker failed in round 2: RESOURCE_EXHAUSTED: a tree of 4 nodes")
     with serving("draft", folder, max_tree_nodes=3) as draft, serving("target", folder) as target, refusal:
         write(draft, target)
 

@@ -1,5 +1,7 @@
 """The loop over streams: synchronous, overlapped and lookahead, at a fixed gamma or an adaptive one.
 
+The prompt goes to both workers at once. The first round verifies no draft, so the first token comes as soon as from
+the target alone, and the draft worker reads the prompt meanwhile. So does the first round after a failure.
 `overlap` drafts round N + 1 while round N is verified, guessing that all is accepted and which token comes next.
 `lookahead` drafts for the likeliest outcomes and sends these drafts on to the target, which starts the next
 verification by itself when one fits, so there is no round trip between the two. A wrong guess costs the pass that is
@@ -27,6 +29,7 @@ from specsplit.client.spans import text_span
 from specsplit.client.stream import Stream
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
+from specsplit.decoding.growth import CHAIN
 from specsplit.decoding.tree import TokenTree
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
@@ -130,8 +133,13 @@ class _Pipeline:
         if draft_stub is not None:
             self.draft = Stream("draft", carry(draft_stub.StreamDrafts), timeout_s=config.rpc_timeout_s)
         self.at_target, self.at_draft = HeldPrefix(), HeldPrefix()
+        self._began_at = len(text.result.rounds)  # rounds of the text before these streams
+        self._reading: asyncio.Future[None] | None = None  # the request that `_read_by_draft` sends
 
     async def close(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
         await self.target.close()
         if self.draft is not None:
             await self.draft.close()
@@ -151,6 +159,10 @@ class _Pipeline:
                 else:
                     await self._verify(tree)
                 ahead = await self._ask_ahead(min(gamma, self.text.room()))
+            elif self._begins():
+                tree, gamma, hidden_ms = TokenTree(), 0, 0.0
+                await self._verify(tree)
+                self._reading = asyncio.ensure_future(self._read_by_draft())
             else:
                 gamma, hidden_ms = self._choose(), 0.0
                 tree, ahead = TokenTree(), None
@@ -184,6 +196,13 @@ class _Pipeline:
             self.text.take(accepted, verdict.next_token, measured)
             self._observe(measured)
 
+    def _begins(self) -> bool:
+        """Whether this round is to verify no draft, as one would delay its token.
+
+        With rejection sampling a text depends on where its rounds are cut, so a failure must not cut it elsewhere.
+        """
+        return self.at_target.round == 0 and not (self._began_at and self.text.sampling.uses_rejection)
+
     def _fits(self, outcome: pb.Outcome) -> bool:
         """Whether the target can hold the text with this outcome and the draft after it."""
         length = len(self.text.tokens) + len(outcome.accepted_tokens) + 1
@@ -204,7 +223,7 @@ class _Pipeline:
                 verify_ms=measured.verify_compute_ms,
                 network_ms=measured.network_ms,
                 hit=None if measured.speculation == "none" else measured.speculation == "hit",
-                first=measured.round == 1,
+                first=measured.round == self._began_at + 1,
             )
 
     async def _verify(self, tree: TokenTree) -> None:
@@ -214,7 +233,9 @@ class _Pipeline:
 
     async def _ask_draft(self, gamma: int) -> _Ahead | None:
         """Ask for a draft of the text, and in the modes that do so for what comes after it."""
-        assert self.draft is not None
+        if self._reading is not None:
+            await self._reading
+            self._reading = None
         ahead, wanted = None, None
         if self.config.mode != "sync":
             next_gamma = self._choose()
@@ -224,11 +245,20 @@ class _Pipeline:
                 wanted = pb.Ahead(
                     fan_out=1 if full else self.config.fan_out, max_draft_tokens=next_gamma, full_acceptance=full
                 )
-        fields = draft_fields(self.text, gamma, wanted)
+        await self._send_draft_request(draft_fields(self.text, gamma, self.config.shape, wanted))
+        return ahead
+
+    async def _read_by_draft(self) -> None:
+        """Have the draft worker read the text, if the next round will draft. Nobody waits for the draft of one token,
+        the least that can be asked."""
+        if self.text.room() > 1 and self._choose() > 0:
+            await self._send_draft_request(draft_fields(self.text, 1, CHAIN))
+
+    async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:
+        assert self.draft is not None
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)
         await self.draft.send(pb.GenerateDraftsRequest(context=context, **fields))
-        return ahead
 
     async def _ask_ahead(self, gamma: int) -> _Ahead | None:
         """As `_ask_draft` for a text whose draft is here. The worker has kept that draft, so asking costs no pass."""
@@ -239,7 +269,10 @@ class _Pipeline:
         while True:
             reply = await self.draft.receive()
             if reply.round == self.at_draft.round and reply.is_ahead == is_ahead:
-                return reply  # others are of earlier rounds
+                return reply
+            # Others are of earlier rounds, the first that of `_read_by_draft`.
+            if reply.round == 1 and not reply.is_ahead:
+                self.text.add_hidden_draft(self._began_at, reply.timings.compute_ms)
 
     async def _target_reply(self) -> pb.VerifyDraftsReply:
         while True:

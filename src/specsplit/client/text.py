@@ -78,6 +78,11 @@ class Text:
         """From here on the target writes alone."""
         self._draft_vocab = 0
 
+    def add_hidden_draft(self, index: int, compute_ms: float) -> None:
+        """Note what the draft model computed during a round, rounds[index], that did not wait for it."""
+        rounds = self.result.rounds
+        rounds[index] = replace(rounds[index], draft_compute_ms=rounds[index].draft_compute_ms + compute_ms)
+
     def stopped(self) -> None:
         """Note that the text ends here, unfinished."""
         self.result.total_ms = (time.perf_counter() - self.started) * 1e3
