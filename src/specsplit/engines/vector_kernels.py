@@ -184,8 +184,8 @@ def _multiply_unpacked(
             first = tile_start(tokens, tile)
             _strip(
                 0, tile_start(tokens, tile + 1) - first, x + 4 * first * inputs, inputs // 16, rows, 4 * inputs, 0,
-                count, rows, scale + start * scale_step, scale_step, term + start * term_row + first * term_token, term_row,
-                term_token, y + 4 * start + first * y_token, y_token,
+                count, rows, scale + start * scale_step, scale_step, term + start * term_row + first * term_token,
+                term_row, term_token, y + 4 * start + first * y_token, y_token,
             )  # fmt: skip
 
 
