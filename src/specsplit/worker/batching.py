@@ -1,8 +1,7 @@
 """One thread runs the model. Each pass serves every session that is waiting (continuous batching).
 
 Handlers put requests into a queue and wait. The thread takes the earliest ones, as many as fit into one pass, so that
-the sessions of several clients share one reading of the weights. While it has nothing else to do it takes over a whole
-round, which saves two hops between threads for each pass of a draft; the passes of others join those of the round.
+the sessions of several clients share one reading of the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +26,6 @@ from specsplit.worker.refusals import Abandoned, Stopped
 if TYPE_CHECKING:
     from specsplit.engines.loading import LanguageModel
 
-T = TypeVar("T")
 RETURN_WAIT = 0.15  # Wait for returning sessions this share of the last pass's time.
 MAX_SKIPPED_WAITS = 32  # Skip the wait for at most this many passes after it repeatedly gained nothing.
 
@@ -76,18 +74,6 @@ class _Request:
     done: SimpleQueue[None] = field(default_factory=SimpleQueue)
 
 
-@dataclass
-class _Round:
-    """A round that is worked on by the model's thread; `done` gets an item at its end."""
-
-    work: Callable[[], Any]
-    watch: Stopwatch
-    arrived: float = field(default_factory=time.perf_counter)
-    value: Any = None
-    error: BaseException | None = None
-    done: SimpleQueue[None] = field(default_factory=SimpleQueue)
-
-
 class SharedModel:
     """A model that any thread may step, and the thread that runs it.
 
@@ -99,12 +85,11 @@ class SharedModel:
         self.threads = threads
         self.new_cache = model.new_cache
         # Simple queues: a pass may take less time than other ways to hand it over and back.
-        self._arrivals: SimpleQueue[_Request | _Round | None] = SimpleQueue()  # None: the model was closed
+        self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()  # None: the model was closed
         self._waiting: deque[_Request] = deque()  # taken from the arrivals, by the model's thread alone
         self._recent: tuple[set[int], set[int]] = (set(), set())  # sessions of the last two passes, by cache
         self._wait_until = 0.0  # time.perf_counter() until which returning sessions are waited for
         self._skips = self._skips_left = 0  # passes that start without that wait
-        self._idle = False  # nothing is running or waiting
         self._closed = False
         self._lock = threading.Lock()  # no request arrives after the None of `close`
         self._clock = threading.local()
@@ -112,8 +97,7 @@ class SharedModel:
         torch.use_deterministic_algorithms(True, warn_only=True)
         if not model.uses_torch_threads:
             torch.set_num_threads(1)  # what else is computed is too little to share
-        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="model", daemon=True).start()
 
     @property
     def vocab_size(self) -> int:
@@ -142,22 +126,6 @@ class SharedModel:
             watch.compute_ms = (time.perf_counter() - started) * 1e3 - watch.queue_ms
             self._clock.watch = Stopwatch()
 
-    def run(self, work: Callable[[], T]) -> T:
-        """What `work` comes to, which steps the model. It is done on the model's thread if that has nothing to do, else
-        on this one."""
-        with self._lock:
-            alone, self._idle = self._idle and not self._closed, False
-            if alone:
-                taken = _Round(work, getattr(self._clock, "watch", None) or Stopwatch())
-                self._arrivals.put(taken)
-        if not alone:
-            return work()
-        taken.done.get()
-        if taken.error is not None:
-            raise taken.error
-        value: T = taken.value
-        return value
-
     def step(self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0) -> torch.Tensor:
         """One pass, as CausalLM.step; waits for the model. A long prompt is fed in parts, between which others run.
 
@@ -183,14 +151,10 @@ class SharedModel:
     def _ask(self, work: Pass) -> torch.Tensor:
         watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
         request = _Request(work, watch.gone)
-        if threading.current_thread() is self._thread:  # in a round that it has taken over
-            self._waiting.appendleft(request)
-            self._pass_with_others()
-        else:
-            with self._lock:
-                if self._closed:
-                    raise _stopped()
-                self._arrivals.put(request)
+        with self._lock:
+            if self._closed:
+                raise _stopped()
+            self._arrivals.put(request)
         request.done.get()
         watch.queue_ms += (request.began - request.arrived) * 1e3
         if request.error is not None:
@@ -215,7 +179,6 @@ class SharedModel:
     def _collect(self) -> bool:
         """Take all that has arrived, and wait for it when nothing waits. False when the model was closed."""
         while not self._closed and (not self._waiting or not self._arrivals.empty()):
-            self._idle = not self._waiting and self._arrivals.empty()
             self._take()
         if not self._closed:
             self._await_returning()
@@ -224,37 +187,12 @@ class SharedModel:
     def _take(self, timeout_s: float | None = None) -> bool:
         """Wait for one arrival. False when none came or the model was closed."""
         try:
-            arrival = self._arrivals.get(timeout=timeout_s)
+            request = self._arrivals.get(timeout=timeout_s)
         except Empty:
             return False
-        self._idle = False
-        if isinstance(arrival, _Round):
-            self._work_on(arrival)
-        elif arrival is not None:
-            self._waiting.append(arrival)
-        return arrival is not None
-
-    def _work_on(self, taken: _Round) -> None:
-        taken.watch.queue_ms += (time.perf_counter() - taken.arrived) * 1e3
-        self._clock.watch = taken.watch
-        try:
-            taken.value = taken.work()
-        except BaseException as error:
-            taken.error = error
-        self._clock.watch = Stopwatch()
-        taken.done.put(None)
-
-    def _pass_with_others(self) -> None:
-        """Run the pass that is the first to wait, for the round that is worked on, and what fits beside it."""
-        while not self._arrivals.empty():
-            self._take()
-        self._await_returning()
-        if self._closed:
-            request = self._waiting.popleft()
-            request.began, request.error = time.perf_counter(), _stopped()
-            request.done.put(None)
-        else:
-            self._run_pass(self._batch())
+        if request is not None:
+            self._waiting.append(request)
+        return request is not None
 
     def _await_returning(self) -> None:
         """Wait briefly for the sessions of the last two passes, which return once their clients have the reply.

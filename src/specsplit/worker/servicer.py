@@ -151,7 +151,7 @@ class WorkerServicer:
                 return known
             tokens = session.context_for(request.context)
             with self.model.timed(caller.gone) as watch:
-                value = self.model.run(lambda: work(session, tokens))
+                value = work(session, tokens)
             reply: Any = reply_to(value)
             reply.round = request.context.round
             reply.timings.queue_ms = watch.queue_ms + (called - arrived) * 1e3
