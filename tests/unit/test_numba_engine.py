@@ -11,11 +11,12 @@ import torch
 import transformers
 
 from specsplit.decoding.tree import TokenTree
-from specsplit.engines import loading
+from specsplit.engines import loading, numba
 from specsplit.engines.numba import CHUNK, FusedCache, FusedLM, Team, unsuitable
 from specsplit.engines.passes import Pass
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.transformers import CausalLM
+from specsplit.engines.vector_kernels import processor_lacks
 from specsplit.errors import UserError
 from specsplit.models.sources import resolve_model
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
@@ -129,6 +130,17 @@ def test_the_same_bits_whatever_shares_the_pass(dtype: str, threads: int) -> Non
     for p, rows in zip([*passes, prompt], ours.step_many([*passes, prompt]), strict=True):
         last = p.cache.length
         assert all(torch.equal(a, b) for a, b in zip(rows, alone[last - len(rows) : last], strict=True))
+
+
+def test_a_processor_that_lacks_instructions_gets_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = "+sse4.2,+avx,+avx2,+fma,+f16c"
+    assert processor_lacks("x86_64", whole) is None
+    assert processor_lacks("aarch64", "+neon") is None
+    assert processor_lacks("AMD64", whole.replace(",+f16c", "")) == "this processor has no f16c"
+    assert processor_lacks("x86_64", "+sse4.2,+avx") == "this processor has no avx2 and no fma and no f16c"
+    monkeypatch.setattr(numba.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(numba, "FEATURES", "+sse4.2")
+    assert "no avx2" in str(unsuitable(wide_model()))
 
 
 def keys(cache: FusedCache) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.reduced_vocabulary import ReducedEmbedding
 from specsplit.engines.token_cache import Slots, tokens_of_pass
 from specsplit.engines.transformers import CausalLM
-from specsplit.engines.vector_kernels import QUERIES, accumulation, activation, packing
+from specsplit.engines.vector_kernels import FEATURES, QUERIES, accumulation, activation, packing, processor_lacks
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROTARY = ("default", "linear", "llama3", "yarn")  # position embeddings that do not depend on the length of the text
@@ -291,6 +292,8 @@ def _vectors(count: int) -> int:
 def unsuitable(model: CausalLM) -> str | None:
     """Why a model cannot be run by this engine; None when it can."""
     hf, config = model.model, model.model.config.get_text_config()
+    if reason := processor_lacks(platform.machine(), FEATURES):
+        return reason
     if model.device.type != "cpu":
         return f"it is on {model.device}"
     if model.dtype not in (torch.float32, torch.bfloat16):

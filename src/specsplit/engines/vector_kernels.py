@@ -29,6 +29,7 @@ from specsplit.engines.vectors import FLOAT, LANES, LINE, POINTER, Emitter, Valu
 from specsplit.engines.weight_forms import BLOCK_FORMS, FORMS, Form
 
 FEATURES = config.CPU_FEATURES or get_host_cpu_features()
+NEEDED = ("+avx2", "+fma", "+f16c")  # of x86: without them LLVM would call functions for single numbers, or for none
 WIDE = "+avx512vl" in FEATURES  # 32 registers of eight float32, else 16, or as many pairs of NEON
 TILE = 12 if WIDE else 6  # most tokens of a tile
 # Rows of a tile of so many tokens, else 1; measured: about as many as have their sums in registers.
@@ -62,6 +63,17 @@ def tile_start(tokens, tile):
     """The first token of a tile; tiles are of equal size, or one token larger."""
     count = tiles(tokens)
     return tile * (tokens // count) + min(tile, tokens % count)
+
+
+def processor_lacks(machine: str, features: str) -> str | None:
+    """What a processor lacks for these kernels to be worth while, or to work at all. ARM has it all.
+
+    machine: as platform.machine() calls it. features: as LLVM does, such as +avx2,+fma.
+    """
+    if machine.lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return None
+    missing = [name[1:] for name in NEEDED if name not in features.split(",")]
+    return f"this processor has no {' and no '.join(missing)}" if missing else None
 
 
 @functools.cache
