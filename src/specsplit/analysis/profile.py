@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame, Series
 
+from specsplit.analysis.configurations import configuration_of
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, settle_layout
-from specsplit.analysis.tables import configuration_of, quantiles
+from specsplit.analysis.tables import quantiles
 from specsplit.experiment.sweep import Point
 from specsplit.settings.axes import CONFIGURATION
 

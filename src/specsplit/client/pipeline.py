@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,14 +27,18 @@ from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
 from specsplit.client.stream import Stream
+from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.growth import CHAIN
 from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
+
+SETTLE_S = 0.5  # The longest wait, once a text is written, for what the draft worker spent on it.
 
 
 async def run_speculative_loop_async(
@@ -56,13 +60,22 @@ async def run_speculative_loop_async(
     identities: role -> what the worker there said of itself before; filled here, and another worker is refused.
     request_id: what the span of the text calls it.
 
+    With forced acceptance (config.draft_acceptance) the target writes the text alone before, unmeasured.
+
     The output is what the target alone would write, token for token (with rejection sampling: in distribution).
     A worker that fails is waited for and given the whole text again (`recovery`). Raises WorkerError, with the text so
     far, when that did not help, and UserError when the prompt does not fit.
     """
+    known: list[int] = []
+    if config.draft_acceptance is not None and config.gamma:
+        changes = {"gamma": 0, "draft_acceptance": None, "rtt_ms": 0.0, "jitter_ms": 0.0}
+        alone = await run_speculative_loop_async(
+            None, target_stub, prompt_ids, config.model_copy(update=changes), identities=identities
+        )
+        known = [*prompt_ids, *alone.output_tokens]
     with text_span(config, request_id) as span:
         recovery = Recovery(config, {} if identities is None else identities, span)
-        return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller)
+        return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller, known)
 
 
 async def _write(
@@ -73,6 +86,7 @@ async def _write(
     config: OrchestratorConfig,
     on_tokens: OnTokens | None,
     controller: GammaController | None,
+    known: Sequence[int],
 ) -> SpeculativeResult:
     target_info = await describe(recovery, "target", target_stub)
     draft_info = None
@@ -80,11 +94,12 @@ async def _write(
         with suppress(WithoutDraft):
             draft_info = await describe(recovery, "draft", draft_stub)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+    text.known = known
     stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
     if config.gamma != "auto":
         controller = None
     elif controller is None:
-        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape)
     text.started = time.perf_counter()
     while True:
         pipeline = _Pipeline(text, stubs["draft"], target_stub, controller)
@@ -135,6 +150,8 @@ class _Pipeline:
         self.at_target, self.at_draft = HeldPrefix(), HeldPrefix()
         self._began_at = len(text.result.rounds)  # rounds of the text before these streams
         self._reading: asyncio.Future[None] | None = None  # the request that `_read_by_draft` sends
+        self._exposed_ms = self._hidden_ms = 0.0
+        self._awaited = 0  # replies of the draft worker, at most
 
     async def close(self) -> None:
         if self._reading is not None:
@@ -173,6 +190,7 @@ class _Pipeline:
                     asked = time.perf_counter()
                 await self._verify(tree)
             verdict = await self._verdict(ahead)
+            exposed_ms, unseen_ms = self._take_draft_work()
             now = time.perf_counter()
             accepted = list(verdict.accepted_tokens)
             outcome = (tuple(accepted), verdict.next_token)
@@ -192,9 +210,40 @@ class _Pipeline:
                 network_ms=max(0.0, (now - began) * 1e3 - timings.server_ms - verdict.timings.server_ms),
                 speculation=speculation,
                 gamma_asked=gamma,
+                draft_exposed_ms=exposed_ms,
+                draft_hidden_ms=unseen_ms,
             )
             self.text.take(accepted, verdict.next_token, measured)
-            self._observe(measured)
+            self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
+        await self._settle()
+
+    def _take_draft_work(self) -> tuple[float, float]:
+        """What the draft worker computed since the last call: while the text waited for it, and meanwhile."""
+        taken = self._exposed_ms, self._hidden_ms
+        self._exposed_ms = self._hidden_ms = 0.0
+        return taken
+
+    def _count(self, reply: pb.GenerateDraftsReply, *, exposed: bool) -> None:
+        self._awaited -= 1
+        if exposed:
+            self._exposed_ms += reply.timings.compute_ms
+        else:
+            self._hidden_ms += reply.timings.compute_ms
+
+    async def _settle(self) -> None:
+        """Hear what the draft worker still spent on the text; it drops what it is at after its current pass."""
+        if self.draft is not None and self._awaited > 0:
+            with suppress(WorkerFailed, TimeoutError):  # the end of the stream is one as well
+                async with asyncio.timeout(SETTLE_S):
+                    await self.draft.finish()
+                    while True:
+                        self._count(await self.draft.receive(), exposed=False)
+        rounds, (exposed_ms, hidden_ms) = self.text.result.rounds, self._take_draft_work()
+        rounds[-1] = replace(
+            rounds[-1],
+            draft_exposed_ms=rounds[-1].draft_exposed_ms + exposed_ms,
+            draft_hidden_ms=rounds[-1].draft_hidden_ms + hidden_ms,
+        )
 
     def _begins(self) -> bool:
         """Whether this round is to verify no draft, as one would delay its token.
@@ -212,7 +261,7 @@ class _Pipeline:
         room = self.text.room()
         return room if self.controller is None else self.controller.choose(room)
 
-    def _observe(self, measured: Round) -> None:
+    def _observe(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
         if self.controller is not None:
             self.controller.observe(
                 gamma=measured.gamma_asked,
@@ -223,7 +272,8 @@ class _Pipeline:
                 verify_ms=measured.verify_compute_ms,
                 network_ms=measured.network_ms,
                 hit=None if measured.speculation == "none" else measured.speculation == "hit",
-                first=measured.round == self._began_at + 1,
+                first=self.at_target.whole or (drafted_now and self.at_draft.whole),
+                ranks=ranks(tree.parents, path),
             )
 
     async def _verify(self, tree: TokenTree) -> None:
@@ -258,6 +308,7 @@ class _Pipeline:
         assert self.draft is not None
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)
+        self._awaited += 1 if fields["ahead"] is None else 2
         await self.draft.send(pb.GenerateDraftsRequest(context=context, **fields))
 
     async def _ask_ahead(self, gamma: int) -> _Ahead | None:
@@ -268,11 +319,10 @@ class _Pipeline:
         assert self.draft is not None
         while True:
             reply = await self.draft.receive()
-            if reply.round == self.at_draft.round and reply.is_ahead == is_ahead:
-                return reply
-            # Others are of earlier rounds, the first that of `_read_by_draft`.
-            if reply.round == 1 and not reply.is_ahead:
-                self.text.add_hidden_draft(self._began_at, reply.timings.compute_ms)
+            waited_for = reply.round == self.at_draft.round and reply.is_ahead == is_ahead
+            self._count(reply, exposed=waited_for and not is_ahead)
+            if waited_for:
+                return reply  # others are of earlier rounds
 
     async def _target_reply(self) -> pb.VerifyDraftsReply:
         while True:
@@ -359,6 +409,14 @@ class TextWriter:
                 request_id=request_id,
             )
         )
+
+    def stream_target(
+        self, prompt_ids: Sequence[int], config: OrchestratorConfig, *, request_id: str | None = None
+    ) -> SpeculativeResult:
+        """As `stream_target_async`: the target alone, which streams its tokens."""
+        stub = self._access.stub("target", self._channels[1])
+        known = self._identities
+        return event_loop().run(stream_target_async(stub, prompt_ids, config, identities=known, request_id=request_id))
 
     async def _open(self) -> list[grpc.aio.Channel | None]:
         return [address and self._access.aio_channel(address) for address in self._addresses]

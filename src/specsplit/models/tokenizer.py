@@ -5,12 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinja2 import TemplateError
 
 from specsplit.errors import PromptError, UserError
+from specsplit.io import scratch_folder
 from specsplit.models.fingerprint import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
@@ -44,7 +44,7 @@ class TextCodec:
     @classmethod
     def unpack(cls, files: Mapping[str, bytes]) -> TextCodec:
         """The tokenizer that `pack_tokenizer` packed elsewhere. Raises UserError for what is none."""
-        with TemporaryDirectory(prefix="specsplit-") as folder:
+        with scratch_folder("specsplit-") as folder:
             for name, packed in files.items():
                 if not matches(name, PACKED_FILES) or Path(name).name != name:
                     raise UserError(f"a tokenizer has no file {name!r}")
@@ -57,7 +57,7 @@ class TextCodec:
                     raise UserError(f"{name} of a tokenizer is cut off, or larger than {MOST_UNPACKED_BYTES} bytes")
                 Path(folder, name).write_bytes(data)
             try:
-                return cls.load(Path(folder))
+                return cls.load(folder)
             except UserError:
                 raise
             except Exception as error:  # whatever transformers meets in files that nobody here has seen

@@ -24,6 +24,8 @@ TIMES = (
     "total_latency_ms",
     "network_idle_fraction",
     "draft_compute_ms",
+    "draft_exposed_ms",
+    "draft_hidden_ms",
     "target_compute_ms",
     "itl_ms",
     "recovery_ms",

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from specsplit.decoding.forced import Forced
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES, TokenTree, TreeShape
 from specsplit.models.vocabulary import Vocabulary
@@ -22,6 +23,7 @@ from specsplit.worker.refusals import InvalidRequest
 from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
 
 MAX_STOP_TOKENS = 1024
+MOST_FORCED = 2 * MAX_GAMMA + 1  # a draft, the token after it, and a draft ahead
 
 
 class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
@@ -96,7 +98,8 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         tree: TokenTree,
         abandoned: Callable[[], bool],
     ) -> pb.GenerateDraftsReply | None:
-        """Drafts for the likely outcomes of verifying `tree`; None when a newer request has arrived."""
+        """Drafts for the likely outcomes of verifying `tree`, none when a newer request has arrived; None without a
+        session."""
         ahead = request.ahead
         with self.sessions.use(request.context, caller.owner) as session:
             if session.last_round != request.context.round:  # evicted and opened anew
@@ -105,8 +108,10 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
                 outcomes = Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
                     tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
                 )
-        if abandoned():
-            return None
+        if self.metrics is not None:
+            self.metrics.ahead(watch.compute_ms)
+        if abandoned():  # nobody wants them, but what they took is counted
+            outcomes = []
         reply = pb.GenerateDraftsReply(
             round=request.context.round,
             is_ahead=True,
@@ -142,6 +147,9 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             raise InvalidRequest(f"{len(request.stop_token_ids)} stop tokens are more than {MAX_STOP_TOKENS}")
         if ahead.fan_out > MAX_FAN_OUT or ahead.max_draft_tokens > MAX_GAMMA:
             raise InvalidRequest(f"ahead: fan_out is at most {MAX_FAN_OUT}, max_draft_tokens at most {MAX_GAMMA}")
+        forced = Forced(tuple(request.forced.tokens), tuple(request.forced.right))
+        if len(forced.tokens) != len(forced.right) or len(forced.tokens) > MOST_FORCED:
+            raise InvalidRequest(f"forced: tokens and right have one length, at most {MOST_FORCED}")
         try:
             sampling = sampling_from_message(request.sampling)
         except ValueError as error:
@@ -157,4 +165,5 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             stop_token_ids=frozenset(request.stop_token_ids),
             vocab_size=request.vocab_size or self.vocab_size,
             length_limit=request.length_limit or DraftSettings.length_limit,
+            forced=forced,
         )
