@@ -129,7 +129,10 @@ def also(*row):
         ),
         (
             {"models": {"tiny": {"source": "huggingface", "repo": "a/b", "revision": "c"}}},
-            {"prepare_model": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
+            {
+                **{"prepare_model": 1, "prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1},
+                **ANALYSIS,
+            },
         ),
         (
             {"dataset": {"limit": 2}},

@@ -7,7 +7,6 @@ target, which draft length is best, by how much and how surely.
 from __future__ import annotations
 
 import base64
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -34,7 +33,7 @@ from specsplit.analysis.findings import (
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
-from specsplit.io import read_json_object, replace_file
+from specsplit.io import csv_reader, read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import swept_drafts
 
@@ -269,7 +268,7 @@ def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
+        lines = list(csv_reader(file))
     if not lines:
         raise UserError(f"{path}: is empty; make it again, or delete it to have a report without it")
     headings, rows = _chosen(lines[0], lines[1:], _COLUMNS.get(name, "*").split())

@@ -79,7 +79,9 @@ def run(args: argparse.Namespace) -> None:
         limit = target.description.max_context
         workers = {c.role: c for c in (draft, target) if c is not None}
         beside = stack.enter_context(_beside(args, plan.bench.setups, workers))
-        requests = encode_prompts(plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit)
+        requests = encode_prompts(
+            plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit, later_turns=True
+        )
         with Progress(len(points) * len(requests) * plan.bench.repeats, args.terminal_fd) as progress:
             for point in points:
                 run_requests(

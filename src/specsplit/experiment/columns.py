@@ -71,6 +71,8 @@ class RequestRecord:
     # All work of the draft worker: what the text waited for, and what went on meanwhile, of use or not.
     draft_exposed_ms: float | None = None
     draft_hidden_ms: float | None = None
+    # turn: place in a conversation, from 1.
+    turn: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class RoundRecord(Round, _Text):
 
 # Columns that tables of earlier versions lack.
 LATER_COLUMNS = (
-    *("draft_exposed_ms", "draft_hidden_ms"),
+    *("draft_exposed_ms", "draft_hidden_ms", "turn"),
     *("verifications", "acceptance_length", "draft_acceptance_rate"),
     *("arrivals", "rate", "due_ms"),  # of capacity_requests.csv
 )

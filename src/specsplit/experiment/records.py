@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms, verifications
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
+from specsplit.experiment.prompt import Prompt
 from specsplit.settings.run import OrchestratorConfig
 
 # Columns of requests.csv that are settings of the same name.
@@ -20,11 +21,22 @@ SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as the models get it."""
+    """A prompt as the models get it.
+
+    token_ids: none yet for a later turn, which waits for the answers before it. prompt: where they are from.
+    previous: the request whose answer comes before a later turn.
+    """
 
     id: str
     category: str
     token_ids: list[int]
+    prompt: Prompt | None = field(default=None, compare=False)
+    previous: Request | None = field(default=None, compare=False)
+
+    @property
+    def turn(self) -> int:
+        """Its place in a conversation, from 1."""
+        return self.prompt.turn if self.prompt else 1
 
 
 def request_config(config: OrchestratorConfig, request_id: str) -> OrchestratorConfig:
@@ -102,6 +114,7 @@ def request_record(
         verifications=verifications(rounds),
         acceptance_length=None if error else acceptance_length(rounds),
         draft_acceptance_rate=accepted / drafted if drafted and not error else None,
+        turn=request.turn,
         repeat=repeat,
         status=FAILED if error else OK,
         error_code=error.code if error else "",

@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from specsplit.client.result import SpeculativeResult
 from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.baselines import Beside, Contender
 from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord
-from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.journal import Entry, Journal
+from specsplit.experiment.prompt import Prompt
+from specsplit.experiment.prompt_tokens import later_turn_tokens, prompt_tokens
 from specsplit.experiment.records import Request, gamma_controller, request_config, request_record, round_records
 from specsplit.experiment.rows import writing_rows
 from specsplit.io import combined_sha256, json_sha256, replace_file, write_json
@@ -50,10 +52,21 @@ RUN_SCHEMA_VERSION = 2
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl", "reference.csv")
 
 
-def encode_prompts(prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int) -> list[Request]:
-    """Token ids of every prompt. Raises UserError that names the prompts of `limit` tokens or more, before any
-    work is done."""
-    requests = [Request(p.id, p.category, codec.encode(p.prompt, use_chat_template=chat)) for p in prompts]
+def encode_prompts(
+    prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int, later_turns: bool = False
+) -> list[Request]:
+    """Token ids of every prompt, those that were prepared where they fit this tokenizer and template.
+
+    later_turns: also a request for each later turn, which gets its token ids when the one before it is answered.
+    Raises UserError that names the prompts of `limit` tokens or more, before any work is done.
+    """
+    made: dict[str, Request] = {}
+    for p in prompts:
+        if p.after is None:
+            made[p.id] = Request(p.id, p.category, prompt_tokens(p, codec, chat=chat), p)
+        elif later_turns:
+            made[p.id] = Request(p.id, p.category, [], p, made[p.after])
+    requests = list(made.values())
     long = [f"{r.id} ({len(r.token_ids)} tokens)" for r in requests if len(r.token_ids) >= limit]
     if long:
         raise UserError(
@@ -121,7 +134,7 @@ def run_requests(
 
         try:
             with sampler:
-                for measured in _measure(left, draft, target, codec, config, warmup, beside) if left else ():
+                for measured in _measure(left, draft, target, codec, config, warmup, journal, beside) if left else ():
                     journal.add(measured)
                     on_done(measured.request)
             entries = [entry for turn in plan if (entry := _entry(journal, turn))]
@@ -153,9 +166,11 @@ def _measure(
     codec: TextCodec,
     config: OrchestratorConfig,
     warmup: int,
+    journal: Journal,
     beside: Beside | None,
 ) -> Iterator[Entry]:
-    """Run these requests, at least one, in order; each by every contender in turn.
+    """Run these requests, at least one, in order; each by every contender in turn. journal: has the answers before a
+    later turn.
 
     The order of the contenders moves on by one with each request, so that none always follows the same one.
     """
@@ -171,30 +186,66 @@ def _measure(
         contenders = [Contender(WORKERS, config, write)]
         if beside is not None:
             contenders += beside.contenders(config, writer)
-        for _, request in islice(cycle(turns), warmup):
+        first_turns = [turn for turn in turns if turn[1].previous is None]
+        for _, request in islice(cycle(first_turns), warmup):
             for contender in contenders:
                 contender.write(request)
         for number, (repeat, request) in enumerate(turns):
+            own = request_config(config, request.id)
+            try:
+                request = _with_text_so_far(request, repeat, journal, codec, config, target.description.max_context)
+            except UserError as failure:
+                error = WorkerError(str(failure), code="FAILED_PRECONDITION")
+                record = request_record(request, SpeculativeResult(), own, repeat, error)
+                yield Entry(record, [], _output(record, [], codec))
+                continue
             shift = number % len(contenders)
             written = {}
             for place in [*range(shift, len(contenders)), *range(shift)]:
                 written[place] = _write(contenders[place], request)
-            result, error = written[0]
-            own = request_config(config, request.id)
-            record = request_record(request, result, own, repeat, error)
-            output = {
-                "request_id": request.id,
-                "repeat": repeat,
-                "finish_reason": record.finish_reason,
-                "text": codec.decode(result.output_tokens),
-                "token_ids": result.output_tokens,
-                "status": record.status,
-            }
+            result, failed = written[0]
+            record = request_record(request, result, own, repeat, failed)
             reference = [
                 _reference_record(contenders[place], request, *written[place], repeat)
                 for place in range(1, len(contenders))
             ]
-            yield Entry(record, round_records(request.id, result, own, repeat), output, reference)
+            rounds = round_records(request.id, result, own, repeat)
+            yield Entry(record, rounds, _output(record, result.output_tokens, codec), reference)
+
+
+def _output(record: RequestRecord, token_ids: list[int], codec: TextCodec) -> dict[str, Any]:
+    """The line of a text in `outputs.jsonl`."""
+    return {
+        "request_id": record.request_id,
+        "repeat": record.repeat,
+        "finish_reason": record.finish_reason,
+        "text": codec.decode(token_ids),
+        "token_ids": token_ids,
+        "status": record.status,
+    }
+
+
+def _with_text_so_far(
+    request: Request, repeat: int, journal: Journal, codec: TextCodec, config: OrchestratorConfig, limit: int
+) -> Request:
+    """A later turn with its token ids, from the answers of this run.
+
+    Raises UserError when one before it failed, or when there is no room for it in a context of `limit` tokens.
+    """
+    if request.previous is None or request.prompt is None:
+        return request
+    before: list[tuple[Prompt, str]] = []
+    previous: Request | None = request.previous
+    while previous is not None and previous.prompt is not None:
+        entry = journal.get((repeat, previous.id))
+        if entry is None or entry.request.status != OK:
+            raise UserError(f"turn {previous.turn} of this conversation, {previous.id[:80]}, has no answer")
+        before.insert(0, (previous.prompt, entry.output["text"]))
+        previous = previous.previous
+    token_ids = later_turn_tokens(request.prompt, before, codec, chat=config.use_chat_template)
+    if len(token_ids) >= limit:
+        raise UserError(f"{len(token_ids)} tokens with the text so far do not fit into the target's context of {limit}")
+    return replace(request, token_ids=token_ids)
 
 
 def _write(contender: Contender, request: Request) -> tuple[SpeculativeResult, WorkerError | None]:
@@ -251,12 +302,18 @@ def _what_decides(run: Mapping[str, Any], requests: Sequence[Request]) -> dict[s
         for role, worker in run["workers"].items()
     }
     return {
-        "requests_sha256": json_sha256([[r.id, r.category, r.token_ids] for r in requests]),
+        "requests_sha256": json_sha256([_identity(request) for request in requests]),
         "orchestrator": {key: value for key, value in run["orchestrator"].items() if key not in operates},
         "workers": workers,
         **{key: run[key] for key in ("repeats", "warmup_requests", "tokenizer_sha256", "machine", "environment")},
         **{key: run[key] for key in ("software_sha256", "run_code_sha256", "beside")},
     }
+
+
+def _identity(request: Request) -> list[Any]:
+    """What a request is, as far as it is known before the run."""
+    later = [request.prompt.prompt, request.previous.id] if request.prompt and request.previous else []
+    return [request.id, request.category, request.token_ids, *later]
 
 
 def _describe_run(
