@@ -28,7 +28,7 @@ CAPTIONS = {
         "Time per token over the tokens after the first round (ITL), against the draft length γ. A drafted token costs "
         "time and saves time when it is accepted, so the curve has a minimum where one more costs more than it saves. "
         "The dashed line is the target alone, the dotted one the target worker that streams its tokens by itself; a "
-        "cross is the same pair in one process. The time to the first token, which a draft makes longer, is not in it: "
+        "cross is the same pair in one process. The time to the first token is not in it: "
         "whether whole texts are written faster is the speedup. Points are means over the requests that every "
         "configuration finished, bars their intervals, faint dots single requests."
     ),
@@ -38,8 +38,9 @@ CAPTIONS = {
         "that got so far: a flat line means that every token is as easy to guess as the one before."
     ),
     "ttft": (
-        "Time to the first token against γ. It holds the prefill of both models and the whole first draft, so it grows "
-        "with γ: what a user waits for before anything appears."
+        "Time to the first token against γ: what a user waits for before anything appears. It holds the target's pass "
+        "over the prompt and no draft, so γ hardly matters; on one machine the draft model reads the prompt meanwhile, "
+        "on the same cores."
     ),
     "network_idle": (
         "The share of a request's latency in which neither worker did anything for it: messages under way and waiting. "

@@ -1,5 +1,7 @@
 """The loop over streams: synchronous, overlapped and lookahead, at a fixed gamma or an adaptive one.
 
+The prompt goes to both workers at once. The first round verifies no draft, so the first token comes as soon as from
+the target alone, and the draft worker reads the prompt meanwhile. So does the first round after a failure.
 `overlap` drafts round N + 1 while round N is verified, guessing that all is accepted and which token comes next.
 `lookahead` drafts for the likeliest outcomes and sends these drafts on to the target, which starts the next
 verification by itself when one fits, so there is no round trip between the two. A wrong guess costs the pass that is
@@ -28,6 +30,7 @@ from specsplit.client.stream import Stream
 from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
+from specsplit.decoding.growth import CHAIN
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message
@@ -141,6 +144,7 @@ class _Pipeline:
         self.controller = controller
         self._stubs = dict(stubs)
         self._streams: dict[str, Stream] = {}
+        self._reading: asyncio.Future[None] | None = None  # the request that `_read_by_draft` sends
         self.renew("draft")
         self.renew("target")
         self._exposed_ms = self._hidden_ms = 0.0
@@ -157,6 +161,7 @@ class _Pipeline:
     def renew(self, role: str) -> None:
         """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
         for a worker ends one that says nothing."""
+        self._began_at = len(self.text.result.rounds)
         # A place in line is given up before the client takes the worker for hung.
         held = HeldPrefix(min(self.config.recovery_timeout_s, self.config.rpc_timeout_s / 2))
         if role == "target":
@@ -166,6 +171,10 @@ class _Pipeline:
 
     async def close(self, role: str) -> None:
         """End the stream to a worker, and with it the worker's session."""
+        if role == "draft" and self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+            self._reading = None
         if role in self._streams:
             await self._streams.pop(role).close()
         if role == "draft":
@@ -206,6 +215,10 @@ class _Pipeline:
                 else:
                     await self._verify(tree)
                 ahead = await self._ask_ahead(min(gamma, self.text.room()))
+            elif self._begins():
+                tree, gamma, hidden_ms = TokenTree(), 0, 0.0
+                await self._verify(tree)
+                self._reading = asyncio.ensure_future(self._read_by_draft())
             else:
                 gamma, hidden_ms = self._choose(), 0.0
                 tree, ahead = TokenTree(), None
@@ -271,6 +284,14 @@ class _Pipeline:
             draft_hidden_ms=rounds[-1].draft_hidden_ms + hidden_ms,
         )
 
+    def _begins(self) -> bool:
+        """Whether this round is to verify no draft, as one would delay its token: a worker has to read the text first.
+
+        With rejection sampling a text depends on where its rounds are cut, so a failure must not cut it elsewhere.
+        """
+        reads = self.at_target.round == 0 or (self._stubs["draft"] is not None and self.at_draft.round == 0)
+        return reads and not (self._began_at and self.text.sampling.uses_rejection)
+
     def _fits(self, outcome: pb.Outcome) -> bool:
         """Whether the target can hold the text with this outcome and the draft after it."""
         length = len(self.text.tokens) + len(outcome.accepted_tokens) + 1
@@ -302,7 +323,9 @@ class _Pipeline:
 
     async def _ask_draft(self, gamma: int) -> _Ahead | None:
         """Ask for a draft of the text, and in the modes that do so for what comes after it."""
-        assert self.draft is not None
+        if self._reading is not None:
+            await self._reading
+            self._reading = None
         ahead, wanted = None, None
         if self.config.mode != "sync":
             next_gamma = self._choose()
@@ -311,12 +334,21 @@ class _Pipeline:
             if next_gamma > 0 and fan_out > 0:
                 ahead = _Ahead(next_gamma)
                 wanted = pb.Ahead(fan_out=1 if full else fan_out, max_draft_tokens=next_gamma, full_acceptance=full)
-        fields = draft_fields(self.text, gamma, wanted)
+        await self._send_draft_request(draft_fields(self.text, gamma, self.text.limits.shape, wanted))
+        return ahead
+
+    async def _read_by_draft(self) -> None:
+        """Have the draft worker read the text, if the next round will draft. Nobody waits for the draft of one token,
+        the least that can be asked."""
+        if self.text.room() > 1 and self._choose() > 0:
+            await self._send_draft_request(draft_fields(self.text, 1, CHAIN))
+
+    async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:
+        assert self.draft is not None
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)
-        self._awaited += 1 if wanted is None else 2
+        self._awaited += 1 if fields["ahead"] is None else 2
         await self.draft.send(pb.GenerateDraftsRequest(context=context, **fields))
-        return ahead
 
     async def _ask_ahead(self, gamma: int) -> _Ahead | None:
         """As `_ask_draft` for a text whose draft is here. The worker has kept that draft, so asking costs no pass."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from specsplit.client.text import Text
-from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.rpc.codec import sampling_to_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
 
-def draft_fields(text: Text, gamma: int, ahead: pb.Ahead | None = None) -> dict[str, Any]:
+def draft_fields(text: Text, gamma: int, shape: TreeShape, ahead: pb.Ahead | None = None) -> dict[str, Any]:
     """Every field of GenerateDraftsRequest but `context`."""
-    shape = text.limits.shape
     depth = max(gamma, ahead.max_draft_tokens) if ahead is not None else gamma
     forced = text.forced(gamma + 1 + ahead.max_draft_tokens if ahead else gamma)
     return {
