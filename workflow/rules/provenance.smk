@@ -39,11 +39,22 @@ rule provenance:
         " --output {output.record} --patch {output.patch} > {log} 2>&1"
 
 
+# Jobs that came after the summary left tables and logs of their own beside it: those are sealed too.
+onsuccess:
+    shell("! test -f results/provenance/SHA256SUMS || specsplit provenance seal --output results/provenance/SHA256SUMS > /dev/null")
+
+
+onerror:
+    shell("! test -f results/provenance/SHA256SUMS || specsplit provenance seal --output results/provenance/SHA256SUMS > /dev/null")
+
+
 # All that was made, the code and the logs, without the weights: a Workflow Run RO-Crate.
 rule archive:
     input:
         results=[*result_files(), "results/report.html", *measured_beside_the_sweep()],
-        seal="results/provenance/SHA256SUMS",
+        # Made again after every run, without another result.
+        seal=ancient("results/provenance/SHA256SUMS"),
+        manifest=ancient("results/provenance/manifest.json"),
         models=expand("resources/models/{model}/model.json", model=MODELS),
         project=[str(file) for pattern in WORKFLOW_FILES for file in sorted(Path().glob(pattern)) if file.is_file()],
         code=source_files(),
@@ -54,4 +65,4 @@ rule archive:
     conda:
         "../../envs/specsplit.yaml"
     shell:
-        "specsplit provenance archive --output {output} {input.results} {input.seal} {input.models} > {log} 2>&1"
+        "specsplit provenance archive --output {output} {input.results} {input.models} > {log} 2>&1"

@@ -23,6 +23,7 @@ from specsplit.provenance.capture import (
 )
 from specsplit.provenance.checklist import make_checklist
 from specsplit.provenance.closure import PACKAGE, command_files
+from specsplit.provenance.folder import MANIFEST, SEAL
 from specsplit.provenance.git import capture_diff, capture_git
 from specsplit.provenance.gpu import capture_gpu
 from specsplit.provenance.redaction import redact
@@ -68,6 +69,7 @@ def build_record(
     workflow_files = hash_tree(root, WORKFLOW_FILES)
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
+        "witnesses": [SEAL, MANIFEST],
         "created": utc_now(),
         "complete": False,
         "checklist": [],
