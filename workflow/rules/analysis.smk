@@ -14,9 +14,10 @@ rule merge:
         "../../envs/specsplit.yaml"
     params:
         runs=expand("results/runs/{point}", point=POINTS),
+        settings=flags(keep_apart=config["keep_apart"]),
         code=code_of("merge"),
     shell:
-        "specsplit merge --results-dir results {params.runs} > {log} 2>&1"
+        "specsplit merge --results-dir results {params.runs} {params.settings} > {log} 2>&1"
 
 
 rule figures:

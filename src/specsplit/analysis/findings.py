@@ -15,11 +15,10 @@ from pandas import DataFrame, Series, isna
 
 from specsplit.analysis.curves import split_panels, three_digits
 from specsplit.analysis.statistics import MIN_PROMPTS
-from specsplit.analysis.tables import comparable, compare_panel, configuration_of
+from specsplit.analysis.tables import comparable, compare_panel, configuration_of, keys_of
 from specsplit.experiment.sweep import plain_number
-from specsplit.settings.axes import CONFIGURATION
 
-_WORDS = {"gamma": "γ = {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
+_WORDS = {"gamma": "γ = {}", "series": "series {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
 _HEADINGS = {"gamma": "γ", "rtt_ms": "RTT, ms", "jitter_ms": "jitter, ms"}
 # Column of the summary -> its heading, and how its cells are written. `_mean` has its interval beside it.
 _MEASURES = {
@@ -192,7 +191,7 @@ def faults_sentence(summary: DataFrame) -> str:
 
 def varied(summary: DataFrame) -> list[str]:
     """The names of the configuration that take several values in this sweep; gamma always."""
-    return [name for name in CONFIGURATION if name == "gamma" or summary[name].nunique() > 1]
+    return [name for name in keys_of(summary) if name == "gamma" or summary[name].nunique() > 1]
 
 
 def name_of(row: Series, names: Sequence[str]) -> str:

@@ -30,24 +30,29 @@ from specsplit.analysis.statistics import (
 )
 from specsplit.errors import UserError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.settings.axes import CONFIGURATION, PLAIN
+from specsplit.io import read_json_object
+from specsplit.provenance.facts import read_facts, refuse_differences, told_apart
+from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES, SWEPT
 from specsplit.settings.run import AUTO, MODES, gamma_order
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")
 
-PER_REQUEST = (*CONFIGURATION, "request_id")
 _CHOICE = ("sampling", "temperature", "top_k", "top_p")  # what the text depends on
 _NETWORK = ("rtt_ms", "jitter_ms")
 
 # Column name -> type of its cells, as the records annotate it.
 _REQUEST_TYPES = {field.name: str(field.type) for field in fields(RequestRecord)}
 _ROUND_TYPES = {field.name: str(field.type) for field in fields(RoundRecord)}
-_MERGED_TYPES = {**_REQUEST_TYPES, "matches_gamma0": "bool | None"}
-_MERGED_ROUND_TYPES = {**_ROUND_TYPES, **{name: _REQUEST_TYPES[name] for name in CONFIGURATION[1:]}}
+_MERGED_TYPES = {**_REQUEST_TYPES, "matches_gamma0": "bool | None", SERIES: "int | None"}
+_MERGED_ROUND_TYPES = {**_ROUND_TYPES, **{name: _MERGED_TYPES[name] for name in (*CONFIGURATION[1:], SERIES)}}
+KEEP_APART = (
+    "Run again what does not belong, or take its folder out; to have them in one table as series that are never "
+    "compared: specsplit merge --keep-apart, or statistics.keep_apart in the configuration"
+)
 
 
-def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
+def merge_runs(run_dirs: Sequence[Path], *, keep_apart: bool = False) -> tuple[DataFrame, DataFrame]:
     """The requests and the rounds of all runs, each sorted by configuration, then in the order of the files.
 
     run_dirs: one folder a configuration, in any order, each with `requests.csv` and `per_round.csv`. Columns that the
@@ -60,9 +65,12 @@ def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
     Requests that failed are rows like all others; `comparable` takes them out. The rounds get the
     configuration of their request, all CONFIGURATION but gamma, which they have.
 
-    Raises UserError when a file is missing or malformed, a folder mixes configurations, a request of a configuration
-    occurs twice, a configuration lacks a request that another has or has none that did not fail, or a round belongs to
-    no request.
+    Runs must agree on prompts, models, settings, machine and code, as their run.json tell. keep_apart: those that do
+    not are series of their own, told by a column `series`; rows of two series are never compared.
+
+    Raises UserError when runs do not agree, a file is missing or malformed, a folder mixes configurations, a request of
+    a configuration occurs twice, a configuration lacks a request that another has or has none that did not fail, or a
+    round belongs to no request.
     """
     if not run_dirs:
         raise UserError("no run folder given: name one folder for each gamma, e.g. results/runs/gamma_0")
@@ -71,12 +79,39 @@ def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
     rounds = read_files([Path(run) / "per_round.csv" for run in run_dirs], _ROUND_TYPES, made_by)
     for run in run_dirs:
         _check_one_configuration(requests, Path(run) / "requests.csv", made_by)
-    settings = requests.droplevel("row")[list(CONFIGURATION[1:])]
+    series = _series(run_dirs, keep_apart)
+    if len(set(series.values())) > 1:
+        requests[SERIES] = requests.index.get_level_values("file").map(series)
+    settings = requests.droplevel("row")[list(keys_of(requests)[1:])]
     settings = settings[~settings.index.duplicated()].rename(lambda file: str(Path(file).with_name("per_round.csv")))
     for name in settings:
         rounds[name] = settings[name].reindex(rounds.index.get_level_values("file")).array
     requests, rounds = _checked(requests, rounds)
     return requests.assign(matches_gamma0=_matches_gamma0(requests)), rounds
+
+
+def _series(run_dirs: Sequence[Path], keep_apart: bool) -> dict[str, int]:
+    """The series of each run, by the name of its requests.csv."""
+    facts = {str(run): read_facts(Path(run)) for run in run_dirs}
+    if not keep_apart:
+        refuse_differences(facts, KEEP_APART)
+    return {str(Path(run) / "requests.csv"): number for run, number in told_apart(facts).items()}
+
+
+def check_joined(results_dir: Path, requests: DataFrame) -> None:
+    """Refuse merged tables whose runs, in `results_dir`/runs, do not agree and were not kept apart.
+
+    Folders of configurations that the tables do not have are not of this sweep.
+    """
+    if SERIES in requests:
+        return
+    wanted = set(configuration_of(requests))
+    facts = {}
+    for run in sorted((results_dir / "runs").glob("*/run.json")):
+        settings = read_json_object(run).get("orchestrator") or {}
+        if tuple(settings.get(field) for field in SWEPT) in wanted:
+            facts[str(run.parent)] = read_facts(run.parent)
+    refuse_differences(facts, KEEP_APART)
 
 
 def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
@@ -89,6 +124,9 @@ def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     rounds = read_files([Path(results_dir) / "per_round.csv"], _MERGED_ROUND_TYPES, made_by)
     if requests.empty:
         raise UserError(f"{Path(results_dir) / 'requests.csv'}: has no request, only the header; {made_by}")
+    if requests[SERIES].isna().all():
+        requests, rounds = requests.drop(columns=SERIES), rounds.drop(columns=SERIES)
+    check_joined(Path(results_dir), requests)
     return _checked(requests, rounds)
 
 
@@ -103,13 +141,13 @@ def comparable(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataF
     conditions = _conditions(requests, *_NETWORK)
     keys = _tuples(requests[turn].assign(conditions=conditions))
     shared = ~keys.isin(set(keys[requests["status"] == FAILED]))
-    names = [*CONFIGURATION, *turn]
+    names = [*keys_of(requests), *turn]
     if not shared.all():
         rounds = rounds[_tuples(rounds[names]).isin(set(_tuples(requests.loc[shared, names])))]
     requests, conditions = requests[shared], conditions[shared]
     if requests.empty:
         return requests, rounds
-    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0").copy()
+    requests = median_over_repeats(requests, (*keys_of(requests), "request_id"), "matches_gamma0").copy()
     conditions, configurations = conditions[requests.index], configuration_of(requests)
     prompts = _tuples(requests[["request_id"]].assign(conditions=conditions))
     for name in TIMES:
@@ -224,7 +262,7 @@ def summarize(
         low, high = joint.get(configuration, (math.nan, math.nan))
         ended = all_own[all_own["status"] == OK]
         tokens = own["generated_tokens"].sum()
-        row: dict[str, Any] = {name: all_own[name].iloc[0] for name in CONFIGURATION}
+        row: dict[str, Any] = {name: all_own[name].iloc[0] for name in keys_of(all_own)}
         row |= {"requests": ended["request_id"].nunique(), "compared": len(own)}
         row |= {"repeats": all_own["repeat"].nunique(), "generated_tokens": int(tokens)}
         row |= _speedup(own, alone, confidence)
@@ -239,7 +277,7 @@ def summarize(
         row |= _speculation(own, confidence)
         row |= _acceptance(own, own_rounds, configuration, confidence)
         row |= _positions(own_rounds, int(deepest))
-        texts = median_over_repeats(ended, PER_REQUEST, "matches_gamma0")["matches_gamma0"].dropna()
+        texts = median_over_repeats(ended, (*keys_of(ended), "request_id"), "matches_gamma0")["matches_gamma0"].dropna()
         row |= {"lossless": _ratio(texts.sum(), len(texts)), "lossless_compared": len(texts)}
         row["failed_requests"] = int((all_own["status"] == FAILED).sum())
         row["worker_failures"] = int(all_own[["draft_failures", "target_failures"]].to_numpy().sum())
@@ -353,15 +391,21 @@ def _ratio(top: float, bottom: float) -> float:
 # Configurations.
 
 
-def configuration_of(table: DataFrame, names: Sequence[str] = CONFIGURATION) -> Series:
+def keys_of(table: DataFrame) -> tuple[str, ...]:
+    """The columns of a configuration: that of the series is among them where runs were kept apart."""
+    return (*CONFIGURATION, SERIES) if SERIES in table else CONFIGURATION
+
+
+def configuration_of(table: DataFrame, names: Sequence[str] = ()) -> Series:
     """The configuration of each row, or the part of it that `names` says, as one tuple that can be compared."""
-    return _tuples(table[list(names)])
+    return _tuples(table[list(names or keys_of(table))])
 
 
 def _conditions(requests: DataFrame, *more: str) -> Series:
     """How the tokens of each row are chosen, and `more` columns. To greedy decoding the rest of sampling is nothing."""
     greedy = requests["temperature"] == 0
     chosen = {name: requests[name].mask(greedy, PLAIN[name]) for name in _CHOICE}
+    more = (*more, SERIES) if SERIES in requests else more
     return _tuples(DataFrame({**chosen, **{name: requests[name] for name in more}}))
 
 
@@ -386,6 +430,7 @@ def _matches_gamma0(requests: DataFrame) -> Series:
 def _sorted(table: DataFrame) -> DataFrame:
     """By configuration, each curve together; rows of one configuration stay in their order."""
     ranks = {
+        **({SERIES: table[SERIES]} if SERIES in table else {}),
         **{name: table[name] for name in ("temperature", "top_k", "top_p", "sampling", *_NETWORK)},
         "other_draft": table["draft"] != PLAIN["draft"],
         "draft": table["draft"],
@@ -400,7 +445,7 @@ def _sorted(table: DataFrame) -> DataFrame:
 
 def _named(row: Series) -> str:
     """A configuration in words, with what is not plain: "gamma 5, mode overlap"."""
-    others = [name for name, plain in PLAIN.items() if row[name] != plain]
+    others = [name for name, plain in {**PLAIN, SERIES: 1}.items() if row.get(name, plain) != plain]
     return ", ".join(f"{name} {row[name]}" for name in ("gamma", *others))
 
 
@@ -425,7 +470,7 @@ def _counted_again(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, D
     What changes: `drafted` and `accepted` of a last round whose draft held the end of the text, and of each request the
     sums, rates and lengths of its rounds. A request without rounds keeps what it has.
     """
-    names = [*CONFIGURATION, "request_id", "repeat"]
+    names = [*keys_of(requests), "request_id", "repeat"]
     requests, rounds = requests.copy(), rounds.copy()
     own = dict(list(rounds.groupby(_tuples(rounds[names]), sort=False)))
     key: Any
@@ -465,11 +510,12 @@ def _check_one_configuration(requests: DataFrame, path: Path, made_by: str) -> N
 
 
 def _check_unique(table: DataFrame, key: list[str]) -> None:
-    twice = table[table.duplicated([*CONFIGURATION, *key], keep=False)]
+    whole = [*keys_of(table), *key]
+    twice = table[table.duplicated(whole, keep=False)]
     if twice.empty:
         return
     first = twice.iloc[0]
-    same = twice[(twice[[*CONFIGURATION, *key]] == first[[*CONFIGURATION, *key]]).all(axis=1)]
+    same = twice[(twice[whole] == first[whole]).all(axis=1)]
     told = [name for name in key if name != "repeat" or first[name] > 1]
     what = ", ".join([_named(first), *(f"{name} {first[name]}" for name in told)])
     raise UserError(
@@ -479,6 +525,11 @@ def _check_unique(table: DataFrame, key: list[str]) -> None:
 
 
 def _check_same_requests(requests: DataFrame) -> None:
+    if SERIES in requests:
+        for _, own in requests.groupby(SERIES):
+            _check_same_requests(own.drop(columns=SERIES))
+        return
+    _check_same_prompts(requests)
     names = requests["request_id"].str.cat(requests["repeat"].map(lambda n: f" (repeat {n})" if n > 1 else ""))
     everyone = set(names)
     for _, own in requests.groupby(configuration_of(requests), sort=False):
@@ -486,6 +537,21 @@ def _check_same_requests(requests: DataFrame) -> None:
             raise UserError(
                 f"{listed(own.index.unique('file'))}: {_named(own.iloc[0])} lacks {len(missing)} of {len(everyone)} "
                 f"requests that other runs have: {listed(missing)}; run it again on the same dataset"
+            )
+
+
+def _check_same_prompts(requests: DataFrame) -> None:
+    """What is said of a request in every table: other tokens or another seed are another request of the same name."""
+    for name in ("prompt_length", "seed", "category"):
+        first = requests.drop_duplicates("request_id").set_index("request_id")[name]
+        other = requests[requests[name].to_numpy() != first.loc[requests["request_id"]].to_numpy()]
+        if not other.empty:
+            row, request = other.iloc[0], other.iloc[0]["request_id"]
+            files = requests.index.get_level_values("file")
+            raise UserError(
+                f"these runs do not belong together: request {request} has {name} {first[request]} in "
+                f"{files[(requests['request_id'] == request).to_numpy()][0]} and {row[name]} in {other.index[0][0]}. "
+                f"{KEEP_APART}"
             )
 
 
@@ -499,7 +565,7 @@ def _check_finished(requests: DataFrame) -> None:
 
 
 def _check_rounds(requests: DataFrame, rounds: DataFrame) -> None:
-    key = [*CONFIGURATION, "request_id", "repeat"]
+    key = [*keys_of(requests), "request_id", "repeat"]
     stray = rounds[~_tuples(rounds[key]).isin(set(_tuples(requests[key])))]
     if not stray.empty:
         (file, _), row = stray.index[0], stray.iloc[0]

@@ -20,7 +20,8 @@ from specsplit.experiment.sweep import Point
 from specsplit.io import write_json
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.sources import resolve_model
-from specsplit.provenance.capture import capture_environment, capture_software, utc_now
+from specsplit.provenance.capture import capture_environment, capture_machine, capture_software, utc_now
+from specsplit.provenance.gpu import capture_gpu
 
 
 def run_race(args: argparse.Namespace, plan: Plan) -> None:
@@ -69,7 +70,9 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
             "inputs": plan.inputs,
             "tokenizer_sha256": plan.codec.sha256,
             "environment": capture_environment(),
-            "software_sha256": capture_software()["sha256"],
+            "machine": capture_machine(),
+            "gpu": capture_gpu(),
+            "software": capture_software(),
             "specsplit_version": specsplit.__version__,
         }
         total = plan.bench.repeats * len(requests) * (len(ours) + len(baselines))

@@ -83,6 +83,6 @@ class RoundRecord(Round, _Text):
 
 
 # Columns that tables of earlier versions lack.
-LATER_COLUMNS = ("verifications", "acceptance_length", "draft_acceptance_rate")
+LATER_COLUMNS = ("verifications", "acceptance_length", "draft_acceptance_rate", "series")
 REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))
 ROUND_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RoundRecord))

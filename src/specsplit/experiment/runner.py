@@ -226,7 +226,7 @@ def _describe_run(
         for c in (draft, target)
         if c
     }
-    source_files = hash_tree(PACKAGE)
+    source_files, software = hash_tree(PACKAGE), capture_software()
     return {
         "schema_version": RUN_SCHEMA_VERSION,
         "command": shlex.join(argv),
@@ -246,7 +246,8 @@ def _describe_run(
         "tokenizer_sha256": codec.sha256,
         "machine": capture_machine(),
         "environment": capture_environment(),
-        "software_sha256": capture_software()["sha256"],
+        "software": software,
+        "software_sha256": software["sha256"],
         "specsplit_version": specsplit.__version__,
         "source_sha256": combined_sha256(source_files),
         "run_code_sha256": code_sha256("bench"),

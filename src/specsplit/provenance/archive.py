@@ -16,6 +16,7 @@ from specsplit.errors import UserError
 from specsplit.io import read_json_object, replacing
 from specsplit.provenance.capture import WORKFLOW_FILES, hash_tree
 from specsplit.provenance.crate import build_crate
+from specsplit.provenance.facts import refuse_differences, run_facts
 from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RECORD, RESULTS, SEAL, read_sums, write_sums
 from specsplit.provenance.record import check_record
 from specsplit.provenance.redaction import find_secret
@@ -38,6 +39,8 @@ def write_archive(output: Path, result_files: Sequence[Path], root: Path) -> int
     record = read_json_object(root / RECORD)
     check_record(record)
     _refuse_other_code(record, root)
+    if not record["config"].get("keep_apart"):
+        refuse_differences({run["file"]: run_facts(run) for run in record["runs"]}, "Run again what does not belong")
     await_workers(root / RESULTS)
     others = [*(record["workflow"]["config_files"] or ()), record["dataset"].get("source") or ""]
     collected = _collect(result_files, others, root, output)

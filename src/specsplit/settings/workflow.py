@@ -19,6 +19,7 @@ from specsplit.settings.measure import (
     ContextSettings,
     IntervalSettings,
     LayerSettings,
+    MergeSettings,
     Peer,
     PromptSettings,
 )
@@ -203,6 +204,7 @@ Workflow: type[BaseModel] = section(
     ),
     warmup_requests=same(BenchSettings, "warmup"),
     repeats=same(BenchSettings, "repeats"),
+    keep_apart=same(MergeSettings, "keep_apart"),
     models=key(
         dict[str, Source],
         EMBEDDED,

@@ -96,7 +96,7 @@ class WorkerServicer:
             eos_token_ids=self.model.model.eos_token_ids,
             pid=os.getpid(),
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
-            runtime=describe_runtime(self.model.model.device, self.config.seed),
+            runtime=describe_runtime(self.model.model.device, self.config.seed, type(self.model.model).__name__),
             tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
             **self.identity,
         )
