@@ -213,12 +213,12 @@ def test_two_experiments_that_are_kept_apart(two_experiments: Path) -> None:
     status, printed = merge(two_experiments, "--keep-apart")
     assert status == 0, printed
     requests, rounds = read_tables(two_experiments)
-    assert sorted(requests["series"]) == [1, 1, 1, 1, 2, 2]
+    assert sorted(requests["series"].value_counts()) == [2, 4]
     summary = summarize(requests, rounds, bootstrap_samples=100)
     assert len(summary) == 3
     speedups = {(row["series"], row["gamma"]): row["speedup"] for _, row in summary.iterrows()}
     (alone,) = (series for series, gamma in speedups if gamma == 0)
-    assert speedups[alone, 2] == pytest.approx(1000 / 900) or speedups[alone, 2] == pytest.approx(10)
+    assert speedups[alone, 2] == pytest.approx(1000 / 900)  # and not 10
     assert sum(speedup != speedup for speedup in speedups.values()) == 1  # none without a gamma 0 of its own
     status, printed = specsplit("analyze", "--results-dir", two_experiments, "--bootstrap-samples", "100")
     assert status == 0, printed

@@ -131,15 +131,17 @@ def _check_surroundings(runs: Named) -> dict[str, Any]:
 
 
 def _check_differences(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs between runs; where that is more than names of hosts and idle packages, they are not comparable."""
+    """What differs between runs. Code and variables have items of their own; names of hosts and other packages are told
+    only."""
     told: dict[bool, list[str]] = {True: [], False: []}
     for each in record["differences"]:
         values = " or ".join(f"{value[:60]} ({', '.join(names[:3])})" for value, names in each["values"].items())
-        told[each["matters"]].append(f"{each['fact']}: {values}")
+        own_item = each["fact"].startswith(("code: ", "variable ")) or each["fact"].endswith(tuple(REQUIRED))
+        told[each["matters"] and not own_item].append(f"{each['fact']}: {values}")
     apart = bool(record["config"].get("keep_apart"))
     problems = [] if apart else told[True]
     detail = "; ".join([*told[True], *told[False]]) or "nothing differs"
-    return _item("runs agree on models, data, settings, machine and code", problems, detail)
+    return _item("runs agree on models, data, settings, machine and packages", problems, detail)
 
 
 def _check_models(models: Named) -> dict[str, Any]:
