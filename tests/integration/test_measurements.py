@@ -118,19 +118,47 @@ def test_a_race_that_makes_no_sense_is_refused(
 
 
 def test_clients_at_once_get_the_texts_of_one(clients: list[str], tmp_path: Path) -> None:
-    load = ["--clients", "3", "--gamma", "0", "3", "--requests", "7", "--max-output-tokens", "6", "--ignore-eos"]
+    load = ["--clients", "3", "--gamma", "0", "3", "--requests", "13", "--max-output-tokens", "6", "--ignore-eos"]
     main(["capacity", *clients, "--results-dir", str(tmp_path), *load])
     rows = pd.read_csv(tmp_path / "capacity_requests.csv")
-    assert rows.groupby(["gamma", "clients"]).size().to_dict() == {(0, 1): 7, (0, 3): 7, (3, 1): 7, (3, 3): 7}
+    assert rows.groupby(["gamma", "clients"]).size().to_dict() == {(0, 1): 13, (0, 3): 13, (3, 1): 13, (3, 3): 13}
     assert rows["matches_single"].all()
     assert sorted(rows.loc[rows["clients"] == 3, "client"].unique()) == [0, 1, 2]
     assert rows.groupby(["gamma", "clients", "request_id", "repeat"]).size().eq(1).all()
-    assert rows["repeat"].max() == 3  # seven requests of three prompts
+    assert rows["repeat"].max() == 5  # thirteen requests of three prompts
     assert rows.groupby("request_id")["output_sha256"].nunique().eq(1).all()
     summary = pd.read_csv(tmp_path / "capacity.csv")
     assert list(summary["clients"]) == [1, 3, 1, 3]
     assert list(summary.loc[summary["clients"] == 1, "gain"]) == [1, 1]
     assert (tmp_path / "figures" / "capacity.svg").stat().st_size
+
+
+def test_requests_that_arrive_at_a_rate_and_the_one_that_is_sustained(clients: list[str], tmp_path: Path) -> None:
+    load = ["--clients", "2", "--rates", "50", "20", "--gamma", "0", "2", "--requests", "8", "--arrivals", "gamma"]
+    rest = ["--burstiness", "0.5", "--saturation-steps", "2", "--max-output-tokens", "6", "--ignore-eos"]
+    main(["capacity", *clients, "--results-dir", str(tmp_path), *load, *rest])
+    rows = pd.read_csv(tmp_path / "capacity_requests.csv")
+    opened = rows[rows["arrivals"] == "gamma"]
+    assert rows["matches_single"].all()
+    assert opened.groupby(["gamma", "rate"]).size().tolist() == [8] * 8
+    assert (opened["started_ms"] >= opened["due_ms"] - 1).all()
+    for _, level in opened.groupby("rate"):  # the same moments for both gammas
+        if level["gamma"].nunique() == 2:
+            due = [own.sort_values("client")["due_ms"].tolist() for _, own in level.groupby("gamma")]
+            assert due[0] == pytest.approx(due[1])
+    summary = pd.read_csv(tmp_path / "capacity.csv")
+    assert list(summary["arrivals"]) == [*["closed"] * 2, *["gamma"] * 4] * 2
+    assert list(summary["rate"].dropna())[:2] == [20, 50]
+    assert summary.loc[(summary["gamma"] == 2) & (summary["clients"] > 0), "speedup_at_load"].notna().all()
+
+
+def test_too_few_requests_for_so_many_clients_are_refused(
+    clients: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["capacity", *clients, "--results-dir", str(tmp_path), "--clients", "64", "--requests", "32"])
+    assert "64 clients need at least 256" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_cost_of_a_token_against_its_context(

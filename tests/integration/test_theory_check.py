@@ -11,6 +11,7 @@ from specsplit.cli.main import main
 from specsplit.decoding.theory import expected_tokens, tpot_ms
 from specsplit.experiment import theory_check
 from specsplit.experiment.transport import bare_round_trip_ms
+from specsplit.settings.measure import SimulationSettings
 
 
 @pytest.mark.slow
@@ -42,13 +43,14 @@ def test_the_table_and_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--acceptance", "1"], "--acceptance 1.0: a probability between 0 and 1"),
-        (["--draft-ms", "0"], "--draft-ms 0.0: a time above 0 ms"),
-        (["--fan-out", "0"], "--fan-out 0 is too small"),
-        (["--rtt-ms", "-1"], "--rtt-ms -1.0: a time of 0 ms or more"),
-        (["--gamma", "x"], "gamma x: a number from 1, or auto"),
-        (["--gamma", "0"], "gamma 0: a number from 1, or auto"),
-        (["--figure", "a.pdf"], "--figure a.pdf: a path that ends in .png"),
+        (["--acceptance", "1"], "--acceptance = '1': Input should be less than 1"),
+        (["--draft-ms", "0"], "--draft-ms = '0': Input should be greater than 0"),
+        (["--fan-out", "0"], "--fan-out = '0': Input should be greater than or equal to 1"),
+        (["--rtt-ms", "-1"], "--rtt-ms = ['-1']: Input should be greater than or equal to 0"),
+        (["--gamma", "x"], "--gamma = ['x']: Input should be a valid integer"),
+        (["--gamma", "0"], "--gamma = ['0']: Input should be greater than or equal to 1"),
+        (["--verify-ms", "inf"], "--verify-ms = 'inf': Input should be a finite number"),
+        (["--figure", "a.pdf"], "--figure: a.pdf: a path that ends in .png"),
     ],
 )
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
@@ -73,7 +75,6 @@ def test_a_text_that_is_not_the_targets_is_noticed(monkeypatch: pytest.MonkeyPat
         return result
 
     monkeypatch.setattr(theory_check.TextWriter, "write", wrong)
-    rows = theory_check.check_theory(
-        theory_check.Simulation(draft_ms=0.5, verify_ms=1.0, tokens=20, texts=1), [2], [0.0]
-    )
+    settings = SimulationSettings(draft_ms=0.5, verify_ms=1.0, tokens=20, texts=1, gamma=[2], rtt_ms=[0.0])
+    rows = theory_check.check_theory(settings)
     assert [row.lossless for row in rows] == [True, False, False, False]

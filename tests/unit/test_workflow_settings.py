@@ -354,6 +354,11 @@ def test_gpus_need_a_device_that_they_decide() -> None:
     assert load_pipeline_config({"workers": {"gpus": 2, "device": "cuda"}})["workers"]["gpus"] == 2
 
 
+def test_every_client_of_the_capacity_runs_needs_requests() -> None:
+    wanted = "capacity.requests is 32: 64 clients need at least 256, four each"
+    assert wanted in mistakes({"capacity": {"clients": [64], "requests": 32}})[0]
+
+
 # ---- schema, config.yaml and README say the same
 
 

@@ -273,7 +273,7 @@ def test_measurements_beside_the_sweep_are_planned(finished):
 def test_measurements_beside_the_sweep(workspace):
     workspace.config |= {
         "baselines": {"peers": ["generate", "assisted"], "gammas": [2], "mode": "overlap"},
-        "capacity": {"clients": [3], "gammas": [2], "requests": 4},
+        "capacity": {"clients": [3], "gammas": [2], "requests": 12},
         "context": {"lengths": [16, 64], "gammas": [0], "output_tokens": 8, "texts": 1},
         "repeats": 2,
     }

@@ -36,7 +36,10 @@ rule capacity:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        settings=dict(tpot_limit_ms=config["capacity"]["tpot_limit_ms"]),
+        settings=dict(
+            **{limit: config["capacity"][limit] for limit in ("tpot_limit_ms", "ttft_limit_ms")},
+            confidence=config["statistics"]["confidence"],
+        ),
         code=code_of(script="capacity.py"),
     script:
         "../scripts/capacity.py"

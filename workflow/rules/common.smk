@@ -407,7 +407,8 @@ def race_settings():
 def capacity_settings():
     measured = config["capacity"]
     settings = {"clients": measured["clients"], "gamma": measured["gammas"], "mode": measured["mode"]}
-    settings |= {"requests": measured["requests"], "fan_out": config["lookahead"]["fan_out"], "draft_name": FIRST_DRAFT}
+    settings |= {key: measured[key] for key in measured if key not in ("clients", "gammas", "mode")}
+    settings |= {"fan_out": config["lookahead"]["fan_out"], "draft_name": FIRST_DRAFT}
     return {**settings, **text_settings()}
 
 

@@ -57,9 +57,10 @@ CAPTIONS = {
         "faster. Identical is the share of texts that are, token for token, those of our target alone."
     ),
     "capacity": (
-        "Several clients at once on one pair of workers. Tokens per second rise as long as the workers serve clients "
-        "together, and each client waits longer; goodput counts only requests whose time per token (ITL) stays under "
-        "the limit. Where drafting stops to pay, the target alone has the higher throughput."
+        "Several requests at once on one pair of workers: clients that each send the next request when the last one "
+        "is done, or requests that arrive at a rate. Tokens per second rise as long as the workers serve requests "
+        "together, and each waits longer; goodput counts only requests whose first token and time per token (ITL) "
+        "stay within the limits. Where drafting stops to pay, the target alone has the higher throughput."
     ),
     "profile": (
         "Where the time of a round goes: the models, waiting for other work, messages under way, the rest of the "

@@ -17,8 +17,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from pandas import read_csv
 
 import specsplit
+from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
 from specsplit.analysis.findings import compared_sentence, faults_sentence, find_best, lossless_sentence, summary_table
 from specsplit.analysis.statistics import MIN_PROMPTS
@@ -30,8 +32,8 @@ from specsplit.settings.axes import CONFIGURATION
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
     "peers": "contender itl_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical",
-    "capacity": "mode gamma clients tokens_per_second gain itl_ms_median itl_ms_p99 ttft_ms_median tpot_limit_ms "
-    "goodput_share goodput_tokens_per_second matches_single",
+    "capacity": "mode gamma clients rate tokens_per_second gain speedup_at_load itl_ms_median itl_ms_p99 "
+    "ttft_ms_median total_latency_ms_p90 goodput_share goodput_tokens_per_second matches_single",
     "profile": f"{' '.join(CONFIGURATION)} phase rounds tokens_per_round round_ms *_compute_ms *_queue_ms network_ms "
     "worker_ms orchestrator_ms hidden_ms ms_per_token",
     "context_curve": "gamma context_tokens ttft_ms_median itl_ms_median *_compute_ms_median tokens_per_round "
@@ -248,6 +250,7 @@ def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:
     return {
         "heading": BESIDE[name],
         "what": CAPTIONS[name],
+        "sentences": capacity_sentences(read_csv(path)) if name == "capacity" else [],
         "headings": headings,
         "rows": rows[:MOST_ROWS],
         "left_out": len(rows) - MOST_ROWS,

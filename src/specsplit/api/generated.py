@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import Self
 
 from specsplit.client.result import Failure, Round, SpeculativeResult
-from specsplit.decoding.measures import acceptance_rate, per_token_ms, tokens_per_round
+from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms
 from specsplit.models.tokenizer import TextCodec, TextStream
 
 
@@ -48,9 +48,9 @@ class GeneratedText(str):
         return acceptance_rate(self.rounds)
 
     @property
-    def acceptance_length(self) -> float:
-        """Tokens per verification: the accepted ones and the target's own, up to the end of the text."""
-        return tokens_per_round(self.rounds)
+    def acceptance_length(self) -> float | None:
+        """1 + accepted tokens / verifications, as in the tables of a sweep; None when nothing was drafted."""
+        return acceptance_length(self.rounds)
 
     @property
     def acceptance_by_position(self) -> list[float]:

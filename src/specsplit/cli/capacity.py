@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.cli.plan import connected_configs, load_codec, read_prompts
-    from specsplit.experiment.capacity import CapacityRecord, measure_capacity
+    from specsplit.experiment.capacity import CapacityRecord, Load, measure_capacity
     from specsplit.experiment.columns import FAILED
     from specsplit.experiment.runner import encode_prompts
 
@@ -38,24 +38,21 @@ def run(args: argparse.Namespace) -> None:
     requests = encode_prompts(read_prompts(args.prompts, settings), codec, chat=config.use_chat_template, limit=limit)
 
     def show(rows: list[CapacityRecord]) -> None:
-        wall_s = max(row.started_ms + row.total_latency_ms for row in rows) / 1e3
-        tokens = sum(row.generated_tokens for row in rows)
-        tpots = sorted(row.tpot_ms for row in rows if row.tpot_ms is not None)
-        median = f", median TPOT {tpots[len(tpots) // 2]:.1f} ms" if tpots else ""
+        itls = sorted(row.itl_ms for row in rows if row.itl_ms is not None)
+        median = f", median ITL {itls[len(itls) // 2]:.1f} ms" if itls else ""
         wrong = sum(row.matches_single is False for row in rows)
         failed = sum(row.status == FAILED for row in rows)
         print(
-            f"gamma {rows[0].gamma}, {rows[0].clients} clients: {len(rows)} requests, {tokens / wall_s:.1f} tokens/s"
+            f"gamma {rows[0].gamma}, {Load(rows[0].arrivals, rows[0].clients, rows[0].rate)}: {len(rows)} requests"
             f"{median}{f', {failed} FAILED' if failed else ''}"
             f"{f', {wrong} TEXTS DIFFER from the single run' if wrong else ''}",
             flush=True,
         )
 
     table = args.results_dir / "capacity_requests.csv"
-    clients = sorted({1, *settings.clients})
-    measure_capacity(requests, configs, clients, table, count=settings.requests, warmup=settings.warmup, on_level=show)
+    measure_capacity(requests, configs, settings, table, on_level=show)
     print(table)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity
-        for path in write_capacity(args.results_dir, settings.tpot_limit_ms):
+        for path in write_capacity(args.results_dir, settings.tpot_limit_ms, settings.ttft_limit_ms):
             print(path)

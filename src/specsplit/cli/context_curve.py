@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specsplit import tracing
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
+from specsplit.cli.sweep_flags import add_figure_flag, add_prompts_flag, add_workers_dir_flag
 from specsplit.errors import UserError
 from specsplit.settings.measure import ContextSettings
 from specsplit.settings.run import OrchestratorConfig
@@ -16,7 +16,7 @@ from specsplit.settings.run import OrchestratorConfig
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_prompts_flag(parser)
     parser.add_argument("--output", type=Path, required=True, help="CSV table, one row a gamma and length")
-    parser.add_argument("--figure", type=Path, help="also draw it: a path ending in .png; the .svg is put beside it")
+    add_figure_flag(parser)
     add_workers_dir_flag(parser)
     # Greedy texts of a fixed length in mode sync, without a simulated network.
     without = (
@@ -36,8 +36,6 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.io import write_csv
 
     settings = load_settings(ContextSettings, args)
-    if args.figure is not None and args.figure.suffix != ".png":
-        raise UserError(f"--figure {args.figure}: a path that ends in .png")
     fixed = {"mode": "sync", "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0, "ignore_eos": True}
     tracing.wanted()
     config = load_settings(

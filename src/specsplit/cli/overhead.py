@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from specsplit.errors import UserError
-from specsplit.settings.run import MODES
+from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.settings.measure import OverheadSettings
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="CSV table, one row a mode and gamma")
-    parser.add_argument("--mode", dest="modes", nargs="+", choices=MODES, default=list(MODES), help="pipeline modes")
-    parser.add_argument("--gamma", type=int, nargs="+", default=[3, 5], metavar="N", help="draft lengths, from 1")
-    parser.add_argument("--tokens", type=int, default=400, help="length of a text")
-    parser.add_argument("--texts", type=int, default=4, help="texts at each point")
+    add_setting_flags(parser, OverheadSettings)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,13 +22,9 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.io import write_csv
     from specsplit.launch.lease import hold_lease
 
-    for name, values, least in (("gamma", args.gamma, 1), ("tokens", [args.tokens], 2), ("texts", [args.texts], 1)):
-        if min(values) < least:
-            raise UserError(f"--{name} {min(values)}: wanted a whole number >= {least}")
+    settings = load_settings(OverheadSettings, args)
     hold_lease()
-    table = summarize_overhead(
-        pd.DataFrame(measure_overhead(args.modes, args.gamma, tokens=args.tokens, texts=args.texts))
-    )
+    table = summarize_overhead(pd.DataFrame(measure_overhead(settings)))
     write_csv(table, args.output)
     print(table.to_string(index=False, float_format="{:.3f}".format))
     print(args.output)

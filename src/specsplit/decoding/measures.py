@@ -7,10 +7,12 @@ from typing import Protocol
 
 
 class Verified(Protocol):
-    """A round: tokens drafted, and how many of them the target accepted."""
+    """A round: tokens drafted, nodes of the tree that was verified, and how many tokens the target accepted."""
 
     @property
     def drafted(self) -> int: ...
+    @property
+    def tree_nodes(self) -> int: ...
     @property
     def accepted(self) -> int: ...
 
@@ -29,6 +31,20 @@ def acceptance_rate(rounds: Sequence[Verified]) -> float | None:
     """Mean of accepted / drafted over the rounds that drafted something; None when none did."""
     rates = [r.accepted / r.drafted for r in rounds if r.drafted]
     return sum(rates) / len(rates) if rates else None
+
+
+def verifications(rounds: Sequence[Verified]) -> int:
+    """Rounds in which the target verified a draft, one cut to nothing by the end of the text included."""
+    return sum(r.tree_nodes > 0 or r.drafted > 0 for r in rounds)
+
+
+def acceptance_length(rounds: Sequence[Verified]) -> float | None:
+    """1 + accepted tokens / verifications; None when nothing was verified.
+
+    As vLLM, SGLang and AIPerf count it: tokens that a verification adds, its bonus token included.
+    """
+    verified = verifications(rounds)
+    return 1 + sum(r.accepted for r in rounds) / verified if verified else None
 
 
 def tokens_per_round(rounds: Sequence[Verified]) -> float:

@@ -1,7 +1,8 @@
-"""Many clients at once through the same two workers: every client writes text after text, as many at a time as clients.
+"""Many requests at once through the same two workers: a closed loop of clients, or requests that arrive at a rate.
 
-A closed loop: a client sends its next request when the last one is done. The requests are the same at every number of
-clients, no two clients write the same one, and each text is compared with the one that a single client wrote.
+In a closed loop a client sends its next request when the last one is done; no two clients write the same request at
+once. In an open loop requests arrive when they are due, whether or not others are done. The requests are the same at
+every load, and each text is compared with the one that a single client wrote.
 """
 
 from __future__ import annotations
@@ -9,129 +10,238 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.errors import WorkerError
+from specsplit.experiment.arrivals import arrival_times
 from specsplit.experiment.columns import FAILED, OK, RequestRecord
 from specsplit.experiment.records import Request, gamma_controller, request_config, request_record
 from specsplit.experiment.rows import writing_rows
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import Access
+from specsplit.settings.measure import CLOSED, CapacitySettings
 from specsplit.settings.run import OrchestratorConfig
 
 WARM_UP_TOKENS = 8
+LIMIT_FACTOR = 2.0  # of the median ITL and TTFT of one client, when no limit is given
+GOOD_SHARE = 0.9  # of the requests have to keep the limits, or the workers are saturated
 
 
 @dataclass(frozen=True)
-class _Place:
-    """clients: how many there were; client: which of them wrote it, from 0. started_ms: since the first request."""
+class Load:
+    """arrivals: closed, or the pattern of an open loop. clients: of a closed loop, 0 in an open one.
+    rate: requests per second that arrive in an open loop."""
 
+    arrivals: str
     clients: int
+    rate: float | None
+
+    def __str__(self) -> str:
+        return f"{self.clients} clients" if self.rate is None else f"{self.rate:.3g} requests/s ({self.arrivals})"
+
+
+@dataclass(frozen=True)
+class _Place(Load):
+    """client: which of them wrote it, from 0; in an open loop the place in the order of arrival. Milliseconds since
+    the first request: started_ms, and due_ms, when it should have started (in a closed loop the same)."""
+
     client: int
     started_ms: float
+    due_ms: float
 
 
 @dataclass(frozen=True)
 class CapacityRecord(RequestRecord, _Place):
-    """One request with so many clients: one row of `capacity_requests.csv`.
+    """One request at one load: one row of `capacity_requests.csv`.
 
     repeat counts how often the prompt was taken. matches_single: the text that one client alone got; None when one of
-    the two failed. queue_ms: what its rounds waited in the workers for other clients, summed.
+    the two failed. queue_ms: what its rounds waited in the workers for other requests, summed.
     """
 
     matches_single: bool | None = True
     queue_ms: float = 0.0
 
 
+Level = list[CapacityRecord]
+
+
 def measure_capacity(
     requests: Sequence[Request],
     configs: Sequence[OrchestratorConfig],
-    clients: Sequence[int],
+    settings: CapacitySettings,
     output: Path,
     *,
-    count: int,
-    warmup: int,
-    on_level: Callable[[list[CapacityRecord]], None] = lambda rows: None,
+    on_level: Callable[[Level], None] = lambda rows: None,
 ) -> None:
-    """`count` requests by each number of clients for each configuration; writes a row each to `output`.
+    """The requests at each load for each configuration, and on towards saturation; writes a row each to `output`.
 
-    configs: with the addresses of the workers; they may differ. clients: ascending, the first one is 1.
-    warmup: requests of each client before each level, of a few tokens, in no table. on_level: gets the rows of a level.
-    Raises WorkerError when a worker does not answer before a text has begun; a text that fails later is a row.
+    configs: with the addresses of the workers; they may differ. settings: loads, requests at each, and limits; one
+    client alone always comes first. on_level: gets the rows of a load. Raises WorkerError when a worker does not
+    answer before a text has begun; a text that fails later is a row.
     """
-    if list(clients[:1]) != [1]:
-        raise ValueError("the first number of clients is 1, whose texts the others are compared with")
+    turns = [(requests[i % len(requests)], 1 + i // len(requests)) for i in range(settings.requests)]
+    first: Level = []  # one client alone at the first configuration
     with writing_rows(output, CapacityRecord) as write:
         for config in configs:
-            short = config.model_copy(update={"max_output_tokens": min(WARM_UP_TOKENS, config.max_output_tokens)})
-            single: dict[tuple[str, int], str] = {}
-            for number in clients:
-                _run_clients(requests, short, number, number * warmup)
-                records = _run_clients(requests, config, number, count)
-                if number == 1:
-                    single = {(r.request_id, r.repeat): r.output_sha256 for r in records if r.status == OK}
-                level = [replace(record, matches_single=_matches(record, single)) for record in records]
+            levels: list[Level] = []
+            for load in _loads(levels, first, settings):
+                _warm_up(turns, config, load, settings)
+                level = _compared(_run(turns, config, load, settings), (levels or [[]])[0])
+                levels.append(level)
+                first.extend([] if first else level)
                 for record in level:
                     write(record)
                 on_level(level)
 
 
-def _matches(record: CapacityRecord, single: dict[tuple[str, int], str]) -> bool | None:
-    expected = single.get((record.request_id, record.repeat))
-    return None if expected is None or record.status == FAILED else record.output_sha256 == expected
+def _loads(levels: list[Level], first: Level, settings: CapacitySettings) -> Iterator[Load]:
+    """The loads to measure one after the other; `levels` has grown by the last one when it goes on.
+
+    first: what the limits follow from.
+    """
+    for clients in sorted({1, *settings.clients}):
+        yield Load(CLOSED, clients, None)
+    for rate in sorted(settings.rates):
+        yield Load(settings.arrivals, 0, rate)
+    limits = latency_limits(first, settings.ttft_limit_ms, settings.tpot_limit_ms)
+    # As many as were under way at once, each in one client's time: no system serves more.
+    most = max(settings.clients) * len(levels[0]) / (sum(r.total_latency_ms for r in levels[0]) / 1e3)
+    low, high = 0.0, most
+    for _ in range(settings.saturation_steps):
+        rate = (low + high) / 2
+        yield Load(settings.arrivals, 0, rate)
+        low, high = (rate, high) if keeps_up(levels[-1], limits) else (low, rate)
 
 
-def _run_clients(
-    requests: Sequence[Request], config: OrchestratorConfig, clients: int, count: int
-) -> list[CapacityRecord]:
-    """`count` requests, taken in turn, by clients with channels of their own; in the order of their starts."""
-    turns = [(requests[i % len(requests)], 1 + i // len(requests)) for i in range(count)]
+def latency_limits(alone: Level, ttft_limit_ms: float | None, itl_limit_ms: float | None) -> tuple[float, float]:
+    """Limits of TTFT and ITL in ms: as given, else LIMIT_FACTOR times the median of one client alone."""
+
+    def limit(given: float | None, values: list[float]) -> float:
+        return given or LIMIT_FACTOR * sorted(values)[len(values) // 2] if values else float("inf")
+
+    return (
+        limit(ttft_limit_ms, [r.ttft_ms for r in alone if r.ttft_ms is not None]),
+        limit(itl_limit_ms, [r.itl_ms for r in alone if r.itl_ms is not None]),
+    )
+
+
+def keeps_up(level: Level, limits: tuple[float, float]) -> bool:
+    """Whether GOOD_SHARE of the requests kept the limits of TTFT and ITL; the time until a late start counts."""
+    kept = [
+        (r.ttft_ms or 0.0) + r.started_ms - r.due_ms <= limits[0] and (r.itl_ms or 0.0) <= limits[1]
+        for r in level
+        if r.status == OK
+    ]
+    return sum(kept) >= GOOD_SHARE * len(level)
+
+
+def _compared(level: Level, alone: Level) -> Level:
+    """The rows with matches_single; alone: those of one client, none when these are."""
+    single = {(r.request_id, r.repeat): r.output_sha256 for r in alone or level if r.status == OK}
+
+    def matches(record: CapacityRecord) -> bool | None:
+        expected = single.get((record.request_id, record.repeat))
+        return None if expected is None or record.status == FAILED else record.output_sha256 == expected
+
+    return [replace(record, matches_single=matches(record)) for record in level]
+
+
+Turns = Sequence[tuple[Request, int]]
+
+
+def _warm_up(turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings) -> None:
+    """A few tokens of some requests by as many clients as there will be; of an open loop as many as are measured."""
+    short = config.model_copy(update={"max_output_tokens": min(WARM_UP_TOKENS, config.max_output_tokens)})
+    clients = load.clients or max(settings.clients)
+    some = [turns[i % len(turns)] for i in range(clients * settings.warmup)]
+    _run(some, short, Load(CLOSED, clients, None), settings)
+
+
+def _run(turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings) -> Level:
+    """The requests at one load, in the order of their starts."""
+    writing = _closed_loop(turns, config, load) if load.rate is None else _open_loop(turns, config, load, settings)
     try:
-        records = event_loop().run(_write_texts(turns, config, clients))
+        records = event_loop().run(writing)
     except ExceptionGroup as group:  # one of them says enough
         raise group.exceptions[0] from None
     return sorted(records, key=lambda record: record.started_ms)
 
 
-async def _write_texts(
-    turns: Iterable[tuple[Request, int]], config: OrchestratorConfig, clients: int
-) -> list[CapacityRecord]:
+async def _closed_loop(turns: Turns, config: OrchestratorConfig, load: Load) -> Level:
     waiting = deque(turns)
-    records: list[CapacityRecord] = []
+    records: Level = []
     began = time.perf_counter()
-    access = Access.of(config)
-    # Clients of one process would share a connection otherwise; clients on different machines do not.
-    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
 
     async def client(number: int) -> None:
-        controller = gamma_controller(config)
-        async with (
-            access.aio_channel(config.draft_address, options) as draft,
-            access.aio_channel(config.target_address, options) as target,
-        ):
-            stubs = access.stub("draft", draft), access.stub("target", target)
+        async with _Writer(config, load, began) as writer:
             while waiting:
-                request, repeat = waiting.popleft()
-                own = request_config(config, request.id)
-                started_ms = (time.perf_counter() - began) * 1e3
-                error = None
-                try:
-                    result = await run_speculative_loop_async(
-                        *stubs, request.token_ids, own, controller=controller, request_id=request.id
-                    )
-                except WorkerError as failure:
-                    if failure.result is None:
-                        raise
-                    result, error = failure.result, failure
-                queued = sum(r.draft_queue_ms + r.verify_queue_ms for r in result.rounds)
-                row = asdict(request_record(request, result, own, repeat, error))
-                records.append(CapacityRecord(clients, number, started_ms, queue_ms=queued, **row))
+                records.append(await writer.write(*waiting.popleft(), number))
 
     async with asyncio.TaskGroup() as group:
-        for number in range(clients):
+        for number in range(load.clients):
             group.create_task(client(number))
     return records
+
+
+async def _open_loop(turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings) -> Level:
+    assert load.rate is not None
+    due = arrival_times(len(turns), load.rate, settings.arrivals, settings.burstiness, config.seed)
+    began = time.perf_counter()
+    async with _Writer(config, load, began) as writer, asyncio.TaskGroup() as group:
+        tasks = []
+        for number, ((request, repeat), at) in enumerate(zip(turns, due, strict=True)):
+            await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+            tasks.append(group.create_task(writer.write(request, repeat, number, due_ms=at * 1e3)))
+    return [task.result() for task in tasks]
+
+
+class _Writer:
+    """Channels of its own, and the gamma controller of what is written over them. An async context manager."""
+
+    def __init__(self, config: OrchestratorConfig, load: Load, began: float) -> None:
+        self._config, self._load, self._began = config, load, began
+        self._controller = gamma_controller(config)
+        self._open = AsyncExitStack()
+
+    async def __aenter__(self) -> _Writer:
+        access = Access.of(self._config)
+        # Clients of one process would share a connection otherwise; clients on different machines do not.
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+
+        async def stub(role: str, address: str) -> Any:
+            return access.stub(role, await self._open.enter_async_context(access.aio_channel(address, options)))
+
+        self._draft = await stub("draft", self._config.draft_address)
+        self._target = await stub("target", self._config.target_address)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._open.aclose()
+
+    async def write(self, request: Request, repeat: int, client: int, *, due_ms: float | None = None) -> CapacityRecord:
+        """One text and its row. Raises WorkerError when it failed before it had begun."""
+        own = request_config(self._config, request.id)
+        started_ms = (time.perf_counter() - self._began) * 1e3
+        error = None
+        try:
+            result = await run_speculative_loop_async(
+                self._draft, self._target, request.token_ids, own, controller=self._controller, request_id=request.id
+            )
+        except WorkerError as failure:
+            if failure.result is None:
+                raise
+            result, error = failure.result, failure
+        queued = sum(r.draft_queue_ms + r.verify_queue_ms for r in result.rounds)
+        row = asdict(request_record(request, result, own, repeat, error))
+        place: dict[str, Any] = {
+            "client": client,
+            "started_ms": started_ms,
+            "due_ms": started_ms if due_ms is None else due_ms,
+        }
+        return CapacityRecord(**asdict(self._load), **place, queue_ms=queued, **row)

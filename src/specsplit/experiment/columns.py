@@ -83,6 +83,10 @@ class RoundRecord(Round, _Text):
 
 
 # Columns that tables of earlier versions lack.
-LATER_COLUMNS = ("verifications", "acceptance_length", "draft_acceptance_rate", "series")
+LATER_COLUMNS = (
+    *("verifications", "acceptance_length", "draft_acceptance_rate"),
+    *("arrivals", "rate", "due_ms"),  # of capacity_requests.csv
+    "series",  # of runs that were kept apart
+)
 REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))
 ROUND_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RoundRecord))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
-from specsplit.decoding.measures import acceptance_rate, per_token_ms
+from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms, verifications
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.settings.run import OrchestratorConfig
@@ -70,7 +70,6 @@ def request_record(
     """
     rounds, generated = result.counted_rounds, len(result.output_tokens)
     drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
-    verifications = sum(r.tree_nodes > 0 or r.drafted > 0 for r in rounds)
     idle = sum(r.network_ms for r in rounds)
     ttft_ms = None if error else result.ttft_ms
     return RequestRecord(
@@ -98,8 +97,8 @@ def request_record(
         speculation_misses=result.speculation_misses,
         output_sha256=tokens_sha256(result.output_tokens),
         itl_ms=per_token_ms(result.total_ms, ttft_ms, generated, rounds[0].accepted + 1) if rounds else None,
-        verifications=verifications,
-        acceptance_length=1 + accepted / verifications if verifications and not error else None,
+        verifications=verifications(rounds),
+        acceptance_length=None if error else acceptance_length(rounds),
         draft_acceptance_rate=accepted / drafted if drafted and not error else None,
         repeat=repeat,
         status=FAILED if error else OK,

@@ -6,37 +6,25 @@ of the system itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.measures import tokens_per_round
 from specsplit.decoding.theory import PipelineMode, expected_tokens, tpot_ms
-from specsplit.errors import UserError
 from specsplit.experiment.records import gamma_controller
 from specsplit.experiment.transport import bare_round_trip_ms
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import own_workers, start_worker
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access
+from specsplit.settings.measure import SimulationSettings
 from specsplit.settings.run import MODES, OrchestratorConfig
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """A simulated pair. Times in ms: draft_ms of a pass of the draft, verify_ms of the target."""
-
-    acceptance: float = 0.8
-    draft_ms: float = 3.0
-    verify_ms: float = 30.0
-    fan_out: int = 16
-    tokens: int = 400
-    texts: int = 2
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,12 +56,14 @@ class Check:
 
 
 @contextmanager
-def simulated_workers(simulation: Simulation) -> Iterator[tuple[str, str]]:
-    """Addresses of a draft and a target worker, processes of their own, for the time of the block."""
-    s = simulation
+def simulated_workers(acceptance: float, draft_ms: float, verify_ms: float, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Addresses of a draft and a target worker, processes of their own, for the time of the block.
+
+    acceptance: probability that a drafted token is right. draft_ms, verify_ms: milliseconds of a pass of each model.
+    """
     models = {
-        "draft": {"step_ms": s.draft_ms, "acceptance": s.acceptance, "seed": s.seed},
-        "target": {"step_ms": s.verify_ms, "seed": s.seed},
+        "draft": {"step_ms": draft_ms, "acceptance": acceptance, "seed": seed},
+        "target": {"step_ms": verify_ms, "seed": seed},
     }
 
     def start(role: str, endpoint_file: Path) -> Endpoint:
@@ -86,29 +76,23 @@ def simulated_workers(simulation: Simulation) -> Iterator[tuple[str, str]]:
         yield workers["draft"].address, workers["target"].address
 
 
-def check_theory(
-    simulation: Simulation,
-    gammas: Sequence[int | str],
-    rtts_ms: Sequence[float],
-    on_row: Callable[[Check], None] = lambda row: None,
-) -> list[Check]:
-    """Every mode at every gamma and round trip, and the target alone; one row each, as `on_row` gets them.
-
-    gammas: numbers from 1, or `auto`. Raises UserError when one is neither.
-    """
-    if bad := [gamma for gamma in gammas if gamma != "auto" and not (isinstance(gamma, int) and gamma > 0)]:
-        raise UserError(f"gamma {bad[0]}: a number from 1, or auto; the target alone is always measured")
+def check_theory(simulation: SimulationSettings, on_row: Callable[[Check], None] = lambda row: None) -> list[Check]:
+    """Every mode at every gamma and round trip, and the target alone; one row each, as `on_row` gets them."""
     prompts = [[65 + i, 66, 67] for i in range(simulation.texts)]
     rows = []
     # A worker rests about as long as the other one works.
     bare_ms = bare_round_trip_ms(simulation.verify_ms / 2)
     ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
-    with simulated_workers(simulation) as (draft, target), TextWriter(draft, target, access=ours) as writer:
-        for rtt_ms in rtts_ms:
+    times = (simulation.acceptance, simulation.draft_ms, simulation.verify_ms)
+    with (
+        simulated_workers(*times, simulation.seed) as (draft, target),
+        TextWriter(draft, target, access=ours) as writer,
+    ):
+        for rtt_ms in simulation.rtt_ms:
             alone: list[list[int]] = []
             points: list[tuple[PipelineMode, int | str]] = [
                 ("sync", 0),
-                *((mode, gamma) for mode in MODES for gamma in gammas),
+                *product(MODES, simulation.gamma),
             ]
             for mode, gamma in points:
                 settings = {"mode": mode, "gamma": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
@@ -122,7 +106,7 @@ def check_theory(
 
 
 def _row(
-    simulation: Simulation,
+    simulation: SimulationSettings,
     mode: PipelineMode,
     gamma: int | str,
     rtt_ms: float,

@@ -20,6 +20,7 @@ from jsonschema.validators import extend
 
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
+from specsplit.settings.measure import too_few_requests
 from specsplit.settings.run import DEFAULT_DRAFT, gamma_order
 
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
@@ -315,6 +316,8 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     target = models.get(config["target"]["model"], {})
     if target.get("path", "").rstrip("/") == f"results/distill/{config['distill']['name']}/draft":
         yield f"target.model: {_show(config['target']['model'])} is the draft that distill makes from the target"
+    if problem := too_few_requests(config["capacity"]["clients"], config["capacity"]["requests"]):
+        yield f"capacity.{problem}"
     workers = config["workers"]
     if workers["gpus"] and workers["device"] not in ("auto", "cuda"):
         yield (

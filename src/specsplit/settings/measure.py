@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from specsplit.decoding.theory import PipelineMode
 from specsplit.settings.base import Settings, setting
-from specsplit.settings.run import MAX_SEED, Gamma, OnBadLine
+from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MODES, Gamma, Milliseconds, OnBadLine
 from specsplit.settings.worker import ComputeSettings, Dtype
 
 Positive = Annotated[int, Field(ge=1)]
@@ -75,23 +76,57 @@ class BenchSettings(WarmupSettings):
     )
 
 
+CLOSED = "closed"
+ArrivalPattern = Literal["constant", "poisson", "gamma"]
+REQUESTS_A_CLIENT = 4  # at least, or there is no time in which all clients are at work and none starts or ends
+
+
 class CapacitySettings(WarmupSettings):
-    """Many clients at once."""
+    """Many requests at once."""
 
     clients: list[Annotated[int, Field(ge=1, le=256)]] = setting(
         [1, 2, 4, 8, 16],
         "Numbers of concurrent clients; 1 is added when missing, for every text is compared with its single run.",
-        example=[1, 32],
+        example=[1, 12],
         min_length=1,
+    )
+    rates: list[Annotated[float, Field(gt=0)]] = setting(
+        [],
+        "Open loop: rates of requests per second that arrive whether or not others are done.",
+        example=[0.5, 1, 2],
+        note="open loop: requests per second that arrive whether or not others are done",
+    )
+    arrivals: ArrivalPattern = setting(
+        "poisson",
+        "How requests of an open loop arrive: `constant`, `poisson`, or in bursts (`gamma`, with `burstiness`). Times "
+        "follow from the seed.",
+        example="constant",
+        note="constant | poisson | gamma (bursts)",
+    )
+    burstiness: float = setting(
+        1.0,
+        "Shape of the gaps between arrivals of pattern gamma: below 1 in bursts, 1 as poisson, above 1 more even.",
+        example=0.25,
+        note="of gamma: below 1 in bursts, above 1 more even",
+        gt=0,
+    )
+    saturation_steps: int = setting(
+        0,
+        "Bisection steps towards the rate from which on fewer than 9 of 10 requests keep the limits; 0 does not look "
+        "for it. Each step measures all requests at one rate.",
+        example=5,
+        note="bisection steps towards the rate that the workers just sustain; 0 = not looked for",
+        ge=0,
+        le=12,
     )
     gamma: list[Gamma] = setting([0, 3], "Draft lengths.", example=[5], min_length=1)
     mode: PipelineMode = setting("sync", "Pipeline mode.", example="overlap")
     requests: int = setting(
-        32,
-        "Requests at each number of clients, the same ones; prompts are taken again when there are fewer.",
+        64,
+        "Requests at each load, the same ones, at least four a client; prompts are taken again when there are fewer.",
         example=128,
-        note="at each number of clients",
-        ge=1,
+        note="at each load, at least four a client",
+        ge=REQUESTS_A_CLIENT,
     )
     tpot_limit_ms: float | None = setting(
         None,
@@ -100,6 +135,28 @@ class CapacitySettings(WarmupSettings):
         example=50,
         note="for the goodput; null = twice the median of one client",
         gt=0,
+    )
+    ttft_limit_ms: float | None = setting(
+        None,
+        "Goodput counts the requests whose first token came within this many milliseconds of their arrival; null is "
+        "twice the median of one client.",
+        example=500,
+        note="for the goodput; null = twice the median of one client",
+        gt=0,
+    )
+
+    @model_validator(mode="after")
+    def _enough_requests(self) -> Self:
+        if problem := too_few_requests(self.clients, self.requests):
+            raise ValueError(problem)
+        return self
+
+
+def too_few_requests(clients: Sequence[int], requests: int) -> str:
+    """What is wrong with so many requests for the most clients, in words; empty when nothing is."""
+    least = REQUESTS_A_CLIENT * max(clients)
+    return (
+        "" if requests >= least else f"requests is {requests}: {max(clients)} clients need at least {least}, four each"
     )
 
 
@@ -127,6 +184,38 @@ class MergeSettings(Settings):
         example=True,
         note="runs on other machines, code or prompts become series that are never compared; false refuses them",
     )
+
+
+DraftLength = Annotated[int, Field(ge=1, le=MAX_GAMMA)]
+
+
+class SimulatedTexts(Settings):
+    """Texts of simulated models behind real workers."""
+
+    tokens: int = setting(400, "Length of a text in tokens.", ge=2)
+    texts: int = setting(2, "Texts at each point.", ge=1)
+
+
+class OverheadSettings(SimulatedTexts):
+    """Rounds of models that take no time."""
+
+    mode: list[PipelineMode] = setting(list(MODES), "Pipeline modes.", min_length=1)
+    gamma: list[DraftLength] = setting([3, 5], "Draft lengths.", min_length=1)
+    texts: int = setting(4, "Texts at each point.", ge=1)
+
+
+class SimulationSettings(SimulatedTexts):
+    """A simulated pair, and what of it is laid beside the formulas."""
+
+    gamma: list[DraftLength | Literal["auto"]] = setting(
+        [3, 5, 7, 9, "auto"], "Draft lengths; the target alone is always measured.", min_length=1
+    )
+    rtt_ms: list[Milliseconds] = setting([0.0, 14.0, 50.0], "Round trips in milliseconds.", min_length=1)
+    acceptance: float = setting(0.8, "Probability that a drafted token is accepted.", gt=0, lt=1)
+    draft_ms: float = setting(3.0, "Milliseconds of a pass of the draft.", gt=0)
+    verify_ms: float = setting(30.0, "Milliseconds of a pass of the target.", gt=0)
+    fan_out: int = setting(16, "Outcomes that lookahead prepares drafts for.", ge=1, le=64)
+    seed: int = setting(0, "Of the simulated text.", ge=0, le=MAX_SEED)
 
 
 class IntervalSettings(Settings):

@@ -298,7 +298,11 @@ Workflow: type[BaseModel] = section(
         note="many clients at once",
         clients=listed(CapacitySettings, "clients"),
         gammas=listed(CapacitySettings, "gamma"),
-        **keys(CapacitySettings, "mode", "requests", "tpot_limit_ms"),
+        rates=same(CapacitySettings, "rates", schema=ONE_OR_MORE),
+        **keys(
+            CapacitySettings,
+            *("arrivals", "burstiness", "saturation_steps", "mode", "requests", "tpot_limit_ms", "ttft_limit_ms"),
+        ),
     ),
     context=section(
         "Cost of a token against the length of its context: results/context_curve.csv.",
