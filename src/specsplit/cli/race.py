@@ -15,12 +15,13 @@ from specsplit.client.handshake import connected_pair
 from specsplit.errors import UserError
 from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, check_peers, race
 from specsplit.experiment.peers import HuggingFace, Peer, PeerModel
-from specsplit.experiment.runner import encode_prompts
+from specsplit.experiment.runner import encode_prompts, worker_identity
 from specsplit.experiment.sweep import Point
 from specsplit.io import write_json
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.sources import resolve_model
 from specsplit.provenance.capture import capture_environment, capture_machine, capture_software, utc_now
+from specsplit.provenance.closure import code_sha256
 from specsplit.provenance.gpu import capture_gpu
 
 
@@ -87,7 +88,9 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
             sys.stdout.flush()
 
         table = args.results_dir / "peers_requests.csv"
-        race(
+        own = ("hugging_face", "tokenizer_sha256", "environment", "machine", "software")
+        decides = {key: run[key] for key in own} | {"code": code_sha256("race"), "ours": _deciding(ours)}
+        run["attempts"] = race(
             requests,
             ours,
             baselines,
@@ -95,6 +98,7 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
             table,
             warmup=plan.bench.warmup,
             repeats=plan.bench.repeats,
+            decides=decides,
             on_row=show,
         )
     write_json(args.results_dir / "peers_run.json", {**run, "finished": utc_now()})
@@ -108,6 +112,16 @@ def _connect(args: argparse.Namespace, plan: Plan, point: Point, stack: ExitStac
     config = with_addresses(plan.configs[point], args.workers_dir, point)
     draft, target = stack.enter_context(connected_pair(config, plan.codec.sha256))
     return Ours(point.label, config, draft, target)
+
+
+def _deciding(ours: list[Ours]) -> dict[str, Any]:
+    """What of our contenders decides their rows."""
+    decides = {}
+    for contender in ours:
+        workers = {role: worker_identity(worker) for role, worker in _describe(contender)["workers"].items()}
+        settings = contender.config.model_dump(mode="json", exclude=contender.config.operating())
+        decides[contender.label] = {"settings": settings, "workers": workers}
+    return decides
 
 
 def _describe(contender: Ours) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from specsplit.decoding.theory import PipelineMode, mode_hit_probability, tpot_ms
 
 DECAY = 0.985  # weight of a round against the one after it: about 67 rounds are remembered
@@ -65,6 +68,18 @@ class GammaController:
         self._idle_rounds = 0
         self._pause = FIRST_PAUSE
         self._undrafted = 0  # rounds since the last draft
+
+    def state(self) -> dict[str, Any]:
+        """All that it has learnt, as JSON can hold it."""
+        return {name: dict(vars(v)) if isinstance(v, _Mean | _Line) else v for name, v in vars(self).items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        for name, value in state.items():
+            if isinstance(value, Mapping):
+                vars(getattr(self, name)).update(value)
+            else:
+                setattr(self, name, value)
 
     @property
     def alpha(self) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 import specsplit
 from specsplit.client.pipeline import TextWriter
+from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.experiment.dataset import Prompt
@@ -115,8 +116,11 @@ def run_requests(
 
         try:
             with sampler:
-                for measured in _measure(left, draft, target, codec, config, warmup) if left else ():
-                    journal.add(measured)
+                controller = gamma_controller(config)
+                learnt = journal.controller
+                measuring = _measure(left, draft, target, codec, config, warmup, controller, learnt) if left else ()
+                for measured in measuring:
+                    journal.add(measured, controller.state() if controller else None)
                     on_done(measured.request)
             _write_tables([entry for turn in plan if (entry := _entry(journal, turn))], run_dir)
         except BaseException as error:
@@ -146,14 +150,17 @@ def _measure(
     codec: TextCodec,
     config: OrchestratorConfig,
     warmup: int,
+    controller: GammaController | None,
+    learnt: Mapping[str, Any] | None,
 ) -> Iterator[Entry]:
-    """Run these requests, at least one, in order."""
-    controller = gamma_controller(config)
+    """Run these requests, at least one, in order. learnt: the state of the controller after the rows that are kept."""
     descriptions = {c.role: c.description for c in (draft, target) if c}
     access = Access.of(config)
     with TextWriter(draft.address if draft else None, target.address, descriptions, access=access) as writer:
         for _, request in islice(cycle(turns), warmup):
             writer.write(request.token_ids, request_config(config, request.id), controller=controller)
+        if controller is not None and learnt is not None:
+            controller.restore(learnt)
         for repeat, request in turns:
             own = request_config(config, request.id)
             error = None
@@ -194,13 +201,15 @@ def _write_tables(entries: Sequence[Entry], run_dir: Path) -> None:
 _WORKER_OPERATION = ("address", "pid", "attached", "process_started", "log", "reason")
 
 
+def worker_identity(worker: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a worker's description decides results: not its process and address."""
+    return {key: value for key, value in worker.items() if key not in _WORKER_OPERATION}
+
+
 def _what_decides(run: Mapping[str, Any], requests: Sequence[Request]) -> dict[str, Any]:
     """The settings that the rows of one run share: those of another run with the same ones may stand beside them."""
     operates = OrchestratorConfig.operating()
-    workers = {
-        role: {key: value for key, value in worker.items() if key not in _WORKER_OPERATION}
-        for role, worker in run["workers"].items()
-    }
+    workers = {role: worker_identity(worker) for role, worker in run["workers"].items()}
     return {
         "requests_sha256": json_sha256([[r.id, r.category, r.token_ids] for r in requests]),
         "orchestrator": {key: value for key, value in run["orchestrator"].items() if key not in operates},

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.progress import Bar
     from specsplit.io import json_sha256, write_csv, write_json
     from specsplit.models.fingerprint import fingerprint_model
+    from specsplit.provenance.closure import code_sha256
 
     folder, identity = find_target(args.target)
     manifest, texts = read_texts(args.data)
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
     model = build_draft(target, layers, tokens).to(pick_device(settings.device))
     decides = settings.model_dump(exclude={"device", "draft_dtype", "checkpoint_every"})
     recipe = {"settings": decides, "data": manifest["data_sha256"], "target": identity}
+    # Another device or other code would go on with other numbers.
+    recipe |= {"hardware": describe_hardware(next(model.parameters()).device), "code": code_sha256("distill train")}
     trainer = Trainer(model, texts, tokens, settings, recipe_sha256=json_sha256(recipe), checkpoint=args.checkpoint)
     vocab_size = len(tokens) if tokens else target.vocab_size
     print(
