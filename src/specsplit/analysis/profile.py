@@ -83,7 +83,7 @@ def draw_profile(table: DataFrame, path: Path) -> list[Path]:
     """Draw the decode rows of `profile`, stacked bars of a round and of a token, as `path` .png and .svg."""
     table = table[table["phase"] == "decode"].reset_index(drop=True)
     varied = [name for name in keys_of(table) if name in _SHOWN or table[name].nunique() > 1]
-    names = [_label(row, varied) for _, row in table.iterrows()][:MOST_BARS]
+    names = [bar_label(row, varied) for _, row in table.iterrows()][:MOST_BARS]
     shown = table.iloc[: len(names)]
     with house_style():
         figure = new_figure(WIDTH_IN, ROW_IN * len(names) + 1.3)
@@ -106,8 +106,8 @@ def draw_profile(table: DataFrame, path: Path) -> list[Path]:
         return save_figure(figure, path, {"Title": "Where a round's time goes"})
 
 
-def _label(row: Series, varied: Sequence[str]) -> str:
-    """As the run folder is called, with what else varies: no two configurations have one label."""
+def bar_label(row: Series, varied: Sequence[str]) -> str:
+    """What a configuration is called: its run folder, with what else varies: no two configurations have one label."""
     others = [f"{name} {row[name]}" for name in varied if name not in _SHOWN]
     return ", ".join([Point(**{name: row[name] for name in _SHOWN}).label, *others])
 

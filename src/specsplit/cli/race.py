@@ -7,6 +7,7 @@ import shlex
 import sys
 from contextlib import ExitStack
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import specsplit
@@ -23,6 +24,7 @@ from specsplit.models.sources import resolve_model
 from specsplit.provenance.capture import capture_environment, capture_machine, capture_software, utc_now
 from specsplit.provenance.closure import code_sha256
 from specsplit.provenance.gpu import capture_gpu
+from specsplit.provenance.redaction import redact, redact_arguments, without_places
 
 
 def run_race(args: argparse.Namespace, plan: Plan) -> None:
@@ -61,7 +63,7 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
         hugging_face = stack.enter_context(HuggingFace(models["target"], models["draft"], target.threads))
         run: dict[str, Any] = {
             "schema_version": 1,
-            "command": shlex.join(["specsplit", *sys.argv[1:]]),
+            "command": shlex.join(redact_arguments(["specsplit", *sys.argv[1:]])),
             "started": utc_now(),
             "warmup_requests": plan.bench.warmup,
             "repeats": plan.bench.repeats,
@@ -101,7 +103,8 @@ def run_race(args: argparse.Namespace, plan: Plan) -> None:
             decides=decides,
             on_row=show,
         )
-    write_json(args.results_dir / "peers_run.json", {**run, "finished": utc_now()})
+    told = without_places({**run, "finished": utc_now()}, Path.cwd())
+    write_json(args.results_dir / "peers_run.json", redact(told))
     print(table)
     if not args.only:
         for path in import_module("specsplit.analysis.peers_table").write_peers(args.results_dir):

@@ -37,7 +37,7 @@ from specsplit.provenance.capture import (
 from specsplit.provenance.closure import PACKAGE, code_sha256
 from specsplit.provenance.git import capture_git
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
-from specsplit.provenance.redaction import redact, redact_arguments
+from specsplit.provenance.redaction import redact, redact_arguments, without_places
 from specsplit.provenance.steps import workflow_command
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
@@ -112,7 +112,8 @@ def run_requests(
                 "attempts": journal.attempts,
             }
             gpu = {"before": gpu_before, "after": capture_gpu(), "samples": sampler.samples}
-            write_json(run_dir / "run.json", redact({**run, **finished, "gpu": gpu}))
+            told = without_places({**run, **finished, "gpu": gpu}, Path.cwd())
+            write_json(run_dir / "run.json", redact(told))
 
         try:
             with sampler:

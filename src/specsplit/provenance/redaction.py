@@ -88,6 +88,21 @@ def redact_text(text: str) -> str:
     return _TOKEN.sub(REDACTED, text)
 
 
+def without_places(value: Any, root: Path) -> Any:
+    """A copy of a JSON value whose strings name no place of this machine: paths below `root`, the project's folder, are
+    relative to it, and those below the home folder begin with `~`."""
+    if isinstance(value, Mapping):
+        return {key: without_places(item, root) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(item, root) for item in value]
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    for folder, short in ((root.absolute(), "."), (root.resolve(), "."), (Path.home(), "~")):
+        if folder != Path(folder.anchor):
+            value = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}(?=/|$|[\s:;,'\"])", short, value)
+    return re.sub(r"(?<![\w.~/-])\./(?=[\w.])", "", value)
+
+
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
     """A command line without secrets: also what follows --token, and NAME=VALUE with such a name."""
     shown: list[str] = []
