@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.progress import Bar
     from specsplit.io import sha256_file
     from specsplit.models.tokenizer import TextCodec
+    from specsplit.provenance.closure import code_sha256
 
     folder, identity = find_target(args.target)
     held_out = [prompt.prompt for path in args.held_out for prompt in load_prompts(path, args.on_bad_line)[0]]
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
         "target": {**identity, "dtype": dtype, "device": device.type},
         "held_out": {path.name: sha256_file(path) for path in args.held_out},
         "hardware": describe_hardware(model.device),
+        "code": code_sha256("distill write-data"),
     }
     with Bar(settings.tokens, "tok", args.terminal_fd) as bar:
         fresh, fresh_s, before = 0, 0.0, 0
