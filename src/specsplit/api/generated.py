@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Self
 
 from specsplit.client.result import Failure, Round, SpeculativeResult
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms
-from specsplit.models.tokenizer import TextCodec, TextStream
+from specsplit.models.tokenizer import TextStream
 
 
 class GeneratedText(str):
     """A generated text: a string, with what was measured while it was written. Times are milliseconds.
 
     token_ids: the generated tokens, the end-of-text token left out. prompt_token_ids: what they continue.
-    rounds: each draft and its verification (`Round`: drafted, accepted, times). finish_reason: "eos", "length",
+    rounds: each draft and its verification (`Round`: drafted, accepted, times). finish_reason: "eos", "stop", "length",
     "max_rounds" or "context". ttft_ms: until the first token, prompt included; None when none came. total_ms: until the
     last. failures: of workers that were got over.
     """
@@ -89,19 +90,25 @@ class GeneratedStream:
     Leaving early, by `close` or the end of a `with` block, or dropping the stream, stops the text.
     """
 
-    def __init__(self, codec: TextCodec, start: Callable[[Callable[[list[int]], None]], Future[GeneratedText]]) -> None:
+    def __init__(
+        self, decoder: TextStream, start: Callable[[Callable[[list[int]], int | None]], Future[GeneratedText]]
+    ) -> None:
         """start: begins the text and returns its future; it is given what to call with each round's tokens."""
-        decoder = TextStream(codec)
-        pieces: SimpleQueue[str | None] = SimpleQueue()  # None: the end
+        pieces = _Pieces()
 
         def ended(_: Future[GeneratedText]) -> None:
             pieces.put(decoder.feed([], last=True))
             pieces.put(None)
 
+        def on_tokens(tokens: list[int]) -> int | None:
+            piece, kept = decoder.take(tokens)
+            pieces.put(piece)
+            return kept
+
         self._pieces = pieces
         self._ended = False
         # What is called from the event loop does not refer to this object: dropping it ends it.
-        self._future = start(lambda tokens: pieces.put(decoder.feed(tokens)))
+        self._future = start(on_tokens)
         self._future.add_done_callback(ended)
 
     @property
@@ -120,21 +127,25 @@ class GeneratedStream:
 
     def __next__(self) -> str:
         while not self._ended:
-            if piece := self._pieces.get():
+            if (piece := self._took(self._pieces.get())) is not None:
                 return piece
-            if piece is None and not self._ended:
-                self._ended = True
-                self._future.result()  # raises what went wrong
         raise StopIteration
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self
 
     async def __anext__(self) -> str:
-        piece = await asyncio.to_thread(next, self, None)
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
+        while not self._ended:
+            if (piece := self._took(await self._pieces.aget())) is not None:
+                return piece
+        raise StopAsyncIteration
+
+    def _took(self, piece: str | None) -> str | None:
+        """A piece that is not empty. At the end of the text, raises what went wrong with it."""
+        if piece is None and not self._ended:
+            self._ended = True
+            self._future.result()
+        return piece or None
 
     def __enter__(self) -> Self:
         return self
@@ -145,3 +156,31 @@ class GeneratedStream:
     def __del__(self) -> None:
         if future := getattr(self, "_future", None):
             future.cancel()
+
+
+class _Pieces:
+    """A queue that a thread or an event loop waits at; None is the end."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[str | None] = SimpleQueue()
+        self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def put(self, piece: str | None) -> None:
+        self._queue.put(piece)
+        if waiting := self._waiting:
+            loop, event = waiting
+            with suppress(RuntimeError):  # that loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(event.set)
+
+    def get(self) -> str | None:
+        return self._queue.get()
+
+    async def aget(self) -> str | None:
+        event = asyncio.Event()
+        self._waiting = asyncio.get_running_loop(), event
+        while True:
+            event.clear()
+            try:  # after the event is in place, so that no piece is missed
+                return self._queue.get_nowait()
+            except Empty:
+                await event.wait()

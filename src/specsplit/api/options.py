@@ -24,6 +24,7 @@ class Options(TypedDict, total=False):
     temperature: 0 = greedy. top_k: 0 = all tokens. top_p: 1 = all tokens.
     sampling: "coupled": the text is bit for bit that of the target alone; "rejection": it is so in distribution.
     seed: decides what is sampled. max_new_tokens, max_rounds: what ends a text, besides its stop tokens.
+    stop: a string or several that end a text before them; what the target writes is not changed by it.
     stop_token_ids: tokens that end a text; by default those that the target names. ignore_eos: no token ends it.
     max_context: longest text, prompt included. use_chat_template: a string is one user turn of the model's template.
     rtt_ms, jitter_ms: a network to the target, simulated. on_draft_failure: "reconnect", "target_alone" or "fail".
@@ -40,6 +41,7 @@ class Options(TypedDict, total=False):
     seed: int
     max_new_tokens: int
     max_rounds: int | None
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int] | None
     ignore_eos: bool
     max_context: int | None
@@ -61,10 +63,19 @@ def with_options(config: OrchestratorConfig, options: Mapping[str, Any]) -> Orch
             close = difflib.get_close_matches(name, Options.__annotations__, n=1)
             hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(Options.__annotations__)}"
             raise OptionError(f"{name} is not an option of a text{hint}")
-    given = {FIELDS.get(name, name): value for name, value in options.items()}
+    given = {FIELDS.get(name, name): value for name, value in options.items() if name != "stop"}
     if given.get("stop_token_ids") is not None:
         given["stop_token_ids"] = list(given["stop_token_ids"])
     return checked(OrchestratorConfig, {**config.model_dump(), **given})
+
+
+def stop_strings(options: Mapping[str, Any]) -> list[str]:
+    """The strings that end a text. Raises OptionError for what is none."""
+    given = options.get("stop") or []
+    strings = [given] if isinstance(given, str) else list(given)
+    if not all(isinstance(one, str) and one for one in strings):
+        raise OptionError(f"stop={given!r}: wanted a string that is not empty, or several")
+    return strings
 
 
 def checked(settings: type[S], values: Mapping[str, Any], of: str = "") -> S:

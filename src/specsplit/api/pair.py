@@ -13,16 +13,16 @@ import torch
 from specsplit.api.generated import GeneratedStream, GeneratedText
 from specsplit.api.in_process import InProcessStub
 from specsplit.api.named_models import Model
-from specsplit.api.options import Options, checked, with_options
+from specsplit.api.options import Options, checked, stop_strings, with_options
 from specsplit.client.event_loop import event_loop
 from specsplit.client.handshake import check_tokenizers, connected_pair
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.text import OnTokens
 from specsplit.decoding.adaptive import GammaController
-from specsplit.errors import ModelError, OptionError, PromptError, UserError
+from specsplit.errors import ModelError, OptionError, PromptError, UserError, WorkerError
 from specsplit.launch.environment import threads_beside_another, usable_cores
 from specsplit.models.sources import resolve_model
-from specsplit.models.tokenizer import TextCodec
+from specsplit.models.tokenizer import TextCodec, TextStream, cut_at_stop
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -108,7 +108,7 @@ def connect(
     return over_grpc(config, codec, has_draft=draft is not None)
 
 
-def over_grpc(config: OrchestratorConfig, codec: TextCodec | None, *, has_draft: bool) -> Pair:
+def over_grpc(config: OrchestratorConfig, codec: TextCodec | None, *, has_draft: bool, at_once: int = AT_ONCE) -> Pair:
     """The pair of the workers that the settings name, asked what they are and checked to belong together."""
     access = Access.of(config)
     described = connected_pair(config, None if codec is None else codec.sha256, draft=has_draft)
@@ -128,7 +128,7 @@ def over_grpc(config: OrchestratorConfig, codec: TextCodec | None, *, has_draft:
             await channel.close()
 
     stubs = {role: access.stub(role, channel) for role, channel in channels.items()}
-    return Pair(stubs.get("draft"), stubs["target"], codec, config, close, met)
+    return Pair(stubs.get("draft"), stubs["target"], codec, config, close, met, at_once)
 
 
 class Pair:
@@ -147,16 +147,17 @@ class Pair:
         config: OrchestratorConfig,
         close: Callable[[], Coroutine[Any, Any, None]],
         identities: Mapping[str, pb.DescribeReply] | None = None,
+        at_once: int = AT_ONCE,
     ) -> None:
         """draft, target: stubs of grpc.aio, or what stands for them; draft may be None. identities: role -> what the
-        worker said of itself; another model is refused from then on."""
+        worker said of itself; another model is refused from then on. at_once: texts written side by side."""
         self.codec = codec
         self._draft, self._target = draft, target
         self._config = config
         self._close = close
         self._identities = dict(identities or {})
         self._controllers: dict[tuple[Any, ...], GammaController] = {}
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(at_once)
         self._closed = False
 
     @overload
@@ -187,11 +188,36 @@ class Pair:
         """
         if self.codec is None:
             raise OptionError("the target worker gave no tokenizer: say which it is, connect(..., tokenizer=...)")
-        config = self._options(options)
+        config, stop = self._options(options), stop_strings(options)
         token_ids = self._encode(prompt, config)
         return GeneratedStream(
-            self.codec, lambda on_tokens: event_loop().submit(self._write(token_ids, config, on_tokens))
+            TextStream(self.codec, stop),
+            lambda on_tokens: event_loop().submit(self._write(token_ids, config, stop, on_tokens)),
         )
+
+    async def acheck(self, timeout_s: float = 5.0) -> None:
+        """Ask the workers whether they answer. Raises WorkerError that names one which does not."""
+
+        async def ask() -> None:
+            for role, stub in (("target", self._target), ("draft", self._draft)):
+                if stub is not None:
+                    try:
+                        await stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
+                    except grpc.RpcError as error:
+                        code = error.code().name
+                        raise WorkerError(f"the {role} worker does not answer ({code})", code=code) from None
+
+        await asyncio.wrap_future(event_loop().submit(ask()))
+
+    @property
+    def config(self) -> OrchestratorConfig:
+        """The settings of texts that no call changes."""
+        return self._config
+
+    @property
+    def target(self) -> pb.DescribeReply | None:
+        """What the target worker said of itself; None in this process, until a text was written."""
+        return self._identities.get("target")
 
     def close(self) -> None:
         """Let go of the models or the connections. No text can be written afterwards."""
@@ -214,11 +240,13 @@ class Pair:
     async def _generate(
         self, prompt: Prompt | Prompts, options: Mapping[str, Any]
     ) -> GeneratedText | list[GeneratedText]:
-        config = self._options(options)
+        config, stop = self._options(options), stop_strings(options)
+        if stop and self.codec is None:
+            raise OptionError("the target worker gave no tokenizer: stop strings need connect(..., tokenizer=...)")
         if not _is_list_of_prompts(prompt):
-            return await self._write(self._encode(cast(Prompt, prompt), config), config)
+            return await self._write(self._encode(cast(Prompt, prompt), config), config, stop)
         token_ids = [self._encode(one, config) for one in cast(Prompts, prompt)]
-        texts = [asyncio.create_task(self._write(ids, config)) for ids in token_ids]
+        texts = [asyncio.create_task(self._write(ids, config, stop)) for ids in token_ids]
         try:
             return await asyncio.gather(*texts)
         finally:
@@ -226,8 +254,16 @@ class Pair:
                 text.cancel()
 
     async def _write(
-        self, token_ids: list[int], config: OrchestratorConfig, on_tokens: OnTokens | None = None
+        self,
+        token_ids: list[int],
+        config: OrchestratorConfig,
+        stop: Sequence[str] = (),
+        on_tokens: OnTokens | None = None,
     ) -> GeneratedText:
+        if stop and on_tokens is None:
+            assert self.codec is not None
+            decoder = TextStream(self.codec, stop)
+            on_tokens = lambda tokens: decoder.take(tokens)[1]  # noqa: E731
         async with self._slots:
             result = await run_speculative_loop_async(
                 self._draft,
@@ -239,7 +275,7 @@ class Pair:
                 identities=self._identities,
             )
         text = "" if self.codec is None else self.codec.decode(result.output_tokens)
-        return GeneratedText(text, token_ids, result)
+        return GeneratedText(cut_at_stop(text, stop), token_ids, result)
 
     def _options(self, options: Mapping[str, Any]) -> OrchestratorConfig:
         if self._closed:

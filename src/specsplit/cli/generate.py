@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.cli.worker_flags import workers_for
 from specsplit.errors import UserError
 from specsplit.settings.run import OrchestratorConfig
-
-if TYPE_CHECKING:
-    from specsplit.launch.endpoint import Endpoint
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +27,6 @@ def run(args: argparse.Namespace) -> None:
     from specsplit import tracing
     from specsplit.api.pair import over_grpc
     from specsplit.errors import WorkerError
-    from specsplit.launch.endpoint import resolve_address
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec
 
@@ -45,16 +38,19 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("no tokenizer: give --tokenizer FOLDER, or --model FOLDER to start workers as well")
     prompt = _prompt(args.prompt)
     codec = TextCodec.load(resolve_model(config.tokenizer)[0])
-    with _addresses(args.model, config) as addresses:
-        config = config.model_copy(update={role: resolve_address(a) for role, a in addresses.items()})
-        with over_grpc(config, codec, has_draft=config.gamma != 0) as pair, pair.stream(prompt) as stream:
-            try:
-                for piece in stream:
-                    print(piece, end="", flush=True)
-            except WorkerError:
-                print()  # the message stands below the text so far
-                raise
-            print()
+    models = {} if args.model is None else dict.fromkeys(("target", "draft")[: 2 if config.gamma else 1], args.model)
+    with (
+        workers_for(models, config) as found,
+        over_grpc(found, codec, has_draft=found.gamma != 0) as pair,
+        pair.stream(prompt) as stream,
+    ):
+        try:
+            for piece in stream:
+                print(piece, end="", flush=True)
+        except WorkerError:
+            print()  # the message stands below the text so far
+            raise
+        print()
     if not args.quiet:
         print(f"[{stream.text.summary()}]", file=sys.stderr)
 
@@ -68,26 +64,3 @@ def _prompt(given: str) -> str:
     except UnicodeDecodeError as error:
         where = "standard input" if given == "-" else "--prompt"
         raise UserError(f"{where}: not UTF-8 (byte {error.start + 1})") from None
-
-
-@contextmanager
-def _addresses(model: Path | None, config: OrchestratorConfig) -> Iterator[dict[str, str]]:
-    """Where the workers are; those started for this text are stopped again."""
-    if model is None:
-        yield {"draft_address": config.draft_address, "target_address": config.target_address}
-        return
-    from specsplit.launch.environment import threads_beside_another
-    from specsplit.launch.start import own_workers, start_worker
-
-    at_once = config.gamma != 0 and config.mode != "sync"
-    threads = ["--threads", str(threads_beside_another())] if at_once else []
-    arguments = ["--model", str(model), "--port", "0", *threads]
-
-    def start(role: str, file: Path) -> Endpoint:
-        print(f"starting the {role} worker ...", file=sys.stderr)
-        log_file = file.with_suffix(".log")
-        return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0)
-
-    roles = ("target", "draft") if config.gamma else ("target",)
-    with own_workers({role: partial(start, role) for role in roles}) as started:
-        yield {f"{role}_address": endpoint.address for role, endpoint in started.items()}

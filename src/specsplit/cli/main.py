@@ -20,6 +20,7 @@ from specsplit.launch.lease import end_with_lease
 # `add_flags(parser)` and `run(args)`. A command with commands below it stands before them.
 COMMANDS = {
     "generate": "write one text and show it as it comes",
+    "serve": "serve a pair over HTTP with OpenAI's API until SIGTERM",
     "worker": "serve a draft or target model over gRPC until SIGTERM",
     "start-worker": "start a worker in the background, or attach to a running one",
     "stop-worker": "stop a worker that start-worker started",

@@ -1,13 +1,23 @@
-"""Flags that worker, start-worker and bench share."""
+"""What commands that start workers share: flags, and workers of one command."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from specsplit import logs
 from specsplit.errors import UserError
 from specsplit.io import read_json_object
+from specsplit.settings.run import OrchestratorConfig
 from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
+
+if TYPE_CHECKING:
+    from specsplit.launch.endpoint import Endpoint
 
 
 def add_gpus_flag(parser: argparse.ArgumentParser) -> None:
@@ -40,3 +50,33 @@ def with_layers(config: WorkerSettings) -> WorkerSettings:
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise UserError(f"{path}: holds no `layers`, a list of whole numbers; `specsplit pick-layers` writes it")
     return config.model_copy(update={"skip_layers": layers, "skip_layers_file": None})
+
+
+@contextmanager
+def workers_for(
+    models: Mapping[str, Path], config: OrchestratorConfig, *, max_sessions: int | None = None
+) -> Iterator[OrchestratorConfig]:
+    """The settings with the addresses of workers: those started on these models, by role, which are stopped at the
+    end, or without models those that the settings name."""
+    from specsplit.launch.endpoint import resolve_address
+    from specsplit.launch.environment import threads_beside_another
+    from specsplit.launch.start import own_workers, start_worker
+
+    def start(role: str, file: Path) -> Endpoint:
+        print(f"starting the {role} worker ...", file=sys.stderr)
+        arguments = ["--model", str(models[role]), "--port", "0"]
+        if role == "draft" and models["target"] != models["draft"]:
+            arguments += ["--target-tokenizer", str(models["target"])]
+        if config.gamma != 0 and config.mode != "sync":  # both compute at once
+            arguments += ["--threads", str(threads_beside_another())]
+        if max_sessions is not None:
+            arguments += ["--max-sessions", str(max_sessions)]
+        log_file = file.with_suffix(".log")
+        return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0)
+
+    with own_workers({role: partial(start, role) for role in models}) as started:
+        addresses = {role: endpoint.address for role, endpoint in started.items()}
+        if not models:
+            addresses = {role: getattr(config, f"{role}_address") for role in ("draft", "target")}
+        resolved = {f"{role}_address": resolve_address(address) for role, address in addresses.items()}
+        yield config.model_copy(update=resolved)

@@ -59,8 +59,8 @@ class SpeculativeResult:
     """A finished text, or what there is of one that failed.
 
     output_tokens: generated token ids, the end-of-text token left out.
-    finish_reason: eos | length (max_output_tokens) | max_rounds | context (the target can hold no more); empty while
-        the text is not finished.
+    finish_reason: eos | stop (`on_tokens` ended it) | length (max_output_tokens) | max_rounds | context (the target can
+        hold no more); empty while the text is not finished.
     ttft_ms: start of the request to the first token, None when none came. total_ms: start to the last round.
     speculation_hits, speculation_misses: rounds whose draft was made ahead, and those whose was to be but could not be
         used; both 0 in sync mode.
@@ -80,9 +80,9 @@ class SpeculativeResult:
 
     @property
     def counted_rounds(self) -> list[Round]:
-        """The rounds with the tokens that the user gets: where the draft foresaw the end of the text, that token and
-        what follows is in neither `drafted` nor `accepted`."""
-        if self.finish_reason != "eos" or not self.rounds:
+        """The rounds with the tokens that the user gets: where the draft foresaw the end of the text, what follows it,
+        and the end-of-text token itself, is in neither `drafted` nor `accepted`."""
+        if self.finish_reason not in ("eos", "stop") or not self.rounds:
             return self.rounds
         *earlier, last = self.rounds
         given = len(self.output_tokens) - sum(r.accepted + 1 for r in earlier)

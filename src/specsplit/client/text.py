@@ -13,7 +13,8 @@ from specsplit.errors import PromptError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
 
-OnTokens = Callable[[list[int]], None]
+OnTokens = Callable[[list[int]], int | None]
+"""Told of the tokens that a round adds; a number that it returns ends the text after so many of them."""
 
 
 class Text:
@@ -90,14 +91,17 @@ class Text:
         now_ms = (time.perf_counter() - self.started) * 1e3
         if fresh:
             result.ttft_ms = now_ms if result.ttft_ms is None else result.ttft_ms
-            result.output_tokens += fresh
-            if self._on_tokens is not None:
-                self._on_tokens(fresh)
+            kept = None if self._on_tokens is None else self._on_tokens(fresh)
+            result.output_tokens += fresh[:kept]
+            if kept is not None:
+                result.finish_reason = "stop"
         result.total_ms = now_ms
         result.rounds.append(replace(measured, arrived_ms=now_ms))
         if self.span is not None:
             self.span.round(measured)
-        if ended:
+        if self.finished:
+            pass
+        elif ended:
             result.finish_reason = "eos"
         elif len(result.output_tokens) >= self.config.max_output_tokens:
             result.finish_reason = "length"

@@ -91,22 +91,53 @@ class TextCodec:
 
 
 class TextStream:
-    """Turns tokens that arrive in bursts into text that can be printed at once.
+    """Turns tokens that arrive in bursts into text that can be printed at once, up to a stop string.
 
-    The bytes of an unfinished character are held back, so what is printed never has to be unprinted.
+    The bytes of an unfinished character, and what may become a stop string, are held back, so what is printed never has
+    to be unprinted.
     """
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
+        """stop: strings that end the text; they are not printed."""
         self.codec = codec
         self.token_ids: list[int] = []
         self.printed = ""
+        self.stopped = False
+        self._stop = stop
 
     def feed(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """Add tokens; returns the text that is new and final. `last` flushes what is held back."""
-        self.token_ids += token_ids
-        text = self.codec.decode(self.token_ids)
-        if not last:
+        return self.take(token_ids, last=last)[0]
+
+    def take(self, token_ids: Sequence[int], *, last: bool = False) -> tuple[str, int | None]:
+        """As `feed`, and how many of the tokens were taken when a stop string ended the text; None while none did.
+
+        The token that completes a stop string is the last one that is taken.
+        """
+        before = len(self.token_ids)
+        # With stop strings one token at a time, so that it is known which one completes them.
+        for part in [[token] for token in token_ids] if self._stop else [list(token_ids)]:
+            if not self.stopped:
+                self.token_ids += part
+                text = self.codec.decode(self.token_ids)
+                self.stopped = cut_at_stop(text, self._stop) != text
+        text = self.codec.decode(self.token_ids) if self.token_ids else ""
+        if self.stopped:
+            text = cut_at_stop(text, self._stop)
+        elif not last:
             text = text.rstrip("\ufffd")
+            text = text[: len(text) - self._may_stop(text)]
         fresh = text[len(self.printed) :]
         self.printed = text
-        return fresh
+        return fresh, len(self.token_ids) - before if self.stopped else None
+
+    def _may_stop(self, text: str) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        longest = max(map(len, self._stop), default=0)
+        lengths = range(min(longest - 1, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings in it."""
+    return text[: min((place for one in stop if (place := text.find(one)) >= 0), default=len(text))]

@@ -8,6 +8,7 @@ from specsplit.errors import UserError
 from specsplit.settings.base import Settings, did_you_mean
 from specsplit.settings.distill import TrainingSettings, WritingSettings
 from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.serve import ServeSettings
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
 # Variables that are no settings: a secret, the format of logs, and what a process tells those that it starts.
@@ -17,7 +18,7 @@ INTERNAL = {
     "SPECSPLIT_SOAK",  # marks the processes of tests/soak.py
 }
 CLASSES: list[type[Settings]] = [
-    *(OrchestratorConfig, DraftWorkerConfig, TargetWorkerConfig, WritingSettings, TrainingSettings)
+    *(OrchestratorConfig, DraftWorkerConfig, TargetWorkerConfig, ServeSettings, WritingSettings, TrainingSettings)
 ]
 
 

@@ -1,0 +1,270 @@
+"""The HTTP application: routes, who may call, how much at once, streams and their end."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from specsplit.api.generated import GeneratedStream
+from specsplit.api.pair import Pair
+from specsplit.errors import UserError, WorkerError
+from specsplit.serve.bodies import Body, ChatBody, CompletionBody, read_body
+from specsplit.serve.counters import Counters
+from specsplit.serve.failures import ApiError, api_error
+from specsplit.serve.replies import Reply, event
+from specsplit.settings.serve import ServeSettings
+
+T = TypeVar("T")
+MOST_BODY_BYTES = 16 << 20
+HEALTH_TIMEOUT_S = 5.0
+CLIENT_GONE = 499  # of nginx: nobody is left to answer
+
+
+class _Gone(Exception):
+    """The client has closed its connection."""
+
+
+def application(
+    pair: Pair, settings: ServeSettings, *, model: str, max_context: int, gamma: int | str, keys: Iterable[str] = ()
+) -> Starlette:
+    """The application over a pair.
+
+    model: the name that requests have to give. max_context: longest text in tokens, prompt included. gamma: the depth
+    of drafts, for what replies say of it. keys: bearer tokens of which a client shows one; none lets everybody in.
+    """
+    return _Server(pair, settings, model, max_context, gamma, tuple(keys)).application()
+
+
+class _Server:
+    def __init__(
+        self, pair: Pair, settings: ServeSettings, model: str, max_context: int, gamma: int | str, keys: tuple[str, ...]
+    ) -> None:
+        self._pair, self._settings, self._model = pair, settings, model
+        self._max_context, self._gamma, self._keys = max_context, gamma, keys
+        self._created = int(time.time())
+        self._counters = Counters(model)
+        self._running = asyncio.Semaphore(settings.max_running)
+        self._waiting = 0
+
+    def application(self) -> Starlette:
+        routes = [
+            Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+            Route("/v1/completions", self._guarded(self._completion), methods=["POST"]),
+            Route("/v1/models", self._guarded(self._models)),
+            Route("/v1/models/{model:path}", self._guarded(self._one_model)),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+        ]
+        return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _unexpected})
+
+    # ---- routes
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, ChatBody, chat=True)
+
+    async def _completion(self, request: Request) -> Response:
+        return await self._answer(request, CompletionBody, chat=False)
+
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._about()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        self._check_model(request.path_params["model"])
+        return JSONResponse(self._about())
+
+    async def _health(self, _: Request) -> Response:
+        try:
+            await self._pair.acheck(HEALTH_TIMEOUT_S)
+        except WorkerError as error:
+            return ApiError(503, str(error), code="worker_failed").response()
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self._counters.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _about(self) -> dict[str, Any]:
+        about = {"id": self._model, "object": "model", "created": self._created, "owned_by": "specsplit"}
+        return {**about, "max_model_len": self._max_context}
+
+    # ---- one text
+
+    async def _answer(self, request: Request, kind: type[Body], *, chat: bool) -> Response:
+        body = read_body(await _data(request), kind)
+        self._check_model(body.model)
+        prompt, options = body.prompt_of(), {"max_new_tokens": self._max_context, **body.options()}
+        reply = Reply(self._model, chat=chat)
+        place = self._place()
+        await _unless_gone(request, place.__aenter__())
+        release: Callable[[], Awaitable[Any]] = lambda: place.__aexit__(None, None, None)  # noqa: E731
+        try:
+            # Encoding a long prompt takes its time, which other requests are not to wait for.
+            stream = await asyncio.to_thread(lambda: self._pair.stream(prompt, **options))
+        except BaseException:
+            await release()
+            raise
+        if not body.stream:
+            try:
+                await _unless_gone(request, _drain(stream))
+                self._counters.written(stream.text)
+                return JSONResponse(reply.whole(stream.text, self._gamma))
+            finally:
+                stream.close()
+                await release()
+        try:
+            # A text that cannot begin is an error with a status, not one within a stream.
+            first = await _unless_gone(request, anext(stream, None))
+        except BaseException:
+            stream.close()
+            await release()
+            raise
+        return _Events(self._events(body, reply, stream, first), stream, release)
+
+    async def _events(self, body: Body, reply: Reply, stream: GeneratedStream, first: str | None) -> AsyncIterator[str]:
+        wanted = body.usage_wanted
+        try:
+            yield reply.piece(first or "", first=True, with_usage=wanted)
+            async for piece in stream:
+                yield reply.piece(piece, with_usage=wanted)
+        except UserError as error:
+            failure = api_error(error)
+            self._counters.failed(failure.status)
+            yield event(failure.body())
+            return
+        text = stream.text
+        self._counters.written(text)
+        yield reply.piece("", finish=text.finish_reason, with_usage=wanted)
+        if wanted:
+            yield reply.ending(text, self._gamma)
+        yield event("[DONE]")
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """A place among the running texts. Raises ApiError when too many wait for one already."""
+        if self._running.locked() and self._waiting >= self._settings.max_waiting:
+            raise ApiError(429, "too many requests at once; send it again in a moment", code="overloaded")
+        self._waiting += 1
+        self._show()
+        try:
+            await self._running.acquire()
+        finally:
+            self._waiting -= 1
+        self._counters.running.inc()
+        self._show()
+        try:
+            yield
+        finally:
+            self._running.release()
+            self._counters.running.dec()
+
+    def _show(self) -> None:
+        self._counters.waiting.set(self._waiting)
+
+    # ---- who may call
+
+    def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """A handler behind the bearer token, whose errors are replies."""
+
+        async def handle(request: Request) -> Response:
+            try:
+                self._check_key(request)
+                return await handler(request)
+            except _Gone:
+                return Response(status_code=CLIENT_GONE)
+            except UserError as error:
+                failure = api_error(error)
+            except ApiError as error:
+                failure = error
+            self._counters.failed(failure.status)
+            return failure.response()
+
+        return handle
+
+    def _check_key(self, request: Request) -> None:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in self._keys]
+        if self._keys and not (kind.lower() == "bearer" and any(matches)):
+            raise ApiError(401, "send the key of this server as `Authorization: Bearer KEY`", code="invalid_api_key")
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model:
+            message = f"model: {name!r} is not served here; the model is {self._model!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; the text stops and its place is free when the client goes, in whatever state."""
+
+    def __init__(
+        self, events: AsyncIterator[str], stream: GeneratedStream, release: Callable[[], Awaitable[Any]]
+    ) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._stream, self._release = stream, release
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def never() -> Any:
+            await asyncio.Event().wait()
+
+        try:
+            with suppress(_Gone, OSError):
+                await _race(super().__call__(scope, never, send), receive)
+        finally:
+            self._stream.close()
+            await self._release()
+
+
+async def _drain(stream: GeneratedStream) -> None:
+    async for _ in stream:
+        pass
+
+
+async def _data(request: Request) -> bytes:
+    """The body of a request. Raises ApiError when it is too large."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MOST_BODY_BYTES:
+            raise ApiError(413, f"the body is over the limit of {MOST_BODY_BYTES} bytes", code="body_too_large")
+    return bytes(data)
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes; then raises _Gone."""
+    return await _race(work, request.receive)
+
+
+async def _race(work: Awaitable[T], receive: Receive) -> T:
+    async def until_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(until_gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise _Gone
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.wait({working, leaving})
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """Unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, error.detail).response()
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    return ApiError(500, f"{type(error).__name__}: see the log of the server", code="internal_error").response()

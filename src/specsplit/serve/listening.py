@@ -1,0 +1,66 @@
+"""The server process: address, keys and certificates, start and stop."""
+
+from __future__ import annotations
+
+import uvicorn
+from starlette.applications import Starlette
+
+from specsplit.errors import UserError
+from specsplit.rpc.credentials import is_loopback
+from specsplit.settings.serve import ServeSettings
+
+
+def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
+    """The keys that clients may show. Raises UserError for a file without one, and for a server that other machines
+    reach without a key, or with one that anybody on the way can read, unless `insecure` is set."""
+    keys: list[str] = []
+    if settings.api_key_file is not None:
+        try:
+            keys = [line.strip() for line in settings.api_key_file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api-key-file {settings.api_key_file}: cannot be read: {error}") from None
+        keys = [key for key in keys if key]
+        if not keys:
+            raise UserError(f"--api-key-file {settings.api_key_file}: holds no key; write one a line")
+    if (settings.certificate is None) != (settings.certificate_key is None):
+        raise UserError("--certificate and --certificate-key: give both, or none")
+    for flag, path in (("--certificate", settings.certificate), ("--certificate-key", settings.certificate_key)):
+        if path is not None and not path.is_file():
+            raise UserError(f"{flag} {path}: no such file")
+    if not is_loopback(settings.host) and not insecure:
+        if not keys:
+            raise UserError(
+                f"--host {settings.host}: anybody who reaches it could use it; give --api-key-file, or say --insecure "
+                "where the network is trusted"
+            )
+        if settings.certificate is None:
+            raise UserError(
+                f"--host {settings.host}: keys and texts would be sent in the clear; give --certificate and "
+                "--certificate-key, or say --insecure where the network is trusted"
+            )
+    return keys
+
+
+def listen(app: Starlette, settings: ServeSettings) -> None:
+    """Serve until SIGTERM or Ctrl-C; texts that are being written get `stop_timeout_s` to end. Raises UserError when
+    the address cannot be had."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            ssl_certfile=settings.certificate,
+            ssl_keyfile=settings.certificate_key,
+            timeout_graceful_shutdown=int(settings.stop_timeout_s),
+            log_level="warning",
+            lifespan="off",
+        )
+    )
+    try:
+        socket = server.config.bind_socket()
+    except SystemExit:
+        raise UserError(f"--port {settings.port} on {settings.host} cannot be had; choose another one") from None
+    scheme = "http" if settings.certificate is None else "https"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    print(f"serving at {scheme}://{host}:{socket.getsockname()[1]}/v1", flush=True)
+    server.run(sockets=[socket])

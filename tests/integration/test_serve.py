@@ -1,0 +1,388 @@
+"""The OpenAI-compatible server over real workers, called by OpenAI's own client and by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+from starlette.testclient import TestClient
+
+from specsplit.api.pair import Pair, connect
+from specsplit.errors import UserError
+from specsplit.models.tokenizer import TextCodec
+from specsplit.serve.app import application
+from specsplit.serve.bodies import NEUTRAL
+from specsplit.serve.listening import read_keys
+from specsplit.settings.serve import ServeSettings
+
+from grpc_fixtures import Gate, Reference, Worker, noisy_copy, serving
+from waiting import wait_until
+
+MODEL = "tiny"
+QUESTION: list[Any] = [{"role": "user", "content": "Why?"}]
+
+
+@pytest.fixture(scope="module")
+def target_folder(tiny_model_folder: Callable[..., Path]) -> Path:
+    return tiny_model_folder("llama")
+
+
+@pytest.fixture(scope="module")
+def workers(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Worker]]:
+    draft_folder = noisy_copy(target_folder, tmp_path_factory.mktemp("draft"), noise=0.05)
+    with serving("draft", draft_folder) as draft, serving("target", target_folder) as target:
+        yield {"draft": draft, "target": target}
+
+
+@pytest.fixture(scope="module")
+def pair(workers: dict[str, Worker], target_folder: Path) -> Iterator[Pair]:
+    addresses = {role: worker.address for role, worker in workers.items()}
+    with connect(**addresses, tokenizer=target_folder, gamma=4) as pair:
+        yield pair
+
+
+def an_application(pair: Pair, keys: tuple[str, ...] = (), **settings: Any) -> Any:
+    return application(pair, ServeSettings(**settings), model=MODEL, max_context=128, gamma=4, keys=keys)
+
+
+@pytest.fixture(scope="module")
+def base_url(pair: Pair) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(an_application(pair), port=0, log_level="warning", lifespan="off"))
+    socket = server.config.bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{socket.getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def client(base_url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def http(pair: Pair) -> Iterator[TestClient]:
+    with TestClient(an_application(pair), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(target_folder: Path) -> Callable[[int], str]:
+    codec, reference = TextCodec.load(target_folder), Reference(target_folder)
+    return lambda tokens: codec.decode(reference.text(codec.encode(QUESTION), tokens))
+
+
+def test_a_chat_has_the_text_of_the_target_alone(client: openai.OpenAI, expected: Callable[[int], str]) -> None:
+    reply = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert reply.choices[0].message.content == expected(20)
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 20
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 20
+    said: Any = reply.model_extra
+    figures = said["metrics"]["speculative_decoding"]
+    histogram = figures["acceptance_histogram"]
+    assert sum(histogram) == figures["num_spec_steps"]
+    assert sum(k * count for k, count in enumerate(histogram)) == figures["num_accepted_draft_tokens"]
+    length = 1 + figures["num_accepted_draft_tokens"] / figures["num_spec_steps"]
+    assert figures["mean_acceptance_length"] == pytest.approx(length)
+    assert figures["num_spec_tokens"] == 4
+
+
+def test_a_stream_has_the_same_text_its_usage_and_one_end(
+    client: openai.OpenAI, expected: Callable[[int], str]
+) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_completion_tokens=20, temperature=0, stream=True,
+        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected(20)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-3:-1]] == [None, "length"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 20
+    last: Any = chunks[-1].model_extra
+    assert last["metrics"]["speculative_decoding"]["num_spec_steps"] > 0
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_completions_take_strings_and_token_ids(client: openai.OpenAI, pair: Pair) -> None:
+    written = [
+        client.completions.create(model=MODEL, prompt=prompt, max_tokens=12, temperature=0).choices[0].text
+        for prompt in ("one two one", [pair.codec.encode("one two one", use_chat_template=False)])  # type: ignore[union-attr, list-item]
+    ]
+    assert written[0] == written[1] == pair.generate("one two one", max_new_tokens=12, use_chat_template=False)
+
+
+def test_many_async_clients_get_the_text_of_one(base_url: str, expected: Callable[[int], str]) -> None:
+    async def ask(client: openai.AsyncOpenAI, streamed: bool) -> str:
+        options: dict[str, Any] = {"max_tokens": 16, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        if not streamed:
+            reply = await client.chat.completions.create(model=MODEL, messages=QUESTION, **options)
+            return reply.choices[0].message.content or ""
+        stream = await client.chat.completions.create(model=MODEL, messages=QUESTION, stream=True, **options)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, bool(i % 2)) for i in range(24)))
+
+    assert set(asyncio.run(all_of_them())) == {expected(16)}
+
+
+def test_stop_strings_cut_exactly(client: openai.OpenAI, expected: Callable[[int], str]) -> None:
+    text = expected(20)
+    for start in (3, 7):
+        stop = text[start : start + 2]
+        options: dict[str, Any] = {"max_tokens": 20, "temperature": 0, "stop": [stop, "never there"]}
+        options["extra_body"] = {"ignore_eos": True}
+        reply = client.chat.completions.create(model=MODEL, messages=QUESTION, **options)
+        chunks = list(client.chat.completions.create(model=MODEL, messages=QUESTION, stream=True, **options))
+        before = text[: text.index(stop)]
+        assert reply.choices[0].message.content == before
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == before
+        assert reply.choices[0].finish_reason == chunks[-1].choices[0].finish_reason == "stop"
+        assert reply.usage is not None
+        assert 0 < reply.usage.completion_tokens < 20
+
+
+def test_a_seed_repeats_a_sampled_text_and_none_does_not(client: openai.OpenAI) -> None:
+    def sample(**options: Any) -> str | None:
+        options = {"max_tokens": 12, "temperature": 1.5, "extra_body": {"ignore_eos": True}, **options}
+        return client.chat.completions.create(model=MODEL, messages=QUESTION, **options).choices[0].message.content
+
+    assert sample(seed=7) == sample(seed=7)
+    assert len({sample() for _ in range(4)}) > 1
+
+
+def test_models_health_and_metrics(client: openai.OpenAI, http: TestClient) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    assert http.get("/health").json() == {"status": "ok"}
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    figures = http.post("/v1/chat/completions", json=body).json()["metrics"]["speculative_decoding"]
+    lines = http.get("/metrics").text.splitlines()
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    labels = f'{{model_name="{MODEL}"}}'
+    assert values[f"vllm:spec_decode_num_drafts_total{labels}"] == figures["num_spec_steps"]
+    assert values[f"vllm:spec_decode_num_draft_tokens_total{labels}"] == figures["num_draft_tokens"]
+    assert values[f"vllm:spec_decode_num_accepted_tokens_total{labels}"] == figures["num_accepted_draft_tokens"]
+    by_position = [v for name, v in values.items() if name.startswith("vllm:spec_decode_num_accepted_tokens_per_pos_t")]
+    assert sum(by_position) == figures["num_accepted_draft_tokens"]
+    assert values[f"vllm:generation_tokens_total{labels}"] == 16
+    assert values[f"vllm:num_requests_running{labels}"] == 0
+
+
+# ---- what is refused
+
+
+def error_of(reply: Any) -> dict[str, Any]:
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+GOOD: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": None}, 400, "messages"),
+        ({"messages": [{"role": "user"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, "messages"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": "warm"}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"max_tokens": 2.5}, 400, "max_tokens"),
+        ({"n": 2}, 400, "n"),
+        ({"n": True}, 400, "n"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"min_tokens": 3}, 400, "min_tokens"),
+        ({"min_tokens": 9, "ignore_eos": True}, 400, "min_tokens"),
+        ({"stop": ""}, 400, "stop"),
+        ({"stop": ["a", ""]}, 400, "stop"),
+        ({"stream": "yes"}, 400, "stream"),
+        ({"temprature": 1}, 400, "temprature"),
+        ({"messages": [{"role": "user", "content": "word " * 400}]}, 400, "messages"),
+    ],
+)
+def test_bad_requests_name_their_field(http: TestClient, changes: dict[str, Any], status: int, param: str) -> None:
+    reply = http.post("/v1/chat/completions", json={**GOOD, **changes})
+    assert reply.status_code == status
+    error = error_of(reply)
+    assert error["param"] == param
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+def test_the_unknown_field_has_a_suggestion_and_a_long_prompt_its_code(http: TestClient) -> None:
+    assert (
+        "did you mean temperature?"
+        in error_of(http.post("/v1/chat/completions", json={**GOOD, "temprature": 1}))["message"]
+    )
+    long = {**GOOD, "messages": [{"role": "user", "content": "word " * 400}]}
+    assert error_of(http.post("/v1/chat/completions", json=long))["code"] == "context_length_exceeded"
+
+
+def test_values_that_ask_for_nothing_are_taken(http: TestClient) -> None:
+    for name, values in NEUTRAL.items():
+        for value in (*values, None):
+            reply = http.post("/v1/chat/completions", json={**GOOD, name: value, "user": "somebody"})
+            assert reply.status_code == 200, (name, value, reply.text)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}'])
+def test_bodies_that_are_no_request(http: TestClient, data: bytes) -> None:
+    reply = http.post("/v1/chat/completions", content=data)
+    assert reply.status_code == 400
+    assert error_of(reply)["type"] == "invalid_request_error"
+
+
+def test_three_hundred_arbitrary_requests_get_a_reply_or_a_reason(http: TestClient) -> None:
+    chance = random.Random(5)
+    values: list[Any] = [
+        None, True, 0, -1, 1, 2**70, 1.5, -0.0, 1e308, "", "x", "\x00", "\ud800", [], [1], ["a"], {}, {"a": 1}, [[]],
+        [{"role": "user", "content": "hi"}], [{"role": 1, "content": {}}], {"include_usage": True},
+    ]  # fmt: skip
+    names = [*NEUTRAL, "model", "messages", "prompt", "stream", "stream_options", "seed", "stop", "top_k", "top_p",
+             "temperature", "max_tokens", "max_completion_tokens", "stop_token_ids", "ignore_eos", "other"]  # fmt: skip
+    for _ in range(300):
+        path = chance.choice(["/v1/chat/completions", "/v1/completions"])
+        good = GOOD if "chat" in path else {"model": MODEL, "prompt": "a", "max_tokens": 4}
+        body = {**good, **{chance.choice(names): chance.choice(values) for _ in range(chance.randint(1, 3))}}
+        reply = http.post(path, content=json.dumps({"max_tokens": 4, **body}).encode())
+        assert reply.status_code == 200 or 400 <= reply.status_code < 500, (body, reply.text)
+        if reply.status_code != 200:
+            error_of(reply)
+
+
+def test_unknown_paths_and_methods_have_the_shape_too(http: TestClient) -> None:
+    assert error_of(http.get("/v1/embeddings"))["type"] == "not_found_error"
+    assert http.get("/v1/chat/completions").status_code == 405
+    assert error_of(http.get("/v1/models/other"))["code"] == "model_not_found"
+
+
+def test_a_key_is_asked_for_where_there_is_one(pair: Pair) -> None:
+    with TestClient(an_application(pair, keys=("secret", "other"))) as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            reply = client.get("/v1/models", headers=headers)
+            assert reply.status_code == 401
+            assert error_of(reply)["code"] == "invalid_api_key"
+        assert client.get("/v1/models", headers={"Authorization": "Bearer other"}).status_code == 200
+        assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"host": "0.0.0.0"}, "give --api-key-file"),
+        ({"host": "0.0.0.0", "api_key_file": "keys"}, "sent in the clear"),
+        ({"api_key_file": "nowhere"}, "cannot be read"),
+        ({"api_key_file": "empty"}, "holds no key"),
+        ({"certificate": "keys"}, "give both"),
+        ({"certificate": "keys", "certificate_key": "nowhere"}, "--certificate-key nowhere: no such file"),
+    ],
+)
+def test_a_server_that_would_be_open_is_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("keys").write_text("one\n\ntwo\n")
+    Path("empty").write_text("\n")
+    with pytest.raises(UserError, match=message):
+        read_keys(ServeSettings(**settings), insecure=False)
+    assert read_keys(ServeSettings(host="0.0.0.0", api_key_file="keys"), insecure=True) == ["one", "two"]
+
+
+# ---- under load, and when things go away
+
+
+def test_more_than_can_wait_are_told_to_come_back(pair: Pair, workers: dict[str, Worker]) -> None:
+    gate = Gate(workers["target"])
+    with TestClient(an_application(pair, max_running=1, max_waiting=1)) as client:
+        replies: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda: replies.append(client.post("/v1/chat/completions", json=GOOD)))
+            for _ in range(2)
+        ]
+        threads[0].start()
+        gate.wait()
+        threads[1].start()
+        assert wait_until(lambda: 'vllm:num_requests_waiting{model_name="tiny"} 1.0' in client.get("/metrics").text)
+        refused = client.post("/v1/chat/completions", json=GOOD)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        assert error_of(refused)["type"] == "rate_limit_error"
+        gate.open()
+        for thread in threads:
+            thread.join(30)
+        assert [reply.status_code for reply in replies] == [200, 200]
+
+
+def test_a_client_that_leaves_frees_its_session(
+    client: openai.OpenAI, workers: dict[str, Worker], base_url: str
+) -> None:
+    with client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=100, stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        next(iter(stream))
+    gate, impatient = Gate(workers["target"]), client.with_options(timeout=0.3)
+    with pytest.raises(openai.APITimeoutError):
+        impatient.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=100)
+    gate.open()
+    running = f'vllm:num_requests_running{{model_name="{MODEL}"}} 0.0'
+    page = base_url.replace("/v1", "/metrics")
+    assert wait_until(lambda: running in urllib.request.urlopen(page).read().decode())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(target_folder: Path, streamed: bool) -> None:
+    with serving("target", target_folder) as target, connect(target.address, tokenizer=target_folder) as pair:
+        short = pair._config.model_copy(update={"recovery_timeout_s": 0.2, "connect_timeout_s": 0.5})
+        pair._config = short
+        with TestClient(an_application(pair)) as client:
+            target.close()
+            assert client.get("/health").status_code == 503
+            reply = client.post("/v1/chat/completions", json={**GOOD, "stream": streamed})
+            assert reply.status_code == 503
+            assert error_of(reply)["type"] == "server_error"
+
+
+def test_the_command_starts_workers_serves_and_stops(target_folder: Path) -> None:
+    models = ["--target-model", str(target_folder), "--draft-model", str(target_folder)]
+    command = [sys.executable, "-m", "specsplit", "serve", *models, "--port", "0", "--served-model-name", MODEL]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("serving at http://127.0.0.1:")
+        client = openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0)
+        reply = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=8, temperature=0)
+        said: Any = reply.model_extra
+        assert said["metrics"]["speculative_decoding"]["draft_acceptance_rate"] > 0.9
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(60) == 143
+        assert time.monotonic() - began < 60
