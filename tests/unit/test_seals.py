@@ -220,6 +220,44 @@ def test_folders_and_links_that_were_there_belong_to_the_results(made_once: Path
     assert list(named(results)) == ["results/linked"]
 
 
+def test_what_jobs_made_is_added_to_the_seal_and_nothing_else(
+    made_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of the workflow seals its own files anew; what was edited by hand before is still named after it."""
+    results = tmp_path / "results"
+    shutil.copytree(made_once / "results", results)
+    steps = tmp_path / ".snakemake" / "specsplit-steps.jsonl"
+    steps.parent.mkdir()
+
+    def job(started: str, *outputs: str) -> None:
+        step = {"rule": "r", "started": started, "inputs": [], "outputs": list(outputs), "log": ["results/logs/r.log"]}
+        with steps.open("a") as file:
+            file.write(json.dumps(step) + "\n")
+
+    def seal() -> dict[str, str]:
+        status, printed = specsplit("provenance", "seal", "--add", "--output", results / "provenance" / "SHA256SUMS")
+        assert status == 0, printed
+        return named(results)
+
+    job("2020-01-01T00:00:00.000Z", "results/summary.csv", "results/peers.csv")
+    assert seal() == {}
+    (results / "summary.csv").write_text("edited by hand")
+    (results / "by_hand.csv").write_text("added by hand")
+    (results / "figures" / "tpot.svg").unlink()
+    (results / "report.html").write_text("made again")
+    (results / "capacity.csv").write_text("made")
+    (results / "logs" / "r.log").write_text("said")
+    (results / "logs" / "workers").mkdir()
+    (results / "logs" / "workers" / "draft.log").write_text("stopped")
+    job("2999-01-01T00:00:00.000Z", "results/report.html", "results/capacity.csv")
+    wanted = {"results/summary.csv", "results/by_hand.csv", "results/figures/tpot.svg"}
+    assert set(seal()) == wanted
+    assert set(seal()) == wanted
+    # A job of the same run that was at work while its log was sealed.
+    monkeypatch.setenv("SPECSPLIT_WORKFLOW_COMMAND", json.dumps({"argv": [], "cores": 1, "started": 1}))
+    assert set(seal()) == wanted - {"results/summary.csv"}
+
+
 # ---- files that are changed together with what vouches for them
 
 

@@ -94,4 +94,4 @@ rule report:
         code=code_of("report"),
     shell:
         "specsplit report --results-dir results --output {output} {params.settings} > {log} 2>&1"
-        " && specsplit provenance seal --output {params.seal} 2>> {log} > /dev/null"
+        " && specsplit provenance seal --add --output {params.seal} 2>> {log} > /dev/null"

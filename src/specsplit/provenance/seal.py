@@ -15,19 +15,24 @@ from typing import Any
 
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object, replace_file, sha256_file
-from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RESULTS, SEAL, list_files, write_sums
+from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RESULTS, SEAL, list_files, read_sums, write_sums
+from specsplit.provenance.steps import read_outputs, workflow_started
 
 ARCHIVE = f"{RESULTS}/archive.zip"  # verified by what it holds, as it holds the lists itself
 SIGNATURES = (f"{SEAL}.sig", f"{ARCHIVE}.sig", f"{ARCHIVE_SUMS}.sig")
 # What no list of this module has. MANIFEST is in SEAL, and all of them are in the SHA256SUMS of an archive.
 UNSEALED = (SEAL, MANIFEST, ARCHIVE, ARCHIVE_SUMS, CRATE, *SIGNATURES)
 WORKER_END_S = 10.0
+# What jobs leave beside the outputs that their rules name.
+UNLOGGED = (f"{RESULTS}/logs/workers/", f"{RESULTS}/distill/")
 
 
-def seal_results(results: Path, required: Iterable[Path] = ()) -> int:
+def seal_results(results: Path, required: Iterable[Path] = (), *, add: bool = False) -> int:
     """Write SHA256SUMS and manifest.json over all files that are in a results folder now; returns how many.
 
-    required: files that must be there. Raises UserError when one is missing, or cannot be in such a list.
+    required: files that must be there. add: there is a seal already, and only what jobs of the workflow made since is
+    sealed anew; other files keep the hash that they had, and those that nobody made stay out. Raises UserError when one
+    is missing, or cannot be in such a list.
     """
     missing = [str(path) for path in required if not path.is_file()]
     if missing:
@@ -46,9 +51,36 @@ def seal_results(results: Path, required: Iterable[Path] = ()) -> int:
             raise UserError(f"{path!s:.200}: is no plain file with a plain name; take it out of the results") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if add and (kept := _kept(results)) is not None:
+        since = (results / Path(SEAL).relative_to(RESULTS)).stat().st_mtime
+        since = min(since, workflow_started() or since)  # jobs of this run may have been at work while it was sealed
+        sums = _added(kept["files"], sums, results.parent, since)
+        empty, links = kept["folders"], kept["links"]
     for name, text in seal_lists(sums, empty, links).items():
         replace_file(results / Path(name).relative_to(RESULTS), text)
     return len(sums)
+
+
+def _kept(results: Path) -> dict[str, Any] | None:
+    """What manifest.json says, where it and SHA256SUMS can be read; else there is nothing to add to."""
+    try:
+        read_sums(results / Path(SEAL).relative_to(RESULTS))
+        return read_manifest(results / Path(MANIFEST).relative_to(RESULTS))
+    except (UserError, OSError):
+        return None
+
+
+def _added(sealed: Mapping[str, str], now: Mapping[str, str], root: Path, since: float) -> dict[str, str]:
+    """The hashes to seal: those of before, but for files that jobs made after the time `since`, and of files that jobs
+    made and that are not sealed yet."""
+    ever, later = read_outputs(root), read_outputs(root, since)
+
+    def made(name: str, outputs: set[str]) -> bool:
+        return name.startswith(UNLOGGED) or any(f"{name}/".startswith(f"{place}/") for place in outputs)
+
+    kept = {name: digest for name, digest in sealed.items() if name in now or not made(name, later)}
+    changed = {name for name, digest in now.items() if sealed.get(name) != digest}
+    return kept | {name: now[name] for name in changed if made(name, later if name in sealed else ever)}
 
 
 def seal_lists(
