@@ -91,7 +91,7 @@ rule report:
     params:
         settings=rules.summary.params.settings,
         seal=rules.summary.output.seal,
-        code=code_of("report"),
+        code=code_of("report", "provenance seal"),
     shell:
         "specsplit report --results-dir results --output {output} {params.settings} > {log} 2>&1"
         " && specsplit provenance seal --add --output {params.seal} 2>> {log} > /dev/null"

@@ -19,6 +19,7 @@ import torch
 import specsplit
 from specsplit import tracing
 from specsplit.launch.environment import DETERMINISM_VARIABLES
+from specsplit.launch.host import worker_host
 from specsplit.rpc.codec import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.worker import WorkerSettings
@@ -79,6 +80,7 @@ class WorkerServicer:
             ttl_s=config.session_ttl_s,
         )
         self._calls = threading.BoundedSemaphore(config.call_limit)
+        worker_host()  # remembered before anybody waits for it: the driver may take seconds to answer
 
     def EndSession(self, request: pb.EndSessionRequest, context: grpc.ServicerContext) -> pb.EndSessionReply:
         return pb.EndSessionReply(existed=self.sessions.end(request.session_id, self.caller(context).owner))
