@@ -13,7 +13,8 @@ import pytest
 
 from specsplit.cli.main import main
 from specsplit.errors import UserError
-from specsplit.experiment.peers import HuggingFace, Peer, PeerModel
+from specsplit.experiment.hugging_face import HuggingFace
+from specsplit.experiment.peers import Peer, PeerModel
 from specsplit.launch.environment import REQUIRED
 
 from grpc_fixtures import Reference, noisy_copy, serving

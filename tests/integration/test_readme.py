@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import specsplit
-from specsplit.settings.models import EMBEDDED
+from specsplit.settings.models import EMBEDDED, SHIPPED_DRAFT
 
 from grpc_fixtures import serving
 
@@ -26,8 +26,7 @@ def test_the_python_of_the_readme(
     loads, connects = BLOCKS
     names: dict[str, object] = {}
     exec(loads, names)  # fmt: skip
-    assert named == ["smollm2-135m-instruct"] * 2
-    assert set(named) <= set(EMBEDDED)
+    assert named == [*EMBEDDED, *(draft["path"] for draft in SHIPPED_DRAFT.values())]
     text = names["text"]
     assert isinstance(text, specsplit.GeneratedText)
     shown = capsys.readouterr().out

@@ -19,6 +19,8 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.transformers import CausalLM, library_model
 from specsplit.experiment.dataset import load_prompts, select_prompts
+from specsplit.experiment.llama_cpp import LlamaCpp
+from specsplit.experiment.peers import Peer
 from specsplit.launch.lease import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.fingerprint import gguf_weights
@@ -49,9 +51,10 @@ def model_folder() -> Path:
 
 @pytest.fixture(scope="module")
 def workers(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Connection]]:
-    """A float32 target, the default draft, and a weaker one: the same weights without two layers."""
+    """A float32 target, the default draft, and the target as its own: in bfloat16, and without two layers."""
     folder = tmp_path_factory.mktemp("workers")
-    flags = {"target": [], "draft": [], "weak": ["--skip-layers", "13", "14"]}
+    shipped = ROOT / load_pipeline_config({})["models"]["smollm2-two-layers"]["path"]
+    flags = {"target": [], "draft": [], "self": [], "weak": ["--skip-layers", "13", "14"]}
     connections: dict[str, Connection] = {}
     files = []
     try:
@@ -60,7 +63,8 @@ def workers(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             for name, extra in flags.items():
                 role = "target" if name == "target" else "draft"
                 files.append(folder / f"{name}.json")
-                arguments = ["--model", str(model_folder), "--port", "0", "--threads", "1", *extra]
+                model = shipped if name == "draft" else model_folder
+                arguments = ["--model", str(model), "--port", "0", "--threads", "1", *extra]
                 log = folder / f"{name}.log"
                 endpoint = start_worker(role, arguments, endpoint_file=files[-1], log_file=log, timeout_s=120)
                 connections[name] = connect(role, endpoint.address)
@@ -82,7 +86,7 @@ def check_identity(
     modes: tuple[str, ...] = ("sync",),
     shapes: tuple[str, ...] = SHAPES[:2],
     temperatures: tuple[float, ...] = (0.0,),
-    drafts: tuple[str, ...] = ("draft", "weak"),
+    drafts: tuple[str, ...] = ("draft", "self", "weak"),
 ) -> dict[str, int]:
     """Every text equals gamma 0, and when greedy transformers' own search; returns drafted and accepted tokens."""
     codec = TextCodec.load(model_folder)
@@ -143,6 +147,29 @@ def test_text_is_the_targets_own_in_every_mode_at_every_temperature(workers, mod
     counts = check_identity(workers, model_folder, 6, (1, 3, 6), 24, **settings)
     print(counts)
     assert 0.1 < counts["accepted"] / counts["drafted"] < 0.99
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["llama.cpp", "llama.cpp-draft", "llama.cpp-prompt-lookup"])
+def test_llama_cpp_writes_the_embedded_models_text(model_folder, name):
+    """Token by token, ended by the end of text or the limit; its rounding is another, so only the beginning is held."""
+    pytest.importorskip("xllamacpp")
+    codec, file = TextCodec.load(model_folder), gguf_weights(model_folder)
+    prompt = codec.encode("Repeat: one two three one two three one two three.")
+    peer = Peer.parse(name)
+    with LlamaCpp(peer, file, file if peer.wants_draft else None, 1, 256) as process:
+        assert process.description["threads"] == 1
+        text = process.write(peer, prompt, max_tokens=6, stop_ids=[2])
+        again = process.write(peer, prompt, max_tokens=6, stop_ids=[2])
+        ended = process.write(peer, prompt, max_tokens=6, stop_ids=[text.output_tokens[2]])
+    reference = library_model(model_folder, torch.float32).eval()
+    with torch.inference_mode():
+        first = int(reference(torch.tensor([prompt])).logits[0, -1].argmax())
+    assert (text.output_tokens[0], text.finish_reason, sum(text.chunks)) == (first, "length", 6)
+    assert text.output_tokens == again.output_tokens
+    assert (ended.output_tokens, ended.finish_reason) == (text.output_tokens[:2], "eos")
+    assert text.arrived_ms == sorted(text.arrived_ms)
+    assert 0 < text.rounds <= 6
 
 
 @pytest.mark.model

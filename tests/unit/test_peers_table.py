@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -17,7 +18,9 @@ from specsplit.analysis.peers_table import summarize_peers, write_peers
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.errors import UserError
-from specsplit.experiment.peer_race import Ours, PeerRecord, check_peers, race
+from specsplit.experiment import llama_cpp
+from specsplit.experiment.peer_fit import GivenModel, check_models, why_left_out
+from specsplit.experiment.peer_race import Ours, PeerRecord, race
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request
 from specsplit.settings.run import OrchestratorConfig
@@ -32,13 +35,16 @@ REQUESTS = [Request("a", "chat", [5, 6]), Request("b", "code", [7])]
         ("assisted", "hf_assisted"),
         ("assisted-5", "hf_assisted_5"),
         ("prompt-lookup", "hf_prompt_lookup"),
+        ("llama.cpp", "llama_cpp"),
+        ("llama.cpp-draft", "llama_cpp_draft"),
+        ("llama.cpp-prompt-lookup", "llama_cpp_prompt_lookup"),
     ],
 )
 def test_peers_have_names(text: str, label: str) -> None:
     assert Peer.parse(text).label == label
 
 
-@pytest.mark.parametrize("text", ["", "assisted-0", "assisted-x", "generate-5", "beam"])
+@pytest.mark.parametrize("text", ["", "assisted-0", "assisted-x", "generate-5", "beam", "llama.cpp-5", "llama"])
 def test_other_peers_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="none of generate, assisted, assisted-N, prompt-lookup"):
         Peer.parse(text)
@@ -182,22 +188,100 @@ def test_missing_rows_say_what_makes_them(tmp_path: Path) -> None:
         write_peers(tmp_path)
 
 
-def manifest(source: str, weights: str) -> dict[str, Any]:
-    return {"name": "m", "source": {"source": source}, "fingerprint": {"weights_sha256": weights}}
+def given(source: str = "local", weights: str = "w" * 64, tokenizer: str = "t", folder: Path = Path()) -> GivenModel:
+    fingerprint = {"weights_sha256": weights, "tokenizer_sha256": tokenizer}
+    return GivenModel(folder, {"name": "m", "source": {"source": source}, "fingerprint": fingerprint})
+
+
+def points(device: str = "cpu", skip_layers: Sequence[int] = ()) -> list[Ours]:
+    about = SimpleNamespace(weights_sha256="w" * 64, device=device, skip_layers=list(skip_layers))
+    worker: Any = SimpleNamespace(address="x", description=about)
+    configs = [OrchestratorConfig(gamma=gamma) for gamma in (0, 4)]
+    return [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
 
 
 @pytest.mark.parametrize(
     ("target", "draft", "message"),
     [
         (None, None, "--target-model is missing"),
-        (manifest("local", "w" * 64), None, "--draft-model is missing"),
-        (manifest("synthetic", "w" * 64), None, "no weights that Hugging Face could run: name a target with weights"),
-        (manifest("local", "w" * 64), manifest("ngram", "w" * 64), "take the peers generate and prompt-lookup"),
-        (manifest("local", "x" * 64), None, "a race is between the same models"),
+        (given(), None, "--draft-model is missing"),
+        (given("synthetic"), None, "no weights that a peer could run: name a target with weights"),
+        (given(weights="x" * 64), None, "a race is between the same models"),
+        (given(), given(weights="x" * 64), "the draft worker at x serves other weights"),
     ],
 )
 def test_a_race_that_cannot_be_run_is_refused(target: Any, draft: Any, message: str) -> None:
-    worker: Any = SimpleNamespace(address="x", description=SimpleNamespace(weights_sha256="w" * 64))
-    ours = [Ours("gamma_0", OrchestratorConfig(gamma=0), None, worker)]
     with pytest.raises(UserError, match=message):
-        check_peers([Peer("assisted")], ours, {"target": target, "draft": draft})
+        check_models([Peer("assisted")], points(), {"target": target, "draft": draft})
+
+
+def test_a_draft_is_raced_only_where_one_of_ours_has_it() -> None:
+    with pytest.raises(UserError, match=r"--baseline llama\.cpp-draft: give a gamma above 0 as well"):
+        check_models([Peer("llama.cpp-draft")], points()[:1], {"target": given(), "draft": given()})
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Folders of model files: safetensors, a GGUF file, an output head for a part of the vocabulary."""
+    made = {name: tmp_path / name for name in ("safetensors", "gguf", "reduced")}
+    for name, folder in made.items():
+        folder.mkdir()
+        (folder / ("model.gguf" if name == "gguf" else "model.safetensors")).touch()
+    (made["reduced"] / "draft_to_target.json").write_text("[3, 1]")
+    return made
+
+
+# The peer, how target and draft are stored, what is special, and why the peer is left out (nothing: it is raced).
+LEFT_OUT: list[tuple[str, str, str, dict[str, Any], str | None]] = [
+    ("generate", "safetensors", "reduced", {}, None),
+    ("prompt-lookup", "gguf", "reduced", {}, None),
+    ("assisted", "gguf", "safetensors", {}, None),
+    ("assisted-5", "safetensors", "reduced", {}, "m, the draft, has an output head for a part of the vocabulary"),
+    ("assisted", "safetensors", "safetensors", {"source": "ngram"}, "m, the draft, has no weights"),
+    ("assisted", "safetensors", "safetensors", {"source": "synthetic"}, "m, the draft, has no weights"),
+    ("assisted", "safetensors", "safetensors", {"tokenizer": "u"}, "m, the draft, has another tokenizer"),
+    ("llama.cpp", "gguf", "reduced", {}, None),
+    ("llama.cpp-prompt-lookup", "gguf", "reduced", {"source": "ngram"}, None),
+    ("llama.cpp", "safetensors", "safetensors", {}, "it wants a GGUF file, and m, the target, is none"),
+    ("llama.cpp", "gguf", "gguf", {"device": "cuda:0"}, "the workers compute on cuda:0"),
+    ("llama.cpp", "gguf", "gguf", {"installed": False}, "xllamacpp is not installed: pip install 'specsplit[peers]'"),
+    ("llama.cpp-draft", "gguf", "gguf", {}, None),
+    ("llama.cpp-draft", "gguf", "reduced", {}, "m, the draft, has an output head for a part of the vocabulary"),
+    ("llama.cpp-draft", "gguf", "safetensors", {}, "it wants a GGUF file, and m, the draft, is none"),
+    ("llama.cpp-draft", "gguf", "gguf", {"tokenizer": "u"}, "m, the draft, has another tokenizer"),
+    ("llama.cpp-draft", "gguf", "gguf", {"skip_layers": [1]}, "it cannot leave out layers of the draft"),
+]
+
+
+@pytest.mark.parametrize(("peer", "target", "draft", "special", "reason"), LEFT_OUT)
+def test_a_peer_that_cannot_use_the_models_says_why(
+    peer: str,
+    target: str,
+    draft: str,
+    special: dict[str, Any],
+    reason: str | None,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(llama_cpp, "installed", lambda: special.get("installed", True))
+    own = {key: value for key, value in special.items() if key in ("source", "tokenizer")}
+    models = {"target": given(folder=folders[target]), "draft": given(folder=folders[draft], **own)}
+    ours = points(**{key: value for key, value in special.items() if key in ("device", "skip_layers")})
+    check_models([Peer.parse(peer)], ours, models)
+    found = why_left_out(Peer.parse(peer), ours, models)
+    assert (found is None) == (reason is None)
+    assert (reason or "") in (found or "")
+
+
+def test_who_was_left_out_is_a_row_with_the_reason(raced, tmp_path: Path) -> None:
+    raced(warmup=0, repeats=1)
+    why = {"hf_assisted": {"engine": "transformers", "reason": "no draft"}}
+    (tmp_path / "peers_run.json").write_text(json.dumps({"left_out": why}))
+    write_peers(tmp_path, bootstrap_samples=100)
+    summary = pd.read_csv(tmp_path / "peers.csv").set_index("contender")
+    assert list(summary.index) == ["gamma_0", "gamma_4", "hf_generate", "hf_assisted"]
+    row = summary.loc["hf_assisted"].dropna()
+    assert dict(row) == {"engine": "transformers", "requests": 0, "reason": "no draft"}
+    assert list(summary["reason"].isna()) == [True, True, True, False]
+    assert summary.loc["hf_generate", "first_divergence"] == 2
+    assert math.isnan(summary.loc["gamma_4", "first_divergence"])

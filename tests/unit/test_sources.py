@@ -34,9 +34,9 @@ from specsplit.engines.loading import LanguageModel, load_model
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.transformers import library_model
 from specsplit.errors import UserError
-from specsplit.io import json_sha256, sha256_file
+from specsplit.io import combined_sha256, json_sha256, read_json, sha256_file
 from specsplit.models import fingerprint, sources
-from specsplit.models.fingerprint import combined_sha256, fingerprint_model, hash_files, tokenizer_sha256
+from specsplit.models.fingerprint import fingerprint_model, hash_files, tokenizer_sha256
 from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import connect
@@ -485,6 +485,20 @@ def test_a_local_model_stays_where_it_is(model: Path, tmp_path: Path, monkeypatc
     assert prepare_model(local(model), "tiny", tmp_path / "out")["path"] == str(model)
 
 
+def test_a_local_model_is_what_its_hash_says_or_is_not_taken(model: Path, tmp_path: Path) -> None:
+    """The hash is that of `LC_ALL=C sha256sum FILES | sha256sum`: any change of any file of the model changes it."""
+    digest = combined_sha256(hash_files(model))
+    manifest = prepare_model(local(model) | {"sha256": digest.upper()}, "tiny", tmp_path / "out")
+    assert (manifest["pinned"], manifest["upstream_sha256"]) == (True, digest)
+    for name in hash_files(model):
+        kept = (model / name).read_bytes()
+        (model / name).write_bytes(kept + b" ")
+        with pytest.raises(UserError, match=rf"^models.tiny.sha256: {model} has sha256 [0-9a-f]{{64}}, not {digest}"):
+            prepare_model(local(model) | {"sha256": digest}, "tiny", tmp_path / "out")
+        (model / name).write_bytes(kept)
+    assert read_json(tmp_path / "out" / "model.json") == manifest  # the earlier one is still there
+
+
 def test_the_working_directory_itself_can_be_the_model(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -684,6 +698,7 @@ def test_workers_serve_models_without_weights(tmp_path: Path) -> None:
         (["--local", "x", "--step-ms", "3"], "--step-ms goes with --synthetic"),
         (["--synthetic", "--max-ngram", "3"], "--max-ngram goes with --ngram"),
         (["--synthetic", "--file", "x"], "--file goes with --pypi"),
+        (["--synthetic", "--sha256", "x"], "--sha256 goes with --pypi or --local"),
     ],
 )
 def test_flags_of_another_source_are_refused(tmp_path: Path, words: list[str], message: str) -> None:

@@ -94,7 +94,7 @@ def test_every_source_of_a_model_is_accepted() -> None:
     given = {"a": PYPI, "b-1.0_x": HUGGINGFACE, "3": LOCAL}
     given |= {"s": {"source": "synthetic"}, "n": {"source": "ngram", "tokenizer": "a"}}
     models = load_pipeline_config({"models": given, "target": {"model": "a"}, "draft": {"model": "3"}})["models"]
-    expected = {"a": {**PYPI, "sha256": None}, "b-1.0_x": HUGGINGFACE, "3": LOCAL}
+    expected = {"a": {**PYPI, "sha256": None}, "b-1.0_x": HUGGINGFACE, "3": {**LOCAL, "sha256": None}}
     assert models == {**expected, "s": SYNTHETIC, "n": {**NGRAM, "tokenizer": "a"}}
 
 
@@ -344,7 +344,7 @@ def test_mistakes_in_drafts() -> None:
     lines = mistakes(raw)
     assert any(line.startswith("drafts.b.calibration_prompts: unknown key") for line in lines)
     assert mistakes({"drafts": {"a": {"model": "nobody"}}}) == [
-        'drafts.a.model: "nobody" is not in models; known models: smollm2-135m-instruct'
+        'drafts.a.model: "nobody" is not in models; known models: smollm2-135m-instruct, smollm2-two-layers'
     ]
     assert "wanted a letter or digit first, then letters, digits and . -" in mistakes({"drafts": {"a_b": {}}})[0]
 
@@ -377,7 +377,7 @@ def test_config_file_holds_every_key_with_its_default() -> None:
     for key, schema in leaf_keys().items():
         if not key.startswith(("models.", "drafts.")):
             assert lookup(raw, key) == schema["default"], key
-    (model,) = raw["models"].values()
+    model, _ = raw["models"].values()
     assert set(model) == {"source", "package", "version", "file", "sha256"}
     assert load_pipeline_config(raw) == load_pipeline_config({})
 

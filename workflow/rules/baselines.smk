@@ -1,7 +1,7 @@
-# Ours and Hugging Face's decoding on the same prompts, request by request in turn: results/peers.csv.
+# Ours, Hugging Face's and llama.cpp's decoding on the same prompts, request by request in turn: results/peers.csv.
 
 
-# Every core, as a run. All workers and Hugging Face's process are loaded, and one of them computes.
+# Every core, as a run. All workers and the processes of the peers are loaded, and one of them computes.
 rule race_peers:
     input:
         settings=settings_files("race"),
@@ -33,6 +33,7 @@ rule race_peers:
 rule peers:
     input:
         requests="results/peers_requests.csv",
+        run="results/peers_run.json",
     output:
         more_table("peers"),
         "results/figures/peers.png",

@@ -8,7 +8,7 @@ from pathlib import Path
 try:
     from specsplit.analysis.captions import BESIDE, FIGURES
     from specsplit.experiment.sweep import sweep_points
-    from specsplit.settings.configuration import load_pipeline_config, swept_drafts
+    from specsplit.settings.configuration import first_draft, load_pipeline_config, swept_drafts
     from specsplit.settings.distill import AcceptanceSettings, TrainingSettings, WritingSettings
     from specsplit.settings.environment import check_environment, refuse_overrides
     from specsplit.settings.measure import BenchSettings
@@ -51,8 +51,9 @@ POINTS = {
 }
 # Measurements beside the sweep have workers too, under names of their own: an endpoint file that is made anew would make
 # the finished run of its name out of date. The processes are shared all the same where their flags are. Of several drafts
-# they take the first.
-FIRST_DRAFT = next(iter(DRAFTS))
+# they take the first, as it is: acceptance is forced in the sweep alone.
+FIRST_DRAFT, first = first_draft(config)
+DRAFTS = {FIRST_DRAFT: first, **DRAFTS}
 RACED = {
     f"race/{point.label}": point
     for point in sweep_points(
@@ -191,7 +192,7 @@ def model_source(name):
         if spec["source"] == "ngram":
             parameters["tokenizer"] = f"resources/models/{spec['tokenizer']}"
         return flags(**{spec["source"]: True}, **parameters)
-    return flags(local=spec["path"])
+    return flags(local=spec["path"], sha256=spec["sha256"])
 
 
 def local_files(name):
@@ -376,6 +377,7 @@ def run_settings(label):
         **POINTS[label].settings(shared),
         "max_rounds": config["generation"]["max_rounds"],
         "repeats": config["repeats"],
+        "draft_acceptance": DRAFTS[POINTS[label].draft]["acceptance"] if POINTS[label].gamma else None,
         **text_settings(),
         **workers,
     }

@@ -15,7 +15,7 @@ FIGURES = {
     "speculation": "Drafts made ahead that fit",
 }
 BESIDE = {
-    "peers": "Beside Hugging Face's decoding",
+    "peers": "Beside other programs' decoding",
     "capacity": "Many clients at once",
     "profile": "Where the time of a round goes",
     "overhead": "A round beyond its models",
@@ -52,9 +52,10 @@ CAPTIONS = {
         "at several round-trip times. Where points leave the lines, the system costs something that the formula lacks."
     ),
     "peers": (
-        "Ours beside Hugging Face's ways to decode: the same models, prompts and machine, request by request in turn, "
-        "greedy. A ratio divides the milliseconds per token of the row by those of the peer, so below 1 the row is "
-        "faster. Identical is the share of texts that are, token for token, those of our target alone."
+        "Ours beside Hugging Face's and llama.cpp's ways to decode: the same models, prompts and machine, request by "
+        "request in turn, greedy. A ratio divides the milliseconds per token of the row by those of the peer, so below "
+        "1 the row is faster. Identical is the share of texts that are, token for token, those of our target alone. "
+        "A peer that could not use the models is a row with the reason."
     ),
     "capacity": (
         "Several requests at once on one pair of workers: clients that each send the next request when the last one "

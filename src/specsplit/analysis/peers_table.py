@@ -1,8 +1,9 @@
-"""The race against Hugging Face's decoding: a row a contender with its ratios to every peer, and the figure."""
+"""The race against the peers: a row a contender with its ratios to every peer, and the figure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,22 @@ from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import compare_jointly, paired_ratio_ci
 from specsplit.analysis.tables import TIMES, metric_columns
 from specsplit.experiment.peer_race import PeerRecord
-from specsplit.io import write_csv
+from specsplit.io import read_json_object, write_csv
 
 WIDTH_IN, ROW_IN = 6.8, 0.27
 
 
 def summarize_peers(
-    requests: DataFrame, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
+    requests: DataFrame,
+    left_out: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    confidence: float = 0.95,
+    bootstrap_samples: int = 10_000,
+    seed: int = 0,
 ) -> DataFrame:
-    """One row a contender, ours first.
+    """One row a contender, ours first, those that could not be raced last.
+
+    left_out: of these, by name, `engine` and `reason`.
 
     contender, engine, requests, repeats, generated_tokens
     <t>_mean, _ci_low, _ci_high, _median, _p90, _p99 for each t of TIMES
@@ -39,12 +47,16 @@ def summarize_peers(
         the interval of latency_vs_P that holds for all contenders at once.
     identical
         share of requests with, in every repeat, the text of our target alone.
+    first_divergence
+        the earliest token, from 0, at which a text is another one; nothing when all are identical.
+    reason
+        why it could not be raced; then nothing else is there.
     """
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     table = median_over_repeats(requests, ("contender", "request_id"), "identical")
     own = {str(name): rows.set_index("request_id") for name, rows in table.groupby("contender", sort=False)}
     order = sorted(own, key=lambda name: (own[name]["engine"].iloc[0] != "specsplit", _rank(name)))
-    peers = [name for name in order if own[name]["engine"].iloc[0] == "transformers"]
+    peers = [name for name in order if own[name]["engine"].iloc[0] != "specsplit"]
     joint = {peer: _joint_intervals(own, peer, settings) for peer in peers}
     result = []
     for name in order:
@@ -69,7 +81,11 @@ def summarize_peers(
                 row |= dict(zip(keys, found, strict=True))
             row[f"latency_joint_low_{peer}"], row[f"latency_joint_high_{peer}"] = joint[peer][name]
         row["identical"] = rows["identical"].mean()
+        row["first_divergence"] = requests.loc[requests["contender"] == name, "first_divergence"].min()
+        row["reason"] = None
         result.append(row)
+    for name, why in (left_out or {}).items():
+        result.append({"contender": name, "engine": why["engine"], "requests": 0, "reason": why["reason"]})
     return DataFrame(result)
 
 
@@ -114,9 +130,15 @@ def _joint_intervals(own: dict[str, DataFrame], peer: str, settings: dict[str, A
 def write_peers(
     results_dir: Path, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
 ) -> list[Path]:
-    """Summary and figure of `peers_requests.csv`: `peers.csv`, `figures/peers.png` and .svg; returns the paths."""
+    """Summary and figure of `peers_requests.csv`: `peers.csv`, `figures/peers.png` and .svg; returns the paths.
+
+    Who could not be raced is in `peers_run.json`, where it was written by this version.
+    """
     requests = read_records(results_dir / "peers_requests.csv", PeerRecord, "specsplit bench --baseline")
-    summary = summarize_peers(requests, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
+    run = results_dir / "peers_run.json"
+    left_out = read_json_object(run).get("left_out") if run.is_file() else None
+    settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
+    summary = summarize_peers(requests, left_out, **settings)
     figures = draw_peers(requests, summary, results_dir / "figures" / "peers.png", confidence=confidence)
     write_csv(summary, results_dir / "peers.csv")
     return [results_dir / "peers.csv", *figures]
@@ -128,8 +150,9 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
     The fastest peer has the most tokens per second; the ratio's intervals hold for all contenders at once.
     """
     table = median_over_repeats(requests, ("contender", "request_id"), "identical")
+    summary = summary[summary["requests"] > 0]
     names = list(summary["contender"])
-    peers = summary[(summary["engine"] == "transformers") & summary["tokens_per_second"].notna()]
+    peers = summary[(summary["engine"] != "specsplit") & summary["tokens_per_second"].notna()]
     best = "" if peers.empty else str(peers.sort_values("tokens_per_second", ascending=False)["contender"].iloc[0])
     with house_style():
         figure = new_figure(WIDTH_IN, ROW_IN * len(names) + 1.1)
@@ -149,7 +172,7 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
             text += f" Ratio with its {confidence:.0%} interval, for all at once: left of 1 is faster than that peer."
         figure.supxlabel(text, fontsize=7, color="#555555")
         settle_layout(figure)
-        return save_figure(figure, path, {"Title": "Ours beside Hugging Face's decoding"})
+        return save_figure(figure, path, {"Title": "Ours beside other programs' decoding"})
 
 
 def _draw_times(axes: Axes, table: DataFrame, summary: DataFrame, metric: str) -> None:
@@ -179,7 +202,8 @@ def _colour(engine: str) -> str:
 
 
 def _words(name: str) -> str:
-    if name.startswith("hf_"):
-        return "HF " + name.removeprefix("hf_").replace("_", " ")
+    for prefix, program in (("hf_", "HF "), ("llama_cpp", "llama.cpp")):
+        if name.startswith(prefix):
+            return program + name.removeprefix(prefix).replace("_", " ")
     mode, _, gamma = name.rpartition("gamma_")
     return "target alone" if name == "gamma_0" else f"{mode.strip('_').replace('_', ' ') or 'sync'}, γ = {gamma}"

@@ -28,10 +28,11 @@ from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
 from specsplit.io import read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
+from specsplit.settings.configuration import swept_drafts
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
-    "peers": "contender itl_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical",
+    "peers": "contender itl_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical first_divergence reason",
     "capacity": "mode gamma clients rate tokens_per_second gain speedup_at_load itl_ms_median itl_ms_p99 "
     "ttft_ms_median total_latency_ms_p90 goodput_share goodput_tokens_per_second matches_single",
     "profile": f"{' '.join(CONFIGURATION)} phase rounds tokens_per_round round_ms *_compute_ms *_queue_ms network_ms "
@@ -109,10 +110,18 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
     """Models, data, sweep and settings, as names and values."""
     config, dataset = record.get("config", {}), record.get("dataset", {})
     models = {model.get("name"): model for model in record.get("models", [])}
-    drafts = {name: {**config["draft"], **own} for name, own in (config.get("drafts") or {"draft": {}}).items()}
+    drafts = swept_drafts({"drafts": {}, **config})
     pairs = [("Target", _model(config["target"], models))]
     for name, own in drafts.items():
         pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(own, models)))
+        if (acceptance := own.get("acceptance")) is not None:
+            pairs.append(
+                (
+                    f"Synthetic: {name}",
+                    f"its acceptance is forced: each drafted token was made right with probability {acceptance:g}. "
+                    "It says what the system does with such a draft, not how good the draft is",
+                )
+            )
     source = dataset.get("source") or config["dataset"]["path"]
     categories = f", categories {', '.join(dataset['categories'])}" if dataset.get("categories") else ""
     prompts = f"{dataset.get('count', _UNKNOWN)} of {source}{categories}"

@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     race = parser.add_argument_group("race (with --baseline: peers_requests.csv and peers.csv instead of runs)")
     race.add_argument("--target-model", type=Path, metavar="FOLDER", help="what the target worker serves")
-    race.add_argument("--draft-model", type=Path, metavar="FOLDER", help="what the draft worker serves (assisted)")
+    race.add_argument("--draft-model", type=Path, metavar="FOLDER", help="what the draft worker serves")
     add_workers_dir_flag(parser)
     parser.add_argument(
         "--terminal-fd", type=int, metavar="N", help="show a bar on the terminal behind this descriptor as well"
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     plan = plan_bench(args)
     if plan.bench.baseline:
-        import_module("specsplit.cli.race").run_race(args, plan)
+        import_module("specsplit.cli.race").race(args, plan)
         return
     points, config = plan.points, plan.config
     run_dirs = {point: args.results_dir / "runs" / point.label for point in points}

@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_workers_dir_flag(parser)
     parser.add_argument("--only", action="store_true", help="write capacity_requests.csv alone")
     # Greedy, without a simulated network.
-    without = ("temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms", "max_rounds")
+    without = ("temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms", "draft_acceptance", "max_rounds")
     add_setting_flags(parser, CapacitySettings, OrchestratorConfig, without=without)
 
 

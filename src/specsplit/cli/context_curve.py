@@ -20,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_workers_dir_flag(parser)
     # Greedy texts of a fixed length in mode sync, without a simulated network.
     without = (
-        *("mode", "temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms"),
+        *("mode", "temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms", "draft_acceptance"),
         *("max_output_tokens", "max_rounds", "ignore_eos"),
     )
     add_setting_flags(parser, ContextSettings, OrchestratorConfig, without=without)

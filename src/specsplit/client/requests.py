@@ -13,6 +13,7 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 def draft_fields(text: Text, gamma: int, ahead: pb.Ahead | None = None) -> dict[str, Any]:
     """Every field of GenerateDraftsRequest but `context`."""
     shape = text.config.shape
+    forced = text.forced(gamma + 1 + ahead.max_draft_tokens if ahead else gamma)
     return {
         "max_draft_tokens": gamma,
         "branching": shape.branching,
@@ -23,6 +24,7 @@ def draft_fields(text: Text, gamma: int, ahead: pb.Ahead | None = None) -> dict[
         "vocab_size": text.vocab_size,
         "length_limit": text.length_limit,
         "ahead": ahead,
+        "forced": pb.Forced(tokens=forced.tokens, right=forced.right) if forced.tokens else None,
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import TextSpan
+from specsplit.decoding.forced import Forced, forced
 from specsplit.decoding.sampling import Sampling
 from specsplit.errors import PromptError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -21,10 +22,11 @@ class Text:
     """Prompt and generated tokens, with the limits that the workers and the configuration set.
 
     target, draft: what the workers say of themselves; draft may be None. Raises PromptError when the prompt is empty or
-    leaves no room for a token. span: told of each round, where there is one.
+    leaves no room for a token. span: told of each round, where there is one. known: the whole text, where it is known.
     """
 
     span: TextSpan | None = None
+    known: Sequence[int] = ()
 
     def __init__(
         self,
@@ -74,6 +76,13 @@ class Text:
         while gamma > 0 and len(self.tokens) + shape.size(gamma) > self._draft_limit:
             gamma -= 1
         return max(gamma, 0)
+
+    def forced(self, count: int) -> Forced:
+        """The next `count` tokens of the text that is known beforehand, where acceptance is forced."""
+        start, acceptance = len(self.tokens), self.config.draft_acceptance
+        if acceptance is None or self.known[:start] != self.tokens:
+            return Forced()
+        return forced(self.known[start : start + count], start, acceptance, self.config.seed)
 
     def drop_draft(self) -> None:
         """From here on the target writes alone."""

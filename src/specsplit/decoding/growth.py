@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 
+from specsplit.decoding.forced import Forced
 from specsplit.decoding.sampling import GREEDY, Candidates, Sampling
 from specsplit.decoding.tree import MAX_BRANCHING, ROOT, TokenTree, TreeShape
 
@@ -18,6 +19,7 @@ CANDIDATES = 2 * MAX_BRANCHING
 """Kept of each node: enough for any shape, and for what may come instead of the drafted tokens."""
 
 CHAIN = TreeShape()
+NOT_FORCED = Forced()
 
 ToFeed = tuple[int, int, float]
 Growth = Generator[list[ToFeed], list[int] | None, TokenTree]
@@ -25,7 +27,8 @@ Growth = Generator[list[ToFeed], list[int] | None, TokenTree]
 
 @dataclass(frozen=True)
 class DraftSettings:
-    """What is asked of a draft. length_limit: tokens that the text can have; a draft ends one before it."""
+    """What is asked of a draft. length_limit: tokens that the text can have; a draft ends one before it. forced: where
+    it is made right or wrong."""
 
     gamma: int
     shape: TreeShape = CHAIN
@@ -33,6 +36,7 @@ class DraftSettings:
     stop_token_ids: frozenset[int] = frozenset()
     vocab_size: int = 1 << 31
     length_limit: int = 1 << 31
+    forced: Forced = NOT_FORCED
 
 
 def grow(

@@ -26,6 +26,7 @@ from specsplit.engines.reduced_vocabulary import reduce_loaded
 from specsplit.engines.tree_attention import additive, positions, visible
 from specsplit.errors import UserError
 from specsplit.models.fingerprint import gguf_weights
+from specsplit.models.sources import quietly
 from specsplit.models.vocabulary import read_reduced_map
 
 DTYPES = {
@@ -224,15 +225,17 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
         model, mismatched = load_floats(folder, dtype), set()
     else:
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=head_tokens is not None,
-            )
+            # A reduced head would be reported as a mismatch; what is wrong with the weights is checked below.
+            with quietly():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=dtype,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=head_tokens is not None,
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
         if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers

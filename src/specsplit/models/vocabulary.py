@@ -43,6 +43,10 @@ class Vocabulary:
         """The draft's token of a proposed target token."""
         return token
 
+    def lacks(self, token: int) -> bool:
+        """Whether the draft cannot read a target token as one of its own."""
+        return False
+
     def outward(self, logits: torch.Tensor) -> torch.Tensor:
         """[rows, draft vocabulary] -> [rows, size], -inf for tokens that the draft cannot say."""
         return logits
@@ -108,6 +112,9 @@ class SharedVocabulary(Vocabulary):
 
     def token(self, token: int) -> int:
         return self._draft_of[token]
+
+    def lacks(self, token: int) -> bool:
+        return token not in self._draft_of
 
     def outward(self, logits: torch.Tensor) -> torch.Tensor:
         self._targets, self._drafts = self._targets.to(logits.device), self._drafts.to(logits.device)

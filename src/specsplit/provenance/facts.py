@@ -61,8 +61,11 @@ def run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     facts["tokenizer"] = run.get("tokenizer_sha256")
     facts |= {f"code: {key}": run.get(key) for key in ("run_code_sha256", "specsplit_version")}
     facts |= {key: run.get(key) for key in ("repeats", "warmup_requests")}
-    left_out = {*SWEPT, *OrchestratorConfig.operating(), "fan_out"}
+    left_out = {*SWEPT, *OrchestratorConfig.operating(), "fan_out", "draft_acceptance"}
     facts |= {f"setting {key}": value for key, value in settings.items() if key not in left_out}
+    if settings.get("gamma"):  # each draft has its own
+        of_draft = "" if draft == "draft" else f" of {draft}"
+        facts[f"setting draft_acceptance{of_draft}"] = settings.get("draft_acceptance")
     if mode == "lookahead":
         facts["setting fan_out"] = settings.get("fan_out")
     facts |= {f"machine: {key}": _part(run, "machine").get(key) for key in MACHINE}

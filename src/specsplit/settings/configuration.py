@@ -21,7 +21,7 @@ from jsonschema.validators import extend
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 from specsplit.settings.measure import too_few_requests
-from specsplit.settings.run import DEFAULT_DRAFT, gamma_order
+from specsplit.settings.run import DEFAULT_DRAFT, gamma_order, synthetic_name
 
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
 
@@ -73,8 +73,16 @@ def load_pipeline_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def swept_drafts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Every draft of the sweep by its name, each with all keys of `draft`; without `drafts` that one alone."""
-    drafts = config["drafts"] or {DEFAULT_DRAFT: {}}
-    return {name: {**config["draft"], **changes} for name, changes in drafts.items()}
+    drafts = {
+        name: {**config["draft"], **changes} for name, changes in (config["drafts"] or {DEFAULT_DRAFT: {}}).items()
+    }
+    return {synthetic_name(name, draft.get("acceptance")): draft for name, draft in drafts.items()}
+
+
+def first_draft(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name and the keys of the first draft as it is, its acceptance not forced."""
+    name, draft = next(iter(config["drafts"] or {DEFAULT_DRAFT: {}})), next(iter(swept_drafts(config).values()))
+    return name, {**draft, "acceptance": None}
 
 
 def schema_keys() -> dict[str, dict[str, Any]]:
@@ -302,15 +310,19 @@ def _read_trees(key: str, trees: list[str], shapes: dict[TreeShape, str]) -> Ite
 def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     """What the schema cannot say: keys that must agree with each other."""
     models = config["models"]
-    drafts = {f"drafts.{name}" if config["drafts"] else "draft": own for name, own in swept_drafts(config).items()}
+    paths = [f"drafts.{name}" for name in config["drafts"]] or ["draft"]
+    drafts = dict(zip(paths, swept_drafts(config).values(), strict=True))
     for path, own in {"target": config["target"], **drafts}.items():
         name = own["model"]
         if name not in models:
             close = difflib.get_close_matches(name, models, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             yield f"{path}.model: {_show(name)} is not in models; {hint}known models: {', '.join(models)}"
+    temperatures = config["sampling"]["temperature"]
     for path, own in drafts.items():
         source = models.get(own["model"], {}).get("source")
+        if own["acceptance"] is not None and config["sampling"]["method"] == "rejection" and max(temperatures) > 0:
+            yield f"{path}.acceptance: {own['acceptance']} needs texts that are known before: sampling.method coupled"
         if own["skip_layers"] and source in ("synthetic", "ngram"):
             yield f"{path}.skip_layers: the {source} model {own['model']} has no layers; write []"
     target = models.get(config["target"]["model"], {})

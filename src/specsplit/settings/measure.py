@@ -16,10 +16,12 @@ Positive = Annotated[int, Field(ge=1)]
 Peer = Annotated[
     str,
     Field(
-        pattern=r"^(generate|assisted(-[1-9][0-9]?)?|prompt-lookup)$",
+        pattern=r"^(generate|assisted(-[1-9][0-9]?)?|prompt-lookup|llama\.cpp(-draft|-prompt-lookup)?)$",
         json_schema_extra={
-            "title": "generate, assisted, assisted-N or prompt-lookup",
-            "plural": "names: generate, assisted, assisted-N, prompt-lookup",
+            "title": "generate, assisted, assisted-N, prompt-lookup, llama.cpp, llama.cpp-draft or "
+            "llama.cpp-prompt-lookup",
+            "plural": "names: generate, assisted, assisted-N, prompt-lookup, llama.cpp, llama.cpp-draft, "
+            "llama.cpp-prompt-lookup",
         },
     ),
 ]
@@ -69,9 +71,11 @@ class BenchSettings(WarmupSettings):
     baseline: list[Peer] | None = setting(
         None,
         "Race each point, request by request in turn, against Hugging Face's `generate` (the target alone), assisted "
-        "generation as it is by default (`assisted`) or with drafts of N tokens (`assisted-N`), and prompt lookup.",
+        "generation as it is by default (`assisted`) or with drafts of N tokens (`assisted-N`), and prompt lookup; and "
+        "against llama.cpp (extra `peers`) alone, with the draft, with prompt lookup. A peer that cannot use the "
+        "models is a row that says why.",
         example=["assisted-5"],
-        note="assisted-5: with drafts of 5 tokens instead of its default",
+        note="",
         min_length=1,
     )
 

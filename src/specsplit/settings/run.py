@@ -42,6 +42,12 @@ DRAFT_NAME = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"
 SEVERAL = "; `specsplit bench` takes several: {} 1 3 5 or {} 1,3,5"
 
 
+def synthetic_name(draft: str, acceptance: float | None) -> str:
+    """The name of a draft whose acceptance is forced; its own when it is not."""
+    mark = "" if acceptance is None else f"-synthetic-{acceptance:g}"
+    return draft if draft.endswith(mark) else draft + mark
+
+
 def gamma_order(gamma: int | str) -> float:
     """Sorts draft lengths: numbers first, then `auto`."""
     return float("inf") if gamma == AUTO else float(gamma)
@@ -84,6 +90,17 @@ class OrchestratorConfig(AccessSettings):
         note="chain | 3x2 (children per level) | dynamic-16x4 (nodes, nodes fed in a pass)",
     )
     draft_name: str = setting(DEFAULT_DRAFT, "Name of the draft in tables and run folders.", pattern=DRAFT_NAME)
+    draft_acceptance: float | None = setting(
+        None,
+        "Forced acceptance: each drafted token is right with this probability, whatever the draft model would say, by "
+        "the seed and its position. The text is written once before, unmeasured; verification stays as it is. So "
+        "systems can be compared apart from the quality of a draft. It is called NAME-synthetic-P in every table. "
+        "null: as the draft is.",
+        example=0.8,
+        note="0.8: forced, synthetic: each drafted token is right with this probability; null: as the draft is",
+        ge=0,
+        le=1,
+    )
     fan_out: int = setting(
         16,
         "Outcomes of a verification that mode lookahead prepares drafts for.",
@@ -187,6 +204,11 @@ class OrchestratorConfig(AccessSettings):
                 "a dynamic tree keeps drafted tokens by their probability, which biases rejection sampling: "
                 "use sampling coupled, or a chain or static tree"
             )
+        if self.draft_acceptance is not None:
+            if self.sampling == "rejection" and self.temperature:
+                raise ValueError("draft_acceptance needs a text that is known beforehand: use sampling coupled")
+            if self.gamma:
+                self.draft_name = synthetic_name(self.draft_name, self.draft_acceptance)
         return self
 
     @property

@@ -25,6 +25,7 @@ from specsplit.settings.measure import (
 )
 from specsplit.settings.models import (
     EMBEDDED,
+    SHIPPED_DRAFT,
     HuggingFaceSource,
     LocalSource,
     NGramParameters,
@@ -45,7 +46,7 @@ Definition = Any  # (type, field), as create_model takes them
 Run = OrchestratorConfig
 UNIQUE = {"uniqueItems": True}
 ONE_OR_MORE = {**UNIQUE, "oneOrMore": True}  # a list that may be written as its only item
-(MODEL,) = EMBEDDED
+(MODEL,), (DRAFT,) = EMBEDDED, SHIPPED_DRAFT
 SkipLayers = list[Layer] | Literal["auto"]
 
 
@@ -142,6 +143,7 @@ NamedDraft: Any = section(
     model=other("model", str, "my-draft"),
     dtype=other("dtype", type_of(DraftWorkerConfig, "dtype"), "int8"),
     skip_layers=other("skip_layers", SkipLayers, [13, 14], schema=UNIQUE),
+    acceptance=other("acceptance", Annotated[float, Field(ge=0, le=1)], 0.8),
     skip_count=other("skip_count", type_of(LayerSettings, "skip_count"), 4),
 )[0]
 
@@ -149,8 +151,8 @@ Workflow: type[BaseModel] = section(
     "",
     gammas=axis(
         "gamma",
-        [0, 1, 3, 5, 8, 12],
-        [1, 2],
+        [0, 1, 2, 3, 4, 6, "auto"],
+        [1, 8],
         " 0 is added when missing and the list is sorted: speedup is against gamma 0.",
         schema=UNIQUE,
         heading="Draft lengths to sweep. 0 (the target alone) is always measured: speedup is against it. auto = chosen "
@@ -207,7 +209,7 @@ Workflow: type[BaseModel] = section(
     keep_apart=same(MergeSettings, "keep_apart"),
     models=key(
         dict[str, Source],
-        EMBEDDED,
+        {**EMBEDDED, **SHIPPED_DRAFT},
         "Models by name, each from one of five sources. The names become folder names.",
         schema={
             "title": "a mapping of names to models",
@@ -222,7 +224,12 @@ Workflow: type[BaseModel] = section(
     ),
     draft=section(
         "The small model, which guesses ahead.",
-        model=key(str, MODEL, "A name from `models`; its tokenizer must be the target's.", example="my-draft"),
+        model=key(
+            str,
+            DRAFT,
+            "A name from `models`. Of another tokenizer, tokens that both have.",
+            example="my-draft",
+        ),
         dtype=same(DraftWorkerConfig, "dtype"),
         skip_layers=same(
             DraftWorkerConfig,
@@ -234,6 +241,7 @@ Workflow: type[BaseModel] = section(
             note="e.g. [13, 14]: a cheaper, weaker draft; auto = look for the layers that matter least",
             schema=UNIQUE,
         ),
+        acceptance=same(Run, "draft_acceptance"),
         skip_count=same(LayerSettings, "skip_count"),
         calibration_prompts=same(LayerSettings, "limit"),
     ),
@@ -283,13 +291,18 @@ Workflow: type[BaseModel] = section(
         **keys(AccessSettings, "token_file", "tls_ca", "tls_cert", "tls_key", "insecure"),
     ),
     baselines=section(
-        "The race of results/peers.csv: points of ours and Hugging Face's ways to decode, in turn on every request. "
-        "Gamma 0 is always one of ours; greedy, no simulated network.",
-        note="ours beside Hugging Face's, in turn on every request",
+        "The race of results/peers.csv: points of ours, Hugging Face's and llama.cpp's ways to decode, in turn on "
+        "every request. Gamma 0 is always one of ours; greedy, no simulated network.",
+        note="ours beside Hugging Face's and llama.cpp's, in turn on every request",
         heading="Measurements that are not part of the main job: snakemake results/peers.csv results/capacity.csv "
         "results/context_curve.csv",
-        peers=listed(BenchSettings, "baseline", type_=list[Peer], default=["generate", "assisted", "prompt-lookup"]),
-        gammas=several("gamma", [3, 5], "Draft lengths of ours.", ["auto"], note="of ours; 0 is always there"),
+        peers=listed(
+            BenchSettings,
+            "baseline",
+            type_=list[Peer],
+            default=["generate", "assisted", "prompt-lookup", "llama.cpp", "llama.cpp-prompt-lookup"],
+        ),
+        gammas=several("gamma", [2, 3], "Draft lengths of ours.", ["auto"], note="of ours; 0 is always there"),
         mode=several("mode", ["sync", "overlap"], "Pipeline modes of ours.", ["lookahead"], note=""),
         tree=several("tree", ["chain"], "Shapes of our drafts.", ["3x2"], note=""),
     ),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from specsplit.decoding.forced import force
 from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, ToFeed, grow
 from specsplit.decoding.sampling import Candidates, candidates
 from specsplit.decoding.tree import ROOT, TokenTree
@@ -199,10 +200,26 @@ class Drafter:
     def _learn(self, nodes: Sequence[int], logits: torch.Tensor) -> None:
         """Keep the candidates after computed nodes; logits: [len(nodes), vocabulary of the draft]."""
         logits = self.vocabulary.outward(logits)[:, : self.settings.vocab_size]
+        if self.settings.forced.tokens:
+            logits = self._force(nodes, logits)
         depths = [0 if node == ROOT else self.state.depths[node] for node in nodes]
         positions = [len(self.context) + depth for depth in depths]
         found = candidates(logits, positions, self.settings.sampling, CANDIDATES)
         self.state.candidates.update(zip(nodes, found, strict=True))
+
+    def _force(self, nodes: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """The logits after nodes that the target would choose, made right or wrong as asked; others as they are."""
+        forced, logits = self.settings.forced, logits.clone()
+        for row, node in enumerate(nodes):
+            path = (
+                [] if node == ROOT else [self.state.nodes.token_ids[place] for place in _path(self.state.nodes, node)]
+            )
+            depth = len(path)
+            if depth < len(forced.tokens) and tuple(path) == forced.tokens[:depth]:
+                token, right = forced.tokens[depth], forced.right[depth]
+                if token < logits.shape[1] and not (right and self.vocabulary.lacks(token)):
+                    force(logits[row], token, right)
+        return logits
 
     def _move_to_context(self) -> None:
         """Keep what is still valid: the context, the accepted path and everything below its end."""

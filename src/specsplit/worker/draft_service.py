@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from specsplit.decoding.forced import Forced
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES, TokenTree, TreeShape
 from specsplit.models.vocabulary import Vocabulary
@@ -22,6 +23,7 @@ from specsplit.worker.refusals import InvalidRequest
 from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
 
 MAX_STOP_TOKENS = 1024
+MOST_FORCED = 2 * MAX_GAMMA + 1  # a draft, the token after it, and a draft ahead
 
 
 class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
@@ -142,6 +144,9 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             raise InvalidRequest(f"{len(request.stop_token_ids)} stop tokens are more than {MAX_STOP_TOKENS}")
         if ahead.fan_out > MAX_FAN_OUT or ahead.max_draft_tokens > MAX_GAMMA:
             raise InvalidRequest(f"ahead: fan_out is at most {MAX_FAN_OUT}, max_draft_tokens at most {MAX_GAMMA}")
+        forced = Forced(tuple(request.forced.tokens), tuple(request.forced.right))
+        if len(forced.tokens) != len(forced.right) or len(forced.tokens) > MOST_FORCED:
+            raise InvalidRequest(f"forced: tokens and right have one length, at most {MOST_FORCED}")
         try:
             sampling = sampling_from_message(request.sampling)
         except ValueError as error:
@@ -157,4 +162,5 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             stop_token_ids=frozenset(request.stop_token_ids),
             vocab_size=request.vocab_size or self.vocab_size,
             length_limit=request.length_limit or DraftSettings.length_limit,
+            forced=forced,
         )

@@ -67,7 +67,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., server_ms: _Optional[float] = ...) -> None: ...
 
 class GenerateDraftsRequest(_message.Message):
-    __slots__ = ("context", "max_draft_tokens", "branching", "stop_token_ids", "tree_nodes", "tree_width", "sampling", "vocab_size", "length_limit", "ahead")
+    __slots__ = ("context", "max_draft_tokens", "branching", "stop_token_ids", "tree_nodes", "tree_width", "sampling", "vocab_size", "length_limit", "ahead", "forced")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BRANCHING_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class GenerateDraftsRequest(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     LENGTH_LIMIT_FIELD_NUMBER: _ClassVar[int]
     AHEAD_FIELD_NUMBER: _ClassVar[int]
+    FORCED_FIELD_NUMBER: _ClassVar[int]
     context: Context
     max_draft_tokens: int
     branching: _containers.RepeatedScalarFieldContainer[int]
@@ -88,7 +89,16 @@ class GenerateDraftsRequest(_message.Message):
     vocab_size: int
     length_limit: int
     ahead: Ahead
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., max_draft_tokens: _Optional[int] = ..., branching: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., tree_nodes: _Optional[int] = ..., tree_width: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., vocab_size: _Optional[int] = ..., length_limit: _Optional[int] = ..., ahead: _Optional[_Union[Ahead, _Mapping]] = ...) -> None: ...
+    forced: Forced
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., max_draft_tokens: _Optional[int] = ..., branching: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., tree_nodes: _Optional[int] = ..., tree_width: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., vocab_size: _Optional[int] = ..., length_limit: _Optional[int] = ..., ahead: _Optional[_Union[Ahead, _Mapping]] = ..., forced: _Optional[_Union[Forced, _Mapping]] = ...) -> None: ...
+
+class Forced(_message.Message):
+    __slots__ = ("tokens", "right")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RIGHT_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    right: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ..., right: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class Ahead(_message.Message):
     __slots__ = ("fan_out", "max_draft_tokens", "full_acceptance")
