@@ -18,6 +18,7 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 
 ME = ProcessIdentity(os.getpid(), psutil.Process().create_time())
 GONE = ProcessIdentity(os.getpid(), 1.0)  # our number, another start: a process that is no more
+START_OF_GONE = {"started": GONE.started, "birth": "another boot/1"}
 DESCRIPTION = pb.DescribeReply(
     role="draft",
     model="tiny",
@@ -89,7 +90,7 @@ def test_a_running_worker_is_not_stale(endpoint: Endpoint) -> None:
 
 
 def test_a_worker_whose_process_is_gone_is_stale(endpoint: Endpoint) -> None:
-    assert replace(endpoint, started=GONE.started).stale()
+    assert replace(endpoint, **START_OF_GONE).stale()
 
 
 def test_a_worker_whose_holder_is_gone_is_stale() -> None:
@@ -98,7 +99,7 @@ def test_a_worker_whose_holder_is_gone_is_stale() -> None:
 
 
 def test_nobody_can_tell_about_a_worker_on_another_host(endpoint: Endpoint) -> None:
-    elsewhere = replace(endpoint, host="elsewhere", started=GONE.started)
+    elsewhere = replace(endpoint, host="elsewhere", **START_OF_GONE)
     assert elsewhere.process() is None
     assert not elsewhere.stale()
 
@@ -111,7 +112,7 @@ def test_an_attached_worker_is_never_stale() -> None:
 
 
 def test_stale_files_are_removed_and_others_stay(tmp_path: Path, endpoint: Endpoint) -> None:
-    dead = replace(endpoint, started=GONE.started)
+    dead = replace(endpoint, **START_OF_GONE)
     files = {
         "gamma_0/target.json": endpoint,
         "gamma_3/draft.json": dead,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ import transformers
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines import loading
 from specsplit.engines.numba import CHUNK, FusedLM, Team, unsuitable
+from specsplit.engines.numba_kernels import _meet
 from specsplit.engines.passes import Pass
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.transformers import CausalLM
@@ -161,6 +164,47 @@ def test_a_team_does_every_part_of_every_job() -> None:
     while len(seen) < 150 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert sorted(seen) == [(number, thread, 3) for number in range(50) for thread in range(3)]
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {2}, {0, 2}])
+@pytest.mark.parametrize("meetings", [0, 3])
+def test_an_error_in_one_thread_ends_the_job_in_all(failing: set[int], meetings: int) -> None:
+    team, met = Team(3), []
+
+    def job(thread: int, threads: int, sync: np.ndarray) -> None:
+        for _ in range(meetings):
+            _meet(sync, threads)
+        if thread in failing:
+            raise ZeroDivisionError(f"in thread {thread}")
+        for _ in range(50):
+            _meet(sync, threads)
+
+    def whole(thread: int, threads: int, sync: np.ndarray) -> None:
+        for _ in range(20):
+            _meet(sync, threads)
+        met.append(thread)
+        _meet(sync, threads)
+
+    for number in range(1, 4):
+        with pytest.raises(ZeroDivisionError, match="in thread"):
+            team.run(job)
+        team.run(whole)
+        assert sorted(met) == sorted([0, 1, 2] * number)
+
+
+def test_a_thread_that_comes_late_is_waited_for_asleep() -> None:
+    team, slept = Team(2), {}
+
+    def job(thread: int, threads: int, sync: np.ndarray) -> None:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        if thread == 1:
+            time.sleep(0.5)
+        _meet(sync, threads)
+        slept[thread] = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+        _meet(sync, threads)
+
+    team.run(job)
+    assert slept[0] >= 1  # it gave up its core by itself
 
 
 def no_rotary_limit() -> transformers.LlamaConfig:

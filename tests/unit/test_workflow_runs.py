@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from specsplit.launch.endpoint import Endpoint
-from specsplit.launch.lease import LEASE_HOST, LEASE_PID, ProcessIdentity
+from specsplit.launch.lease import LEASE_FILE, LEASE_HOST, LEASE_PID, ProcessIdentity
 from specsplit.launch.workflow_runs import begin_run
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
@@ -43,7 +42,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
-    for name in (LEASE_PID, LEASE_HOST):
+    for name in (LEASE_PID, LEASE_HOST, LEASE_FILE):
         monkeypatch.setenv(name, "")  # so that what begin_run sets is undone
         monkeypatch.delenv(name)
     return Folder(tmp_path)
@@ -51,7 +50,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
 
 def test_a_run_registers_and_holds_the_lease(folder: Folder) -> None:
     content = json.loads(folder.begin().read_text())
-    assert content == {"host": HOST, "pid": os.getpid(), "started": psutil.Process().create_time()}
+    assert ProcessIdentity(content["pid"], content["started"], content["birth"]).alive()
+    assert (content["host"], content["pid"]) == (HOST, os.getpid())
     assert os.environ[LEASE_PID] == str(os.getpid())
 
 

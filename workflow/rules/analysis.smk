@@ -5,9 +5,11 @@ rule merge:
     input:
         requests=expand("results/runs/{point}/requests.csv", point=POINTS),
         rounds=expand("results/runs/{point}/per_round.csv", point=POINTS),
+        references=expand("results/runs/{point}/reference.csv", point=POINTS),
     output:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
+        reference="results/reference.csv",
     log:
         "results/logs/merge.log",
     conda:
@@ -24,6 +26,7 @@ rule figures:
     input:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
+        reference="results/reference.csv",
     output:
         expand("results/figures/{name}.png", name=FIGURES),
         [figure_output(name, "Figures") for name in FIGURES],
@@ -47,6 +50,7 @@ rule summary:
     input:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
+        reference="results/reference.csv",
         figures=rules.figures.output,
         provenance="results/provenance/provenance.json",
     output:
@@ -78,6 +82,7 @@ rule report:
     input:
         "results/requests.csv",
         "results/per_round.csv",
+        "results/reference.csv",
         "results/summary.csv",
         "results/provenance/provenance.json",
         [path for path in rules.figures.output if path.endswith(".svg")],

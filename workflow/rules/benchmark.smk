@@ -14,6 +14,8 @@ rule benchmark:
         rounds="results/runs/{point}/per_round.csv",
         texts="results/runs/{point}/outputs.jsonl",
         run="results/runs/{point}/run.json",
+        # Gamma 0 and the baselines, measured in turn with the requests of this run.
+        reference="results/runs/{point}/reference.csv",
     log:
         "results/logs/benchmark/{point}.log",
     conda:

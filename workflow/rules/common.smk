@@ -296,11 +296,12 @@ def result_files():
         "results/summary.csv",
         "results/requests.csv",
         "results/per_round.csv",
+        "results/reference.csv",
         *rules.figures.output,
         *rules.prepare_dataset.output,
         *rules.resolved_config.output,
         *rules.provenance.output,
-        *run_files("requests.csv", "per_round.csv", "outputs.jsonl", "run.json"),
+        *run_files("requests.csv", "per_round.csv", "reference.csv", "outputs.jsonl", "run.json"),
         *settings_files(*POINTS),
     ]
 
@@ -377,6 +378,7 @@ def run_settings(label):
         **POINTS[label].settings(shared),
         "max_rounds": config["generation"]["max_rounds"],
         "repeats": config["repeats"],
+        "setups": config["setups"],
         "draft_acceptance": DRAFTS[POINTS[label].draft]["acceptance"] if POINTS[label].gamma else None,
         **text_settings(),
         **workers,

@@ -27,12 +27,15 @@ rule distill_write_data:
     resources:
         gpu=DISTILL_GPU,
     params:
-        on_bad_line=config["dataset"]["on_bad_line"],
+        flags=flags(
+            on_bad_line=config["dataset"]["on_bad_line"],
+            columns=json.dumps(config["dataset"]["columns"]),
+        ),
         code=code_of("distill write-data"),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:
         "specsplit distill write-data --settings {input.settings} --target {input.target} --held-out {input.held_out}"
-        " --on-bad-line {params.on_bad_line} --output {params.folder}"
+        " {params.flags} --output {params.folder}"
         " --terminal-fd 3 3>&2 > {log} 2>&1"
 
 

@@ -15,6 +15,7 @@ rule calibration_prompts:
         settings=dict(
             limit=config["draft"]["calibration_prompts"],
             on_bad_line=config["dataset"]["on_bad_line"],
+            columns=config["dataset"]["columns"],
         ),
         code=code_of(script="calibration_prompts.py"),
     script:

@@ -23,7 +23,10 @@ rule provenance:
         settings=settings_files(*POINTS),
         dataset="results/dataset/manifest.json",
         prompts="results/dataset/prompts.jsonl",
-        results=["results/requests.csv", "results/per_round.csv", *run_files("outputs.jsonl")],
+        results=[
+            *("results/requests.csv", "results/per_round.csv", "results/reference.csv"),
+            *run_files("outputs.jsonl"),
+        ],
     output:
         record=report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
         patch="results/provenance/changes.patch",

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
-from specsplit.analysis.tables import configuration_of
+from specsplit.analysis.configurations import configuration_of
+from specsplit.experiment.columns import WORKERS
 from specsplit.experiment.sweep import plain_number
 from specsplit.settings.run import DEFAULT_DRAFT
 
@@ -48,8 +49,9 @@ class Curve:
     hollow: bool = False
 
     def own(self, table: DataFrame) -> DataFrame:
-        """Its rows that draft."""
-        same = (table["mode"] == self.mode) & (table["tree"] == self.tree) & (table["draft"] == self.draft)
+        """Its rows that draft in workers."""
+        same = (table["setup"] == WORKERS) if "setup" in table else True
+        same &= (table["mode"] == self.mode) & (table["tree"] == self.tree) & (table["draft"] == self.draft)
         return table[(table["gamma"] != 0) & same]
 
     @property
@@ -67,6 +69,11 @@ class Panel:
     requests: DataFrame
     rounds: DataFrame
     summary: DataFrame
+
+    def of_workers(self) -> Panel:
+        """Without the baselines."""
+        requests, summary = (table[table["setup"] == WORKERS] for table in (self.requests, self.summary))
+        return replace(self, requests=requests, summary=summary)
 
     def drafting(self) -> Panel:
         """Without the target alone."""

@@ -7,7 +7,6 @@ target, which draft length is best, by how much and how surely.
 from __future__ import annotations
 
 import base64
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -22,11 +21,19 @@ from pandas import read_csv
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
-from specsplit.analysis.findings import compared_sentence, faults_sentence, find_best, lossless_sentence, summary_table
+from specsplit.analysis.findings import (
+    compared_sentence,
+    drift_sentence,
+    faults_sentence,
+    find_best,
+    lossless_sentence,
+    round_trip_sentences,
+    summary_table,
+)
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
-from specsplit.io import read_json_object, replace_file
+from specsplit.io import csv_reader, read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import swept_drafts
 
@@ -61,6 +68,9 @@ def write_report(
         "created": _moment(record.get("created")),
         "record": record,
         "findings": find_best(requests, rounds, summary, **settings),
+        "round_trips": round_trip_sentences(summary, confidence),
+        "drift": drift_sentence(summary),
+        "left_out": _left_out(record),
         "lossless": lossless_sentence(summary),
         "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
@@ -88,6 +98,7 @@ def write_report(
             for path, kind in (
                 (results_dir / "summary.csv", "text/csv"),
                 (results_dir / "requests.csv", "text/csv"),
+                (results_dir / "reference.csv", "text/csv"),
                 (results_dir / "provenance" / "config.json", "application/json"),
             )
             if path.exists()
@@ -240,6 +251,12 @@ def _workers(record: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _left_out(record: Mapping[str, Any]) -> list[str]:
+    """What runs were to measure beside their configuration and could not, with the reasons."""
+    found = [(run.get("beside") or {}).get("left_out") or {} for run in record.get("runs", [])]
+    return list(dict.fromkeys(f"{setup}: {reason}" for left_out in found for setup, reason in left_out.items()))
+
+
 def _run(run: Mapping[str, Any]) -> dict[str, str]:
     return {
         "command": str(run.get("command") or _UNKNOWN),
@@ -285,7 +302,7 @@ def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
+        lines = list(csv_reader(file))
     if not lines:
         raise UserError(f"{path}: is empty; make it again, or delete it to have a report without it")
     headings, rows = _chosen(lines[0], lines[1:], _COLUMNS.get(name, "*").split())

@@ -33,6 +33,7 @@ COMMANDS = {
     "theory-check": "every pipeline mode with simulated models: measured time per token beside the formula's",
     "overhead": "what a round costs beyond model time: real workers on this machine, models that take no time",
     "prepare-model": "fetch a model, check it, and make a local folder of it",
+    "fetch-dataset": "fetch a standard set of prompts, or a dataset of the Hugging Face Hub",
     "prepare-dataset": "check prompts and take a stratified slice of them",
     "pick-layers": "find decoder layers that a draft of the same model can skip",
     "distill": "make a small draft from a target: its own text, trained on",
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         logs.set_up(args.command, getattr(args, "log_format", None))
         if any(name.startswith("SPECSPLIT_") for name in os.environ):
             import_module("specsplit.settings.environment").check_environment()
+        from specsplit.cli.overwriting import check_paths
+
+        check_paths(args)
         args.run(args)
         sys.stdout.flush()  # here, where a closed pipe is dealt with
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from specsplit.analysis.references import REFERENCE, merged_references
     from specsplit.analysis.tables import merge_runs
     from specsplit.io import write_csv
 
@@ -25,6 +26,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.results_dir / 'runs'} has no run folders; make them with `specsplit bench`")
     asked = MergeSettings in args.settings_classes and load_settings(MergeSettings, args).keep_apart
     requests, rounds = merge_runs(run_dirs, keep_apart=asked)
-    for name, frame in (("requests.csv", requests), ("per_round.csv", rounds)):
-        write_csv(frame, args.results_dir / name)
-        print(f"{args.results_dir / name}: {len(frame)} rows")
+    reference = merged_references(run_dirs, requests)
+    (args.results_dir / REFERENCE).unlink(missing_ok=True)  # of an earlier sweep
+    for name, frame in (("requests.csv", requests), ("per_round.csv", rounds), (REFERENCE, reference)):
+        if frame is not None:
+            write_csv(frame, args.results_dir / name)
+            print(f"{args.results_dir / name}: {len(frame)} rows")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from specsplit import tracing
 from specsplit.cli.flags import load_settings
 from specsplit.errors import UserError
-from specsplit.experiment.dataset import Prompt, load_prompts, select_prompts
+from specsplit.experiment.dataset import read_prompt_file, select_prompts, tell
+from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
 from specsplit.io import sha256_file
 from specsplit.settings.measure import BenchSettings, PromptSettings
@@ -104,8 +105,10 @@ def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: 
 
 
 def read_prompts(path: Path, settings: PromptSettings) -> list[Prompt]:
-    """The prompts of a file that the settings take; skipped lines are told on standard error."""
-    prompts, skipped = load_prompts(path, settings.on_bad_line)
-    for line in skipped:
+    """The prompts of a file that the settings take; what was not taken is told on standard error."""
+    file = read_prompt_file(path, settings.on_bad_line, settings.columns, settings.turns)
+    for line in file.skipped:
         print(f"{path}:{line.line}: skipped: {line.reason}", file=sys.stderr)
-    return select_prompts(prompts, settings.limit)
+    for said in tell(path, [], file.facts):
+        print(said, file=sys.stderr)
+    return select_prompts(file.prompts, settings.limit)

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,13 +25,17 @@ from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
 from specsplit.client.stream import Stream
+from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
+
+SETTLE_S = 0.5  # The longest wait, once a text is written, for what the draft worker spent on it.
 
 
 async def run_speculative_loop_async(
@@ -92,7 +96,7 @@ async def _write(
     if config.gamma != "auto":
         controller = None
     elif controller is None:
-        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape)
     text.started = time.perf_counter()
     while True:
         pipeline = _Pipeline(text, stubs["draft"], target_stub, controller)
@@ -141,6 +145,8 @@ class _Pipeline:
         if draft_stub is not None:
             self.draft = Stream("draft", carry(draft_stub.StreamDrafts), timeout_s=config.rpc_timeout_s)
         self.at_target, self.at_draft = HeldPrefix(), HeldPrefix()
+        self._exposed_ms = self._hidden_ms = 0.0
+        self._awaited = 0  # replies of the draft worker, at most
 
     async def close(self) -> None:
         await self.target.close()
@@ -172,6 +178,7 @@ class _Pipeline:
                     asked = time.perf_counter()
                 await self._verify(tree)
             verdict = await self._verdict(ahead)
+            exposed_ms, unseen_ms = self._take_draft_work()
             now = time.perf_counter()
             accepted = list(verdict.accepted_tokens)
             outcome = (tuple(accepted), verdict.next_token)
@@ -191,9 +198,40 @@ class _Pipeline:
                 network_ms=max(0.0, (now - began) * 1e3 - timings.server_ms - verdict.timings.server_ms),
                 speculation=speculation,
                 gamma_asked=gamma,
+                draft_exposed_ms=exposed_ms,
+                draft_hidden_ms=unseen_ms,
             )
             self.text.take(accepted, verdict.next_token, measured)
-            self._observe(measured)
+            self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
+        await self._settle()
+
+    def _take_draft_work(self) -> tuple[float, float]:
+        """What the draft worker computed since the last call: while the text waited for it, and meanwhile."""
+        taken = self._exposed_ms, self._hidden_ms
+        self._exposed_ms = self._hidden_ms = 0.0
+        return taken
+
+    def _count(self, reply: pb.GenerateDraftsReply, *, exposed: bool) -> None:
+        self._awaited -= 1
+        if exposed:
+            self._exposed_ms += reply.timings.compute_ms
+        else:
+            self._hidden_ms += reply.timings.compute_ms
+
+    async def _settle(self) -> None:
+        """Hear what the draft worker still spent on the text; it drops what it is at after its current pass."""
+        if self.draft is not None and self._awaited > 0:
+            with suppress(WorkerFailed, TimeoutError):  # the end of the stream is one as well
+                async with asyncio.timeout(SETTLE_S):
+                    await self.draft.finish()
+                    while True:
+                        self._count(await self.draft.receive(), exposed=False)
+        rounds, (exposed_ms, hidden_ms) = self.text.result.rounds, self._take_draft_work()
+        rounds[-1] = replace(
+            rounds[-1],
+            draft_exposed_ms=rounds[-1].draft_exposed_ms + exposed_ms,
+            draft_hidden_ms=rounds[-1].draft_hidden_ms + hidden_ms,
+        )
 
     def _fits(self, outcome: pb.Outcome) -> bool:
         """Whether the target can hold the text with this outcome and the draft after it."""
@@ -204,7 +242,7 @@ class _Pipeline:
         room = self.text.room()
         return room if self.controller is None else self.controller.choose(room)
 
-    def _observe(self, measured: Round) -> None:
+    def _observe(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
         if self.controller is not None:
             self.controller.observe(
                 gamma=measured.gamma_asked,
@@ -215,7 +253,8 @@ class _Pipeline:
                 verify_ms=measured.verify_compute_ms,
                 network_ms=measured.network_ms,
                 hit=None if measured.speculation == "none" else measured.speculation == "hit",
-                first=measured.round == 1,
+                first=self.at_target.whole or (drafted_now and self.at_draft.whole),
+                ranks=ranks(tree.parents, path),
             )
 
     async def _verify(self, tree: TokenTree) -> None:
@@ -238,6 +277,7 @@ class _Pipeline:
         fields = draft_fields(self.text, gamma, wanted)
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)
+        self._awaited += 1 if wanted is None else 2
         await self.draft.send(pb.GenerateDraftsRequest(context=context, **fields))
         return ahead
 
@@ -249,7 +289,9 @@ class _Pipeline:
         assert self.draft is not None
         while True:
             reply = await self.draft.receive()
-            if reply.round == self.at_draft.round and reply.is_ahead == is_ahead:
+            waited_for = reply.round == self.at_draft.round and reply.is_ahead == is_ahead
+            self._count(reply, exposed=waited_for and not is_ahead)
+            if waited_for:
                 return reply  # others are of earlier rounds
 
     async def _target_reply(self) -> pb.VerifyDraftsReply:
@@ -337,6 +379,14 @@ class TextWriter:
                 request_id=request_id,
             )
         )
+
+    def stream_target(
+        self, prompt_ids: Sequence[int], config: OrchestratorConfig, *, request_id: str | None = None
+    ) -> SpeculativeResult:
+        """As `stream_target_async`: the target alone, which streams its tokens."""
+        stub = self._access.stub("target", self._channels[1])
+        known = self._identities
+        return event_loop().run(stream_target_async(stub, prompt_ids, config, identities=known, request_id=request_id))
 
     async def _open(self) -> list[grpc.aio.Channel | None]:
         return [address and self._access.aio_channel(address) for address in self._addresses]

@@ -16,11 +16,13 @@ class HeldPrefix:
         self.id = uuid.uuid4().hex
         self.round = 0
         self.length = 0  # tokens
+        self.whole = False  # whether the last context was the whole text
         self._crc = 0
 
     def context(self, tokens: Sequence[int]) -> pb.Context:
         """The context of the next round, for `tokens`, the whole text so far."""
         self.round += 1
+        self.whole = self.length == 0
         return pb.Context(
             session_id=self.id,
             round=self.round,

@@ -66,6 +66,11 @@ class Stream:
             raise message
         return message
 
+    async def finish(self) -> None:
+        """Tell the worker that nothing more is sent."""
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await self._call.done_writing()
+
     async def close(self) -> None:
         """End the stream, and with it the worker's session."""
         for task in self._tasks:

@@ -42,6 +42,7 @@ class LanguageModel(Protocol):
     max_context: int
     eos_token_ids: tuple[int, ...]
     batch_tokens: int
+    prefill_tokens: int
     uses_torch_threads: bool
 
     @property

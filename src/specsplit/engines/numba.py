@@ -13,7 +13,7 @@ import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.linears import Linears, embedding_rows, padded, tied
-from specsplit.engines.numba_kernels import run_pass
+from specsplit.engines.numba_kernels import ARRIVED, FAILED, NANOSECONDS, SLEEPING, run_pass
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.reduced_vocabulary import ReducedEmbedding
 from specsplit.engines.token_cache import Slots, tokens_of_pass
@@ -22,6 +22,7 @@ from specsplit.engines.vector_kernels import activation, packing
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROTARY = ("default", "linear", "llama3", "yarn")  # position embeddings that do not depend on the length of the text
+LONGEST_SLEEP_NS = 20_000_000  # at a meeting, before a thread looks whether another one failed
 CHUNK = 64  # tokens of a run: more would push each other out of the processor's caches
 Job = Callable[[int, int, np.ndarray], None]
 
@@ -90,7 +91,7 @@ class FusedLM:
     Raises ValueError where `unsuitable` has a reason.
     """
 
-    batch_tokens = CHUNK
+    batch_tokens = prefill_tokens = CHUNK
     uses_torch_threads = False
 
     def __init__(self, source: CausalLM, threads: int) -> None:
@@ -194,11 +195,16 @@ class FusedLM:
 
 
 class Team:
-    """Threads that do a job together, the calling one among them. To be used from one thread at a time."""
+    """Threads that do a job together, the calling one among them. To be used from one thread at a time.
+
+    A job that raises in one thread ends in all: nobody waits for it any more at a meeting, and `run` raises its error.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._sync = np.zeros(16, np.int64)
+        self._sync[NANOSECONDS] = LONGEST_SLEEP_NS
+        self._errors: list[BaseException] = []
         self._jobs: list[SimpleQueue[Job]] = [SimpleQueue() for _ in range(threads - 1)]
         for number, jobs in enumerate(self._jobs, 1):
             threading.Thread(target=self._work, args=(number, jobs), name=f"pass-{number}", daemon=True).start()
@@ -207,11 +213,27 @@ class Team:
         """Call job(number, threads, sync) in every thread. The last thing that a job does is to meet the others."""
         for jobs in self._jobs:
             jobs.put(job)
-        job(0, self.threads, self._sync)
+        self._do(job, 0)
+        if self._errors:
+            ended: SimpleQueue[None] = SimpleQueue()
+            for jobs in self._jobs:
+                jobs.put(lambda *_: ended.put(None))
+            for _ in self._jobs:
+                ended.get()
+            errors, self._errors = self._errors, []
+            self._sync[[ARRIVED, SLEEPING, FAILED]] = 0
+            raise errors[0]
+
+    def _do(self, job: Job, number: int) -> None:
+        try:
+            job(number, self.threads, self._sync)
+        except BaseException as error:
+            self._errors.append(error)
+            self._sync[FAILED] = 1
 
     def _work(self, number: int, jobs: SimpleQueue[Job]) -> None:
         while True:
-            jobs.get()(number, self.threads, self._sync)
+            self._do(jobs.get(), number)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A pass over a handful of tokens takes about as long as reading the weights. So each weight is read from memory once, as
 it is stored, for all tokens of the pass (vector_kernels); everything else stays in the processor's caches, and threads
-meet at a barrier that spins instead of sleeping.
+meet at a barrier that spins shortly before it sleeps.
 
 Batch-invariant: what is computed for a token is the same sequence of operations whatever else is in the pass (He et al.
 2025, "Defeating Nondeterminism in LLM Inference"). A dot product is summed in one order for one token as for many, and
@@ -15,6 +15,8 @@ Compiled by Numba for the processor at hand and cached on disk.
 from __future__ import annotations
 
 import math
+import platform
+import sys
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,11 @@ from numba.extending import intrinsic
 FUNCTION, WEIGHT, ROW_BYTES, ROWS, SCALE, SCALE_STEP, BIAS, BIAS_STEP = range(8)
 Q, K, V, OUTPUT, GATE, UP, DOWN = range(7)  # of a layer, in the order in which they are used
 PAD = 32  # inputs of a product are padded with zeros to a multiple of this
-SPINS = 2000  # looks at the barrier before the thread offers its core to another
+SPINS = 20000  # looks at the barrier before the thread sleeps: some 20 microseconds
+# Of the array `sync` of a team, int64: a cache line that threads write when they arrive, and one that they look at.
+ARRIVED, SLEEPING, SECONDS, NANOSECONDS = 0, 1, 2, 3  # the longest sleep is that long
+MEETINGS, FAILED = 8, 9
+FUTEX_WAIT, FUTEX_WAKE = 128, 129  # private to the process
 # Sums may be taken in vectors and products fused; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -63,7 +69,7 @@ def _fetch_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     """array[index] before `value` was added to it, as one step for all threads; int64."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _item(context, builder, sig.args[0], args[0], args[1]), args[2], "acq_rel")
+        return builder.atomic_rmw("add", _item(context, builder, sig.args[0], args[0], args[1]), args[2], "seq_cst")
 
     return types.int64(array, types.intp, types.int64), generate
 
@@ -73,20 +79,29 @@ def _load(typingctx: Any, array: Any, index: Any) -> Any:
     """array[index] as other threads left it; int64."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(_item(context, builder, sig.args[0], args[0], args[1]), "acquire", 8)
+        return builder.load_atomic(_item(context, builder, sig.args[0], args[0], args[1]), "seq_cst", 8)
 
     return types.int64(array, types.intp), generate
 
 
 @intrinsic
-def _offer_core(typingctx: Any) -> Any:
-    """sched_yield()"""
+def _futex(typingctx: Any, address: Any, operation: Any, value: Any, timeout: Any) -> Any:
+    """futex(2) on the 32 bits at an address, between threads of this process; where there is none, sched_yield()."""
+    call = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        long = ir.IntType(64)
+        if call is None:
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        else:
+            kind = ir.FunctionType(long, [long], var_arg=True)
+            function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
+            none = ir.Constant(long, 0)
+            builder.call(function, [ir.Constant(long, call), args[0], args[1], args[2], args[3], none, none])
+        return context.get_dummy_value()
 
-    return types.int32(), generate
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -107,19 +122,26 @@ def _call(typingctx: Any, function: Any, arguments: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def _meet(sync: np.ndarray, threads: int) -> None:
-    """Wait until all threads are here. sync: int64, [0] counts arrivals, [8] meetings: a cache line apart."""
+    """Wait until all threads are here, or one of them failed: a short while at the core, as they come within
+    microseconds, then asleep, so that whoever keeps them away gets the core."""
     if threads == 1:
         return
-    meeting = _load(sync, 8)
-    if _fetch_add(sync, 0, 1) == threads - 1:
-        sync[0] = 0
-        _fetch_add(sync, 8, 1)
+    meeting = _load(sync, MEETINGS)
+    place = sync.ctypes.data + 8 * MEETINGS  # the futex is the lower half of the number
+    if _fetch_add(sync, ARRIVED, 1) == threads - 1:
+        sync[ARRIVED] = 0
+        _fetch_add(sync, MEETINGS, 1)
+        if _load(sync, SLEEPING) > 0:
+            _futex(place, FUTEX_WAKE, threads, 0)
         return
     spins = 0
-    while _load(sync, 8) == meeting:
+    while _load(sync, MEETINGS) == meeting and _load(sync, FAILED) == 0:
         spins += 1
         if spins > SPINS:
-            _offer_core()
+            _fetch_add(sync, SLEEPING, 1)
+            # The kernel looks at the number again, so nobody sleeps through a meeting that began just now.
+            _futex(place, FUTEX_WAIT, meeting & 0xFFFFFFFF, sync.ctypes.data + 8 * SECONDS)
+            _fetch_add(sync, SLEEPING, -1)
 
 
 @njit(nogil=True, cache=True)

@@ -35,7 +35,7 @@ DTYPES = {
     "float16": torch.float16,
     "int8": torch.bfloat16,  # of everything but the weights of linear layers
 }
-PREFILL_CHUNK = 512
+PREFILL_CHUNK, CPU_PREFILL_CHUNK = 512, 128  # A CPU is busy with fewer tokens.
 # What a pass raises in a model that was not made for it.
 CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 UNBOUNDED = 1 << 20  # positions of a model that names no limit
@@ -48,6 +48,7 @@ class CausalLM:
     max_context: positions that the model can be used for.
     eos_token_ids: tokens that end a text, from the generation configuration.
     batch_tokens: tokens of several sessions that are worth one pass; 0 = sessions cannot share one.
+    prefill_tokens: a longer prompt is always fed in parts of so many tokens, so that its logits depend on nothing else.
     uses_torch_threads: whether PyTorch computes, with a team of threads for every thread that calls it.
     """
 
@@ -59,6 +60,7 @@ class CausalLM:
         self.model = model.eval()
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.prefill_tokens = min(PREFILL_CHUNK, CPU_PREFILL_CHUNK) if model.device.type == "cpu" else PREFILL_CHUNK
         head = model.get_output_embeddings()
         self.vocab_size: int = getattr(head, "out_features", config.vocab_size)
         self.max_context = _max_context(config)
@@ -177,10 +179,9 @@ class CausalLM:
             raise ValueError("a pass needs at least one token")
         if cache.length + count > cache.capacity:
             raise ValueError(f"{cache.length} + {count} tokens exceed the cache of {cache.capacity}")
-        if len(tokens) > PREFILL_CHUNK:
-            for start in range(0, len(tokens) - PREFILL_CHUNK, PREFILL_CHUNK):
-                self._forward(cache, tokens[start : start + PREFILL_CHUNK], EMPTY, 0, keep_logits=1)
-            tokens = tokens[start + PREFILL_CHUNK :]
+        while len(tokens) > self.prefill_tokens:
+            self._forward(cache, tokens[: self.prefill_tokens], EMPTY, 0, keep_logits=1)
+            tokens = tokens[self.prefill_tokens :]
         rows = len(tree) - cached_nodes + (1 if tokens else 0)
         return self._forward(cache, tokens, tree, cached_nodes, keep_logits=rows)
 

@@ -12,12 +12,12 @@ import fcntl
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from specsplit.errors import UserError
-from specsplit.experiment.columns import RequestRecord, RoundRecord
+from specsplit.experiment.columns import ReferenceRecord, RequestRecord, RoundRecord
 from specsplit.provenance.capture import utc_now
 
 JOURNAL = "unfinished.jsonl"
@@ -27,11 +27,13 @@ Key = tuple[int, str]  # repeat, request_id
 
 @dataclass(frozen=True)
 class Entry:
-    """A request that ended: its row, the rows of its rounds, and its line of `outputs.jsonl`."""
+    """A request that ended: its row, the rows of its rounds, its line of `outputs.jsonl`, and the rows of what was
+    measured in turn with it. They are kept together or not at all: what is compared was measured side by side."""
 
     request: RequestRecord
     rounds: list[RoundRecord]
     output: dict[str, Any]
+    reference: list[ReferenceRecord] = field(default_factory=list)
 
     @property
     def key(self) -> Key:
@@ -130,14 +132,14 @@ class Journal(Lines):
 
     def add(self, entry: Entry, controller: dict[str, Any] | None = None) -> None:
         """Keep an entry; it replaces an earlier one of the same request."""
-        rounds = [asdict(row) for row in entry.rounds]
-        line = {"request": asdict(entry.request), "rounds": rounds, "output": entry.output}
+        line = asdict(entry)
         self.append(line if controller is None else {**line, "controller": controller})
         self._entries[entry.key] = entry
 
     def take(self, line: dict[str, Any]) -> None:
         rounds = [RoundRecord(**row) for row in line["rounds"]]
-        entry = Entry(RequestRecord(**line["request"]), rounds, line["output"])
+        reference = [ReferenceRecord(**row) for row in line["reference"]]
+        entry = Entry(RequestRecord(**line["request"]), rounds, line["output"], reference)
         self._entries[entry.key] = entry
         self.controller = line.get("controller")
 

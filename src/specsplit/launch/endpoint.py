@@ -13,7 +13,8 @@ from google.protobuf.json_format import MessageToDict
 
 from specsplit.errors import UserError
 from specsplit.io import read_json, read_json_object, replace_file
-from specsplit.launch.lease import ProcessIdentity
+from specsplit.launch.heartbeat import silent
+from specsplit.launch.lease import ProcessIdentity, RemoteHolder
 from specsplit.rpc.credentials import TLS_SCHEME, split_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
@@ -55,7 +56,8 @@ class Endpoint:
     address: host:port. attached: it was running before and is never stopped by the workflow.
     pid, started: its process on `host` (null when attached). holder: the process whose lease it holds.
     worker: what Describe says. shared: others may use this process too, and it ends after the last of them.
-    log: the file with what it prints (null when attached).
+    log: the file with what it prints (null when attached). birth, holder_birth: see ProcessIdentity.
+    heartbeat: a file that the worker touches, for other hosts; an absolute path.
     """
 
     address: str
@@ -68,13 +70,24 @@ class Endpoint:
     worker: dict[str, Any]
     shared: bool = False
     log: str | None = None
+    birth: str = ""
+    holder_birth: str = ""
+    heartbeat: str | None = None
 
     @classmethod
     def local(
-        cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None, *, tls: bool = False
+        cls,
+        host: str,
+        port: int,
+        description: pb.DescribeReply,
+        holder: ProcessIdentity | RemoteHolder | None,
+        *,
+        tls: bool = False,
+        heartbeat: Path | None = None,
     ) -> Endpoint:
         """The endpoint of this process. When it listens on every address, its host name is the one to use."""
         me = ProcessIdentity.of(os.getpid())
+        near = holder if isinstance(holder, ProcessIdentity) else None
         reached = socket.gethostname() if host in EVERY_ADDRESS else host
         return cls(
             address=f"{TLS_SCHEME if tls else ''}{reached}:{port}",
@@ -82,9 +95,12 @@ class Endpoint:
             host=socket.gethostname(),
             pid=os.getpid(),
             started=me.started if me else None,
-            holder_pid=holder.pid if holder else None,
-            holder_started=holder.started if holder else None,
+            holder_pid=near.pid if near else None,
+            holder_started=near.started if near else None,
             worker=description_dict(description),
+            birth=me.birth if me else "",
+            holder_birth=near.birth if near else "",
+            heartbeat=str(heartbeat.absolute()) if heartbeat else None,
         )
 
     @classmethod
@@ -119,7 +135,7 @@ class Endpoint:
         """The worker's process when it is one of this machine."""
         if self.pid is None or self.started is None or self.host != socket.gethostname():
             return None
-        return ProcessIdentity(self.pid, self.started)
+        return ProcessIdentity(self.pid, self.started, self.birth)
 
     def origin(self) -> dict[str, Any]:
         """Who started the worker, as `worker_origin` says it."""
@@ -139,24 +155,48 @@ class Endpoint:
             return False
         if not process.alive():
             return True
-        return self.holder_pid is not None and not ProcessIdentity(self.holder_pid, self.holder_started or -1.0).alive()
+        holder = ProcessIdentity(self.holder_pid or 0, self.holder_started or -1.0, self.holder_birth)
+        return self.holder_pid is not None and not holder.alive()
+
+    def remote_heartbeat(self) -> Path | None:
+        """The heartbeat of a worker on another host."""
+        return Path(self.heartbeat) if self.heartbeat and self.host != socket.gethostname() else None
 
 
 def remove_stale(folder: Path) -> list[Path]:
     """Delete the endpoint files below `folder` whose worker is gone; returns them.
 
-    A workflow that was killed leaves them behind, and the next one would take them for running workers.
+    A workflow that was killed leaves them behind, and the next one would take them for running workers. Files of
+    workers on other hosts go when their heartbeat is silent, which takes seconds to tell. What is JSON and no endpoint,
+    such as an address written by hand, stays.
     """
-    removed = []
+    stale, beating = set(), {}
     for path in sorted(folder.rglob("*.json")):
         try:
-            stale = Endpoint.read(path).stale()
+            endpoint = Endpoint.read(path)
         except UserError:
-            stale = True
-        if stale:
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    return removed
+            if not _is_json(path):
+                stale.add(path)
+            continue
+        if endpoint.stale():
+            stale.add(path)
+        elif (heartbeat := endpoint.remote_heartbeat()) is not None:
+            beating[path] = heartbeat
+    quiet = silent(set(beating.values()))
+    stale |= {path for path, heartbeat in beating.items() if heartbeat in quiet}
+    for heartbeat in quiet:
+        heartbeat.unlink(missing_ok=True)
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return sorted(stale)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        read_json(path)
+    except UserError:
+        return False
+    return True
 
 
 def description_dict(description: pb.DescribeReply) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from specsplit.errors import UserError
+from specsplit.io import csv_reader
 from specsplit.provenance.folder import Experiment
 from specsplit.provenance.record import check_record
 from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
@@ -24,6 +25,8 @@ TIMES = (
     "total_latency_ms",
     "network_idle_fraction",
     "draft_compute_ms",
+    "draft_exposed_ms",
+    "draft_hidden_ms",
     "target_compute_ms",
     "itl_ms",
     "recovery_ms",
@@ -203,9 +206,12 @@ def _requests(experiment: Experiment) -> dict[tuple[str, ...], dict[str, str]]:
     path = experiment.results / "requests.csv"
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            names, *cells = list(csv_reader(file)) or [[]]
+            rows = [dict(zip(names, row, strict=False)) for row in cells]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV table: {error}; make it again") from None
     missing = {*CONFIGURATION, *TIMES, "request_id", "output_sha256"} - set(rows[0] if rows else ())
     if missing:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}; make it again with this version")

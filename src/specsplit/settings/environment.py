@@ -14,7 +14,8 @@ from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 # Variables that are no settings: a secret, the format of logs, and what a process tells those that it starts.
 INTERNAL = {
     *("SPECSPLIT_TOKEN", "SPECSPLIT_LOG_FORMAT"),
-    *("SPECSPLIT_LEASE_PID", "SPECSPLIT_LEASE_HOST", "SPECSPLIT_WORKFLOW_COMMAND"),
+    *("SPECSPLIT_LEASE_PID", "SPECSPLIT_LEASE_HOST", "SPECSPLIT_LEASE_FILE"),
+    *("SPECSPLIT_STARTER_PID", "SPECSPLIT_WORKFLOW_COMMAND"),
     "SPECSPLIT_SOAK",  # marks the processes of tests/soak.py
 }
 CLASSES: list[type[Settings]] = [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from specsplit.decoding.theory import PipelineMode
 from specsplit.settings.base import Settings, setting
@@ -26,10 +28,31 @@ Peer = Annotated[
     ),
 ]
 
+Setup = Literal["target_streamed", "colocated"]
+
+
+StandardName = Literal["spec-bench", "mt-bench", "gsm8k", "humaneval", "mbpp", "math-500", "speed-bench", "alpaca"]
+PromptPart = Literal["prompt", "id", "category", "system"]
+
 
 class PromptSettings(Settings):
     """Which prompts of a file are taken."""
 
+    columns: dict[PromptPart, Annotated[str, Field(min_length=1)]] = setting(
+        {},
+        "The columns of the file that hold `prompt`, `id`, `category` and `system` message, where they have other "
+        "names than docs/prompts.md lists. On the command line: prompt=question,id=task_id. `a.b` is the key b of a.",
+        example={"prompt": "question", "id": "task_id"},
+        note="{ prompt: question, id: task_id, category: subject }, where the file has names of its own",
+        schema={"title": "a mapping of prompt, id, category, system to names of columns"},
+    )
+    turns: Literal["first", "all"] = setting(
+        "first",
+        "Of a conversation with several turns: `first` is the prompt, and the later ones are counted in the manifest; "
+        "`all` makes each a request of its own, after the answers that the target wrote to those before it.",
+        example="all",
+        note="first | all: each turn a request, after the target's own answers",
+    )
     limit: int | None = setting(
         None,
         "How many prompts: a stratified slice over the categories; null takes every prompt.",
@@ -43,6 +66,43 @@ class PromptSettings(Settings):
         example="skip",
         note="stop | skip (skipped lines are listed in the manifest)",
     )
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _read_columns(cls, value: Any) -> Any:
+        """A mapping as a flag gives it: prompt=question,id=task_id, or as JSON."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("{"):
+            try:
+                return json.loads(value)
+            except ValueError:
+                raise ValueError("not JSON; write prompt=question,id=task_id") from None
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        if any(not sign or not name.strip() for _, sign, name in pairs):
+            raise ValueError("write prompt=question,id=task_id")
+        return {part.strip(): name.strip() for part, _, name in pairs}
+
+
+class TokenSettings(Settings):
+    """How prompts become tokens, once for all runs."""
+
+    use_chat_template: bool = setting(True, "Wrap the prompts in the model's chat template, when it has one.")
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?$")] | None = setting(
+        None,
+        "The date, or date and time, that a chat template is told that prints it (as Llama 3's does); null: when the "
+        "prompts are prepared. The manifest records it.",
+        example="2026-01-31",
+        note="that a chat template is told which prints it; null = when the prompts are prepared",
+        schema={"title": "a date as 2026-01-31 or 2026-01-31T14:30"},
+    )
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_date(cls, value: str | None) -> str | None:
+        if value is not None:
+            datetime.fromisoformat(value)
+        return value
 
 
 class WarmupSettings(PromptSettings):
@@ -64,6 +124,14 @@ class BenchSettings(WarmupSettings):
         example=3,
         note="times that every request is measured; statistics take the median over them first",
         ge=1,
+    )
+    setups: list[Setup] = setting(
+        ["target_streamed", "colocated"],
+        "What every run measures beside gamma 0, request by request in turn with its own configuration: "
+        "`target_streamed` (the target worker decodes alone and streams its tokens) and `colocated` (the same models "
+        "in one process, which takes their memory once more).",
+        example=["target_streamed"],
+        note="measured in every run beside gamma 0; [] = neither",
     )
     start_workers: bool = setting(
         False, "Start the workers that `draft` and `target` of --settings describe for this call alone.", operates=True

@@ -98,7 +98,8 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         tree: TokenTree,
         abandoned: Callable[[], bool],
     ) -> pb.GenerateDraftsReply | None:
-        """Drafts for the likely outcomes of verifying `tree`; None when a newer request has arrived."""
+        """Drafts for the likely outcomes of verifying `tree`, none when a newer request has arrived; None without a
+        session."""
         ahead = request.ahead
         with self.sessions.use(request.context, caller.owner) as session:
             if session.last_round != request.context.round:  # evicted and opened anew
@@ -107,8 +108,10 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
                 outcomes = Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
                     tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
                 )
-        if abandoned():
-            return None
+        if self.metrics is not None:
+            self.metrics.ahead(watch.compute_ms)
+        if abandoned():  # nobody wants them, but what they took is counted
+            outcomes = []
         reply = pb.GenerateDraftsReply(
             round=request.context.round,
             is_ahead=True,

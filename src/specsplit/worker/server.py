@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,6 +21,7 @@ from specsplit.engines.loading import load_model, target_tokenizer
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint, describe_identity
 from specsplit.launch.environment import usable_cores
+from specsplit.launch.heartbeat import start_heartbeat
 from specsplit.launch.lease import Lease, lease_holder
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import pack_tokenizer
@@ -161,6 +163,11 @@ class _LateService(grpc.GenericRpcHandler):
         """Ignored: the same handlers in another form."""
 
 
+def _on_signals(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
 def serve(
     config: WorkerSettings,
     *,
@@ -168,21 +175,22 @@ def serve(
     users_file: Path | None = None,
     on_loaded: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a worker until SIGTERM, SIGINT or the end of its lease.
+    """Run a worker until SIGTERM, SIGINT or the end of its lease. While it loads, a signal ends it at once.
 
     endpoint_file: written once the worker serves; deleting it stops the worker.
     users_file: lists the endpoint files of those who share it; the worker stops when none of them exists.
     on_loaded: called when the model is loaded; from then on this function watches the lease and drains when it ends.
     """
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    # A handler in Python would have to wait for the library that reads the weights.
+    _on_signals(signal.SIG_DFL)
     lease = Lease(lease_holder(), endpoint_file, users_file)
     server = WorkerServer(config)
     server.start()  # before loading: health is answered meanwhile, and a port in use is reported at once
     servicer = load_servicer(config)
+    _on_signals(lambda *_: stop.set())
     on_loaded()
-    if stop.is_set() or lease.lost():
+    if lease.lost():
         server.stop()
         log.info("stopped while loading")
         return
@@ -191,8 +199,14 @@ def serve(
     log.info("serving %s on %s:%d", describe_identity(description), config.host, server.port)
     if endpoint_file is not None:
         tls = config.tls_cert is not None
-        Endpoint.local(config.host, server.port, description, lease.holder, tls=tls).write(endpoint_file)
-        lease.written = True
+        heartbeat = endpoint_file.with_name(f".{endpoint_file.name}.heartbeat")
+        endpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        heartbeat.touch()
+        start_heartbeat(heartbeat)
+        Endpoint.local(config.host, server.port, description, lease.holder, tls=tls, heartbeat=heartbeat).write(
+            endpoint_file
+        )
+        lease.written, lease.inode = True, endpoint_file.stat().st_ino
     while not stop.wait(LEASE_POLL_S):
         if reason := lease.lost():
             log.info("stopping: %s", reason)
@@ -200,6 +214,7 @@ def serve(
     server.stop()
     if endpoint_file is not None:
         Endpoint.remove(endpoint_file, pid=os.getpid())
+        heartbeat.unlink(missing_ok=True)
     log.info("stopped")
     tracing.stop()  # sends the last spans
     # Python's own shutdown may take seconds: it waits for every thread, even for a pass of the model whose result is no

@@ -160,19 +160,30 @@ class WorkerServicer:
             reply.timings.compute_ms = watch.compute_ms
             reply.timings.server_ms = (time.perf_counter() - arrived) * 1e3
             session.remember(request.context.round, raw, reply)
-            if self.metrics is not None:
-                self.metrics.round(watch.queue_ms, watch.compute_ms, *count(value))
-            if caller.parent is not None and self.spans is not None:
-                about = request.context.session_id, request.context.round
-                self.spans.round(caller.parent, *about, arrived, reply.timings, *count(value))
+            self.count_round(caller, request.context, arrived, reply.timings, *count(value))
             return reply
 
+    def count_round(
+        self, caller: Caller, what: pb.Context, arrived: float, timings: Any, drafted: int = 0, accepted: int = 0
+    ) -> None:
+        """Note a round in the metrics and the spans. arrived: time.perf_counter() when it was asked for."""
+        if self.metrics is not None:
+            self.metrics.round(timings.queue_ms, timings.compute_ms, drafted, accepted)
+        if caller.parent is not None and self.spans is not None:
+            self.spans.round(caller.parent, what.session_id, what.round, arrived, timings, drafted, accepted)
+
     def guard_stream(
-        self, requests: Iterator[Any], context: grpc.ServicerContext, answers: Callable[[Inbox, Caller], Iterator[R]]
+        self,
+        requests: Iterator[Any],
+        context: grpc.ServicerContext,
+        answers: Callable[[Inbox, Caller], Iterator[R]],
+        *,
+        merged: bool = False,
     ) -> Iterator[R]:
         """Run the handler of a stream, as `guard` does for one call; its session ends with it.
 
         The handler has a thread of its own, for gRPC asks for the next reply only once the last one was sent.
+        merged: replies that wait go out as one, so there is no limit to them.
         """
         caller = self.caller(context)
         inbox = Inbox(requests)
@@ -184,7 +195,7 @@ class WorkerServicer:
                 with self._admitted():
                     for reply in answers(inbox, caller):
                         outbox.put((reply, None))
-                        if outbox.qsize() > MOST_WAITING:
+                        if not merged and outbox.qsize() > MOST_WAITING:
                             raise LimitReached(f"over {MOST_WAITING} replies of this stream wait to be read")
             except Exception as error:
                 failure = error
@@ -194,7 +205,12 @@ class WorkerServicer:
 
         threading.Thread(target=work, name="answers", daemon=True).start()
         while (item := outbox.get())[0] is not None:
-            yield item[0]
+            reply: Any = item[0]
+            while merged and not outbox.empty() and (item := outbox.get())[0] is not None:
+                reply.MergeFrom(item[0])
+            yield reply
+            if item[0] is None:
+                break
         if item[1] is not None:
             self.abort(context, item[1], inbox.session_id, inbox.round, inbox.arrived)
 
