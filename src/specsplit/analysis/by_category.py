@@ -77,7 +77,7 @@ def _windows(rounds: DataFrame) -> dict[Any, float]:
     rounds = rounds.sort_values("round", kind="stable")
     configurations = configuration_of(rounds)
     text = [configurations, rounds["request_id"], rounds["repeat"]]
-    added = rounds["accepted"] + 1
+    added = rounds["accepted"].astype(float) + 1
     begins = added.groupby(text, sort=False).cumsum() - added
     verified = verifies_draft(rounds)
     lengths = {}
