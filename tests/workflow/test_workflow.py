@@ -105,6 +105,7 @@ def also(*row):
         ),
         ({"lookahead": {"fan_out": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         also({"sampling": {"top_k": 5}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        also({"keep_apart": True}, {"resolved_config": 1, **ANALYSIS}),
         ({"statistics": {"confidence": 0.9}}, {"resolved_config": 1, **ANALYSIS} | {"merge": 0}),
         (
             {"draft": {"skip_layers": [0]}},

@@ -19,9 +19,10 @@ rule merge:
     params:
         folder=lambda wildcards, output: os.path.dirname(output.requests),
         runs=lambda wildcards, input: [os.path.dirname(path) for path in input.requests],
+        settings=flags(keep_apart=config["keep_apart"]),
         code=code_of("merge"),
     shell:
-        "specsplit merge --results-dir {params.folder:q} {params.runs:q} > {log:q} 2>&1"
+        "specsplit merge --results-dir {params.folder:q} {params.runs:q} {params.settings} > {log:q} 2>&1"
 
 
 rule figures:
@@ -31,8 +32,8 @@ rule figures:
         rounds="results/per_round.csv",
         reference="results/reference.csv",
     output:
-        expand("results/figures/{name}.png", name=captions.FIGURES),
-        [figure_output(name) for name in captions.FIGURES],
+        expand("results/figures/{name}.png", name=[*captions.FIGURES, "summary_by_category"]),
+        [figure_output(name) for name in [*captions.FIGURES, "summary_by_category"]],
     log:
         "results/logs/figures.log",
     localrule: True
@@ -52,7 +53,9 @@ rule summary:
         PLAN.result_files(),
     output:
         summary=table_output("summary"),
+        by_category=table_output("summary_by_category"),
         seal="results/provenance/SHA256SUMS",
+        manifest="results/provenance/manifest.json",
     log:
         "results/logs/summary.log",
     localrule: True
@@ -63,9 +66,10 @@ rule summary:
         settings=INTERVALS,
         code=code_of("analyze", "provenance seal"),
     shell:
+        # The log is sealed as well, so nothing is written to it any more.
         "specsplit analyze --no-figures --results-dir {params.folder:q} {params.settings}"
         " > {log:q} 2>&1 && specsplit provenance seal --output {output.seal:q}"
-        " {output.summary:q} {input:q} >> {log:q} 2>&1"
+        " {output.summary:q} {input:q} 2>> {log:q} > /dev/null"
 
 
 rule report:
@@ -74,7 +78,8 @@ rule report:
         summary="results/summary.csv",
         tables=expand("results/{name}.csv", name=["requests", "per_round", "reference"]),
         record="results/provenance/provenance.json",
-        figures=[f"results/figures/{name}.svg" for name in captions.FIGURES],
+        by_category="results/summary_by_category.csv",
+        figures=[f"results/figures/{name}.svg" for name in [*captions.FIGURES, "summary_by_category"]],
         beside=beside_the_sweep,
     output:
         report("results/report.html", caption="../report/report.rst", category="Report", labels={"what": "one page"}),
@@ -85,7 +90,9 @@ rule report:
         "../../envs/specsplit.yaml"
     params:
         folder=lambda wildcards, input: os.path.dirname(input.summary),
+        seal=lambda wildcards, input: f"{os.path.dirname(input.summary)}/provenance/SHA256SUMS",
         settings=INTERVALS,
-        code=code_of("report"),
+        code=code_of("report", "provenance seal"),
     shell:
         "specsplit report --results-dir {params.folder:q} --output {output:q} {params.settings} > {log:q} 2>&1"
+        " && specsplit provenance seal --add --output {params.seal:q} 2>> {log:q} > /dev/null"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame, concat
 
-from specsplit.analysis.configurations import ROW, configuration_of, ratio
+from specsplit.analysis.configurations import configuration_of, ratio, row_of
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, series_style, settle_layout
 from specsplit.analysis.tables import comparable, summarize, verifies_draft
 from specsplit.experiment.columns import WORKERS
@@ -61,7 +61,7 @@ def _part(category: str, requests: DataFrame, rounds: DataFrame, settings: dict[
         for name in (measure, *(f"{measure.removesuffix('_mean')}_ci_{end}" for end in ("low", "high")))
         if name in summary
     ]
-    table = summary[[*ROW, "requests", "compared", *measures, "lossless", "lossless_compared"]]
+    table = summary[[*row_of(summary), "requests", "compared", *measures, "lossless", "lossless_compared"]]
     table.insert(0, "category", category)
     windows = _windows(comparable(requests, rounds)[1])
     keys = configuration_of(summary)
@@ -77,7 +77,7 @@ def _windows(rounds: DataFrame) -> dict[Any, float]:
     rounds = rounds.sort_values("round", kind="stable")
     configurations = configuration_of(rounds)
     text = [configurations, rounds["request_id"], rounds["repeat"]]
-    added = rounds["accepted"] + 1
+    added = rounds["accepted"].astype(float) + 1
     begins = added.groupby(text, sort=False).cumsum() - added
     verified = verifies_draft(rounds)
     lengths = {}
@@ -92,11 +92,11 @@ def _macro(parts: list[DataFrame], pooled: DataFrame) -> DataFrame:
     """The mean over the categories of each measure, in the rows of `pooled`."""
     every = concat(parts, ignore_index=True)
     rows = pooled.assign(category=MACRO)
-    counts = (*ROW, "requests", "compared")
+    counts = (*row_of(rows), "requests", "compared")
     measured = [name for name in map(str, rows.select_dtypes("number")) if name not in counts]
-    of_row = every.groupby(configuration_of(every, ROW), sort=False)[measured].mean()
+    of_row = every.groupby(configuration_of(every, row_of(every)), sort=False)[measured].mean()
     for name in measured:
-        means = configuration_of(rows, ROW).map(of_row[name])
+        means = configuration_of(rows, row_of(rows)).map(of_row[name])
         rows[name] = np.nan if "_ci_" in name or name == "lossless_compared" else means.astype(float)
     return rows
 
@@ -137,5 +137,5 @@ def draw_by_category(table: DataFrame, path: Path) -> list[Path]:
 
 def _name(configuration: tuple[Any, ...]) -> str:
     gamma, *rest = configuration
-    special = [str(value) for value, plain in zip(rest, PLAIN.values(), strict=True) if value != plain]
+    special = [str(value) for value, plain in zip(rest, [*PLAIN.values(), 1], strict=False) if value != plain]
     return ", ".join([f"γ = {gamma}", *special])

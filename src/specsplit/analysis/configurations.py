@@ -8,24 +8,34 @@ from collections.abc import Sequence
 from pandas import DataFrame, Series
 
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
-from specsplit.settings.axes import CONFIGURATION, PLAIN
+from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 from specsplit.settings.names import gamma_order
 from specsplit.settings.run import MODES
 
-ROW = (*CONFIGURATION, "setup")  # what a row of the summary is of
 NETWORK = ("rtt_ms", "jitter_ms")
 _CHOICE = ("sampling", "temperature", "top_k", "top_p")  # what the text depends on
 
 
-def configuration_of(table: DataFrame, names: Sequence[str] = CONFIGURATION) -> Series:
+def keys_of(table: DataFrame) -> tuple[str, ...]:
+    """The columns of a configuration: that of the series is among them where runs were kept apart."""
+    return (*CONFIGURATION, SERIES) if SERIES in table else CONFIGURATION
+
+
+def row_of(table: DataFrame) -> tuple[str, ...]:
+    """The columns that say what a row of the summary is of: the configuration, then the setup."""
+    return (*keys_of(table), "setup")
+
+
+def configuration_of(table: DataFrame, names: Sequence[str] = ()) -> Series:
     """The configuration of each row, or the part of it that `names` says, as one tuple that can be compared."""
-    return tuples(table[list(names)])
+    return tuples(table[list(names or keys_of(table))])
 
 
 def conditions_of(requests: DataFrame, *more: str) -> Series:
     """How the tokens of each row are chosen, and `more` columns. To greedy decoding the rest of sampling is nothing."""
     greedy = requests["temperature"] == 0
     chosen = {name: requests[name].mask(greedy, PLAIN[name]) for name in _CHOICE}
+    more = (*more, SERIES) if SERIES in requests else more
     return tuples(DataFrame({**chosen, **{name: requests[name] for name in more}}))
 
 
@@ -38,6 +48,7 @@ def sort_rows(table: DataFrame) -> DataFrame:
     """By configuration, each curve together, baselines after them; rows of one configuration stay in their order."""
     setups = table["setup"] if "setup" in table else Series(WORKERS, index=table.index)
     ranks = {
+        **({SERIES: table[SERIES]} if SERIES in table else {}),
         **{name: table[name] for name in ("temperature", "top_k", "top_p", "sampling", *NETWORK)},
         "setup": setups.map({setup: rank for rank, setup in enumerate((WORKERS, STREAMED, COLOCATED))}),
         "other_draft": table["draft"] != PLAIN["draft"],

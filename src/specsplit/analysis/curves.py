@@ -23,8 +23,9 @@ _MODE_MARKERS = {"sync": "o", "overlap": "s", "lookahead": "^"}
 _VARIANT_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, "#444444")
 _VARIANT_MARKERS = ("o", "s", "^", "D", "v", "P")
 
-_PANEL = ("sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
+_PANEL = ("series", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
 _WORDS = {
+    "series": "series {}",
     "temperature": "temperature {}",
     "rtt_ms": "RTT {} ms",
     "jitter_ms": "jitter {} ms",
@@ -82,11 +83,12 @@ class Panel:
 
 def split_panels(requests: DataFrame, rounds: DataFrame, summary: DataFrame) -> list[Panel]:
     """A panel for each value of temperature, round-trip time and what goes with them, in the order of `summary`."""
-    keys = {id(table): configuration_of(table, _PANEL) for table in (requests, rounds, summary)}
+    names = [name for name in _PANEL if name in summary]  # runs that were kept apart have a series
+    keys = {id(table): configuration_of(table, names) for table in (requests, rounds, summary)}
     conditions: list[Hashable] = list(dict.fromkeys(keys[id(summary)]))
-    rows = [dict(zip(_PANEL, condition, strict=True)) for condition in conditions]  # type: ignore[call-overload]
-    varied = [name for name in _WORDS if len({row[name] for row in rows}) > 1]
-    short = [name for name in varied if name in ("temperature", "rtt_ms", "jitter_ms")]
+    rows = [dict(zip(names, condition, strict=True)) for condition in conditions]  # type: ignore[call-overload]
+    varied = [name for name in _WORDS if len({row.get(name) for row in rows}) > 1]
+    short = [name for name in varied if name in ("series", "temperature", "rtt_ms", "jitter_ms")]
     titles = [_title(row, short) for row in rows]
     if len(set(titles)) < len(titles):
         titles = [_title(row, varied) for row in rows]

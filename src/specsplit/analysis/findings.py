@@ -13,16 +13,15 @@ from typing import Any
 
 from pandas import DataFrame, Series, concat, isna
 
-from specsplit.analysis.configurations import ROW, conditions_of, configuration_of
+from specsplit.analysis.configurations import conditions_of, configuration_of, keys_of, row_of
 from specsplit.analysis.curves import split_panels, three_digits
 from specsplit.analysis.references import BASES, GAMMA0, MOST_DRIFT, PAIR, STREAM
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import comparable, compare_panel
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.sweep import plain_number
-from specsplit.settings.axes import CONFIGURATION
 
-_WORDS = {"gamma": "γ = {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
+_WORDS = {"gamma": "γ = {}", "series": "series {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
 _OTHERS = {
     GAMMA0: "the target alone",
     STREAM: "the target that streams by itself (target_streamed)",
@@ -152,7 +151,7 @@ def find_best(
         ranked = rows[drafting[rows.index]].sort_values(gain, ascending=False, kind="stable", na_position="last")
         order, found = compare_panel(panel.requests, base, **settings)
         places = {configuration: place for place, configuration in enumerate(order)}
-        place_of = {index: places[key] for index, key in configuration_of(rows, ROW).items() if key in places}
+        place_of = {index: places[key] for index, key in configuration_of(rows, row_of(rows)).items() if key in places}
         tied = []
         for index, row in rated.iterrows():
             places_known = best.name in place_of and index in place_of
@@ -317,7 +316,7 @@ def faults_sentence(summary: DataFrame) -> str:
 
 def varied(summary: DataFrame) -> list[str]:
     """The names of the configuration that take several values in this sweep; gamma always."""
-    return [name for name in CONFIGURATION if name == "gamma" or summary[name].nunique() > 1]
+    return [name for name in keys_of(summary) if name == "gamma" or summary[name].nunique() > 1]
 
 
 def name_of(row: Series, names: Sequence[str]) -> str:

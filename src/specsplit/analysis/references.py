@@ -19,17 +19,19 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.configurations import (
     NETWORK,
-    ROW,
     conditions_of,
     configuration_of,
     ratio,
+    row_of,
     sort_rows,
     tuples,
 )
 from specsplit.analysis.reading import listed, read_csv_file
+from specsplit.analysis.series import series_of
 from specsplit.analysis.statistics import paired_ratio_ci
 from specsplit.errors import UserError
 from specsplit.experiment.columns import COLOCATED, OK, STREAMED, WORKERS, ReferenceRecord
+from specsplit.settings.axes import SERIES
 
 REFERENCE = "reference.csv"
 GAMMA0, STREAM, PAIR = "gamma0", "streamed", "colocated"
@@ -48,12 +50,15 @@ _MERGED_TYPES = {
     **_TYPES,
     **{column: _TYPES[name] for column, name in _RUN.items()},
     "matches_gamma0": "bool | None",
+    SERIES: "int | None",
 }
 _MADE_BY = "`specsplit bench` or the workflow's benchmark rule writes it"
 
 
-def merge_references(run_dirs: Sequence[Path]) -> DataFrame:
+def merge_references(run_dirs: Sequence[Path], series: Mapping[str, int] | None = None) -> DataFrame:
     """The rows of `reference.csv` of the runs that have one, each with the configuration of its run (`run_gamma`, ...).
+
+    series: of each run folder, where they were kept apart.
 
     Raises UserError when a file is malformed, or does not hold each setup once for each request of its run.
     """
@@ -76,8 +81,10 @@ def merge_references(run_dirs: Sequence[Path]) -> DataFrame:
                 )
         for column, name in _RUN.items():
             table[column] = Series([own[name].iloc[0]] * len(table), index=table.index, dtype=own[name].dtype)
+        if series:
+            table[SERIES] = series[str(run)]
         tables.append(table)
-    empty = DataFrame({name: [] for name in _MERGED_TYPES if name != "matches_gamma0"})
+    empty = DataFrame({name: [] for name in _MERGED_TYPES if name not in ("matches_gamma0", SERIES)})
     return sort_rows(pd.concat(tables)) if any(len(table) for table in tables) else empty
 
 
@@ -85,7 +92,8 @@ def merged_references(run_dirs: Sequence[Path], requests: DataFrame) -> DataFram
     """What `results/reference.csv` holds; None when no run has such a file. requests: of `merge_runs`."""
     if not any((Path(run) / REFERENCE).exists() for run in run_dirs):
         return None
-    reference = merge_references(run_dirs)
+    series = series_of(run_dirs, keep_apart=True) if SERIES in requests else None
+    reference = merge_references(run_dirs, series)
     return reference.assign(matches_gamma0=matches_alone(reference, texts_alone(requests, reference)))
 
 
@@ -93,8 +101,9 @@ def read_references(results_dir: Path) -> DataFrame:
     """The merged `reference.csv` of a results folder; without rows when there is none. Raises UserError."""
     path = results_dir / REFERENCE
     if not path.exists():
-        return DataFrame({name: [] for name in _MERGED_TYPES})
-    return read_csv_file(path, _MERGED_TYPES, "`specsplit merge` or the workflow makes it")
+        return DataFrame({name: [] for name in _MERGED_TYPES if name != SERIES})
+    table = read_csv_file(path, _MERGED_TYPES, "`specsplit merge` or the workflow makes it")
+    return table.drop(columns=SERIES) if table[SERIES].isna().all() else table
 
 
 def texts_alone(*tables: DataFrame) -> dict[Any, str]:
@@ -191,14 +200,14 @@ def _baseline_rows(requests: DataFrame, reference: DataFrame) -> DataFrame:
             chosen.index, fill_value=False
         )
     rows = reference[chosen]
-    ok = (rows["status"] == OK).groupby(configuration_of(rows, ROW), sort=False).transform("any")
+    ok = (rows["status"] == OK).groupby(configuration_of(rows, row_of(rows)), sort=False).transform("any")
     return rows.loc[ok.astype(bool), list(requests)]
 
 
 def lacks_reference(requests: DataFrame) -> Series:
     """Where something failed that was measured beside other requests of the same configuration."""
     lacking = Series(False, index=requests.index)
-    configurations = configuration_of(requests, ROW)
+    configurations = configuration_of(requests, row_of(requests))
     for base in BASES:
         has = requests[f"{base}_ms"].notna()
         lacking |= ~has & has.groupby(configurations, sort=False).transform("any").astype(bool)
@@ -206,7 +215,7 @@ def lacks_reference(requests: DataFrame) -> Series:
 
 
 def is_base(row: tuple[Any, ...], base: str) -> bool:
-    """Whether a row (its ROW tuple) is what a speedup is against."""
+    """Whether a row (its tuple of row_of) is what a speedup is against."""
     return row[-1] == _SETUPS[base] and (row[0] == 0 or base == PAIR)
 
 

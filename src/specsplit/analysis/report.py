@@ -78,6 +78,7 @@ def write_report(
         "least": MIN_PROMPTS,
         "asked": _asked(record),
         "machine": _machine(record),
+        "packages": _packages(record),
         "workers": _workers(record),
         "headings": headings,
         "rows": rows,
@@ -176,11 +177,22 @@ def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> 
 
 
 def _machine(record: Mapping[str, Any]) -> Pairs:
-    machine, software = record.get("machine", {}), record.get("software", {})
-    git, gpu = record.get("git", {}), record.get("gpu", {})
+    """Where and with what the runs ran, as they say; of a record whose runs do not, of the job that wrote it."""
+    runs = [run for run in record.get("runs") or () if run.get("machine")]
+    workers = [worker for run in runs for worker in (run.get("workers") or {}).values()]
+    first = runs[0] if runs else record
+    machine, software = first.get("machine") or {}, first.get("software") or record.get("software") or {}
+    git, gpu = record.get("git", {}), (first.get("gpu") or {}).get("before") or record.get("gpu", {})
     packages = software.get("packages") or {}
+    runtimes = [worker.get("runtime") or {} for worker in workers]
+    hosts = [run["machine"].get("hostname") for run in runs] + [runtime.get("host") for runtime in runtimes]
+    hosts = list(dict.fromkeys(str(host) for host in hosts or [machine.get("hostname")] if host))
     torch = machine.get("torch") or {}
-    gpus = [str(card.get("name")) for card in gpu.get("gpus") or []]
+    cards = [card for run in runs or [record] for card in _cards(run)]
+    gpus = [f"{card.get('name')}, driver {card.get('driver_version')}" for card in cards]
+    gpus += [f"{r['gpu']}, driver {r.get('driver')}, of a worker" for r in runtimes if r.get("gpu", "None") != "None"]
+    gpus = list(dict.fromkeys(gpus))
+    differs = [_difference(each) for each in record.get("differences") or ()]
     memory = machine.get("memory_bytes")
     commit = f"commit unknown ({git.get('reason') or _UNKNOWN})"
     if git.get("commit"):
@@ -194,14 +206,36 @@ def _machine(record: Mapping[str, Any]) -> Pairs:
         "Snakemake": software.get("snakemake"),
     }
     return [
-        ("Host", str(machine.get("hostname") or _UNKNOWN)),
+        ("Host", ", ".join(hosts) or _UNKNOWN),
         ("Processor", f"{machine.get('cpu_model') or _UNKNOWN}, {machine.get('cores_usable', '?')} cores usable"),
         ("Memory", f"{memory / 2**30:.1f} GiB" if memory else _UNKNOWN),
         ("GPU", ", ".join(gpus) if gpus else f"none ({gpu.get('reason') or _UNKNOWN})"),
         ("System", f"{machine.get('os') or _UNKNOWN}, {machine.get('kernel') or 'kernel ' + _UNKNOWN}"),
         ("Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("Code", commit),
+        *([("Differs between runs", "; ".join(differs) or "nothing")] if "differences" in record else []),
     ]
+
+
+def _cards(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The GPUs of a run, or of a record."""
+    gpu = run.get("gpu") or {}
+    return list((gpu.get("before") or gpu).get("gpus") or ())
+
+
+def _difference(difference: Mapping[str, Any]) -> str:
+    values = (f"{value[:60]} ({', '.join(runs[:3])})" for value, runs in difference["values"].items())
+    return f"{difference['fact']}: {' or '.join(values)}"
+
+
+def _packages(record: Mapping[str, Any]) -> str:
+    """All packages of the processes of the runs, each with the versions that there were."""
+    versions: dict[str, dict[str, None]] = {}
+    for run in record.get("runs") or ():
+        for process in (run.get("software") or {}, *(run.get("workers") or {}).values()):
+            for name, version in (process.get("packages") or {}).items():
+                versions.setdefault(name, {})[version] = None
+    return ", ".join(f"{name} {' or '.join(found)}" for name, found in sorted(versions.items()))
 
 
 def _workers(record: Mapping[str, Any]) -> list[str]:

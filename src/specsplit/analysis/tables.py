@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame, Series, isna
 
-from specsplit.analysis.configurations import NETWORK, ROW, conditions_of, configuration_of, ratio, sort_rows, tuples
+from specsplit.analysis.configurations import (
+    NETWORK,
+    conditions_of,
+    configuration_of,
+    keys_of,
+    ratio,
+    row_of,
+    sort_rows,
+    tuples,
+)
 from specsplit.analysis.reading import listed, read_files
 from specsplit.analysis.references import (
     BASES,
@@ -32,6 +41,7 @@ from specsplit.analysis.references import (
     with_references,
 )
 from specsplit.analysis.repeats import median_over_repeats
+from specsplit.analysis.series import KEEP_APART, check_joined, series_of
 from specsplit.analysis.statistics import (
     Comparison,
     bounded_mean_ci,
@@ -43,22 +53,20 @@ from specsplit.analysis.statistics import (
 )
 from specsplit.errors import UserError
 from specsplit.experiment.columns import FAILED, OK, WORKERS, RequestRecord, RoundRecord
-from specsplit.settings.axes import CONFIGURATION, PLAIN
+from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 from specsplit.settings.names import AUTO
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")
 
-PER_REQUEST = (*ROW, "request_id")
-
 # Column name -> type of its cells, as the records annotate it.
 _REQUEST_TYPES = {field.name: str(field.type) for field in fields(RequestRecord)}
 _ROUND_TYPES = {field.name: str(field.type) for field in fields(RoundRecord)}
-_MERGED_TYPES = {**_REQUEST_TYPES, "matches_gamma0": "bool | None"}
-_MERGED_ROUND_TYPES = {**_ROUND_TYPES, **{name: _REQUEST_TYPES[name] for name in CONFIGURATION[1:]}}
+_MERGED_TYPES = {**_REQUEST_TYPES, "matches_gamma0": "bool | None", SERIES: "int | None"}
+_MERGED_ROUND_TYPES = {**_ROUND_TYPES, **{name: _MERGED_TYPES[name] for name in (*CONFIGURATION[1:], SERIES)}}
 
 
-def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
+def merge_runs(run_dirs: Sequence[Path], *, keep_apart: bool = False) -> tuple[DataFrame, DataFrame]:
     """The requests and the rounds of all runs, each sorted by configuration, then in the order of the files.
 
     run_dirs: one folder a configuration, in any order, each with `requests.csv` and `per_round.csv`. Columns that the
@@ -71,9 +79,12 @@ def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
     Requests that failed are rows like all others; `comparable` takes them out. The rounds get the
     configuration of their request, all CONFIGURATION but gamma, which they have.
 
-    Raises UserError when a file is missing or malformed, a folder mixes configurations, a request of a configuration
-    occurs twice, a configuration lacks a request that another has or has none that did not fail, or a round belongs to
-    no request.
+    Runs must agree on prompts, models, settings, machine and code, as their run.json tell. keep_apart: those that do
+    not are series of their own, told by a column `series`; rows of two series are never compared.
+
+    Raises UserError when runs do not agree, a file is missing or malformed, a folder mixes configurations, a request of
+    a configuration occurs twice, a configuration lacks a request that another has or has none that did not fail, or a
+    round belongs to no request.
     """
     if not run_dirs:
         raise UserError("no run folder given: name one folder for each gamma, e.g. results/runs/gamma_0")
@@ -82,12 +93,16 @@ def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
     rounds = read_files([Path(run) / "per_round.csv" for run in run_dirs], _ROUND_TYPES, made_by)
     for run in run_dirs:
         _check_one_configuration(requests, Path(run) / "requests.csv", made_by)
-    settings = requests.droplevel("row")[list(CONFIGURATION[1:])]
+    series = series_of(run_dirs, keep_apart)
+    if series:
+        files = {str(Path(run) / "requests.csv"): number for run, number in series.items()}
+        requests[SERIES] = requests.index.get_level_values("file").map(files)
+    settings = requests.droplevel("row")[list(keys_of(requests)[1:])]
     settings = settings[~settings.index.duplicated()].rename(lambda file: str(Path(file).with_name("per_round.csv")))
     for name in settings:
         rounds[name] = settings[name].reindex(rounds.index.get_level_values("file")).array
     requests, rounds = _checked(requests, rounds)
-    alone = texts_alone(requests, merge_references(run_dirs))
+    alone = texts_alone(requests, merge_references(run_dirs, series))
     return requests.assign(matches_gamma0=matches_alone(requests, alone)), rounds
 
 
@@ -103,6 +118,9 @@ def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     rounds = read_files([Path(results_dir) / "per_round.csv"], _MERGED_ROUND_TYPES, made_by)
     if requests.empty:
         raise UserError(f"{Path(results_dir) / 'requests.csv'}: has no request, only the header; {made_by}")
+    if requests[SERIES].isna().all():
+        requests, rounds = requests.drop(columns=SERIES), rounds.drop(columns=SERIES)
+    check_joined(Path(results_dir), requests)
     requests, rounds = _checked(requests, rounds)
     reference = read_references(Path(results_dir))
     return requests if reference.empty else sort_rows(with_references(requests, reference)), rounds
@@ -121,14 +139,14 @@ def comparable(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataF
     conditions = conditions_of(requests, *NETWORK)
     keys = tuples(requests[turn].assign(conditions=conditions))
     shared = ~keys.isin(set(keys[(requests["status"] == FAILED) | lacks_reference(requests)]))
-    names = [*CONFIGURATION, *turn]
+    names = [*keys_of(requests), *turn]
     if not shared.all():
         rounds = rounds[tuples(rounds[names]).isin(set(tuples(requests.loc[shared, names])))]
     requests, conditions = requests[shared], conditions[shared]
     if requests.empty:
         return requests, rounds
-    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0").copy()
-    conditions, configurations = conditions[requests.index], configuration_of(requests, ROW)
+    requests = median_over_repeats(requests, (*row_of(requests), "request_id"), "matches_gamma0").copy()
+    conditions, configurations = conditions[requests.index], configuration_of(requests, row_of(requests))
     prompts = tuples(requests[["request_id"]].assign(conditions=conditions))
     for name in TIMES:
         has = requests[name].notna()
@@ -143,12 +161,12 @@ def compare_panel(
 ) -> tuple[list[Any], Comparison | None]:
     """The configurations of one choice of tokens and network, and how they compare end to end with one of BASES.
 
-    requests: of `comparable`. Returns their ROW tuples, first that of the base (None when it is no row), and the
-    comparison of all with what was measured of the base beside them. A configuration of which fewer than two texts have
-    tokens, or without that base, is left out. None as comparison where there is no base, or too few requests.
+    requests: of `comparable`. Returns their tuples of `row_of`, first that of the base (None when it is no row), and
+    the comparison of all with what was measured of the base beside them. A configuration of which fewer than two texts
+    have tokens, or without that base, is left out. None as comparison where there is no base, or too few requests.
     """
     requests = with_references(requests)
-    every = dict(list(requests.groupby(configuration_of(requests, ROW), sort=False)))
+    every = dict(list(requests.groupby(configuration_of(requests, row_of(requests)), sort=False)))
     columns = f"{base}_ms", f"{base}_tokens"
     first = next((key for key in every if is_base(key, base)), None)
 
@@ -251,11 +269,11 @@ def summarize(
     """
     check_confidence(confidence)
     requests = with_references(requests)
-    every = dict(list(requests.groupby(configuration_of(requests, ROW), sort=False)))
+    every = dict(list(requests.groupby(configuration_of(requests, row_of(requests)), sort=False)))
     shared, rounds = comparable(requests, rounds)
     numbers = [gamma for gamma in requests["gamma"] if gamma != AUTO]
     deepest = max([*numbers, *rounds.loc[rounds["gamma"] == AUTO, "drafted"]], default=0)
-    own_of = dict(list(shared.groupby(configuration_of(shared, ROW), sort=False)))
+    own_of = dict(list(shared.groupby(configuration_of(shared, row_of(shared)), sort=False)))
     rounds_of = dict(list(rounds.groupby(configuration_of(rounds), sort=False)))
     conditions = conditions_of(requests, *NETWORK)
     joint: dict[Any, dict[str, tuple[float, float]]] = {}
@@ -270,7 +288,7 @@ def summarize(
         own, own_rounds = own_of.get(configuration, shared[:0]), rounds_of.get(configuration[:-1], rounds[:0])
         ended = all_own[all_own["status"] == OK]
         tokens = own["generated_tokens"].sum()
-        row: dict[str, Any] = {name: all_own[name].iloc[0] for name in ROW}
+        row: dict[str, Any] = {name: all_own[name].iloc[0] for name in row_of(all_own)}
         row |= {"requests": ended["request_id"].nunique(), "compared": len(own)}
         row |= {"repeats": all_own["repeat"].nunique(), "generated_tokens": int(tokens)}
         for base in BASES:
@@ -288,7 +306,8 @@ def summarize(
         row |= _speculation(own, confidence)
         row |= _acceptance(own, own_rounds, depth, confidence)
         row |= _positions(own_rounds, int(deepest))
-        texts = median_over_repeats(ended, PER_REQUEST, "matches_gamma0")["matches_gamma0"].dropna()
+        whole = (*row_of(ended), "request_id")
+        texts = median_over_repeats(ended, whole, "matches_gamma0")["matches_gamma0"].dropna()
         row |= {"lossless": ratio(texts.sum(), len(texts)), "lossless_compared": len(texts)}
         row |= reference_columns(all_own, own)
         row["failed_requests"] = int((all_own["status"] == FAILED).sum())
@@ -385,7 +404,7 @@ def _positions(rounds: DataFrame, deepest: int) -> dict[str, Any]:
 
 def _named(row: Series) -> str:
     """A configuration in words, with what is not plain: "gamma 5, mode overlap"."""
-    others = [name for name, plain in PLAIN.items() if row[name] != plain]
+    others = [name for name, plain in {**PLAIN, SERIES: 1}.items() if row.get(name, plain) != plain]
     return ", ".join(f"{name} {row[name]}" for name in ("gamma", *others))
 
 
@@ -407,7 +426,7 @@ def _counted_again(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, D
     What changes: `drafted` and `accepted` of a last round whose draft held the end of the text, and of each request the
     sums, rates and lengths of its rounds. A request without rounds keeps what it has.
     """
-    names = [*CONFIGURATION, "request_id", "repeat"]
+    names = [*keys_of(requests), "request_id", "repeat"]
     requests, rounds = requests.copy(), rounds.copy()
     own = dict(list(rounds.groupby(tuples(rounds[names]), sort=False)))
     key: Any
@@ -447,11 +466,12 @@ def _check_one_configuration(requests: DataFrame, path: Path, made_by: str) -> N
 
 
 def _check_unique(table: DataFrame, key: list[str]) -> None:
-    twice = table[table.duplicated([*CONFIGURATION, *key], keep=False)]
+    whole = [*keys_of(table), *key]
+    twice = table[table.duplicated(whole, keep=False)]
     if twice.empty:
         return
     first = twice.iloc[0]
-    same = twice[(twice[[*CONFIGURATION, *key]] == first[[*CONFIGURATION, *key]]).all(axis=1)]
+    same = twice[(twice[whole] == first[whole]).all(axis=1)]
     told = [name for name in key if name != "repeat" or first[name] > 1]
     what = ", ".join([_named(first), *(f"{name} {first[name]}" for name in told)])
     raise UserError(
@@ -461,6 +481,11 @@ def _check_unique(table: DataFrame, key: list[str]) -> None:
 
 
 def _check_same_requests(requests: DataFrame) -> None:
+    if SERIES in requests:
+        for _, own in requests.groupby(SERIES):
+            _check_same_requests(own.drop(columns=SERIES))
+        return
+    _check_same_prompts(requests)
     names = requests["request_id"].str.cat(requests["repeat"].map(lambda n: f" (repeat {n})" if n > 1 else ""))
     everyone = set(names)
     for _, own in requests.groupby(configuration_of(requests), sort=False):
@@ -468,6 +493,21 @@ def _check_same_requests(requests: DataFrame) -> None:
             raise UserError(
                 f"{listed(own.index.unique('file'))}: {_named(own.iloc[0])} lacks {len(missing)} of {len(everyone)} "
                 f"requests that other runs have: {listed(missing)}; run it again on the same dataset"
+            )
+
+
+def _check_same_prompts(requests: DataFrame) -> None:
+    """What is said of a request in every table: other tokens or another seed are another request of the same name."""
+    for name in ("prompt_length", "seed", "category"):
+        first = requests.drop_duplicates("request_id").set_index("request_id")[name]
+        other = requests[requests[name].to_numpy() != first.loc[requests["request_id"]].to_numpy()]
+        if not other.empty:
+            row, request = other.iloc[0], other.iloc[0]["request_id"]
+            files = requests.index.get_level_values("file")
+            raise UserError(
+                f"these runs do not belong together: request {request} has {name} {first[request]} in "
+                f"{files[(requests['request_id'] == request).to_numpy()][0]} and {row[name]} in {other.index[0][0]}. "
+                f"{KEEP_APART}"
             )
 
 
@@ -481,7 +521,7 @@ def _check_finished(requests: DataFrame) -> None:
 
 
 def _check_rounds(requests: DataFrame, rounds: DataFrame) -> None:
-    key = [*CONFIGURATION, "request_id", "repeat"]
+    key = [*keys_of(requests), "request_id", "repeat"]
     stray = rounds[~tuples(rounds[key]).isin(set(tuples(requests[key])))]
     if not stray.empty:
         (file, _), row = stray.index[0], stray.iloc[0]

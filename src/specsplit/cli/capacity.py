@@ -28,13 +28,15 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.capacity import CapacityRecord, Load, measure_capacity
     from specsplit.experiment.columns import FAILED
     from specsplit.experiment.runner import encode_prompts
+    from specsplit.provenance.capture import capture_machine
+    from specsplit.provenance.closure import code_sha256
 
     settings = load_settings(CapacitySettings, args)
     greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0}
     config = load_settings(OrchestratorConfig, args, **greedy)
     tracing.wanted()  # tells at once what it lacks
     codec = load_codec(config)
-    configs, limit = connected_configs(args, settings.gamma, config, codec)
+    configs, limit, workers = connected_configs(args, settings.gamma, config, codec)
     requests = encode_prompts(read_prompts(args.prompts, settings), codec, chat=config.use_chat_template, limit=limit)
 
     def show(rows: list[CapacityRecord]) -> None:
@@ -50,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
         )
 
     table = args.results_dir / "capacity_requests.csv"
-    measure_capacity(requests, configs, settings, table, on_level=show)
+    decides = {"workers": workers, "machine": capture_machine(), "code": code_sha256("capacity")}
+    measure_capacity(requests, configs, settings, table, decides=decides, on_level=show)
     print(table)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity

@@ -48,6 +48,7 @@ COMMANDS = {
     "provenance": "the record of how results were made: check, compare, repeat",
     "provenance record": "write the record (the workflow does)",
     "provenance seal": "write a SHA256SUMS of finished results (the workflow does)",
+    "provenance sign": "sign the seal of results with an SSH key",
     "provenance archive": "pack results into an RO-Crate (the workflow does)",
     "provenance verify": "recompute every hash and name what differs; exit status 1 when something does",
     "provenance diff": "what changed between two runs; exit status 1 when more than times did",

@@ -70,20 +70,24 @@ def load_codec(config: OrchestratorConfig) -> TextCodec:
 
 def connected_configs(
     args: argparse.Namespace, gammas: list[Any], config: OrchestratorConfig, codec: TextCodec
-) -> tuple[list[OrchestratorConfig], int]:
+) -> tuple[list[OrchestratorConfig], int, list[dict[str, Any]]]:
     """The settings at each gamma, with the addresses of workers that answered and fit together.
 
-    Returns them with the longest text that all of these workers can hold.
+    Returns them with the longest text that all of these workers can hold, and with what the workers are.
     """
     from specsplit.client.handshake import connected_pair
+    from specsplit.experiment.runner import worker_identity
+    from specsplit.launch.endpoint import description_dict
 
-    configs, limits = [], []
+    configs, limits, identities = [], [], []
     for point in sweep_points(gammas, [config.mode], [config.tree], drafts=[config.draft_name]):
         own = with_addresses(config.model_copy(update={"gamma": point.gamma}), args.workers_dir, point)
         with connected_pair(own, codec.sha256) as workers:
-            limits += [worker.description.max_context for worker in workers if worker is not None]
+            descriptions = [worker.description for worker in workers if worker is not None]
+            limits += [description.max_context for description in descriptions]
+            identities += [worker_identity(description_dict(description)) for description in descriptions]
         configs.append(own)
-    return configs, min(limits)
+    return configs, min(limits), identities
 
 
 def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: Point) -> OrchestratorConfig:

@@ -40,6 +40,7 @@ class _Typical:
         return list(self._values)
 
     def restore(self, state: Sequence[float]) -> None:
+        self._values.clear()
         self._values.extend(state)
 
     @property
@@ -77,6 +78,8 @@ class _Cost:
         return [[*kind, self._faded[kind], seen.state()] for kind, seen in self._seen.items()]
 
     def restore(self, state: Sequence[Sequence[Any]]) -> None:
+        self._seen.clear()
+        self._faded.clear()
         for passes, tokens, faded, values in state:
             seen = self._seen[passes, tokens] = _Typical()
             seen.restore(values)

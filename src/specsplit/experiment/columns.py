@@ -106,6 +106,7 @@ LATER_COLUMNS = (
     *("draft_exposed_ms", "draft_hidden_ms", "turn"),
     *("verifications", "acceptance_length", "draft_acceptance_rate"),
     *("arrivals", "rate", "due_ms"),  # of capacity_requests.csv
+    "series",  # of runs that were kept apart
 )
 REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))
 ROUND_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RoundRecord))

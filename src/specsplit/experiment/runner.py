@@ -21,6 +21,7 @@ from typing import Any
 import specsplit
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.baselines import Beside, Contender
 from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord
@@ -42,7 +43,7 @@ from specsplit.provenance.capture import (
 from specsplit.provenance.closure import PACKAGE, code_sha256
 from specsplit.provenance.git import capture_git
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
-from specsplit.provenance.redaction import redact, redact_arguments
+from specsplit.provenance.redaction import redact, redact_arguments, without_places
 from specsplit.provenance.steps import workflow_command
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
@@ -130,12 +131,15 @@ def run_requests(
                 "attempts": journal.attempts,
             }
             gpu = {"before": gpu_before, "after": capture_gpu(), "samples": sampler.samples}
-            write_json(run_dir / "run.json", redact({**run, **finished, "gpu": gpu}))
+            told = without_places({**run, **finished, "gpu": gpu}, Path.cwd())
+            write_json(run_dir / "run.json", redact(told))
 
         try:
             with sampler:
-                for measured in _measure(left, draft, target, codec, config, warmup, journal, beside) if left else ():
-                    journal.add(measured)
+                controller = gamma_controller(config)
+                measuring = _measure(left, draft, target, codec, config, warmup, journal, beside, controller)
+                for measured in measuring if left else ():
+                    journal.add(measured, controller.state() if controller else None)
                     on_done(measured.request)
             entries = [entry for turn in plan if (entry := _entry(journal, turn))]
             _write_tables(entries, run_dir, with_reference=beside is not None)
@@ -168,13 +172,14 @@ def _measure(
     warmup: int,
     journal: Journal,
     beside: Beside | None,
+    controller: GammaController | None,
 ) -> Iterator[Entry]:
     """Run these requests, at least one, in order; each by every contender in turn. journal: has the answers before a
-    later turn.
+    later turn, and what the controller had learnt from the rows that are kept.
 
     The order of the contenders moves on by one with each request, so that none always follows the same one.
     """
-    controller = gamma_controller(config)
+    learnt = journal.controller
     descriptions = {c.role: c.description for c in (draft, target) if c}
     access = Access.of(config)
     with TextWriter(draft.address if draft else None, target.address, descriptions, access=access) as writer:
@@ -190,6 +195,8 @@ def _measure(
         for _, request in islice(cycle(first_turns), warmup):
             for contender in contenders:
                 contender.write(request)
+        if controller is not None and learnt is not None:
+            controller.restore(learnt)
         for number, (repeat, request) in enumerate(turns):
             own = request_config(config, request.id)
             try:
@@ -295,16 +302,17 @@ _WORKER_OPERATION = ("address", "pid", "attached", "process_started", "log", "re
 _LIMITS_OPERATION = ("sessions", "calls", "streams", "waiting_messages")  # the others decide how long drafts are
 
 
+def worker_identity(worker: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a worker's description decides results: not its process and address, nor limits that only operate it."""
+    identity = {key: value for key, value in worker.items() if key not in _WORKER_OPERATION}
+    limits = identity.get("limits", {})
+    return {**identity, "limits": {name: limit for name, limit in limits.items() if name not in _LIMITS_OPERATION}}
+
+
 def _what_decides(run: Mapping[str, Any], requests: Sequence[Request]) -> dict[str, Any]:
     """The settings that the rows of one run share: those of another run with the same ones may stand beside them."""
     operates = OrchestratorConfig.operating()
-    workers = {
-        role: {key: value for key, value in worker.items() if key not in _WORKER_OPERATION}
-        for role, worker in run["workers"].items()
-    }
-    for worker in workers.values():
-        limits = worker.get("limits", {})
-        worker["limits"] = {name: limit for name, limit in limits.items() if name not in _LIMITS_OPERATION}
+    workers = {role: worker_identity(worker) for role, worker in run["workers"].items()}
     return {
         "requests_sha256": json_sha256([_identity(request) for request in requests]),
         "orchestrator": {key: value for key, value in run["orchestrator"].items() if key not in operates},
@@ -337,7 +345,7 @@ def _describe_run(
         for c in (draft, target)
         if c
     }
-    source_files = hash_tree(PACKAGE)
+    source_files, software = hash_tree(PACKAGE), capture_software()
     return {
         "schema_version": RUN_SCHEMA_VERSION,
         "command": shlex.join(argv),
@@ -358,7 +366,8 @@ def _describe_run(
         "tokenizer_sha256": codec.sha256,
         "machine": capture_machine(),
         "environment": capture_environment(),
-        "software_sha256": capture_software()["sha256"],
+        "software": software,
+        "software_sha256": software["sha256"],
         "specsplit_version": specsplit.__version__,
         "source_sha256": combined_sha256(source_files),
         "run_code_sha256": code_sha256("bench"),

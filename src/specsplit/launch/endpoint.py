@@ -160,7 +160,7 @@ class Endpoint:
 
 
 def description_dict(description: pb.DescribeReply) -> dict[str, Any]:
-    """Describe's reply as a plain dict with every field present."""
+    """Describe's reply as a plain dict with every field present; `packages`, of the worker's process, as one too."""
     whole = pb.DescribeReply()
     whole.CopyFrom(description)
     whole.limits.SetInParent()
@@ -168,6 +168,8 @@ def description_dict(description: pb.DescribeReply) -> dict[str, Any]:
         whole, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     data["parameters"] = int(data["parameters"])  # 64-bit integers are strings in protobuf's JSON
+    if packages := data["runtime"].pop("packages", None):  # of a worker of this version
+        data["packages"] = json.loads(packages)
     return data
 
 

@@ -15,7 +15,7 @@ from specsplit.errors import UserError
 from specsplit.io import csv_reader
 from specsplit.provenance.folder import Experiment
 from specsplit.provenance.record import check_record
-from specsplit.settings.axes import CONFIGURATION, PLAIN
+from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 
 # Columns of requests.csv that a clock decides; all others follow from the inputs.
 TIMES = (
@@ -215,12 +215,13 @@ def _requests(experiment: Experiment) -> dict[tuple[str, ...], dict[str, str]]:
     missing = {*CONFIGURATION, *TIMES, "request_id", "output_sha256"} - set(rows[0] if rows else ())
     if missing:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}; make it again with this version")
+    # Runs that were kept apart have a series: two of them may have one configuration.
     return {(*(row[name] for name in CONFIGURATION), _request(row)): row for row in rows}
 
 
 def _request(row: Mapping[str, str]) -> str:
-    repeat = row.get("repeat", "1")
-    return row["request_id"] if repeat == "1" else f"{row['request_id']} (repeat {repeat})"
+    told = [f"{name} {row[name]}" for name in ("repeat", SERIES) if row.get(name, "1") != "1"]
+    return f"{row['request_id']} ({', '.join(told)})" if told else row["request_id"]
 
 
 def _point(values: tuple[str, ...]) -> str:

@@ -237,6 +237,18 @@ class ContextSettings(PromptSettings):
     texts: int = setting(3, "Different texts at each length.", example=8, ge=1)
 
 
+class MergeSettings(Settings):
+    """How runs are put together."""
+
+    keep_apart: bool = setting(
+        False,
+        "Keep runs that do not belong together (other prompts, models, settings, machine or code) as series that are "
+        "never compared, instead of refusing them.",
+        example=True,
+        note="runs on other machines, code or prompts become series that are never compared; false refuses them",
+    )
+
+
 DraftLength = Annotated[int, Field(ge=1, le=MAX_GAMMA)]
 
 

@@ -19,6 +19,7 @@ from specsplit.settings.measure import (
     ContextSettings,
     IntervalSettings,
     LayerSettings,
+    MergeSettings,
     Peer,
     PromptSettings,
     StandardName,
@@ -237,6 +238,7 @@ Workflow: type[BaseModel] = section(
     ),
     warmup_requests=same(BenchSettings, "warmup"),
     repeats=same(BenchSettings, "repeats"),
+    keep_apart=same(MergeSettings, "keep_apart"),
     setups=same(BenchSettings, "setups", schema=UNIQUE),
     models=key(
         dict[str, Source],

@@ -21,6 +21,7 @@ import torch
 
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.passes import EMPTY, Pass, all_or_none
+from specsplit.launch.host import worker_host
 from specsplit.worker.refusals import Abandoned, Stopped
 
 if TYPE_CHECKING:
@@ -30,12 +31,15 @@ RETURN_WAIT = 0.15  # Wait for returning sessions this share of the last pass's 
 MAX_SKIPPED_WAITS = 32  # Skip the wait for at most this many passes after it repeatedly gained nothing.
 
 
-def describe_runtime(device: Any, seed: int) -> dict[str, str]:
-    """What else than the model determines the results of this process, for Describe. device: of the model."""
+def describe_runtime(device: Any, seed: int, engine: str) -> dict[str, str]:
+    """What else than the model determines the results of this process, for Describe. device: of the model. engine: its
+    class."""
     cuda = torch.device(device).type == "cuda"
     algorithms = "warn only" if torch.is_deterministic_algorithms_warn_only_enabled() else "enforced"
     return {
+        **worker_host(),
         "host": socket.gethostname(),
+        "engine": engine,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),

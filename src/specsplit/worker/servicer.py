@@ -18,6 +18,7 @@ import specsplit
 from specsplit import tracing
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES
 from specsplit.launch.environment import DETERMINISM_VARIABLES
+from specsplit.launch.host import worker_host
 from specsplit.rpc.statuses import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import MAX_GAMMA
@@ -84,6 +85,7 @@ class WorkerServicer:
         )
         self.places = Places(config.call_limit)
         self.open_calls = OpenCalls(config.stream_limit, config.stream_idle_s)
+        worker_host()  # remembered before anybody waits for it: the driver may take seconds to answer
 
     def EndSession(self, request: pb.EndSessionRequest, context: grpc.ServicerContext) -> pb.EndSessionReply:
         return pb.EndSessionReply(existed=self.sessions.end(request.session_id, self.caller(context).owner))
@@ -101,7 +103,7 @@ class WorkerServicer:
             eos_token_ids=self.model.model.eos_token_ids,
             pid=os.getpid(),
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
-            runtime=describe_runtime(self.model.model.device, self.config.seed),
+            runtime=describe_runtime(self.model.model.device, self.config.seed, type(self.model.model).__name__),
             tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
             limits=self.limits,
             **self.identity,

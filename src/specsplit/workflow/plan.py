@@ -139,7 +139,8 @@ class Plan:
     def result_files(self) -> list[str]:
         """All that the main job leaves, but for the summary, the logs and what seals it."""
         made = ["requests.csv", "per_round.csv", "reference.csv", "dataset/prompts.jsonl", "dataset/manifest.json"]
-        made += [f"figures/{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")]
+        drawn = (*FIGURES, "summary_by_category")
+        made += [f"figures/{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
         made += [f"provenance/{name}" for name in ("config.json", "provenance.json", "changes.patch")]
         made += [f"settings/{label}/settings.json" for label in self.points]
         runs = self.run_files("requests.csv", "per_round.csv", "reference.csv", "outputs.jsonl", "run.json")

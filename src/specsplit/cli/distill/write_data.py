@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.dataset import read_prompt_file
     from specsplit.experiment.progress import Bar
     from specsplit.models.tokenizer import TextCodec
+    from specsplit.provenance.closure import code_sha256
 
     folder, identity = find_target(args.target)
     reading = load_settings(PromptSettings, args)
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         "target": {**identity, "dtype": dtype, "device": device.type},
         "held_out": {name: file.source_sha256 for name, file in files.items()},
         "hardware": describe_hardware(model.device),
+        "code": code_sha256("distill write-data"),
     }
     with Bar(settings.tokens, "tok", args.terminal_fd) as bar:
         fresh, fresh_s, before = 0, 0.0, 0
