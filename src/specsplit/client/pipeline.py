@@ -161,7 +161,7 @@ class _Pipeline:
     def renew(self, role: str) -> None:
         """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
         for a worker ends one that says nothing."""
-        self._began_at = len(self.text.result.rounds)
+        self._began_at, self._unread = len(self.text.result.rounds), True
         # A place in line is given up before the client takes the worker for hung.
         held = HeldPrefix(min(self.config.recovery_timeout_s, self.config.rpc_timeout_s / 2))
         if role == "target":
@@ -217,6 +217,7 @@ class _Pipeline:
                 ahead = await self._ask_ahead(min(gamma, self.text.room()))
             elif self._begins():
                 tree, gamma, hidden_ms = TokenTree(), 0, 0.0
+                self._unread = False
                 await self._verify(tree)
                 self._reading = asyncio.ensure_future(self._read_by_draft())
             else:
@@ -289,8 +290,7 @@ class _Pipeline:
 
         With rejection sampling a text depends on where its rounds are cut, so a failure must not cut it elsewhere.
         """
-        reads = self.at_target.round == 0 or (self._stubs["draft"] is not None and self.at_draft.round == 0)
-        return reads and not (self._began_at and self.text.sampling.uses_rejection)
+        return self._unread and not (self._began_at and self.text.sampling.uses_rejection)
 
     def _fits(self, outcome: pb.Outcome) -> bool:
         """Whether the target can hold the text with this outcome and the draft after it."""
@@ -340,7 +340,7 @@ class _Pipeline:
     async def _read_by_draft(self) -> None:
         """Have the draft worker read the text, if the next round will draft. Nobody waits for the draft of one token,
         the least that can be asked."""
-        if self.text.room() > 1 and self._choose() > 0:
+        if self.text.room() > 0 and not self.text.ends_with(1) and self._choose() > 0:
             await self._send_draft_request(draft_fields(self.text, 1, CHAIN))
 
     async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:

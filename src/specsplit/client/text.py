@@ -89,6 +89,10 @@ class Text:
             return Forced()
         return forced(self.known[start : start + count], start, acceptance, self.config.seed)
 
+    def ends_with(self, tokens: int) -> bool:
+        """Whether the text has its longest length, or room for one token only, with so many tokens more."""
+        return len(self.tokens) + tokens + 1 >= self.length_limit
+
     def drop_draft(self) -> None:
         """From here on the target writes alone."""
         self._draft_vocab = 0

@@ -63,7 +63,8 @@ def speculate(
     capacity = limit + max(asked.shape.size(asked.gamma), asked.shape.width * asked.gamma)
     at_target, at_draft = target.new_cache(capacity), draft.new_cache(capacity) if draft else None
     while len(text) < limit:
-        tree = draft_tree(draft, at_draft, text, asked) if draft else NO_DRAFT
+        # The first token is the target's: a draft would delay it.
+        tree = draft_tree(draft, at_draft, text, asked) if draft and len(text) > len(prompt) else NO_DRAFT
         verdict = verify_tree(target, at_target, text, tree, asked.sampling)
         tokens = [*(tree.token_ids[node] for node in verdict.path), verdict.next_token]
         end = next((i for i, token in enumerate(tokens) if token in asked.stop_token_ids), len(tokens))
