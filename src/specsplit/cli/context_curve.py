@@ -21,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # Greedy texts of a fixed length in mode sync, without a simulated network.
     without = (
         *("mode", "temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms", "draft_acceptance"),
-        *("max_output_tokens", "max_rounds", "ignore_eos"),
+        *("max_output_tokens", "max_rounds", "ignore_eos", "stop", "stop_token_ids"),
     )
     add_setting_flags(parser, ContextSettings, OrchestratorConfig, without=without)
 

@@ -59,12 +59,12 @@ def plan_bench(args: argparse.Namespace) -> Plan:
 
 def load_codec(config: OrchestratorConfig) -> TextCodec:
     """The tokenizer of the settings; UserError when none is named."""
-    from specsplit.models.sources import resolve_model
+    from specsplit.models.sources import tokenizer_folder
     from specsplit.models.tokenizer import TextCodec
 
     if config.tokenizer is None:
         raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
-    return TextCodec.load(resolve_model(config.tokenizer)[0])
+    return TextCodec.load(tokenizer_folder(config.tokenizer))
 
 
 def connected_configs(

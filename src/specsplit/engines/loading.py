@@ -20,7 +20,7 @@ from specsplit.engines.transformers import CANNOT_RUN, CausalLM, pick_device
 from specsplit.errors import UserError
 from specsplit.models.fingerprint import fingerprint_model, gguf_weights
 from specsplit.models.gguf_file import GGUF_FILE, read_gguf
-from specsplit.models.sources import manifest_file, resolve_model
+from specsplit.models.sources import manifest_file, tokenizer_folder
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import read_reduced_map
 from specsplit.models.weightless import is_weightless, parameters_sha256, parse_parameters
@@ -79,7 +79,7 @@ def load_model(
 def target_tokenizer(config: WorkerSettings) -> Path | None:
     """The folder of the target's tokenizer, when a draft worker was given one."""
     given = config.target_tokenizer if isinstance(config, DraftWorkerConfig) else None
-    return resolve_model(given)[0] if given else None
+    return tokenizer_folder(given) if given else None
 
 
 def _load_causal_lm(

@@ -23,6 +23,7 @@ from specsplit.experiment.arrivals import arrival_times
 from specsplit.experiment.columns import FAILED, OK, RequestRecord
 from specsplit.experiment.records import Request, gamma_controller, request_config, request_record
 from specsplit.experiment.rows import writing_rows
+from specsplit.models.tokenizer import TextCodec, stops_at
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import Access
 from specsplit.settings.measure import CLOSED, CapacitySettings
@@ -74,6 +75,7 @@ Level = list[CapacityRecord]
 def measure_capacity(
     requests: Sequence[Request],
     configs: Sequence[OrchestratorConfig],
+    codec: TextCodec,
     settings: CapacitySettings,
     output: Path,
     *,
@@ -91,8 +93,8 @@ def measure_capacity(
         for config in configs:
             levels: list[Level] = []
             for load in _loads(levels, first, settings):
-                _warm_up(turns, config, load, settings)
-                level = _compared(_run(turns, config, load, settings), (levels or [[]])[0])
+                _warm_up(turns, config, codec, load, settings)
+                level = _compared(_run(turns, config, codec, load, settings), (levels or [[]])[0])
                 levels.append(level)
                 first.extend([] if first else level)
                 for record in level:
@@ -155,17 +157,23 @@ def _compared(level: Level, alone: Level) -> Level:
 Turns = Sequence[tuple[Request, int]]
 
 
-def _warm_up(turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings) -> None:
+def _warm_up(
+    turns: Turns, config: OrchestratorConfig, codec: TextCodec, load: Load, settings: CapacitySettings
+) -> None:
     """A few tokens of some requests by as many clients as there will be; of an open loop as many as are measured."""
     short = config.model_copy(update={"max_output_tokens": min(WARM_UP_TOKENS, config.max_output_tokens)})
     clients = load.clients or max(settings.clients)
     some = [turns[i % len(turns)] for i in range(clients * settings.warmup)]
-    _run(some, short, Load(CLOSED, clients, None), settings)
+    _run(some, short, codec, Load(CLOSED, clients, None), settings)
 
 
-def _run(turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings) -> Level:
+def _run(turns: Turns, config: OrchestratorConfig, codec: TextCodec, load: Load, settings: CapacitySettings) -> Level:
     """The requests at one load, in the order of their starts."""
-    writing = _closed_loop(turns, config, load) if load.rate is None else _open_loop(turns, config, load, settings)
+    writing = (
+        _closed_loop(turns, config, codec, load)
+        if load.rate is None
+        else _open_loop(turns, config, codec, load, settings)
+    )
     try:
         records = event_loop().run(writing)
     except ExceptionGroup as group:  # one of them says enough
@@ -173,13 +181,13 @@ def _run(turns: Turns, config: OrchestratorConfig, load: Load, settings: Capacit
     return sorted(records, key=lambda record: record.started_ms)
 
 
-async def _closed_loop(turns: Turns, config: OrchestratorConfig, load: Load) -> Level:
+async def _closed_loop(turns: Turns, config: OrchestratorConfig, codec: TextCodec, load: Load) -> Level:
     waiting = deque(turns)
     records: Level = []
     began = time.perf_counter()
 
     async def client(number: int) -> None:
-        async with _Writer(config, load, began) as writer:
+        async with _Writer(config, codec, load, began) as writer:
             while waiting:
                 records.append(await writer.write(*waiting.popleft(), number))
 
@@ -189,11 +197,13 @@ async def _closed_loop(turns: Turns, config: OrchestratorConfig, load: Load) -> 
     return records
 
 
-async def _open_loop(turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings) -> Level:
+async def _open_loop(
+    turns: Turns, config: OrchestratorConfig, codec: TextCodec, load: Load, settings: CapacitySettings
+) -> Level:
     assert load.rate is not None
     due = arrival_times(len(turns), load.rate, settings.arrivals, settings.burstiness, config.seed)
     began = time.perf_counter()
-    async with _Writer(config, load, began) as writer, asyncio.TaskGroup() as group:
+    async with _Writer(config, codec, load, began) as writer, asyncio.TaskGroup() as group:
         tasks = []
         for number, ((request, repeat), at) in enumerate(zip(turns, due, strict=True)):
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
@@ -204,8 +214,8 @@ async def _open_loop(turns: Turns, config: OrchestratorConfig, load: Load, setti
 class _Writer:
     """Channels of its own, and the gamma controller of what is written over them. An async context manager."""
 
-    def __init__(self, config: OrchestratorConfig, load: Load, began: float) -> None:
-        self._config, self._load, self._began = config, load, began
+    def __init__(self, config: OrchestratorConfig, codec: TextCodec, load: Load, began: float) -> None:
+        self._config, self._codec, self._load, self._began = config, codec, load, began
         self._controller = gamma_controller(config)
         self._open = AsyncExitStack()
 
@@ -231,7 +241,13 @@ class _Writer:
         error = None
         try:
             result = await run_speculative_loop_async(
-                self._draft, self._target, request.token_ids, own, controller=self._controller, request_id=request.id
+                self._draft,
+                self._target,
+                request.token_ids,
+                own,
+                on_tokens=stops_at(self._codec, own.stop),
+                controller=self._controller,
+                request_id=request.id,
             )
         except WorkerError as failure:
             if failure.result is None:

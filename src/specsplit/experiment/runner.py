@@ -25,7 +25,7 @@ from specsplit.experiment.records import Request, gamma_controller, request_conf
 from specsplit.experiment.rows import writing_rows
 from specsplit.io import combined_sha256, json_sha256, replace_file, write_json
 from specsplit.launch.endpoint import description_dict
-from specsplit.models.tokenizer import TextCodec
+from specsplit.models.tokenizer import TextCodec, cut_at_stop, stops_at
 from specsplit.provenance.capture import (
     capture_environment,
     capture_machine,
@@ -158,7 +158,10 @@ def _measure(
             own = request_config(config, request.id)
             error = None
             try:
-                result = writer.write(request.token_ids, own, controller=controller, request_id=request.id)
+                stops = stops_at(codec, config.stop)
+                result = writer.write(
+                    request.token_ids, own, on_tokens=stops, controller=controller, request_id=request.id
+                )
             except WorkerError as failure:
                 # Without a text the worker cannot be reached at all; the next request would fare no better.
                 if failure.result is None:
@@ -169,7 +172,7 @@ def _measure(
                 "request_id": request.id,
                 "repeat": repeat,
                 "finish_reason": record.finish_reason,
-                "text": codec.decode(result.output_tokens),
+                "text": cut_at_stop(codec.decode(result.output_tokens), config.stop),
                 "token_ids": result.output_tokens,
                 "status": record.status,
             }

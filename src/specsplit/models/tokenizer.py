@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -136,6 +136,17 @@ class TextStream:
         longest = max(map(len, self._stop), default=0)
         lengths = range(min(longest - 1, len(text)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
+
+
+def stops_at(codec: TextCodec, stop: Sequence[str]) -> Callable[[list[int]], int | None] | None:
+    """What ends one text at a stop string: told of its new tokens, it says how many are taken when one is complete.
+
+    None without stop strings.
+    """
+    if not stop:
+        return None
+    stream = TextStream(codec, stop)
+    return lambda token_ids: stream.take(token_ids)[1]
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
