@@ -10,7 +10,7 @@ import pytest
 from transformers import GenerationConfig
 
 from specsplit.errors import UserError
-from specsplit.models.generation_settings import HARMLESS, refuse_model_settings, text_changing_settings
+from specsplit.models.generation_settings import HARMLESS, check_eos, refuse_model_settings, text_changing_settings
 
 # A value that changes greedy text, for each setting that can.
 CHANGING: dict[str, Any] = {
@@ -79,4 +79,4 @@ def test_an_end_of_text_that_is_no_token_id_is_named(tmp_path: Path, eos: Any) -
     write(tmp_path, eos_token_id=eos)
 
     with pytest.raises(UserError, match=r"eos_token_id: .* is not the id of a token"):
-        refuse_model_settings(tmp_path, "")
+        check_eos(tmp_path)

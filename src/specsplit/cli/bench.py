@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
     ensure_deterministic_environment()
     from specsplit.cli.plan import plan_bench
-    from specsplit.client.handshake import connected_pair
+    from specsplit.client.handshake import connected_pair, text_limit
     from specsplit.experiment.progress import Progress
     from specsplit.experiment.runner import encode_prompts, run_requests
     from specsplit.launch.endpoint import resolve_address, worker_origin
@@ -71,8 +71,10 @@ def run(args: argparse.Namespace) -> None:
         # A point that drafts, if there is one, decides whether a draft worker is needed.
         first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
         draft, target = stack.enter_context(connected_pair(first, plan.codec.sha256))
-        limit = target.description.max_context
-        requests = encode_prompts(plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit)
+        limit, raisable = text_limit(target.description)
+        requests = encode_prompts(
+            plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit, raisable=raisable
+        )
         with Progress(len(points) * len(requests) * plan.bench.repeats, args.terminal_fd) as progress:
             for point in points:
                 run_requests(

@@ -28,14 +28,16 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.capacity import CapacityRecord, Load, measure_capacity
     from specsplit.experiment.columns import FAILED
     from specsplit.experiment.runner import encode_prompts
+    from specsplit.models.tokenizer import stops_at
 
     settings = load_settings(CapacitySettings, args)
     greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0}
     config = load_settings(OrchestratorConfig, args, **greedy)
     tracing.wanted()  # tells at once what it lacks
     codec = load_codec(config)
-    configs, limit = connected_configs(args, settings.gamma, config, codec)
-    requests = encode_prompts(read_prompts(args.prompts, settings), codec, chat=config.use_chat_template, limit=limit)
+    configs, limit, raisable = connected_configs(args, settings.gamma, config, codec)
+    prompts = read_prompts(args.prompts, settings)
+    requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=limit, raisable=raisable)
 
     def show(rows: list[CapacityRecord]) -> None:
         itls = sorted(row.itl_ms for row in rows if row.itl_ms is not None)
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         )
 
     table = args.results_dir / "capacity_requests.csv"
-    measure_capacity(requests, configs, codec, settings, table, on_level=show)
+    measure_capacity(requests, configs, lambda: stops_at(codec, config.stop), settings, table, on_level=show)
     print(table)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         OrchestratorConfig, args, **fixed, gamma=settings.gamma[0], max_output_tokens=settings.output_tokens
     )
     codec = load_codec(config)
-    configs, limit = connected_configs(args, settings.gamma, config, codec)
+    configs, limit, raisable = connected_configs(args, settings.gamma, config, codec)
     lengths = [length for length in sorted(set(settings.length)) if length + settings.output_tokens <= limit]
     left_out = sorted(set(settings.length) - set(lengths))
     if not lengths:
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if left_out:
         print(f"left out, for the workers hold {limit} tokens: {', '.join(map(str, left_out))}", flush=True)
-    requests = encode_prompts(read_prompts(args.prompts, settings), codec, chat=config.use_chat_template, limit=limit)
+    prompts = read_prompts(args.prompts, settings)
+    requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=limit, raisable=raisable)
 
     def show(row: ContextText) -> None:
         itl = "" if row.itl_ms is None else f", {row.itl_ms:.1f} ms a token"

@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
         except WorkerError:
             print()  # the message stands below the text so far
             raise
+        except BrokenPipeError:  # the reader has seen enough of the text
+            return
         print()
     if not args.quiet:
         print(f"[{stream.text.summary()}]", file=sys.stderr)

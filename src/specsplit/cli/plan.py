@@ -69,20 +69,20 @@ def load_codec(config: OrchestratorConfig) -> TextCodec:
 
 def connected_configs(
     args: argparse.Namespace, gammas: list[Any], config: OrchestratorConfig, codec: TextCodec
-) -> tuple[list[OrchestratorConfig], int]:
+) -> tuple[list[OrchestratorConfig], int, bool]:
     """The settings at each gamma, with the addresses of workers that answered and fit together.
 
-    Returns them with the longest text that all of these workers can hold.
+    Returns them with the longest text that all of these workers can hold, and whether a setting limits it.
     """
-    from specsplit.client.handshake import connected_pair
+    from specsplit.client.handshake import connected_pair, text_limit
 
     configs, limits = [], []
     for point in sweep_points(gammas, [config.mode], [config.tree], drafts=[config.draft_name]):
         own = with_addresses(config.model_copy(update={"gamma": point.gamma}), args.workers_dir, point)
         with connected_pair(own, codec.sha256) as workers:
-            limits += [worker.description.max_context for worker in workers if worker is not None]
+            limits.append(text_limit(*(worker.description for worker in workers if worker is not None)))
         configs.append(own)
-    return configs, min(limits)
+    return configs, *min(limits)
 
 
 def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: Point) -> OrchestratorConfig:

@@ -16,7 +16,7 @@ from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM, unsuitable
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.synthetic import SyntheticLM
-from specsplit.engines.transformers import CANNOT_RUN, CausalLM, pick_device
+from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
 from specsplit.errors import UserError
 from specsplit.models.fingerprint import fingerprint_model, gguf_weights
 from specsplit.models.gguf_file import GGUF_FILE, read_gguf
@@ -142,6 +142,7 @@ def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> 
     tokens = [i % model.vocab_size for i in (11, 37, 41, 23, 29, 31, 43)]
     tree = TokenTree(tokens[2:], [ROOT, 0, ROOT, 2, 2], [-1.0] * 5)
     expected = model.step(model.new_cache(16), tokens[:2], tree).double()
+    check_finite(expected, model.model)
     started = time.perf_counter()
     fast = make()
     found = fast.step(fast.new_cache(16), tokens[:2], tree).double()

@@ -18,12 +18,12 @@ from typing import Any
 
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
+from specsplit.client.text import OnTokens
 from specsplit.errors import WorkerError
 from specsplit.experiment.arrivals import arrival_times
 from specsplit.experiment.columns import FAILED, OK, RequestRecord
 from specsplit.experiment.records import Request, gamma_controller, request_config, request_record
 from specsplit.experiment.rows import writing_rows
-from specsplit.models.tokenizer import TextCodec, stops_at
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import Access
 from specsplit.settings.measure import CLOSED, CapacitySettings
@@ -31,6 +31,7 @@ from specsplit.settings.run import OrchestratorConfig
 
 WARM_UP_TOKENS = 8
 LIMIT_FACTOR = 2.0  # of the median ITL and TTFT of one client, when no limit is given
+Stops = Callable[[], OnTokens | None]  # makes what ends one text at a stop string
 GOOD_SHARE = 0.9  # of the requests have to keep the limits, or the workers are saturated
 
 
@@ -75,7 +76,7 @@ Level = list[CapacityRecord]
 def measure_capacity(
     requests: Sequence[Request],
     configs: Sequence[OrchestratorConfig],
-    codec: TextCodec,
+    stops: Stops,
     settings: CapacitySettings,
     output: Path,
     *,
@@ -83,7 +84,8 @@ def measure_capacity(
 ) -> None:
     """The requests at each load for each configuration, and on towards saturation; writes a row each to `output`.
 
-    configs: with the addresses of the workers; they may differ. settings: loads, requests at each, and limits; one
+    configs: with the addresses of the workers; they may differ. stops: makes what ends one text at a stop
+    string. settings: loads, requests at each, and limits; one
     client alone always comes first. on_level: gets the rows of a load. Raises WorkerError when a worker does not
     answer before a text has begun; a text that fails later is a row.
     """
@@ -93,8 +95,8 @@ def measure_capacity(
         for config in configs:
             levels: list[Level] = []
             for load in _loads(levels, first, settings):
-                _warm_up(turns, config, codec, load, settings)
-                level = _compared(_run(turns, config, codec, load, settings), (levels or [[]])[0])
+                _warm_up(turns, config, stops, load, settings)
+                level = _compared(_run(turns, config, stops, load, settings), (levels or [[]])[0])
                 levels.append(level)
                 first.extend([] if first else level)
                 for record in level:
@@ -157,22 +159,20 @@ def _compared(level: Level, alone: Level) -> Level:
 Turns = Sequence[tuple[Request, int]]
 
 
-def _warm_up(
-    turns: Turns, config: OrchestratorConfig, codec: TextCodec, load: Load, settings: CapacitySettings
-) -> None:
+def _warm_up(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings) -> None:
     """A few tokens of some requests by as many clients as there will be; of an open loop as many as are measured."""
     short = config.model_copy(update={"max_output_tokens": min(WARM_UP_TOKENS, config.max_output_tokens)})
     clients = load.clients or max(settings.clients)
     some = [turns[i % len(turns)] for i in range(clients * settings.warmup)]
-    _run(some, short, codec, Load(CLOSED, clients, None), settings)
+    _run(some, short, stops, Load(CLOSED, clients, None), settings)
 
 
-def _run(turns: Turns, config: OrchestratorConfig, codec: TextCodec, load: Load, settings: CapacitySettings) -> Level:
+def _run(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings) -> Level:
     """The requests at one load, in the order of their starts."""
     writing = (
-        _closed_loop(turns, config, codec, load)
+        _closed_loop(turns, config, stops, load)
         if load.rate is None
-        else _open_loop(turns, config, codec, load, settings)
+        else _open_loop(turns, config, stops, load, settings)
     )
     try:
         records = event_loop().run(writing)
@@ -181,13 +181,13 @@ def _run(turns: Turns, config: OrchestratorConfig, codec: TextCodec, load: Load,
     return sorted(records, key=lambda record: record.started_ms)
 
 
-async def _closed_loop(turns: Turns, config: OrchestratorConfig, codec: TextCodec, load: Load) -> Level:
+async def _closed_loop(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load) -> Level:
     waiting = deque(turns)
     records: Level = []
     began = time.perf_counter()
 
     async def client(number: int) -> None:
-        async with _Writer(config, codec, load, began) as writer:
+        async with _Writer(config, stops, load, began) as writer:
             while waiting:
                 records.append(await writer.write(*waiting.popleft(), number))
 
@@ -198,12 +198,12 @@ async def _closed_loop(turns: Turns, config: OrchestratorConfig, codec: TextCode
 
 
 async def _open_loop(
-    turns: Turns, config: OrchestratorConfig, codec: TextCodec, load: Load, settings: CapacitySettings
+    turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings
 ) -> Level:
     assert load.rate is not None
     due = arrival_times(len(turns), load.rate, settings.arrivals, settings.burstiness, config.seed)
     began = time.perf_counter()
-    async with _Writer(config, codec, load, began) as writer, asyncio.TaskGroup() as group:
+    async with _Writer(config, stops, load, began) as writer, asyncio.TaskGroup() as group:
         tasks = []
         for number, ((request, repeat), at) in enumerate(zip(turns, due, strict=True)):
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
@@ -214,8 +214,8 @@ async def _open_loop(
 class _Writer:
     """Channels of its own, and the gamma controller of what is written over them. An async context manager."""
 
-    def __init__(self, config: OrchestratorConfig, codec: TextCodec, load: Load, began: float) -> None:
-        self._config, self._codec, self._load, self._began = config, codec, load, began
+    def __init__(self, config: OrchestratorConfig, stops: Stops, load: Load, began: float) -> None:
+        self._config, self._stops, self._load, self._began = config, stops, load, began
         self._controller = gamma_controller(config)
         self._open = AsyncExitStack()
 
@@ -245,7 +245,7 @@ class _Writer:
                 self._target,
                 request.token_ids,
                 own,
-                on_tokens=stops_at(self._codec, own.stop),
+                on_tokens=self._stops(),
                 controller=self._controller,
                 request_id=request.id,
             )

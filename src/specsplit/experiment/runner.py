@@ -17,7 +17,7 @@ from typing import Any
 
 import specsplit
 from specsplit.client.pipeline import TextWriter
-from specsplit.errors import UserError, WorkerError
+from specsplit.errors import PromptError, RunError, UserError, WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.journal import Entry, Journal
@@ -46,15 +46,23 @@ RUN_SCHEMA_VERSION = 2
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl")
 
 
-def encode_prompts(prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int) -> list[Request]:
-    """Token ids of every prompt. Raises UserError that names the prompts of `limit` tokens or more, before any
-    work is done."""
-    requests = [Request(p.id, p.category, codec.encode(p.prompt, use_chat_template=chat)) for p in prompts]
+def encode_prompts(
+    prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int, raisable: bool = True
+) -> list[Request]:
+    """Token ids of every prompt. Raises UserError that names the prompts of `limit` tokens or more, or the one that the
+    tokenizer does not take, before any work is done. raisable: the limit is a setting, not the model's own."""
+    requests = []
+    for prompt in prompts:
+        try:
+            token_ids = codec.encode(prompt.prompt, use_chat_template=chat)
+        except PromptError as error:
+            raise PromptError(f"prompt {prompt.id}: {error}") from error
+        requests.append(Request(prompt.id, prompt.category, token_ids))
     long = [f"{r.id} ({len(r.token_ids)} tokens)" for r in requests if len(r.token_ids) >= limit]
     if long:
         raise UserError(
             f"{len(long)} prompts do not fit into the target's context of {limit} tokens: {', '.join(long[:5])}. "
-            f"Shorten them or raise workers.max_context."
+            + ("Shorten them or raise workers.max_context." if raisable else "Shorten them: the model has no more.")
         )
     return requests
 
@@ -182,7 +190,7 @@ def _measure(
 def _write_tables(entries: Sequence[Entry], run_dir: Path) -> None:
     """The tables of a run whose requests all ended. Raises UserError when every one failed."""
     if entries and all(entry.request.status == FAILED for entry in entries):
-        raise UserError(f"every request failed, the first one with: {entries[0].request.error_message}")
+        raise RunError(f"every request failed, the first one with: {entries[0].request.error_message}")
     with writing_rows(run_dir / "requests.csv", RequestRecord) as write:
         for entry in entries:
             write(entry.request)

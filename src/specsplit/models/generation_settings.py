@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.io import read_json
+from specsplit.io import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
 # Settings of `generate` that leave a greedy text as it is: they concern sampling, beams (of which greedy has one),
@@ -30,8 +29,7 @@ def text_changing_settings(folder: Path) -> dict[str, Any]:
     """The generation settings of a model folder that would change its greedy text, by name.
 
     They are read as `generate` reads them: of generation_config.json, of config.json where there is none. What
-    transformers does not know changes nothing. Raises UserError for a file that is not a JSON object, and for
-    end-of-text tokens that are not ids.
+    transformers does not know changes nothing. Raises UserError for a file that is not a JSON object.
     """
     from transformers import GenerationConfig
 
@@ -39,10 +37,7 @@ def text_changing_settings(folder: Path) -> dict[str, Any]:
     neutral = {**GenerationConfig._get_default_generation_params(), **NEUTRAL}
     own = folder / GENERATION_CONFIG
     path = own if own.is_file() else folder / "config.json"
-    given = read_json(path) if path.is_file() else {}
-    if not isinstance(given, Mapping):
-        raise UserError(f"{path}: not a JSON object")
-    _check_eos(path, given)
+    given = read_json_object(path) if path.is_file() else {}
     return {
         name: value
         for name, value in given.items()
@@ -70,11 +65,16 @@ def refuse_model_settings(folder: Path, how: str) -> None:
         )
 
 
-def _check_eos(path: Path, given: Mapping[str, Any]) -> None:
-    eos = given.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if wrong := [one for one in ids if type(one) is not int]:
-        raise UserError(f"{path}: eos_token_id: {wrong[0]!r} is not the id of a token; give the number of the token")
+def check_eos(folder: Path) -> None:
+    """Raise UserError for an end of text that is given as anything but ids of tokens."""
+    for path in (folder / GENERATION_CONFIG, folder / "config.json"):
+        given = read_json_object(path) if path.is_file() else {}
+        for eos in (given.get("eos_token_id"), given.get("eos_token_ids")):
+            ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+            if wrong := [one for one in ids if type(one) is not int]:
+                raise UserError(
+                    f"{path}: eos_token_id: {wrong[0]!r} is not the id of a token; give the number of the token"
+                )
 
 
 def _shown(value: Any) -> str:

@@ -8,9 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jinja2 import TemplateError
-
-from specsplit.errors import PromptError, UserError
+from specsplit.errors import PromptError, UserError, told
 from specsplit.models.fingerprint import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
@@ -38,8 +36,8 @@ class TextCodec:
 
         try:
             return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {error}") from error
+        except Exception as error:  # whatever transformers meets in files that nobody here has seen
+            raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {_why(error)}") from error
 
     @classmethod
     def unpack(cls, files: Mapping[str, bytes]) -> TextCodec:
@@ -56,12 +54,7 @@ class TextCodec:
                 if not unpacking.eof:
                     raise UserError(f"{name} of a tokenizer is cut off, or larger than {MOST_UNPACKED_BYTES} bytes")
                 Path(folder, name).write_bytes(data)
-            try:
-                return cls.load(Path(folder))
-            except UserError:
-                raise
-            except Exception as error:  # whatever transformers meets in files that nobody here has seen
-                raise UserError(f"a tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+            return cls.load(Path(folder))
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]], *, use_chat_template: bool = True) -> list[int]:
         """Token ids of a prompt: a string, or messages with `role` and `content`.
@@ -71,15 +64,21 @@ class TextCodec:
         """
         template = self.tokenizer.chat_template
         if isinstance(prompt, str) and not (use_chat_template and template):
-            ids = self.tokenizer(prompt)["input_ids"]
+            try:
+                ids = self.tokenizer(prompt)["input_ids"]
+            except Exception as error:
+                raise PromptError(f"the tokenizer of this model does not take the prompt: {told(error)}") from error
         elif not template:
             raise PromptError("this model has no chat template: give the prompt as one string")
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
             try:
                 ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-            except (TemplateError, KeyError, TypeError, ValueError) as error:
-                raise PromptError(f"the chat template of this model does not take these messages: {error}") from None
+            except Exception as error:  # a template is a program of others, and may raise anything
+                raise PromptError(
+                    f"the chat template of this model does not take these messages: {told(error)}. Use another prompt, "
+                    "or none: use_chat_template false"
+                ) from error
             ids = ids["input_ids"]
         if not ids:
             raise PromptError(f"the prompt {prompt!r} has no tokens; give it some text")
@@ -88,6 +87,12 @@ class TextCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _why(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, which is not run here; choose a model with a tokenizer.json"
+    return told(error)
 
 
 class TextStream:

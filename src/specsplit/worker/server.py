@@ -26,7 +26,7 @@ from specsplit.models.sources import model_folder, resolve_model
 from specsplit.models.tokenizer import pack_tokenizer
 from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
-from specsplit.rpc.credentials import ServerAccess
+from specsplit.rpc.credentials import ServerAccess, join_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
@@ -105,7 +105,7 @@ class WorkerServer:
 
     def start(self) -> None:
         """Listen and report NOT_SERVING. Raises UserError when the address is in use or not local."""
-        address = f"{self.config.host}:{self.config.port}"
+        address = join_address(self.config.host, self.config.port)
         self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             if self._access.credentials is None:
@@ -195,7 +195,7 @@ def serve(
         return
     server.open(servicer)
     description = servicer.Describe(pb.DescribeRequest(), None)
-    log.info("serving %s on %s:%d", describe_identity(description), config.host, server.port)
+    log.info("serving %s on %s", describe_identity(description), join_address(config.host, server.port))
     if endpoint_file is not None:
         tls = config.tls_cert is not None
         Endpoint.local(config.host, server.port, description, lease.holder, tls=tls).write(endpoint_file)
