@@ -65,8 +65,8 @@ rule summary:
         ),
         sealed=lambda wildcards: result_files(),
         code=code_of("analyze", "provenance seal"),
-    shell:
-        "specsplit analyze --no-figures --results-dir results {params.settings} > {log} 2>&1"
+    shell:  # exit status 1: texts differ, which the tables say and keep
+        "specsplit analyze --no-figures --results-dir results {params.settings} > {log} 2>&1 || test $? -eq 1"
         " && specsplit provenance seal --output {output.seal} {params.sealed} >> {log} 2>&1"
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.errors import RunError
 from specsplit.settings.measure import IntervalSettings
 
 
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     print()
     for finding in find_best(requests, rounds, summary, **settings):
         print(f"{finding.where or 'Best'}:", *finding.sentences())
-    print("Lossless:", lossless_sentence(summary))
+    print("Lossless:", lossless := lossless_sentence(summary))
     if faults := faults_sentence(summary):
         print("Faults:", faults)
+    if (summary["lossless"] < 1).any():
+        raise RunError(f"texts differ. Lossless: {lossless}")

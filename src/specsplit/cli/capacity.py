@@ -9,6 +9,7 @@ from pathlib import Path
 from specsplit import tracing
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
+from specsplit.errors import RunError
 from specsplit.settings.measure import CapacitySettings
 from specsplit.settings.run import OrchestratorConfig
 
@@ -39,10 +40,14 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts, settings)
     requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=limit, raisable=raisable)
 
+    differing = 0
+
     def show(rows: list[CapacityRecord]) -> None:
+        nonlocal differing
         itls = sorted(row.itl_ms for row in rows if row.itl_ms is not None)
         median = f", median ITL {itls[len(itls) // 2]:.1f} ms" if itls else ""
         wrong = sum(row.matches_single is False for row in rows)
+        differing += wrong
         failed = sum(row.status == FAILED for row in rows)
         print(
             f"gamma {rows[0].gamma}, {Load(rows[0].arrivals, rows[0].clients, rows[0].rate)}: {len(rows)} requests"
@@ -58,3 +63,5 @@ def run(args: argparse.Namespace) -> None:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity
         for path in write_capacity(args.results_dir, settings.tpot_limit_ms, settings.ttft_limit_ms):
             print(path)
+        if differing:
+            raise RunError(f"{differing} texts differ from those of a single client")

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("no tokenizer: give --tokenizer FOLDER, or --model FOLDER to start workers as well")
     prompt = _prompt(args.prompt)
     codec = TextCodec.load(tokenizer_folder(config.tokenizer))
+    codec.encode(prompt, use_chat_template=config.use_chat_template)  # what cannot be encoded starts no worker
     models = {} if args.model is None else dict.fromkeys(("target", "draft")[: 2 if config.gamma else 1], args.model)
     with (
         workers_for(models, config) as found,

@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the encoding of a terminal lacks is written as \uXXXX
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        # Whatever PYTHONUNBUFFERED says: only what is to be seen at once is written, and may fail, before the end.
+        sys.stdout.reconfigure(write_through=False, line_buffering=False)
     args = build_parser(argv).parse_args(argv)
     if args.command != "worker":  # which looks after its lease itself
         end_with_lease()

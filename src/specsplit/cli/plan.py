@@ -36,6 +36,8 @@ class Plan:
 
 def plan_bench(args: argparse.Namespace) -> Plan:
     """The points, settings and prompts that the flags of `bench` ask for. Raises UserError."""
+    from specsplit.experiment.runner import encode_prompts
+
     sweep, bench = load_settings(SweepSettings, args), load_settings(BenchSettings, args)
     axes = {axis: values[0] for axis, values in sweep.model_dump(exclude_none=True).items()}
     config = load_settings(OrchestratorConfig, args, **axes)
@@ -53,6 +55,7 @@ def plan_bench(args: argparse.Namespace) -> Plan:
     # Every point is checked before the first one is run.
     configs = {point: load_settings(OrchestratorConfig, args, **point.settings(shared)) for point in points}
     prompts = read_prompts(args.prompts, bench)
+    encode_prompts(prompts, codec, chat=config.use_chat_template, limit=sys.maxsize)
     inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
     return Plan(config, bench, points, configs, prompts, codec, inputs)
 

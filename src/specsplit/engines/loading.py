@@ -18,14 +18,15 @@ from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
 from specsplit.errors import UserError
-from specsplit.models.fingerprint import fingerprint_model, gguf_weights
+from specsplit.models.fingerprint import fingerprint_model, gguf_weights, read_config
+from specsplit.models.generation_settings import check_eos, refuse_model_settings
 from specsplit.models.gguf_file import GGUF_FILE, read_gguf
-from specsplit.models.sources import manifest_file, tokenizer_folder
+from specsplit.models.sources import manifest_file, model_folder, tokenizer_folder
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import read_reduced_map
 from specsplit.models.weightless import is_weightless, parameters_sha256, parse_parameters
 from specsplit.settings.models import SyntheticParameters
-from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)
 COMPILED_S = 3.0  # a first pass that took longer compiled
@@ -52,6 +53,25 @@ class LanguageModel(Protocol):
         self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
     ) -> torch.Tensor: ...
     def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]: ...
+
+
+def check_model(config: WorkerSettings) -> None:
+    """Refuse what can be told of the worker's model before anything is loaded, started or hashed. Raises UserError.
+
+    Of a prepared model the configuration was read when it was prepared.
+    """
+    if config.model is None:
+        raise UserError(f"no model: give --model FOLDER or set {config.prefix}MODEL")
+    folder = model_folder(config.model)
+    if not manifest_file(config.model).is_file():
+        check_eos(folder)
+        read_config(folder)
+    if isinstance(config, TargetWorkerConfig) and not config.ignore_model_settings:
+        refuse_model_settings(
+            folder,
+            "set generation.ignore_model_settings, give the target worker --ignore-model-settings "
+            f"({config.prefix}IGNORE_MODEL_SETTINGS=true), or in Python Model(..., ignore_model_settings=True)",
+        )
 
 
 def load_model(

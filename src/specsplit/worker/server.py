@@ -16,20 +16,19 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from specsplit import tracing
-from specsplit.engines.loading import load_model, target_tokenizer
+from specsplit.engines.loading import check_model, load_model, target_tokenizer
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint, describe_identity
 from specsplit.launch.environment import usable_cores
 from specsplit.launch.lease import Lease, lease_holder
-from specsplit.models.generation_settings import refuse_model_settings
-from specsplit.models.sources import model_folder, resolve_model
+from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import pack_tokenizer
 from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import ServerAccess, join_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.interceptor import AuthInterceptor
@@ -54,14 +53,8 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
 
     Raises UserError when the model is missing or cannot be loaded.
     """
-    if config.model is None:
-        raise UserError(f"no model: give --model FOLDER or set {config.prefix}MODEL")
-    if isinstance(config, TargetWorkerConfig) and not config.ignore_model_settings:
-        how = (
-            "set generation.ignore_model_settings, give the target worker --ignore-model-settings "
-            f"({config.prefix}IGNORE_MODEL_SETTINGS=true), or in Python Model(..., ignore_model_settings=True)"
-        )
-        refuse_model_settings(model_folder(config.model), how)
+    check_model(config)
+    assert config.model is not None
     folder, manifest = resolve_model(config.model)
     threads = config.threads or usable_cores()
     model, identity = load_model(folder, manifest, config, threads)
