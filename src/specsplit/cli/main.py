@@ -67,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         # Whatever PYTHONUNBUFFERED says: only what is to be seen at once is written, and may fail, before the end.
         sys.stdout.reconfigure(write_through=False, line_buffering=False)
+    try:
+        _run(argv)
+    finally:
+        _flush()
+
+
+def _run(argv: Sequence[str]) -> None:
     args = build_parser(argv).parse_args(argv)
     if args.command != "worker":  # which looks after its lease itself
         end_with_lease()
@@ -77,7 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if any(name.startswith("SPECSPLIT_") for name in os.environ):
             import_module("specsplit.settings.environment").check_environment()
         args.run(args)
-        _flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
