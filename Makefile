@@ -1,6 +1,7 @@
 # make results   install into .venv and run the main job on the embedded default model
 # make test      install into .venv with the development tools and pass the tests
 # make soak      break things for an hour and count what came of it
+# make campaign  an hour of workers under pressure: low limits, up to 64 clients, kills, faults, silent and greedy streams
 # make lint      style, types, layers, workflow lint, generated files, documentation
 # make settings  what is made from the settings: schema, config/config.yaml, the table of its keys
 # make docs      the documentation as a site, build/docs
@@ -18,7 +19,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --constraint envs/constra
 # Rules call `specsplit`: the environment must be on the path.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: results test test-all test-slurm soak lint docs proto rulegraph clean
+.PHONY: results test test-all test-slurm soak campaign lint docs proto rulegraph clean
 
 results: .venv/installed
 	$(RUN) snakemake --cores $(CORES) results/summary.csv results/report.html
@@ -38,6 +39,9 @@ soak: .venv/installed-dev
 	$(RUN) python tests/soak.py own --kills 10 --seed 6
 	$(RUN) python tests/soak.py workflow --kills 10 --seed 7
 	$(RUN) python tests/soak.py load --minutes 30 --clients 8 --curve soak-memory.csv
+
+campaign: .venv/installed-dev
+	for seed in 1 2 3 4; do $(RUN) python tests/soak.py pressure --minutes 15 --seed $$seed || exit 1; done
 
 # A sweep on a SLURM cluster of one node: needs root and Debian, and is skipped elsewhere.
 test-slurm: .venv/installed-dev

@@ -5,7 +5,7 @@
 # leaves the tables, the figures and the provenance record under results/.
 from snakemake.utils import min_version
 
-min_version("9.11")
+min_version("9.0")
 
 
 configfile: "config/config.yaml"
@@ -30,29 +30,36 @@ include: "workflow/rules/profile.smk"
 include: "workflow/rules/distill.smk"
 
 
-# Light work, or work that needs the internet: on a cluster it is done where snakemake runs, the rest in jobs.
-localrules:
-    all,
-    settings,
-    operation,
-    prepare_model,
-    prepare_dataset,
-    calibration_prompts,
-    merge,
-    figures,
-    summary,
-    report,
-    resolved_config,
-    provenance,
-    archive,
-    peers,
-    capacity,
-    profile,
-    distill_card,
+THIS_RUN = runs.Run()
+
+
+onstart:
+    told(
+        THIS_RUN.begin,
+        given_cores(),
+        [os.path.relpath(file) for file in workflow.configfiles],
+        deployed=bool(workflow.deployment_settings.deployment_method),
+    )
+
+
+# Jobs that came after the summary left tables and logs of their own beside it: those are sealed too.
+SEAL = shlex.quote(f"{ROOT}results/provenance/SHA256SUMS")
+SEAL_AGAIN = f"! test -f {SEAL} || specsplit provenance seal --add --output {SEAL} > /dev/null"
+
+
+onsuccess:
+    shell(SEAL_AGAIN)
+
+
+onerror:
+    print(THIS_RUN.last_words(), file=sys.stderr)
+    shell(SEAL_AGAIN)
 
 
 rule all:
+    """The main job: the summary, and all of it on one page."""
     default_target: True
     input:
         "results/summary.csv",
         "results/report.html",
+    localrule: True

@@ -4,6 +4,8 @@
 src/specsplit/settings/config_schema.json   the JSON Schema that the configuration is checked with
 config/README.md                            the table of every key, between its markers
 config/config.yaml                          every key with its default and its comment
+workflow/schemas/config.schema.yaml         the same schema, where the Snakemake workflow catalog looks for it
+src/specsplit/settings/facts.json           facts about the settings, which Snakemake reads without pydantic
 """
 
 import argparse
@@ -14,18 +16,44 @@ import textwrap
 from pathlib import Path
 
 from pydantic.json_schema import GenerateJsonSchema
+from yaml import safe_dump
 
 from specsplit.settings.base import extra_of
+from specsplit.settings.distill import TrainingSettings, WritingSettings
+from specsplit.settings.measure import BenchSettings
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.serve import ServeSettings
+from specsplit.settings.worker import DraftWorkerConfig, LaunchSettings, TargetWorkerConfig
 from specsplit.settings.workflow import Workflow
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT / "src/specsplit/settings/config_schema.json"
+CATALOG_SCHEMA = ROOT / "workflow/schemas/config.schema.yaml"
+FACTS = ROOT / "src/specsplit/settings/facts.json"
 README = ROOT / "config/README.md"
 CONFIG = ROOT / "config/config.yaml"
 BEGIN, END = "<!-- made by scripts/settings.py: begin -->", "<!-- made by scripts/settings.py: end -->"
 OURS = ("note", "heading", "operates", "verbatim")  # of `setting`, and of no use to who reads the schema
 ORDER = ("$schema", "title", "description", "plural", "type", "additionalProperties", "required")
 WIDTH = 120
+
+
+def facts():
+    """Which settings only operate a job, which a step of the distillation takes, and which variables set what."""
+    workers = (DraftWorkerConfig, TargetWorkerConfig)
+    with_variables = (OrchestratorConfig, *workers, ServeSettings, WritingSettings, TrainingSettings)
+    operates = (cls.operating() for cls in (*with_variables, BenchSettings, LaunchSettings))
+    operating, deciding = set(), set()
+    for cls in with_variables:
+        for field in cls.model_fields:
+            (operating if field in cls.operating() else deciding).update(cls.variables(field))
+    return {
+        "operating": sorted(set().union(*operates)),
+        "write_data": list(WritingSettings.model_fields),
+        "train": list(TrainingSettings.model_fields),
+        "variables": sorted(operating),
+        "deciding_variables": sorted(deciding),
+    }
 
 
 class Untitled(GenerateJsonSchema):
@@ -168,10 +196,16 @@ def main():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(str(path.relative_to(ROOT)))
             if not check:
+                path.parent.mkdir(exist_ok=True)
                 path.write_text(text, encoding="utf-8")
 
     flat = schema()
     put(SCHEMA, json.dumps(flat, indent=2, ensure_ascii=False) + "\n")
+    put(
+        CATALOG_SCHEMA,
+        "# Made by scripts/settings.py.\n" + safe_dump(flat, sort_keys=False, width=WIDTH, allow_unicode=True),
+    )
+    put(FACTS, json.dumps(facts(), indent=2) + "\n")
     if check and stale:
         sys.exit(f"not what the settings say: {', '.join(stale)}; run scripts/settings.py and commit it")
     from specsplit.settings.configuration import schema_keys, wanted  # which read the schema

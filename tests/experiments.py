@@ -96,7 +96,8 @@ def make_run(gamma: int = 2, **changes: Any) -> dict[str, Any]:
         "threads": 2,
         "pid": 17,
         "environment": environment,
-        "runtime": {"host": "vm", "torch": "2", "seed": "7"},
+        "runtime": {"host": "vm", "cpu": "a CPU", "driver": "None", "torch": "2", "seed": "7"},
+        "packages": {"torch": "2"},
     }
     run = {
         "command": f"specsplit bench --gamma {gamma}",
@@ -120,6 +121,7 @@ def make_run(gamma: int = 2, **changes: Any) -> dict[str, Any]:
         "inputs": {},
         "tokenizer_sha256": "b" * 64,
         "environment": environment,
+        "software": {"packages": {"torch": "2"}},
         "software_sha256": "c" * 64,
         "git": {**NO_GIT, "reason": "git: command not found"},
         "gpu": {

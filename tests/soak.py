@@ -5,6 +5,7 @@
     python tests/soak.py own --kills 5             the same while it starts and uses workers of its own
     python tests/soak.py workflow --kills 10       `snakemake` killed at random moments and started again
     python tests/soak.py load --minutes 30         8 clients through a network with faults, memory of the workers
+    python tests/soak.py pressure --minutes 15     1 to 64 clients, low limits, kills, faults, silent and greedy streams
 
 Each prints one JSON object and ends with status 1 when something is wrong: a text that is neither right nor named as
 failed, a row that is lost or doubled, a process left after 5 s. tests/integration/test_faults.py has short ones.
@@ -42,6 +43,7 @@ from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.codec import CHANNEL_OPTIONS
+from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.run import OrchestratorConfig
 
@@ -300,6 +302,9 @@ def kill_workflow(kills: int, seed: int, *, prompts: int = 8) -> dict[str, Any]:
     return figures
 
 
+# A peer that went silent is noticed in a second instead of 15.
+_PINGS = {"grpc.keepalive_time_ms": 700, "grpc.http2.ping_timeout_ms": 500, "grpc.use_local_subchannel_pool": 1}
+QUICK = list({**dict(CHANNEL_OPTIONS), **_PINGS}.items())
 FAULTS = ("cut", "silent", "stall", "slow", "twice")
 
 
@@ -329,9 +334,6 @@ async def _disturb(
 def load(minutes: float, clients: int, seed: int, *, curve: Path | None = None, every_s: float = 2.0) -> dict[str, Any]:
     """Many clients through a network with faults; how many texts were right, and the memory of the workers."""
     chance = random.Random(seed)
-    # A peer that went silent is noticed in a second instead of 15.
-    quick = {"grpc.keepalive_time_ms": 700, "grpc.http2.ping_timeout_ms": 500, "grpc.use_local_subchannel_pool": 1}
-    options = list({**dict(CHANNEL_OPTIONS), **quick}.items())
     verdicts: Counter[str] = Counter()
     codes: Counter[str] = Counter()
     done: Counter[str] = Counter()
@@ -349,8 +351,8 @@ def load(minutes: float, clients: int, seed: int, *, curve: Path | None = None, 
         async def client(number: int) -> None:
             own = random.Random(seed + number)
             async with (
-                grpc.aio.insecure_channel(networks[0].address, options=options) as draft,
-                grpc.aio.insecure_channel(networks[1].address, options=options) as target,
+                grpc.aio.insecure_channel(networks[0].address, options=QUICK) as draft,
+                grpc.aio.insecure_channel(networks[1].address, options=QUICK) as target,
             ):
                 stubs = pb_grpc.DraftServiceStub(draft), pb_grpc.TargetServiceStub(target)
                 while time.monotonic() - began < minutes * 60:
@@ -402,9 +404,133 @@ def load(minutes: float, clients: int, seed: int, *, curve: Path | None = None, 
     return figures
 
 
+def low_limits(chance: random.Random) -> dict[str, Any]:
+    """Settings of a worker that has little of something."""
+    return {
+        "max_sessions": chance.choice([1, 2, 4, 8]),
+        "max_calls": chance.choice([1, 4, None]),
+        "max_tree_nodes": chance.choice([3, 16, 256]),
+        "max_context": chance.choice([96, 256]),
+        "max_message_mb": chance.choice([1, 16]),
+        "session_slice_s": chance.choice([0.3, 2.0]),
+        "stream_idle_s": chance.choice([1.0, 60.0]),
+    }
+
+
+@contextmanager
+def nuisances(address: str, chance: random.Random) -> Iterator[None]:
+    """Streams beside the clients': silent ones, and some that hold a session and say nothing more."""
+    over = threading.Event()
+
+    def messages(number: int) -> Iterator[Any]:
+        if chance.random() < 0.5:
+            context = pb.Context(session_id=f"nuisance-{number}", round=1, new_tokens=PROMPTS[0])
+            yield pb.StreamVerifyRequest(verify=pb.VerifyDraftsRequest(context=context))
+        over.wait(600)
+
+    with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        stub = pb_grpc.TargetServiceStub(channel)
+        streams = [stub.StreamVerify(messages(number)) for number in range(chance.choice([0, 4, 40]))]
+        try:
+            yield
+        finally:
+            over.set()
+            for stream in streams:
+                stream.cancel()
+
+
+def pressure(minutes: float, seed: int) -> dict[str, Any]:
+    """Episodes: workers with low limits drawn, 1 to 64 clients that come at once, and what disturbs them.
+
+    Each text must be right, or end with a named error; afterwards the worker serves the next one. Texts whose settings
+    say so give up early; `patient` are the failures of the others, with what they say.
+    """
+    chance = random.Random(seed)
+    verdicts: Counter[str] = Counter()
+    codes: Counter[str] = Counter()
+    patient: Counter[str] = Counter()
+    done: Counter[str] = Counter()
+    slowest_s, episodes, unserved = 0.0, 0, 0
+    with campaign() as (folder, figures):
+        models = simulated(folder, step_ms=2.0)
+        began = time.monotonic()
+        while time.monotonic() - began < minutes * 60:
+            episodes += 1
+            found, served = _episode(folder / str(episodes), models, chance, done)
+            unserved += not served
+            for verdict, error, seconds, is_patient in found:
+                verdicts[verdict] += 1
+                slowest_s = max(slowest_s, seconds)
+                if error is not None:
+                    codes[error.code] += 1
+                    patient[str(error)] += is_patient
+        figures |= {"episodes": episodes, "texts": dict(verdicts), "failed_with": dict(codes), "faults": dict(done)}
+        figures |= {"patient": dict(+patient)}
+        figures |= {"slowest_text_s": round(slowest_s, 1), "not_served_afterwards": unserved}
+    figures["ok"] = not (verdicts["wrong"] or unserved or figures["orphans"])
+    return figures
+
+
+def _episode(
+    home: Path, models: dict[str, Path], chance: random.Random, done: Counter[str]
+) -> tuple[list[tuple[str, WorkerError | None, float, bool]], bool]:
+    """(verdict, error, seconds, whether it was to wait long) of each text, and whether the workers serve afterwards."""
+    home.mkdir()
+    with ExitStack() as stack:
+        workers = {role: WorkerProcess(role, models[role], home, **low_limits(chance)) for role in models}
+        for worker in workers.values():
+            stack.callback(worker.close)
+        addresses = [worker.address for worker in workers.values()]
+        networks = [stack.enter_context(faulty_network(address)) for address in addresses]
+        expected = right_texts(*addresses)
+        stack.enter_context(nuisances(workers["target"].address, chance))
+        seeds = [random.Random(chance.random()) for _ in range(chance.choice([1, 2, 4, 8, 16, 32, 64]))]
+        kills, faults = chance.choice([0, 0, 1, 2]), chance.random() < 0.5
+
+        async def client(own: random.Random) -> tuple[str, WorkerError | None, float, bool]:
+            prompt = own.randrange(len(PROMPTS))
+            tree, gamma = own.choice(["chain", "2x2", "4x4x2", "dynamic-64x8"]), own.choice([0, 3, 16, "auto"])
+            config = any_settings(own, tree=tree, gamma=gamma)
+            error, tokens, started = None, [], time.monotonic()
+            async with (
+                grpc.aio.insecure_channel(networks[0].address, options=QUICK) as draft,
+                grpc.aio.insecure_channel(networks[1].address, options=QUICK) as target,
+            ):
+                stubs = pb_grpc.DraftServiceStub(draft), pb_grpc.TargetServiceStub(target)
+                try:
+                    tokens = (await run_speculative_loop_async(*stubs, PROMPTS[prompt], config)).output_tokens
+                except WorkerError as failure:
+                    error, tokens = failure, failure.result.output_tokens if failure.result else []
+            is_patient = config.recovery_timeout_s > 1 and config.on_draft_failure != "fail"
+            verdict = judge(tokens, expected[prompt, config.temperature], error)
+            return verdict, error, time.monotonic() - started, is_patient
+
+        async def kill_some() -> None:
+            for _ in range(kills):
+                await asyncio.sleep(chance.uniform(0.1, 1.0))
+                worker = workers[chance.choice(list(workers))]
+                done["kill"] += 1
+                await asyncio.to_thread(worker.restart)
+
+        async def everything() -> list[tuple[str, WorkerError | None, float, bool]]:
+            side = [asyncio.create_task(kill_some())]
+            if faults:
+                side.append(asyncio.create_task(_disturb(networks, chance, done, 1.0)))
+            found = await asyncio.gather(*(client(own) for own in seeds))
+            await side[0]
+            for task in side:
+                task.cancel()
+            return found
+
+        found = event_loop().run(everything())
+        with TextWriter(*addresses) as writer:
+            last = writer.write(PROMPTS[0], OrchestratorConfig(max_output_tokens=8, recovery_timeout_s=10.0))
+        return found, last.output_tokens == expected[0, 0.0][:8]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaign", choices=("workers", "bench", "own", "workflow", "load"))
+    parser.add_argument("campaign", choices=("workers", "bench", "own", "workflow", "load", "pressure"))
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=8)
@@ -416,6 +542,8 @@ def main() -> None:
         figures = kill_workers(args.kills, args.seed)
     elif args.campaign == "load":
         figures = load(args.minutes, args.clients, args.seed, curve=args.curve)
+    elif args.campaign == "pressure":
+        figures = pressure(args.minutes, args.seed)
     elif args.campaign == "workflow":
         figures = kill_workflow(args.kills, args.seed)
     else:

@@ -90,6 +90,11 @@ class WorkerProcess:
         self._process.join(20)
         assert not self._process.is_alive()
 
+    def restart(self) -> None:
+        """Kill it and start it again at its address."""
+        self.kill()
+        self.start()
+
     def close(self) -> None:
         if self._process is not None and self._process.is_alive():
             os.kill(self.pid, signal.SIGCONT)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import secrets
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import gettempdir
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from specsplit.errors import UserError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -30,6 +38,36 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A new folder whose name begins with `prefix`, deleted at the end of the block. parent: default the system's.
+
+    What a killed process left there under this prefix is deleted first: a folder that nobody holds the lock of.
+    """
+    import fcntl  # not on Windows, where the launcher does not run either
+
+    parent = Path(gettempdir()) if parent is None else parent
+    for lock in parent.glob(f"{prefix}*{_LOCK}"):
+        with suppress(OSError), lock.open("rb") as file:  # another user's, in use, or gone by now
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_name(lock.name.removesuffix(_LOCK)), ignore_errors=True)
+            lock.unlink()
+    while True:
+        folder = parent / f"{prefix}{secrets.token_hex(6)}"
+        lock = folder.with_name(folder.name + _LOCK)
+        with lock.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not lock.exists():  # taken for a left one before it was locked
+                continue
+            folder.mkdir(0o700)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+            return
 
 
 def replace_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
@@ -80,14 +118,56 @@ def write_json(path: Path, obj: Any) -> None:
     replace_file(path, text)
 
 
+class RowEnds:
+    """A text file for csv.writer: it ends rows with a line feed, and puts cells with a carriage return in quotes.
+
+    Python quotes the characters of the line terminator alone, and its reader takes every carriage return for an end of
+    row. So the writer (with CSV_ROW_END) is told CR LF, and the CR is left out here.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, row: str) -> int:
+        return self._file.write(row.removesuffix(CSV_ROW_END) + "\n")
+
+
+CSV_ROW_END = "\r\n"
+
+
+def csv_reader(file: Iterable[str]) -> Any:
+    """A strict csv.reader without a limit on the length of a cell, for files opened with newline=""."""
+    csv.field_size_limit(sys.maxsize)
+    return csv.reader(file, strict=True)
+
+
+def refuse_overwriting(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:
+    """Raise UserError when a file that is to be written is one that is read, or another that is written.
+
+    outputs, inputs: by the flag that names them.
+    """
+    seen = dict(inputs)
+    for name, path in outputs.items():
+        for other, taken in seen.items():
+            same = path.resolve() == taken.resolve()
+            if not same and path.exists() and taken.exists():
+                same = path.samefile(taken)  # a hard link
+            if same and other in inputs:
+                raise UserError(f"{name} {path} is the source itself ({other} {taken}): write to another file")
+            if same:
+                raise UserError(f"{name} and {other} are one file, {path}: write to two files")
+        seen[name] = path
+
+
 def write_csv(frame: DataFrame, path: Path) -> None:
     """Write a table; a reader sees the old file or the new one. Makes the folder when it is missing.
 
     Floats have 10 significant digits: finer than any clock here, coarser than the last bits of a sum, which
     differ between machines. Missing values are empty cells.
     """
-    text = frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
-    replace_file(path, text)
+    text = StringIO()
+    frame.to_csv(cast(Any, RowEnds(text)), index=False, float_format="%.10g", lineterminator=CSV_ROW_END)
+    replace_file(path, text.getvalue())
 
 
 def json_sha256(obj: Any) -> str:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -399,6 +400,7 @@ def test_a_benchmark_from_the_prompts_to_the_summary(
             "per_round.csv",
             "outputs.jsonl",
             "run.json",
+            "reference.csv",
         }
         run = json.loads((folder / "run.json").read_text())
         assert (run["exit_code"], run["gamma"], run["error"]) == (0, int(name[6:]), None)
@@ -423,8 +425,39 @@ def test_a_benchmark_from_the_prompts_to_the_summary(
     shown = specsplit("analyze", "--results-dir", results, "--bootstrap-samples", 50, "--no-figures")
     assert shown.status == 0
     summary = rows(results / "summary.csv")
+    assert {row["setup"] for row in summary} == {"workers", "target_streamed"}
+    assert "colocated is not measured: the folder of the target worker's model is not known; say --target-model" in (
+        done.stdout
+    )
+    summary = [row for row in summary if row["setup"] == "workers"]
     assert [(row["gamma"], row["requests"], row["lossless"]) for row in summary] == [(g, "3", "1") for g in "013"]
     assert "lossless" in shown.out
+
+
+def test_the_pair_in_one_process_is_that_of_the_workers(
+    specsplit: Command, bench: Sequence[object], tmp_path: Path, model: Path, workers: dict[str, Worker]
+) -> None:
+    results = tmp_path / "results"
+    flags = ["--gamma", 2, "--target-model", model, "--draft-model", workers["draft"].settings["model"]]
+    shown = specsplit(*bench, *flags, "--results-dir", results)
+    assert shown.status == 0, shown.err
+    reference = rows(results / "reference.csv")
+    counts = Counter((row["run_gamma"], row["setup"], row["gamma"]) for row in reference)
+    assert counts == {
+        **{("0", setup, "0"): 3 for setup in ("target_streamed", "colocated")},
+        **{("2", setup, "0"): 3 for setup in ("workers", "target_streamed")},
+        ("2", "colocated", "2"): 3,
+    }
+    assert {row["matches_gamma0"] for row in reference} == {"True"}
+    mine = {row["request_id"]: row["accepted_tokens"] for row in reference if row["gamma"] == "2"}
+    theirs = {row["request_id"]: row["accepted_tokens"] for row in rows(results / "runs/gamma_2/requests.csv")}
+    assert mine == theirs  # it drafts as the workers do
+    other = specsplit(*bench, *flags, "--draft-model", tmp_path / "none", "--results-dir", tmp_path / "other")
+    assert other.status == 0
+    assert "colocated is not measured: the models cannot be loaded once more: draft: " in other.out
+    assert {row["setup"] for row in rows(tmp_path / "other/reference.csv")} == {"workers", "target_streamed"}
+    run = json.loads((tmp_path / "other/runs/gamma_2/run.json").read_text())
+    assert list(run["beside"]["left_out"]) == ["colocated"]
 
 
 def test_only_the_gammas_named(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:
@@ -444,9 +477,9 @@ def test_a_benchmark_whose_requests_fail_half_way_and_is_run_again(
     specsplit: Command, bench: Sequence[object], tmp_path: Path, workers: dict[str, Worker]
 ) -> None:
     target, results = workers["target"], tmp_path / "results"
-    command = [*bench, "--gamma", 1, "--warmup", 0, "--results-dir", results]
-    # The target alone needs 3 * 8 passes; the second prompt of gamma 1 starts at most 8 later.
-    last = target.passes + 3 * 8 + 9
+    command = [*bench, "--gamma", 1, "--warmup", 0, "--setups", "--results-dir", results]
+    # The target alone needs 3 * 8 passes; the second prompt of gamma 1 starts at most 8 and 8 of its gamma 0 later.
+    last = target.passes + 3 * 8 + 17
 
     def fail() -> None:
         if target.passes > last:

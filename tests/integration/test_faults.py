@@ -164,7 +164,7 @@ def test_a_worker_whose_sessions_are_all_busy_is_waited_for(models: dict[str, Pa
         threading.Timer(0.3, gate.open).start()
         result = write(None, target, gamma=0)
         assert (result.output_tokens, call.result().round) == (expected, 1)
-        assert [f.code for f in result.failures] == ["RESOURCE_EXHAUSTED"]
+        assert result.failures == []  # it waited in line
 
 
 # ---- the network in between

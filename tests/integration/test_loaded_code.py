@@ -142,7 +142,7 @@ def test_what_runs_and_their_analysis_load(shop: Shop, models: tuple[Path, Path]
     clients = ("--prompts", prompts, "--tokenizer", models[0], *addresses)
     short = ("--results-dir", results, "--max-output-tokens", 8, "--ignore-eos", "--only", "--gamma")
     shop.run("bench", *clients, *short, 0, 2, "--mode", "sync", "lookahead")
-    shop.run("capacity", *clients, *short, 2, "--clients", 1, "--requests", 1)
+    shop.run("capacity", *clients, *short, 2, "--clients", 1, "--requests", 4)
     shop.run(
         "context-curve",
         *clients,

@@ -92,8 +92,8 @@ def test_a_race_from_the_command_line(folders: tuple[Path, Path], clients: list[
     assert (rows["generated_tokens"] == 8).all()
     summary = pd.read_csv(tmp_path / "peers.csv").set_index("contender")
     assert list(summary.index) == ["gamma_0", "gamma_3", "overlap_gamma_3", "hf_assisted_3", "hf_generate"]
-    assert summary.loc["hf_generate", "tpot_vs_hf_generate"] == 1
-    assert (summary["tpot_vs_hf_assisted_3"] > 0).all()
+    assert summary.loc["hf_generate", "itl_vs_hf_generate"] == 1
+    assert (summary["itl_vs_hf_assisted_3"] > 0).all()
     run = json.loads((tmp_path / "peers_run.json").read_text())
     assert run["hugging_face"]["threads"] == run["ours"]["gamma_0"]["workers"]["target"]["threads"]
     assert (tmp_path / "figures" / "peers.png").stat().st_size

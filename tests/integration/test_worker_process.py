@@ -282,6 +282,63 @@ def test_sigterm_to_start_worker_while_the_worker_loads_leaves_nothing(model: Pa
         process.wait()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_model_loads_ends_the_process_at_once(folder: Path, number: signal.Signals) -> None:
+    # One uninterrupted call, as of a library that reads weights; a handler in Python would wait for its end.
+    code = (
+        "import sys, ctypes; from pathlib import Path; from specsplit.worker import server\n"
+        "from specsplit.settings.worker import TargetWorkerConfig\n"
+        "def load(config):\n"
+        "    print('loading', flush=True)\n"
+        "    while True:\n"
+        "        ctypes.CDLL(None).sleep(60)\n"
+        "server.load_servicer = load\n"
+        "server.serve(TargetWorkerConfig(port=0), endpoint_file=Path(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", code, str(folder / "target.json")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loading\n"
+        process.send_signal(number)
+        assert process.wait(10) == -number
+        assert list(folder.iterdir()) == []
+    finally:
+        process.kill()
+        process.communicate()
+
+
+STEPS: dict[str, Callable[[Path], bool]] = {
+    "before there is a worker": lambda folder: len(users_of(folder)) >= 1,
+    "once there is a worker": lambda folder: len(users_of(folder)) >= 2,
+    "while it loads": lambda folder: any(process.num_threads() > 2 for process in users_of(folder)),
+    "once it serves": lambda folder: (folder / "target.json").exists(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_start_worker_killed_at_any_step_leaves_nothing_beyond_the_next_start(
+    step: str, model: Path, folder: Path
+) -> None:
+    flags = ["--endpoint-file", str(folder / "target.json"), "--worker-log", str(folder / "target.log")]
+    process = subprocess.Popen([*SPECSPLIT, "start-worker", "target", "--model", str(model), *TINY, *flags])
+    try:
+        assert wait_until(lambda: STEPS[step](folder), 60)
+        process.kill()
+        process.wait()
+        served = (folder / "target.json").exists()  # then it is in use, and ends with this file
+        assert served or wait_until(lambda: users_of(folder) == [] or (folder / "target.json").exists(), 30)
+        endpoint = start(folder, model)
+        assert wait_until(lambda: [p.pid for p in users_of(folder)] == [endpoint.pid], 30)
+        stop_worker(folder / "target.json")
+        assert users_of(folder) == []
+        assert [path.name for path in folder.iterdir()] == ["target.log"]
+    finally:
+        process.kill()
+        process.wait()
+
+
 # ---- workers that are shared
 
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pandas as pd
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pandas import DataFrame
@@ -14,14 +15,17 @@ from pandas import DataFrame
 from specsplit.analysis.findings import (
     Finding,
     compared_sentence,
+    drift_sentence,
     faults_sentence,
     find_best,
     lossless_sentence,
+    round_trip_sentences,
     summary_table,
 )
+from specsplit.analysis.references import with_references
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import summarize
-from specsplit.experiment.columns import FAILED, OK, ROUND_COLUMNS, RequestRecord
+from specsplit.experiment.columns import COLOCATED, FAILED, OK, ROUND_COLUMNS, STREAMED, WORKERS, RequestRecord
 from specsplit.settings.axes import CONFIGURATION
 
 SETTINGS: dict[str, Any] = {"confidence": 0.95, "bootstrap_samples": 50, "seed": 0}
@@ -223,4 +227,126 @@ def test_every_sentence_is_what_the_table_says(table: DataFrame) -> None:
     every = table["request_id"].nunique()
     counts = set(summary["compared"])
     assert all(str(number) in compared_sentence(summary, every) for number in (min(counts), max(counts)))
+    assert "nan" not in str(summary_table(summary))
+
+
+@st.composite
+def references(draw: st.DrawFn) -> tuple[DataFrame, DataFrame]:
+    """A table of requests, and what was measured beside them: at other paces, here and there failed or another text."""
+    requests = draw(experiments())
+    paces = {setup: draw(st.sampled_from([0.5, 0.9, 1.0, 1.1, 2.0])) for setup in (WORKERS, STREAMED, COLOCATED)}
+    rows = []
+    for _, own in requests.groupby(["gamma", "draft", "rtt_ms"], sort=False):
+        drift = draw(st.sampled_from([1.0, 1.0, 1.05, 1.5]))
+        for setup, pace in paces.items():
+            if setup == WORKERS and own["gamma"].iloc[0] == 0:
+                continue
+            alone = {} if setup == COLOCATED else {"gamma": 0, "draft": "draft"}
+            some = own.assign(**alone, setup=setup, run_gamma=own["gamma"], run_draft=own["draft"])
+            some = some.assign(run_mode="sync", run_tree="chain", status=OK, matches_gamma0=True)
+            some["total_latency_ms"] = pace * drift * some["total_latency_ms"]
+            if draw(st.integers(0, 3)) == 0:
+                some.loc[some.index[draw(st.integers(0, len(some) - 1)) :][:1], "status"] = FAILED
+            if draw(st.integers(0, 3)) == 0:
+                some.loc[some.index[:1], "matches_gamma0"] = False
+            if (some["status"] == FAILED).all():  # a run that is refused
+                some["status"] = OK
+            rows.append(some)
+    reference = pd.concat(rows, ignore_index=True)
+    known = (reference["status"] == OK).to_numpy()
+    matches = [value if ok else None for value, ok in zip(reference["matches_gamma0"], known, strict=True)]
+    return requests, reference.assign(matches_gamma0=pd.array(matches, dtype="boolean"))
+
+
+def paired(requests: DataFrame, reference: DataFrame, rtt: float) -> DataFrame:
+    """One row a run, setup beside it (and its own) and prompt of a network: medians of milliseconds and tokens over the
+    repeats in which nothing of any run failed."""
+    turn = ["request_id", "repeat"]
+    own, beside = requests[requests["rtt_ms"] == rtt], reference[reference["rtt_ms"] == rtt]
+    lost = {
+        key
+        for table in (own, beside)
+        for key in table.loc[table["status"] == FAILED, turn].itertuples(index=False, name=None)
+    }
+    parts = [own.assign(run_gamma=own["gamma"], run_draft=own["draft"], setup="own"), beside]
+    table = pd.concat(parts)
+    table = table[[key not in lost for key in table[turn].itertuples(index=False, name=None)]]
+    keys = ["run_gamma", "run_draft", "setup", "request_id"]
+    return table.groupby(keys, sort=False)[["total_latency_ms", "generated_tokens"]].median().reset_index()
+
+
+def gain(own: DataFrame, setup: str) -> float:
+    """How many times as fast as `setup` the configuration of one run is; NaN where neither wrote a token."""
+    sums = own.groupby("setup")[["total_latency_ms", "generated_tokens"]].sum()
+    if setup not in sums.index or not sums["generated_tokens"].all():
+        return math.nan
+    pace = sums["total_latency_ms"] / sums["generated_tokens"]
+    return float(pace[setup] / pace["own"])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(references())
+def test_every_sentence_about_baselines_is_what_the_tables_say(tables: tuple[DataFrame, DataFrame]) -> None:
+    requests, reference = tables
+    table = with_references(requests, reference)
+    summary = summarize(table, no_rounds(), **SETTINGS)
+    ours = summary[summary["setup"] == WORKERS]
+    for _, row in ours.iterrows():
+        own = paired(requests, reference, row["rtt_ms"])
+        assert row["compared"] == own["request_id"].nunique()
+        own = own[(own["run_gamma"] == row["gamma"]) & (own["run_draft"] == row["draft"])]
+        for name, setup in {"speedup_over_streamed": STREAMED, "speedup_over_colocated": COLOCATED}.items():
+            assert row[name] == pytest.approx(gain(own, setup), nan_ok=True)
+        if row["gamma"] != 0:
+            assert row["speedup"] == pytest.approx(gain(own, WORKERS), nan_ok=True)
+    for finding in find_best(table, no_rounds(), summary, **SETTINGS):
+        if finding.drafting is None or finding.base != "streamed":
+            continue
+        rows = ours[(ours["rtt_ms"] == finding.best["rtt_ms"]) & (ours["gamma"] != 0)]
+        gains = rows["speedup_over_streamed"].dropna()
+        first, text = finding.sentences()[0], " ".join(finding.sentences())
+        every, prompts = requests["request_id"].nunique(), int(rows["compared"].iloc[0])
+        counted = re.match(r"Compared on the (\d+)(?: of (\d+))? prompts? that every configuration finished, ", first)
+        assert counted
+        assert (int(counted[1]), int(counted[2] or counted[1])) == (prompts, every)
+        assert "(target_streamed)" in first
+        assert f"{gains.max():.2f}" in first
+        low, high = (
+            finding.drafting["speedup_over_streamed_joint_low"],
+            finding.drafting["speedup_over_streamed_joint_high"],
+        )
+        assert ("is fastest" in first) == (gains.max() > 1 and low > 1)
+        assert ("no draft was faster" in first) == (gains.max() <= 1)
+        assert ("(95 % interval" in first) == (not math.isnan(low))
+        assert ("includes 1" in text) == (low <= 1 <= high)
+        for column, words in {
+            "speedup": "gamma 0 through the same loop",
+            "speedup_over_colocated": "(colocated)",
+        }.items():
+            value = finding.drafting[column]
+            said = re.search(rf"Over [^.]*{re.escape(words)} its speedup is (\d+\.\d\d)", text)
+            assert (said is None) == math.isnan(value)
+            assert said is None or said[1] == f"{value:.2f}"
+    for sentence in round_trip_sentences(summary, 0.95):
+        assert "target_streamed" in sentence or "colocated" in sentence
+        for place in re.findall(r"(\d+) ms: ([a-z ]+), \d", sentence):
+            name = f"speedup_over_{'streamed' if 'target_streamed' in sentence else 'colocated'}_joint"
+            rows = ours[(ours["rtt_ms"] == float(place[0])) & (ours["gamma"] != 0)]
+            best = rows.loc[rows["speedup_over_streamed"].idxmax()]
+            verdict = "faster" if best[f"{name}_low"] > 1 else "slower" if best[f"{name}_high"] < 1 else "not distin"
+            assert place[1].startswith("too few" if math.isnan(best[f"{name}_low"]) else verdict)
+    said = drift_sentence(summary)
+    apart = [
+        own["reference_ms_per_token"].max() / own["reference_ms_per_token"].min() - 1
+        for _, own in ours[ours["reference_ms_per_token"].notna()].groupby("rtt_ms")
+        if len(own) > 1
+    ]
+    assert said.startswith("Warning") == any(value > 0.1 for value in apart)
+    assert not apart or f"{100 * max(apart):.1f} % apart" in said
+    known = reference["matches_gamma0"].dropna()
+    if len(known):
+        differing = int((~known.astype(bool)).sum())
+        assert f"{differing or 'None'} of the {len(known)} texts of baselines" in lossless_sentence(summary)
+    failed = int((reference["status"] == FAILED).sum())
+    assert (f"{failed} text" in faults_sentence(summary)) == (failed > 0)
     assert "nan" not in str(summary_table(summary))

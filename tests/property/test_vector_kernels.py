@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import binding, ir
 
-from specsplit.engines.vector_kernels import ARGUMENTS, TILE, _write_strip, activation, packing, product
+from specsplit.engines.vector_kernels import (
+    ARGUMENTS,
+    QUERIES,
+    TILE,
+    _write_strip,
+    _write_sums,
+    accumulation,
+    activation,
+    packing,
+    product,
+)
 from specsplit.engines.vectors import POINTER, call_own
 from specsplit.engines.weight_forms import BLOCK_FORMS, FORMS, NUMBERS
 
@@ -133,6 +143,39 @@ def test_block_values_are_exact() -> None:
             assert (multiply(form, unit, weight, (0, 9)) == floats[:, start : start + 64].T).all(), form
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    queries=st.integers(1, QUERIES),
+    vectors=st.integers(0, 11),
+    count=st.integers(0, 40),
+    split=st.integers(0, 40),
+    seed=st.integers(0, 1 << 30),
+)
+def test_sums_of_attention_are_taken_in_order_whatever_the_tile(queries, vectors, count, split, seed) -> None:
+    random, run = np.random.default_rng(seed), compiled(accumulation, 10)
+    values = random.standard_normal((count, vectors, 8)).astype(np.float32)
+    scalars = random.standard_normal((queries, 48)).astype(np.float32)
+    before = random.standard_normal((queries, vectors, 8)).astype(np.float32)
+    together, apart = before.copy(), before.copy()
+
+    def add(out: np.ndarray, number: int, query: int, vector: int, width: int, start: int, stop: int) -> None:
+        run(
+            number, width, stop - start, values.ctypes.data + 32 * (start * vectors + vector), 32 * vectors, 32,
+            scalars.ctypes.data + 4 * (48 * query + start), 4 * 48,
+            out.ctypes.data + 32 * (query * vectors + vector), 32 * vectors,
+        )  # fmt: skip
+
+    add(together, queries, 0, 0, vectors, 0, count)
+    middle = min(split, count)  # a part of the slots after the other, as when only some are seen by all queries
+    for query in range(queries):
+        for vector in range(vectors):
+            add(apart, 1, query, vector, 1, 0, middle)
+            add(apart, 1, query, vector, 1, middle, count)
+    assert together.tobytes() == apart.tobytes()
+    expected = before + np.einsum("qk,kvi->qvi", scalars[:, :count].astype(float), values.astype(float))
+    np.testing.assert_allclose(together, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_activation() -> None:
     random = np.random.default_rng(2)
     gate, up = (random.standard_normal(64).astype(np.float32) * 8 for _ in range(2))
@@ -162,6 +205,9 @@ def test_it_compiles_for_other_processors(form: str, triple: str) -> None:
     for rows, tokens in ((1, 12), (2, 6), (4, 1)):
         write = partial(_write_strip, FORMS[NUMBERS[form]], rows, tokens)
         call_own(builder, f"strip_{rows}x{tokens}", kinds, write)
+    for queries in (1, 6):
+        kinds = [pointer if i in (2, 5, 7) else number for i in range(9)]
+        call_own(builder, f"sums_{queries}", kinds, partial(_write_sums, queries))
     builder.ret_void()
     machine = binding.Target.from_triple(triple).create_target_machine(opt=2)
     assembly = machine.emit_assembly(binding.parse_assembly(str(module)))

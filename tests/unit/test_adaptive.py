@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
+from collections import defaultdict
+from functools import cache
+from itertools import count, takewhile
 
 import pytest
 
 from specsplit.decoding.adaptive import GammaController
-from specsplit.decoding.theory import best_gamma, mode_hit_probability, round_ms, tpot_ms
+from specsplit.decoding.growth import CANDIDATES, grow
+from specsplit.decoding.sampling import Candidates
+from specsplit.decoding.theory import (
+    best_gamma,
+    expected_tokens,
+    hit_probability,
+    mode_hit_probability,
+    round_ms,
+    tpot_ms,
+)
+from specsplit.decoding.tree import ROOT, TokenTree, TreeShape
+from specsplit.decoding.tree_plan import plans, ranks
 
 
 def drive(
@@ -97,3 +113,150 @@ def test_rounds_without_times_teach_acceptance_alone():
         controller.observe(gamma=4, drafted=4, accepted=4, verified_tokens=5)
     assert controller.alpha > before
     assert controller.choose(8) == 4  # nothing is known of the times yet
+
+
+# ---- trees, against a simulated pair of models: a pass takes so many ms and so many more for each token
+
+
+PAIRS = [  # alpha; ms of a draft pass, of a token in it, of a verification, of a token in it, of the way
+    (0.8, (3, 0, 30, 0, 0)),
+    (0.6, (2, 0, 30, 0, 14)),
+    (0.95, (5, 0, 30, 0, 50)),
+    (0.8, (1, 0.1, 20, 1, 0)),
+    (0.5, (0.5, 0.05, 8, 0.5, 0)),
+    (0.7, (1, 0.3, 22, 2, 0)),
+    (0.3, (10, 1, 30, 1, 0)),
+    (0.9, (0.8, 0.02, 22, 2.5, 5)),
+    (0.4, (2, 0.2, 10, 2, 0)),
+    (0.85, (0.2, 0.2, 5, 0.2, 1)),
+]
+SHAPES = ("chain", "2x2x2x2", "3x2", "4x4x2", "1x4", "dynamic-8x4", "dynamic-16x4", "dynamic-64x8")
+LIMIT = 16
+
+
+@cache
+def grown(shape: TreeShape, gamma: int, alpha: float) -> tuple[TokenTree, list[int]]:
+    """A draft of this shape by the model of `theory`, and the tokens of each pass that made it."""
+    logs = [math.log(alpha) + rank * math.log(1 - alpha) for rank in range(CANDIDATES)]
+    known = defaultdict(lambda: Candidates(list(range(CANDIDATES)), logs))
+    growth, fed, nodes = grow(shape, gamma, ROOT, known, ()), [1], count()
+    try:
+        wanted = next(growth)
+        while True:
+            fed.append(len(wanted))
+            wanted = growth.send([next(nodes) for _ in wanted])
+    except StopIteration as end:
+        return end.value, fed
+
+
+def accepted_path(tree: TokenTree, alpha: float, chance: random.Random) -> list[int]:
+    path: list[int] = []
+    while True:
+        below = [i for i, parent in enumerate(tree.parents) if parent == (path[-1] if path else ROOT)]
+        rank = 0
+        while chance.random() >= alpha and rank < len(below):
+            rank += 1
+        if rank >= len(below):
+            return path
+        path.append(below[rank])
+
+
+def average_cost(shape: TreeShape, alpha: float, costs: tuple[float, ...], seed: int) -> float:
+    """ms a token with the controller, against the best fixed gamma; after 100 rounds of finding out."""
+    draft_pass, draft_token, verify_pass, verify_token, rtt = costs
+    limit = max(gamma for gamma in range(LIMIT + 1) if gamma == 0 or shape.size(gamma) <= 256)
+    expected, tokens = [], []
+    for gamma, plan in enumerate(plans(shape, alpha, LIMIT, 8)[: limit + 1]):
+        tree, fed = grown(shape, gamma, alpha) if gamma else (TokenTree(), [])
+        draft_ms = sum(draft_pass + draft_token * each for each in fed)
+        expected.append(draft_ms + verify_pass + verify_token * (len(tree) + 1) + rtt)
+        tokens.append(plan.tokens)
+    controller, chance, chosen, undrafted = GammaController("sync", LIMIT, shape=shape), random.Random(seed), [], 0
+    for number in range(600):
+        gamma = controller.choose(limit)
+        tree, fed = grown(shape, gamma, alpha) if gamma else (TokenTree(), [])
+        path = accepted_path(tree, alpha, chance)
+        waited = 1500.0 if number in (0, 150) else 0.0  # a prompt; another's prompt
+        controller.observe(
+            gamma=gamma,
+            drafted=tree.depth(),
+            accepted=len(path),
+            verified_tokens=len(tree) + 1,
+            draft_ms=chance.gauss(1, 0.05) * (sum(draft_pass + draft_token * n for n in fed) + undrafted * draft_token)
+            if gamma
+            else 0.0,
+            verify_ms=chance.gauss(1, 0.05) * (verify_pass + verify_token * (len(tree) + 1)) + waited,
+            network_ms=rtt,
+            first=number == 0,
+            ranks=ranks(tree.parents, path),
+        )
+        undrafted = 0 if gamma else undrafted + 1
+        chosen.append(gamma)
+    best = min(ms / each for ms, each in zip(expected, tokens, strict=True))
+    return sum(expected[g] for g in chosen[100:]) / sum(tokens[g] for g in chosen[100:]) / best
+
+
+@pytest.mark.parametrize(("alpha", "costs"), PAIRS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_within_three_percent_of_the_best_fixed_gamma(shape, alpha, costs):
+    found = [average_cost(TreeShape.parse(shape), alpha, costs, seed) for seed in range(2)]
+    assert sum(found) / len(found) < 1.03, found
+
+
+def test_a_plan_is_what_growing_makes():
+    for text in SHAPES:
+        shape = TreeShape.parse(text)
+        for gamma, plan in list(enumerate(plans(shape, 0.6, 6, 8)))[1:]:
+            tree, fed = grown(shape, gamma, 0.6)
+            assert (plan.passes, plan.fed, plan.verified) == (len(fed), sum(fed), len(tree) + 1), (text, gamma)
+            assert plan.tokens == pytest.approx(1 + sum(math.exp(_log(tree, node)) for node in range(len(tree))))
+
+
+def _log(tree: TokenTree, node: int) -> float:
+    return 0.0 if node == ROOT else tree.log_probs[node] + _log(tree, tree.parents[node])
+
+
+def test_a_chain_has_the_plan_of_the_theory():
+    for gamma, plan in enumerate(plans(TreeShape(), 0.7, 8, 6)):
+        assert plan.tokens == pytest.approx(expected_tokens(0.7, gamma))
+        assert gamma == 0 or plan.hit == pytest.approx(hit_probability(0.7, gamma, 6))
+
+
+def test_ranks_tell_which_child_was_the_targets():
+    parents = [ROOT, ROOT, 0, 0, 1]
+    assert ranks(parents, []) == [(2, 2)]
+    assert ranks(parents, [1]) == [(1, 2), (1, 1)]
+    assert ranks(parents, [0, 3]) == [(0, 2), (1, 2)]
+    assert ranks([], []) == []
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.8])
+def test_one_slow_round_changes_nothing(alpha):
+    def chosen(slow_ms: float) -> list[int]:
+        controller, gammas = GammaController("sync", 16), []
+        chance = random.Random(0)
+        for number in range(300):
+            gamma = controller.choose(64)
+            accepted = sum(1 for _ in takewhile(lambda _: chance.random() < alpha, range(gamma)))
+            late = slow_ms if number == 100 else 0.0
+            controller.observe(
+                gamma=gamma, drafted=gamma, accepted=accepted, verified_tokens=gamma + 1,
+                draft_ms=3.0 * gamma + late * bool(gamma), verify_ms=30.0 + late, network_ms=1.0 + late,
+            )  # fmt: skip
+            gammas.append(gamma)
+        return gammas
+
+    assert chosen(1500.0) == chosen(0.0)
+
+
+@pytest.mark.parametrize("mode", ["sync", "overlap", "lookahead"])
+@pytest.mark.parametrize("shape", ["chain", "2x2", "dynamic-16x4"])
+def test_it_goes_on_from_a_state_as_if_nothing_had_happened(mode, shape):
+    controller = GammaController(mode, 8, shape=TreeShape.parse(shape))
+    drive(controller, mode, 0.4, 9.0, 30.0, 5.0, 70)
+    later = GammaController(mode, 8, shape=TreeShape.parse(shape))
+    later.restore(json.loads(json.dumps(controller.state())))
+    assert later.state() == controller.state()
+    assert drive(later, mode, 0.7, 3.0, 30.0, 5.0, 70, seed=5) == drive(
+        controller, mode, 0.7, 3.0, 30.0, 5.0, 70, seed=5
+    )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from specsplit.decoding.tree import TokenTree
+from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.passes import Pass
 from specsplit.engines.synthetic import SyntheticLM
@@ -140,6 +141,71 @@ def test_a_long_prompt_takes_turns_with_others_and_is_undone_when_it_fails() -> 
     with pytest.raises(ZeroDivisionError):
         shared.step(cache, [41, 42, 43, 44, 90])
     assert cache.length == 12
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@pytest.mark.parametrize("batch_tokens", [0, 4])
+def test_between_two_tokens_of_a_text_there_is_one_part_of_a_prompt(batch_tokens: int, prompts: int) -> None:
+    class Slow(SyntheticLM):
+        """Notes whose passes were run; sessions are told apart by their first token."""
+
+        prefill_tokens = 4
+
+        def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
+            ran.append([p.tokens[0] for p in passes])
+            return super().step_many(passes)
+
+    ran: list[list[int]] = []
+    model = Slow(step_ms=5)
+    model.batch_tokens = batch_tokens
+    shared = SharedModel(model, 1, seed=0)
+    texts, over = [100, 101], threading.Event()
+
+    def write(token: int) -> None:
+        cache = shared.new_cache(4096)
+        while not over.is_set():
+            shared.step(cache, [token])
+
+    with ThreadPoolExecutor(8) as callers:
+        for token in texts:
+            callers.submit(write, token)
+        time.sleep(0.05)
+        long = [callers.submit(shared.step, shared.new_cache(256), [50 + i] * 120) for i in range(prompts)]
+        for future in long:
+            future.result(60)
+        over.set()
+    began = next(i for i, each in enumerate(ran) if min(each) < 100)
+    ended = max(i for i, each in enumerate(ran) if min(each) < 100)
+    for token in texts:
+        parts = 0
+        for each in ran[began:ended]:
+            parts = 0 if token in each else parts + (min(each) < 100)
+            assert parts <= 2
+    assert sum(min(each) < 100 for each in ran) >= prompts * 30
+
+
+@pytest.mark.parametrize("engine", ["transformers", "graphs", "fused"])
+def test_a_prompt_is_abandoned_between_its_parts_and_its_parts_do_not_depend_on_load(engine: str) -> None:
+    causal = CausalLM(make_tiny_model("llama"))
+    model = {
+        "transformers": lambda: causal,
+        "graphs": lambda: GraphLM(causal.model),
+        "fused": lambda: FusedLM(causal, 1),
+    }
+    lm = model[engine]()
+    prompt = [5 + i % 90 for i in range(2 * lm.prefill_tokens + 9)]
+    expected = lm.step(lm.new_cache(512), prompt)
+    passes: list[int] = []
+    step_many = lm.step_many
+    lm.step_many = lambda work: (passes.extend(p.size for p in work), step_many(work))[1]
+    shared = SharedModel(lm, 1, seed=0)
+    assert torch.equal(shared.step(shared.new_cache(512), prompt), expected)
+    assert passes == [lm.prefill_tokens, lm.prefill_tokens, 9]
+    cache = shared.new_cache(512)
+    with shared.timed(lambda: len(passes) > 3), pytest.raises(Abandoned):
+        shared.step(cache, prompt)
+    assert len(passes) == 4  # one part, and then nobody waits for it
+    assert cache.length == 0
 
 
 def test_requests_are_served_in_the_order_of_arrival() -> None:

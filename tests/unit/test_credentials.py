@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,50 @@ def test_another_address_needs_tls_or_a_word(
     for host in ("0.0.0.0", "[::]", "gpu-1"):
         with pytest.raises(UserError, match=r"nothing is encrypted.*--tls-cert.*--insecure"):
             ServerAccess.load(settings.load({"host": host}))
-    ServerAccess.load(settings.load({"host": "0.0.0.0", "tls_cert": pem["cert"], "tls_key": pem["key"]}))
+    tls = {"host": "0.0.0.0", "tls_cert": pem["cert"], "tls_key": pem["key"]}
+    ServerAccess.load(settings.load({**tls, "tls_ca": pem["ca"]}))
     assert not caplog.records
     ServerAccess.load(settings.load({"host": "0.0.0.0", "insecure": True}))
     assert "INSECURE: 0.0.0.0 is open to other machines without TLS or a token" in caplog.text
+
+
+# What is open to everyone, whatever it is, needs a word. The next door is one line.
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({"host": "0.0.0.0"}, "nothing is encrypted. Give --tls-cert and --tls-key,"),
+        ({"host": "0.0.0.0", "token": "x"}, "nothing is encrypted. Give --tls-cert and --tls-key,"),
+        ({"host": "0.0.0.0", "tls": "x"}, "asks nobody who they are. Give --token-file or --tls-ca,"),
+        ({"host": "[::]", "tls": "x"}, "asks nobody who they are"),
+        ({"host": "gpu-1", "tls": "x"}, "asks nobody who they are"),
+        ({"host": "0.0.0.0", "tls": "x", "token": "x"}, None),
+        ({"host": "0.0.0.0", "tls": "x", "tls_ca": "x"}, None),
+        ({"tls": "x"}, None),
+        ({"metrics_port": 0, "metrics_host": "0.0.0.0"}, "--metrics-host 0.0.0.0: other machines could read"),
+        ({"metrics_port": 0, "metrics_host": "0.0.0.0", "tls": "x", "token": "x"}, "--metrics-host 0.0.0.0"),
+        ({"metrics_port": 0}, None),
+        ({"metrics_host": "0.0.0.0"}, None),  # there are none
+    ],
+)
+def test_nothing_is_open_to_everyone_without_a_word(
+    given: dict[str, Any], refused: str | None, pem: dict[str, Path], tokens: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files: dict[str, Any] = {}
+    if given.pop("tls", None):
+        files |= {"tls_cert": pem["cert"], "tls_key": pem["key"]}
+    if given.pop("tls_ca", None):
+        files["tls_ca"] = pem["ca"]
+    if given.pop("token", None):
+        files["token_file"] = tokens
+    settings = {**given, **files}
+    if refused is None:
+        ServerAccess.load(TargetWorkerConfig.load(settings))
+        assert not caplog.records
+        return
+    with pytest.raises(UserError, match=re.escape(refused)):
+        ServerAccess.load(TargetWorkerConfig.load(settings))
+    ServerAccess.load(TargetWorkerConfig.load({**settings, "insecure": True}))
+    assert "INSECURE: " in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,19 @@ def test_a_model_that_cannot_be_recorded(tiny_model_folder, monkeypatch, caplog)
     model = CausalLM(make_tiny_model("gpt2"))
     assert loading._graphs(model, folder, "auto") is model
     assert "passes of this model cannot be recorded" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3-mixed"])
+def test_a_cache_is_counted_with_the_passes_that_are_recorded_on_it(architecture):
+    model = GraphLM(make_tiny_model(architecture))
+    for capacity in (200, 700):
+        cache = model.new_cache(capacity)
+        for start in range(0, capacity - 10, model.prefill_tokens):  # parts of a prompt, and single tokens
+            held = min(start + model.prefill_tokens, capacity - 10)
+            model.step(cache, [5] * (held - start))
+            model.step(cache, [6])
+            cache.rollback(held)
+        programs = cache.buffers.programs.values()
+        passes = sum(p._host_masks.nbytes + p._mask_bits.nbytes for p in programs)
+        counted = model.cache_bytes(capacity)
+        assert cache.nbytes() + passes <= counted <= 2 * (cache.nbytes() + passes)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
 from specsplit.distill.shards import Text
-from specsplit.distill.training import Row, Trainer, collate, learning_rate, split_texts
+from specsplit.distill.training import Row, Trainer, collate, hash_recipe, learning_rate, split_texts
 from specsplit.distill.writing import Writer
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.transformers import CausalLM
@@ -246,6 +246,20 @@ def test_training_goes_on_bit_for_bit(target: Path, texts: list[Text], tmp_path:
     assert seen[0]["step"] == (resumed.resumed_at + 1 if at >= 4 else 0)
     assert saved(resumed, tokens, target, tmp_path / "resumed") == expected
     assert json.dumps(resumed.rows) == json.dumps(whole.rows)
+
+
+def test_everything_that_decides_the_weights_is_in_the_recipe() -> None:
+    told: dict[str, Any] = {
+        **{"settings": settings(), "data_sha256": "d", "target": {"weights_sha256": "w"}},
+        **{"hardware": {"name": "a GPU", "device": "cuda", "threads": 2, "torch": "2.11"}, "code": "c"},
+    }
+    others = [
+        *({"settings": settings(**change)} for change in ({"epochs": 9}, {"learning_rate": 1e-3}, {"seed": 5})),
+        *({"data_sha256": "e"}, {"target": {"weights_sha256": "v"}}, {"code": "another"}),
+        *({"hardware": {**told["hardware"], key: "another"}} for key in told["hardware"]),
+    ]
+    assert len({hash_recipe(**{**told, **other}) for other in ({}, *others)}) == 1 + len(others)
+    assert hash_recipe(**{**told, "settings": settings(checkpoint_every=1)}) == hash_recipe(**told)
 
 
 def test_a_checkpoint_of_another_recipe_is_not_taken(target: Path, texts: list[Text], tmp_path: Path) -> None:

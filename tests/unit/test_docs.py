@@ -27,6 +27,7 @@ PACKAGE = ROOT / "src" / "specsplit"
 OTHERS_FLAGS = {
     *("--cores", "--config", "--configfile", "--keep-going", "--report", "--forcerun", "--resources", "--sdm"),
     *("--workflow-profile", "--drop-metadata", "--unlock", "--exclusive", "--check", "--jobs", "--cov", "--lint"),
+    *("--dry-run", "--rulegraph", "--list-rules", "--directory"),
 }
 
 

@@ -12,12 +12,13 @@ import psutil
 import pytest
 
 from specsplit.errors import UserError
-from specsplit.launch.endpoint import Endpoint, describe_identity, description_dict, remove_stale
-from specsplit.launch.lease import ProcessIdentity
+from specsplit.launch.endpoint import Endpoint, describe_identity, description_dict
+from specsplit.launch.process import ProcessIdentity
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
 ME = ProcessIdentity(os.getpid(), psutil.Process().create_time())
 GONE = ProcessIdentity(os.getpid(), 1.0)  # our number, another start: a process that is no more
+START_OF_GONE = {"started": GONE.started, "birth": "another boot/1"}
 DESCRIPTION = pb.DescribeReply(
     role="draft",
     model="tiny",
@@ -89,7 +90,7 @@ def test_a_running_worker_is_not_stale(endpoint: Endpoint) -> None:
 
 
 def test_a_worker_whose_process_is_gone_is_stale(endpoint: Endpoint) -> None:
-    assert replace(endpoint, started=GONE.started).stale()
+    assert replace(endpoint, **START_OF_GONE).stale()
 
 
 def test_a_worker_whose_holder_is_gone_is_stale() -> None:
@@ -98,7 +99,7 @@ def test_a_worker_whose_holder_is_gone_is_stale() -> None:
 
 
 def test_nobody_can_tell_about_a_worker_on_another_host(endpoint: Endpoint) -> None:
-    elsewhere = replace(endpoint, host="elsewhere", started=GONE.started)
+    elsewhere = replace(endpoint, host="elsewhere", **START_OF_GONE)
     assert elsewhere.process() is None
     assert not elsewhere.stale()
 
@@ -108,28 +109,6 @@ def test_an_attached_worker_is_never_stale() -> None:
     assert (attached.attached, attached.host, attached.pid) == (True, "gpu", None)
     assert attached.process() is None
     assert not attached.stale()
-
-
-def test_stale_files_are_removed_and_others_stay(tmp_path: Path, endpoint: Endpoint) -> None:
-    dead = replace(endpoint, started=GONE.started)
-    files = {
-        "gamma_0/target.json": endpoint,
-        "gamma_3/draft.json": dead,
-        ".pool/draft-1.json": dead,
-        "attached.json": Endpoint.of_running("gpu:1", DESCRIPTION),
-    }
-    for name, content in files.items():
-        content.write(tmp_path / name)
-    (tmp_path / "cut-off.json").write_text('{"address": ')
-    (tmp_path / "draft-1.users").write_text("left alone")
-    removed = {str(path.relative_to(tmp_path)) for path in remove_stale(tmp_path)}
-    assert removed == {"gamma_3/draft.json", ".pool/draft-1.json", "cut-off.json"}
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"gamma_0/target.json", "attached.json", "draft-1.users"}
-
-
-def test_a_folder_that_is_not_there_has_nothing_stale(tmp_path: Path) -> None:
-    assert remove_stale(tmp_path / "none") == []
 
 
 # ---- descriptions

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 from specsplit.decoding.tree import TokenTree
-from specsplit.engines import loading
-from specsplit.engines.numba import CHUNK, FusedLM, Team, unsuitable
+from specsplit.engines import loading, numba
+from specsplit.engines.numba import CHUNK, FusedCache, FusedLM, Team, unsuitable
+from specsplit.engines.numba_kernels import _meet
 from specsplit.engines.passes import Pass
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.transformers import CausalLM
+from specsplit.engines.vector_kernels import processor_lacks
 from specsplit.errors import UserError
 from specsplit.models.sources import resolve_model
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
@@ -130,6 +134,23 @@ def test_the_same_bits_whatever_shares_the_pass(dtype: str, threads: int) -> Non
         assert all(torch.equal(a, b) for a, b in zip(rows, alone[last - len(rows) : last], strict=True))
 
 
+def test_a_processor_that_lacks_instructions_gets_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = "+sse4.2,+avx,+avx2,+fma,+f16c"
+    assert processor_lacks("x86_64", whole) is None
+    assert processor_lacks("aarch64", "+neon") is None
+    assert processor_lacks("AMD64", whole.replace(",+f16c", "")) == "this processor has no f16c"
+    assert processor_lacks("x86_64", "+sse4.2,+avx") == "this processor has no avx2 and no fma and no f16c"
+    monkeypatch.setattr(numba.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(numba, "FEATURES", "+sse4.2")
+    assert "no avx2" in str(unsuitable(wide_model()))
+
+
+def keys(cache: FusedCache) -> np.ndarray:
+    """[layers, heads, slots, head_dim]"""
+    layers, heads, _, dim, _ = cache.keys.shape
+    return cache.keys.swapaxes(3, 4).reshape(layers, heads, -1, dim)
+
+
 def test_a_kept_path_is_moved_into_place() -> None:
     ours = FusedLM(wide_model(), 1)
     cache, fresh = ours.new_cache(32), ours.new_cache(32)
@@ -138,7 +159,7 @@ def test_a_kept_path_is_moved_into_place() -> None:
     ours.step(fresh, [*PROMPT, 6, 8, 9])
     held = slice(0, len(PROMPT) + 3)
     assert cache.length == fresh.length == held.stop
-    assert (cache.keys[:, :, held] == fresh.keys[:, :, held]).all()
+    assert (keys(cache)[:, :, held] == keys(fresh)[:, :, held]).all()
     assert (cache.values[:, :, held] == fresh.values[:, :, held]).all()
     assert cache.nbytes() == 2 * 2 * 2 * 32 * 8 * 4  # keys and values, layers, heads, slots, numbers, bytes
 
@@ -161,6 +182,47 @@ def test_a_team_does_every_part_of_every_job() -> None:
     while len(seen) < 150 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert sorted(seen) == [(number, thread, 3) for number in range(50) for thread in range(3)]
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {2}, {0, 2}])
+@pytest.mark.parametrize("meetings", [0, 3])
+def test_an_error_in_one_thread_ends_the_job_in_all(failing: set[int], meetings: int) -> None:
+    team, met = Team(3), []
+
+    def job(thread: int, threads: int, sync: np.ndarray) -> None:
+        for _ in range(meetings):
+            _meet(sync, threads)
+        if thread in failing:
+            raise ZeroDivisionError(f"in thread {thread}")
+        for _ in range(50):
+            _meet(sync, threads)
+
+    def whole(thread: int, threads: int, sync: np.ndarray) -> None:
+        for _ in range(20):
+            _meet(sync, threads)
+        met.append(thread)
+        _meet(sync, threads)
+
+    for number in range(1, 4):
+        with pytest.raises(ZeroDivisionError, match="in thread"):
+            team.run(job)
+        team.run(whole)
+        assert sorted(met) == sorted([0, 1, 2] * number)
+
+
+def test_a_thread_that_comes_late_is_waited_for_asleep() -> None:
+    team, slept = Team(2), {}
+
+    def job(thread: int, threads: int, sync: np.ndarray) -> None:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        if thread == 1:
+            time.sleep(0.5)
+        _meet(sync, threads)
+        slept[thread] = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+        _meet(sync, threads)
+
+    team.run(job)
+    assert slept[0] >= 1  # it gave up its core by itself
 
 
 def no_rotary_limit() -> transformers.LlamaConfig:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from specsplit.analysis.context_figure import draw_context_curve, summarize_contexts
-from specsplit.analysis.profile import PARTS, draw_profile, profile, round_parts, summarize_overhead
+from specsplit.analysis.profile import PARTS, bar_label, draw_profile, profile, round_parts, summarize_overhead
 from specsplit.client.result import Round
 from specsplit.experiment.context_curve import ContextText
 from specsplit.settings.axes import CONFIGURATION
@@ -91,3 +91,15 @@ def test_cost_is_relative_to_the_shortest_context(tmp_path) -> None:
     assert list(table["relative_length"])[:2] == [1.0, 10.0]
     assert list(table["relative_cost"])[:2] == [1.0, 1.5]
     assert [path.suffix for path in draw_context_curve(table, tmp_path / "curve.png")] == [".png", ".svg"]
+
+
+def test_no_two_configurations_have_one_label() -> None:
+    """Every column that tells configurations apart, the draft among them, is in the label where it varies."""
+    others = {"draft": "small", "mode": "overlap", "tree": "3x2", "sampling": "rejection", "temperature": 0.7}
+    others |= {"top_k": 5, "top_p": 0.9, "rtt_ms": 14.0, "jitter_ms": 2.0, "series": 2}
+    plain = {**PLAIN, "gamma": 4, "series": 1}
+    assert set(others) == {*CONFIGURATION[1:], "series"}
+    rows = pd.DataFrame([plain, *({**plain, name: value} for name, value in others.items())])
+    varied = [name for name in (*CONFIGURATION, "series") if rows[name].nunique() > 1]
+    labels = [bar_label(row, varied) for _, row in rows.iterrows()]
+    assert len(set(labels)) == len(labels), labels

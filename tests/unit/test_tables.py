@@ -314,8 +314,9 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     summary = summarize(requests, rounds, bootstrap_samples=100)
     assert summary["gamma"].to_list() == [0, 1, 3]
     expected = ["gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"]
-    expected += ["requests", "compared", "repeats", "generated_tokens"]
-    expected += ["speedup", "speedup_ci_low", "speedup_ci_high", "speedup_joint_low", "speedup_joint_high"]
+    expected += ["setup", "requests", "compared", "repeats", "generated_tokens"]
+    for name in ("speedup", "speedup_over_streamed", "speedup_over_colocated"):
+        expected += [name, *(f"{name}_{kind}_{end}" for kind in ("ci", "joint") for end in ("low", "high"))]
     for metric in METRICS:
         expected += [f"{metric}_{part}" for part in ("mean", "ci_low", "ci_high", "median")]
         expected += [f"{metric}_{part}" for part in ("p90", "p99") if metric in TIMES]
@@ -326,7 +327,8 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     expected += [f"draft_acceptance_rate{part}" for part in ("", "_ci_low", "_ci_high")]
     expected += [f"{name}_{i}" for name in ("acceptance_at", "joint_acceptance_at") for i in (1, 2, 3)]
     expected += [f"rounds_accepting_{i}" for i in range(4)]
-    expected += ["lossless", "lossless_compared", "failed_requests", "worker_failures"]
+    expected += ["lossless", "lossless_compared", "reference_ms_per_token", "reference_drift"]
+    expected += ["baselines_lossless", "baselines_compared", "baselines_failed", "failed_requests", "worker_failures"]
     assert list(summary.columns) == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,32 @@ def test_a_map_with_a_token_twice(tmp_path):
     save_file({"d2t": torch.tensor([5, 6])}, tmp_path / "draft_to_target.safetensors")
     with pytest.raises(UserError, match="wanted a list of token ids"):
         read_reduced_map(tmp_path)
+
+
+@pytest.mark.parametrize(("target", "draft"), [(TARGET, DRAFT), (DRAFT, TARGET), (make_tokenizer(), TARGET)])
+def test_a_text_that_grows_is_encoded_as_one_that_is_new(target: Any, draft: Any) -> None:
+    chance = random.Random(0)
+    shared = SharedVocabulary(target, draft, rows_of(draft))
+    words = [*"".join(CORPUS).split(" "), "🙂🙂", "é", "\n\n", " ", "12345", "<s>"]
+    for _ in range(3):
+        tokens: list[int] = target(" ".join(chance.choices(words, k=120)))["input_ids"]
+        length = 0
+        while length < len(tokens):  # cut anywhere, inside of characters as well
+            length += chance.randint(1, 9)
+            new = SharedVocabulary(target, draft, rows_of(draft))
+            assert shared.context(tokens[:length]) == new.context(tokens[:length])
+        shared.context(tokens[: length // 2])  # back, as after a wrong draft
+        assert shared.context(tokens) == SharedVocabulary(target, draft, rows_of(draft)).context(tokens)
+
+
+def test_only_the_end_of_a_long_text_is_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SharedVocabulary(TARGET, DRAFT, rows_of(DRAFT))
+    tokens: list[int] = TARGET("".join(CORPUS) * 4)["input_ids"]
+    shared.context(tokens[:-30])
+    encoded: list[int] = []
+    encode = SharedVocabulary._encode
+    monkeypatch.setattr(SharedVocabulary, "_encode", lambda self, text: encoded.append(len(text)) or encode(self, text))
+    for length in range(len(tokens) - 29, len(tokens) + 1):
+        shared.context(tokens[:length])
+    assert len(tokens) > 1000
+    assert max(encoded) < 1000

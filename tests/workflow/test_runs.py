@@ -134,6 +134,7 @@ def test_runs_that_own_their_workers(workspace):
     assert not workspace.processes()
     assert not (results / "logs" / "start_worker").exists()
     summary = pd.read_csv(results / "summary.csv")
+    summary = summary[summary["setup"] == "workers"]
     assert list(zip(summary["draft"], summary["gamma"], strict=True)) == [("draft", 0), ("less", 1)]
     assert (summary["lossless"] == 1).all()
     run = json.loads((results / "runs" / "draft-less_gamma_1" / "run.json").read_text())
@@ -167,7 +168,7 @@ def test_settings_are_data_and_no_code(workspace):
 def test_one_failed_gamma_keeps_the_others(workspace):
     """With --keep-going a run that fails loses nothing of the runs that worked, and the next call makes it."""
     marker = workspace.folder / "fail"
-    runner = workspace.folder / "src" / "specsplit" / "bench" / "runner.py"
+    runner = workspace.folder / "src" / "specsplit" / "experiment" / "runner.py"
     code = runner.read_text()
     condition = f"config.gamma == 3 and Path({str(marker)!r}).exists()"
     guard = f"    if {condition}:\n        raise UserError('on purpose')\n"
@@ -199,6 +200,7 @@ def test_a_sweep_of_other_axes_with_layers_that_are_looked_for(workspace):
     points = {"t1_gamma_0", *(f"{m}_2x2_t1_gamma_{g}" for m in ("overlap", "lookahead") for g in (2, "auto"))}
     assert {folder.name for folder in (results / "runs").iterdir()} == points
     summary = pd.read_csv(results / "summary.csv", dtype={"gamma": str})
+    summary = summary[summary["setup"] == "workers"]
     assert list(zip(summary["mode"], summary["gamma"], strict=True)) == [
         ("sync", "0"),
         ("overlap", "2"),

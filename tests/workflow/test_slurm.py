@@ -106,6 +106,7 @@ def test_a_sweep_whose_jobs_own_their_workers(cluster: None, workspace) -> None:
     assert done.stderr.count("has been submitted with SLURM jobid") == 5  # gamma 0 and four points; the rest is local
     results = workspace.folder / "results"
     summary = pd.read_csv(results / "summary.csv")
+    summary = summary[summary["setup"] == "workers"]
     assert list(zip(summary["mode"], summary["gamma"], strict=True)) == [
         *(("sync", 0), ("sync", 1), ("sync", 2)),
         *(("overlap", 1), ("overlap", 2)),

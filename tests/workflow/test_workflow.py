@@ -25,7 +25,15 @@ def test_tables_figures_and_record(finished):
     assert tuple(requests.columns[:10]) == REQUEST_COLUMNS[:10]
     assert sorted(requests.groupby("gamma").size().items()) == [(0, 3), (1, 3), (3, 3)]
     assert requests["matches_gamma0"].all()
-    summary = pd.read_csv(results / "summary.csv")
+    every = pd.read_csv(results / "summary.csv")
+    assert (every["lossless"] == 1).all()
+    summary = every[every["setup"] == "workers"]
+    assert list(every.loc[every["setup"] == "target_streamed", "gamma"]) == [0]
+    assert list(every.loc[every["setup"] == "colocated", "gamma"]) == [0, 1, 3]
+    assert every[["speedup_over_streamed", "speedup"]].notna().all(axis=None)
+    reference = pd.read_csv(results / "reference.csv")
+    assert reference["matches_gamma0"].all()
+    assert reference.groupby(["run_gamma", "setup"]).size().to_list() == [3] * 8
     assert list(summary["gamma"]) == [0, 1, 3]
     assert summary["speedup"].iloc[0] == 1
     assert (summary["lossless"] == 1).all()
@@ -97,6 +105,7 @@ def also(*row):
         ),
         ({"lookahead": {"fan_out": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
         also({"sampling": {"top_k": 5}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
+        also({"keep_apart": True}, {"resolved_config": 1, **ANALYSIS}),
         ({"statistics": {"confidence": 0.9}}, {"resolved_config": 1, **ANALYSIS} | {"merge": 0}),
         (
             {"draft": {"skip_layers": [0]}},
@@ -121,7 +130,10 @@ def also(*row):
         ),
         (
             {"models": {"tiny": {"source": "huggingface", "repo": "a/b", "revision": "c"}}},
-            {"prepare_model": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
+            {
+                **{"prepare_model": 1, "prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1},
+                **ANALYSIS,
+            },
         ),
         (
             {"dataset": {"limit": 2}},

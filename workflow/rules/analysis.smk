@@ -2,91 +2,97 @@
 
 
 rule merge:
+    """The rows of all runs in two tables."""
     input:
-        requests=expand("results/runs/{point}/requests.csv", point=POINTS),
-        rounds=expand("results/runs/{point}/per_round.csv", point=POINTS),
+        requests=PLAN.run_files("requests.csv"),
+        rounds=PLAN.run_files("per_round.csv"),
+        references=PLAN.run_files("reference.csv"),
     output:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
+        reference="results/reference.csv",
     log:
         "results/logs/merge.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        runs=expand("results/runs/{point}", point=POINTS),
+        folder=lambda wildcards, output: os.path.dirname(output.requests),
+        runs=lambda wildcards, input: [os.path.dirname(path) for path in input.requests],
+        settings=flags(keep_apart=config["keep_apart"]),
         code=code_of("merge"),
     shell:
-        "specsplit merge --results-dir results {params.runs} > {log} 2>&1"
+        "specsplit merge --results-dir {params.folder:q} {params.runs:q} {params.settings} > {log:q} 2>&1"
 
 
 rule figures:
+    """The figures of the sweep."""
     input:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
+        reference="results/reference.csv",
     output:
-        expand("results/figures/{name}.png", name=FIGURES),
-        [figure_output(name, "Figures") for name in FIGURES],
+        expand("results/figures/{name}.png", name=[*captions.FIGURES, "summary_by_category"]),
+        [figure_output(name) for name in [*captions.FIGURES, "summary_by_category"]],
     log:
         "results/logs/figures.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        settings=dict(
-            confidence=config["statistics"]["confidence"],
-            bootstrap_samples=config["statistics"]["bootstrap_samples"],
-            seed=config["seed"],
-        ),
-        code=code_of(script="figures.py"),
-    script:
-        "../scripts/figures.py"
+        folder=lambda wildcards, input: os.path.dirname(input.requests),
+        settings=INTERVALS,
+        code=code_of("figures"),
+    shell:
+        "specsplit figures --results-dir {params.folder:q} {params.settings} > {log:q} 2>&1"
 
 
-# The summary is made last: where it is, the figures and the record of how it came about are there as well.
 rule summary:
+    """A row for each configuration. Made last: where it is, figures and record are there as well, and sealed."""
     input:
-        requests="results/requests.csv",
-        rounds="results/per_round.csv",
-        figures=rules.figures.output,
-        provenance="results/provenance/provenance.json",
+        PLAN.result_files(),
     output:
-        summary=report(
-            "results/summary.csv", caption="../report/summary.rst", category="Tables", labels={"what": "summary"}
-        ),
+        summary=table_output("summary"),
+        by_category=table_output("summary_by_category"),
         seal="results/provenance/SHA256SUMS",
+        manifest="results/provenance/manifest.json",
     log:
         "results/logs/summary.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        settings=flags(
-            confidence=config["statistics"]["confidence"],
-            bootstrap_samples=config["statistics"]["bootstrap_samples"],
-            seed=config["seed"],
-        ),
-        sealed=lambda wildcards: result_files(),
+        folder=lambda wildcards, output: os.path.dirname(output.summary),
+        settings=INTERVALS,
         code=code_of("analyze", "provenance seal"),
-    shell:  # exit status 1: texts differ, which the tables say and keep
-        "specsplit analyze --no-figures --results-dir results {params.settings} > {log} 2>&1 || test $? -eq 1"
-        " && specsplit provenance seal --output {output.seal} {params.sealed} >> {log} 2>&1"
+    shell:
+        # Exit status 1: texts differ, which the tables say. The log is sealed as well, so nothing is written to it any more.
+        "{{ specsplit analyze --no-figures --results-dir {params.folder:q} {params.settings}"
+        " > {log:q} 2>&1 || test $? -eq 1; }} && specsplit provenance seal --output {output.seal:q}"
+        " {output.summary:q} {input:q} 2>> {log:q} > /dev/null"
 
 
-# Everything on one page that needs no other file.
 rule report:
+    """Everything on one page that needs no other file."""
     input:
-        "results/requests.csv",
-        "results/per_round.csv",
-        "results/summary.csv",
-        "results/provenance/provenance.json",
-        [path for path in rules.figures.output if path.endswith(".svg")],
-        measured_beside_the_sweep(),
+        summary="results/summary.csv",
+        tables=expand("results/{name}.csv", name=["requests", "per_round", "reference"]),
+        record="results/provenance/provenance.json",
+        by_category="results/summary_by_category.csv",
+        figures=[f"results/figures/{name}.svg" for name in [*captions.FIGURES, "summary_by_category"]],
+        beside=beside_the_sweep,
     output:
         report("results/report.html", caption="../report/report.rst", category="Report", labels={"what": "one page"}),
     log:
         "results/logs/report.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        settings=rules.summary.params.settings,
-        code=code_of("report"),
+        folder=lambda wildcards, input: os.path.dirname(input.summary),
+        seal=lambda wildcards, input: f"{os.path.dirname(input.summary)}/provenance/SHA256SUMS",
+        settings=INTERVALS,
+        code=code_of("report", "provenance seal"),
     shell:
-        "specsplit report --results-dir results --output {output} {params.settings} > {log} 2>&1"
+        "specsplit report --results-dir {params.folder:q} --output {output:q} {params.settings} > {log:q} 2>&1"
+        " && specsplit provenance seal --add --output {params.seal:q} 2>> {log:q} > /dev/null"

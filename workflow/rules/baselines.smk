@@ -1,16 +1,17 @@
 # Ours, Hugging Face's and llama.cpp's decoding on the same prompts, request by request in turn: results/peers.csv.
 
 
-# Every core, as a run. All workers and the processes of the peers are loaded, and one of them computes.
 rule race_peers:
+    """The rows of the race. All workers and the processes of the peers are loaded, and one of them computes."""
     input:
         settings=settings_files("race"),
         operation=operation_file("race"),
-        workers=settings_files(*RACED),
-        endpoints=lambda wildcards: endpoints_of(RACED),
+        workers=settings_files(*PLAN.raced),
+        endpoints=lambda wildcards: told(PLAN.endpoints_of, PLAN.raced, workflow.non_local_exec),
         prompts="results/dataset/prompts.jsonl",
-        models=models_of(RACED)[0],
-        layers=models_of(RACED)[1],
+        target=PLAN.target,
+        draft=f"resources/models/{PLAN.drafts[PLAN.first_draft]['model']}/model.json",
+        layers=PLAN.layers_of(PLAN.raced),
     output:
         requests="results/peers_requests.csv",
         run="results/peers_run.json",
@@ -19,35 +20,34 @@ rule race_peers:
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
+    resources:
+        gpu=PLAN.own_gpu,
     params:
-        models=flags(
-            target_model=TARGET_FOLDER,
-            draft_model=f"resources/models/{DRAFTS[FIRST_DRAFT]['model']}",
-        ),
+        folder=lambda wildcards, output: os.path.dirname(output.requests),
         code=code_of("bench", "race"),
     shell:
-        "specsplit bench --only --settings {input.settings} {input.operation} --prompts {input.prompts} --results-dir results"
-        " --workers-dir results/workers/race {params.models} > {log} 2>&1"
+        "specsplit bench --only --settings {input.settings:q} {input.operation:q}"
+        " --prompts {input.prompts:q} --results-dir {params.folder:q} --workers-dir {params.folder:q}/workers/race"
+        " --target-model {input.target:q} --draft-model {input.draft:q} > {log:q} 2>&1"
 
 
 rule peers:
+    """The table and the figure of the race."""
     input:
         requests="results/peers_requests.csv",
         run="results/peers_run.json",
     output:
-        more_table("peers"),
+        table_output("peers"),
         "results/figures/peers.png",
-        figure_output("peers", "Figures"),
+        figure_output("peers"),
     log:
         "results/logs/peers.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        settings=dict(
-            confidence=config["statistics"]["confidence"],
-            bootstrap_samples=config["statistics"]["bootstrap_samples"],
-            seed=config["seed"],
-        ),
-        code=code_of(script="peers.py"),
-    script:
-        "../scripts/peers.py"
+        folder=lambda wildcards, input: os.path.dirname(input.requests),
+        settings=INTERVALS,
+        code=code_of("peers-table"),
+    shell:
+        "specsplit peers-table --results-dir {params.folder:q} {params.settings} > {log:q} 2>&1"

@@ -1,19 +1,22 @@
-# One run per point of the sweep. A run takes every core, so that timing runs never overlap, whatever --cores says.
+# The runs of the sweep, one a point.
 
 
 rule benchmark:
+    """A run of the sweep. It takes every core, so that timing runs never overlap, whatever --cores says."""
     input:
         settings=settings_files("{point}"),
         operation=operation_file("{point}"),
-        endpoints=lambda wildcards: run_endpoints(wildcards.point),
+        endpoints=lambda wildcards: told(PLAN.run_endpoints, wildcards.point, workflow.non_local_exec),
         prompts="results/dataset/prompts.jsonl",
-        models=lambda wildcards: models_of([wildcards.point])[0],
-        layers=lambda wildcards: models_of([wildcards.point])[1],
+        models=lambda wildcards: PLAN.models_of([wildcards.point]),
+        layers=lambda wildcards: PLAN.layers_of([wildcards.point]),
     output:
         requests="results/runs/{point}/requests.csv",
         rounds="results/runs/{point}/per_round.csv",
         texts="results/runs/{point}/outputs.jsonl",
         run="results/runs/{point}/run.json",
+        # Gamma 0 and the baselines, measured in turn with the requests of this run.
+        reference="results/runs/{point}/reference.csv",
     log:
         "results/logs/benchmark/{point}.log",
     conda:
@@ -22,9 +25,9 @@ rule benchmark:
     resources:
         gpu=config["workers"]["gpus"],
     params:
+        folder=lambda wildcards, output: folder_of(output.run, f"runs/{wildcards.point}/run.json"),
         code=code_of("bench"),
     shell:
-        "specsplit bench --only --settings {input.settings} {input.operation} --prompts {input.prompts}"
-        " --results-dir results --gpus {resources.gpu}"
-        # The log gets everything; a terminal, if there is one behind it, the bar.
-        " --terminal-fd 3 3>&2 > {log} 2>&1"
+        "specsplit bench --only --settings {input.settings:q} {input.operation:q}"
+        " --prompts {input.prompts:q} --results-dir {params.folder:q} --gpus {resources.gpu} --terminal-fd 3 3>&2"
+        " > {log:q} 2>&1"

@@ -2,14 +2,15 @@
 
 
 rule benchmark_capacity:
+    """The rows of the requests of many clients."""
     input:
         settings=settings_files("capacity"),
         operation=operation_file("capacity"),
-        workers=settings_files(*CAPACITY),
-        endpoints=lambda wildcards: endpoints_of(CAPACITY),
+        workers=settings_files(*PLAN.capacity),
+        endpoints=lambda wildcards: told(PLAN.endpoints_of, PLAN.capacity, workflow.non_local_exec),
         prompts="results/dataset/prompts.jsonl",
-        models=models_of(CAPACITY)[0],
-        layers=models_of(CAPACITY)[1],
+        models=PLAN.models_of(PLAN.capacity),
+        layers=PLAN.layers_of(PLAN.capacity),
     output:
         "results/capacity_requests.csv",
     log:
@@ -18,28 +19,33 @@ rule benchmark_capacity:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
+        folder=lambda wildcards, output: os.path.dirname(output[0]),
         code=code_of("capacity"),
     shell:
-        "specsplit capacity --only --settings {input.settings} {input.operation} --prompts {input.prompts} --results-dir results"
-        " --workers-dir results/workers/capacity > {log} 2>&1"
+        "specsplit capacity --only --settings {input.settings:q} {input.operation:q}"
+        " --prompts {input.prompts:q} --results-dir {params.folder:q} --workers-dir {params.folder:q}/workers/capacity"
+        " > {log:q} 2>&1"
 
 
 rule capacity:
+    """Throughput, latency and goodput against the number of clients: the table and the figure."""
     input:
         requests="results/capacity_requests.csv",
     output:
-        more_table("capacity"),
+        table_output("capacity"),
         "results/figures/capacity.png",
-        figure_output("capacity", "Figures"),
+        figure_output("capacity"),
     log:
         "results/logs/capacity.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        settings=dict(
+        folder=lambda wildcards, input: os.path.dirname(input.requests),
+        settings=flags(
             **{limit: config["capacity"][limit] for limit in ("tpot_limit_ms", "ttft_limit_ms")},
             confidence=config["statistics"]["confidence"],
         ),
-        code=code_of(script="capacity.py"),
-    script:
-        "../scripts/capacity.py"
+        code=code_of("capacity-table"),
+    shell:
+        "specsplit capacity-table --results-dir {params.folder:q} {params.settings} > {log:q} 2>&1"

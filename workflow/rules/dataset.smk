@@ -1,22 +1,49 @@
-# Check the prompts and take the slice that is run; the manifest says which, from what, and what was skipped.
+# The prompts.
+
+
+if PLAN.dataset_flags:
+
+    rule fetch_dataset:
+        """A standard set or a dataset of the Hub, which dataset.name or dataset.huggingface names."""
+        output:
+            prompts=DATASET,
+            facts=os.path.splitext(DATASET)[0] + ".json",
+        log:
+            "results/logs/fetch_dataset.log",
+        conda:
+            "../../envs/specsplit.yaml"
+        params:
+            flags=PLAN.dataset_flags,
+            code=code_of("fetch-dataset"),
+        shell:
+            "specsplit fetch-dataset {params.flags} --output {output.prompts:q} > {log:q} 2>&1"
 
 
 rule prepare_dataset:
+    """The slice of the prompts that is run, checked, with the token ids that the target gets, the same in every run; the
+    manifest says which, from what, and what was not taken."""
     input:
-        prompts=config["dataset"]["path"],
+        prompts=lambda wildcards: local(DATASET),
+        tokenizer=PLAN.target,
     output:
         prompts="results/dataset/prompts.jsonl",
         manifest="results/dataset/manifest.json",
     log:
         "results/logs/prepare_dataset.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
         flags=flags(
+            columns=json.dumps(config["dataset"]["columns"]),
+            turns=config["dataset"]["turns"],
             limit=config["dataset"]["limit"],
             on_bad_line=config["dataset"]["on_bad_line"],
+            date=config["dataset"]["date"],
+            use_chat_template=config["generation"]["use_chat_template"],
         ),
+        sha256=lambda wildcards: content_of([Path(DATASET)]),
         code=code_of("prepare-dataset"),
     shell:
-        "specsplit prepare-dataset --source {input.prompts} --output {output.prompts} --manifest {output.manifest}"
-        " {params.flags} > {log} 2>&1"
+        "specsplit prepare-dataset --source {input.prompts:q} --tokenizer {input.tokenizer:q} --output {output.prompts:q}"
+        " --manifest {output.manifest:q} {params.flags} > {log:q} 2>&1"

@@ -3,6 +3,7 @@
 
 
 rule distill:
+    """A distilled draft, with its card, its acceptance and its curves."""
     input:
         expand(
             "results/distill/{recipe}/{file}",
@@ -11,12 +12,12 @@ rule distill:
         ),
 
 
-# Shards are no outputs, which Snakemake would delete before it goes on where an interrupted job was.
 rule distill_write_data:
+    """The text that the target writes. Shards are no outputs: Snakemake would delete what an interrupted job left."""
     input:
         settings=settings_files("distill/write_data"),
-        target=f"{TARGET_FOLDER}/model.json",
-        held_out=config["dataset"]["path"],
+        target=PLAN.target,
+        held_out=lambda wildcards: local(DATASET),
     output:
         "results/distill/{recipe}/data/manifest.json",
     log:
@@ -25,23 +26,27 @@ rule distill_write_data:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     resources:
-        gpu=DISTILL_GPU,
+        gpu=PLAN.own_gpu,
     params:
-        on_bad_line=config["dataset"]["on_bad_line"],
+        flags=flags(
+            on_bad_line=config["dataset"]["on_bad_line"],
+            columns=json.dumps(config["dataset"]["columns"]),
+        ),
+        sha256=lambda wildcards: content_of([Path(DATASET)]),
         code=code_of("distill write-data"),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:
-        "specsplit distill write-data --settings {input.settings} --target {input.target} --held-out {input.held_out}"
-        " --on-bad-line {params.on_bad_line} --output {params.folder}"
-        " --terminal-fd 3 3>&2 > {log} 2>&1"
+        "specsplit distill write-data --settings {input.settings:q} --target {input.target:q}"
+        " --held-out {input.held_out:q} {params.flags} --output {params.folder:q}"
+        " --terminal-fd 3 3>&2 > {log:q} 2>&1"
 
 
-# The folder has the target's tokenizer files and, for a reduced vocabulary, its map as well.
 rule distill_train:
+    """The draft; its folder has the target's tokenizer files and, for a reduced vocabulary, its map as well."""
     input:
         settings=settings_files("distill/train"),
         operation=operation_file("distill/train"),
-        target=f"{TARGET_FOLDER}/model.json",
+        target=PLAN.target,
         data="results/distill/{recipe}/data/manifest.json",
     output:
         weights="results/distill/{recipe}/draft/model.safetensors",
@@ -54,22 +59,22 @@ rule distill_train:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     resources:
-        gpu=DISTILL_GPU,
+        gpu=PLAN.own_gpu,
     params:
         folder=lambda wildcards, output: os.path.dirname(output.weights),
-        checkpoint="results/distill/{recipe}/checkpoint.safetensors",
+        checkpoint=lambda wildcards, output: f"{os.path.dirname(output.losses)}/checkpoint.safetensors",
         code=code_of("distill train"),
     shell:
-        "specsplit distill train --settings {input.settings} {input.operation} --target {input.target} --data {input.data} --name {wildcards.recipe}"
-        " --output {params.folder} --losses {output.losses} --report {output.report}"
-        " --checkpoint {params.checkpoint}"
-        " --terminal-fd 3 3>&2 > {log} 2>&1"
+        "specsplit distill train --settings {input.settings:q} {input.operation:q} --target {input.target:q}"
+        " --data {input.data:q} --name {wildcards.recipe} --output {params.folder:q} --losses {output.losses:q} --report {output.report:q}"
+        " --checkpoint {params.checkpoint:q} --terminal-fd 3 3>&2 > {log:q} 2>&1"
 
 
 rule distill_measure:
+    """The acceptance of the draft by position, on prompts that are not in its training text."""
     input:
         settings=settings_files("distill/measure"),
-        target=f"{TARGET_FOLDER}/model.json",
+        target=PLAN.target,
         weights="results/distill/{recipe}/draft/model.safetensors",
         prompts="results/dataset/prompts.jsonl",
     output:
@@ -82,17 +87,18 @@ rule distill_measure:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     resources:
-        gpu=DISTILL_GPU,
+        gpu=PLAN.own_gpu,
     params:
         draft=lambda wildcards, input: os.path.dirname(input.weights),
         code=code_of("distill measure"),
     shell:
-        "specsplit distill measure --settings {input.settings} --target {input.target} --draft {params.draft} --prompts {input.prompts}"
-        " --output {output.acceptance} --rounds {output.rounds} --report {output.report}"
-        " --terminal-fd 3 3>&2 > {log} 2>&1"
+        "specsplit distill measure --settings {input.settings:q} --target {input.target:q} --draft {params.draft:q}"
+        " --prompts {input.prompts:q} --output {output.acceptance:q} --rounds {output.rounds:q} --report {output.report:q}"
+        " --terminal-fd 3 3>&2 > {log:q} 2>&1"
 
 
 rule distill_card:
+    """The model card, the hashes of the files and the curves of the training."""
     input:
         weights="results/distill/{recipe}/draft/model.safetensors",
         training="results/distill/{recipe}/training.json",
@@ -111,11 +117,12 @@ rule distill_card:
         ),
     log:
         "results/logs/distill/{recipe}_card.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
         draft=lambda wildcards, input: os.path.dirname(input.weights),
         code=code_of("distill card"),
     shell:
-        "specsplit distill card --draft {params.draft} --training {input.training} --losses {input.losses}"
-        " --acceptance {input.acceptance} --measured {input.measured} --figure {output.png} > {log} 2>&1"
+        "specsplit distill card --draft {params.draft:q} --training {input.training:q} --losses {input.losses:q}"
+        " --acceptance {input.acceptance:q} --measured {input.measured:q} --figure {output.png:q} > {log:q} 2>&1"

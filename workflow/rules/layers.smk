@@ -2,30 +2,35 @@
 
 
 rule calibration_prompts:
+    """Prompts of the dataset that are not measured."""
     input:
-        prompts=config["dataset"]["path"],
+        prompts=lambda wildcards: local(DATASET),
         measured="results/dataset/prompts.jsonl",
     output:
         "results/dataset/calibration.jsonl",
     log:
         "results/logs/calibration_prompts.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        settings=dict(
+        flags=flags(
             limit=config["draft"]["calibration_prompts"],
             on_bad_line=config["dataset"]["on_bad_line"],
+            columns=json.dumps(config["dataset"]["columns"]),
         ),
-        code=code_of(script="calibration_prompts.py"),
-    script:
-        "../scripts/calibration_prompts.py"
+        sha256=lambda wildcards: content_of([Path(DATASET)]),
+        code=code_of("calibration-prompts"),
+    shell:
+        "specsplit calibration-prompts --source {input.prompts:q} --measured {input.measured:q}"
+        " --output {output:q} {params.flags} > {log:q} 2>&1"
 
 
-# Every core, as a run: it must not run beside one.
 rule pick_layers:
+    """The layers that a draft does without. It takes every core, as a run: it must not run beside one."""
     input:
         settings=settings_files("layers/{draft}"),
-        model=lambda wildcards: f"resources/models/{DRAFTS[wildcards.draft]['model']}/model.json",
+        model=lambda wildcards: f"resources/models/{PLAN.drafts[wildcards.draft]['model']}/model.json",
         prompts="results/dataset/calibration.jsonl",
     output:
         "results/skip_layers/{draft}.json",
@@ -34,8 +39,10 @@ rule pick_layers:
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
+    resources:
+        gpu=PLAN.own_gpu,
     params:
         code=code_of("pick-layers"),
     shell:
-        "specsplit pick-layers --settings {input.settings} --model {input.model} --prompts {input.prompts}"
-        " --output {output} > {log} 2>&1"
+        "specsplit pick-layers --settings {input.settings:q} --model {input.model:q}"
+        " --prompts {input.prompts:q} --output {output:q} > {log:q} 2>&1"

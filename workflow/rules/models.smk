@@ -1,18 +1,22 @@
-# Fetch each model once, check it, convert it when needed; resources/models/NAME/model.json says what it is.
+# Models: fetched once, checked, converted when needed.
 
 
 rule prepare_model:
+    """A model, made ready in resources/models/NAME; its model.json says what it is and where its weights are."""
     input:
-        files=lambda wildcards: local_files(wildcards.model),
+        files=lambda wildcards: [local(path) for path in PLAN.model_inputs(wildcards.model)],
+        made=lambda wildcards: PLAN.model_made_from(wildcards.model),
     output:
         "resources/models/{model}/model.json",
     log:
         "results/logs/prepare_model/{model}.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        source=lambda wildcards: model_source(wildcards.model),
+        source=lambda wildcards: PLAN.model_flags(wildcards.model),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
+        sha256=lambda wildcards: model_content(wildcards.model),
         code=code_of("prepare-model"),
     shell:
-        "specsplit prepare-model {params.source} --name {wildcards.model} --output {params.folder} > {log} 2>&1"
+        "specsplit prepare-model {params.source} --name {wildcards.model} --output {params.folder:q} > {log:q} 2>&1"

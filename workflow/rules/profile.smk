@@ -2,26 +2,30 @@
 
 
 rule profile:
+    """The parts of a round's time, from the rows of the sweep: the table and the figure."""
     input:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
     output:
-        more_table("profile"),
+        table_output("profile"),
         "results/figures/profile.png",
-        figure_output("profile", "Figures"),
+        figure_output("profile"),
     log:
         "results/logs/profile.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
+        folder=lambda wildcards, input: os.path.dirname(input.requests),
         code=code_of("profile"),
     shell:
-        "specsplit profile --results-dir results > {log} 2>&1"
+        "specsplit profile --results-dir {params.folder:q} > {log:q} 2>&1"
 
 
 rule overhead:
+    """What a round costs beside its models: simulated models that take no time, behind real workers."""
     output:
-        more_table("overhead"),
+        table_output("overhead"),
     log:
         "results/logs/overhead.log",
     conda:
@@ -30,28 +34,31 @@ rule overhead:
     params:
         code=code_of("overhead"),
     shell:
-        "specsplit overhead --output {output} > {log} 2>&1"
+        "specsplit overhead --output {output:q} > {log:q} 2>&1"
 
 
 rule context_curve:
+    """What a token costs against the length of its context: the table and the figure."""
     input:
         settings=settings_files("context"),
         operation=operation_file("context"),
-        workers=settings_files(*CONTEXT),
-        endpoints=lambda wildcards: endpoints_of(CONTEXT),
+        workers=settings_files(*PLAN.context),
+        endpoints=lambda wildcards: told(PLAN.endpoints_of, PLAN.context, workflow.non_local_exec),
         prompts="results/dataset/prompts.jsonl",
-        models=models_of(CONTEXT)[0],
-        layers=models_of(CONTEXT)[1],
+        models=PLAN.models_of(PLAN.context),
+        layers=PLAN.layers_of(PLAN.context),
     output:
-        table=more_table("context_curve"),
-        figures=["results/figures/context_curve.png", figure_output("context_curve", "Figures")],
+        table=table_output("context_curve"),
+        figures=["results/figures/context_curve.png", figure_output("context_curve")],
     log:
         "results/logs/context_curve.log",
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
+        folder=lambda wildcards, output: os.path.dirname(output.table),
         code=code_of("context-curve"),
     shell:
-        "specsplit context-curve --settings {input.settings} {input.operation} --prompts {input.prompts} --output {output.table} --figure {output.figures[0]}"
-        " --workers-dir results/workers/context > {log} 2>&1"
+        "specsplit context-curve --settings {input.settings:q} {input.operation:q}"
+        " --prompts {input.prompts:q} --output {output.table:q} --figure {output.figures[0]:q}"
+        " --workers-dir {params.folder:q}/workers/context > {log:q} 2>&1"

@@ -1,57 +1,67 @@
 # What was run, on what, with what: the record that belongs to the tables, and the archive of it all.
-from specsplit.io import json_sha256
 
 
 rule resolved_config:
+    """The configuration as the rules saw it: defaults filled in, secrets left out."""
     output:
         "results/provenance/config.json",
     log:
         "results/logs/resolved_config.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        sha256=json_sha256(config),
-    script:
-        "../scripts/resolved_config.py"
+        content=json.dumps(redaction.redact(config), indent=2, ensure_ascii=False, allow_nan=False),
+    shell:
+        "printf '%s\\n' {params.content:q} > {output:q} 2> {log:q}"
 
 
 rule provenance:
+    """The record of how the results were made, and the changes of the code that no commit has."""
     input:
         config="results/provenance/config.json",
-        runs=run_files("run.json"),
-        models=expand("resources/models/{model}/model.json", model=MODELS),
-        settings=settings_files(*POINTS),
+        runs=PLAN.run_files("run.json"),
+        models=expand("resources/models/{model}/model.json", model=PLAN.models),
+        settings=settings_files(*PLAN.points),
         dataset="results/dataset/manifest.json",
         prompts="results/dataset/prompts.jsonl",
-        results=["results/requests.csv", "results/per_round.csv", *run_files("outputs.jsonl")],
+        results=[
+            *("results/requests.csv", "results/per_round.csv", "results/reference.csv"),
+            *PLAN.run_files("outputs.jsonl"),
+        ],
     output:
         record=report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
         patch="results/provenance/changes.patch",
     log:
         "results/logs/provenance.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
         code=code_of("provenance record"),
     shell:
-        "specsplit provenance record --config {input.config} --runs {input.runs} --models {input.models}"
-        " --dataset {input.dataset} --results {input.prompts} {input.settings} {input.results}"
-        " --output {output.record} --patch {output.patch} > {log} 2>&1"
+        "specsplit provenance record --config {input.config:q} --runs {input.runs:q}"
+        " --models {input.models:q} --dataset {input.dataset:q} --output {output.record:q} --patch {output.patch:q}"
+        " --results {input.prompts:q} {input.settings:q} {input.results:q} > {log:q} 2>&1"
 
 
-# All that was made, the code and the logs, without the weights: a Workflow Run RO-Crate.
 rule archive:
+    """All that was made, the code and the logs, without the weights: a Workflow Run RO-Crate."""
     input:
-        results=[*result_files(), "results/report.html", *measured_beside_the_sweep()],
-        seal="results/provenance/SHA256SUMS",
-        models=expand("resources/models/{model}/model.json", model=MODELS),
-        project=[str(file) for pattern in WORKFLOW_FILES for file in sorted(Path().glob(pattern)) if file.is_file()],
-        code=source_files(),
+        results=[*PLAN.result_files(), *[f"results/{name}" for name in ("summary.csv", "summary_by_category.csv", "report.html")]],
+        beside=beside_the_sweep,
+        # Made again after every run, without another result.
+        seal=ancient("results/provenance/SHA256SUMS"),
+        manifest=ancient("results/provenance/manifest.json"),
+        models=expand("resources/models/{model}/model.json", model=PLAN.models),
+        code=[local(path) for path in files.project_files(PROJECT, capture.WORKFLOW_FILES)],
     output:
         "results/archive.zip",
     log:
         "results/logs/archive.log",
+    localrule: True
     conda:
         "../../envs/specsplit.yaml"
     shell:
-        "specsplit provenance archive --output {output} {input.results} {input.seal} {input.models} > {log} 2>&1"
+        "specsplit provenance archive --output {output:q} {input.results:q} {input.beside:q}"
+        " {input.models:q} > {log:q} 2>&1"

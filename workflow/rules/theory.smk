@@ -2,16 +2,16 @@
 
 
 rule theory_check:
+    """Measured times of every mode beside the formula's. It measures times, so nothing may run beside it."""
     output:
-        table=more_table("theory_check"),
-        figures=["results/figures/theory_check.png", figure_output("theory_check", "Figures")],
+        table=table_output("theory_check"),
+        figures=["results/figures/theory_check.png", figure_output("theory_check")],
     log:
         "results/logs/theory_check.log",
     conda:
         "../../envs/specsplit.yaml"
-    # It measures times, so nothing may run beside it.
     threads: EVERY_CORE
     params:
         code=code_of("theory-check"),
     shell:
-        "specsplit theory-check --output {output.table} --figure {output.figures[0]} > {log} 2>&1"
+        "specsplit theory-check --output {output.table:q} --figure {output.figures[0]:q} > {log:q} 2>&1"

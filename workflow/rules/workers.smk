@@ -1,4 +1,4 @@
-# One draft and one target worker for all runs, started in the background or attached to.
+# Draft and target workers, started in the background or attached to.
 #
 # service() is not used: it would start every run at once and group them with the workers. Each run has endpoint files
 # of its own, temp() outputs that Snakemake deletes after the run; runs share a worker with the same flags, which
@@ -7,24 +7,26 @@
 
 
 rule start_worker:
+    """A worker of a run; all are there before the first run, so that one that still serves need not load again."""
     input:
         settings=settings_files("{point}"),
         operation=operation_file("{point}"),
-        model=lambda wildcards: role_model(wildcards.role, wildcards.point),
-        layers=lambda wildcards: layers_file(wildcards.role, wildcards.point),
-        tokenizer=lambda wildcards: speaks_through(wildcards.role, wildcards.point),
+        model=lambda wildcards: PLAN.role_model(wildcards.role, wildcards.point),
+        layers=lambda wildcards: PLAN.layers_file(wildcards.role, wildcards.point),
+        tokenizer=lambda wildcards: PLAN.other_tokenizer(wildcards.role, wildcards.point),
     output:
         endpoint=temp("results/workers/{point}/{role}.json"),
     log:
         "results/logs/start_worker/{point}_{role}.log",
-    # All before the first run: a run whose workers still serve need not load them again.
     priority: 10
     conda:
         "../../envs/specsplit.yaml"
     resources:
         gpu=config["workers"]["gpus"],
+    params:
+        results=lambda wildcards, output: folder_of(output.endpoint, f"workers/{wildcards.point}/{wildcards.role}.json"),
+        dead=lambda wildcards: PLAN.worker_left_behind(wildcards.role, wildcards.point),
     shell:
-        "specsplit start-worker {wildcards.role} --settings {input.settings} {input.operation}"
-        " --endpoint-file {output.endpoint}"
-        " --pool results/workers/.pool --worker-log results/logs/workers/{wildcards.role}.log"
-        " --gpus {resources.gpu} > {log} 2>&1"
+        "SPECSPLIT_LEASE_PID=$PPID specsplit start-worker {wildcards.role} --settings {input.settings:q}"
+        " {input.operation:q} --endpoint-file {output.endpoint:q} --pool {params.results:q}/workers/.pool"
+        " --worker-log {params.results:q}/logs/workers/{wildcards.role}.log --gpus {resources.gpu} > {log:q} 2>&1"

@@ -15,6 +15,7 @@ FIGURES = {
     "speculation": "Drafts made ahead that fit",
 }
 BESIDE = {
+    "summary_by_category": "By category of the prompts",
     "peers": "Beside other programs' decoding",
     "capacity": "Many clients at once",
     "profile": "Where the time of a round goes",
@@ -26,7 +27,8 @@ CAPTIONS = {
     "tpot": (
         "Time per token over the tokens after the first round (ITL), against the draft length γ. A drafted token costs "
         "time and saves time when it is accepted, so the curve has a minimum where one more costs more than it saves. "
-        "The dashed line is the target alone. The time to the first token, which a draft makes longer, is not in it: "
+        "The dashed line is the target alone, the dotted one the target worker that streams its tokens by itself; a "
+        "cross is the same pair in one process. The time to the first token is not in it: "
         "whether whole texts are written faster is the speedup. Points are means over the requests that every "
         "configuration finished, bars their intervals, faint dots single requests."
     ),
@@ -36,8 +38,9 @@ CAPTIONS = {
         "that got so far: a flat line means that every token is as easy to guess as the one before."
     ),
     "ttft": (
-        "Time to the first token against γ. It holds the prefill of both models and the whole first draft, so it grows "
-        "with γ: what a user waits for before anything appears."
+        "Time to the first token against γ: what a user waits for before anything appears. It holds the target's pass "
+        "over the prompt and no draft, so γ hardly matters; on one machine the draft model reads the prompt meanwhile, "
+        "on the same cores."
     ),
     "network_idle": (
         "The share of a request's latency in which neither worker did anything for it: messages under way and waiting. "
@@ -46,6 +49,11 @@ CAPTIONS = {
     "speculation": (
         "How often a draft that was made ahead, while the round before was still verified, fitted what was accepted. "
         "Only the modes overlap and lookahead draft ahead; a hit hides the time of a whole draft."
+    ),
+    "summary_by_category": (
+        "The same measures for each category of the prompts, for all of them together, and as the mean in which each "
+        "category counts alike. Acceptance length is 1 + accepted tokens / verifications; the speedup is end to end. "
+        "Bars are intervals over the prompts of a category, where there are enough of them."
     ),
     "theory_check": (
         "Simulated models behind real workers: the measured time per token of each pipeline mode beside its formula, "
@@ -82,9 +90,10 @@ CAPTIONS = {
         "trained on."
     ),
     "summary": (
-        "One row for each configuration: means with their intervals over the requests that all of them finished; "
-        "speedup end to end, prefill included, against the target alone on the same prompts; lossless is the share of "
-        "texts that are, token for token, those of the target alone. docs/results.md explains every column."
+        "One row for each configuration, then the baselines: means with their intervals over the requests that all of "
+        "them finished; speedup end to end, prefill included, against the target alone in the same run; lossless is "
+        "the share of texts that are, token for token, those of the target alone. docs/results.md explains every "
+        "column."
     ),
     "report": "Everything on one page: what was asked, on what machine, what came out, and whether it can be repeated.",
     "provenance": (

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
-from specsplit.analysis.tables import configuration_of
+from specsplit.analysis.configurations import configuration_of
+from specsplit.experiment.columns import WORKERS
 from specsplit.experiment.sweep import plain_number
-from specsplit.settings.run import DEFAULT_DRAFT
+from specsplit.settings.names import DEFAULT_DRAFT
 
 MOST_PANELS, MOST_CURVES = 6, 9  # more cannot be read; the rest is in summary.csv
 
@@ -22,8 +23,9 @@ _MODE_MARKERS = {"sync": "o", "overlap": "s", "lookahead": "^"}
 _VARIANT_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, "#444444")
 _VARIANT_MARKERS = ("o", "s", "^", "D", "v", "P")
 
-_PANEL = ("sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
+_PANEL = ("series", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
 _WORDS = {
+    "series": "series {}",
     "temperature": "temperature {}",
     "rtt_ms": "RTT {} ms",
     "jitter_ms": "jitter {} ms",
@@ -47,8 +49,9 @@ class Curve:
     hollow: bool = False
 
     def own(self, table: DataFrame) -> DataFrame:
-        """Its rows that draft."""
-        same = (table["mode"] == self.mode) & (table["tree"] == self.tree) & (table["draft"] == self.draft)
+        """Its rows that draft in workers."""
+        same = (table["setup"] == WORKERS) if "setup" in table else True
+        same &= (table["mode"] == self.mode) & (table["tree"] == self.tree) & (table["draft"] == self.draft)
         return table[(table["gamma"] != 0) & same]
 
     @property
@@ -67,6 +70,11 @@ class Panel:
     rounds: DataFrame
     summary: DataFrame
 
+    def of_workers(self) -> Panel:
+        """Without the baselines."""
+        requests, summary = (table[table["setup"] == WORKERS] for table in (self.requests, self.summary))
+        return replace(self, requests=requests, summary=summary)
+
     def drafting(self) -> Panel:
         """Without the target alone."""
         tables = (table[table["gamma"] != 0] for table in (self.requests, self.rounds, self.summary))
@@ -75,11 +83,12 @@ class Panel:
 
 def split_panels(requests: DataFrame, rounds: DataFrame, summary: DataFrame) -> list[Panel]:
     """A panel for each value of temperature, round-trip time and what goes with them, in the order of `summary`."""
-    keys = {id(table): configuration_of(table, _PANEL) for table in (requests, rounds, summary)}
+    names = [name for name in _PANEL if name in summary]  # runs that were kept apart have a series
+    keys = {id(table): configuration_of(table, names) for table in (requests, rounds, summary)}
     conditions: list[Hashable] = list(dict.fromkeys(keys[id(summary)]))
-    rows = [dict(zip(_PANEL, condition, strict=True)) for condition in conditions]  # type: ignore[call-overload]
-    varied = [name for name in _WORDS if len({row[name] for row in rows}) > 1]
-    short = [name for name in varied if name in ("temperature", "rtt_ms", "jitter_ms")]
+    rows = [dict(zip(names, condition, strict=True)) for condition in conditions]  # type: ignore[call-overload]
+    varied = [name for name in _WORDS if len({row.get(name) for row in rows}) > 1]
+    short = [name for name in varied if name in ("series", "temperature", "rtt_ms", "jitter_ms")]
     titles = [_title(row, short) for row in rows]
     if len(set(titles)) < len(titles):
         titles = [_title(row, varied) for row in rows]

@@ -22,8 +22,9 @@ from pandas import DataFrame, Series
 from specsplit.analysis.curves import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, Curve, Panel, three_digits
 from specsplit.analysis.statistics import rate_ci
 from specsplit.analysis.tables import draft_position
+from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.io import replace_file
-from specsplit.settings.run import AUTO
+from specsplit.settings.names import AUTO
 
 DPI = 200
 RED, GREY = "#D55E00", "#8C8C8C"  # Okabe and Ito's vermilion, and a grey
@@ -117,11 +118,13 @@ _ALONE = Curve("sync", "chain", name="target alone", colour="black", marker="D",
 def draw_metric(
     axes: Axes, plot: Plot, panel: Panel, curves: list[Curve], confidence: float, *, narrow: bool = False
 ) -> tuple[list[Artist], list[int]]:
-    """One metric against gamma: the means with their intervals, the target alone, the lowest mean.
+    """One metric against gamma: the means with their intervals, the target alone, the baselines, the lowest mean.
 
     Of a single curve each request is a dot as well, and the target alone is its first point. narrow: a panel among
     others, which share a legend, so it names no values. Returns what a legend shows, and the requests at each point.
     """
+    baselines = panel.summary[panel.summary["setup"] != WORKERS]
+    panel = panel.of_workers()
     places, gap = _gamma_axis(axes, panel.summary["gamma"], narrow)
     measured = panel.requests[panel.requests[plot.metric].notna()]
     if measured.empty:
@@ -169,12 +172,34 @@ def draw_metric(
     if plot.target_alone and not alone.empty:
         text = "target alone" if narrow else f"target alone: {three_digits(alone.iloc[0])} ms"
         handles.append(axes.axhline(alone.iloc[0], color="black", linestyle="--", linewidth=0.9, label=text))
+    if plot.target_alone:
+        handles += _draw_baselines(axes, plot.metric, baselines, curves, places, narrow)
+        values.append(baselines[f"{plot.metric}_mean"])
     if plot.mark_best and len(places) > 1 and lowest is not None:
         text = "lowest of its panel" if narrow else f"lowest: {lowest[2]}"
         ring: dict[str, Any] = {"marker": "o", "markersize": 10, "fillstyle": "none", "markeredgewidth": 1.4}
         handles += axes.plot(*lowest[:2], linestyle="none", color=RED, clip_on=False, label=text, **ring)
     _value_axis(axes, np.concatenate(values), plot.top)
     return handles, measured.groupby(["draft", "mode", "tree", "gamma"], sort=False).size().to_list()
+
+
+def _draw_baselines(
+    axes: Axes, metric: str, baselines: DataFrame, curves: list[Curve], places: dict[Any, float], narrow: bool
+) -> list[Artist]:
+    """The target that streams, a dotted line; and each curve's pair in one process. Returns what a legend shows."""
+    handles: list[Artist] = []
+    for value in baselines.loc[baselines["setup"] == STREAMED, f"{metric}_mean"].dropna():
+        text = "target streamed" if narrow else f"target streamed: {three_digits(value)} ms"
+        handles.append(axes.axhline(value, color=GREY, linestyle=":", linewidth=1.1, label=text))
+    pairs = baselines[(baselines["setup"] == COLOCATED) & (baselines["gamma"] != 0)].assign(setup=WORKERS)
+    for curve in curves:
+        rows = curve.own(pairs)
+        look: dict[str, Any] = {"color": curve.colour, "marker": "x", "markersize": 4, "linestyle": "none"}
+        drawn = axes.plot(rows["gamma"].map(places).astype(float), rows[f"{metric}_mean"], **look)
+        if len(rows) and not any(handle.get_label() == "in one process" for handle in handles):
+            drawn[0].set_label("in one process")
+            handles += drawn
+    return handles
 
 
 def draw_positions(

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from specsplit.analysis.by_category import TABLE as BY_CATEGORY
+from specsplit.analysis.by_category import draw_by_category, summarize_by_category
 from specsplit.analysis.captions import FIGURES
 from specsplit.analysis.curves import MOST_PANELS, Curve, Panel, left_out, split_curves, split_panels
 from specsplit.analysis.drawing import (
@@ -64,7 +66,7 @@ def draw_figures(
     bootstrap_samples: int = 10_000,
     seed: int = 0,
 ) -> list[Path]:
-    """Draw every figure of FIGURES as `<name>.png` (200 dpi) and `<name>.svg` in `out_dir`; return the paths.
+    """Draw every figure of FIGURES, and the one by category, as .png (200 dpi) and .svg in `out_dir`; return the paths.
 
     requests, rounds: the tables of `merge_runs` or `read_tables`. The other arguments are those of
     `summarize`. A figure without data says why instead of being left out. The same input gives the same
@@ -72,6 +74,7 @@ def draw_figures(
     """
     summary = summarize(requests, rounds, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
     summary = summary.rename(columns={"hit_rate": "hit_rate_mean"})
+    everything = requests, rounds
     requests, rounds = comparable(requests, rounds)
     ahead = requests["speculation_hits"] + requests["speculation_misses"]
     requests = requests.assign(hit_rate=requests["speculation_hits"] / ahead.where(ahead > 0))
@@ -94,7 +97,8 @@ def draw_figures(
             settle_layout(figure)
             metadata = {"Title": f"{FIGURES[name]} against draft length"}
             paths += save_figure(figure, Path(out_dir) / f"{name}.png", metadata)
-    return paths
+    table = summarize_by_category(*everything, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
+    return [*paths, *draw_by_category(table, Path(out_dir) / f"{BY_CATEGORY}.png")]
 
 
 def _draw_alone(

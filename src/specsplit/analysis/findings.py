@@ -11,19 +11,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pandas import DataFrame, Series, isna
+from pandas import DataFrame, Series, concat, isna
 
+from specsplit.analysis.configurations import conditions_of, configuration_of, keys_of, row_of
 from specsplit.analysis.curves import split_panels, three_digits
+from specsplit.analysis.references import BASES, GAMMA0, MOST_DRIFT, PAIR, STREAM
 from specsplit.analysis.statistics import MIN_PROMPTS
-from specsplit.analysis.tables import comparable, compare_panel, configuration_of
+from specsplit.analysis.tables import comparable, compare_panel
+from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.sweep import plain_number
-from specsplit.settings.axes import CONFIGURATION
 
-_WORDS = {"gamma": "γ = {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
+_WORDS = {"gamma": "γ = {}", "series": "series {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
+_OTHERS = {
+    GAMMA0: "the target alone",
+    STREAM: "the target that streams by itself (target_streamed)",
+    PAIR: "the same pair in one process (colocated)",
+}
 _HEADINGS = {"gamma": "γ", "rtt_ms": "RTT, ms", "jitter_ms": "jitter, ms"}
 # Column of the summary -> its heading, and how its cells are written. `_mean` has its interval beside it.
 _MEASURES = {
     "speedup": ("speedup", ".2f"),
+    "speedup_over_streamed": ("over streamed", ".2f"),
+    "speedup_over_colocated": ("over colocated", ".2f"),
     "itl_ms_mean": ("ITL, ms", "digits"),
     "tpot_ms_mean": ("TPOT, ms", "digits"),
     "ttft_ms_mean": ("TTFT, ms", "digits"),
@@ -34,6 +43,7 @@ _MEASURES = {
     "tokens_per_second": ("tokens/s", "digits"),
     "hit_rate": ("ahead, hit", ".2f"),
     "lossless": ("lossless", "share"),
+    "reference_drift": ("drift", "%"),
 }
 
 
@@ -41,9 +51,10 @@ _MEASURES = {
 class Finding:
     """The best configuration of those that choose tokens alike on one network.
 
-    where: what tells these from the others, e.g. "RTT 14 ms"; empty when all are alike. best: its row of the summary,
-    with the joint interval of the speedup as `speedup_ci_low` and `_high`. drafting: so the best row that drafts, None
-    when nothing does. ties: names of those that cannot be told from the best. requests: how many prompts were measured.
+    where: what tells these from the others, e.g. "RTT 14 ms"; empty when all are alike. base: what the gains are
+    against, one of BASES. best: its row of the summary, with the joint interval of the speedup over the base in
+    place of its own. drafting: so the best row that drafts, None when nothing does. ties: names of those that cannot be
+    told from the best. requests: how many prompts were measured.
     """
 
     where: str
@@ -54,6 +65,7 @@ class Finding:
     drafting_name: str
     confidence: float
     requests: int = 0
+    base: str = GAMMA0
 
     def sentences(self) -> list[str]:
         """The finding in plain words, first what it rests on."""
@@ -62,30 +74,53 @@ class Finding:
             return ["Only the target alone was run, so there is no speedup to report."]
         compared = int(self.best["compared"])
         lines = [f"Compared on {_counted(compared, self.requests)} that every configuration finished."]
-        if isna(self.drafting["speedup"]):
+        name = BASES[self.base]
+        if isna(self.drafting[name]):
             return [
                 *lines,
                 "Nothing can be said of a speedup: gamma 0, the target alone, is missing or wrote no tokens.",
             ]
-        low, high = self.drafting["speedup_ci_low"], self.drafting["speedup_ci_high"]
-        gain = _with_interval(self.drafting, level)
-        if self.best["gamma"] == 0:
+        low, high = self.drafting[f"{name}_ci_low"], self.drafting[f"{name}_ci_high"]
+        gain = _with_interval(self.drafting, f"{name}_ci", level)
+        if self.base == STREAM:
+            lines = [f"{lines[0][:-1]}, {self._over_streamed(gain, fastest=low > 1)}"]
+        elif self.best["gamma"] == 0:
             first = "The target alone is fastest." if high < 1 else "No draft had a speedup above 1."
             lines.append(f"{first} The best draft, {self.drafting_name}, has a speedup of {gain}.")
-            if high >= 1:
-                lines.append("The interval includes 1: it may be no slower at all.")
         elif low > 1:
             lines.append(f"{self.name} is fastest: a speedup of {gain} against the target alone.")
         else:
             lines.append(f"{self.name} had the largest speedup against the target alone: {gain}.")
-            if low <= 1:
-                lines.append("The interval includes 1: it may be no faster at all.")
+        if self.best["gamma"] == 0 and high >= 1:
+            lines.append("The interval includes 1: it may be no slower at all.")
+        if self.best["gamma"] != 0 and low <= 1:
+            lines.append("The interval includes 1: it may be no faster at all.")
         if isna(low):
             few = "requests" if compared < MIN_PROMPTS else "texts with tokens"
             lines.append(f"There are too few {few} to say how sure that is: an interval needs {MIN_PROMPTS} requests.")
+        if self.base == STREAM:
+            lines += self._over_others(level)
         if self.ties:
             lines.append(f"Not distinguishable from it on these prompts: {'; '.join(self.ties)}.")
         return lines
+
+    def _over_streamed(self, gain: str, *, fastest: bool) -> str:
+        """The end of a sentence that says what the requests were compared on."""
+        other = _OTHERS[STREAM]
+        if self.best["gamma"] == 0:
+            return f"no draft was faster than {other}: the best, {self.drafting_name}, has a speedup of {gain} over it."
+        if fastest:
+            return f"{self.name} is fastest: a speedup of {gain} over {other}."
+        return f"{self.name} had the largest speedup over {other}: {gain}."
+
+    def _over_others(self, level: str) -> list[str]:
+        """Where the best draft stands beside the other two baselines."""
+        words = {GAMMA0: "gamma 0 through the same loop", PAIR: _OTHERS[PAIR]}
+        return [
+            f"Over {other} its speedup is {_with_interval(self.drafting, BASES[base] + '_joint', level)}."
+            for base, other in words.items()
+            if self.drafting is not None and not isna(self.drafting[BASES[base]])
+        ]
 
 
 def find_best(
@@ -94,24 +129,29 @@ def find_best(
     """One finding for each way to choose tokens and network, in the order of `summary`.
 
     requests, rounds: the tables of `read_tables`. summary: of `summarize`, as the other arguments. Best is the largest
-    speedup end to end, gamma 0 with its 1 among them. Intervals and ties are those of `compare_panel`: with equal
-    configurations one is called faster, or one pair told apart, in at most 1 - confidence of experiments.
+    speedup end to end over the target that streams by itself, or where that was not measured over gamma 0; the target
+    alone, with its 1, is among them. Intervals and ties are those of `compare_panel`: with equal configurations one is
+    called faster, or one pair told apart, in at most 1 - confidence of experiments.
     """
     settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
     every = int(requests["request_id"].nunique())
     for panel in split_panels(*comparable(requests, rounds), summary):
-        rows = panel.summary.assign(
-            speedup_ci_low=panel.summary["speedup_joint_low"], speedup_ci_high=panel.summary["speedup_joint_high"]
-        )
-        rated = rows[rows["speedup"].notna()]
-        best = rated.iloc[int(rated["speedup"].argmax())] if len(rated) else rows.iloc[0]
-        drafts = rows[rows["gamma"] != 0]
-        ranked = drafts.sort_values("speedup", ascending=False, kind="stable", na_position="last")
-        order, found = compare_panel(panel.requests, **settings)
+        ours = panel.summary["setup"] == WORKERS
+        drafting = ours & (panel.summary["gamma"] != 0)
+        streamed = drafting & panel.summary[BASES[STREAM]].notna()
+        base = STREAM if streamed.any() else GAMMA0
+        alone = panel.summary["setup"].eq(STREAMED) if base == STREAM else ours & ~drafting
+        rows = concat([panel.summary[alone], panel.summary[drafting]])  # of equals the target alone is best
+        gain = BASES[base]
+        rows = rows.assign(**{f"{gain}_ci_{end}": rows[f"{gain}_joint_{end}"] for end in ("low", "high")})
+        rated = rows[rows[gain].notna()]
+        best = rated.iloc[int(rated[gain].argmax())] if len(rated) else rows.iloc[0]
+        ranked = rows[drafting[rows.index]].sort_values(gain, ascending=False, kind="stable", na_position="last")
+        order, found = compare_panel(panel.requests, base, **settings)
         places = {configuration: place for place, configuration in enumerate(order)}
-        place_of = {index: places[key] for index, key in configuration_of(rows).items() if key in places}
+        place_of = {index: places[key] for index, key in configuration_of(rows, row_of(rows)).items() if key in places}
         tied = []
         for index, row in rated.iterrows():
             places_known = best.name in place_of and index in place_of
@@ -128,9 +168,82 @@ def find_best(
                 drafting_name=name_of(ranked.iloc[0], names) if len(ranked) else "",
                 confidence=confidence,
                 requests=every,
+                base=base,
             )
         )
     return findings
+
+
+def round_trip_sentences(summary: DataFrame, confidence: float) -> list[str]:
+    """From which simulated round trip on the best pair in workers loses to a baseline; none for a single network.
+
+    One sentence for each of target_streamed and colocated, and for each way to choose tokens. The pair at a round trip
+    is the one with the largest speedup there; its intervals hold for all of that network at once.
+    """
+    sentences = []
+    for base in (STREAM, PAIR):
+        gain = BASES[base]
+        rows = summary[(summary["setup"] == WORKERS) & (summary["gamma"] != 0) & summary[gain].notna()]
+        for condition, own in rows.groupby(conditions_of(rows, "jitter_ms"), sort=False):
+            by = BASES[STREAM] if own[BASES[STREAM]].notna().all() else BASES[GAMMA0]
+            best = own.loc[own.groupby("rtt_ms")[by].idxmax().dropna()].sort_values("rtt_ms")
+            if len(best) > 1:
+                several = rows["temperature"].nunique() > 1
+                where = f"At temperature {plain_number(condition[1])}, against" if several else "Against"
+                sentences.append(f"{where} {_OTHERS[base]}, {_by_round_trip(best, gain, confidence)}")
+    return sentences
+
+
+def _by_round_trip(best: DataFrame, gain: str, confidence: float) -> str:
+    """The end of a sentence about the best pair at each round trip, in rising order."""
+    verdicts, parts = [], []
+    for _, row in best.iterrows():
+        low, high = row[f"{gain}_joint_low"], row[f"{gain}_joint_high"]
+        verdict = "faster" if low > 1 else "slower" if high < 1 else "not distinguishable"
+        verdict = "too few prompts to say" if isna(low) else verdict
+        verdicts.append(verdict)
+        number = _with_interval(row, f"{gain}_joint", f"{100 * confidence:g} % interval")
+        parts.append(f"{plain_number(row['rtt_ms'])} ms: {verdict}, {number}")
+    slower = [verdict == "slower" for verdict in verdicts]
+    times = [plain_number(rtt) for rtt in best["rtt_ms"]]
+    if slower[-1]:
+        first = max((place + 1 for place, lost in enumerate(slower) if not lost), default=0)
+        lead = f"loses from a round trip of {times[first]} ms on"
+    elif any(slower):
+        lead = f"loses at {', '.join(t for t, lost in zip(times, slower, strict=True) if lost)} ms"
+    else:
+        lead = "loses for certain at no round trip that was measured"
+    few, many = int(best["compared"].min()), int(best["compared"].max())
+    prompts = f"{few}" if few == many else f"{few} to {many}"
+    return f"the best pair in workers {lead} ({'; '.join(parts)}; prompts compared: {prompts})."
+
+
+def drift_sentence(summary: DataFrame) -> str:
+    """How steady the machine was: the target alone, as each run measured it in turn with its own requests."""
+    ours = summary[summary["setup"] == WORKERS]
+    known = ours[ours["reference_ms_per_token"].notna()]
+    parts, worst = [], (0.0, 0.0, 0.0, 0)
+    for _, own in known.groupby(conditions_of(known, "rtt_ms", "jitter_ms"), sort=False):
+        low, high = own["reference_ms_per_token"].min(), own["reference_ms_per_token"].max()
+        if len(own) > 1 and (high / low - 1, len(own)) >= (worst[0], worst[3]):
+            worst = high / low - 1, low, high, len(own)
+    if worst[3]:
+        apart, low, high, runs = worst
+        if apart > MOST_DRIFT:
+            parts.append("Warning: the machine was not steady.")
+        parts.append(
+            f"Gamma 0, which each of {runs} runs measured in turn with its own requests, took {three_digits(low)} to "
+            f"{three_digits(high)} ms per token, {100 * apart:.1f} % apart{'' if apart > MOST_DRIFT else ': steady'}. "
+            "Speedups are against the gamma 0 of the same run; other times of different runs have that drift in them."
+        )
+    elif len(known):
+        parts.append("Each network had one run, so there is no drift to see.")
+    if unpaired := len(ours) - len(known) if len(ours) > 1 else 0:
+        parts.append(
+            f"{unpaired} of {len(ours)} configurations have no gamma 0 of their own run: their speedup is against "
+            "that of another run, and a drift of the machine in between is in it."
+        )
+    return " ".join(parts) or "Not known: a single run was measured."
 
 
 def compared_sentence(summary: DataFrame, every: int) -> str:
@@ -148,13 +261,18 @@ def _counted(some: int, every: int) -> str:
 
 def lossless_sentence(summary: DataFrame) -> str:
     """Whether the texts are those of the target alone, as a sentence with the counts."""
-    drafting = summary[summary["gamma"] != 0]
+    ours = summary[summary["setup"] == WORKERS]
+    drafting = ours[ours["gamma"] != 0]
     compared = drafting[drafting["lossless_compared"] > 0]
     every = int(compared["lossless_compared"].sum())
     written = int(drafting["requests"].sum())
     same = round(float((compared["lossless"] * compared["lossless_compared"]).sum()))
+    beside = int(ours["baselines_compared"].sum())
+    differing = beside - round(float((ours["baselines_lossless"] * ours["baselines_compared"]).sum()))
+    baselines = f"{beside} texts of baselines (gamma 0 in each run, target_streamed, colocated)"
+    more = [f"{differing or 'None'} of the {baselines} {'differ' if differing > 1 else 'differs'}."] if beside else []
     if not written:
-        return "Nothing was drafted, so there is nothing to compare."
+        return " ".join(["Nothing was drafted, so there is nothing to compare.", *more])
     parts = []
     texts = f"text{'' if every == 1 else 's'}"
     if every and same == every:
@@ -169,18 +287,24 @@ def lossless_sentence(summary: DataFrame) -> str:
             f"Of {unknown} text{'' if unknown == 1 else 's'} nothing can be said token for token: gamma 0 was not run "
             "or failed there, or it is rejection sampling, which has the right distribution and not the same text."
         )
-    return " ".join(parts)
+    return " ".join([*parts, *more])
 
 
 def faults_sentence(summary: DataFrame) -> str:
     """What failed while this was measured, as sentences; empty when nothing did."""
     names, parts = varied(summary), []
-    failed = summary[summary["failed_requests"] > 0]
+    ours = summary[summary["setup"] == WORKERS]
+    failed = ours[ours["failed_requests"] > 0]
     if number := int(failed["failed_requests"].sum()):
         where = "; ".join(f"{name_of(row, names)}: {row['failed_requests']}" for _, row in failed.iterrows())
         parts.append(
             f"{number} request{' failed and is' if number == 1 else 's failed and are'} in no mean ({where}); "
             "requests.csv says why."
+        )
+    if number := int(ours["baselines_failed"].sum()):
+        parts.append(
+            f"{number} text{'' if number == 1 else 's'} of baselines failed; reference.csv says why, and their "
+            "requests are in no mean."
         )
     if count := int(summary["worker_failures"].sum()):
         parts.append(
@@ -192,19 +316,22 @@ def faults_sentence(summary: DataFrame) -> str:
 
 def varied(summary: DataFrame) -> list[str]:
     """The names of the configuration that take several values in this sweep; gamma always."""
-    return [name for name in CONFIGURATION if name == "gamma" or summary[name].nunique() > 1]
+    return [name for name in keys_of(summary) if name == "gamma" or summary[name].nunique() > 1]
 
 
 def name_of(row: Series, names: Sequence[str]) -> str:
     """A configuration in words, with what varies: "γ = 5, overlap". Gamma 0 is "the target alone"."""
     if row["gamma"] == 0:
         names = [name for name in names if name not in ("mode", "tree", "draft")]
-    words = []
+    setup = row.get("setup", WORKERS)
+    if setup == STREAMED:
+        names = [name for name in names if name != "gamma"]
+    words = ["the target that streams by itself"] if setup == STREAMED else []
     for name in names:
         value = plain_number(row[name]) if isinstance(row[name], float) else row[name]
         alone = name == "gamma" and value == 0
         words.append("the target alone" if alone else _WORDS.get(name, "{}").format(value))
-    return ", ".join(words)
+    return ", ".join([*words, "in one process"] if setup == COLOCATED else words)
 
 
 def summary_table(summary: DataFrame, *, intervals: bool = True) -> tuple[list[str], list[list[str]]]:
@@ -212,7 +339,8 @@ def summary_table(summary: DataFrame, *, intervals: bool = True) -> tuple[list[s
 
     An interval is beside its mean, in brackets. A column without any value is left out; a missing value is "-".
     """
-    columns = {_HEADINGS.get(name, name): [_plain(value) for value in summary[name]] for name in varied(summary)}
+    names = [*varied(summary), *(["setup"] if summary["setup"].nunique() > 1 else [])]
+    columns = {_HEADINGS.get(name, name): [_plain(value) for value in summary[name]] for name in names}
     for name, (heading, form) in _MEASURES.items():
         if summary[name].notna().any():
             columns[heading] = [_cell(row, name, form, intervals) for _, row in summary.iterrows()]
@@ -230,7 +358,7 @@ def _cell(row: Series, name: str, form: str, intervals: bool) -> str:
     if isna(row[name]):
         return "-"
     text, metric = _number(row[name], form), name.removesuffix("_mean")
-    if not intervals or metric not in ("itl_ms", "speedup"):
+    if not intervals or metric not in ("itl_ms", *BASES.values()):
         return text
     low, high = row[f"{metric}_ci_low"], row[f"{metric}_ci_high"]
     # Gamma 0 is its own measure: an interval of [1, 1] says nothing.
@@ -249,6 +377,7 @@ def _plain(value: Any) -> str:
     return plain_number(value) if isinstance(value, float) else str(value)
 
 
-def _with_interval(row: Series, level: str) -> str:
-    low, high = row["speedup_ci_low"], row["speedup_ci_high"]
-    return f"{row['speedup']:.2f}" + ("" if isna(low) else f" ({level} {low:.2f} to {high:.2f})")
+def _with_interval(row: Series, name: str, level: str) -> str:
+    """A number with its interval. name: X_ci or X_joint, of the number X."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{row[name.rpartition('_')[0]]:.2f}" + ("" if isna(low) else f" ({level} {low:.2f} to {high:.2f})")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pandas import DataFrame, Series
 
+from specsplit.analysis.configurations import configuration_of, keys_of
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, settle_layout
-from specsplit.analysis.tables import configuration_of, quantiles
+from specsplit.analysis.tables import quantiles
 from specsplit.experiment.sweep import Point
-from specsplit.settings.axes import CONFIGURATION
 
 # Part of a round -> what a figure calls it, and its colour.
 PARTS = {
@@ -23,6 +25,7 @@ PARTS = {
     "worker_ms": ("rest of the workers", "#CC79A7"),
     "orchestrator_ms": ("orchestrator", "#8C8C8C"),
 }
+_SHOWN = tuple(field.name for field in fields(Point))  # in the name of a run folder
 WIDTH_IN, ROW_IN, MOST_BARS = 6.8, 0.24, 24
 
 
@@ -56,11 +59,11 @@ def round_parts(rounds: DataFrame, texts: list[str]) -> DataFrame:
 def profile(rounds: DataFrame) -> DataFrame:
     """Two rows a configuration: its first rounds (`phase` prefill) and all others (`phase` decode).
 
-    rounds: as `merge_runs` or `read_tables` give them. Columns: CONFIGURATION, phase, rounds, tokens_per_round,
-    round_ms_median, round_ms_p99, then means: round_ms, each of PARTS and hidden_ms (of a round), and ms_per_token
-    (round_ms / tokens_per_round). A phase without a round has no row.
+    rounds: as `merge_runs` or `read_tables` give them. Columns: those of a configuration, phase, rounds,
+    tokens_per_round, round_ms_median, round_ms_p99, then means: round_ms, each of PARTS and hidden_ms (of a round), and
+    ms_per_token (round_ms / tokens_per_round). A phase without a round has no row.
     """
-    parts = round_parts(rounds, [*CONFIGURATION, "request_id", "repeat"])
+    parts = round_parts(rounds, [*keys_of(rounds), "request_id", "repeat"])
     rows = []
     for _, own in rounds.groupby(configuration_of(rounds), sort=False):
         for phase, chosen in (("prefill", own["round"] == 1), ("decode", own["round"] > 1)):
@@ -68,7 +71,7 @@ def profile(rounds: DataFrame) -> DataFrame:
                 continue
             mine = parts.loc[own.index[chosen]]
             tokens = float((own.loc[chosen, "accepted"] + 1).mean())
-            row: dict[str, Any] = {name: own[name].iloc[0] for name in CONFIGURATION}
+            row: dict[str, Any] = {name: own[name].iloc[0] for name in keys_of(rounds)}
             row |= {"phase": phase, "rounds": len(mine), "tokens_per_round": tokens}
             row |= quantiles(mine["round_ms"], "round_ms", (50, 99))
             row |= {name: float(mine[name].mean()) for name in ("round_ms", *PARTS, "hidden_ms")}
@@ -80,7 +83,8 @@ def profile(rounds: DataFrame) -> DataFrame:
 def draw_profile(table: DataFrame, path: Path) -> list[Path]:
     """Draw the decode rows of `profile`, stacked bars of a round and of a token, as `path` .png and .svg."""
     table = table[table["phase"] == "decode"].reset_index(drop=True)
-    names = [_label(row) for _, row in table.iterrows()][:MOST_BARS]
+    varied = [name for name in keys_of(table) if name in _SHOWN or table[name].nunique() > 1]
+    names = [bar_label(row, varied) for _, row in table.iterrows()][:MOST_BARS]
     shown = table.iloc[: len(names)]
     with house_style():
         figure = new_figure(WIDTH_IN, ROW_IN * len(names) + 1.3)
@@ -103,9 +107,10 @@ def draw_profile(table: DataFrame, path: Path) -> list[Path]:
         return save_figure(figure, path, {"Title": "Where a round's time goes"})
 
 
-def _label(row: Series) -> str:
-    """As the run folder is called."""
-    return Point(*(row[name] for name in ("gamma", "mode", "tree", "temperature", "rtt_ms"))).label
+def bar_label(row: Series, varied: Sequence[str]) -> str:
+    """What a configuration is called: its run folder, with what else varies: no two configurations have one label."""
+    others = [f"{name} {row[name]}" for name in varied if name not in _SHOWN]
+    return ", ".join([Point(**{name: row[name] for name in _SHOWN}).label, *others])
 
 
 def summarize_overhead(rounds: DataFrame) -> DataFrame:

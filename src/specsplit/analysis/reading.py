@@ -14,7 +14,8 @@ from pandas import DataFrame
 
 from specsplit.errors import UserError
 from specsplit.experiment.columns import LATER_COLUMNS
-from specsplit.settings.run import AUTO
+from specsplit.io import csv_reader
+from specsplit.settings.names import AUTO
 
 
 def read_files(paths: list[Path], types: dict[str, str], made_by: str) -> DataFrame:
@@ -42,8 +43,8 @@ def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
     # Not pandas: it would take a request called "NA" for a missing one, and its errors do not name the line.
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
+            reader = csv_reader(file)
+            header: list[str] = next(reader, [])
             lines = [(reader.line_num, cells) for cells in reader if cells]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {made_by}") from None

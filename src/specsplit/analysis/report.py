@@ -7,7 +7,6 @@ target, which draft length is best, by how much and how surely.
 from __future__ import annotations
 
 import base64
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -22,11 +21,19 @@ from pandas import read_csv
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
-from specsplit.analysis.findings import compared_sentence, faults_sentence, find_best, lossless_sentence, summary_table
+from specsplit.analysis.findings import (
+    compared_sentence,
+    drift_sentence,
+    faults_sentence,
+    find_best,
+    lossless_sentence,
+    round_trip_sentences,
+    summary_table,
+)
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
-from specsplit.io import read_json_object, replace_file
+from specsplit.io import csv_reader, read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import swept_drafts
 
@@ -61,6 +68,9 @@ def write_report(
         "created": _moment(record.get("created")),
         "record": record,
         "findings": find_best(requests, rounds, summary, **settings),
+        "round_trips": round_trip_sentences(summary, confidence),
+        "drift": drift_sentence(summary),
+        "left_out": _left_out(record),
         "lossless": lossless_sentence(summary),
         "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
@@ -68,6 +78,7 @@ def write_report(
         "least": MIN_PROMPTS,
         "asked": _asked(record),
         "machine": _machine(record),
+        "packages": _packages(record),
         "workers": _workers(record),
         "headings": headings,
         "rows": rows,
@@ -87,6 +98,7 @@ def write_report(
             for path, kind in (
                 (results_dir / "summary.csv", "text/csv"),
                 (results_dir / "requests.csv", "text/csv"),
+                (results_dir / "reference.csv", "text/csv"),
                 (results_dir / "provenance" / "config.json", "application/json"),
             )
             if path.exists()
@@ -165,11 +177,22 @@ def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> 
 
 
 def _machine(record: Mapping[str, Any]) -> Pairs:
-    machine, software = record.get("machine", {}), record.get("software", {})
-    git, gpu = record.get("git", {}), record.get("gpu", {})
+    """Where and with what the runs ran, as they say; of a record whose runs do not, of the job that wrote it."""
+    runs = [run for run in record.get("runs") or () if run.get("machine")]
+    workers = [worker for run in runs for worker in (run.get("workers") or {}).values()]
+    first = runs[0] if runs else record
+    machine, software = first.get("machine") or {}, first.get("software") or record.get("software") or {}
+    git, gpu = record.get("git", {}), (first.get("gpu") or {}).get("before") or record.get("gpu", {})
     packages = software.get("packages") or {}
+    runtimes = [worker.get("runtime") or {} for worker in workers]
+    hosts = [run["machine"].get("hostname") for run in runs] + [runtime.get("host") for runtime in runtimes]
+    hosts = list(dict.fromkeys(str(host) for host in hosts or [machine.get("hostname")] if host))
     torch = machine.get("torch") or {}
-    gpus = [str(card.get("name")) for card in gpu.get("gpus") or []]
+    cards = [card for run in runs or [record] for card in _cards(run)]
+    gpus = [f"{card.get('name')}, driver {card.get('driver_version')}" for card in cards]
+    gpus += [f"{r['gpu']}, driver {r.get('driver')}, of a worker" for r in runtimes if r.get("gpu", "None") != "None"]
+    gpus = list(dict.fromkeys(gpus))
+    differs = [_difference(each) for each in record.get("differences") or ()]
     memory = machine.get("memory_bytes")
     commit = f"commit unknown ({git.get('reason') or _UNKNOWN})"
     if git.get("commit"):
@@ -183,14 +206,36 @@ def _machine(record: Mapping[str, Any]) -> Pairs:
         "Snakemake": software.get("snakemake"),
     }
     return [
-        ("Host", str(machine.get("hostname") or _UNKNOWN)),
+        ("Host", ", ".join(hosts) or _UNKNOWN),
         ("Processor", f"{machine.get('cpu_model') or _UNKNOWN}, {machine.get('cores_usable', '?')} cores usable"),
         ("Memory", f"{memory / 2**30:.1f} GiB" if memory else _UNKNOWN),
         ("GPU", ", ".join(gpus) if gpus else f"none ({gpu.get('reason') or _UNKNOWN})"),
         ("System", f"{machine.get('os') or _UNKNOWN}, {machine.get('kernel') or 'kernel ' + _UNKNOWN}"),
         ("Software", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("Code", commit),
+        *([("Differs between runs", "; ".join(differs) or "nothing")] if "differences" in record else []),
     ]
+
+
+def _cards(run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The GPUs of a run, or of a record."""
+    gpu = run.get("gpu") or {}
+    return list((gpu.get("before") or gpu).get("gpus") or ())
+
+
+def _difference(difference: Mapping[str, Any]) -> str:
+    values = (f"{value[:60]} ({', '.join(runs[:3])})" for value, runs in difference["values"].items())
+    return f"{difference['fact']}: {' or '.join(values)}"
+
+
+def _packages(record: Mapping[str, Any]) -> str:
+    """All packages of the processes of the runs, each with the versions that there were."""
+    versions: dict[str, dict[str, None]] = {}
+    for run in record.get("runs") or ():
+        for process in (run.get("software") or {}, *(run.get("workers") or {}).values()):
+            for name, version in (process.get("packages") or {}).items():
+                versions.setdefault(name, {})[version] = None
+    return ", ".join(f"{name} {' or '.join(found)}" for name, found in sorted(versions.items()))
 
 
 def _workers(record: Mapping[str, Any]) -> list[str]:
@@ -204,6 +249,12 @@ def _workers(record: Mapping[str, Any]) -> list[str]:
                 f"threads {worker.get('threads')}"
             )
     return list(dict.fromkeys(found))
+
+
+def _left_out(record: Mapping[str, Any]) -> list[str]:
+    """What runs were to measure beside their configuration and could not, with the reasons."""
+    found = [(run.get("beside") or {}).get("left_out") or {} for run in record.get("runs", [])]
+    return list(dict.fromkeys(f"{setup}: {reason}" for left_out in found for setup, reason in left_out.items()))
 
 
 def _run(run: Mapping[str, Any]) -> dict[str, str]:
@@ -251,7 +302,7 @@ def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))
+        lines = list(csv_reader(file))
     if not lines:
         raise UserError(f"{path}: is empty; make it again, or delete it to have a report without it")
     headings, rows = _chosen(lines[0], lines[1:], _COLUMNS.get(name, "*").split())

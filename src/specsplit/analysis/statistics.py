@@ -120,7 +120,7 @@ class Comparison:
     picked by its result. Made by `compare_jointly`.
     """
 
-    logs: Numbers  # [configurations]: of milliseconds per token
+    logs: Numbers  # [configurations]: of milliseconds per token, over those of the base
     errors: Numbers  # [configurations, configurations]: standard errors of the differences of logs
     critical_first: float
     critical_pairs: float
@@ -146,11 +146,19 @@ class Comparison:
 
 
 def compare_jointly(
-    milliseconds: ArrayLike, tokens: ArrayLike, *, confidence: float, samples: int, seed: int
+    milliseconds: ArrayLike,
+    tokens: ArrayLike,
+    *,
+    base: tuple[ArrayLike, ArrayLike] | None = None,
+    confidence: float,
+    samples: int,
+    seed: int,
 ) -> Comparison | None:
     """Compare configurations on the same prompts; the first one is what the others are measured against.
 
-    milliseconds, tokens: [configurations, prompts]. samples: draws of the maximum's distribution; the same arguments
+    milliseconds, tokens: [configurations, prompts]. base: milliseconds and tokens of the same shape: what was measured
+    beside each configuration, of the first one itself; then each is compared by its ratio to that, so that what changed
+    between the runs of two configurations cancels out. samples: draws of the maximum's distribution; the same arguments
     give the same result. None when nothing can be said: below MIN_PROMPTS prompts, or sums that are not positive.
     Raises UserError for impossible settings, ValueError for tables of different shape or without finite numbers.
     """
@@ -162,15 +170,18 @@ def compare_jointly(
         raise ValueError("milliseconds, tokens: two tables of finite numbers of one shape are needed")
     if times.shape[1] < MIN_PROMPTS:
         return None
-    ratios = [_LogRatio.of(top, bottom) for top, bottom in zip(times, counts, strict=True)]
-    known = [ratio for ratio in ratios if ratio is not None]
-    if len(known) < len(ratios):
+    known = _log_ratios(times, counts)
+    beside = known and _log_ratios(*(np.asarray(table, dtype=np.float64) for table in base or (times[:1], counts[:1])))
+    if not known or not beside:
         return None
-    deviations = np.array([ratio.deviations for ratio in known])
-    degrees = _degrees(known)
+    beside = beside if base else beside * len(known)
+    deviations = np.array([own.deviations - other.deviations for own, other in zip(known, beside, strict=True)])
+    logs = np.array([own.value - other.value for own, other in zip(known, beside, strict=True)])
+    # Of the most unequal one, so that no joint interval is within that of its row alone.
+    degrees = min(_degrees([own, other]) for own, other in zip(known, beside, strict=True))
     first, pairs = _critical_values(deviations, degrees, confidence, samples, seed)
     errors = np.array([[_error(one - other) for other in deviations] for one in deviations])
-    return Comparison(np.array([ratio.value for ratio in known]), errors, first, pairs)
+    return Comparison(logs, errors, first, pairs)
 
 
 def t_quantile(confidence: float, degrees: float) -> float:
@@ -212,6 +223,13 @@ class _LogRatio:
             return None
         left_out = np.log(tops) - np.log(bottoms)
         return cls(math.log(total / count), left_out - left_out.mean(), top / total)
+
+
+def _log_ratios(tops: Numbers, bottoms: Numbers) -> list[_LogRatio]:
+    """One a row; none at all when one of them is not known."""
+    ratios = [_LogRatio.of(top, bottom) for top, bottom in zip(tops, bottoms, strict=True)]
+    known = [ratio for ratio in ratios if ratio is not None]
+    return known if len(known) == len(ratios) else []
 
 
 def _error(deviations: Numbers) -> float:

@@ -7,7 +7,6 @@ table that lost rows on the way would still give plausible means.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,38 +15,58 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame, Series, isna
 
+from specsplit.analysis.configurations import (
+    NETWORK,
+    conditions_of,
+    configuration_of,
+    keys_of,
+    ratio,
+    row_of,
+    sort_rows,
+    tuples,
+)
 from specsplit.analysis.reading import listed, read_files
+from specsplit.analysis.references import (
+    BASES,
+    GAMMA0,
+    is_base,
+    lacks_reference,
+    matches_alone,
+    merge_references,
+    read_references,
+    reference_columns,
+    speedup_columns,
+    texts_alone,
+    with_drift,
+    with_references,
+)
 from specsplit.analysis.repeats import median_over_repeats
+from specsplit.analysis.series import KEEP_APART, check_joined, series_of
 from specsplit.analysis.statistics import (
     Comparison,
     bounded_mean_ci,
     check_confidence,
     compare_jointly,
     mean_ci,
-    paired_ratio_ci,
     quantile,
     rate_ci,
 )
 from specsplit.errors import UserError
-from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
-from specsplit.settings.axes import CONFIGURATION, PLAIN
-from specsplit.settings.run import AUTO, MODES, gamma_order
+from specsplit.experiment.columns import FAILED, OK, WORKERS, RequestRecord, RoundRecord
+from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
+from specsplit.settings.names import AUTO
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")
 
-PER_REQUEST = (*CONFIGURATION, "request_id")
-_CHOICE = ("sampling", "temperature", "top_k", "top_p")  # what the text depends on
-_NETWORK = ("rtt_ms", "jitter_ms")
-
 # Column name -> type of its cells, as the records annotate it.
 _REQUEST_TYPES = {field.name: str(field.type) for field in fields(RequestRecord)}
 _ROUND_TYPES = {field.name: str(field.type) for field in fields(RoundRecord)}
-_MERGED_TYPES = {**_REQUEST_TYPES, "matches_gamma0": "bool | None"}
-_MERGED_ROUND_TYPES = {**_ROUND_TYPES, **{name: _REQUEST_TYPES[name] for name in CONFIGURATION[1:]}}
+_MERGED_TYPES = {**_REQUEST_TYPES, "matches_gamma0": "bool | None", SERIES: "int | None"}
+_MERGED_ROUND_TYPES = {**_ROUND_TYPES, **{name: _MERGED_TYPES[name] for name in (*CONFIGURATION[1:], SERIES)}}
 
 
-def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
+def merge_runs(run_dirs: Sequence[Path], *, keep_apart: bool = False) -> tuple[DataFrame, DataFrame]:
     """The requests and the rounds of all runs, each sorted by configuration, then in the order of the files.
 
     run_dirs: one folder a configuration, in any order, each with `requests.csv` and `per_round.csv`. Columns that the
@@ -60,9 +79,12 @@ def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
     Requests that failed are rows like all others; `comparable` takes them out. The rounds get the
     configuration of their request, all CONFIGURATION but gamma, which they have.
 
-    Raises UserError when a file is missing or malformed, a folder mixes configurations, a request of a configuration
-    occurs twice, a configuration lacks a request that another has or has none that did not fail, or a round belongs to
-    no request.
+    Runs must agree on prompts, models, settings, machine and code, as their run.json tell. keep_apart: those that do
+    not are series of their own, told by a column `series`; rows of two series are never compared.
+
+    Raises UserError when runs do not agree, a file is missing or malformed, a folder mixes configurations, a request of
+    a configuration occurs twice, a configuration lacks a request that another has or has none that did not fail, or a
+    round belongs to no request.
     """
     if not run_dirs:
         raise UserError("no run folder given: name one folder for each gamma, e.g. results/runs/gamma_0")
@@ -71,16 +93,23 @@ def merge_runs(run_dirs: Sequence[Path]) -> tuple[DataFrame, DataFrame]:
     rounds = read_files([Path(run) / "per_round.csv" for run in run_dirs], _ROUND_TYPES, made_by)
     for run in run_dirs:
         _check_one_configuration(requests, Path(run) / "requests.csv", made_by)
-    settings = requests.droplevel("row")[list(CONFIGURATION[1:])]
+    series = series_of(run_dirs, keep_apart)
+    if series:
+        files = {str(Path(run) / "requests.csv"): number for run, number in series.items()}
+        requests[SERIES] = requests.index.get_level_values("file").map(files)
+    settings = requests.droplevel("row")[list(keys_of(requests)[1:])]
     settings = settings[~settings.index.duplicated()].rename(lambda file: str(Path(file).with_name("per_round.csv")))
     for name in settings:
         rounds[name] = settings[name].reindex(rounds.index.get_level_values("file")).array
     requests, rounds = _checked(requests, rounds)
-    return requests.assign(matches_gamma0=_matches_gamma0(requests)), rounds
+    alone = texts_alone(requests, merge_references(run_dirs, series))
+    return requests.assign(matches_gamma0=matches_alone(requests, alone)), rounds
 
 
 def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     """The merged `requests.csv` and `per_round.csv` of a results folder, as `merge_runs` returned them.
+
+    Where there is a `reference.csv` as well, the requests are as `with_references` makes them.
 
     Raises UserError when one is missing, empty or malformed, and for the same contradictions as `merge_runs`.
     """
@@ -89,29 +118,36 @@ def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
     rounds = read_files([Path(results_dir) / "per_round.csv"], _MERGED_ROUND_TYPES, made_by)
     if requests.empty:
         raise UserError(f"{Path(results_dir) / 'requests.csv'}: has no request, only the header; {made_by}")
-    return _checked(requests, rounds)
+    if requests[SERIES].isna().all():
+        requests, rounds = requests.drop(columns=SERIES), rounds.drop(columns=SERIES)
+    check_joined(Path(results_dir), requests)
+    requests, rounds = _checked(requests, rounds)
+    reference = read_references(Path(results_dir))
+    return requests if reference.empty else sort_rows(with_references(requests, reference)), rounds
 
 
 def comparable(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:
     """What may be compared: requests that every configuration with the same choice of tokens and network finished.
 
-    Returns one row for each configuration and request, the medians over its repeats, and the rounds of all repeats. A
-    repeat counts when every configuration finished it. A time that a configuration lacks for a request (one round has
-    no time between rounds) is empty in all of them; a configuration that has it for no request does not count.
+    Returns one row for each configuration, setup and request, the medians over its repeats, and the rounds of all
+    repeats. A repeat counts when every configuration finished it, and with it all that was measured beside it. A time
+    that a configuration lacks for a request (one round has no time between rounds) is empty in all of them; a
+    configuration that has it for no request does not count.
     """
     turn = ["request_id", "repeat"]
-    conditions = _conditions(requests, *_NETWORK)
-    keys = _tuples(requests[turn].assign(conditions=conditions))
-    shared = ~keys.isin(set(keys[requests["status"] == FAILED]))
-    names = [*CONFIGURATION, *turn]
+    requests = with_references(requests)
+    conditions = conditions_of(requests, *NETWORK)
+    keys = tuples(requests[turn].assign(conditions=conditions))
+    shared = ~keys.isin(set(keys[(requests["status"] == FAILED) | lacks_reference(requests)]))
+    names = [*keys_of(requests), *turn]
     if not shared.all():
-        rounds = rounds[_tuples(rounds[names]).isin(set(_tuples(requests.loc[shared, names])))]
+        rounds = rounds[tuples(rounds[names]).isin(set(tuples(requests.loc[shared, names])))]
     requests, conditions = requests[shared], conditions[shared]
     if requests.empty:
         return requests, rounds
-    requests = median_over_repeats(requests, PER_REQUEST, "matches_gamma0").copy()
-    conditions, configurations = conditions[requests.index], configuration_of(requests)
-    prompts = _tuples(requests[["request_id"]].assign(conditions=conditions))
+    requests = median_over_repeats(requests, (*row_of(requests), "request_id"), "matches_gamma0").copy()
+    conditions, configurations = conditions[requests.index], configuration_of(requests, row_of(requests))
+    prompts = tuples(requests[["request_id"]].assign(conditions=conditions))
     for name in TIMES:
         has = requests[name].notna()
         lacking = ~has & has.groupby(configurations, sort=False).transform("any")
@@ -121,23 +157,39 @@ def comparable(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataF
 
 
 def compare_panel(
-    requests: DataFrame, *, confidence: float, samples: int, seed: int
-) -> tuple[list[tuple[Any, ...]], Comparison | None]:
-    """The configurations of one choice of tokens and network, gamma 0 first, and how they compare end to end.
+    requests: DataFrame, base: str = GAMMA0, *, confidence: float, samples: int, seed: int
+) -> tuple[list[Any], Comparison | None]:
+    """The configurations of one choice of tokens and network, and how they compare end to end with one of BASES.
 
-    requests: of `comparable`. A configuration of which fewer than two texts have tokens is left out. None as comparison
-    without gamma 0, or where too few requests can be compared.
+    requests: of `comparable`. Returns their tuples of `row_of`, first that of the base (None when it is no row), and
+    the comparison of all with what was measured of the base beside them. A configuration of which fewer than two texts
+    have tokens, or without that base, is left out. None as comparison where there is no base, or too few requests.
     """
-    every = requests.groupby(configuration_of(requests), sort=False)
-    own = {key: rows for key, rows in every if (rows["generated_tokens"] > 0).sum() > 1}
-    order = sorted(own, key=lambda configuration: configuration[0] != 0)
-    if not order or order[0][0] != 0:
-        return order, None
-    columns = [own[configuration].sort_values("request_id") for configuration in order]
-    times, tokens = (
-        [own[name].to_numpy(float) for own in columns] for name in ("total_latency_ms", "generated_tokens")
+    requests = with_references(requests)
+    every = dict(list(requests.groupby(configuration_of(requests, row_of(requests)), sort=False)))
+    columns = f"{base}_ms", f"{base}_tokens"
+    first = next((key for key in every if is_base(key, base)), None)
+
+    def usable(rows: DataFrame) -> bool:
+        counts = [int((rows[name] > 0).sum()) for name in ("generated_tokens", columns[1])]
+        return min(counts) > 1 and bool(rows[columns[0]].notna().all())
+
+    own = {key: rows.sort_values("request_id") for key, rows in every.items() if key[-1] == WORKERS and usable(rows)}
+    if not own:
+        return [], None
+    order = [first, *(key for key in own if key != first)]
+    example = next(iter(own.values()))
+    times, tokens, base_times, base_tokens = (
+        [example[beside].to_numpy(float), *(own[key][name].to_numpy(float) for key in order[1:])]
+        for name, beside in (
+            ("total_latency_ms", columns[0]),
+            ("generated_tokens", columns[1]),
+            (columns[0], columns[0]),
+            (columns[1], columns[1]),
+        )
     )
-    return order, compare_jointly(times, tokens, confidence=confidence, samples=samples, seed=seed)
+    settings: dict[str, Any] = {"confidence": confidence, "samples": samples, "seed": seed}
+    return order, compare_jointly(times, tokens, base=(base_times, base_tokens), **settings)
 
 
 def summarize(
@@ -151,22 +203,28 @@ def summarize(
     """One row a configuration, in their order, from the tables of `merge_runs` or `read_tables`.
 
     Rows are compared on the same requests: all columns but `requests`, the `lossless` and the failures are over those
-    that every configuration with the same choice of tokens and network finished (`comparable`). Where requests were
-    repeated, all but `inter_chunk_ms` and what is over rounds is of the medians over the repeats of each request, so
-    that intervals are over prompts. No interval is given below `MIN_PROMPTS` (6) requests.
+    that every configuration with the same choice of tokens and network finished (`comparable`). A table with references
+    (`with_references`) has rows for the baselines too. Where requests were repeated, all but `inter_chunk_ms` and what
+    is over rounds is of the medians over the repeats of each request, so that intervals are over prompts. No interval
+    is given below `MIN_PROMPTS` (6) requests.
 
     gamma, mode, tree, draft, sampling, temperature, top_k, top_p, rtt_ms, jitter_ms
         the configuration; gamma is a number or `auto`.
+    setup
+        `workers`: through the loop; `target_streamed`, `colocated`: a baseline, measured in turn with a run's requests.
     requests, compared, repeats, generated_tokens
         number of requests that did not fail; of those that every configuration finished, which the rest is over; times
         that each was run; tokens generated by the compared ones once.
     speedup, speedup_ci_low, speedup_ci_high
-        end to end against gamma 0 with the same way to choose tokens and the same network: its milliseconds per
-        generated token (total latency / tokens, over all requests) divided by this configuration's; an interval for
-        this row alone (`paired_ratio_ci`). 1, [1, 1] for gamma 0 itself. Empty without such a gamma 0 or tokens.
+        end to end against gamma 0 with the same way to choose tokens and the same network, measured in the same run:
+        its milliseconds per generated token (total latency / tokens, over all requests) divided by this
+        configuration's; an interval for this row alone (`paired_ratio_ci`). 1, [1, 1] for gamma 0 itself. Empty without
+        such a gamma 0 or tokens. Of a run that measured none of its own it is against the run of gamma 0.
     speedup_joint_low, speedup_joint_high
-        the interval that holds for all rows with this choice and network at once (`compare_jointly`): to judge a row
-        that was picked by its speedup.
+        the interval that holds for all `workers` rows with this choice and network at once (`compare_jointly`): to
+        judge a row that was picked by its speedup. Empty for baselines.
+    speedup_over_streamed, speedup_over_colocated, each with _ci_low, _ci_high, _joint_low, _joint_high
+        as speedup, against the target that streams by itself, and against the same pair in one process.
     <m>_mean, <m>_ci_low, <m>_ci_high, <m>_median for each m of METRICS
         over requests that have the value. The median is p50. Milliseconds for TIMES, shares for the rates and
         fractions, tokens a round for mean_accepted_length. Empty when no request has the value: tpot_ms needs
@@ -198,53 +256,64 @@ def summarize(
     lossless, lossless_compared
         share of requests with the text of gamma 0, of so many that did not fail on either side. Empty, 0 where
         `matches_gamma0` is empty: without a gamma 0, and for rejection sampling at a temperature above 0.
+    reference_ms_per_token, reference_drift
+        milliseconds per token of the gamma 0 that this row's run measured; that over the median of the runs with the
+        same choice and network, minus 1. Empty where a run measured none, and for baselines.
+    baselines_lossless, baselines_compared, baselines_failed
+        of the texts that were measured beside this configuration: share that is the text of gamma 0, of so many that
+        can be compared; how many failed.
     failed_requests, worker_failures
         rows with status failed; rounds in which a worker failed, got over or not, of all rows.
 
     Raises UserError for impossible confidence or bootstrap_samples.
     """
     check_confidence(confidence)
-    every = dict(list(requests.groupby(configuration_of(requests), sort=False)))
+    requests = with_references(requests)
+    every = dict(list(requests.groupby(configuration_of(requests, row_of(requests)), sort=False)))
     shared, rounds = comparable(requests, rounds)
     numbers = [gamma for gamma in requests["gamma"] if gamma != AUTO]
     deepest = max([*numbers, *rounds.loc[rounds["gamma"] == AUTO, "drafted"]], default=0)
-    own_of = dict(list(shared.groupby(configuration_of(shared), sort=False)))
+    own_of = dict(list(shared.groupby(configuration_of(shared, row_of(shared)), sort=False)))
     rounds_of = dict(list(rounds.groupby(configuration_of(rounds), sort=False)))
-    conditions = _conditions(requests, *_NETWORK)
-    alone_of: dict[Any, DataFrame] = {}
-    joint: dict[Any, tuple[float, float]] = {}
-    for condition, panel in shared.groupby(conditions[shared.index], sort=False):
-        alone_of[condition] = panel[panel["gamma"] == 0]
-        order, found = compare_panel(panel, confidence=confidence, samples=bootstrap_samples, seed=seed)
-        joint |= {key: found.against_first(place) for place, key in enumerate(order)} if found else {}
+    conditions = conditions_of(requests, *NETWORK)
+    joint: dict[Any, dict[str, tuple[float, float]]] = {}
+    for _, panel in shared.groupby(conditions[shared.index], sort=False):
+        for base in BASES:
+            order, found = compare_panel(panel, base, confidence=confidence, samples=bootstrap_samples, seed=seed)
+            if found is not None:
+                for place, key in enumerate(order):
+                    joint.setdefault(key, {})[base] = found.against_first(place)
     rows = []
     for configuration, all_own in every.items():
-        own, own_rounds = own_of.get(configuration, shared[:0]), rounds_of.get(configuration, rounds[:0])
-        alone = alone_of.get(conditions[all_own.index[0]], shared[:0])
-        low, high = joint.get(configuration, (math.nan, math.nan))
+        own, own_rounds = own_of.get(configuration, shared[:0]), rounds_of.get(configuration[:-1], rounds[:0])
         ended = all_own[all_own["status"] == OK]
         tokens = own["generated_tokens"].sum()
-        row: dict[str, Any] = {name: all_own[name].iloc[0] for name in CONFIGURATION}
+        row: dict[str, Any] = {name: all_own[name].iloc[0] for name in row_of(all_own)}
         row |= {"requests": ended["request_id"].nunique(), "compared": len(own)}
         row |= {"repeats": all_own["repeat"].nunique(), "generated_tokens": int(tokens)}
-        row |= _speedup(own, alone, confidence)
-        row |= {"speedup_joint_low": low, "speedup_joint_high": high}
+        for base in BASES:
+            joints = joint.get(configuration, {})
+            row |= speedup_columns(own, base, confidence, joints, is_base(configuration, base))
         for metric in METRICS:
             upper = {"average_acceptance_rate": 1.0, "mean_accepted_length": _depth(own_rounds, configuration) + 1}
             bound = upper.get(metric) if configuration[0] != 0 else None
             row |= metric_columns(own[metric], metric, confidence, bound)
+        depth = _depth(own_rounds, configuration)
+        own_rounds = own_rounds if configuration[-1] == WORKERS else rounds[:0]
         gaps = own_rounds.groupby(["request_id", "repeat"], sort=False)["arrived_ms"].diff()
         row |= quantiles(gaps, "inter_chunk_ms", (50, 90, 99))
-        row["tokens_per_second"] = _ratio(1000 * tokens, own["total_latency_ms"].sum())
+        row["tokens_per_second"] = ratio(1000 * tokens, own["total_latency_ms"].sum())
         row |= _speculation(own, confidence)
-        row |= _acceptance(own, own_rounds, configuration, confidence)
+        row |= _acceptance(own, own_rounds, depth, confidence)
         row |= _positions(own_rounds, int(deepest))
-        texts = median_over_repeats(ended, PER_REQUEST, "matches_gamma0")["matches_gamma0"].dropna()
-        row |= {"lossless": _ratio(texts.sum(), len(texts)), "lossless_compared": len(texts)}
+        whole = (*row_of(ended), "request_id")
+        texts = median_over_repeats(ended, whole, "matches_gamma0")["matches_gamma0"].dropna()
+        row |= {"lossless": ratio(texts.sum(), len(texts)), "lossless_compared": len(texts)}
+        row |= reference_columns(all_own, own)
         row["failed_requests"] = int((all_own["status"] == FAILED).sum())
         row["worker_failures"] = int(all_own[["draft_failures", "target_failures"]].to_numpy().sum())
         rows.append(row)
-    return _sorted(DataFrame(rows))
+    return with_drift(sort_rows(DataFrame(rows)))
 
 
 def draft_position(rounds: DataFrame, position: int) -> tuple[Series, Series]:
@@ -259,19 +328,6 @@ def draft_position(rounds: DataFrame, position: int) -> tuple[Series, Series]:
 def verifies_draft(rounds: DataFrame) -> Series:
     """Whether each round verified a draft, whatever of it counts as drafted."""
     return (rounds["tree_nodes"] > 0) | (rounds["drafted"] > 0)
-
-
-def _speedup(own: DataFrame, alone: DataFrame, confidence: float) -> dict[str, float]:
-    speedup, low, high = math.nan, math.nan, math.nan
-    if not alone.empty and own["gamma"].iloc[0] == 0:
-        speedup, low, high = 1.0, 1.0, 1.0
-    elif not alone.empty:
-        base = alone.set_index("request_id").loc[own["request_id"]]
-        columns = [table[name] for table in (base, own) for name in ("total_latency_ms", "generated_tokens")]
-        base_ms, base_tokens, our_ms, our_tokens = (column.sum() for column in columns)
-        speedup = _ratio(_ratio(base_ms, base_tokens), _ratio(our_ms, our_tokens))
-        low, high = paired_ratio_ci(*columns, confidence=confidence)
-    return {"speedup": speedup, "speedup_ci_low": low, "speedup_ci_high": high}
 
 
 def quantiles(values: Series, name: str, percents: Sequence[int]) -> dict[str, float]:
@@ -303,24 +359,21 @@ def _speculation(own: DataFrame, confidence: float) -> dict[str, float]:
     hits, misses = own["speculation_hits"], own["speculation_misses"]
     low, high = rate_ci(hits, hits + misses, confidence=confidence)
     row = {"speculation_hits": hits.sum(), "speculation_misses": misses.sum()}
-    return row | {"hit_rate": _ratio(hits.sum(), sum(row.values())), "hit_rate_ci_low": low, "hit_rate_ci_high": high}
+    return row | {"hit_rate": ratio(hits.sum(), sum(row.values())), "hit_rate_ci_low": low, "hit_rate_ci_high": high}
 
 
-def _acceptance(
-    own: DataFrame, rounds: DataFrame, configuration: tuple[Any, ...], confidence: float
-) -> dict[str, float]:
+def _acceptance(own: DataFrame, rounds: DataFrame, depth: float, confidence: float) -> dict[str, float]:
     drafted, accepted = own["drafted_tokens"].to_numpy(float), own["accepted_tokens"].to_numpy(float)
     counted = rounds[verifies_draft(rounds) & (rounds["repeat"] == rounds["repeat"].min())].groupby("request_id").size()
     verified = own["verifications"].fillna(own["request_id"].map(counted)).fillna(0).to_numpy(float)
-    depth = _depth(rounds, configuration)
     low, high = rate_ci(accepted * (verified > 0) / max(depth, 1), verified, confidence=confidence)
     rate_low, rate_high = rate_ci(accepted, drafted, confidence=confidence)
     return {
-        "acceptance_length": 1 + _ratio(accepted.sum(), verified.sum()),
+        "acceptance_length": 1 + ratio(accepted.sum(), verified.sum()),
         "acceptance_length_ci_low": 1 + depth * low,
         "acceptance_length_ci_high": 1 + depth * high,
         "acceptance_length_mean": float(own["acceptance_length"].mean()),
-        "draft_acceptance_rate": _ratio(accepted.sum(), drafted.sum()),
+        "draft_acceptance_rate": ratio(accepted.sum(), drafted.sum()),
         "draft_acceptance_rate_ci_low": rate_low,
         "draft_acceptance_rate_ci_high": rate_high,
     }
@@ -338,73 +391,21 @@ def _positions(rounds: DataFrame, deepest: int) -> dict[str, Any]:
     at, jointly = {}, {}
     for position in range(1, deepest + 1):
         reached, kept = draft_position(rounds, position)
-        at[f"acceptance_at_{position}"] = _ratio(kept.sum(), reached.sum())
-        jointly[f"joint_acceptance_at_{position}"] = _ratio(kept.sum(), len(verified))
+        at[f"acceptance_at_{position}"] = ratio(kept.sum(), reached.sum())
+        jointly[f"joint_acceptance_at_{position}"] = ratio(kept.sum(), len(verified))
     counts = {
         f"rounds_accepting_{number}": int((verified["accepted"] == number).sum()) for number in range(deepest + 1)
     }
     return {**at, **jointly, **counts}
 
 
-def _ratio(top: float, bottom: float) -> float:
-    return float(top / bottom) if bottom else math.nan
-
-
-# Configurations.
-
-
-def configuration_of(table: DataFrame, names: Sequence[str] = CONFIGURATION) -> Series:
-    """The configuration of each row, or the part of it that `names` says, as one tuple that can be compared."""
-    return _tuples(table[list(names)])
-
-
-def _conditions(requests: DataFrame, *more: str) -> Series:
-    """How the tokens of each row are chosen, and `more` columns. To greedy decoding the rest of sampling is nothing."""
-    greedy = requests["temperature"] == 0
-    chosen = {name: requests[name].mask(greedy, PLAIN[name]) for name in _CHOICE}
-    return _tuples(DataFrame({**chosen, **{name: requests[name] for name in more}}))
-
-
-def _tuples(table: DataFrame) -> Series:
-    return Series(list(table.itertuples(index=False, name=None)), index=table.index, dtype=object)
-
-
-def _matches_gamma0(requests: DataFrame) -> Series:
-    # The network does not change a text: where several networks have a gamma 0, the first one is compared with.
-    texts = _tuples(requests[["request_id"]].assign(conditions=_conditions(requests)))
-    ok = requests["status"] == OK
-    base = (requests["gamma"] == 0) & ok
-    alone: dict[Any, str] = {}
-    for text, found in zip(texts[base], requests.loc[base, "output_sha256"], strict=True):
-        alone.setdefault(text, found)
-    expected = texts.map(lambda text: alone.get(text))
-    matches = (requests["output_sha256"] == expected).astype("boolean")
-    random = (requests["sampling"] == "rejection") & (requests["temperature"] > 0)
-    return matches.mask(expected.isna() | random | ~ok)
-
-
-def _sorted(table: DataFrame) -> DataFrame:
-    """By configuration, each curve together; rows of one configuration stay in their order."""
-    ranks = {
-        **{name: table[name] for name in ("temperature", "top_k", "top_p", "sampling", *_NETWORK)},
-        "other_draft": table["draft"] != PLAIN["draft"],
-        "draft": table["draft"],
-        "mode": table["mode"].map({mode: rank for rank, mode in enumerate(MODES)}),
-        "other_tree": table["tree"] != PLAIN["tree"],
-        "tree": table["tree"],
-        "gamma": table["gamma"].map(gamma_order),
-    }
-    order = DataFrame(ranks).reset_index(drop=True).sort_values(list(ranks), kind="stable").index
-    return table.iloc[order].reset_index(drop=True)
+# Reading and checking.
 
 
 def _named(row: Series) -> str:
     """A configuration in words, with what is not plain: "gamma 5, mode overlap"."""
-    others = [name for name, plain in PLAIN.items() if row[name] != plain]
+    others = [name for name, plain in {**PLAIN, SERIES: 1}.items() if row.get(name, plain) != plain]
     return ", ".join(f"{name} {row[name]}" for name in ("gamma", *others))
-
-
-# Reading and checking.
 
 
 def _checked(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:
@@ -416,7 +417,7 @@ def _checked(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFra
     _check_rounds(requests, rounds)
     if requests["verifications"].isna().any():
         requests, rounds = _counted_again(requests, rounds)
-    return _sorted(requests), _sorted(rounds)
+    return sort_rows(requests), sort_rows(rounds)
 
 
 def _counted_again(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataFrame]:
@@ -425,12 +426,12 @@ def _counted_again(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, D
     What changes: `drafted` and `accepted` of a last round whose draft held the end of the text, and of each request the
     sums, rates and lengths of its rounds. A request without rounds keeps what it has.
     """
-    names = [*CONFIGURATION, "request_id", "repeat"]
+    names = [*keys_of(requests), "request_id", "repeat"]
     requests, rounds = requests.copy(), rounds.copy()
-    own = dict(list(rounds.groupby(_tuples(rounds[names]), sort=False)))
+    own = dict(list(rounds.groupby(tuples(rounds[names]), sort=False)))
     key: Any
     index: Any
-    for index, key in _tuples(requests[names]).items():
+    for index, key in tuples(requests[names]).items():
         request, mine = requests.loc[index], own.get(key)
         if mine is None or not isna(request["verifications"]):
             continue
@@ -447,8 +448,8 @@ def _counted_again(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, D
         if request["status"] == OK:
             requests.loc[index, "average_acceptance_rate"] = rates.mean()
             requests.loc[index, "mean_accepted_length"] = request["generated_tokens"] / len(mine)
-            requests.loc[index, "acceptance_length"] = 1 + _ratio(accepted, verified)
-            requests.loc[index, "draft_acceptance_rate"] = _ratio(accepted, drafted)
+            requests.loc[index, "acceptance_length"] = 1 + ratio(accepted, verified)
+            requests.loc[index, "draft_acceptance_rate"] = ratio(accepted, drafted)
     return requests, rounds
 
 
@@ -465,11 +466,12 @@ def _check_one_configuration(requests: DataFrame, path: Path, made_by: str) -> N
 
 
 def _check_unique(table: DataFrame, key: list[str]) -> None:
-    twice = table[table.duplicated([*CONFIGURATION, *key], keep=False)]
+    whole = [*keys_of(table), *key]
+    twice = table[table.duplicated(whole, keep=False)]
     if twice.empty:
         return
     first = twice.iloc[0]
-    same = twice[(twice[[*CONFIGURATION, *key]] == first[[*CONFIGURATION, *key]]).all(axis=1)]
+    same = twice[(twice[whole] == first[whole]).all(axis=1)]
     told = [name for name in key if name != "repeat" or first[name] > 1]
     what = ", ".join([_named(first), *(f"{name} {first[name]}" for name in told)])
     raise UserError(
@@ -479,6 +481,11 @@ def _check_unique(table: DataFrame, key: list[str]) -> None:
 
 
 def _check_same_requests(requests: DataFrame) -> None:
+    if SERIES in requests:
+        for _, own in requests.groupby(SERIES):
+            _check_same_requests(own.drop(columns=SERIES))
+        return
+    _check_same_prompts(requests)
     names = requests["request_id"].str.cat(requests["repeat"].map(lambda n: f" (repeat {n})" if n > 1 else ""))
     everyone = set(names)
     for _, own in requests.groupby(configuration_of(requests), sort=False):
@@ -486,6 +493,21 @@ def _check_same_requests(requests: DataFrame) -> None:
             raise UserError(
                 f"{listed(own.index.unique('file'))}: {_named(own.iloc[0])} lacks {len(missing)} of {len(everyone)} "
                 f"requests that other runs have: {listed(missing)}; run it again on the same dataset"
+            )
+
+
+def _check_same_prompts(requests: DataFrame) -> None:
+    """What is said of a request in every table: other tokens or another seed are another request of the same name."""
+    for name in ("prompt_length", "seed", "category"):
+        first = requests.drop_duplicates("request_id").set_index("request_id")[name]
+        other = requests[requests[name].to_numpy() != first.loc[requests["request_id"]].to_numpy()]
+        if not other.empty:
+            row, request = other.iloc[0], other.iloc[0]["request_id"]
+            files = requests.index.get_level_values("file")
+            raise UserError(
+                f"these runs do not belong together: request {request} has {name} {first[request]} in "
+                f"{files[(requests['request_id'] == request).to_numpy()][0]} and {row[name]} in {other.index[0][0]}. "
+                f"{KEEP_APART}"
             )
 
 
@@ -499,8 +521,8 @@ def _check_finished(requests: DataFrame) -> None:
 
 
 def _check_rounds(requests: DataFrame, rounds: DataFrame) -> None:
-    key = [*CONFIGURATION, "request_id", "repeat"]
-    stray = rounds[~_tuples(rounds[key]).isin(set(_tuples(requests[key])))]
+    key = [*keys_of(requests), "request_id", "repeat"]
+    stray = rounds[~tuples(rounds[key]).isin(set(tuples(requests[key])))]
     if not stray.empty:
         (file, _), row = stray.index[0], stray.iloc[0]
         raise UserError(

@@ -48,6 +48,9 @@ class InProcessCall:
         """The next reply, or grpc.aio.EOF when the handler has ended."""
         return await self._replies.get()
 
+    async def done_writing(self) -> None:
+        self._requests.put(None)
+
     def cancel(self) -> None:
         self._context.active = False
         self._requests.put(None)
@@ -65,7 +68,8 @@ class InProcessCall:
         """What the client sends. As with gRPC, it breaks off with an error when the client cancels the call."""
         while (message := self._requests.get()) is not None:
             yield message
-        raise grpc.RpcError
+        if not self._context.active:
+            raise grpc.RpcError
 
     def _serve(self) -> None:
         context = self._context
@@ -97,6 +101,12 @@ class _Context:
 
     def is_active(self) -> bool:
         return self.active
+
+    def peer(self) -> str:
+        return "in-process"
+
+    def cancel(self) -> None:
+        self.active = False
 
     def set_trailing_metadata(self, metadata: Metadata) -> None:
         self.trailing_metadata = metadata

@@ -17,6 +17,7 @@ from specsplit.api.options import Options, checked, with_options
 from specsplit.client.event_loop import event_loop
 from specsplit.client.handshake import check_tokenizers, connected_pair
 from specsplit.client.pipeline import run_speculative_loop_async
+from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import ModelError, OptionError, PromptError, UserError, WorkerError
@@ -27,7 +28,7 @@ from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
-from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
+from specsplit.settings.worker import ROLES, WorkerSettings
 from specsplit.worker.server import load_servicer
 from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.spans import WorkerSpans
@@ -35,7 +36,7 @@ from specsplit.worker.spans import WorkerSpans
 Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 Prompts: TypeAlias = list[str] | list[list[int]] | list[list[dict[str, str]]]
-AT_ONCE = 8  # texts of one pair; as many sessions as a worker keeps by default
+AT_ONCE = 8  # texts of one pair, or fewer where a worker has fewer sessions
 CALL_TIMEOUT_S = 3600.0  # of a pass in this process: there is no connection to lose
 
 
@@ -51,29 +52,43 @@ def load(target: str | Path | Model, draft: str | Path | Model | None = None, **
     Raises ModelError for a model that cannot be had, OptionError for a setting that is not possible.
     """
     config = _configured({"rpc_timeout_s": CALL_TIMEOUT_S}, options, has_draft=draft is not None)
+    wanted = {"target": _model(target)} | ({} if draft is None else {"draft": _model(draft)})
+    threads = usable_cores() if draft is None or config.mode == "sync" else threads_beside_another()
+    folders = {role: model.folder() for role, model in wanted.items()}
+    workers = {}
+    for role, model in wanted.items():
+        values = {"threads": threads, **model.settings(), "model": folders[role]}
+        if role == "draft":
+            values["target_tokenizer"] = folders["target"]
+        workers[role] = checked(ROLES[role], values, of=f"{role}: ")
+    return in_process_pair(workers, {}, config, lambda: TextCodec.load(tokenizer_folder(folders["target"])))
+
+
+def in_process_pair(
+    workers: Mapping[str, WorkerSettings],
+    identities: Mapping[str, pb.DescribeReply],
+    config: OrchestratorConfig | None = None,
+    codec: Callable[[], TextCodec | None] = lambda: None,
+) -> Pair:
+    """The models that these workers would serve, role -> settings, in this process. The rest: as Pair has it."""
     restore = _torch_settings()
-    try:
-        wanted = {"target": _model(target)} | ({} if draft is None else {"draft": _model(draft)})
-        threads = usable_cores() if draft is None or config.mode == "sync" else threads_beside_another()
-        folders = {role: model.folder() for role, model in wanted.items()}
-        servicers = {}
-        for role, model in wanted.items():
-            values = {"threads": threads, **model.settings(), "model": folders[role]}
-            if role == "draft":
-                values["target_tokenizer"] = folders["target"]
-            servicers[role] = _servicer(role, values)
-        codec = TextCodec.load(tokenizer_folder(folders["target"]))
-    except BaseException:
-        restore()
-        raise
+    servicers: dict[str, WorkerServicer] = {}
 
     async def close() -> None:
         for servicer in servicers.values():
             servicer.model.close()
         restore()
 
-    stubs = {role: InProcessStub(servicer) for role, servicer in servicers.items()}
-    return Pair(stubs.get("draft"), stubs["target"], codec, config, close)
+    try:
+        for role, settings in workers.items():
+            servicers[role] = _servicer(role, settings)
+        stubs = {role: InProcessStub(servicer) for role, servicer in servicers.items()}
+        met = {role: servicer.Describe(pb.DescribeRequest(), None) for role, servicer in servicers.items()}
+        base = config or OrchestratorConfig(rpc_timeout_s=CALL_TIMEOUT_S)
+        return Pair(stubs.get("draft"), stubs["target"], codec(), base, close, {**met, **identities})
+    except BaseException:
+        event_loop().run(close())
+        raise
 
 
 def connect(
@@ -157,7 +172,8 @@ class Pair:
         self._close = close
         self._identities = dict(identities or {})
         self._controllers: dict[tuple[Any, ...], GammaController] = {}
-        self._slots = asyncio.Semaphore(at_once)
+        most = [(worker.limits.sessions, worker.limits.streams) for worker in self._identities.values()]
+        self._slots = asyncio.Semaphore(min([at_once, *(limit for each in most for limit in each if limit)]))
         self._closed = False
 
     @overload
@@ -261,18 +277,29 @@ class Pair:
     ) -> GeneratedText:
         if on_tokens is None and self.codec is not None:
             on_tokens = stops_at(self.codec, config.stop)
+        result = await self.write_tokens(token_ids, config, on_tokens=on_tokens, controller=self._controller(config))
+        text = "" if self.codec is None else self.codec.decode(result.output_tokens)
+        return GeneratedText(cut_at_stop(text, config.stop), token_ids, result)
+
+    async def write_tokens(
+        self,
+        token_ids: Sequence[int],
+        config: OrchestratorConfig,
+        *,
+        on_tokens: OnTokens | None = None,
+        controller: GammaController | None = None,
+    ) -> SpeculativeResult:
+        """One text of exactly these settings, on the event loop of the client."""
         async with self._slots:
-            result = await run_speculative_loop_async(
+            return await run_speculative_loop_async(
                 self._draft,
                 self._target,
                 token_ids,
                 config,
                 on_tokens=on_tokens,
-                controller=self._controller(config),
+                controller=controller,
                 identities=self._identities,
             )
-        text = "" if self.codec is None else self.codec.decode(result.output_tokens)
-        return GeneratedText(cut_at_stop(text, config.stop), token_ids, result)
 
     def _options(self, options: Mapping[str, Any]) -> OrchestratorConfig:
         if self._closed:
@@ -294,8 +321,8 @@ class Pair:
         """What chooses gamma when it is `auto`; it remembers from text to text."""
         if config.gamma != "auto":
             return None
-        key = config.mode, config.gamma_limit, config.fan_out
-        return self._controllers.setdefault(key, GammaController(key[0], key[1], fan_out=key[2]))
+        key = config.mode, config.gamma_limit, config.fan_out, config.shape
+        return self._controllers.setdefault(key, GammaController(key[0], key[1], fan_out=key[2], shape=key[3]))
 
 
 def _is_list_of_prompts(prompt: Prompt | Prompts) -> bool:
@@ -330,10 +357,8 @@ def _with_options(config: OrchestratorConfig, options: Mapping[str, Any], *, has
     return config
 
 
-def _servicer(role: str, values: Mapping[str, Any]) -> WorkerServicer:
+def _servicer(role: str, config: WorkerSettings) -> WorkerServicer:
     """A model with the handlers of its worker."""
-    settings: type[WorkerSettings] = DraftWorkerConfig if role == "draft" else TargetWorkerConfig
-    config = checked(settings, values, of=f"{role}: ")
     try:
         servicer = load_servicer(config)
     except OptionError:

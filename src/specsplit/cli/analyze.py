@@ -17,7 +17,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.analysis.findings import faults_sentence, find_best, lossless_sentence, summary_table, text_table
+    from specsplit.analysis.by_category import TABLE as BY_CATEGORY
+    from specsplit.analysis.by_category import summarize_by_category
+    from specsplit.analysis.findings import (
+        drift_sentence,
+        faults_sentence,
+        find_best,
+        lossless_sentence,
+        round_trip_sentences,
+        summary_table,
+        text_table,
+    )
     from specsplit.analysis.tables import read_tables, summarize
     from specsplit.io import write_csv
 
@@ -25,12 +35,14 @@ def run(args: argparse.Namespace) -> None:
     requests, rounds = read_tables(args.results_dir)
     summary = summarize(requests, rounds, **settings)
     write_csv(summary, args.results_dir / "summary.csv")
+    write_csv(summarize_by_category(requests, rounds, **settings), args.results_dir / f"{BY_CATEGORY}.csv")
     if not args.no_figures:
         from specsplit.analysis.figures import draw_figures
 
         for path in draw_figures(requests, rounds, args.results_dir / "figures", **settings):
             print(path)
     print(args.results_dir / "summary.csv")
+    print(args.results_dir / f"{BY_CATEGORY}.csv")
     count = requests["request_id"].nunique()
     prompts = "1 prompt" if count == 1 else f"{count} prompts"
     print(f"\n{prompts}; [{100 * settings['confidence']:g} % interval]; γ = 0 is the target alone\n")
@@ -38,6 +50,9 @@ def run(args: argparse.Namespace) -> None:
     print()
     for finding in find_best(requests, rounds, summary, **settings):
         print(f"{finding.where or 'Best'}:", *finding.sentences())
+    for sentence in round_trip_sentences(summary, settings["confidence"]):
+        print("Round trips:", sentence)
+    print("Machine:", drift_sentence(summary))
     print("Lossless:", lossless := lossless_sentence(summary))
     if faults := faults_sentence(summary):
         print("Faults:", faults)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import ExitStack
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specsplit.cli.flags import add_setting_flags, settings_part
 from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
 from specsplit.cli.worker_flags import add_gpus_flag
+from specsplit.errors import UserError
 from specsplit.settings.measure import BenchSettings
 from specsplit.settings.run import OrchestratorConfig, SweepSettings
 from specsplit.settings.worker import ROLES, LaunchSettings
 
 if TYPE_CHECKING:
+    from specsplit.experiment.baselines import Beside
     from specsplit.launch.endpoint import Endpoint
+    from specsplit.rpc.connection import Connection
+    from specsplit.rpc.v1.specsplit_pb2 import DescribeReply
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +34,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run just the points named and write no tables of all of them (the workflow does)",
     )
-    race = parser.add_argument_group("race (with --baseline: peers_requests.csv and peers.csv instead of runs)")
-    race.add_argument("--target-model", type=Path, metavar="FOLDER", help="what the target worker serves")
-    race.add_argument("--draft-model", type=Path, metavar="FOLDER", help="what the draft worker serves")
+    models = parser.add_argument_group("models (for the pair in one process, --setups colocated, and for --baseline)")
+    models.add_argument("--target-model", type=Path, metavar="FOLDER", help="what the target worker serves")
+    models.add_argument("--draft-model", type=Path, metavar="FOLDER", help="what the draft worker serves")
     add_workers_dir_flag(parser)
     parser.add_argument(
         "--terminal-fd", type=int, metavar="N", help="show a bar on the terminal behind this descriptor as well"
@@ -72,8 +77,15 @@ def run(args: argparse.Namespace) -> None:
         first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
         draft, target = stack.enter_context(connected_pair(first, plan.codec.sha256))
         limit, raisable = text_limit(target.description)
+        workers = {c.role: c for c in (draft, target) if c is not None}
+        beside = stack.enter_context(_beside(args, plan.bench.setups, workers))
         requests = encode_prompts(
-            plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit, raisable=raisable
+            plan.prompts,
+            plan.codec,
+            chat=config.use_chat_template,
+            limit=limit,
+            raisable=raisable,
+            later_turns=True,
         )
         with Progress(len(points) * len(requests) * plan.bench.repeats, args.terminal_fd) as progress:
             for point in points:
@@ -88,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
                     repeats=plan.bench.repeats,
                     inputs=plan.inputs,
                     origins=origins,
+                    beside=beside,
                     resume=not args.fresh,
                     on_kept=progress.kept,
                     on_done=progress.done,
@@ -96,6 +109,49 @@ def run(args: argparse.Namespace) -> None:
         args.run_dirs = list(run_dirs.values())
         import_module("specsplit.cli.merge").run(args)
         print(f"next: specsplit analyze --results-dir {args.results_dir}")
+
+
+@contextmanager
+def _beside(args: argparse.Namespace, setups: Sequence[str], workers: Mapping[str, Connection]) -> Iterator[Beside]:
+    """What every run measures beside its own configuration; what cannot be is told on standard output."""
+    from specsplit.api.pair import in_process_pair
+    from specsplit.experiment.baselines import Beside
+
+    if "colocated" not in setups:
+        yield Beside(setups)
+        return
+    settings = {role: _model_settings(args, role, worker.description) for role, worker in workers.items()}
+    reason, pair = "", None
+    for role, worker in workers.items():
+        if (host := worker.description.runtime.get("host")) != socket.gethostname():
+            reason = f"the {role} worker is on another machine, {host}"
+        elif "model" not in settings[role]:
+            reason = f"the folder of the {role} worker's model is not known; say --{role}-model"
+    if not reason:
+        configs = {role: ROLES[role].load(file=values) for role, values in settings.items()}
+        try:
+            pair = in_process_pair(configs, {role: worker.description for role, worker in workers.items()})
+        except (UserError, MemoryError, RuntimeError) as error:  # PyTorch's want of memory is a RuntimeError
+            reason = f"the models cannot be loaded once more: {' '.join(str(error).split())}"
+    if pair is None:
+        print(f"colocated is not measured: {reason}", flush=True)
+        yield Beside([setup for setup in setups if setup != "colocated"], left_out={"colocated": reason})
+        return
+    with pair:
+        yield Beside(setups, pair)
+
+
+def _model_settings(args: argparse.Namespace, role: str, worker: DescribeReply) -> dict[str, Any]:
+    """How the model of a worker is loaded: as --settings says of that worker, or as it says itself."""
+    values = {key: value for key, value in settings_part(args, role).items() if key in ROLES[role].model_fields}
+    if values or (folder := getattr(args, f"{role}_model")) is None:
+        return values
+    values = {"model": folder, **{key: getattr(worker, key) for key in ("dtype", "device", "threads", "max_context")}}
+    if role == "target":
+        values["ignore_model_settings"] = True  # as its worker did, which serves it
+    if role == "draft":
+        values |= {"skip_layers": list(worker.skip_layers), "target_tokenizer": args.target_model}
+    return values
 
 
 def _own_worker(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -30,16 +31,17 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.columns import FAILED
     from specsplit.experiment.runner import encode_prompts
     from specsplit.models.tokenizer import stops_at
+    from specsplit.provenance.capture import capture_machine
+    from specsplit.provenance.closure import code_sha256
 
     settings = load_settings(CapacitySettings, args)
     greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0}
     config = load_settings(OrchestratorConfig, args, **greedy)
     tracing.wanted()  # tells at once what it lacks
     codec = load_codec(config)
-    configs, limit, raisable = connected_configs(args, settings.gamma, config, codec)
+    configs, (limit, raisable), workers = connected_configs(args, settings.gamma, config, codec)
     prompts = read_prompts(args.prompts, settings)
     requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=limit, raisable=raisable)
-
     differing = 0
 
     def show(rows: list[CapacityRecord]) -> None:
@@ -57,7 +59,9 @@ def run(args: argparse.Namespace) -> None:
         )
 
     table = args.results_dir / "capacity_requests.csv"
-    measure_capacity(requests, configs, lambda: stops_at(codec, config.stop), settings, table, on_level=show)
+    decides = {"workers": workers, "machine": capture_machine(), "code": code_sha256("capacity")}
+    stops = partial(stops_at, codec, config.stop)
+    measure_capacity(requests, configs, stops, settings, table, decides=decides, on_level=show)
     print(table)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         OrchestratorConfig, args, **fixed, gamma=settings.gamma[0], max_output_tokens=settings.output_tokens
     )
     codec = load_codec(config)
-    configs, limit, raisable = connected_configs(args, settings.gamma, config, codec)
+    configs, (limit, raisable), _ = connected_configs(args, settings.gamma, config, codec)
     lengths = [length for length in sorted(set(settings.length)) if length + settings.output_tokens <= limit]
     left_out = sorted(set(settings.length) - set(lengths))
     if not lengths:

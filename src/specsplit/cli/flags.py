@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from specsplit.errors import UserError
 from specsplit.io import read_json_object
-from specsplit.settings.base import Settings, did_you_mean, is_list
+from specsplit.settings.base import Settings, is_list
+from specsplit.settings.names import did_you_mean
 from specsplit.settings.worker import ROLES, LaunchSettings
 
 S = TypeVar("S", bound=Settings)

@@ -30,14 +30,19 @@ COMMANDS = {
     "stop-worker": "stop a worker that start-worker started",
     "bench": "run prompts against two workers at every point of a sweep",
     "merge": "put run folders together into requests.csv and per_round.csv",
+    "figures": "figures alone from requests.csv and per_round.csv",
     "analyze": "summary.csv and figures from requests.csv and per_round.csv",
     "profile": "where a round's time goes, from requests.csv and per_round.csv",
     "capacity": "tokens/s, latency and goodput with many clients at once",
+    "capacity-table": "capacity.csv and its figure from capacity_requests.csv",
+    "peers-table": "peers.csv and its figure from peers_requests.csv",
     "context-curve": "what a token costs against the length of its context",
     "theory-check": "every pipeline mode with simulated models: measured time per token beside the formula's",
     "overhead": "what a round costs beyond model time: real workers on this machine, models that take no time",
     "prepare-model": "fetch a model, check it, and make a local folder of it",
+    "fetch-dataset": "fetch a standard set of prompts, or a dataset of the Hugging Face Hub",
     "prepare-dataset": "check prompts and take a stratified slice of them",
+    "calibration-prompts": "take a slice of those prompts that are not measured, to pick layers on",
     "pick-layers": "find decoder layers that a draft of the same model can skip",
     "distill": "make a small draft from a target: its own text, trained on",
     "distill write-data": "1: the target writes the training text; goes on where it was",
@@ -47,6 +52,7 @@ COMMANDS = {
     "provenance": "the record of how results were made: check, compare, repeat",
     "provenance record": "write the record (the workflow does)",
     "provenance seal": "write a SHA256SUMS of finished results (the workflow does)",
+    "provenance sign": "sign the seal of results with an SSH key",
     "provenance archive": "pack results into an RO-Crate (the workflow does)",
     "provenance verify": "recompute every hash and name what differs; exit status 1 when something does",
     "provenance diff": "what changed between two runs; exit status 1 when more than times did",
@@ -83,6 +89,9 @@ def _run(argv: Sequence[str]) -> None:
         logs.set_up(args.command, getattr(args, "log_format", None))
         if any(name.startswith("SPECSPLIT_") for name in os.environ):
             import_module("specsplit.settings.environment").check_environment()
+        from specsplit.cli.overwriting import check_paths
+
+        check_paths(args)
         args.run(args)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -14,7 +14,7 @@ from specsplit.settings.measure import LayerSettings
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the target, prepared or local")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL of prompts to search on")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="prompts to search on")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="what was found, as JSON")
     add_setting_flags(parser, LayerSettings)
 
@@ -24,13 +24,14 @@ def run(args: argparse.Namespace) -> None:
 
     from specsplit.engines.layer_search import Step, search_layers
     from specsplit.engines.transformers import CausalLM
-    from specsplit.experiment.dataset import load_prompts, select_prompts
+    from specsplit.experiment.dataset import first_turns, load_prompts, select_prompts
+    from specsplit.experiment.prompt_tokens import prompt_tokens
     from specsplit.io import sha256_file, write_json
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec
 
     settings = load_settings(LayerSettings, args)
-    prompts = select_prompts(load_prompts(args.prompts)[0], settings.limit)
+    prompts = select_prompts(first_turns(load_prompts(args.prompts)[0]), settings.limit)
     folder, manifest = resolve_model(args.model)
     if "weights_sha256" not in manifest["fingerprint"]:
         raise UserError(f"--model {args.model} has no weights, so no layers: name a model with weights")
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     steps = search_layers(
         model,
-        [codec.encode(prompt.prompt, use_chat_template=settings.use_chat_template) for prompt in prompts],
+        [prompt_tokens(prompt, codec, chat=settings.use_chat_template) for prompt in prompts],
         count=settings.skip_count,
         max_tokens=settings.max_tokens,
         edge=settings.edge,

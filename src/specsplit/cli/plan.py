@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from specsplit import tracing
 from specsplit.cli.flags import load_settings
 from specsplit.errors import UserError
-from specsplit.experiment.dataset import Prompt, load_prompts, select_prompts
+from specsplit.experiment.dataset import read_prompt_file, select_prompts, tell
+from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
 from specsplit.io import sha256_file
 from specsplit.settings.measure import BenchSettings, PromptSettings
@@ -72,20 +73,25 @@ def load_codec(config: OrchestratorConfig) -> TextCodec:
 
 def connected_configs(
     args: argparse.Namespace, gammas: list[Any], config: OrchestratorConfig, codec: TextCodec
-) -> tuple[list[OrchestratorConfig], int, bool]:
+) -> tuple[list[OrchestratorConfig], tuple[int, bool], list[dict[str, Any]]]:
     """The settings at each gamma, with the addresses of workers that answered and fit together.
 
-    Returns them with the longest text that all of these workers can hold, and whether a setting limits it.
+    Returns them with the longest text that all of these workers can hold (and whether a setting limits it), and with
+    what the workers are.
     """
     from specsplit.client.handshake import connected_pair, text_limit
+    from specsplit.experiment.runner import worker_identity
+    from specsplit.launch.endpoint import description_dict
 
-    configs, limits = [], []
+    configs, limits, identities = [], [], []
     for point in sweep_points(gammas, [config.mode], [config.tree], drafts=[config.draft_name]):
         own = with_addresses(config.model_copy(update={"gamma": point.gamma}), args.workers_dir, point)
         with connected_pair(own, codec.sha256) as workers:
-            limits.append(text_limit(*(worker.description for worker in workers if worker is not None)))
+            descriptions = [worker.description for worker in workers if worker is not None]
+            limits.append(text_limit(*descriptions))
+            identities += [worker_identity(description_dict(description)) for description in descriptions]
         configs.append(own)
-    return configs, *min(limits)
+    return configs, min(limits), identities
 
 
 def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: Point) -> OrchestratorConfig:
@@ -103,8 +109,10 @@ def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: 
 
 
 def read_prompts(path: Path, settings: PromptSettings) -> list[Prompt]:
-    """The prompts of a file that the settings take; skipped lines are told on standard error."""
-    prompts, skipped = load_prompts(path, settings.on_bad_line)
-    for line in skipped:
+    """The prompts of a file that the settings take; what was not taken is told on standard error."""
+    file = read_prompt_file(path, settings.on_bad_line, settings.columns, settings.turns)
+    for line in file.skipped:
         print(f"{path}:{line.line}: skipped: {line.reason}", file=sys.stderr)
-    return select_prompts(prompts, settings.limit)
+    for said in tell(path, [], file.facts):
+        print(said, file=sys.stderr)
+    return select_prompts(file.prompts, settings.limit)

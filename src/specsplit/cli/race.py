@@ -14,6 +14,7 @@ from specsplit.errors import RunError
 from specsplit.experiment.peer_race import Ours, PeerRecord
 from specsplit.experiment.peer_run import check_race, run_race
 from specsplit.experiment.sweep import Point
+from specsplit.provenance.redaction import redact_arguments
 
 
 def race(args: argparse.Namespace, plan: Plan) -> None:
@@ -44,7 +45,7 @@ def race(args: argparse.Namespace, plan: Plan) -> None:
             plan.codec,
             plan.bench,
             args.results_dir,
-            about={"command": shlex.join(["specsplit", *sys.argv[1:]]), "inputs": plan.inputs},
+            about={"command": shlex.join(redact_arguments(["specsplit", *sys.argv[1:]])), "inputs": plan.inputs},
             on_start=tell,
             on_row=show,
         )

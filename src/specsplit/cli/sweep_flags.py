@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def add_prompts_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", type=Path, required=True, help="JSONL file of prompts")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help="file of prompts: JSON lines, JSON, CSV, Parquet, Arrow"
+    )
 
 
 def add_workers_dir_flag(parser: argparse.ArgumentParser) -> None:

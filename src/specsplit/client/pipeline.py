@@ -1,5 +1,7 @@
 """The loop over streams: synchronous, overlapped and lookahead, at a fixed gamma or an adaptive one.
 
+The prompt goes to both workers at once. The first round verifies no draft, so the first token comes as soon as from
+the target alone, and the draft worker reads the prompt meanwhile. So does the first round after a failure.
 `overlap` drafts round N + 1 while round N is verified, guessing that all is accepted and which token comes next.
 `lookahead` drafts for the likeliest outcomes and sends these drafts on to the target, which starts the next
 verification by itself when one fits, so there is no round trip between the two. A wrong guess costs the pass that is
@@ -12,7 +14,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,13 +27,18 @@ from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
 from specsplit.client.stream import Stream
+from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
+from specsplit.decoding.growth import CHAIN
 from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
+
+SETTLE_S = 0.5  # The longest wait, once a text is written, for what the draft worker spent on it.
 
 
 async def run_speculative_loop_async(
@@ -87,27 +94,31 @@ async def _write(
         with suppress(WithoutDraft):
             draft_info = await describe(recovery, "draft", draft_stub)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+    text.limits.say()
     text.known = known
     stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
     if config.gamma != "auto":
         controller = None
     elif controller is None:
-        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=text.limits.shape)
     text.started = time.perf_counter()
-    while True:
-        pipeline = _Pipeline(text, stubs["draft"], target_stub, controller)
-        try:
-            await pipeline.run()
-            return text.result
-        except WorkerFailed as error:
-            failed = error
-        finally:
-            await pipeline.close()
-        try:
-            await describe(recovery, failed.role, stubs[failed.role], failed)
-        except WithoutDraft:
-            stubs["draft"] = None
-            text.drop_draft()
+    pipeline = _Pipeline(text, stubs, controller)
+    try:
+        while True:
+            try:
+                await pipeline.run()
+                return text.result
+            except WorkerFailed as error:
+                failed = error
+            await pipeline.close(failed.role)
+            try:
+                await describe(recovery, failed.role, stubs[failed.role], failed)
+                pipeline.renew(failed.role)
+            except WithoutDraft:
+                pipeline.drop_draft()
+    finally:
+        await pipeline.close("draft")
+        await pipeline.close("target")
 
 
 @dataclass
@@ -121,31 +132,73 @@ class _Ahead:
 
 
 class _Pipeline:
-    """One pair of streams and the rounds over them, until the text ends or a stream breaks."""
+    """A stream to each worker and the rounds over them, until the text ends or one of them breaks.
 
-    def __init__(self, text: Text, draft_stub: Any, target_stub: Any, controller: GammaController | None) -> None:
-        config = text.config
+    That one alone is opened anew (`close`, `renew`), and `run` goes on where the text stands: the other worker keeps
+    its session and what it has computed.
+    """
+
+    def __init__(self, text: Text, stubs: Mapping[str, Any], controller: GammaController | None) -> None:
         self.text = text
-        self.config = config
+        self.config = text.config
         self.controller = controller
-        carry = (lambda call: call) if text.span is None else text.span.carry
-        self.target = Stream(
-            "target",
-            carry(target_stub.StreamVerify),
-            timeout_s=config.rpc_timeout_s,
-            rtt_ms=config.rtt_ms,
-            jitter_ms=config.jitter_ms,
-            seed=config.seed,
-        )
-        self.draft = None
-        if draft_stub is not None:
-            self.draft = Stream("draft", carry(draft_stub.StreamDrafts), timeout_s=config.rpc_timeout_s)
-        self.at_target, self.at_draft = HeldPrefix(), HeldPrefix()
+        self._stubs = dict(stubs)
+        self._streams: dict[str, Stream] = {}
+        self._reading: asyncio.Future[None] | None = None  # the request that `_read_by_draft` sends
+        self.renew("draft")
+        self.renew("target")
+        self._exposed_ms = self._hidden_ms = 0.0
+        self._awaited = 0  # replies of the draft worker, at most
 
-    async def close(self) -> None:
-        await self.target.close()
-        if self.draft is not None:
-            await self.draft.close()
+    @property
+    def target(self) -> Stream:
+        return self._stream("target")
+
+    @property
+    def draft(self) -> Stream | None:
+        return None if self._stubs["draft"] is None else self._stream("draft")
+
+    def renew(self, role: str) -> None:
+        """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
+        for a worker ends one that says nothing."""
+        self._began_at = len(self.text.result.rounds)
+        # A place in line is given up before the client takes the worker for hung.
+        held = HeldPrefix(min(self.config.recovery_timeout_s, self.config.rpc_timeout_s / 2))
+        if role == "target":
+            self.at_target = held
+        else:
+            self.at_draft = held
+
+    async def close(self, role: str) -> None:
+        """End the stream to a worker, and with it the worker's session."""
+        if role == "draft" and self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+            self._reading = None
+        if role in self._streams:
+            await self._streams.pop(role).close()
+        if role == "draft":
+            # The target may have begun a round by itself, from what was prepared: the one after that is ours.
+            self.at_target.round += 1
+            self._awaited = 0
+
+    def drop_draft(self) -> None:
+        """From here on the target writes alone."""
+        self._stubs["draft"] = None
+        self.text.drop_draft()
+
+    def _stream(self, role: str) -> Stream:
+        if role not in self._streams:
+            config, stub = self.config, self._stubs[role]
+            call = stub.StreamVerify if role == "target" else stub.StreamDrafts
+            network: dict[str, Any] = {"rtt_ms": config.rtt_ms, "jitter_ms": config.jitter_ms, "seed": config.seed}
+            self._streams[role] = Stream(
+                role,
+                call if self.text.span is None else self.text.span.carry(call),
+                timeout_s=config.rpc_timeout_s,
+                **(network if role == "target" else {}),
+            )
+        return self._streams[role]
 
     async def run(self) -> None:
         """Rounds until the text is finished. Raises WorkerFailed."""
@@ -162,6 +215,10 @@ class _Pipeline:
                 else:
                     await self._verify(tree)
                 ahead = await self._ask_ahead(min(gamma, self.text.room()))
+            elif self._begins():
+                tree, gamma, hidden_ms = TokenTree(), 0, 0.0
+                await self._verify(tree)
+                self._reading = asyncio.ensure_future(self._read_by_draft())
             else:
                 gamma, hidden_ms = self._choose(), 0.0
                 tree, ahead = TokenTree(), None
@@ -172,6 +229,7 @@ class _Pipeline:
                     asked = time.perf_counter()
                 await self._verify(tree)
             verdict = await self._verdict(ahead)
+            exposed_ms, unseen_ms = self._take_draft_work()
             now = time.perf_counter()
             accepted = list(verdict.accepted_tokens)
             outcome = (tuple(accepted), verdict.next_token)
@@ -191,9 +249,48 @@ class _Pipeline:
                 network_ms=max(0.0, (now - began) * 1e3 - timings.server_ms - verdict.timings.server_ms),
                 speculation=speculation,
                 gamma_asked=gamma,
+                draft_exposed_ms=exposed_ms,
+                draft_hidden_ms=unseen_ms,
             )
             self.text.take(accepted, verdict.next_token, measured)
-            self._observe(measured)
+            self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
+        await self._settle()
+
+    def _take_draft_work(self) -> tuple[float, float]:
+        """What the draft worker computed since the last call: while the text waited for it, and meanwhile."""
+        taken = self._exposed_ms, self._hidden_ms
+        self._exposed_ms = self._hidden_ms = 0.0
+        return taken
+
+    def _count(self, reply: pb.GenerateDraftsReply, *, exposed: bool) -> None:
+        self._awaited -= 1
+        if exposed:
+            self._exposed_ms += reply.timings.compute_ms
+        else:
+            self._hidden_ms += reply.timings.compute_ms
+
+    async def _settle(self) -> None:
+        """Hear what the draft worker still spent on the text; it drops what it is at after its current pass."""
+        if self.draft is not None and self._awaited > 0:
+            with suppress(WorkerFailed, TimeoutError):  # the end of the stream is one as well
+                async with asyncio.timeout(SETTLE_S):
+                    await self.draft.finish()
+                    while True:
+                        self._count(await self.draft.receive(), exposed=False)
+        rounds, (exposed_ms, hidden_ms) = self.text.result.rounds, self._take_draft_work()
+        rounds[-1] = replace(
+            rounds[-1],
+            draft_exposed_ms=rounds[-1].draft_exposed_ms + exposed_ms,
+            draft_hidden_ms=rounds[-1].draft_hidden_ms + hidden_ms,
+        )
+
+    def _begins(self) -> bool:
+        """Whether this round is to verify no draft, as one would delay its token: a worker has to read the text first.
+
+        With rejection sampling a text depends on where its rounds are cut, so a failure must not cut it elsewhere.
+        """
+        reads = self.at_target.round == 0 or (self._stubs["draft"] is not None and self.at_draft.round == 0)
+        return reads and not (self._began_at and self.text.sampling.uses_rejection)
 
     def _fits(self, outcome: pb.Outcome) -> bool:
         """Whether the target can hold the text with this outcome and the draft after it."""
@@ -204,7 +301,7 @@ class _Pipeline:
         room = self.text.room()
         return room if self.controller is None else self.controller.choose(room)
 
-    def _observe(self, measured: Round) -> None:
+    def _observe(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
         if self.controller is not None:
             self.controller.observe(
                 gamma=measured.gamma_asked,
@@ -215,7 +312,8 @@ class _Pipeline:
                 verify_ms=measured.verify_compute_ms,
                 network_ms=measured.network_ms,
                 hit=None if measured.speculation == "none" else measured.speculation == "hit",
-                first=measured.round == 1,
+                first=self.at_target.whole or (drafted_now and self.at_draft.whole),
+                ranks=ranks(tree.parents, path),
             )
 
     async def _verify(self, tree: TokenTree) -> None:
@@ -225,21 +323,32 @@ class _Pipeline:
 
     async def _ask_draft(self, gamma: int) -> _Ahead | None:
         """Ask for a draft of the text, and in the modes that do so for what comes after it."""
-        assert self.draft is not None
+        if self._reading is not None:
+            await self._reading
+            self._reading = None
         ahead, wanted = None, None
         if self.config.mode != "sync":
             next_gamma = self._choose()
-            if next_gamma > 0:
+            full = self.config.mode == "overlap"
+            fan_out = self.text.limits.fan_out(next_gamma)
+            if next_gamma > 0 and fan_out > 0:
                 ahead = _Ahead(next_gamma)
-                full = self.config.mode == "overlap"
-                wanted = pb.Ahead(
-                    fan_out=1 if full else self.config.fan_out, max_draft_tokens=next_gamma, full_acceptance=full
-                )
-        fields = draft_fields(self.text, gamma, wanted)
+                wanted = pb.Ahead(fan_out=1 if full else fan_out, max_draft_tokens=next_gamma, full_acceptance=full)
+        await self._send_draft_request(draft_fields(self.text, gamma, self.text.limits.shape, wanted))
+        return ahead
+
+    async def _read_by_draft(self) -> None:
+        """Have the draft worker read the text, if the next round will draft. Nobody waits for the draft of one token,
+        the least that can be asked."""
+        if self.text.room() > 1 and self._choose() > 0:
+            await self._send_draft_request(draft_fields(self.text, 1, CHAIN))
+
+    async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:
+        assert self.draft is not None
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)
+        self._awaited += 1 if fields["ahead"] is None else 2
         await self.draft.send(pb.GenerateDraftsRequest(context=context, **fields))
-        return ahead
 
     async def _ask_ahead(self, gamma: int) -> _Ahead | None:
         """As `_ask_draft` for a text whose draft is here. The worker has kept that draft, so asking costs no pass."""
@@ -249,7 +358,9 @@ class _Pipeline:
         assert self.draft is not None
         while True:
             reply = await self.draft.receive()
-            if reply.round == self.at_draft.round and reply.is_ahead == is_ahead:
+            waited_for = reply.round == self.at_draft.round and reply.is_ahead == is_ahead
+            self._count(reply, exposed=waited_for and not is_ahead)
+            if waited_for:
                 return reply  # others are of earlier rounds
 
     async def _target_reply(self) -> pb.VerifyDraftsReply:
@@ -335,6 +446,22 @@ class TextWriter:
                 controller=controller,
                 identities=self._identities,
                 request_id=request_id,
+            )
+        )
+
+    def stream_target(
+        self,
+        prompt_ids: Sequence[int],
+        config: OrchestratorConfig,
+        *,
+        on_tokens: OnTokens | None = None,
+        request_id: str | None = None,
+    ) -> SpeculativeResult:
+        """As `stream_target_async`: the target alone, which streams its tokens."""
+        stub = self._access.stub("target", self._channels[1])
+        return event_loop().run(
+            stream_target_async(
+                stub, prompt_ids, config, on_tokens=on_tokens, identities=self._identities, request_id=request_id
             )
         )
 

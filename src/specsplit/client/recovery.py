@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from typing import Any, Literal
+from typing import Any
 
 import grpc
 
@@ -18,7 +18,7 @@ from specsplit.client.result import Failure
 from specsplit.client.spans import TextSpan
 from specsplit.client.text import Text
 from specsplit.errors import WorkerError
-from specsplit.rpc.codec import RETRY_AFTER
+from specsplit.rpc.statuses import Remedy, meaning
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
 
@@ -26,14 +26,6 @@ log = logging.getLogger(__name__)
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # doubled from try to try; half of each is drawn, so that clients spread
 LAST_CHANCE_S = 1.0  # the least time that a worker gets to answer
 MOST_LOSSES = 3  # times in one round that a worker may say that it lost a session that it was just given
-
-Remedy = Literal["resend", "wait", "none"]
-# The worker is gone, hangs, or the connection is broken.
-_AWAY = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
-# The worker does not hold the text (any more).
-_LOST = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ABORTED}
-# What gRPC itself says, under INTERNAL or UNKNOWN, of a connection that broke in the middle of a message.
-_CUT_OFF = ("Internal error from Core", "Received RST_STREAM", "Stream removed", "RST_STREAM")
 
 # What makes two workers one and the same model, as Describe says it.
 _IDENTITY = (
@@ -45,8 +37,7 @@ _IDENTITY = (
 class WorkerFailed(Exception):
     """A call or a stream of the `role` worker ended before its answer. code: name of the gRPC status.
 
-    remedy: `resend`: it lost the session and needs the whole text; `wait`: it may be back, or have room, later;
-    `none`: it would say the same again. after_s: how long it asked to be left alone.
+    remedy: as `rpc/statuses.py` says. after_s: how long it asked to be left alone.
     """
 
     def __init__(self, role: str, code: str, details: str, remedy: Remedy, after_s: float = 0.0) -> None:
@@ -60,16 +51,8 @@ class WithoutDraft(Exception):
 
 def failure_of(role: str, code: grpc.StatusCode, details: str | None, metadata: Any) -> WorkerFailed:
     """What a gRPC status means. metadata: pairs that came with it, or None."""
-    details = details or "no details"
-    if details.startswith(_CUT_OFF):
-        code, details = grpc.StatusCode.UNAVAILABLE, f"the connection broke ({details})"
-    after_ms = dict(metadata or ()).get(RETRY_AFTER)
-    remedy: Remedy = "none"
-    if code in _LOST:
-        remedy = "resend"
-    elif code in _AWAY or after_ms is not None:
-        remedy = "wait"
-    return WorkerFailed(role, code.name, details, remedy, float(after_ms or 0) / 1e3)
+    meant = meaning(code, details, metadata)
+    return WorkerFailed(role, meant.code.name, meant.details, meant.remedy, meant.after_s)
 
 
 class Recovery:
@@ -128,7 +111,10 @@ class Recovery:
         hopeless = failed.remedy == "none" or (failed.remedy == "resend" and not lost_session)
         if hopeless or (policy == "fail" and not lost_session) or self._left() <= 0:
             raise self.give_up(failed)
-        log.warning("%s; opening a new session with the whole text", failed)
+        # A session that went to another client is no fault.
+        log.log(
+            logging.INFO if lost_session else logging.WARNING, "%s; opening a new session with the whole text", failed
+        )
         if lost_session:
             return 0.0
         wait = min(FIRST_WAIT_S * 2 ** (self._tries - 1), LONGEST_WAIT_S)
@@ -145,7 +131,8 @@ class Recovery:
         if self._tries > 1:
             said += f"; gave up after {time.monotonic() - self._began:.1f} s"
         what = "does not answer" if self._text is None else f"failed in round {first.round}"
-        return self._error(f"{failed.role} worker {what}: {said}", first.code)
+        code = failed.code if failed.remedy == "none" else first.code  # what cannot be mended is the reason
+        return self._error(f"{failed.role} worker {what}: {said}", code)
 
     def met(self, role: str, worker: pb.DescribeReply) -> pb.DescribeReply:
         """Take what a worker says of itself. Raises WorkerError when another one was there before."""

@@ -19,6 +19,8 @@ class Round:
         foresee what was accepted, or not in time; `none` when nothing was drafted ahead.
     gamma_asked: depth asked of the draft worker: less than gamma near the end of a text, chosen when gamma is auto.
     arrived_ms: from the start of the request until its tokens were at the client.
+    draft_exposed_ms, draft_hidden_ms: all work of the draft worker, without its queues, of which the client heard in
+        this round: what the round waited for, and what went on meanwhile, of use or not (drafts ahead that missed).
     """
 
     round: int
@@ -35,6 +37,8 @@ class Round:
     speculation: str = "none"
     gamma_asked: int = 0
     arrived_ms: float = 0.0
+    draft_exposed_ms: float = 0.0
+    draft_hidden_ms: float = 0.0
 
 
 @dataclass

@@ -63,8 +63,15 @@ class Stream:
             raise WorkerFailed(self.name, grpc.StatusCode.DEADLINE_EXCEEDED.name, late, "wait") from None
         await _until(due)
         if isinstance(message, WorkerFailed):
+            # Whoever asks next has to learn of it too: this one may have been cancelled meanwhile.
+            self._inbox.put_nowait((0.0, message))
             raise message
         return message
+
+    async def finish(self) -> None:
+        """Tell the worker that nothing more is sent."""
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await self._call.done_writing()
 
     async def close(self) -> None:
         """End the stream, and with it the worker's session."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from specsplit.client.limits import DraftLimits
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import TextSpan
 from specsplit.decoding.forced import Forced, forced
@@ -21,8 +22,9 @@ OnTokens = Callable[[list[int]], int | None]
 class Text:
     """Prompt and generated tokens, with the limits that the workers and the configuration set.
 
-    target, draft: what the workers say of themselves; draft may be None. Raises PromptError when the prompt is empty or
-    leaves no room for a token. span: told of each round, where there is one. known: the whole text, where it is known.
+    target, draft: what the workers say of themselves; draft may be None. limits: of a draft, by both. span: told of
+    each round, where there is one. known: the whole text, where it is known. Raises PromptError when the prompt is
+    empty or leaves no room for a token.
     """
 
     span: TextSpan | None = None
@@ -37,7 +39,8 @@ class Text:
         on_tokens: OnTokens | None = None,
     ) -> None:
         self.config = config
-        self.limit = min(config.max_context or target.max_context, target.max_context)
+        self.limits = DraftLimits.of(config, target, draft)
+        self.limit = self.limits.context
         self.vocab_size = target.vocab_size
         self._draft_vocab = draft.vocab_size if draft else 0
         self._draft_limit = min(self.limit, draft.max_context) if draft else 0
@@ -50,6 +53,8 @@ class Text:
         self.stop_ids: list[int] = []
         if not config.ignore_eos:
             self.stop_ids = list(target.eos_token_ids if config.stop_token_ids is None else config.stop_token_ids)
+        # What the draft worker is told; nothing depends on it but that drafts end there.
+        self.known_stop_ids = [t for t in self.stop_ids if 0 <= t < target.vocab_size][: self.limits.stop_tokens]
         self.tokens = list(prompt_ids)
         self.length_limit = min(self.limit, len(prompt_ids) + config.max_output_tokens)
         self.result = SpeculativeResult()
@@ -68,11 +73,11 @@ class Text:
     def room(self) -> int:
         """The deepest draft that makes sense now: the last token is always the target's own; 0 when the draft worker
         cannot hold it, or cannot read the text."""
-        gamma = min(self.config.gamma_limit, self.length_limit - len(self.tokens) - 1)
+        gamma = min(self.limits.gamma, self.length_limit - len(self.tokens) - 1)
         # Models with one tokenizer may pad their vocabularies differently: a draft cannot read every token.
         if not self._draft_vocab or max(self.tokens) >= self._draft_vocab:
             return 0
-        shape = self.config.shape
+        shape = self.limits.shape
         while gamma > 0 and len(self.tokens) + shape.size(gamma) > self._draft_limit:
             gamma -= 1
         return max(gamma, 0)

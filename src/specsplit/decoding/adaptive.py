@@ -2,84 +2,180 @@
 
 from __future__ import annotations
 
-from specsplit.decoding.theory import PipelineMode, mode_hit_probability, tpot_ms
+from collections import deque
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any, Literal
 
-DECAY = 0.985  # weight of a round against the one after it: about 67 rounds are remembered
+from specsplit.decoding.theory import PipelineMode, lookahead_round_ms, round_ms
+from specsplit.decoding.tree import TreeShape
+from specsplit.decoding.tree_plan import Plan, plans
+
+DECAY = 0.99  # weight of a drafted round against the one after it: about 100 are remembered
 PRIOR_ALPHA, PRIOR_WEIGHT = 0.7, 3.0  # as many drafted tokens as PRIOR_WEIGHT says, accepted at that rate
-START = 4
-MARGIN = 0.01  # another gamma has to promise this much, so that noise does not make it wander
-PROBE_GAMMA = 2
-FIRST_PAUSE, LONGEST_PAUSE = 8, 64
+START, START_NODES = 4, 16  # the first gamma, and nodes of its draft at most
+MARGIN = 0.005  # another gamma has to promise this much, so that noise does not make it wander
+FIRST_DRAFTS = 8  # rounds with a draft before it may choose to have none
+FIRST_PAUSE = 8  # rounds between two probes
+PROBE_SHARE = 0.015  # of the time that probes may lose
+REMEMBERED = 32  # times of each kind
+UNTYPICAL = 3.0  # A time of so many medians is of something else: a prompt, a pause, a neighbour.
+FADE = 0.998  # weight of a kind of pass that was not seen in a round
+FADED = 0.02
 
 
-class _Mean:
-    """An exponentially weighted mean; None until something was added."""
+class _Typical:
+    """The mean of the last times, without those that are not typical."""
 
     def __init__(self) -> None:
-        self.total = self.weight = 0.0
+        self._values: deque[float] = deque(maxlen=REMEMBERED)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def add(self, value: float) -> None:
-        self.total = DECAY * self.total + value
-        self.weight = DECAY * self.weight + 1.0
+        self._values.append(value)
+
+    def state(self) -> list[float]:
+        return list(self._values)
+
+    def restore(self, state: Sequence[float]) -> None:
+        self._values.clear()
+        self._values.extend(state)
 
     @property
     def value(self) -> float | None:
-        return self.total / self.weight if self.weight else None
+        if not self._values:
+            return None
+        most = UNTYPICAL * median(self._values)
+        return fmean(value for value in self._values if value <= most)
 
 
-class _Line:
-    """y = a + b x by exponentially weighted least squares, b >= 0; a horizontal line while x does not vary."""
+class _Cost:
+    """Milliseconds of a pass or of several: a * passes + b * tokens, neither negative.
+
+    Least squares of the relative error over the kinds (passes, tokens) that were seen, so that a kind which is seen
+    always does not push out what is known of the others. Where one was seen often, its own mean counts.
+    """
 
     def __init__(self) -> None:
-        self.n = self.x = self.y = self.xx = self.xy = 0.0
+        self._seen: dict[tuple[float, float], _Typical] = {}
+        self._faded: dict[tuple[float, float], float] = {}
+        self._fit = 0.0, 0.0
 
-    def add(self, x: float, y: float) -> None:
-        for name, value in (("n", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
-            setattr(self, name, DECAY * getattr(self, name) + value)
+    def __bool__(self) -> bool:
+        return bool(self._seen)
 
-    def at(self, x: float) -> float | None:
-        if not self.n:
-            return None
-        mean_x, mean_y = self.x / self.n, self.y / self.n
-        spread = self.xx / self.n - mean_x**2
-        slope = max(0.0, (self.xy / self.n - mean_x * mean_y) / spread) if spread > 0.25 else 0.0
-        return max(0.0, mean_y + slope * (x - mean_x))
+    def add(self, passes: float, tokens: float, ms: float) -> None:
+        kind = passes, tokens
+        self._faded = {k: FADE * weight for k, weight in self._faded.items()} | {kind: 1.0}
+        for faded in [k for k, weight in self._faded.items() if weight < FADED]:
+            del self._faded[faded], self._seen[faded]
+        self._seen.setdefault(kind, _Typical()).add(ms)
+        self._fit = self._fitted()
+
+    def state(self) -> list[list[Any]]:
+        return [[*kind, self._faded[kind], seen.state()] for kind, seen in self._seen.items()]
+
+    def restore(self, state: Sequence[Sequence[Any]]) -> None:
+        self._seen.clear()
+        self._faded.clear()
+        for passes, tokens, faded, values in state:
+            seen = self._seen[passes, tokens] = _Typical()
+            seen.restore(values)
+            self._faded[passes, tokens] = faded
+        self._fit = self._fitted()
+
+    def at(self, passes: float, tokens: float) -> float:
+        a, b = self._fit
+        fitted = a * passes + b * tokens
+        own = self._seen.get((passes, tokens))
+        if own is None or own.value is None:
+            return fitted
+        trust = self._faded[passes, tokens] * len(own) / (len(own) + 4)
+        return trust * own.value + (1 - trust) * fitted
+
+    def _fitted(self) -> tuple[float, float]:
+        xx = xz = zz = xy = zy = 0.0
+        for kind, typical in self._seen.items():
+            ms = typical.value
+            if not ms:
+                continue
+            weight, x, z = self._faded[kind] * len(typical), kind[0] / ms, kind[1] / ms
+            xx, xz, zz = xx + weight * x * x, xz + weight * x * z, zz + weight * z * z
+            xy, zy = xy + weight * x, zy + weight * z
+        by_passes = (xy / xx if xx else 0.0), 0.0
+        by_tokens = 0.0, (zy / zz if zz else 0.0)
+        determinant = xx * zz - xz * xz
+        if determinant <= 1e-6 * xx * zz:  # one kind alone, or all in proportion
+            return by_passes
+        a, b = (xy * zz - zy * xz) / determinant, (zy * xx - xy * xz) / determinant
+        return by_tokens if a < 0 else by_passes if b < 0 else (a, b)
 
 
 class GammaController:
     """Chooses gamma for every round by the throughput formula of `theory`; one may serve text after text.
 
-    limit: the largest gamma. When the target alone is faster by the formula it chooses 0, and tries a short draft again
-    after 8, 16, 32, then every 64 rounds, so that a change is noticed at little cost.
+    limit: the largest gamma. shape: of the drafts. When the target alone is faster by the formula it chooses 0, and
+    tries a short draft again after 8 and ever more rounds, as long as that loses more than PROBE_SHARE, so that a
+    change is noticed at little cost. One of the first rounds has no draft, so that the target alone is known.
     """
 
-    def __init__(self, mode: PipelineMode, limit: int, *, fan_out: int = 8) -> None:
+    def __init__(self, mode: PipelineMode, limit: int, *, fan_out: int = 8, shape: TreeShape | None = None) -> None:
         self.mode: PipelineMode = mode
         self.limit = limit
         self.fan_out = fan_out
+        self.shape = TreeShape() if shape is None else shape
         self._gamma = min(START, limit)
-        self._accepted = self._tried = 0.0
-        self._draft_ms, self._ahead_ms, self._network_ms = _Mean(), _Mean(), _Mean()
-        self._verify_ms = _Line()
+        while self._gamma > 1 and not self.shape.nodes and self.shape.size(self._gamma) > START_NODES:
+            self._gamma -= 1
+        self._tried: dict[int, tuple[float, float]] = {}  # by width: drafted among so many siblings, and accepted
+        self._brought = self._expected = 0.0  # accepted tokens, and those that the plan promised
+        self._draft, self._ahead, self._verify = _Cost(), _Cost(), _Cost()
+        self._network_ms = _Typical()
         self._hits = self._hits_expected = 0.0
         self._idle_rounds = 0
-        self._pause = FIRST_PAUSE
+        self._pause, self._probe = FIRST_PAUSE, 1
+        self._drafts = 0
         self._undrafted = 0  # rounds since the last draft
+        self._alone: Literal["unknown", "next", "known"] = "unknown"  # the time of a round without a draft
+
+    def state(self) -> dict[str, Any]:
+        """All that it has learnt, as JSON can hold it."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str)}
+        costs = {name: value.state() for name, value in vars(self).items() if isinstance(value, _Typical | _Cost)}
+        return {**plain, **costs, "_tried": [[width, *counts] for width, counts in self._tried.items()]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`."""
+        for name, value in state.items():
+            if name == "_tried":
+                self._tried = {width: (tried, won) for width, tried, won in value}
+            elif isinstance(value, list):
+                getattr(self, name).restore(value)
+            else:
+                setattr(self, name, value)
 
     @property
     def alpha(self) -> float:
-        """The probability that a drafted token is accepted, as estimated so far."""
-        return (self._accepted + PRIOR_ALPHA * PRIOR_WEIGHT) / (self._tried + PRIOR_WEIGHT)
+        """The probability that the draft's first choice is accepted, as estimated so far."""
+        if 1 in self._tried or not self._tried:
+            tried, accepted = self._tried.get(1, (0.0, 0.0))
+            return (accepted + PRIOR_ALPHA * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
+        width = max(self._tried, key=lambda width: self._tried[width])
+        tried, accepted = self._tried[width]
+        among = (accepted + _among(PRIOR_ALPHA, width) * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
+        return 1 - (1 - among) ** (1 / width)
 
     def choose(self, room: int) -> int:
         """Gamma of the next round, at most `room`; 0 = do not draft."""
         limit = min(room, self.limit)
-        if limit < 1:
+        if limit < 1 or self._alone == "next":
             return 0
         if self._gamma == 0:
             if self._idle_rounds < self._pause:
                 return 0
-            return min(PROBE_GAMMA, limit)
+            return min(self._probe, limit)
         return min(self._gamma, limit)
 
     def observe(
@@ -94,61 +190,109 @@ class GammaController:
         network_ms: float = 0.0,
         hit: bool | None = None,
         first: bool = False,
+        ranks: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """Learn from a round.
 
         gamma: what was asked for. drafted: depth of the draft; accepted: of these; verified_tokens: nodes + 1.
         draft_ms, verify_ms: of the models alone; network_ms: what else the round waited.
-        hit: whether the draft had been made ahead; None when that was not tried. first: the round of the prompt, whose
-        times are not typical.
+        hit: whether the draft had been made ahead; None when that was not tried. first: a round in which a worker read
+        a prompt or a whole text, whose times are not typical. ranks: as `tree_plan.ranks`; needed of dynamic trees.
         """
+        plan = self._plans()[min(gamma, self.limit) if self.shape.nodes else min(drafted, self.limit)]
+        surprise = accepted == drafted and accepted >= 2 * (self._tokens(min(drafted, self.limit)) - 1)
         if drafted:
-            self._accepted = DECAY * self._accepted + accepted
-            self._tried = DECAY * self._tried + accepted + (accepted < drafted)
+            self._drafts += 1
+            self._accept(drafted, accepted, plan, ranks)
         if hit is not None and self.mode != "sync":
             self._hits = DECAY * self._hits + hit
-            self._hits_expected = DECAY * self._hits_expected + self._hit_by_formula(max(gamma, 1))
+            self._hits_expected = DECAY * self._hits_expected + self._hit_by_formula(min(max(gamma, 1), self.limit))
         if not first:
             if verify_ms:
-                self._verify_ms.add(verified_tokens, verify_ms)
+                self._verify.add(1, verified_tokens, verify_ms)
+                if self._alone != "known":
+                    self._alone = "next" if verified_tokens > 1 else "known"
             if drafted and draft_ms and hit:
-                self._ahead_ms.add(draft_ms / (drafted + 1))
-            elif drafted and draft_ms and not self._undrafted:  # else it read what was written meanwhile as well
-                self._draft_ms.add(draft_ms / drafted)
+                self._ahead.add(*self._ahead_work(plan), draft_ms)
+            elif drafted and draft_ms:  # it read what was written meanwhile as well
+                self._draft.add(plan.passes, plan.fed + self._undrafted, draft_ms)
             if not hit:
                 self._network_ms.add(network_ms)
         self._undrafted = 0 if drafted else self._undrafted + 1
-        self._decide(probed=self._gamma == 0 and drafted > 0)
+        probed = self._gamma == 0 and drafted > 0
+        if probed and surprise:
+            self._pause = FIRST_PAUSE // 2  # doubled where it does not pay yet
+        self._decide(probed=probed)
+
+    def _accept(self, drafted: int, accepted: int, plan: Plan, ranks: Sequence[tuple[int, int]] | None) -> None:
+        self._brought = DECAY * self._brought + accepted
+        self._expected = DECAY * self._expected + plan.tokens - 1
+        self._tried = {width: (DECAY * tried, DECAY * won) for width, (tried, won) in self._tried.items()}
+        if ranks is None and self.shape.nodes:
+            return
+        if ranks is None:
+            looked = accepted + (accepted < drafted)
+            seen = [(accepted <= depth, self.shape.children(depth)) for depth in range(looked)]
+        else:  # a rank tells of every smaller width as well
+            seen = [(rank >= width, width) for rank, among in ranks for width in range(1, among + 1)]
+        for missed, width in seen:
+            tried, won = self._tried.get(width, (0.0, 0.0))
+            self._tried[width] = tried + 1, won + (not missed)
 
     def _decide(self, *, probed: bool) -> None:
-        draft_ms = self._draft_ms.value or self._ahead_ms.value
-        verify_ms = self._verify_ms.at(1)
         if self._gamma == 0 and not probed:
             self._idle_rounds += 1
             return
-        if draft_ms is None or verify_ms is None:
+        if not (self._draft or self._ahead) or not self._verify:
             return
-        costs = [self._tpot(gamma, draft_ms) for gamma in range(self.limit + 1)]
-        best = min(range(len(costs)), key=costs.__getitem__)
+        costs = [self._tpot(gamma) for gamma in range(self.limit + 1)]
+        best = min(range(self._drafts < FIRST_DRAFTS, len(costs)), key=costs.__getitem__)
         if best and costs[best] > (1 - MARGIN) * costs[self._gamma]:
             best = self._gamma
         if best == 0:
-            self._pause = min(2 * self._pause, LONGEST_PAUSE) if probed else FIRST_PAUSE
             self._idle_rounds = 0
+            self._plan_probe(again=probed)
         self._gamma = best
 
-    def _tpot(self, gamma: int, draft_ms: float) -> float:
-        return tpot_ms(
-            self.mode,
-            gamma,
-            self._rounded_alpha(),
-            draft_ms,
-            lambda tokens: self._verify_ms.at(tokens) or 0.0,
-            self._network_ms.value or 0.0,
-            self.fan_out,
-            hit=self._hit(gamma),
-            ahead_ms=self._ahead_ms.value,
-        )
+    def _plan_probe(self, *, again: bool) -> None:
+        """The next probe: how deep, and after how many rounds. The more it loses, the later."""
+        self._probe = min(range(1, self.limit + 1), key=self._tpot)
+        lost = self._round_ms(self._probe) / self._round_ms(0) - self._tokens(self._probe)  # rounds of the target
+        longest = max(FIRST_PAUSE, int(lost / PROBE_SHARE))
+        self._pause = min(2 * self._pause if again else int(FIRST_PAUSE * max(1.0, lost) ** 2), longest)
+
+    def _tpot(self, gamma: int) -> float:
+        return self._round_ms(gamma) / self._tokens(gamma)
+
+    def _round_ms(self, gamma: int) -> float:
+        plan = self._plans()[gamma]
+        verify_ms, network_ms = self._verify.at(1, plan.verified), self._network_ms.value or 0.0
+        if gamma == 0:
+            return verify_ms + network_ms
+        ahead_work = self._ahead_work(plan)
+        draft_ms = (self._draft or self._ahead).at(plan.passes, plan.fed) / gamma
+        ahead_ms = (self._ahead or self._draft).at(*ahead_work) / (gamma + 1)
+        hit = self._hit(gamma)
+        if self.mode == "lookahead":
+            return lookahead_round_ms(gamma, draft_ms, verify_ms, network_ms, hit, ahead_ms=ahead_ms)
+        return round_ms(self.mode, gamma, draft_ms, verify_ms, network_ms, hit, ahead_ms=ahead_ms)
+
+    def _tokens(self, gamma: int) -> float:
+        """Expected of a round: by what each width brings; of dynamic shapes by the plan and what came so far."""
+        if self.shape.nodes:
+            return 1 + (self._plans()[gamma].tokens - 1) * (self._brought + 10) / (self._expected + 10)
+        alpha, tokens, reached = self.alpha, 1.0, 1.0
+        for depth in range(gamma):
+            width = self.shape.children(depth)
+            tried, won = self._tried.get(width, (0.0, 0.0))
+            reached *= (won + _among(alpha, width) * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
+            tokens += reached
+        return tokens
+
+    def _ahead_work(self, plan: Plan) -> tuple[int, int]:
+        """Passes and tokens of drafting ahead: the leaves of the draft, then a draft for each outcome."""
+        outcomes = 1 if self.mode == "overlap" else self.fan_out
+        return plan.passes + 1, plan.leaves + outcomes * plan.fed
 
     def _hit(self, gamma: int) -> float:
         """The formula's hit probability, corrected by how it did so far."""
@@ -158,7 +302,15 @@ class GammaController:
         return min(1.0, self._hit_by_formula(gamma) * correction)
 
     def _hit_by_formula(self, gamma: int) -> float:
-        return mode_hit_probability(self.mode, self._rounded_alpha(), gamma, self.fan_out)
+        if self.mode == "overlap":
+            return self.alpha ** (gamma + 1)
+        return self._plans()[gamma].hit
 
-    def _rounded_alpha(self) -> float:
-        return round(self.alpha, 2)  # the outcomes of an alpha are remembered; they take long to list
+    def _plans(self) -> tuple[Plan, ...]:
+        # The plans of an alpha are remembered, so it is rounded; they take long to make.
+        return plans(self.shape, round(self.alpha, 2), self.limit, self.fan_out)
+
+
+def _among(alpha: float, width: int) -> float:
+    """Probability that the target's token is among the draft's first `width`."""
+    return 1 - (1 - alpha) ** width

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from specsplit.decoding.growth import CANDIDATES, DraftSettings, grow
-from specsplit.decoding.sampling import Candidates, Sampling, candidates
+from specsplit.decoding.sampling import Candidates, NonFiniteLogits, Sampling, candidates
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.decoding.verification import Verdict, verify
 
@@ -27,7 +27,8 @@ class Model(Protocol):
 
     step: feeds `tokens`, then the nodes of `tree` from number `cached_nodes` on (the earlier ones are in the cache).
     Returns logits [rows, vocab_size]: after the last of `tokens`, if there are any, then after each node fed.
-    A cache has length, rollback(length), and keep(length, path): so many tokens, then the nodes of a path.
+    A cache has length, rollback(length), keep(length, path): so many tokens, then the nodes of a path; and clean(),
+    which leaves nothing behind `length` that a later pass could read.
     """
 
     vocab_size: int
@@ -102,8 +103,27 @@ def draft_tree(model: Model, cache: Any, text: Sequence[int], asked: DraftSettin
         return tree
 
 
+def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
+    """Verify the draft. model: anything that has `Model.step`. The cache holds a beginning of
+    `text`, and `text` and the whole tree afterwards.
+
+    A drafted token may make the model overflow where the target alone would not go. So a pass with numbers that are not
+    finite is repeated without the draft. Raises NonFiniteLogits when they are those of the text itself; the cache is
+    as before then.
+    """
+    held = cache.length
+    try:
+        return verify(tree, model.step(cache, text[held:], tree), len(text), sampling)
+    except NonFiniteLogits:
+        cache.rollback(held)
+        cache.clean()
+        if not len(tree):
+            raise
+        return checked_pass(model, cache, text, NO_DRAFT, sampling)
+
+
 def verify_tree(model: Model, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
     """One pass of the target over the draft. The cache holds the text and the accepted tokens afterwards."""
-    verdict = verify(tree, model.step(cache, text[cache.length :], tree), len(text), sampling)
+    verdict = checked_pass(model, cache, text, tree, sampling)
     cache.keep(len(text), verdict.path)
     return verdict

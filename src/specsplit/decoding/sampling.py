@@ -1,7 +1,9 @@
 """How a token is chosen from logits: greedily, or with noise that both workers compute for themselves.
 
 All noise comes from Philox 4x64 (Salmon et al. 2011, as in NumPy), a counter-based generator: a number is a function of
-(seed, purpose, absolute position, token id) and of nothing else, so that every worker on every machine has the same.
+(seed, purpose, absolute position, token id) and of nothing else. Philox is integers alone, the same on every machine.
+The logarithms after it are NumPy's, which on other processors may differ in the last bit: then a text is another one
+only where two tokens' scores are as close as that, less than once in 10^12 tokens. It is the target's own in any case.
 """
 
 from __future__ import annotations
@@ -50,6 +52,22 @@ class Sampling:
 GREEDY = Sampling()
 
 
+class NonFiniteLogits(ArithmeticError):
+    """The logits that a token is to be chosen from hold NaN or infinity, so there is no right token."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(
+            f"the logits of token {position} of the text are not finite (NaN or infinity): "
+            "the model overflows here; serve it in a wider dtype, bfloat16 or float32"
+        )
+
+
+def check_chosen(score: float, position: int) -> None:
+    """Raise NonFiniteLogits unless the score that won is a number: NaN and infinity win over every number."""
+    if not math.isfinite(score):
+        raise NonFiniteLogits(position)
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The tokens that a draft may continue a node with, best first.
@@ -94,16 +112,21 @@ def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 def choose(logits: torch.Tensor, position: int, sampling: Sampling) -> int:
     """The token at `position` of the text (0 = the first of the prompt): greedy, or a coupled sample.
 
-    logits: [vocab].
+    logits: [vocab]. Raises NonFiniteLogits.
     """
     if sampling.greedy:
-        return int(logits.argmax())
-    scores = log_probs(logits[None], sampling)[0].cpu()
-    return int((scores + gumbel(sampling.seed, COUPLED, position, len(scores))).argmax())
+        scores = logits
+    else:
+        scores = log_probs(logits[None], sampling)[0].cpu()
+        scores = scores + gumbel(sampling.seed, COUPLED, position, len(scores))
+    token = int(scores.argmax())
+    check_chosen(float(scores[token]), position)
+    return token
 
 
 def candidates(logits: torch.Tensor, positions: Sequence[int], sampling: Sampling, count: int) -> list[Candidates]:
-    """Of each row of logits [rows, vocab], the `count` best tokens for its position; fewer when fewer are possible.
+    """Of each row of logits [rows, vocab], the `count` best tokens for its position; fewer when fewer are possible,
+    none when a number of the row is not finite.
 
     Greedy: the likeliest. Coupled: the highest log p + noise. Rejection: drawn without replacement from the truncated
     distribution, in the order drawn (Gumbel top-k: Kool et al. 2019).

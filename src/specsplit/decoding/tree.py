@@ -170,6 +170,13 @@ class TreeShape:
         """Children that a node at `depth` (0 = the context) gets in a static shape."""
         return self.branching[depth] if depth < len(self.branching) else 1
 
+    def within(self, nodes: int, *, children: int = MAX_BRANCHING, width: int = MAX_TREE_NODES) -> TreeShape:
+        """This shape, or a narrower one: at most `nodes` nodes at depth 1, or in all where it is dynamic, `children`
+        of each, `width` fed in a pass."""
+        if self.nodes:
+            return TreeShape(nodes=max(min(self.nodes, nodes), 1), width=max(min(self.width, width), 1))
+        return TreeShape(tuple(max(min(level, children, nodes), 1) for level in self.branching))
+
     def size(self, gamma: int) -> int:
         """The most nodes that a draft of depth `gamma` can have."""
         if self.nodes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from specsplit.decoding.sampling import ACCEPTANCE, RESIDUAL, Sampling, choose, gumbel, log_probs, uniform
+from specsplit.decoding.sampling import ACCEPTANCE, RESIDUAL, Sampling, check_chosen, choose, gumbel, log_probs, uniform
 from specsplit.decoding.tree import ROOT, TokenTree
 
 
@@ -26,12 +26,18 @@ def verify(tree: TokenTree, logits: torch.Tensor, position: int, sampling: Sampl
 
     logits: the target's, [1 + nodes, vocab]: after the context, then after each node.
     position: of the first drafted token in the text, so the length of the context.
+    Raises NonFiniteLogits when a row on the path is not finite; other rows are not looked at.
     """
     if len(logits) != 1 + len(tree):
         raise ValueError(f"{len(tree)} nodes need {1 + len(tree)} rows of logits, got {len(logits)}")
     if sampling.greedy:
-        choices = logits.argmax(-1).tolist()  # one transfer from the device
-        return verify_greedy(tree, choices[0], choices[1:])
+        tokens = logits.argmax(-1)
+        best = logits.gather(-1, tokens[:, None])[:, 0]
+        choices, scores = torch.stack([tokens.double(), best.double()]).tolist()  # one transfer from the device
+        verdict = verify_greedy(tree, int(choices[0]), [int(choice) for choice in choices[1:]])
+        for depth, node in enumerate([ROOT, *verdict.path]):
+            check_chosen(scores[node + 1], position + depth)
+        return verdict
     if sampling.rejection:
         return verify_rejection(tree, logits, position, sampling)
     depths = [0, *tree.depths()]
@@ -72,7 +78,8 @@ def verify_rejection(tree: TokenTree, logits: torch.Tensor, position: int, sampl
     the form for children drawn without replacement (recursive rejection, Jeon et al. 2024): each in its turn is
     accepted with probability min(1, p / q); after a rejection p becomes the normalised positive part of p - q, and q
     loses the rejected token. `tree.distributions` must hold the q that the children of a node were drawn from.
-    Raises ValueError when a node has children but no distribution, or a child that its distribution cannot draw.
+    Raises ValueError when a node has children but no distribution, or a child that its distribution cannot draw, and
+    NonFiniteLogits.
     """
     offspring: dict[int, list[int]] = {}
     for node, parent in enumerate(tree.parents):
@@ -81,6 +88,7 @@ def verify_rejection(tree: TokenTree, logits: torch.Tensor, position: int, sampl
     while True:
         node, here = (path[-1] if path else ROOT), position + len(path)
         p = log_probs(logits[node + 1][None], sampling)[0].exp().cpu().numpy()
+        check_chosen(float(p.sum()), here)
         accepted = None
         if node in offspring:
             q = _dense(tree, node, len(p))

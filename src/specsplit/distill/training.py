@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from specsplit.distill.losses import agreement, to_draft_rows, top_k_divergence
 from specsplit.distill.shards import HEADER, Text, batches, replace_tensors
 from specsplit.errors import UserError
+from specsplit.io import json_sha256
 from specsplit.settings.distill import TrainingSettings
 
 BETAS = (0.9, 0.95)
@@ -67,6 +68,17 @@ def learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
     if step <= warmup:
         return settings.learning_rate * step / (warmup + 1)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup) / max(1, steps - warmup)))
+
+
+def hash_recipe(
+    settings: TrainingSettings, data_sha256: str, target: Mapping[str, Any], hardware: Mapping[str, Any], code: str
+) -> str:
+    """Hash of everything that decides the weights. hardware: of `describe_hardware`; code: hash of the source files.
+
+    Another device, number of threads, PyTorch or other code goes on with other numbers.
+    """
+    decides = settings.model_dump(exclude={"device", "draft_dtype", "checkpoint_every"})
+    return json_sha256({"settings": decides, "data": data_sha256, "target": target, "hardware": hardware, "code": code})
 
 
 class Trainer:

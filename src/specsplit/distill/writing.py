@@ -197,6 +197,9 @@ class Writer:
         return texts
 
 
+MADE_BY = ("hardware", "code")  # another device or other code may write other text
+
+
 def write_texts(
     writer: Writer,
     folder: Path,
@@ -206,8 +209,8 @@ def write_texts(
     """Write batches into `folder` until there are `tokens` tokens of answers; returns the manifest, also written there.
 
     Shards of the same recipe and target that are there already are kept. about: what the manifest says beside them; it
-    must hold `target` and `held_out`, which decide the text as well. on_batch(written, tokens so far, seconds that it
-    took; 0 = it was there). Raises UserError when the model writes nothing that can be used.
+    must hold `target` and `held_out`, which decide the text as well, as MADE_BY does. on_batch(written, tokens so far,
+    seconds that it took; 0 = it was there). Raises UserError when the model writes nothing that can be used.
     """
     settings = writer.settings
     decides = {
@@ -215,6 +218,7 @@ def write_texts(
         "settings": settings.what_decides(),
         "target": about["target"],
         "held_out": about["held_out"],
+        **{key: about.get(key) for key in MADE_BY},
     }
     recipe, tokens, empty = json_sha256(decides), 0, 0
     shards: list[dict[str, Any]] = []

@@ -44,8 +44,12 @@ class BufferLayer(StaticLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        for states in (self.keys, self.values):  # a slot that is masked still counts 0 times what is in it
-            states.zero_()
+        self.clear(0, self.owner.capacity)
+
+    def clear(self, start: int, stop: int) -> None:
+        """Zero slots: one that is masked still counts 0 times what is in it, which is NaN where that is not finite."""
+        for states in (self.keys, self.values):
+            states[:, :, start:stop].zero_()
 
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys.index_copy_(2, self.owner.written, key_states)
@@ -67,6 +71,21 @@ class GraphCache(LayeredSlots):
         self.layers = buffers.layers
         self.length = 0
         self.capacity = capacity
+        self.written = True  # since the last `clean`; another session may have had the buffers before
+
+    def rollback(self, length: int) -> None:
+        """As KVCache.rollback. Of one text, nothing is left to the next."""
+        super().rollback(length)
+        if not length:
+            self.clean()
+
+    @torch.inference_mode()
+    def clean(self) -> None:
+        """Zero the slots behind `length`."""
+        for layer in self.layers:
+            if self.written and layer.is_initialized:
+                layer.clear(self.length, self.buffers.capacity)
+        self.written = False
 
 
 class GraphLM(CausalLM):
@@ -83,8 +102,25 @@ class GraphLM(CausalLM):
         free = self._free[slots]
         buffers = free.pop() if free else Buffers(self.num_layers, slots)
         cache = GraphCache(buffers, capacity)
+        cache.clean()
         weakref.finalize(cache, free.append, buffers)
         return cache
+
+    def cache_bytes(self, capacity: int) -> int:
+        """As CausalLM.cache_bytes: all slots of the buffers, and what the passes recorded on them keep.
+
+        Counted are passes of every size up to parts of prompts, at every view, with logits of SMALLEST_PASS rows.
+        """
+        slots = _power_of_two(capacity, SMALLEST_VIEW)
+        kept, view = super().cache_bytes(slots + 1), SMALLEST_VIEW
+        masks = 2 if self._masks_by_type else 1
+        logits = SMALLEST_PASS * self.vocab_size * self.dtype.itemsize
+        sizes = [size for size in (SMALLEST_PASS << i for i in range(16)) if size <= self.prefill_tokens]
+        while view <= slots:
+            # On the device; on the CPU there is one more copy, and no logits are kept.
+            kept += sum(masks * size * view * (2 if self._pool is None else 1) + logits for size in sizes)
+            view *= 2
+        return kept
 
     def _forward(
         self, cache: Any, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int
@@ -93,6 +129,7 @@ class GraphLM(CausalLM):
         context, end = cache.length - cached_nodes, cache.length + len(ids)
         size, rows = _power_of_two(len(ids), SMALLEST_PASS), _power_of_two(keep_logits, SMALLEST_PASS)
         shape = (size, rows, _power_of_two(end, SMALLEST_VIEW))
+        cache.written = True
         program = cache.buffers.programs.get(shape)
         if program is None:
             program = cache.buffers.programs[shape] = Program(self, cache.buffers, *shape)

@@ -13,7 +13,8 @@ from torch import nn
 from specsplit.engines.blocks import BlockEmbedding, BlockLinear, Blocks
 from specsplit.engines.weight_forms import BLOCK_FORMS
 from specsplit.errors import UserError
-from specsplit.models.gguf_file import GGUF_FILE, Stored, check_model, model_tensors, read_gguf
+from specsplit.models.file_names import GGUF_FILE
+from specsplit.models.gguf_file import Stored, check_model, model_tensors, read_gguf
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
 from specsplit.errors import UserError
+from specsplit.models.file_names import GGUF_FILE
 from specsplit.models.fingerprint import fingerprint_model, gguf_weights, read_config
 from specsplit.models.generation_settings import check_eos, refuse_model_settings
-from specsplit.models.gguf_file import GGUF_FILE, read_gguf
+from specsplit.models.gguf_file import read_gguf
 from specsplit.models.sources import manifest_file, model_folder, tokenizer_folder
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import read_reduced_map
@@ -43,6 +44,7 @@ class LanguageModel(Protocol):
     max_context: int
     eos_token_ids: tuple[int, ...]
     batch_tokens: int
+    prefill_tokens: int
     uses_torch_threads: bool
 
     @property

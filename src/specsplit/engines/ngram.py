@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.passes import EMPTY, Pass, all_or_none
 from specsplit.engines.token_cache import TokenCache, WeightlessLM, tokens_of_pass
 
 TIE = 0.01  # of one occurrence: what the most recent of several equally frequent tokens has more
@@ -31,7 +31,8 @@ class NGramLM(WeightlessLM):
 
     def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """As CausalLM.step_many."""
-        return [self.step(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
+        with all_or_none(p.cache for p in passes):
+            return [self.step(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
 
     def step(
         self, cache: TokenCache, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,21 +14,23 @@ import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.linears import Linears, embedding_rows, padded, tied
-from specsplit.engines.numba_kernels import run_pass
-from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.numba_kernels import ARRIVED, FAILED, LANES, NANOSECONDS, SLEEPING, run_pass
+from specsplit.engines.passes import EMPTY, Pass, all_or_none
 from specsplit.engines.reduced_vocabulary import ReducedEmbedding
 from specsplit.engines.token_cache import Slots, tokens_of_pass
 from specsplit.engines.transformers import CausalLM
-from specsplit.engines.vector_kernels import activation, packing
+from specsplit.engines.vector_kernels import FEATURES, QUERIES, accumulation, activation, packing, processor_lacks
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROTARY = ("default", "linear", "llama3", "yarn")  # position embeddings that do not depend on the length of the text
+LONGEST_SLEEP_NS = 20_000_000  # at a meeting, before a thread looks whether another one failed
 CHUNK = 64  # tokens of a run: more would push each other out of the processor's caches
 Job = Callable[[int, int, np.ndarray], None]
 
 
 class FusedCache(Slots):
-    """Keys and values of one session, float32 [layers, kv_heads, capacity, head_dim].
+    """Keys and values of one session, float32: keys [layers, kv_heads, capacity / 8, head_dim, 8], so that a vector is
+    of eight slots; values [layers, kv_heads, capacity, head_dim rounded up to a multiple of 8].
 
     The memory is reserved at once; the operating system commits it page by page as it is written.
     """
@@ -35,8 +38,9 @@ class FusedCache(Slots):
     def __init__(self, layers: int, kv_heads: int, head_dim: int, capacity: int) -> None:
         self.length = 0
         self.capacity = capacity
-        self.keys = np.empty((layers, kv_heads, capacity, head_dim), np.float32)
-        self.values = np.empty_like(self.keys)
+        self.slots = _vectors(capacity) * LANES
+        self.keys = np.empty((layers, kv_heads, self.slots // LANES, head_dim, LANES), np.float32)
+        self.values = np.empty((layers, kv_heads, self.slots, _vectors(head_dim) * LANES), np.float32)
 
     def keep(self, context: int, path: Sequence[int]) -> None:
         """As KVCache.keep."""
@@ -44,9 +48,10 @@ class FusedCache(Slots):
         end = context + len(path)
         if path and path[-1] != len(path) - 1:
             self.length = context  # as long as the path is being moved, it cannot be relied on
-            slots = [context + node for node in path]
-            for states in (self.keys, self.values):
-                states[:, :, context:end] = states[:, :, slots]  # the right side is a copy
+            slots, places = context + np.array(path), np.arange(context, end)
+            # The right sides are copies.
+            self.keys[:, :, places // LANES, :, places % LANES] = self.keys[:, :, slots // LANES, :, slots % LANES]
+            self.values[:, :, context:end] = self.values[:, :, slots]
         self.length = end
 
     def nbytes(self) -> int:
@@ -67,19 +72,20 @@ class _Part:
     def first_wanted(self) -> int:
         return min(max(self.start, self.of.first_wanted), self.stop)
 
-    def visible(self) -> Iterator[np.ndarray]:
-        """For every token the slots that it attends to, in the order of the text, itself last."""
+    def visible(self) -> Iterator[tuple[np.ndarray, int]]:
+        """For every token the slots that it attends to, in the order of the text, itself last; and how many of them,
+        from the first on, are adjacent."""
         linear, tree = len(self.of.tokens), self.of.tree
         context = self.of.cache.length - self.of.cached_nodes + linear
         for i in range(self.start, min(self.stop, linear)):
-            yield np.arange(context - linear + i + 1)
+            yield np.arange(context - linear + i + 1), context - linear + i + 1
         before = np.arange(context)
         for i in range(max(self.start, linear), self.stop):
             path, node = [], i - linear + self.of.cached_nodes
             while node != ROOT:
                 path.append(context + node)
                 node = tree.parents[node]
-            yield np.concatenate([before, path[::-1]])
+            yield np.concatenate([before, path[::-1]]), context
 
 
 class FusedLM:
@@ -90,7 +96,7 @@ class FusedLM:
     Raises ValueError where `unsuitable` has a reason.
     """
 
-    batch_tokens = CHUNK
+    batch_tokens = prefill_tokens = CHUNK
     uses_torch_threads = False
 
     def __init__(self, source: CausalLM, threads: int) -> None:
@@ -115,12 +121,12 @@ class FusedLM:
         self._rows = embedding_rows(embedding, self._linears.head_rows if is_tied else None)
         self._row_of = embedding.rows.numpy() if isinstance(embedding, ReducedEmbedding) else None
         self._model = (self._linears.layers, self._linears.head, *norms)
-        self._functions = (packing().address, activation().address)
+        self._functions = (packing().address, activation().address, accumulation().address)
         self._team = Team(threads)
         self._sizes = _Sizes(
             config.hidden_size, config.num_attention_heads, self._kv_heads, self._head_dim, config.intermediate_size
         )
-        self._workspace = Workspace(self._sizes, threads, 0, 0)
+        self._workspace = Workspace(self._sizes, threads, 0, LANES)
 
     @property
     def weight_bytes(self) -> int:
@@ -128,7 +134,8 @@ class FusedLM:
         return self._linears.nbytes
 
     def cache_bytes(self, capacity: int) -> int:
-        return 8 * self.num_layers * self._kv_heads * self._head_dim * capacity  # keys and values in float32
+        dims = self._head_dim + _vectors(self._head_dim) * LANES  # of keys and values, in float32
+        return 4 * self.num_layers * self._kv_heads * dims * _vectors(capacity) * LANES
 
     def new_cache(self, capacity: int) -> FusedCache:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
@@ -149,14 +156,15 @@ class FusedLM:
         """The passes of several sessions, each of another one, made as one; the logits of each."""
         fed = [tokens_of_pass(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
         rows: list[list[np.ndarray]] = [[] for _ in passes]
-        for parts in _chunks(passes, fed):
-            logits, at = self._run(list(parts.values())), 0
-            for i, part in parts.items():
-                count = part.stop - part.first_wanted
-                rows[i].append(logits[at : at + count])
-                at += count
-        for p, ids in zip(passes, fed, strict=True):
-            p.cache.advance(len(ids))
+        with all_or_none(p.cache for p in passes):
+            for parts in _chunks(passes, fed):
+                logits, at = self._run(list(parts.values())), 0
+                for i, part in parts.items():
+                    count = part.stop - part.first_wanted
+                    rows[i].append(logits[at : at + count])
+                    at += count
+            for p, ids in zip(passes, fed, strict=True):
+                p.cache.advance(len(ids))
         return [torch.from_numpy(np.concatenate(each) if len(each) > 1 else each[0]) for each in rows]
 
     def _run(self, parts: Sequence[_Part]) -> np.ndarray:
@@ -165,17 +173,27 @@ class FusedLM:
         own: list[int] = []  # slots that the tokens go to
         wanted: list[int] = []
         visible: list[np.ndarray] = []
+        runs: list[int] = []
+        tiles: list[tuple[int, int, int]] = []
+        sizes = self._sizes
+        group = sizes.heads // sizes.kv_heads
+        total = sizes.heads * sum(part.stop - part.start for part in parts)
+        together = max(1, min(QUERIES, total // (4 * self._team.threads)))  # so that all threads have some
         addresses: list[tuple[int, int, int]] = []
         for part in parts:
             wanted += range(len(ids) + part.first_wanted - part.start, len(ids) + part.stop - part.start)
+            queries = (part.stop - part.start) * group
+            tiles += [(len(ids), at, min(together, queries - at)) for at in range(0, queries, together)]
             ids += part.fed[part.start : part.stop]
             cache = part.of.cache
             own += range(cache.length + part.start, cache.length + part.stop)
-            visible += part.visible()
-            addresses += [(cache.keys.ctypes.data, cache.values.ctypes.data, cache.capacity)] * (part.stop - part.start)
+            for slots, run in part.visible():
+                visible.append(slots)
+                runs.append(run)
+            addresses += [(cache.keys.ctypes.data, cache.values.ctypes.data, cache.slots)] * (part.stop - part.start)
         count = len(ids)
         lengths = np.array([len(seen) for seen in visible], np.int64)
-        space = self._workspace = self._workspace.fitting(count, int(lengths.max()))
+        space = self._workspace = self._workspace.fitting(count, max(own) + 1)
         space.x[:count] = self._rows(ids if self._row_of is None else self._row_of[ids])
         logits = np.empty((len(wanted), self.vocab_size), np.float32)
         keys, values, capacity = np.array(addresses, np.int64).T.copy()
@@ -183,7 +201,7 @@ class FusedLM:
             *self._model,
             *(self._cos, self._sin, self._windows, self._eps, self._kv_heads, self._head_dim, *self._functions),
             *(count, lengths - 1, keys, values, capacity, np.array(own, np.int64), np.concatenate(visible)),
-            *(np.concatenate([[0], lengths.cumsum()]), np.array(wanted, np.int64)),
+            *(np.concatenate([[0], lengths.cumsum()]), np.array(runs), np.array(tiles), np.array(wanted, np.int64)),
         )
 
         def work(thread: int, threads: int, sync: np.ndarray) -> None:
@@ -194,11 +212,16 @@ class FusedLM:
 
 
 class Team:
-    """Threads that do a job together, the calling one among them. To be used from one thread at a time."""
+    """Threads that do a job together, the calling one among them. To be used from one thread at a time.
+
+    A job that raises in one thread ends in all: nobody waits for it any more at a meeting, and `run` raises its error.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._sync = np.zeros(16, np.int64)
+        self._sync[NANOSECONDS] = LONGEST_SLEEP_NS
+        self._errors: list[BaseException] = []
         self._jobs: list[SimpleQueue[Job]] = [SimpleQueue() for _ in range(threads - 1)]
         for number, jobs in enumerate(self._jobs, 1):
             threading.Thread(target=self._work, args=(number, jobs), name=f"pass-{number}", daemon=True).start()
@@ -207,11 +230,27 @@ class Team:
         """Call job(number, threads, sync) in every thread. The last thing that a job does is to meet the others."""
         for jobs in self._jobs:
             jobs.put(job)
-        job(0, self.threads, self._sync)
+        self._do(job, 0)
+        if self._errors:
+            ended: SimpleQueue[None] = SimpleQueue()
+            for jobs in self._jobs:
+                jobs.put(lambda *_: ended.put(None))
+            for _ in self._jobs:
+                ended.get()
+            errors, self._errors = self._errors, []
+            self._sync[[ARRIVED, SLEEPING, FAILED]] = 0
+            raise errors[0]
+
+    def _do(self, job: Job, number: int) -> None:
+        try:
+            job(number, self.threads, self._sync)
+        except BaseException as error:
+            self._errors.append(error)
+            self._sync[FAILED] = 1
 
     def _work(self, number: int, jobs: SimpleQueue[Job]) -> None:
         while True:
-            jobs.get()(number, self.threads, self._sync)
+            self._do(jobs.get(), number)
 
 
 @dataclass(frozen=True)
@@ -240,13 +279,16 @@ class Workspace:
         self._attended = np.zeros((tokens, attended), np.float32)
         self._gate, self._up = np.zeros((2, tokens, inner), np.float32)
         self._gated = np.zeros(tokens * inner, np.float32)
-        self._scores = np.zeros((threads, visible), np.float32)
+        self._queries = np.zeros((threads, QUERIES, sizes.head_dim), np.float32)
+        self._scores = np.zeros((threads, QUERIES, visible), np.float32)
+        self._out = np.zeros((threads, QUERIES, _vectors(sizes.head_dim) * LANES), np.float32)
 
     def fitting(self, tokens: int, visible: int) -> Workspace:
         """This one, or a larger one."""
-        if tokens <= self._tokens and visible <= self._visible:
+        if tokens <= self._tokens and visible <= self._visible - LANES:
             return self
-        visible = -(-max(visible, self._visible) // 1024) * 1024  # not a new one for every token
+        # Not a new one for every token, nor rows that lie on each other in the processor's caches.
+        visible = -(-max(visible, self._visible - LANES) // 1024) * 1024 + LANES
         return Workspace(self._sizes, self._threads, max(tokens, self._tokens), visible)
 
     def of(self, thread: int, tokens: int) -> tuple[np.ndarray, ...]:
@@ -259,13 +301,22 @@ class Workspace:
             self._gate[:tokens],
             self._up[:tokens],
             self._gated[: tokens * self._inner],
+            self._queries[thread],
             self._scores[thread],
+            self._out[thread],
         )
+
+
+def _vectors(count: int) -> int:
+    """Vectors that hold so many numbers."""
+    return -(-count // LANES)
 
 
 def unsuitable(model: CausalLM) -> str | None:
     """Why a model cannot be run by this engine; None when it can."""
     hf, config = model.model, model.model.config.get_text_config()
+    if reason := processor_lacks(platform.machine(), FEATURES):
+        return reason
     if model.device.type != "cpu":
         return f"it is on {model.device}"
     if model.dtype not in (torch.float32, torch.bfloat16):

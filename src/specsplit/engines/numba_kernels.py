@@ -2,12 +2,13 @@
 
 A pass over a handful of tokens takes about as long as reading the weights. So each weight is read from memory once, as
 it is stored, for all tokens of the pass (vector_kernels); everything else stays in the processor's caches, and threads
-meet at a barrier that spins instead of sleeping.
+meet at a barrier that spins shortly before it sleeps.
 
 Batch-invariant: what is computed for a token is the same sequence of operations whatever else is in the pass (He et al.
 2025, "Defeating Nondeterminism in LLM Inference"). A dot product is summed in one order for one token as for many, and
-attention goes over the visible slots in the order of the text, wherever they lie. So the logits of a token verified in
-a tree are, bit for bit, those of a pass over this token alone, in every form of weights.
+attention goes over the visible slots in the order of the text, wherever they lie and whichever tokens see them as well.
+So the logits of a token verified in a tree are, bit for bit, those of a pass over this token alone, in every form of
+weights.
 
 Compiled by Numba for the processor at hand and cached on disk.
 """
@@ -15,6 +16,8 @@ Compiled by Numba for the processor at hand and cached on disk.
 from __future__ import annotations
 
 import math
+import platform
+import sys
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,13 @@ from numba.extending import intrinsic
 FUNCTION, WEIGHT, ROW_BYTES, ROWS, SCALE, SCALE_STEP, BIAS, BIAS_STEP = range(8)
 Q, K, V, OUTPUT, GATE, UP, DOWN = range(7)  # of a layer, in the order in which they are used
 PAD = 32  # inputs of a product are padded with zeros to a multiple of this
-SPINS = 2000  # looks at the barrier before the thread offers its core to another
+LANES = 8  # of a vector
+SLOTS = 128  # whose values stay in the cache while all queries of a tile go over them
+SPINS = 20000  # looks at the barrier before the thread sleeps: some 20 microseconds
+# Of the array `sync` of a team, int64: a cache line that threads write when they arrive, and one that they look at.
+ARRIVED, SLEEPING, SECONDS, NANOSECONDS = 0, 1, 2, 3  # the longest sleep is that long
+MEETINGS, FAILED = 8, 9
+FUTEX_WAIT, FUTEX_WAKE = 128, 129  # private to the process
 # Sums may be taken in vectors and products fused; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -63,7 +72,7 @@ def _fetch_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
     """array[index] before `value` was added to it, as one step for all threads; int64."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _item(context, builder, sig.args[0], args[0], args[1]), args[2], "acq_rel")
+        return builder.atomic_rmw("add", _item(context, builder, sig.args[0], args[0], args[1]), args[2], "seq_cst")
 
     return types.int64(array, types.intp, types.int64), generate
 
@@ -73,20 +82,29 @@ def _load(typingctx: Any, array: Any, index: Any) -> Any:
     """array[index] as other threads left it; int64."""
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(_item(context, builder, sig.args[0], args[0], args[1]), "acquire", 8)
+        return builder.load_atomic(_item(context, builder, sig.args[0], args[0], args[1]), "seq_cst", 8)
 
     return types.int64(array, types.intp), generate
 
 
 @intrinsic
-def _offer_core(typingctx: Any) -> Any:
-    """sched_yield()"""
+def _futex(typingctx: Any, address: Any, operation: Any, value: Any, timeout: Any) -> Any:
+    """futex(2) on the 32 bits at an address, between threads of this process; where there is none, sched_yield()."""
+    call = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [])
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        long = ir.IntType(64)
+        if call is None:
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        else:
+            kind = ir.FunctionType(long, [long], var_arg=True)
+            function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
+            none = ir.Constant(long, 0)
+            builder.call(function, [ir.Constant(long, call), args[0], args[1], args[2], args[3], none, none])
+        return context.get_dummy_value()
 
-    return types.int32(), generate
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -107,19 +125,26 @@ def _call(typingctx: Any, function: Any, arguments: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def _meet(sync: np.ndarray, threads: int) -> None:
-    """Wait until all threads are here. sync: int64, [0] counts arrivals, [8] meetings: a cache line apart."""
+    """Wait until all threads are here, or one of them failed: a short while at the core, as they come within
+    microseconds, then asleep, so that whoever keeps them away gets the core."""
     if threads == 1:
         return
-    meeting = _load(sync, 8)
-    if _fetch_add(sync, 0, 1) == threads - 1:
-        sync[0] = 0
-        _fetch_add(sync, 8, 1)
+    meeting = _load(sync, MEETINGS)
+    place = sync.ctypes.data + 8 * MEETINGS  # the futex is the lower half of the number
+    if _fetch_add(sync, ARRIVED, 1) == threads - 1:
+        sync[ARRIVED] = 0
+        _fetch_add(sync, MEETINGS, 1)
+        if _load(sync, SLEEPING) > 0:
+            _futex(place, FUTEX_WAKE, threads, 0)
         return
     spins = 0
-    while _load(sync, 8) == meeting:
+    while _load(sync, MEETINGS) == meeting and _load(sync, FAILED) == 0:
         spins += 1
         if spins > SPINS:
-            _offer_core()
+            _fetch_add(sync, SLEEPING, 1)
+            # The kernel looks at the number again, so nobody sleeps through a meeting that began just now.
+            _futex(place, FUTEX_WAIT, meeting & 0xFFFFFFFF, sync.ctypes.data + 8 * SECONDS)
+            _fetch_add(sync, SLEEPING, -1)
 
 
 @njit(nogil=True, cache=True)
@@ -200,30 +225,70 @@ def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)
-def _attend(
-    q: np.ndarray, keys: np.ndarray, values: np.ndarray, slots: np.ndarray, scores: np.ndarray, out: np.ndarray
-) -> None:
-    """Attention of one head of one token. q, out: [head_dim]; keys, values: [capacity, head_dim]; slots: which are
-    visible, in the order of the text; scores: room for them."""
-    dim, count = q.shape[0], slots.shape[0]
-    scale = np.float32(1) / np.sqrt(np.float32(dim))
-    largest = np.float32(-math.inf)
-    for j in range(count):
-        key = keys[slots[j]]
-        total = np.float32(0)
-        for k in range(dim):
-            total += q[k] * key[k]
-        scores[j] = total * scale
-        largest = max(largest, scores[j])
-    norm = np.float32(1) / _exp(scores, count, largest)
-    for k in range(dim):
-        out[k] = np.float32(0)
-    for j in range(count):
-        p, value = scores[j], values[slots[j]]
-        for k in range(dim):
-            out[k] += p * value[k]
-    for k in range(dim):
-        out[k] *= norm
+def _attend(accumulate, count, dim, key, value, begins, runs, ends, slots, queries, scores, out):
+    """Attention of `count` queries over one head of keys and values, at these addresses.
+
+    Query i sees slots[begins[i]:ends[i]], in the order of the text; the first runs[i] of them are adjacent. queries:
+    [.., dim], out: [.., dim rounded up to vectors], scores: [.., at least as many as slots]. What is computed for a
+    query is one sequence of operations, whatever the other queries: a score is summed over `dim` in order, the result
+    over the slots in order.
+    """
+    width, value_bytes = scores.shape[1], 4 * out.shape[1]
+    low, high = slots[begins[0]], slots[ends[0] - 1] + 1
+    shared, shared_end = low, low + runs[0]  # adjacent slots that all queries see
+    for i in range(1, count):
+        start = slots[begins[i]]
+        low, high = min(low, start), max(high, slots[ends[i] - 1] + 1)
+        shared, shared_end = max(shared, start), min(shared_end, start + runs[i])
+    low = low // LANES * LANES
+    blocks = (high - low + LANES - 1) // LANES
+    scores[:count, : blocks * LANES] = 0
+    out[:count] = 0
+    _call(
+        accumulate,
+        (count, blocks, dim, key + 4 * dim * low, 4 * LANES, 4 * LANES * dim,
+         queries.ctypes.data, 4 * dim, scores.ctypes.data, 4 * width),
+    )  # fmt: skip
+    for i in range(count):
+        at, seen = slots[begins[i]] - low, ends[i] - begins[i]
+        for j in range(runs[i], seen):  # those apart move up to the others
+            scores[i, at + j] = scores[i, slots[begins[i] + j] - low]
+        own = scores[i, at : at + seen]
+        largest = np.float32(-math.inf)
+        for j in range(seen):
+            largest = max(largest, own[j])
+        queries[i, 0] = np.float32(1) / _exp(own, seen, largest)  # the query is not needed any more
+    vectors = out.shape[1] // LANES
+    for i in range(count):
+        start, stop = slots[begins[i]], slots[begins[i]] + runs[i]
+        stop = min(stop, shared) if shared < shared_end else stop
+        _call(
+            accumulate,
+            (1, vectors, stop - start, value + value_bytes * start, value_bytes, 4 * LANES,
+             scores.ctypes.data + 4 * (i * width + start - low), 0, out.ctypes.data + i * value_bytes, 0),
+        )  # fmt: skip
+    for start in range(shared, shared_end, SLOTS):
+        _call(
+            accumulate,
+            (count, vectors, min(SLOTS, shared_end - start), value + value_bytes * start, value_bytes, 4 * LANES,
+             scores.ctypes.data + 4 * (start - low), 4 * width, out.ctypes.data, value_bytes),
+        )  # fmt: skip
+    for i in range(count):
+        start, stop = slots[begins[i]], slots[begins[i]] + runs[i]
+        if shared < shared_end:
+            _call(
+                accumulate,
+                (1, vectors, stop - shared_end, value + value_bytes * shared_end, value_bytes, 4 * LANES,
+                 scores.ctypes.data + 4 * (i * width + shared_end - low), 0, out.ctypes.data + i * value_bytes, 0),
+            )  # fmt: skip
+        for j in range(runs[i], ends[i] - begins[i]):
+            _call(
+                accumulate,
+                (1, vectors, 1, value + value_bytes * slots[begins[i] + j], 0, 4 * LANES,
+                 scores.ctypes.data + 4 * (i * width + start - low + j), 0, out.ctypes.data + i * value_bytes, 0),
+            )  # fmt: skip
+        for k in range(out.shape[1]):
+            out[i, k] *= queries[i, 0]
 
 
 # ---- the pass
@@ -235,16 +300,24 @@ def run_pass(
     # the model: linear layers as tables [layers, 7, 8] and [8]; norms are float32, [.., 0] when there are none
     linears, head, attention_norm, mlp_norm, final_norm, q_norm, k_norm, cos, sin, windows, eps, kv_heads, head_dim,
     # addresses of what is compiled apart (vector_kernels)
-    pack, activate,
+    pack, activate, accumulate,
     # the tokens: positions, where each one's cache is, its own slot in it, its visible slots slots[first[t]:first[t+1]]
-    count, positions, key_address, value_address, capacity, own_slot, slots, first, wanted,
-    # work space: x [tokens, hidden] holds the embeddings; packed, row and scores are each thread's own
-    x, packed, row, projected, attended, gate, up, gated, scores, logits,
+    # of which the first run[t] are adjacent. Queries that attend together, of one session: tiles [.., 3]: first token
+    # of the session's, first of its queries of a head of keys (all of a token, then those of the next), how many.
+    count, positions, key_address, value_address, capacity, own_slot, slots, first, run, tiles, wanted,
+    # work space: x [tokens, hidden] holds the embeddings; packed, row, queries, scores and out are each thread's own
+    x, packed, row, projected, attended, gate, up, gated, queries, scores, out, logits,
 ):  # fmt: skip
     """One pass over `count` tokens; logits[:len(wanted)] are those after the tokens `wanted`.
 
-    Keys and values of a cache: float32 [layers, kv_heads, capacity, head_dim].
+    Keys of a cache: float32 [layers, kv_heads, capacity / 8, head_dim, 8]; values: [layers, kv_heads, capacity,
+    head_dim rounded up to a multiple of 8].
     """
+    scale = np.float32(1) / np.sqrt(np.float32(head_dim))
+    value_dim = out.shape[1]
+    # Of the queries of a tile.
+    begins = np.empty(queries.shape[0], np.int64)
+    runs, ends = np.empty_like(begins), np.empty_like(begins)
     layers, hidden = linears.shape[0], x.shape[1]
     heads = attended.shape[1] // head_dim
     group = heads // kv_heads
@@ -272,25 +345,37 @@ def run_pass(
             if part >= heads:
                 is_key = part < heads + kv_heads
                 place = layer * kv_heads + part - heads - (0 if is_key else kv_heads)
-                address = (key_address[t] if is_key else value_address[t]) + 4 * head_dim * (
-                    place * capacity[t] + own_slot[t]
-                )
-                cached = carray(_pointer(address), (head_dim,), np.float32)
-                for k in range(head_dim):
-                    cached[k] = vector[k]
+                if is_key:
+                    block, lane = own_slot[t] // LANES, own_slot[t] % LANES
+                    address = key_address[t] + 4 * head_dim * (place * capacity[t] + block * LANES)
+                    block_of_keys = carray(_pointer(address), (head_dim, LANES), np.float32)
+                    for k in range(head_dim):
+                        block_of_keys[k, lane] = vector[k]
+                else:
+                    address = value_address[t] + 4 * value_dim * (place * capacity[t] + own_slot[t])
+                    cached = carray(_pointer(address), (head_dim,), np.float32)
+                    for k in range(head_dim):
+                        cached[k] = vector[k]
         _meet(sync, threads)
-        low, high = _share(count * heads, 1, thread, threads)
-        for item in range(low, high):
-            t, q_head = item // heads, item % heads
-            offset = 4 * head_dim * (layer * kv_heads + q_head // group) * capacity[t]
-            shape = (capacity[t], head_dim)
-            keys = carray(_pointer(key_address[t] + offset), shape, np.float32)
-            values = carray(_pointer(value_address[t] + offset), shape, np.float32)
-            begin = first[t]
-            if windows[layer] > 0:
-                begin = max(begin, first[t + 1] - windows[layer])
-            dims = slice(q_head * head_dim, (q_head + 1) * head_dim)
-            _attend(projected[t, dims], keys, values, slots[begin : first[t + 1]], scores, attended[t, dims])
+        for item in range(thread, kv_heads * tiles.shape[0], threads):
+            kv_head, tile = item // tiles.shape[0], tiles[item % tiles.shape[0]]
+            place = layer * kv_heads + kv_head
+            for i in range(tile[2]):
+                t, q_head = tile[0] + (tile[1] + i) // group, kv_head * group + (tile[1] + i) % group
+                for k in range(head_dim):
+                    queries[i, k] = projected[t, q_head * head_dim + k] * scale
+                begin = first[t]
+                if windows[layer] > 0:
+                    begin = max(begin, first[t + 1] - windows[layer])
+                begins[i], runs[i], ends[i] = begin, max(first[t] + run[t] - begin, 1), first[t + 1]
+            t = tile[0]
+            key = key_address[t] + 4 * head_dim * place * capacity[t]
+            value = value_address[t] + 4 * value_dim * place * capacity[t]
+            _attend(accumulate, tile[2], head_dim, key, value, begins, runs, ends, slots, queries, scores, out)
+            for i in range(tile[2]):
+                t, q_head = tile[0] + (tile[1] + i) // group, kv_head * group + (tile[1] + i) % group
+                for k in range(head_dim):
+                    attended[t, q_head * head_dim + k] = out[i, k]
         _meet(sync, threads)
         for t in range(count):
             _call(pack, (attended[t].ctypes.data, attended.shape[1], t, count, attended_inputs, packed.ctypes.data))

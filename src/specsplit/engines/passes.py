@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +32,22 @@ class Pass:
     def first_wanted(self) -> int:
         """The first token fed whose logits are wanted; they are of it and of all after it."""
         return max(len(self.tokens) - 1, 0)
+
+
+@contextmanager
+def all_or_none(caches: Iterable[Any]) -> Iterator[None]:
+    """A pass happens for all of its sessions or for none: when it fails, every cache holds what it held before.
+
+    Each engine makes its passes in one of these. Tokens are written only after those that a cache holds, so taking back
+    the lengths takes back the pass, and it can be tried again.
+    """
+    lengths = [(cache, cache.length) for cache in caches]
+    try:
+        yield
+    except BaseException:
+        for cache, length in lengths:
+            cache.rollback(length)
+        raise
 
 
 class Steps(Protocol):

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.passes import EMPTY, Pass, all_or_none
 from specsplit.engines.token_cache import MAX_CONTEXT, TokenCache, WeightlessLM, tokens_of_pass
 
 PRINTABLE = range(32, 127)  # the text is made of these bytes, for it is shown on terminals
@@ -74,8 +74,9 @@ class SyntheticLM(WeightlessLM):
     def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """The passes of several sessions as one, which takes step_ms once; the logits of each."""
         started = time.perf_counter()
-        logits = [self._logits(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
-        _wait_until(started + (self.step_ms + self.token_ms * sum(p.size for p in passes)) / 1e3)
+        with all_or_none(p.cache for p in passes):
+            logits = [self._logits(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
+            _wait_until(started + (self.step_ms + self.token_ms * sum(p.size for p in passes)) / 1e3)
         return logits
 
     def _logits(self, cache: TokenCache, tokens: Sequence[int], tree: TokenTree, cached_nodes: int) -> torch.Tensor:

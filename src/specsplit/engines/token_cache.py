@@ -32,6 +32,9 @@ class Slots:
             raise ValueError(f"cannot roll back to {length}: the cache holds {self.length} tokens")
         self.length = length
 
+    def clean(self) -> None:
+        """Leave nothing behind `length` that a later pass could read. Most caches look at what they hold alone."""
+
     def check_keep(self, context: int, path: Sequence[int]) -> None:
         """Raise ValueError unless `path`, increasing offsets from `context`, is of tokens that are held."""
         if context < 0:
@@ -78,6 +81,7 @@ class WeightlessLM:
     """What a model without weights has in common with CausalLM. vocab_size: columns of its logits."""
 
     batch_tokens = 0
+    prefill_tokens = 512
     uses_torch_threads = False
     max_context = MAX_CONTEXT
     eos_token_ids: tuple[int, ...] = ()

@@ -19,7 +19,7 @@ from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.blocks import numbers_in_blocks
 from specsplit.engines.gguf_model import load_blocks, load_floats
 from specsplit.engines.kv_cache import KVCache, LayeredSlots
-from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.passes import EMPTY, Pass, all_or_none
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.reduced_vocabulary import reduce_loaded
 from specsplit.engines.tree_attention import additive, positions, visible
@@ -34,7 +34,7 @@ DTYPES = {
     "float16": torch.float16,
     "int8": torch.bfloat16,  # of everything but the weights of linear layers
 }
-PREFILL_CHUNK = 512
+PREFILL_CHUNK, CPU_PREFILL_CHUNK = 512, 128  # A CPU is busy with fewer tokens.
 # What a pass raises in a model that was not made for it.
 CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 UNBOUNDED = 1 << 20  # positions of a model that names no limit
@@ -47,6 +47,7 @@ class CausalLM:
     max_context: positions that the model can be used for.
     eos_token_ids: tokens that end a text, from the generation configuration.
     batch_tokens: tokens of several sessions that are worth one pass; 0 = sessions cannot share one.
+    prefill_tokens: a longer prompt is always fed in parts of so many tokens, so that its logits depend on nothing else.
     uses_torch_threads: whether PyTorch computes, with a team of threads for every thread that calls it.
     """
 
@@ -58,6 +59,7 @@ class CausalLM:
         self.model = model.eval()
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.prefill_tokens = min(PREFILL_CHUNK, CPU_PREFILL_CHUNK) if model.device.type == "cpu" else PREFILL_CHUNK
         head = model.get_output_embeddings()
         self.vocab_size: int = getattr(head, "out_features", config.vocab_size)
         self.max_context = _max_context(config)
@@ -186,16 +188,17 @@ class CausalLM:
             raise ValueError("a pass needs at least one token")
         if cache.length + count > cache.capacity:
             raise ValueError(f"{cache.length} + {count} tokens exceed the cache of {cache.capacity}")
-        if len(tokens) > PREFILL_CHUNK:
-            for start in range(0, len(tokens) - PREFILL_CHUNK, PREFILL_CHUNK):
-                self._forward(cache, tokens[start : start + PREFILL_CHUNK], EMPTY, 0, keep_logits=1)
-            tokens = tokens[start + PREFILL_CHUNK :]
-        rows = len(tree) - cached_nodes + (1 if tokens else 0)
-        return self._forward(cache, tokens, tree, cached_nodes, keep_logits=rows)
+        with all_or_none([cache]):
+            while len(tokens) > self.prefill_tokens:
+                self._forward(cache, tokens[: self.prefill_tokens], EMPTY, 0, keep_logits=1)
+                tokens = tokens[self.prefill_tokens :]
+            rows = len(tree) - cached_nodes + (1 if tokens else 0)
+            return self._forward(cache, tokens, tree, cached_nodes, keep_logits=rows)
 
     def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """The passes of several sessions; the logits of each."""
-        return [self.step(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
+        with all_or_none(p.cache for p in passes):
+            return [self.step(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
 
     def _forward(
         self, cache: Any, tokens: Sequence[int], tree: TokenTree, cached_nodes: int, keep_logits: int

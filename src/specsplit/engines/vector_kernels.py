@@ -29,6 +29,7 @@ from specsplit.engines.vectors import FLOAT, LANES, LINE, POINTER, Emitter, Valu
 from specsplit.engines.weight_forms import BLOCK_FORMS, FORMS, Form
 
 FEATURES = config.CPU_FEATURES or get_host_cpu_features()
+NEEDED = ("+avx2", "+fma", "+f16c")  # of x86: without them LLVM would call functions for single numbers, or for none
 WIDE = "+avx512vl" in FEATURES  # 32 registers of eight float32, else 16, or as many pairs of NEON
 TILE = 12 if WIDE else 6  # most tokens of a tile
 # Rows of a tile of so many tokens, else 1; measured: about as many as have their sums in registers.
@@ -41,7 +42,11 @@ BLOCK_ROWS = {
     True: {1: 4, 2: 4, 3: 4, 4: 3, 5: 3, 6: 2, 7: 2, 8: 2, 9: 2, 10: 2, 11: 2, 12: 2},
     False: {1: 2, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2},
 }[WIDE]
+QUERIES = 6  # most that attend together
+SUMS = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2}  # vectors that so many queries are summed up in at a time
 BLOCK_BYTES = 1 << 17  # of weights that stay in the cache while the tiles of many tokens go over them
+UNPACKED_BYTES = 96 << 10  # of weights in blocks that are unpacked for the tiles of many tokens
+FIRST_BLOCK_FORM = min(weight_forms.NUMBERS[name] for name in BLOCK_FORMS)
 AHEAD_BYTES = 1 << 14  # how far ahead weights are prefetched
 ARGUMENTS = 15
 SIGNATURE = types.void(*[types.int64] * ARGUMENTS)
@@ -58,6 +63,17 @@ def tile_start(tokens, tile):
     """The first token of a tile; tiles are of equal size, or one token larger."""
     count = tiles(tokens)
     return tile * (tokens // count) + min(tile, tokens % count)
+
+
+def processor_lacks(machine: str, features: str) -> str | None:
+    """What a processor lacks for these kernels to be worth while, or to work at all. ARM has it all.
+
+    machine: as platform.machine() calls it. features: as LLVM does, such as +avx2,+fma.
+    """
+    if machine.lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return None
+    missing = [name[1:] for name in NEEDED if name not in features.split(",")]
+    return f"this processor has no {' and no '.join(missing)}" if missing else None
 
 
 @functools.cache
@@ -100,6 +116,19 @@ def activation() -> Any:
     return cfunc(types.void(*[types.int64] * 8), cache=True)(function)
 
 
+@functools.cache
+def accumulation() -> Any:
+    """The compiled function of attention: out[query, vector] += the sum over k, in order, of scalar[query, k] * that
+    vector of k.
+
+    Arguments, all int64, addresses and steps in bytes: queries (1 to QUERIES), vectors, k (each may be 0), address of
+    the vectors, steps from k to k and from vector to vector; address of the scalars (those of a query are adjacent),
+    step from query to query; address of out (vectors are adjacent), step from query to query.
+    """
+    function = _accumulate(_stamp())
+    return cfunc(types.void(*[types.int64] * 10), cache=True)(function)
+
+
 def _stamp() -> int:
     """Of the sources that functions are made from: Numba compiles anew when a function's own file changed, no other."""
     sources = [Path(str(module.__file__)).read_bytes() for module in (vectors, weight_forms)]
@@ -116,6 +145,12 @@ def _multiply(form: int, unit: int, stamp: int) -> Any:
         _ = stamp
         block = high - low
         if tokens > TILE:
+            if form >= FIRST_BLOCK_FORM:
+                _multiply_unpacked(
+                    form, unit, x, tokens, inputs, weight, row_bytes, low, high, scale, scale_step, term, term_row,
+                    term_token, y, y_token,
+                )  # fmt: skip
+                return
             block = max(12, BLOCK_BYTES // row_bytes // 12 * 12)
         for start in range(low, high, block):
             stop = min(high, start + block)
@@ -129,6 +164,41 @@ def _multiply(form: int, unit: int, stamp: int) -> Any:
                 )  # fmt: skip
 
     return multiply
+
+
+@njit(nogil=True, inline="always")
+def _multiply_unpacked(
+    form,
+    unit,
+    x,
+    tokens,
+    inputs,
+    weight,
+    row_bytes,
+    low,
+    high,
+    scale,
+    scale_step,
+    term,
+    term_row,
+    term_token,
+    y,
+    y_token,
+):
+    """Rows low to high for several tiles of tokens: some rows at a time are unpacked for all of them."""
+    block = max(4, UNPACKED_BYTES // (4 * inputs) // 4 * 4)
+    room = np.empty(min(block, high - low) * inputs, np.float32)
+    rows = room.ctypes.data
+    for start in range(low, high, block):
+        count = min(high - start, block)
+        _unpack(form, weight + start * row_bytes, row_bytes, count, inputs // unit, rows, 4 * inputs)
+        for tile in range(tiles(tokens)):
+            first = tile_start(tokens, tile)
+            _strip(
+                0, tile_start(tokens, tile + 1) - first, x + 4 * first * inputs, inputs // 16, rows, 4 * inputs, 0,
+                count, rows, scale + start * scale_step, scale_step, term + start * term_row + first * term_token,
+                term_row, term_token, y + 4 * start + first * y_token, y_token,
+            )  # fmt: skip
 
 
 def _pack(stamp: int) -> Any:
@@ -150,6 +220,15 @@ def _activate(stamp: int) -> Any:
             _silu(gate + 4 * low, up + 4 * low, (high - low) // LANES, packed + place + low // LANES * step, step)
 
     return activate
+
+
+def _accumulate(stamp: int) -> Any:
+    def accumulate(queries, vectors, count, vector, k_step, vector_step, scalar, scalar_step, out, out_step):
+        _ = stamp
+        if count > 0:
+            _tiles_of_sums(queries, vectors, count, vector, k_step, vector_step, scalar, scalar_step, out, out_step)
+
+    return accumulate
 
 
 @njit(nogil=True, inline="always")
@@ -211,6 +290,73 @@ def _put(typingctx: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def _tiles_of_sums(
+    typingctx: Any, queries: Any, vectors: Any, count: Any, vector: Any, k_step: Any, vector_step: Any, scalar: Any,
+    scalar_step: Any, out: Any, out_step: Any,
+) -> Any:  # fmt: skip
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        end = builder.append_basic_block()
+        arguments = list(args[1:])
+        for at in (2, 5, 7):
+            arguments[at] = builder.inttoptr(arguments[at], POINTER)
+        switch = builder.switch(args[0], end)
+        for number in range(1, QUERIES + 1):
+            block = builder.append_basic_block()
+            switch.add_case(number, block)
+            builder.position_at_end(block)
+            call_own(builder, f"sums_{number}", arguments, functools.partial(_write_sums, number))
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 10), generate
+
+
+def _write_sums(
+    queries: int, e: Emitter, vectors: Value, count: Value, vector: Value, k_step: Value, vector_step: Value,
+    scalar: Value, scalar_step: Value, out: Value, out_step: Value,
+) -> None:  # fmt: skip
+    """Tiles of as many vectors as registers allow, then of one vector each."""
+    b = e.builder
+
+    def tile(first: Value, width: int) -> None:
+        places = [
+            e.at(out, b.mul(e.number(q), out_step), b.mul(b.add(first, e.number(v)), e.number(4 * LANES)))
+            for q in range(queries)
+            for v in range(width)
+        ]
+        begin = e.at(vector, b.mul(first, vector_step))
+        starts = [e.at(begin, b.mul(e.number(v), vector_step)) for v in range(width)]
+        scalars = [e.at(scalar, b.mul(e.number(q), scalar_step)) for q in range(queries)]
+
+        def one(k: Value, sums: list[Value]) -> list[Value]:
+            offset, place = b.mul(k, k_step), b.mul(k, e.number(4))
+            values = [e.load(e.at(start, offset)) for start in starts]
+            found = []
+            for q in range(queries):
+                factor = e.spread(e.load(e.at(scalars[q], place), FLOAT))
+                found += [e.fma(factor, values[v], sums[q * width + v]) for v in range(width)]
+            return found
+
+        for value, place in zip(e.loop(count, [e.load(place) for place in places], one), places, strict=True):
+            e.store(value, place)
+
+    width = SUMS[queries]
+    whole = b.udiv(vectors, e.number(width))
+
+    def wide(index: Value, carried: list[Value]) -> list[Value]:
+        tile(b.mul(index, e.number(width)), width)
+        return []
+
+    def narrow(index: Value, carried: list[Value]) -> list[Value]:
+        tile(b.add(b.mul(whole, e.number(width)), index), 1)
+        return []
+
+    e.loop(whole, [], wide, may_be_none=True)
+    e.loop(b.sub(vectors, b.mul(whole, e.number(width))), [], narrow, may_be_none=True)
+
+
+@intrinsic
 def _silu(typingctx: Any, gate: Any, up: Any, count: Any, out: Any, out_step: Any) -> Any:
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         e, (gate, up, out) = Emitter(builder), (builder.inttoptr(args[i], POINTER) for i in (0, 1, 3))
@@ -227,6 +373,45 @@ def _silu(typingctx: Any, gate: Any, up: Any, count: Any, out: Any, out_step: An
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), generate
+
+
+@intrinsic(prefer_literal=True)
+def _unpack(
+    typingctx: Any, form: Any, weight: Any, row_bytes: Any, rows: Any, units: Any, out: Any, out_row: Any
+) -> Any:
+    """Rows of weights as float32."""
+    if not isinstance(form, types.IntegerLiteral):
+        raise TypingError("form must be a literal")
+    chosen = FORMS[form.literal_value]
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        arguments = [builder.inttoptr(args[1], POINTER), *args[2:5], builder.inttoptr(args[5], POINTER), args[6]]
+        call_own(builder, f"unpack_{chosen.name}", arguments, functools.partial(_write_unpack, chosen))
+        return context.get_dummy_value()
+
+    return types.void(form, *[types.int64] * 6), generate
+
+
+def _write_unpack(
+    form: Form, e: Emitter, weight: Value, row_bytes: Value, rows: Value, units: Value, out: Value, out_row: Value
+) -> None:
+    b = e.builder
+
+    def one_row(row: Value, carried: list[Value]) -> list[Value]:
+        start, place = e.at(weight, b.mul(row, row_bytes)), e.at(out, b.mul(row, out_row))
+        ahead = e.at(start, b.mul(row_bytes, e.number(8)))  # a few rows on
+
+        def one_unit(index: Value, carried: list[Value]) -> list[Value]:
+            offset, target = b.mul(index, e.number(form.bytes)), e.at(place, b.mul(index, e.number(4 * form.unit)))
+            e.prefetch(e.at(ahead, offset), 3)
+            for k, vector in enumerate(form.unpack(e, e.at(start, offset))):
+                e.store(vector, e.at(target, 4 * LANES * k))
+            return []
+
+        e.loop(units, [], one_unit)
+        return []
+
+    e.loop(rows, [], one_row)
 
 
 @intrinsic(prefer_literal=True)

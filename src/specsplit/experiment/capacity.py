@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from specsplit.client.text import OnTokens
 from specsplit.errors import WorkerError
 from specsplit.experiment.arrivals import arrival_times
 from specsplit.experiment.columns import FAILED, OK, RequestRecord
+from specsplit.experiment.journal import Parts
 from specsplit.experiment.records import Request, gamma_controller, request_config, request_record
 from specsplit.experiment.rows import writing_rows
+from specsplit.io import json_sha256
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import Access
 from specsplit.settings.measure import CLOSED, CapacitySettings
@@ -71,6 +74,7 @@ class CapacityRecord(RequestRecord, _Place):
 
 
 Level = list[CapacityRecord]
+Turns = Sequence[tuple[Request, int]]
 
 
 def measure_capacity(
@@ -80,28 +84,50 @@ def measure_capacity(
     settings: CapacitySettings,
     output: Path,
     *,
+    decides: Mapping[str, Any] | None = None,
     on_level: Callable[[Level], None] = lambda rows: None,
 ) -> None:
     """The requests at each load for each configuration, and on towards saturation; writes a row each to `output`.
 
-    configs: with the addresses of the workers; they may differ. stops: makes what ends one text at a stop
-    string. settings: loads, requests at each, and limits; one
-    client alone always comes first. on_level: gets the rows of a load. Raises WorkerError when a worker does not
-    answer before a text has begun; a text that fails later is a row.
+    configs: with the addresses of the workers; they may differ. stops: makes what ends one text at a stop string.
+    settings: loads, requests at each, and limits; one client alone always comes first. decides: what else the rows
+    depend on, as workers and code; what is in the journal of an earlier attempt with the same ones is not measured
+    again. on_level: gets the rows of a load. Raises WorkerError when a worker does not answer before a text has begun;
+    a text that fails later is a row.
     """
     turns = [(requests[i % len(requests)], 1 + i // len(requests)) for i in range(settings.requests)]
     first: Level = []  # one client alone at the first configuration
-    with writing_rows(output, CapacityRecord) as write:
-        for config in configs:
-            levels: list[Level] = []
-            for load in _loads(levels, first, settings):
-                _warm_up(turns, config, stops, load, settings)
-                level = _compared(_run(turns, config, stops, load, settings), (levels or [[]])[0])
-                levels.append(level)
-                first.extend([] if first else level)
-                for record in level:
-                    write(record)
-                on_level(level)
+    texts = json_sha256([[request.id, request.category, request.token_ids] for request in requests])
+    own = {
+        "settings": settings.model_dump(mode="json"),
+        "requests_sha256": texts,
+        "configs": list(map(_deciding, configs)),
+    }
+    with Parts(output, {**own, **(decides or {})}) as journal:
+        with writing_rows(output, CapacityRecord) as write:
+            for number, config in enumerate(configs):
+                levels: list[Level] = []
+                for load in _loads(levels, first, settings):
+                    measure = partial(_measure, turns, config, stops, load, settings, (levels or [[]])[0])
+                    rows = journal.measured([number, asdict(load)], measure)
+                    level = [CapacityRecord(**row) for row in rows]
+                    levels.append(level)
+                    first.extend([] if first else level)
+                    for record in level:
+                        write(record)
+                    on_level(level)
+        journal.remove()
+
+
+def _deciding(config: OrchestratorConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=config.operating())
+
+
+def _measure(
+    turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings, alone: Level
+) -> list[dict[str, Any]]:
+    _warm_up(turns, config, stops, load, settings)
+    return [asdict(record) for record in _compared(_run(turns, config, stops, load, settings), alone)]
 
 
 def _loads(levels: list[Level], first: Level, settings: CapacitySettings) -> Iterator[Load]:
@@ -154,9 +180,6 @@ def _compared(level: Level, alone: Level) -> Level:
         return None if expected is None or record.status == FAILED else record.output_sha256 == expected
 
     return [replace(record, matches_single=matches(record)) for record in level]
-
-
-Turns = Sequence[tuple[Request, int]]
 
 
 def _warm_up(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings) -> None:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields
 from specsplit.client.result import Round
 
 OK, FAILED = "ok", "failed"  # a request's status
+# How a text was written: by the loop with its workers; by the target worker alone, which streams its tokens; by the
+# same models in one process.
+WORKERS, STREAMED, COLOCATED = "workers", "target_streamed", "colocated"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,22 @@ class RequestRecord:
     verifications: int | None = None
     acceptance_length: float | None = None
     draft_acceptance_rate: float | None = None
+    # All work of the draft worker: what the text waited for, and what went on meanwhile, of use or not.
+    draft_exposed_ms: float | None = None
+    draft_hidden_ms: float | None = None
+    # turn: place in a conversation, from 1.
+    turn: int | None = 1
+
+
+@dataclass(frozen=True)
+class ReferenceRecord(RequestRecord):
+    """A request that a run measured beside its own configuration, in turn with it: one row of `reference.csv`.
+
+    setup: WORKERS (gamma 0 through the loop), STREAMED or COLOCATED. The other columns are those of the text itself, so
+    gamma is 0 in the first two. The network of a colocated pair is said to be that of the run, though it uses none.
+    """
+
+    setup: str = WORKERS
 
 
 @dataclass(frozen=True)
@@ -84,8 +103,10 @@ class RoundRecord(Round, _Text):
 
 # Columns that tables of earlier versions lack.
 LATER_COLUMNS = (
+    *("draft_exposed_ms", "draft_hidden_ms", "turn"),
     *("verifications", "acceptance_length", "draft_acceptance_rate"),
     *("arrivals", "rate", "due_ms"),  # of capacity_requests.csv
+    "series",  # of runs that were kept apart
 )
 REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))
 ROUND_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RoundRecord))

@@ -1,134 +1,216 @@
-"""Prompts: reading the formats that people have, slicing them evenly, and saying exactly what was taken."""
+"""Prompts: reading a file of them, slicing it evenly, and saying exactly what was taken and what was not."""
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.io import replace_file, sha256_file, write_json
+from specsplit.experiment.containers import read_source
+from specsplit.experiment.fetching import fetched_facts
+from specsplit.experiment.prompt import Prompt as Prompt
+from specsplit.experiment.prompt_rows import read_rows
+from specsplit.experiment.prompt_shapes import (
+    COLUMNS,
+    FORMS,
+    PROMPT_KEYS,
+    Conversation,
+    RowError,
+    read_conversation,
+)
+from specsplit.experiment.prompt_table import Row
+from specsplit.experiment.prompt_tokens import tokenize_prompts
+from specsplit.io import json_sha256, refuse_overwriting, replace_file, sha256_file, write_json
+from specsplit.models.tokenizer import TextCodec
 
 LISTED_PROBLEMS = 10
-HUMAN_ROLES = ("human", "user")
-FORMS = "prompt, conversations, messages, turns"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt; `id` is unique in its file."""
-
-    id: str
-    category: str
-    prompt: str
+LISTED_COLUMNS = 100
+OURS = ("token_ids", "tokens_of", "after", "date")  # keys that `write_prompts` writes and no other file has
 
 
 @dataclass(frozen=True)
 class SkippedLine:
-    """A line (counted from 1) that gave no prompt, and why."""
+    """A line (or row, counted from 1) that gave no prompt, and why."""
 
     line: int
     reason: str
 
 
+@dataclass(frozen=True)
+class PromptFile:
+    """What a file holds. unit: what lines count. facts: for the manifest, of all that was not taken."""
+
+    prompts: list[Prompt]
+    skipped: list[SkippedLine]
+    source_sha256: str
+    unit: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 def load_prompts(path: Path, on_bad_line: str = "stop") -> tuple[list[Prompt], list[SkippedLine]]:
-    """Read a JSONL file of prompts; returns them with the lines that were skipped.
+    """The prompts of a file, with the lines that were skipped: `read_prompt_file` without a mapping of columns."""
+    file = read_prompt_file(path, on_bad_line)
+    return file.prompts, file.skipped
 
-    A line is one JSON object with one of: `prompt` (text); `conversations` (ShareGPT: the first human turn);
-    `messages` (chat: the first user turn); `turns` (MT-bench, Spec-Bench: the first turn). `id` (or `question_id`)
-    and `category` are optional. Blank lines are ignored.
 
+def read_prompt_file(
+    path: Path, on_bad_line: str = "stop", columns: Mapping[Any, str] | None = None, turns: str = "first"
+) -> PromptFile:
+    """Read a file of prompts of any format (`prompt_rows`) and shape (`prompt_shapes`); docs/prompts.md lists them.
+
+    columns: the names of the columns that hold prompt, id, category and system message, where they are not the usual
+    ones. turns: "first" takes the first turn of a conversation and counts the later ones; "all" makes a prompt of each.
     on_bad_line: "stop" raises UserError that lists the bad lines with number and reason; "skip" returns them.
     Duplicate ids, a missing file and a file without any usable prompt are always a UserError.
     """
     if on_bad_line not in ("stop", "skip"):
         raise UserError(f"dataset.on_bad_line (--on-bad-line) is {on_bad_line!r}: take stop or skip")
-    try:
-        # Editors on Windows begin a file with a byte order mark.
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; set dataset.path (--prompts) to a JSONL file of prompts") from None
+    columns = check_columns(columns or {})
+    content, digest = read_source(path)
+    table = read_rows(path, content, [columns["prompt"]] if "prompt" in columns else PROMPT_KEYS)
     prompts: list[Prompt] = []
     skipped: list[SkippedLine] = []
     line_of: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+    read: list[tuple[Row, Conversation]] = []
+
+    def at(line: int) -> str:
+        return f"{path}:{line}" if table.unit == "line" else f"{path}, row {line}"
+
+    for index, row in enumerate(table.rows):
+        if row.data is None:
+            skipped.append(SkippedLine(row.line, row.problem))
             continue
         try:
-            prompt = _parse(line, number)
-        except ValueError as error:
-            skipped.append(SkippedLine(number, str(error)))
+            said = read_conversation(row.data, columns)
+            prompt = _prompt(said, row, table.generated_id(index, row))
+        except RowError as error:
+            skipped.append(SkippedLine(row.line, str(error)))
             continue
-        if prompt.id in line_of:
+        several = [prompt, *_later_turns(said, prompt)] if turns == "all" else [prompt]
+        if twice := next((each for each in several if each.id in line_of), None):
+            prompt = twice
             raise UserError(
-                f"{path}:{number}: id {prompt.id!r} stands in line {line_of[prompt.id]} already; give each its own id"
+                f"{at(row.line)}: id {_short(prompt.id)} stands in {table.unit} {line_of[prompt.id]} already; give "
+                "each its own id"
             )
-        line_of[prompt.id] = number
-        prompts.append(prompt)
+        if prompt.after is not None and prompt.after not in line_of:
+            skipped.append(SkippedLine(row.line, f"'after' {_short(prompt.after)} is no id of an earlier prompt"))
+            continue
+        line_of |= {each.id: row.line for each in several}
+        prompts += several
+        read.append((row, said))
     if skipped and on_bad_line == "stop":
-        listed = "\n".join(f"{path}:{bad.line}: {bad.reason}" for bad in skipped[:LISTED_PROBLEMS])
+        listed = "\n".join(f"{at(bad.line)}: {bad.reason}" for bad in skipped[:LISTED_PROBLEMS])
         more = f"\n... and {len(skipped) - LISTED_PROBLEMS} more" if len(skipped) > LISTED_PROBLEMS else ""
         raise UserError(
             f"{listed}{more}\nMend what is listed, or leave bad lines out with dataset.on_bad_line: skip "
             f"(--on-bad-line skip)."
         )
     if not prompts:
-        why = f"; the first bad line is {skipped[0].line}: {skipped[0].reason}" if skipped else ""
-        raise UserError(f"{path}: no usable prompt{why}. Each line wants a JSON object with one of the keys {FORMS}")
-    return prompts, skipped
+        why = f"; the first bad {table.unit} is {skipped[0].line}: {skipped[0].reason}" if skipped else ""
+        raise UserError(f"{path}: no usable prompt{why}. Each {table.unit} wants one of {FORMS}")
+    return PromptFile(prompts, skipped, digest, table.unit, {"format": table.format, **_facts(read, turns)})
 
 
-def _parse(line: bytes, number: int) -> Prompt:
+def check_columns(columns: Mapping[Any, str]) -> dict[str, str]:
+    """The mapping, if its keys are parts of a prompt. Raises UserError."""
+    for part, name in columns.items():
+        if part not in COLUMNS or not name:
+            raise UserError(
+                f"dataset.columns (--columns): {part!r}: {name!r}; wanted the name of a column for one of "
+                f"{', '.join(COLUMNS)}"
+            )
+    return dict(columns)
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 80 else repr(text[:77]) + "..."
+
+
+def _prompt(said: Conversation, row: Row, generated_id: str) -> Prompt:
+    prompt = Prompt(said.id or generated_id, said.category or "uncategorised", said.turns[0], said.system)
+    assert row.data is not None
+    if {"token_ids", "tokens_of"} <= row.data.keys():  # as `write_prompts` writes them
+        tokens, made_with = row.data["token_ids"], row.data["tokens_of"]
+        if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens) or not tokens:
+            raise RowError("'token_ids' is not a list of token ids, which are whole numbers")
+        return replace(prompt, token_ids=tuple(tokens), tokens_of=str(made_with))
+    turn, after, date = (row.data.get(key) for key in ("turn", "after", "date"))
+    if type(turn) is int and turn > 1 and isinstance(after, str):  # as well
+        if date is not None and not _is_date(date):
+            raise RowError(f"'date' {date!r} is not a date")
+        return replace(prompt, turn=turn, after=after, date=date)
+    return prompt
+
+
+def _is_date(text: Any) -> bool:
     try:
-        data = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not usable JSON: nested too deeply") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"not a JSON object but {type(data).__name__}")
-    text = _prompt_text(data)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"the prompt is {'empty' if isinstance(text, str) else 'not text'}")
-    prompt_id = data.get("id", data.get("question_id", f"line-{number}"))
-    category = data.get("category", "uncategorised")
-    if isinstance(prompt_id, bool) or not isinstance(prompt_id, str | int) or prompt_id == "":
-        raise ValueError(f"id {prompt_id!r} is not text or a whole number")
-    if not isinstance(category, str) or not category:
-        raise ValueError(f"category {category!r} is not text")
-    for key, value in (("id", str(prompt_id)), ("category", category), ("prompt", text)):
-        # JSON can write half of a surrogate pair ("\ud83d"); no tokenizer and no UTF-8 file can take it.
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"the {key} holds half of a surrogate pair, which is not a character")
-    return Prompt(str(prompt_id), category, text)
+        datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
-def _prompt_text(data: dict[str, Any]) -> Any:
-    if "prompt" in data:
-        return data["prompt"]
-    for key, role_key, text_key in (("conversations", "from", "value"), ("messages", "role", "content")):
-        if key in data:
-            turns = data[key] if isinstance(data[key], list) else []
-            for turn in turns:
-                if isinstance(turn, dict) and turn.get(role_key) in HUMAN_ROLES:
-                    return turn.get(text_key)
-            raise ValueError(f"{key!r} has no turn of a human")
-    if "turns" in data:
-        if not isinstance(data["turns"], list) or not data["turns"]:
-            raise ValueError("'turns' is not a list with at least one turn")
-        return data["turns"][0]
-    raise ValueError(f"none of the keys {FORMS}")
+def _later_turns(said: Conversation, first: Prompt) -> list[Prompt]:
+    """The turns after the first, each after the one before it."""
+    ids = [first.id, *(f"{first.id}-turn-{number}" for number in range(2, len(said.turns) + 1))]
+    return [
+        Prompt(ids[number], first.category, text, turn=number + 1, after=ids[number - 1])
+        for number, text in enumerate(said.turns)
+        if number > 0
+    ]
+
+
+def _facts(read: Sequence[tuple[Row, Conversation]], turns: str) -> dict[str, Any]:
+    """What was taken from where, and what was not."""
+    used = Counter(name for _, said in read for name in said.used)
+    every = dict.fromkeys(name for row, _ in read if row.data for name in row.data)
+    unused = [name for name in every if name not in used and name not in OURS]
+    return {
+        "columns": dict(used),
+        "columns_not_used": unused[:LISTED_COLUMNS],
+        "generated_ids": sum(said.id is None for _, said in read),
+        "system_messages": sum(said.system is not None for _, said in read),
+        "turns": turns,
+        "later_turns_not_used": 0 if turns == "all" else sum(len(said.turns) - 1 for _, said in read),
+        "prompts_with_later_turns": sum(len(said.turns) > 1 for _, said in read),
+        "other_messages_not_used": sum(said.others for _, said in read),
+        "notes": [{"line": row.line, "note": note} for row, said in read for note in (*row.notes, *said.notes)],
+    }
+
+
+def tell(path: Path, skipped: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
+    """What was not taken of a file, a sentence each: skipped lines and the facts of its manifest."""
+    said = [f"skipped {path}:{bad['line']}: {bad['reason']}" for bad in skipped]
+    said += [f"{path}:{note['line']}: {note['note']}" for note in facts["notes"][:LISTED_PROBLEMS]]
+    if more := len(facts["notes"]) - LISTED_PROBLEMS:
+        said += [f"... and {more} more such notes"] if more > 0 else []
+    if later := facts["later_turns_not_used"]:
+        said.append(f"{later} later turns of {facts['prompts_with_later_turns']} conversations are not used")
+    if others := facts["other_messages_not_used"]:
+        said.append(f"{others} messages that are neither a system message at the start nor a turn are not used")
+    tokens = facts.get("tokens") or {}
+    if left_out := tokens.get("system_messages_left_out"):
+        shown = ", ".join(name[:80] for name in left_out[:5]) + (" ..." if len(left_out) > 5 else "")
+        said.append(
+            f"{len(left_out)} system messages are left out, for the chat template has no place for them: {shown}"
+        )
+    if tokens.get("date"):
+        said.append(f"the chat template prints the date: {tokens['date']}")
+    if tokens.get("template_varies"):
+        said.append("the chat template says something else each time; all runs get the token ids of this one")
+    return said
 
 
 def select_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """A slice of at most `limit` prompts (None = all) that takes from every category in turn.
 
+    A conversation counts as one: its later turns are taken with its first.
     Always the same for the same file: categories in the order of their first prompt, prompts in file order, and
     the slice in file order as well.
     """
@@ -136,47 +218,86 @@ def select_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]
         return list(prompts)
     if limit < 1:
         raise UserError(f"dataset.limit (--limit) is {limit}: take at least one prompt, or null for all")
-    queues: dict[str, deque[int]] = {}
-    for index, prompt in enumerate(prompts):
-        queues.setdefault(prompt.category, deque()).append(index)
-    taken: list[int] = []
-    while len(taken) < min(limit, len(prompts)):
+    queues: dict[str, deque[str]] = {}
+    for prompt in prompts:
+        if prompt.after is None:
+            queues.setdefault(prompt.category, deque()).append(prompt.id)
+    count = min(limit, sum(map(len, queues.values())))
+    taken: set[str] = set()
+    while len(taken) < count:
         for queue in queues.values():
             if queue and len(taken) < limit:
-                taken.append(queue.popleft())
-    return [prompts[index] for index in sorted(taken)]
+                taken.add(queue.popleft())
+    chosen = []
+    for prompt in prompts:
+        if prompt.id in taken or prompt.after in taken:
+            taken.add(prompt.id)
+            chosen.append(prompt)
+    return chosen
+
+
+def first_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Without the later turns of conversations, whose text is known only in a run."""
+    return [prompt for prompt in prompts if prompt.after is None]
 
 
 def write_prompts(prompts: Sequence[Prompt], output: Path) -> None:
-    """Write prompts as normalised JSONL."""
-    replace_file(output, "".join(json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
+    """Write prompts as normalised JSON lines, which `load_prompts` reads back as they are."""
+    rows = [
+        {key: value for key, value in asdict(prompt).items() if value is not None and (key, value) != ("turn", 1)}
+        for prompt in prompts
+    ]
+    replace_file(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def prepare_dataset(
-    source: Path, output: Path, manifest: Path, *, limit: int | None, on_bad_line: str
+    source: Path,
+    output: Path,
+    manifest: Path,
+    *,
+    limit: int | None,
+    on_bad_line: str,
+    columns: Mapping[Any, str] | None = None,
+    turns: str = "first",
+    codec: TextCodec | None = None,
+    use_chat_template: bool = True,
+    date: datetime | None = None,
 ) -> dict[str, Any]:
-    """Write the prompts to run as normalised JSONL and a manifest of where they came from; returns the manifest.
+    """Write the prompts to run as normalised JSON lines and a manifest of where they came from; returns the manifest.
 
-    Manifest: source, source_sha256, output_sha256, count, available (usable prompts before the limit), limit,
-    categories {name: count}, on_bad_line, skipped [{line, reason}]. Raises UserError as load_prompts and
-    select_prompts do, and when an output would overwrite the source.
+    codec: also write the token ids that the models get, so that every run gets the same ones. date: what a chat
+    template that prints the date is told; None: now.
+
+    Manifest: source, source_sha256, output_sha256, prompts_sha256 (of ids, categories and texts, whatever the
+    tokenizer), count, available (usable prompts before the limit), limit, categories {name: count}, on_bad_line,
+    unit (what lines count), skipped [{line, reason}], tokens (None, or what they were made with), fetched (None, or
+    where from), and what `read_prompt_file` says of all usable prompts: format, columns and columns_not_used,
+    generated_ids, system_messages, turns, later_turns_not_used,
+    other_messages_not_used, notes.
+    Raises UserError as read_prompt_file and select_prompts do, and when an output would overwrite one of these files.
     """
-    for written in (output, manifest):
-        if written.resolve() == source.resolve():
-            raise UserError(f"{written} is the source itself (--source): write to another file")
-    prompts, skipped = load_prompts(source, on_bad_line)
-    taken = select_prompts(prompts, limit)
+    refuse_overwriting({"--output": output, "--manifest": manifest}, {"--source": source})
+    file = read_prompt_file(source, on_bad_line, columns, turns)
+    taken = select_prompts(file.prompts, limit)
+    tokens = None
+    if codec is not None:
+        taken, tokens = tokenize_prompts(taken, codec, chat=use_chat_template, date=date)
     write_prompts(taken, output)
     content = {
         "source": str(source),
-        "source_sha256": sha256_file(source),
+        "source_sha256": file.source_sha256,
         "output_sha256": sha256_file(output),
+        "prompts_sha256": json_sha256([[p.id, p.category, p.system, p.prompt, p.after] for p in taken]),
         "count": len(taken),
-        "available": len(prompts),
+        "available": len(file.prompts),
         "limit": limit,
         "categories": dict(Counter(prompt.category for prompt in taken)),
         "on_bad_line": on_bad_line,
-        "skipped": [asdict(bad) for bad in skipped],
+        "unit": file.unit,
+        "skipped": [asdict(bad) for bad in file.skipped],
+        **file.facts,
+        "tokens": tokens,
+        "fetched": fetched_facts(source, file.source_sha256),
     }
     write_json(manifest, content)
     return content

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.decoding.measures import per_token_ms
 from specsplit.experiment.hugging_face import HuggingFace
+from specsplit.experiment.journal import Parts
 from specsplit.experiment.peers import Peer, PeerProcess
 from specsplit.experiment.records import Request, gamma_controller, request_config, tokens_sha256
 from specsplit.experiment.rows import writing_rows
+from specsplit.io import json_sha256
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.settings.run import OrchestratorConfig
@@ -88,9 +92,13 @@ def race(
     others: Mapping[Peer, PeerProcess] | None = None,
     warmup: int,
     repeats: int,
+    decides: Mapping[str, Any] | None = None,
     on_row: Callable[[PeerRecord], None] = lambda row: None,
-) -> None:
-    """Every request by every contender, `repeats` times; writes a row each to `output`.
+) -> list[str]:
+    """Every request by every contender, `repeats` times; writes a row each to `output`. Returns when attempts began.
+
+    decides: what else the rows depend on, as models and code. What is in the journal of an earlier attempt with the
+    same ones is not measured again; with a gamma that learns from text to text (auto) it is.
 
     ours: the first one is REFERENCE. others: the processes of peers that Hugging Face does not run. warmup: requests
         that each contender runs before, in no table.
@@ -108,42 +116,68 @@ def race(
             contenders[peer.label] = peer.engine, _peer_writer(peer, process, ours[0].config, ours[0].target, limit)
         labels = list(contenders)
         expected: dict[str, list[int]] = {}
+        learns = any(contender.config.gamma == "auto" for contender in ours)
+        texts = json_sha256([[request.id, request.category, request.token_ids] for request in requests])
+        own = {"contenders": labels, "warmup": warmup, "repeats": repeats, "requests_sha256": texts}
         for _, write in contenders.values():
             for i in range(warmup):
                 write(requests[i % len(requests)])
-        write_row = stack.enter_context(writing_rows(output, PeerRecord))
-        for repeat in range(1, repeats + 1):
-            for number, request in enumerate(requests):
-                shift = (number + repeat - 1) % len(labels)
-                turn: dict[str, _Text] = {}
-                for label in [*labels[shift:], *labels[:shift]]:
-                    time.sleep(SETTLE_S)
-                    turn[label] = contenders[label][1](request)
-                right = expected.setdefault(request.id, turn[REFERENCE].tokens)
-                for place, (label, text) in enumerate(turn.items(), start=1):
-                    where = _divergence(text.tokens, right)
-                    record = PeerRecord(
-                        request_id=request.id,
-                        contender=label,
-                        engine=contenders[label][0],
-                        repeat=repeat,
-                        place=place,
-                        prompt_length=len(request.token_ids),
-                        generated_tokens=len(text.tokens),
-                        ttft_ms=text.ttft_ms,
-                        tpot_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.tokens)),
-                        itl_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.tokens), text.first),
-                        total_latency_ms=text.total_ms,
-                        num_rounds=text.rounds,
-                        category=request.category,
-                        finish_reason=text.finish_reason,
-                        identical=where is None,
-                        first_divergence=where,
-                        margin=_margin(hugging_face, request, text.tokens, right, where),
-                        output_sha256=tokens_sha256(text.tokens),
-                    )
-                    write_row(record)
-                    on_row(record)
+        journal = stack.enter_context(Parts(output, {**own, **(decides or {})}, resume=not learns))
+        with writing_rows(output, PeerRecord) as write_row:
+            for repeat in range(1, repeats + 1):
+                for number, request in enumerate(requests):
+                    shift = (number + repeat - 1) % len(labels)
+                    order = {label: contenders[label] for label in [*labels[shift:], *labels[:shift]]}
+                    right = expected.get(request.id)
+                    measure = partial(_take_turn, request, repeat, order, right, hugging_face)
+                    turn = journal.measured([repeat, request.id], measure)
+                    expected.setdefault(request.id, turn["right"])
+                    for row in turn["rows"]:
+                        write_row(PeerRecord(**row))
+                        on_row(PeerRecord(**row))
+        journal.remove()
+        return journal.attempts
+
+
+def _take_turn(
+    request: Request,
+    repeat: int,
+    contenders: Mapping[str, tuple[str, _Write]],
+    right: list[int] | None,
+    hugging_face: HuggingFace,
+) -> dict[str, Any]:
+    """The rows of one request by every contender in this order, and the text that is right: that of REFERENCE, where
+    none is given."""
+    turn: dict[str, _Text] = {}
+    for label, (_, write) in contenders.items():
+        time.sleep(SETTLE_S)
+        turn[label] = write(request)
+    right = turn[REFERENCE].tokens if right is None else right
+    rows = []
+    for place, (label, text) in enumerate(turn.items(), start=1):
+        where = _divergence(text.tokens, right)
+        record = PeerRecord(
+            request_id=request.id,
+            contender=label,
+            engine=contenders[label][0],
+            repeat=repeat,
+            place=place,
+            prompt_length=len(request.token_ids),
+            generated_tokens=len(text.tokens),
+            ttft_ms=text.ttft_ms,
+            tpot_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.tokens)),
+            itl_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.tokens), text.first),
+            total_latency_ms=text.total_ms,
+            num_rounds=text.rounds,
+            category=request.category,
+            finish_reason=text.finish_reason,
+            identical=where is None,
+            first_divergence=where,
+            margin=_margin(hugging_face, request, text.tokens, right, where),
+            output_sha256=tokens_sha256(text.tokens),
+        )
+        rows.append(asdict(record))
+    return {"right": right, "rows": rows}
 
 
 def _our_writer(contender: Ours, stack: ExitStack) -> _Write:

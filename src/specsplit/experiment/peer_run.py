@@ -15,13 +15,16 @@ from specsplit.experiment.llama_cpp import LlamaCpp
 from specsplit.experiment.peer_fit import GivenModel, check_models, why_left_out
 from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, race
 from specsplit.experiment.peers import LLAMA_CPP, Peer, PeerModel, PeerProcess
-from specsplit.experiment.runner import encode_prompts
+from specsplit.experiment.runner import encode_prompts, worker_identity
 from specsplit.io import write_json
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
-from specsplit.provenance.capture import capture_environment, capture_software, utc_now
+from specsplit.provenance.capture import capture_environment, capture_machine, capture_software, utc_now
+from specsplit.provenance.closure import code_sha256
+from specsplit.provenance.gpu import capture_gpu
+from specsplit.provenance.redaction import redact, without_places
 from specsplit.settings.measure import BenchSettings
 
 
@@ -109,12 +112,16 @@ def run_race(
             "left_out": {peer.label: {"engine": peer.engine, "reason": reason} for peer, reason in left_out.items()},
             "tokenizer_sha256": codec.sha256,
             "environment": capture_environment(),
-            "software_sha256": capture_software()["sha256"],
+            "machine": capture_machine(),
+            "gpu": capture_gpu(),
+            "software": capture_software(),
             "specsplit_version": specsplit.__version__,
         }
         total = settings.repeats * len(requests) * (len(ours) + len(running))
         table = results_dir / "peers_requests.csv"
-        race(
+        own = ("hugging_face", "llama_cpp", "tokenizer_sha256", "environment", "machine", "software")
+        decides = {key: run[key] for key in own} | {"code": code_sha256("race"), "ours": _deciding(ours)}
+        run["attempts"] = race(
             requests,
             ours,
             running,
@@ -123,9 +130,11 @@ def run_race(
             others=others,
             warmup=settings.warmup,
             repeats=settings.repeats,
+            decides=decides,
             on_row=lambda row: on_row(row, total),
         )
-    write_json(results_dir / "peers_run.json", {**run, "finished": utc_now()})
+    told = without_places({**run, "finished": utc_now()}, Path.cwd())
+    write_json(results_dir / "peers_run.json", redact(told))
     return table
 
 
@@ -137,6 +146,16 @@ def _as_served(role: str, model: GivenModel | None, ours: Sequence[Ours]) -> Pee
         return None
     served = worker.description
     return PeerModel(model.folder, served.dtype, served.device, tuple(served.skip_layers))
+
+
+def _deciding(ours: Sequence[Ours]) -> dict[str, Any]:
+    """What of our contenders decides their rows."""
+    decides = {}
+    for contender in ours:
+        workers = {role: worker_identity(worker) for role, worker in _describe(contender)["workers"].items()}
+        settings = contender.config.model_dump(mode="json", exclude=contender.config.operating())
+        decides[contender.label] = {"settings": settings, "workers": workers}
+    return decides
 
 
 def _describe(contender: Ours) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms, verifications
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
+from specsplit.experiment.prompt import Prompt
 from specsplit.settings.run import OrchestratorConfig
 
 # Columns of requests.csv that are settings of the same name.
@@ -20,11 +21,22 @@ SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as the models get it."""
+    """A prompt as the models get it.
+
+    token_ids: none yet for a later turn, which waits for the answers before it. prompt: where they are from.
+    previous: the request whose answer comes before a later turn.
+    """
 
     id: str
     category: str
     token_ids: list[int]
+    prompt: Prompt | None = field(default=None, compare=False)
+    previous: Request | None = field(default=None, compare=False)
+
+    @property
+    def turn(self) -> int:
+        """Its place in a conversation, from 1."""
+        return self.prompt.turn if self.prompt else 1
 
 
 def request_config(config: OrchestratorConfig, request_id: str) -> OrchestratorConfig:
@@ -38,7 +50,7 @@ def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
     """What chooses gamma when it is `auto`; it learns from one text for the next."""
     if config.gamma != "auto":
         return None
-    return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out)
+    return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape)
 
 
 def tokens_sha256(tokens: Sequence[int]) -> str:
@@ -89,6 +101,8 @@ def request_record(
         accepted_tokens=accepted,
         mean_accepted_length=None if error else generated / len(rounds),
         network_idle_fraction=idle / result.total_ms if result.total_ms else 0.0,
+        draft_exposed_ms=sum(r.draft_exposed_ms for r in rounds),
+        draft_hidden_ms=sum(r.draft_hidden_ms for r in rounds),
         draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
         draft=config.draft_name,
@@ -100,6 +114,7 @@ def request_record(
         verifications=verifications(rounds),
         acceptance_length=None if error else acceptance_length(rounds),
         draft_acceptance_rate=accepted / drafted if drafted and not error else None,
+        turn=request.turn,
         repeat=repeat,
         status=FAILED if error else OK,
         error_code=error.code if error else "",

@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from specsplit.io import replacing
+from specsplit.io import CSV_ROW_END, RowEnds, replacing
 
 
 @contextmanager
@@ -21,7 +21,8 @@ def writing_rows(path: Path, record: type[Any]) -> Iterator[Callable[[Any], None
     """
     path.unlink(missing_ok=True)
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, [field.name for field in fields(record)], lineterminator="\n")
+        ends: Any = RowEnds(file)
+        table = csv.DictWriter(ends, [field.name for field in fields(record)], lineterminator=CSV_ROW_END)
         table.writeheader()
 
         def write(row: Any) -> None:

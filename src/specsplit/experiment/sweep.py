@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from specsplit.settings.run import DEFAULT_DRAFT, OrchestratorConfig, gamma_order
+from specsplit.settings.names import DEFAULT_DRAFT, gamma_order
 
-# Settings that every point of a sweep shares, with what they are where they decide nothing.
-SHARED_DEFAULTS: dict[str, Any] = {
-    field: OrchestratorConfig.model_fields[field].default
-    for field in ("fan_out", "top_k", "top_p", "sampling", "jitter_ms")
-}
+# Settings that every point of a sweep shares, with what they are where they decide nothing: the defaults of
+# OrchestratorConfig, which Snakemake cannot import.
+SHARED_DEFAULTS: dict[str, Any] = {"fan_out": 16, "top_k": 0, "top_p": 1.0, "sampling": "coupled", "jitter_ms": 0.0}
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,11 @@ def _row(
     alone: list[list[int]],
 ) -> Check:
     s = simulation
-    # Everything after the first round, which has no draft made ahead and no round before it.
-    rounds = [r for result in results for r in result.rounds[1:]]
+    # Without the first round, which has no draft, and with a draft the second, whose draft could not be made ahead.
+    left_out = 2 if gamma else 1
+    rounds = [r for result in results for r in result.rounds[left_out:]]
     per_round = tokens_per_round(rounds)
-    total_ms = sum(result.total_ms - (result.ttft_ms or 0.0) for result in results)
+    total_ms = sum(result.total_ms - result.rounds[left_out - 1].arrived_ms for result in results)
     hits = [r.speculation == "hit" for r in rounds if r.speculation != "none"]
     transport_ms = bare_ms * (2 if gamma else 1)  # the draft worker's and the target's
     formula = expected = limit = None

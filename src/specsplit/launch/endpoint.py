@@ -13,7 +13,8 @@ from google.protobuf.json_format import MessageToDict
 
 from specsplit.errors import UserError
 from specsplit.io import read_json, read_json_object, replace_file
-from specsplit.launch.lease import ProcessIdentity
+from specsplit.launch.lease import RemoteHolder
+from specsplit.launch.process import ProcessIdentity
 from specsplit.rpc.credentials import TLS_SCHEME, join_address, split_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
@@ -55,7 +56,8 @@ class Endpoint:
     address: host:port. attached: it was running before and is never stopped by the workflow.
     pid, started: its process on `host` (null when attached). holder: the process whose lease it holds.
     worker: what Describe says. shared: others may use this process too, and it ends after the last of them.
-    log: the file with what it prints (null when attached).
+    log: the file with what it prints (null when attached). birth, holder_birth: see ProcessIdentity.
+    heartbeat: a file that the worker touches, for other hosts; an absolute path.
     """
 
     address: str
@@ -68,13 +70,24 @@ class Endpoint:
     worker: dict[str, Any]
     shared: bool = False
     log: str | None = None
+    birth: str = ""
+    holder_birth: str = ""
+    heartbeat: str | None = None
 
     @classmethod
     def local(
-        cls, host: str, port: int, description: pb.DescribeReply, holder: ProcessIdentity | None, *, tls: bool = False
+        cls,
+        host: str,
+        port: int,
+        description: pb.DescribeReply,
+        holder: ProcessIdentity | RemoteHolder | None,
+        *,
+        tls: bool = False,
+        heartbeat: Path | None = None,
     ) -> Endpoint:
         """The endpoint of this process. When it listens on every address, its host name is the one to use."""
         me = ProcessIdentity.of(os.getpid())
+        near = holder if isinstance(holder, ProcessIdentity) else None
         reached = socket.gethostname() if host in EVERY_ADDRESS else host
         return cls(
             address=f"{TLS_SCHEME if tls else ''}{join_address(reached, port)}",
@@ -82,9 +95,12 @@ class Endpoint:
             host=socket.gethostname(),
             pid=os.getpid(),
             started=me.started if me else None,
-            holder_pid=holder.pid if holder else None,
-            holder_started=holder.started if holder else None,
+            holder_pid=near.pid if near else None,
+            holder_started=near.started if near else None,
             worker=description_dict(description),
+            birth=me.birth if me else "",
+            holder_birth=near.birth if near else "",
+            heartbeat=str(heartbeat.absolute()) if heartbeat else None,
         )
 
     @classmethod
@@ -119,7 +135,7 @@ class Endpoint:
         """The worker's process when it is one of this machine."""
         if self.pid is None or self.started is None or self.host != socket.gethostname():
             return None
-        return ProcessIdentity(self.pid, self.started)
+        return ProcessIdentity(self.pid, self.started, self.birth)
 
     def origin(self) -> dict[str, Any]:
         """Who started the worker, as `worker_origin` says it."""
@@ -139,32 +155,21 @@ class Endpoint:
             return False
         if not process.alive():
             return True
-        return self.holder_pid is not None and not ProcessIdentity(self.holder_pid, self.holder_started or -1.0).alive()
-
-
-def remove_stale(folder: Path) -> list[Path]:
-    """Delete the endpoint files below `folder` whose worker is gone; returns them.
-
-    A workflow that was killed leaves them behind, and the next one would take them for running workers.
-    """
-    removed = []
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            stale = Endpoint.read(path).stale()
-        except UserError:
-            stale = True
-        if stale:
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    return removed
+        holder = ProcessIdentity(self.holder_pid or 0, self.holder_started or -1.0, self.holder_birth)
+        return self.holder_pid is not None and not holder.alive()
 
 
 def description_dict(description: pb.DescribeReply) -> dict[str, Any]:
-    """Describe's reply as a plain dict with every field present."""
+    """Describe's reply as a plain dict with every field present; `packages`, of the worker's process, as one too."""
+    whole = pb.DescribeReply()
+    whole.CopyFrom(description)
+    whole.limits.SetInParent()
     data: dict[str, Any] = MessageToDict(
-        description, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        whole, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
     data["parameters"] = int(data["parameters"])  # 64-bit integers are strings in protobuf's JSON
+    if packages := data["runtime"].pop("packages", None):  # of a worker of this version
+        data["packages"] = json.loads(packages)
     return data
 
 

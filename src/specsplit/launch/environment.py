@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
 from specsplit.errors import UserError
 
@@ -14,6 +15,7 @@ REQUIRED = {
     "PYTHONHASHSEED": "0",  # order of sets and dicts of strings
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
 }
+CGROUP_MOUNT, CGROUPS_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 DETERMINISM_VARIABLES = (*REQUIRED, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -33,15 +35,43 @@ def ensure_deterministic_environment() -> None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use all the time: by its affinity and by the quotas of its control groups.
+
+    A quota of 1.5 cores is one: a second thread would be stopped for half of the time, and the first wait for it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *map(int, _quotas())]))
+
+
+def _quotas() -> Iterator[float]:
+    """Cores that each control group around this process allows, of version 2 (cpu.max) and 1 (cpu.cfs_quota_us)."""
+    try:
+        groups = [line.split(":", 2) for line in CGROUPS_OF_PROCESS.read_text().splitlines()]
+    except OSError:  # not Linux
+        return
+    for _, controllers, path in groups:
+        if controllers == "":
+            top, names = CGROUP_MOUNT, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            top, names = CGROUP_MOUNT / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        inner = PurePosixPath(path.lstrip("/"))
+        # In a container the path may be that of the host: only the top is there.
+        for group in (inner, *inner.parents):
+            try:
+                quota, period = " ".join((top / group / name).read_text() for name in names).split()
+                cores = int(quota) / int(period)
+            except (OSError, ValueError):  # no such group, or "max"
+                continue
+            if cores > 0:  # version 1 says -1 for no quota
+                yield cores
 
 
 def threads_beside_another() -> int:
     """Compute threads of a worker that computes while another one on this machine does.
 
-    Half of the cores: threads that share cores wait for each other at the end of every operation, actively, which makes
-    a pass several times slower.
+    Half of the cores: threads that share cores wait for each other at the end of every operation.
     """
     return max(1, usable_cores() // 2)
 

@@ -1,7 +1,7 @@
 """A worker that something else started lives no longer than that something.
 
-The holder of the lease is an endpoint file (deleting it ends the worker) and, when SPECSPLIT_LEASE_PID names one, a
-process (the workflow): the worker ends when either is gone, however it went, SIGKILL included.
+A lease is held by an endpoint file (deleting it ends the worker) and, when SPECSPLIT_LEASE_PID names one, by a process
+(the workflow). The worker ends when either is gone, however it went, SIGKILL included.
 """
 
 from __future__ import annotations
@@ -13,75 +13,80 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
+
+from specsplit.launch.heartbeat import Pulse
+from specsplit.launch.process import ProcessIdentity
 
 LEASE_PID = "SPECSPLIT_LEASE_PID"
 LEASE_HOST = "SPECSPLIT_LEASE_HOST"  # where that process is: its number means nothing on another host
-CLOCK_SLACK_S = 5.0
+LEASE_FILE = "SPECSPLIT_LEASE_FILE"  # its heartbeat, for other hosts
+STARTER_PID = "SPECSPLIT_STARTER_PID"  # the process that waits until a worker serves
 
 
 @dataclass(frozen=True)
-class ProcessIdentity:
-    """A process that cannot be mistaken for a later one with the same number."""
+class RemoteHolder:
+    """A process on another host, known by the heartbeat of its file."""
 
     pid: int
-    started: float
-
-    @classmethod
-    def of(cls, pid: int) -> ProcessIdentity | None:
-        """The identity of a running process, or None when there is none."""
-        try:
-            return cls(pid, psutil.Process(pid).create_time())
-        except psutil.NoSuchProcess:
-            return None
+    pulse: Pulse
 
     def alive(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            # Start times are counted from the boot time, which moves a little when the clock is corrected.
-            same = abs(process.create_time() - self.started) < CLOCK_SLACK_S
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return self.pulse.beats()
 
 
-def hold_lease() -> None:
-    """Let what this process starts from now on end with it."""
+def hold_lease(heartbeat: Path | None = None) -> None:
+    """Let what this process starts from now on end with it. heartbeat: its file, for workers on other hosts."""
     os.environ.update({LEASE_PID: str(os.getpid()), LEASE_HOST: socket.gethostname()})
+    if heartbeat is not None:
+        os.environ[LEASE_FILE] = str(heartbeat.absolute())
 
 
-def lease_holder() -> ProcessIdentity | None:
-    """The process named by SPECSPLIT_LEASE_PID, or None when there is none or it is on another host.
+def lease_holder() -> ProcessIdentity | RemoteHolder | None:
+    """The process named by SPECSPLIT_LEASE_PID; None when there is none, or on another host without a heartbeat.
 
     A number that names no process gives an identity that is not alive: the holder is gone already.
     """
     value = os.environ.get(LEASE_PID, "")
-    if not value.isdigit() or os.environ.get(LEASE_HOST, socket.gethostname()) != socket.gethostname():
+    if not value.isdigit():
         return None
-    return ProcessIdentity.of(int(value)) or ProcessIdentity(int(value), -1.0)
+    if os.environ.get(LEASE_HOST, socket.gethostname()) != socket.gethostname():
+        file = os.environ.get(LEASE_FILE)
+        return RemoteHolder(int(value), Pulse(Path(file))) if file else None
+    return _process(int(value))
+
+
+def _process(pid: int) -> ProcessIdentity:
+    return ProcessIdentity.of(pid) or ProcessIdentity(pid, -1.0)
 
 
 @dataclass
 class Lease:
     """What keeps a worker alive.
 
-    holder: the process it was started for. file: its endpoint file, which counts once `written` is set.
+    holder: the process it was started for. file: its endpoint file, which counts once `written` is set; inode: of that
+    file, so that another worker's in its place is told apart.
     users: a file that lists the endpoint files of those who share the worker, one path a line; the worker ends
     when none of them exists. It is read and written under the lock `user_lock(users)`.
     """
 
-    holder: ProcessIdentity | None = None
+    holder: ProcessIdentity | RemoteHolder | None = None
     file: Path | None = None
     users: Path | None = None
     written: bool = False
+    inode: int | None = None
 
     def lost(self) -> str | None:
         """Why the lease has ended, or None while it holds."""
         if self.holder is not None and not self.holder.alive():
             return f"process {self.holder.pid}, which this worker was started for, is gone"
-        if self.file is not None and self.written and not self.file.exists():
-            return f"endpoint file {self.file} is gone"
+        if self.file is not None and self.written:
+            try:
+                inode = self.file.stat().st_ino
+            except FileNotFoundError:
+                return f"endpoint file {self.file} is gone"
+            if self.inode not in (None, inode):
+                return f"endpoint file {self.file} is another worker's now"
         if self.users is not None and self.written and self._unused(self.users):
             return "nobody uses this worker any more"
         return None
@@ -91,7 +96,7 @@ class Lease:
             with user_lock(users).acquire(timeout=0):
                 if users.exists() and any(Path(user).exists() for user in users.read_text().splitlines()):
                     return False
-                # Nobody can find the worker from here on, so it cannot be shared while it stops.
+                # Without these files nobody finds the worker and shares it while it stops.
                 users.unlink(missing_ok=True)
                 if self.file is not None:
                     self.file.unlink(missing_ok=True)
@@ -108,17 +113,20 @@ def user_lock(users: Path) -> FileLock:
 def end_with_lease(poll_s: float = 0.5) -> Callable[[], None]:
     """End this process when the holder of SPECSPLIT_LEASE_PID is gone, so that a killed workflow leaves nothing.
 
-    Does nothing when the variable is not set. Returns what calls it off.
+    A worker that is being started also ends with the process that waits for it (SPECSPLIT_STARTER_PID).
+    Does nothing when neither variable is set. Returns what calls it off.
     """
-    holder = lease_holder()
+    starter = os.environ.pop(STARTER_PID, "")
+    holders = [h for h in (lease_holder(), _process(int(starter)) if starter.isdigit() else None) if h is not None]
     over = threading.Event()
 
-    def watch(holder: ProcessIdentity) -> None:
-        while holder.alive():
+    def watch() -> None:
+        while all(holder.alive() for holder in holders):
             if over.wait(poll_s):
                 return
-        os._exit(143)
+        if not over.is_set():
+            os._exit(143)
 
-    if holder is not None:
-        threading.Thread(target=watch, args=(holder,), name="lease", daemon=True).start()
+    if holders:
+        threading.Thread(target=watch, name="lease", daemon=True).start()
     return over.set

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from specsplit.errors import UserError
-from specsplit.io import json_sha256
+from specsplit.io import json_sha256, scratch_folder
 from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.launch.environment import COMMAND, deterministic_environment
-from specsplit.launch.lease import hold_lease, user_lock
+from specsplit.launch.lease import STARTER_PID, hold_lease, user_lock
 from specsplit.models.sources import resolve_model
 from specsplit.rpc.connection import OPEN, connect
 from specsplit.rpc.credentials import Access
@@ -43,7 +43,7 @@ def start_worker(
     endpoint_file.unlink(missing_ok=True)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [*COMMAND, "worker", role, *worker_args, "--endpoint-file", str(endpoint_file)]
-    environment = deterministic_environment()
+    environment = {**deterministic_environment(), STARTER_PID: str(os.getpid())}
     if cuda_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_devices
     deadline = time.monotonic() + timeout_s
@@ -172,10 +172,10 @@ def own_workers(starts: Mapping[str, Callable[[Path], Endpoint]]) -> Iterator[di
     that it was started for.
     """
     hold_lease()
-    with tempfile.TemporaryDirectory(prefix="specsplit-") as folder, ExitStack() as stack:
+    with scratch_folder("specsplit-") as folder, ExitStack() as stack:
         started = {}
         for role, start in starts.items():
-            file = Path(folder) / f"{role}.json"
+            file = folder / f"{role}.json"
             stack.callback(stop_worker, file)
             started[role] = start(file)
         yield started

@@ -17,23 +17,9 @@ from typing import Any
 
 from specsplit.errors import UserError, told
 from specsplit.io import combined_sha256, read_json, read_json_object, sha256_file
+from specsplit.models.file_names import GGUF_FILE, MAP_FILES, MODEL_FILES, TOKENIZER_FILES
 from specsplit.models.generation_settings import check_eos
-from specsplit.models.gguf_file import GGUF_FILE, read_gguf
-
-# The only files taken from a source: no Python code, and no pickles, which run code when they are loaded.
-CONFIG_FILES = ("config.json", "generation_config.json")
-WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", GGUF_FILE)
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
-    *("sentencepiece.bpe.model", "tekken.json", "*.tiktoken"),
-)
-TOKENIZER_EXTRAS = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-)
-# Of a draft with a reduced vocabulary: the target token of every row of its output head (models/vocabulary.py).
-MAP_FILES = ("draft_to_target.json", "draft_to_target.safetensors")
-MODEL_FILES = CONFIG_FILES + WEIGHT_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS + MAP_FILES
+from specsplit.models.gguf_file import read_gguf
 
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

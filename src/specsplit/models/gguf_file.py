@@ -17,7 +17,6 @@ import numpy as np
 
 from specsplit.errors import UserError
 
-GGUF_FILE = "model.gguf"
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the frequencies of the position embedding
 # Bytes of a metadata value by its type; 8 is text, 9 a list.

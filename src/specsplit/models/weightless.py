@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object
-from specsplit.models.fingerprint import TOKENIZER_EXTRAS, TOKENIZER_FILES, check_tokenizer, matches, read_config
+from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES
+from specsplit.models.fingerprint import check_tokenizer, matches, read_config
 from specsplit.settings.models import BYTES, ModelSource, NGramParameters, SyntheticParameters
 
 KINDS: dict[str, type[SyntheticParameters] | type[NGramParameters]] = {

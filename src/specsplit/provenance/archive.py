@@ -6,7 +6,6 @@ The same results give the same bytes: names are sorted, times are fixed.
 from __future__ import annotations
 
 import hashlib
-import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,16 +16,17 @@ from specsplit.errors import UserError
 from specsplit.io import read_json_object, replacing
 from specsplit.provenance.capture import WORKFLOW_FILES, hash_tree
 from specsplit.provenance.crate import build_crate
-from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, RECORD, RESULTS, write_sums
+from specsplit.provenance.facts import refuse_differences, run_facts
+from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RECORD, RESULTS, SEAL, read_sums, write_sums
 from specsplit.provenance.record import check_record
 from specsplit.provenance.redaction import find_secret
+from specsplit.provenance.seal import UNSEALED, await_workers, seal_lists
 from specsplit.provenance.steps import read_steps
 
 # Of the project's folder, beside the package.
 PROJECT_FILES = (*WORKFLOW_FILES, "config/**/*", "LICENSE", "README.md", "Makefile", "CITATION.cff")
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can say
 BINARY = (".png", ".pdf", ".ico")
-WORKER_END_S = 10.0
 
 
 def write_archive(output: Path, result_files: Sequence[Path], root: Path) -> int:
@@ -39,16 +39,23 @@ def write_archive(output: Path, result_files: Sequence[Path], root: Path) -> int
     record = read_json_object(root / RECORD)
     check_record(record)
     _refuse_other_code(record, root)
-    _await_workers(root)
+    if not record["config"].get("keep_apart"):
+        refuse_differences({run["file"]: run_facts(run) for run in record["runs"]}, "Run again what does not belong")
+    await_workers(root / RESULTS)
     others = [*(record["workflow"]["config_files"] or ()), record["dataset"].get("source") or ""]
-    content = {name: _read(path) for name, path in _collect(result_files, others, root, output).items()}
+    collected = _collect(result_files, others, root, output)
+    content = {name: _read(path) for name, path in collected.items() if name not in UNSEALED}
     for name, data in content.items():
         _refuse_secrets(name, data)
+    _refuse_unsealed(content, root)
     made = [name for name in content if name.startswith((f"{RESULTS}/", "resources/models/"))]
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    # Lists of its own, which say that it is an archive: those of the folder know nothing of the code beside it.
+    sums = {name: _digest(data) for name, data in content.items()}
+    content |= {name: text.encode() for name, text in seal_lists(sums).items()}
+    sums |= {name: _digest(content[name]) for name in (SEAL, MANIFEST)}
     files = {name: (sums[name], len(data)) for name, data in content.items()}
     content[CRATE] = build_crate(record, read_steps(sorted(made), root), files)
-    sums[CRATE] = hashlib.sha256(content[CRATE]).hexdigest()
+    sums[CRATE] = _digest(content[CRATE])
     content[ARCHIVE_SUMS] = write_sums(sums).encode()
     _write_zip(output, content)
     return len(content)
@@ -85,6 +92,23 @@ def _refuse_other_code(record: Mapping[str, Any], root: Path) -> None:
         )
 
 
+def _refuse_unsealed(content: Mapping[str, bytes], root: Path) -> None:
+    """The archive must not vouch for results that are no longer what was sealed."""
+    if not (root / SEAL).is_file():
+        return
+    sealed = read_sums(root / SEAL)
+    changed = [name for name, data in content.items() if sealed.get(name, _digest(data)) != _digest(data)]
+    logs = f"{RESULTS}/logs/"  # which go on with every job
+    if changed := sorted(name for name in changed if not name.startswith(logs)):
+        raise UserError(
+            f"changed since the results were sealed: {', '.join(changed[:5])}; make them again with the workflow"
+        )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -101,13 +125,6 @@ def _refuse_secrets(name: str, data: bytes) -> None:
     if place is not None:
         line = text.count("\n", 0, place) + 1
         raise UserError(f"{name}, line {line}: looks like a password or token. Take it out; nothing was archived")
-
-
-def _await_workers(root: Path) -> None:
-    """Workers that are stopping still write to their logs: wait until they are gone, for a while."""
-    deadline = time.monotonic() + WORKER_END_S
-    while any((root / RESULTS / "workers").rglob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.2)
 
 
 def _write_zip(output: Path, content: Mapping[str, bytes]) -> None:

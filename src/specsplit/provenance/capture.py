@@ -9,12 +9,9 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import psutil
 import specsplit
 from specsplit.io import json_sha256, sha256_file
 from specsplit.launch.environment import DETERMINISM_VARIABLES
+from specsplit.launch.host import cpu_model, installed_packages, normalised, os_name
 
 ENVIRONMENT_VARIABLES = (*DETERMINISM_VARIABLES, "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")
 LOCK = Path("envs/constraints.txt")
@@ -33,26 +31,6 @@ WORKFLOW_FILES = ("Snakefile", "workflow/**/*", "profiles/**/*", "envs/*", "pypr
 def utc_now() -> str:
     """The time now, as ISO 8601 in UTC: 2025-01-31T12:00:00.123456Z."""
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def run_tool(command: Sequence[str], timeout_s: float, status: int = 0) -> tuple[str | None, str | None]:
-    """What a program printed, as (output, None), or (None, the reason why there is nothing).
-
-    status: the exit status that says that all went well.
-    """
-    name = command[0]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
-    except FileNotFoundError:
-        return None, f"{name}: command not found"
-    except subprocess.TimeoutExpired:
-        return None, f"{name}: no answer within {timeout_s:g} s"
-    except OSError as error:
-        return None, f"{name}: {error.strerror or error}"
-    if done.returncode != status:
-        message = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
-        return None, f"{name}: exit status {done.returncode}: {message[:300]}"
-    return done.stdout, None
 
 
 # ---- the machine
@@ -67,10 +45,10 @@ def capture_machine() -> dict[str, Any]:
     return with_reason(
         {
             "hostname": platform.node(),
-            "os": _os_name(),
+            "os": os_name(),
             "kernel": f"{platform.system()} {platform.release()}",
             "architecture": platform.machine(),
-            "cpu_model": _cpu_model(),
+            "cpu_model": cpu_model(),
             "cores_logical": psutil.cpu_count(logical=True),
             "cores_physical": psutil.cpu_count(logical=False),
             "cores_usable": len(affinity(0)) if affinity else psutil.cpu_count(logical=True),
@@ -86,23 +64,6 @@ def with_reason(captured: dict[str, Any], why: str) -> dict[str, Any]:
     """`captured` with a `reason` that names its nulls; null when there are none."""
     missing = [key for key, value in captured.items() if value is None]
     return {**captured, "reason": f"{', '.join(missing)}: {why}" if missing else None}
-
-
-def _os_name() -> str:
-    try:
-        return platform.freedesktop_os_release()["PRETTY_NAME"]
-    except (OSError, KeyError):  # not Linux, or without the file
-        return platform.platform()
-
-
-def _cpu_model() -> str | None:
-    with suppress(OSError):
-        # On x86; most ARM kernels do not tell.
-        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        if found := re.search(r"^model name\s*:\s*(.*\S)", cpuinfo, re.MULTILINE):
-            return found[1]
-    text, _ = run_tool(["sysctl", "-n", "machdep.cpu.brand_string"], 5.0)
-    return (text and text.strip()) or platform.processor() or None
 
 
 def _torch() -> dict[str, Any]:
@@ -127,12 +88,7 @@ def _torch() -> dict[str, Any]:
 
 def capture_software() -> dict[str, Any]:
     """Python, Snakemake, SpecSplit, and the version of every installed package, with a hash over them."""
-    packages: dict[str, str] = {}
-    for distribution in metadata.distributions():
-        if name := distribution.metadata["Name"]:  # a half-removed package has none
-            # The first one on sys.path is the one that is imported.
-            packages.setdefault(_normalised(name), distribution.version)
-    packages = dict(sorted(packages.items()))
+    packages = installed_packages()
     captured = {
         "python": platform.python_version(),
         "specsplit": specsplit.__version__,
@@ -154,17 +110,13 @@ def capture_lock(root: Path, packages: Mapping[str, str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         return {"path": LOCK.as_posix(), "sha256": None, "differs": None, "reason": f"{LOCK}: {why}"}
-    locked = {_normalised(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
+    locked = {normalised(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
     differs = {
         name: {"installed": packages[name], "locked": version}
         for name, version in sorted(locked.items())
         if name in packages and packages[name].partition("+")[0] != version.partition("+")[0]
     }
     return {"path": LOCK.as_posix(), "sha256": sha256_file(root / LOCK), "differs": differs, "reason": None}
-
-
-def _normalised(package: str) -> str:
-    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def capture_environment() -> dict[str, Any]:

@@ -27,6 +27,8 @@ def make_checklist(record: Mapping[str, Any], runs: Named, models: Named, datase
         *(_check_variable(name, value, runs) for name, value in REQUIRED.items()),
         _check_commands(runs),
         _check_code(record, runs),
+        _check_surroundings(runs),
+        _check_differences(record),
         _check_models(models),
         _check_dataset(record["dataset"], dataset_files),
         _check_gpu(record["gpu"]),
@@ -101,6 +103,45 @@ def _check_code(record: Mapping[str, Any], runs: Named) -> dict[str, Any]:
                 problems.append(f"{name}: made by other code than there is now, and no commit has it; run it again")
             others.append(f"{name} by commit {git.get('commit')}")
     return _item("source code of every run known", problems, "; ".join(others) or record["run_code_sha256"])
+
+
+def _check_surroundings(runs: Named) -> dict[str, Any]:
+    """Where and with what each run and each worker ran, as they say themselves."""
+    problems, hosts, processors, gpus, drivers = [], set(), set(), set(), set()
+    for name, run in runs:
+        machine, software = run.get("machine") or {}, run.get("software") or {}
+        if not machine.get("hostname") or not software.get("packages"):
+            problems.append(f"{name}: no machine or no list of packages; run it again")
+        hosts.add(machine.get("hostname"))
+        processors.add(machine.get("cpu_model"))
+        for card in ((run.get("gpu") or {}).get("before") or {}).get("gpus") or ():
+            gpus.add(card.get("name"))
+            drivers.add(card.get("driver_version"))
+        for role, worker in (run.get("workers") or {}).items():
+            runtime = worker.get("runtime") or {}
+            if not runtime.get("host") or not worker.get("packages"):
+                problems.append(f"{name}, {role} worker: says neither where nor with which packages it runs")
+            hosts.add(runtime.get("host"))
+            processors.add(runtime.get("cpu"))
+            gpus.add(runtime.get("gpu"))
+            drivers.add(runtime.get("driver"))
+    named = {"host": hosts, "processor": processors, "GPU": gpus, "driver": drivers}
+    told = [f"{what} {', '.join(sorted(map(str, found - {None, 'None'}))) or 'none'}" for what, found in named.items()]
+    return _item("host, processor, GPU, driver and packages of every run and worker", problems, "; ".join(told))
+
+
+def _check_differences(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs between runs. Code and variables have items of their own; names of hosts and other packages are told
+    only."""
+    told: dict[bool, list[str]] = {True: [], False: []}
+    for each in record["differences"]:
+        values = " or ".join(f"{value[:60]} ({', '.join(names[:3])})" for value, names in each["values"].items())
+        own_item = each["fact"].startswith(("code: ", "variable ")) or each["fact"].endswith(tuple(REQUIRED))
+        told[each["matters"] and not own_item].append(f"{each['fact']}: {values}")
+    apart = bool(record["config"].get("keep_apart"))
+    problems = [] if apart else told[True]
+    detail = "; ".join([*told[True], *told[False]]) or "nothing differs"
+    return _item("runs agree on models, data, settings, machine and packages", problems, detail)
 
 
 def _check_models(models: Named) -> dict[str, Any]:

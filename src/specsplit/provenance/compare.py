@@ -12,9 +12,10 @@ from statistics import median
 from typing import Any
 
 from specsplit.errors import UserError
+from specsplit.io import csv_reader
 from specsplit.provenance.folder import Experiment
 from specsplit.provenance.record import check_record
-from specsplit.settings.axes import CONFIGURATION, PLAIN
+from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 
 # Columns of requests.csv that a clock decides; all others follow from the inputs.
 TIMES = (
@@ -24,6 +25,8 @@ TIMES = (
     "total_latency_ms",
     "network_idle_fraction",
     "draft_compute_ms",
+    "draft_exposed_ms",
+    "draft_hidden_ms",
     "target_compute_ms",
     "itl_ms",
     "recovery_ms",
@@ -203,18 +206,22 @@ def _requests(experiment: Experiment) -> dict[tuple[str, ...], dict[str, str]]:
     path = experiment.results / "requests.csv"
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            names, *cells = list(csv_reader(file)) or [[]]
+            rows = [dict(zip(names, row, strict=False)) for row in cells]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV table: {error}; make it again") from None
     missing = {*CONFIGURATION, *TIMES, "request_id", "output_sha256"} - set(rows[0] if rows else ())
     if missing:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))}; make it again with this version")
+    # Runs that were kept apart have a series: two of them may have one configuration.
     return {(*(row[name] for name in CONFIGURATION), _request(row)): row for row in rows}
 
 
 def _request(row: Mapping[str, str]) -> str:
-    repeat = row.get("repeat", "1")
-    return row["request_id"] if repeat == "1" else f"{row['request_id']} (repeat {repeat})"
+    told = [f"{name} {row[name]}" for name in ("repeat", SERIES) if row.get(name, "1") != "1"]
+    return f"{row['request_id']} ({', '.join(told)})" if told else row["request_id"]
 
 
 def _point(values: tuple[str, ...]) -> str:

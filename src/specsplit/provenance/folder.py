@@ -6,8 +6,8 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +20,10 @@ RECORD = "results/provenance/provenance.json"
 CONFIG = "results/provenance/config.json"
 PATCH = "results/provenance/changes.patch"
 SEAL = "results/provenance/SHA256SUMS"
+MANIFEST = "results/provenance/manifest.json"
 ARCHIVE_SUMS = "SHA256SUMS"
 CRATE = "ro-crate-metadata.json"
+WORKERS, OF_WORKERS = "results/workers", (".json", ".users", ".lock")
 SUMS_LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)")
 
 
@@ -30,13 +32,16 @@ class Experiment:
     """Where the files of an experiment are.
 
     root: the project's folder or an unpacked archive. results: its results, wherever they were moved to. shown: what
-    the user called it. damaged: files of an archive that could not be unpacked, with the reason.
+    the user called it. damaged: files of an archive that could not be unpacked as they are, with the reason. archived:
+    it is an archive. signature: the file with the signature of its seal, where there is one.
     """
 
     root: Path
     results: Path
     shown: str
     damaged: Mapping[str, str] = field(default_factory=dict)
+    archived: bool = False
+    signature: Path | None = None
 
     def at(self, recorded: str) -> Path:
         """Where a recorded path is: relative to the project's folder, or absolute."""
@@ -44,8 +49,9 @@ class Experiment:
         return self.results / rest if head == RESULTS else self.root / recorded
 
     @property
-    def archived(self) -> bool:
-        return (self.root / ARCHIVE_SUMS).is_file()
+    def seal(self) -> str:
+        """The list of hashes that a signature is of: it vouches, through other lists, for every file."""
+        return ARCHIVE_SUMS if self.archived else SEAL
 
     def record(self) -> dict[str, Any]:
         return read_json_object(self.at(RECORD))
@@ -55,48 +61,101 @@ class Experiment:
 def open_experiment(path: Path) -> Iterator[Experiment]:
     """The experiment at `path`: a results folder, the folder that has it, an archive, or a provenance.json.
 
-    An archive is unpacked into a temporary folder that goes at the end. Raises UserError when there is no record.
+    An archive is unpacked into a temporary folder that goes at the end. Raises UserError when there is no record, nor
+    anything that vouches for one.
     """
     if path.is_file() and path.suffix == ".zip":
         with TemporaryDirectory(prefix="specsplit-") as scratch:
-            damaged = _unpack(path, Path(scratch))
-            yield _find(Path(scratch), str(path), damaged)
+            folder = Path(scratch).resolve()
+            damaged = _unpack(path, folder)
+            signature = path.with_name(f"{path.name}.sig")
+            yield Experiment(folder, folder / RESULTS, str(path), damaged, archived=True, signature=signature)
     else:
-        yield _find(path.resolve().parents[1] if path.name == Path(RECORD).name else path, str(path), {})
+        yield _find(path.resolve().parents[1] if path.name == Path(RECORD).name else path, str(path))
 
 
-def _find(folder: Path, shown: str, damaged: Mapping[str, str]) -> Experiment:
+def _find(folder: Path, shown: str) -> Experiment:
     if not folder.is_dir():
         raise UserError(f"{shown}: no such folder, archive or record")
-    inside = Path(RECORD).relative_to(RESULTS)
-    if (folder / RECORD).is_file() or (folder / ARCHIVE_SUMS).is_file():
-        return Experiment(folder.resolve(), folder.resolve() / RESULTS, shown, damaged)
-    if (folder / inside).is_file():
-        return Experiment(folder.resolve().parent, folder.resolve(), shown, damaged)
+    root = folder.resolve()
+    witnesses = (RECORD, SEAL, MANIFEST)
+    archived = any((root / name).is_file() for name in (ARCHIVE_SUMS, CRATE))
+    if archived or any((root / name).is_file() for name in witnesses):
+        archived = archived or _lists_a_project(root)
+        return _with_signature(Experiment(root, root / RESULTS, shown, archived=archived))
+    if any((root / Path(name).relative_to(RESULTS)).is_file() for name in witnesses):
+        return _with_signature(Experiment(root.parent, root, shown))
     raise UserError(
-        f"{shown}: has neither {RECORD} nor {inside}. Name a results folder, an unpacked archive or archive.zip; "
-        f"`snakemake --cores N results/summary.csv` makes the record"
+        f"{shown}: has neither {RECORD} nor {Path(RECORD).relative_to(RESULTS)}. Name a results folder, an unpacked "
+        "archive or archive.zip; `snakemake --cores N results/summary.csv` makes the record"
     )
 
 
+def _lists_a_project(root: Path) -> bool:
+    """Whether the hashes are of an archive: they are of more than results then."""
+    with suppress(UserError, OSError):
+        return any(not name.startswith(f"{RESULTS}/") for name in read_sums(root / SEAL))
+    return False
+
+
+def _with_signature(experiment: Experiment) -> Experiment:
+    seal = experiment.at(experiment.seal)
+    return replace(experiment, signature=seal.with_name(f"{seal.name}.sig"))
+
+
 def _unpack(archive: Path, folder: Path) -> dict[str, str]:
-    """Unpack; returns {name: reason} of what is damaged."""
+    """Unpack; returns {name: reason} of what is damaged or no plain file of the archive."""
     damaged = {}
+    seen = set()
     try:
         with zipfile.ZipFile(archive) as packed:
             for member in packed.infolist():
-                parts = PurePosixPath(member.filename).parts
-                if member.is_dir() or ".." in parts or member.filename.startswith("/"):
+                name, parts = member.filename, PurePosixPath(member.filename).parts
+                if not parts or ".." in parts or name.startswith("/"):
+                    damaged[name] = "its name leads out of the archive"
                     continue
+                if name in seen:
+                    damaged[name] = "it is there more than once"
+                seen.add(name)
                 target = folder.joinpath(*parts)
-                target.parent.mkdir(parents=True, exist_ok=True)
                 try:
+                    if member.is_dir():
+                        target.mkdir(parents=True, exist_ok=True)
+                        continue
+                    target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(packed.read(member))
-                except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-                    damaged[member.filename] = str(error)
+                except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError) as error:
+                    damaged[name] = str(error)
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{archive}: cannot be unpacked: {error}") from None
     return damaged
+
+
+def list_files(folder: Path, prefix: str) -> tuple[set[str], set[str], dict[str, str]]:
+    """What is below a folder: files, empty folders, and symbolic links with where they lead.
+
+    Names begin with `prefix`. A link is followed, and listed as what it leads to as well; what is neither a file nor a
+    folder counts as a file. What workers have in results/workers while they run is left out.
+    """
+    files, empty, links = set(), set(), {}
+    waiting, seen = [(folder, prefix)], set()
+    while waiting:
+        here, name = waiting.pop()
+        if (real := here.resolve()) in seen:
+            continue
+        seen.add(real)
+        entries = sorted(here.iterdir())
+        if not entries and name and not f"{name}/".startswith(f"{WORKERS}/"):
+            empty.add(name)
+        for path in entries:
+            own = f"{name}/{path.name}" if name else path.name
+            if path.is_symlink():
+                links[own] = str(path.readlink())
+            if path.is_dir():
+                waiting.append((path, own))
+            elif not (own.startswith(f"{WORKERS}/") and path.suffix in OF_WORKERS):
+                files.add(own)
+    return files, empty, links
 
 
 def write_sums(files: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.io import sha256_file
-from specsplit.provenance.capture import run_tool
+from specsplit.launch.host import run_tool
 from specsplit.provenance.redaction import redact_text
 
 LARGEST_DIFF = 5_000_000  # characters

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from specsplit.provenance.capture import run_tool
+from specsplit.launch.host import run_tool
 
 # nvidia-smi's name for each column, and ours.
 GPU_COLUMNS = {

@@ -23,6 +23,8 @@ from specsplit.provenance.capture import (
 )
 from specsplit.provenance.checklist import make_checklist
 from specsplit.provenance.closure import PACKAGE, command_files
+from specsplit.provenance.facts import differences, run_facts, told_facts
+from specsplit.provenance.folder import MANIFEST, SEAL
 from specsplit.provenance.git import capture_diff, capture_git
 from specsplit.provenance.gpu import capture_gpu
 from specsplit.provenance.redaction import redact
@@ -68,6 +70,7 @@ def build_record(
     workflow_files = hash_tree(root, WORKFLOW_FILES)
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
+        "witnesses": [SEAL, MANIFEST],
         "created": utc_now(),
         "complete": False,
         "checklist": [],
@@ -76,6 +79,7 @@ def build_record(
         "workflow": workflow_command(),
         "steps": read_steps([entry["path"] for entry in (*inputs, *results)], root),
         "runs": [{"file": name, **run} for name, run in runs],
+        "differences": _differences(runs),
         "models": [model for _, model in models],
         "dataset": dataset,
         "seeds": _seeds(config, runs),
@@ -143,6 +147,20 @@ def _explain_model(manifest: Mapping[str, Any]) -> dict[str, Any]:
     explained = {key: _explain_model(value) if isinstance(value, dict) else value for key, value in manifest.items()}
     nulls = [f"{key}: {MODEL_REASONS.get(key, 'not given')}" for key, value in manifest.items() if value is None]
     return {**explained, "reason": "; ".join(nulls)} if nulls else explained
+
+
+def _differences(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What differs between the runs and their workers, as {fact, values, matters}: value -> the runs that have it.
+
+    matters: results of these runs are not joined.
+    """
+    found = []
+    for matters, facts_of in ((True, run_facts), (False, told_facts)):
+        for each in differences({name: facts_of(run) for name, run in runs}):
+            found.append(
+                {"fact": each.fact, "values": {k: list(v) for k, v in each.values.items()}, "matters": matters}
+            )
+    return found
 
 
 def _seeds(config: Mapping[str, Any], runs: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 REDACTED = "[redacted]"
-_WORDS = {"token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "apikey", "pat"}
-_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key")}
+# Words of a name that say it, alone or at the end of a word: HF_TOKEN, dbPassword, PGPASS.
+_WORDS = (
+    *("token", "password", "passwd", "passphrase", "passwort", "passcode", "pass", "pwd", "secret", "credential"),
+    *("credentials", "creds", "apikey", "accesskey", "secretkey", "privatekey", "jwt", "bearer", "authorization"),
+)
+_ALONE = {"pat", "cookie"}
+_OTHER_WORDS = {"bypass", "compass", "encompass", "surpass", "trespass", "overpass", "underpass"}
+_KEYS = {"api", "access", "private", "secret", "auth", "signing", "encryption", "master", "account", "license"}
+_FILES = ("file", "path", "dir", "sock", "socket")
 _LARGEST_FILE = 1 << 16
 _SHORTEST = 8  # a shorter value of a variable would be found in harmless text
 _TOKEN = re.compile(
@@ -37,10 +44,22 @@ def is_secret_name(name: str) -> bool:
 
 def _names(name: str) -> Literal["secret", "file", ""]:
     """What a name stands for: a secret, a file of secrets, or nothing of the kind."""
-    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
-    if not _WORDS & set(words) and not any(pair in _PAIRS for pair in pairwise(words)):
+    parts = re.split(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])", name)
+    words = [part.lower() for part in parts if part]
+    if len(words) < 2 and name.lower() in ("pwd", "oldpwd"):  # working directories
         return ""
-    return "file" if words[-1] in ("file", "path") else "secret"
+    for end in _FILES if words else ():
+        if words[-1].endswith(end) and _says_secret([*words[:-1], words[-1].removesuffix(end)]):
+            return "file"
+    return "secret" if _says_secret(words) else ""
+
+
+def _says_secret(words: Sequence[str]) -> bool:
+    if words and words[-1] == "auth":
+        return True
+    if any(pair[0] in _KEYS and pair[1] == "key" for pair in pairwise(words)):
+        return True
+    return any(word in _ALONE or (word.endswith(_WORDS) and word not in _OTHER_WORDS) for word in words)
 
 
 def find_secret(text: str, patterns: bool = True) -> int | None:
@@ -67,6 +86,21 @@ def redact_text(text: str) -> str:
     for secret in _secret_values():
         text = text.replace(secret, REDACTED)
     return _TOKEN.sub(REDACTED, text)
+
+
+def without_places(value: Any, root: Path) -> Any:
+    """A copy of a JSON value whose strings name no place of this machine: paths below `root`, the project's folder, are
+    relative to it, and those below the home folder begin with `~`."""
+    if isinstance(value, Mapping):
+        return {key: without_places(item, root) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(item, root) for item in value]
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    for folder, short in ((root.absolute(), "."), (root.resolve(), "."), (Path.home(), "~")):
+        if folder != Path(folder.anchor):
+            value = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}(?=/|$|[\s:;,'\"])", short, value)
+    return re.sub(r"(?<![\w.~/-])\./(?=[\w.])", "", value)
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:

@@ -47,7 +47,11 @@ def _script(record: Mapping[str, Any], experiment: Experiment, archive: Path | N
     yield ""
     yield "# The data"
     dataset = record["dataset"]
-    if dataset.get("source"):
+    if dataset.get("fetched"):
+        yield f"# {dataset['fetched']['name']} is fetched by the workflow, from {dataset['fetched']['url']}"
+    elif dataset.get("unit") == "row":
+        yield f"# {dataset['source']}, {dataset.get('format')}; its sha256 is {dataset['source_sha256']}"
+    elif dataset.get("source"):
         line = f"{dataset['source_sha256']}  {dataset['source']}"
         yield f"echo {_quote(line)} | sha256sum --check"
     for model in record["models"]:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,8 @@ def remember_workflow(cores: int | None, config_files: Sequence[str]) -> None:
     """
     if COMMAND in os.environ:
         return
-    command = {"argv": ["snakemake", *sys.argv[1:]], "cores": cores, "config_files": list(config_files)}
+    command: dict[str, Any] = {"argv": ["snakemake", *sys.argv[1:]], "cores": cores, "config_files": list(config_files)}
+    command["started"] = time.time()
     os.environ[COMMAND] = json.dumps(command)
     logging.getLogger("snakemake.logging").addHandler(StepLog(STEPS.absolute()))
 
@@ -113,6 +115,20 @@ def read_steps(outputs: Sequence[str], root: Path) -> list[dict[str, Any]]:
         reason = "the workflow did not log how these files were made"
         found.append({**nothing, "inputs": [], "outputs": unknown, "log": [], "reason": reason})
     return found
+
+
+def workflow_started() -> float | None:
+    """When the Snakemake began that this process is a job of, in seconds since 1970; None without one."""
+    try:
+        return float(json.loads(os.environ[COMMAND])["started"])
+    except (KeyError, ValueError):
+        return None
+
+
+def read_outputs(root: Path, since: float = 0.0) -> set[str]:
+    """Outputs and logs of the jobs that began after a time (seconds since 1970), as the rules name them."""
+    steps = [step for step in _logged(root / STEPS) if datetime.fromisoformat(step["started"]).timestamp() >= since]
+    return {name for step in steps for name in (*step["outputs"], *step["log"])}
 
 
 def _logged(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,14 @@
-"""Recomputes every hash of an experiment and names what differs."""
+"""Recomputes every hash of an experiment and names what differs.
+
+Several lists hold the same hashes: SHA256SUMS and manifest.json of the results, the description and the SHA256SUMS of
+an archive. A file counts as it was when every list says so. Where lists contradict each other, one that stands alone
+with one hash, and for which no other list vouches, is what was changed; otherwise the file is named, and the lists that
+were changed with it.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,14 +21,18 @@ from specsplit.provenance.folder import (
     ARCHIVE_SUMS,
     CONFIG,
     CRATE,
+    MANIFEST,
     PATCH,
     RECORD,
     RESULTS,
     SEAL,
     Experiment,
+    list_files,
+    open_experiment,
     read_sums,
 )
 from specsplit.provenance.record import check_record
+from specsplit.provenance.seal import ARCHIVE, SIGNATURES, read_manifest
 
 SOURCE = "src/specsplit"
 # What `run_code_sha256` covers in a record that does not list its files: folders and files of the package as it was.
@@ -41,10 +52,24 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
 
 
-def verify(experiment: Experiment) -> Verdict:
-    """Compare every file with the hashes of it in SHA256SUMS, the record and the crate.
+@dataclass(frozen=True)
+class _List:
+    """A list of hashes. omits: files that it never has; whole: every other file is in it, or was added later."""
 
-    A list of hashes that is itself not as sealed is named, and what it says of other files is not used.
+    name: str
+    files: Mapping[str, str]
+    omits: frozenset[str]
+    whole: bool
+
+    def covers(self, file: str) -> bool:
+        return file not in self.omits and (self.whole or file in self.files)
+
+
+def verify(experiment: Experiment) -> Verdict:
+    """Compare every file with the hashes of it in SHA256SUMS, manifest.json, the record and the crate.
+
+    Named are files that were changed, are missing or were added, empty folders and symbolic links that were not there,
+    and lists of hashes that are missing or were changed; what a changed list says of other files is not used.
     """
     return _Verification(experiment).run()
 
@@ -53,96 +78,198 @@ class _Verification:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.verdict = Verdict()
-        self.crate = self._crate_hashes()
         self.sha256 = cache(self._sha256)  # of a recorded path; None = there is no such file
+        self.record = self._read_record()
+        root, prefix = (experiment.root, "") if experiment.archived else (experiment.results, RESULTS)
+        files, self.empty, self.links = list_files(root, prefix) if root.is_dir() else (set(), set(), {})
+        # The archive in a results folder is looked into, and signatures are of the lists.
+        self.found = files - {*SIGNATURES, ARCHIVE}
 
     def run(self) -> Verdict:
-        verdict = self.verdict
         for file, problem in self.experiment.damaged.items():
-            self.blame(file, f"damaged in the archive: {problem}")
-        if self.experiment.archived:
-            self._check_sums(ARCHIVE_SUMS)
-            self._check_nothing_added()
-        if self.experiment.at(SEAL).is_file() and SEAL not in verdict.differing:
-            self._check_sums(SEAL)
-        elif not self.experiment.archived:
-            verdict.notes.append(f"no {SEAL}: nothing vouches for the record itself, the summary and the figures")
-        if CRATE not in verdict.differing:
-            for file, expected in self.crate.items():
-                self.compare(file, expected, CRATE)
-        if RECORD in verdict.differing:
-            verdict.notes.append(f"{RECORD} is not what was sealed: the hashes in it were not used")
+            self.blame(_shown(file), f"damaged in the archive: {problem}")
+        lists = self._trusted(self._read_lists())
+        self._check_lists(lists)
+        self._check_folders_and_links()
+        if self.record is None or RECORD in self.verdict.differing:
+            if RECORD in self.verdict.differing:
+                self.verdict.notes.append(f"{RECORD} is not what was sealed: the hashes in it were not used")
         else:
-            self._check_record()
-        return verdict
+            self._check_record(self.record)
+        if not self.experiment.archived:
+            self._check_archive()
+        return self.verdict
 
     def blame(self, file: str, problem: str) -> None:
         self.verdict.checked.discard(file)
         self.verdict.differing.setdefault(file, problem)
 
-    def compare(self, file: str, expected: str, witness: str) -> None:
+    def compare(self, file: str, expected: str | None, witness: str) -> None:
         found = self.sha256(file)
         if found == expected:
-            if file not in self.verdict.differing:
+            if file not in self.verdict.differing and found is not None:
                 self.verdict.checked.add(file)
         elif found is None:
-            self.blame(file, f"missing; {witness} lists it")
+            self.blame(_shown(file), f"missing; {witness} lists it")
+        elif expected is None:
+            self.blame(_shown(file), f"not listed in {witness}: added later")
         else:
-            self.blame(file, f"sha256 is {found[:12]}..., {witness} says {expected[:12]}...")
+            is_now = f"sha256 is {found[:12]}..." if len(found) == 64 else found
+            self.blame(_shown(file), f"{is_now}, {witness} says {expected[:12]}...")
 
     def _sha256(self, file: str) -> str | None:
         path = self.experiment.at(file)
-        return sha256_file(path) if path.is_file() else None
-
-    def _check_sums(self, name: str) -> None:
         try:
-            sums = read_sums(self.experiment.at(name))
+            return (
+                sha256_file(path)
+                if path.is_file()
+                else "is no plain file"
+                if path.exists() or path.is_symlink()
+                else None
+            )
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
+
+    def _read_record(self) -> dict[str, Any] | None:
+        if not self.experiment.at(RECORD).is_file():  # reading a pipe would wait for ever
+            self.blame(RECORD, "missing")
+            return None
+        try:
+            return self.experiment.record()
         except UserError as error:
+            self.blame(RECORD, str(error))
+            return None
+
+    # ---- the lists
+
+    def _read_lists(self) -> list[_List]:
+        """The lists that can be read, those first that vouch for others."""
+        archived = self.experiment.archived
+        sums = self._read(SEAL, read_sums)
+        manifest = self._read(MANIFEST, read_manifest)
+        former = self.record is not None and "witnesses" not in self.record
+        self.former = former and MANIFEST not in (sums or {}) and manifest is None
+        self.manifest = manifest
+        own = self.own_list(SEAL, sums, {ARCHIVE_SUMS, CRATE, SEAL})
+        own |= self.own_list(MANIFEST, manifest and manifest["files"], {ARCHIVE_SUMS, CRATE, SEAL, MANIFEST})
+        if archived:
+            crate = self._read(CRATE, lambda path: _crate_hashes(read_json_object(path)))
+            root = self._read(ARCHIVE_SUMS, read_sums)
+            own |= self.own_list(CRATE, crate, {ARCHIVE_SUMS, CRATE})
+            own |= self.own_list(ARCHIVE_SUMS, root, {ARCHIVE_SUMS}, whole=True)
+        expected = [*((ARCHIVE_SUMS, CRATE) if archived else ()), SEAL, *(() if self.former else (MANIFEST,))]
+        for name in expected:
+            if not self.experiment.at(name).is_file():
+                self.blame(name, "missing: nothing can take its place")
+        return [own[name] for name in (ARCHIVE_SUMS, CRATE, SEAL, MANIFEST) if name in own]
+
+    def own_list(
+        self, name: str, files: Mapping[str, str] | None, omits: set[str], whole: bool | None = None
+    ) -> dict[str, _List]:
+        if files is None:
+            return {}
+        whole = not self.former if whole is None else whole
+        return {name: _List(name, files, frozenset({*omits, *SIGNATURES, ARCHIVE}), whole)}
+
+    def _read(self, name: str, read: Any) -> Any:
+        path = self.experiment.at(name)
+        if not path.is_file():
+            return None
+        try:
+            return read(path)
+        except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
             self.blame(name, str(error))
-            return
-        self.verdict.checked.add(name)
-        other, witness = (CRATE, self.crate) if self.crate else (RECORD, self._record_hashes())
-        for file, expected in sums.items():
-            found = self.sha256(file)
-            # A second witness, itself as it was sealed, tells which of the two was changed.
-            if found not in (None, expected) and witness.get(file) == found and sums.get(other) == self.sha256(other):
-                self.blame(name, f"its hash of {file} is neither the file's nor that in {other}")
+            return None
+
+    def _trusted(self, lists: list[_List]) -> list[_List]:
+        """Without those that are not as all lists before them say."""
+        trusted: list[_List] = []
+        for each in lists:
+            above = [other for other in trusted if other.covers(each.name)]
+            against = [other for other in above if other.files.get(each.name) != self.sha256(each.name)]
+            if not against or len(against) < len(above):
+                trusted.append(each)
+                continue
+            alike = len(above) == 1 and all(
+                above[0].files.get(file) == each.files.get(file)
+                for file in {*above[0].files, *each.files}
+                if above[0].covers(file) and each.covers(file)
+            )
+            if alike:  # which of the two was changed? manifest.json has a hash of its own
+                self.blame(above[0].name, f"its hash of {each.name} is not that of the file")
+            if alike and each.name == MANIFEST:
+                trusted.append(each)
+                self.verdict.checked.add(each.name)
             else:
-                self.compare(file, expected, name)
+                self.compare(each.name, against[0].files.get(each.name), against[0].name)
+        return trusted
 
-    def _check_nothing_added(self) -> None:
-        root = self.experiment.root
-        try:
-            listed = {ARCHIVE_SUMS, *read_sums(root / ARCHIVE_SUMS)}
-        except UserError:
-            return  # told already
-        found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-        for file in sorted(found - listed):
-            self.blame(file, f"not listed in {ARCHIVE_SUMS}: added later")
+    def _check_lists(self, lists: list[_List]) -> None:
+        names = {file for each in lists for file in each.files} | self.found
+        conflicts = []
+        for file in sorted(names, key=_shown):
+            if file in self.verdict.differing or file in self.verdict.checked:
+                continue
+            claims = [(each.files.get(file), each) for each in lists if each.covers(file)]
+            agree = [each for claim, each in claims if claim == self.sha256(file)]
+            differ = [each for claim, each in claims if claim != self.sha256(file)]
+            if agree and differ:
+                conflicts.append((file, agree, differ))
+            elif claims:
+                self.compare(file, claims[0][0], claims[0][1].name)
+        errors = Counter(each.name for _, _, differ in conflicts for each in differ)
+        for file, agree, differ in conflicts:
+            if all(errors[each.name] == 1 and not self._vouched_for(each, lists) for each in differ):
+                for each in differ:
+                    self.blame(each.name, f"its hash of {file} is neither the file's nor that in {agree[0].name}")
+                continue
+            self.compare(file, differ[0].files.get(file), differ[0].name)
+            for each in agree:
+                self.blame(each.name, f"its hash of {_shown(file)} is not that in {differ[0].name}")
+        for each in lists:
+            if each.name not in self.verdict.differing:
+                self.verdict.checked.add(each.name)
 
-    def _crate_hashes(self) -> dict[str, str]:
-        if not self.experiment.archived or not self.experiment.at(CRATE).is_file():
-            return {}
-        try:
-            graph = read_json_object(self.experiment.at(CRATE))["@graph"]
-            # Models have one too: of their weights, which are elsewhere.
-            files = [entity for entity in graph if "sha256" in entity and not entity["@id"].startswith("#")]
-            return {unquote(entity["@id"]): entity["sha256"] for entity in files}
-        except (UserError, KeyError, TypeError):
-            return {}  # its own hash tells that it was changed
+    def _vouched_for(self, own: _List, lists: list[_List]) -> bool:
+        return any(each.files.get(own.name) == self.sha256(own.name) for each in lists if each is not own)
 
-    def _record_hashes(self) -> dict[str, str]:
+    def _check_folders_and_links(self) -> None:
+        if self.former:
+            return
+        whole = self.manifest if self.manifest is not None and MANIFEST not in self.verdict.differing else None
+        listed: Mapping[str, Any] = whole or {"folders": (), "links": {}}
+        for folder in sorted(self.empty - set(listed["folders"]), key=_shown):
+            if not any(file.startswith(f"{folder}/") for file in self.verdict.differing):  # whose files are gone
+                self.blame(f"{_shown(folder)}/", "an empty folder that was added")
+        for folder in sorted(set(listed["folders"]) - self.empty):
+            if not self.experiment.at(folder).is_dir():
+                self.blame(f"{_shown(folder)}/", f"missing; {MANIFEST} lists this empty folder")
+        for link in sorted({*self.links, *listed["links"]}, key=_shown):
+            if link not in SIGNATURES and self.links.get(link) != listed["links"].get(link):
+                now = f"a symbolic link to {self.links[link]}" if link in self.links else "no symbolic link any more"
+                self.blame(_shown(link), f"{_shown(now)}; {MANIFEST} says otherwise")
+
+    def _check_archive(self) -> None:
+        """The archive.zip among the results: whole, and of these very results."""
+        path = self.experiment.at(ARCHIVE)
+        if not path.is_file():
+            return
         try:
-            record = self.experiment.record()
-            return {entry["path"]: entry["sha256"] for entry in (*record["inputs"], *record["results"])}
-        except (UserError, KeyError, TypeError):
-            return {}
+            with open_experiment(path) as packed:
+                inside = _Verification(packed)
+                for file, problem in inside.run().differing.items():
+                    self.blame(ARCHIVE, f"{file} in it: {problem}")
+                if inside.sha256(RECORD) != self.sha256(RECORD):
+                    self.blame(ARCHIVE, "it is of other results: its record is not the one here")
+        except UserError as error:
+            self.blame(ARCHIVE, str(error))
+        if ARCHIVE not in self.verdict.differing:
+            self.verdict.checked.add(ARCHIVE)
 
     # ---- the record
 
-    def _check_record(self) -> None:
+    def _check_record(self, record: Mapping[str, Any]) -> None:
         try:
-            record = self.experiment.record()
             check_record(record)
         except UserError as error:
             self.blame(RECORD, str(error))
@@ -217,3 +344,14 @@ def _run_code(record: Mapping[str, Any]) -> dict[str, str]:
     if "run_code_files" in record:
         return {name: files.get(name, "") for name in record["run_code_files"]}
     return {name: sha for name, sha in files.items() if any(f"{name}/".startswith(f"{p}/") for p in FORMER_RUN_CODE)}
+
+
+def _crate_hashes(crate: Mapping[str, Any]) -> dict[str, str]:
+    # Models have one too: of their weights, which are elsewhere.
+    files = [entity for entity in crate["@graph"] if "sha256" in entity and not entity["@id"].startswith("#")]
+    return {unquote(entity["@id"]): entity["sha256"] for entity in files}
+
+
+def _shown(name: str) -> str:
+    """A name that can be printed, whatever is in it."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace").replace("\n", "\\n")

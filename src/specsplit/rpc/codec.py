@@ -15,7 +15,6 @@ from specsplit.decoding.tree import TokenTree, TreeError
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import MAX_TEMPERATURE, MIN_TEMPERATURE
 
-RETRY_AFTER = "retry-after-ms"  # metadata of a refusal that is for now only
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -76,7 +75,7 @@ def tree_from_message(message: pb.TokenTree) -> TokenTree:
 def sampling_to_message(sampling: Sampling) -> pb.Sampling:
     return pb.Sampling(
         temperature=sampling.temperature,
-        top_k=sampling.top_k,
+        top_k=min(sampling.top_k, (1 << 32) - 1),
         top_p=sampling.top_p,
         seed=sampling.seed,
         rejection=sampling.rejection,

@@ -10,6 +10,7 @@ import grpc
 
 from specsplit.errors import WorkerError
 from specsplit.rpc.credentials import TLS_SCHEME, Access, split_address
+from specsplit.rpc.statuses import meaning
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
 OPEN = Access()
@@ -76,17 +77,17 @@ def connect(role: str, address: str, *, timeout_s: float = 10.0, access: Access 
 
 
 def _describe(stub: Any, timeout_s: float) -> pb.DescribeReply:
-    """What the worker says of itself; asked again while it cannot be reached or loads its model."""
+    """What the worker says of itself; asked again while it cannot be reached, loads its model, or has no room."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             return stub.Describe(pb.DescribeRequest(), timeout=max(deadline - time.monotonic(), 0.01))
         except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNAVAILABLE or _failed_handshake(error):
+            meant = meaning(error.code(), error.details(), error.trailing_metadata())
+            pause_s = max(POLL_S, meant.after_s)
+            if meant.remedy != "wait" or _failed_handshake(error) or time.monotonic() + pause_s > deadline:
                 raise
-            if time.monotonic() + POLL_S > deadline:
-                raise
-        time.sleep(POLL_S)
+        time.sleep(pause_s)
 
 
 def _failed_handshake(error: grpc.RpcError) -> bool:

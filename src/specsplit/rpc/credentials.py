@@ -13,7 +13,7 @@ import logging
 import os
 import ssl
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,8 +81,8 @@ class ServerAccess:
 
     @classmethod
     def load(cls, config: WorkerSettings) -> Self:
-        """Read the files that the settings name. Raises UserError when one cannot be used, and for an address that
-        other machines reach without TLS, unless `insecure` is set."""
+        """Read the files that the settings name. Raises UserError when one cannot be used, and unless `insecure` is set
+        for an address that other machines reach without TLS, or without a token or a certificate of theirs."""
         credentials = None
         if config.tls_cert is not None:
             certificate, key = _key_pair(config)
@@ -92,15 +92,10 @@ class ServerAccess:
         elif config.tls_key is not None or config.tls_ca is not None:
             raise UserError(f"{config.flag('tls_key')} and {config.flag('tls_ca')} go with {config.flag('tls_cert')}")
         tokens = tuple(hashlib.sha256(token.encode()).digest() for token in read_tokens(config))
-        if credentials is None and not is_loopback(config.host):
+        for what, mend, without in _open_doors(config, encrypted=credentials is not None, asks=bool(tokens)):
             if not config.insecure:
-                raise UserError(
-                    f"--host {config.host}: other machines could reach this worker, and nothing is encrypted. Give "
-                    "--tls-cert and --tls-key, or say --insecure where the network is trusted (docs/security.md)"
-                )
-            log.warning(
-                "INSECURE: %s is open to other machines without TLS%s", config.host, "" if tokens else " or a token"
-            )
+                raise UserError(f"{what}. {mend}, or say --insecure where the network is trusted (docs/security.md)")
+            log.warning("INSECURE: %s", without)
         return cls(credentials, tokens)
 
     def owner(self, metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
@@ -114,6 +109,25 @@ class ServerAccess:
         # Each of them, in the same time whichever it is and however much of it is right.
         known = [token for token in self.tokens if hmac.compare_digest(token, digest)]
         return known[0].hex() if known else None
+
+
+def _open_doors(config: WorkerSettings, *, encrypted: bool, asks: bool) -> Iterator[tuple[str, str, str]]:
+    """What other machines could do that nobody may have meant: (what, how to mend it, what is said with `insecure`)."""
+    if not is_loopback(config.host):
+        reached = f"--host {config.host}: other machines could reach this worker"
+        certificates = encrypted and config.tls_ca is not None
+        if not encrypted:
+            without = f"{config.host} is open to other machines without TLS{'' if asks else ' or a token'}"
+            yield f"{reached}, and nothing is encrypted", "Give --tls-cert and --tls-key", without
+        elif not asks and not certificates:
+            without = f"{config.host} is open to everyone: no token and no certificate is asked for"
+            yield f"{reached}, and it asks nobody who they are", "Give --token-file or --tls-ca", without
+    if config.metrics_port is not None and not is_loopback(config.metrics_host):
+        yield (
+            f"--metrics-host {config.metrics_host}: other machines could read the metrics, which ask for no token",
+            "Listen on a loopback address",
+            f"the metrics on {config.metrics_host} are open to everyone",
+        )
 
 
 # ---- a client's side

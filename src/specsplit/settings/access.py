@@ -43,7 +43,8 @@ class AccessSettings(Settings):
     )
     insecure: bool = setting(
         False,
-        "Allow another address than loopback, or a token to one, without TLS: on a network that is trusted.",
+        "Allow another address than loopback without TLS or without asking who calls, or a token to one without TLS: "
+        "on a network that is trusted.",
         example=True,
         note="true = send the token to other machines without TLS",
         operates=True,

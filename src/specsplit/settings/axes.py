@@ -13,3 +13,7 @@ PLAIN: dict[str, Any] = {
     for column in ("mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
 }
 CONFIGURATION = ("gamma", *PLAIN)
+# Fields of OrchestratorConfig that a sweep may vary.
+SWEPT = ("gamma", *(_FIELDS.get(column, column) for column in PLAIN))
+# Column of tables of runs that were kept apart: the number of the series, only rows of one are compared.
+SERIES = "series"

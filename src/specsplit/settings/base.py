@@ -9,16 +9,16 @@ Precedence: flag, environment variable, settings file, default.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from specsplit.errors import UserError
+from specsplit.settings.names import did_you_mean
 
 
 def setting(
@@ -55,12 +55,6 @@ def extra_of(info: FieldInfo) -> dict[str, Any]:
 def is_list(annotation: Any) -> bool:
     """Whether a setting of this type may be a list."""
     return get_origin(annotation) is list or any(is_list(part) for part in get_args(annotation))
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` with the closest known name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 class Settings(BaseModel):

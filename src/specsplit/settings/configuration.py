@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date, datetime
 from importlib.resources import files
 from typing import Any
 
@@ -20,8 +22,7 @@ from jsonschema.validators import extend
 
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
-from specsplit.settings.measure import too_few_requests
-from specsplit.settings.run import DEFAULT_DRAFT, gamma_order, synthetic_name
+from specsplit.settings.names import DEFAULT_DRAFT, gamma_order, synthetic_name, too_few_requests
 
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
 
@@ -63,12 +64,23 @@ def load_pipeline_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"The configuration has {count} (config/README.md explains every key):\n  " + "\n  ".join(lines)
         )
+    if fetched := fetched_path(config["dataset"]):
+        config["dataset"]["path"] = fetched
     config["gammas"] = sorted({0, *config["gammas"]}, key=gamma_order)
     for section in (config, config["baselines"]):
         section["tree"] = [str(TreeShape.parse(tree)) for tree in section["tree"]]
     config["capacity"]["clients"] = sorted({1, *config["capacity"]["clients"]})
     config["context"]["lengths"] = sorted(config["context"]["lengths"])
     return config
+
+
+def fetched_path(dataset: Mapping[str, Any]) -> str | None:
+    """Where the workflow puts a set of prompts that it fetches; None when the prompts are a file of the user."""
+    hub = dataset["huggingface"]
+    if not (dataset["name"] or hub):
+        return None
+    parts = [dataset["name"]] if dataset["name"] else [hub[key] for key in hub if hub[key]]
+    return f"resources/datasets/{re.sub(r'[^A-Za-z0-9._-]', '-', '@'.join(parts))}.jsonl"
 
 
 def swept_drafts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -168,6 +180,8 @@ def _own(schema: Mapping[str, Any], value: Any) -> Mapping[str, Any]:
 def _complete(value: Any, schema: Mapping[str, Any]) -> Any:
     """A plain copy of `value` with strings coerced and missing keys set to their defaults."""
     schema = _own(schema, value)
+    if isinstance(value, date):  # YAML reads 2026-01-31 as one
+        value = value.isoformat()
     if isinstance(value, str):
         value = _coerce(value, schema)
     if schema.get("oneOrMore") and isinstance(value, str | int | float):
@@ -211,7 +225,9 @@ def _explain(error: ValidationError) -> Iterator[str]:
     path = _dotted(error.absolute_path)
     value: Any = error.instance
     schema: Any = error.schema
-    if "propertyNames" in error.schema_path:
+    if "propertyNames" in error.schema_path and "enum" in schema:
+        yield _explain_unknown_key(path, str(value), {name: {} for name in schema["enum"]})
+    elif "propertyNames" in error.schema_path:
         signs = "letters, digits and . -" if path == "drafts" else "letters, digits and . _ -"
         yield (f"{path}: the name {_show(value)} cannot be a folder name; wanted a letter or digit first, then {signs}")
     elif error.validator == "oneOf":
@@ -309,6 +325,7 @@ def _read_trees(key: str, trees: list[str], shapes: dict[TreeShape, str]) -> Ite
 
 def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     """What the schema cannot say: keys that must agree with each other."""
+    yield from _check_dataset(config["dataset"])
     models = config["models"]
     paths = [f"drafts.{name}" for name in config["drafts"]] or ["draft"]
     drafts = dict(zip(paths, swept_drafts(config).values(), strict=True))
@@ -337,6 +354,21 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
             "GPU then: write device auto or cuda"
         )
     yield from _check_ngram_models(config)
+
+
+def _check_dataset(dataset: Mapping[str, Any]) -> Iterator[str]:
+    """One source of prompts, and a date that there is."""
+    default = SCHEMA["properties"]["dataset"]["properties"]["path"]["default"]
+    if dataset["name"] and dataset["huggingface"]:
+        yield "dataset.name and dataset.huggingface: two sources of prompts; set one of them to null"
+    elif (fetched := fetched_path(dataset)) and dataset["path"] not in (default, fetched):
+        other = "name" if dataset["name"] else "huggingface"
+        yield f"dataset.path and dataset.{other}: two sources of prompts; remove one of them"
+    if dataset["date"]:
+        try:
+            datetime.fromisoformat(dataset["date"])
+        except ValueError as error:
+            yield f"dataset.date: {_show(dataset['date'])}: {error}"
 
 
 def _check_ngram_models(config: Mapping[str, Any]) -> Iterator[str]:

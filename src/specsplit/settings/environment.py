@@ -1,31 +1,31 @@
-"""The SPECSPLIT_* variables: which there are, and that no other one is set."""
+"""The SPECSPLIT_* variables: which there are, and that no other one is set.
+
+facts.json, made from the settings by scripts/settings.py, lists them, so that Snakemake checks them without pydantic.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from importlib.resources import files
+from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.settings.base import Settings, did_you_mean
-from specsplit.settings.distill import TrainingSettings, WritingSettings
-from specsplit.settings.run import OrchestratorConfig
-from specsplit.settings.serve import ServeSettings
-from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
+from specsplit.settings.names import did_you_mean
 
+FACTS: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("facts.json").read_text("utf-8"))
 # Variables that are no settings: a secret, the format of logs, and what a process tells those that it starts.
 INTERNAL = {
     *("SPECSPLIT_TOKEN", "SPECSPLIT_LOG_FORMAT"),
-    *("SPECSPLIT_LEASE_PID", "SPECSPLIT_LEASE_HOST", "SPECSPLIT_WORKFLOW_COMMAND"),
+    *("SPECSPLIT_LEASE_PID", "SPECSPLIT_LEASE_HOST", "SPECSPLIT_LEASE_FILE"),
+    *("SPECSPLIT_STARTER_PID", "SPECSPLIT_WORKFLOW_COMMAND"),
     "SPECSPLIT_SOAK",  # marks the processes of tests/soak.py
 }
-CLASSES: list[type[Settings]] = [
-    *(OrchestratorConfig, DraftWorkerConfig, TargetWorkerConfig, ServeSettings, WritingSettings, TrainingSettings)
-]
 
 
 def known_variables() -> set[str]:
     """Every variable that means something."""
-    settings = {name for cls in CLASSES for field in cls.model_fields for name in cls.variables(field)}
-    return settings | INTERNAL
+    return {*FACTS["variables"], *FACTS["deciding_variables"], *INTERNAL}
 
 
 def check_environment() -> None:
@@ -41,13 +41,7 @@ def refuse_overrides() -> None:
 
     What only operates a process, as an address, may be set.
     """
-    deciding = {
-        name
-        for cls in CLASSES
-        for field in set(cls.model_fields) - cls.operating()
-        for name in cls.variables(field)
-        if os.environ.get(name)
-    }
+    deciding = [name for name in FACTS["deciding_variables"] if os.environ.get(name)]
     if deciding:
         raise UserError(
             f"{', '.join(sorted(deciding))}: would change results behind the back of the configuration; unset it and "

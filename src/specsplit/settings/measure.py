@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Self
+import json
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from specsplit.decoding.theory import PipelineMode
 from specsplit.settings.base import Settings, setting
+from specsplit.settings.names import REQUESTS_A_CLIENT, too_few_requests
 from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MODES, Gamma, Milliseconds, OnBadLine
 from specsplit.settings.worker import ComputeSettings, Dtype
 
@@ -26,10 +28,31 @@ Peer = Annotated[
     ),
 ]
 
+Setup = Literal["target_streamed", "colocated"]
+
+
+StandardName = Literal["spec-bench", "mt-bench", "gsm8k", "humaneval", "mbpp", "math-500", "speed-bench", "alpaca"]
+PromptPart = Literal["prompt", "id", "category", "system"]
+
 
 class PromptSettings(Settings):
     """Which prompts of a file are taken."""
 
+    columns: dict[PromptPart, Annotated[str, Field(min_length=1)]] = setting(
+        {},
+        "The columns of the file that hold `prompt`, `id`, `category` and `system` message, where they have other "
+        "names than docs/prompts.md lists. On the command line: prompt=question,id=task_id. `a.b` is the key b of a.",
+        example={"prompt": "question", "id": "task_id"},
+        note="{ prompt: question, id: task_id, category: subject }, where the file has names of its own",
+        schema={"title": "a mapping of prompt, id, category, system to names of columns"},
+    )
+    turns: Literal["first", "all"] = setting(
+        "first",
+        "Of a conversation with several turns: `first` is the prompt, and the later ones are counted in the manifest; "
+        "`all` makes each a request of its own, after the answers that the target wrote to those before it.",
+        example="all",
+        note="first | all: each turn a request, after the target's own answers",
+    )
     limit: int | None = setting(
         None,
         "How many prompts: a stratified slice over the categories; null takes every prompt.",
@@ -43,6 +66,43 @@ class PromptSettings(Settings):
         example="skip",
         note="stop | skip (skipped lines are listed in the manifest)",
     )
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _read_columns(cls, value: Any) -> Any:
+        """A mapping as a flag gives it: prompt=question,id=task_id, or as JSON."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("{"):
+            try:
+                return json.loads(value)
+            except ValueError:
+                raise ValueError("not JSON; write prompt=question,id=task_id") from None
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        if any(not sign or not name.strip() for _, sign, name in pairs):
+            raise ValueError("write prompt=question,id=task_id")
+        return {part.strip(): name.strip() for part, _, name in pairs}
+
+
+class TokenSettings(Settings):
+    """How prompts become tokens, once for all runs."""
+
+    use_chat_template: bool = setting(True, "Wrap the prompts in the model's chat template, when it has one.")
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d)?)?$")] | None = setting(
+        None,
+        "The date, or date and time, that a chat template is told that prints it (as Llama 3's does); null: when the "
+        "prompts are prepared. The manifest records it.",
+        example="2026-01-31",
+        note="that a chat template is told which prints it; null = when the prompts are prepared",
+        schema={"title": "a date as 2026-01-31 or 2026-01-31T14:30"},
+    )
+
+    @field_validator("date")
+    @classmethod
+    def _is_a_date(cls, value: str | None) -> str | None:
+        if value is not None:
+            datetime.fromisoformat(value)
+        return value
 
 
 class WarmupSettings(PromptSettings):
@@ -65,6 +125,14 @@ class BenchSettings(WarmupSettings):
         note="times that every request is measured; statistics take the median over them first",
         ge=1,
     )
+    setups: list[Setup] = setting(
+        ["target_streamed", "colocated"],
+        "What every run measures beside gamma 0, request by request in turn with its own configuration: "
+        "`target_streamed` (the target worker decodes alone and streams its tokens) and `colocated` (the same models "
+        "in one process, which takes their memory once more).",
+        example=["target_streamed"],
+        note="measured in every run beside gamma 0; [] = neither",
+    )
     start_workers: bool = setting(
         False, "Start the workers that `draft` and `target` of --settings describe for this call alone.", operates=True
     )
@@ -82,7 +150,6 @@ class BenchSettings(WarmupSettings):
 
 CLOSED = "closed"
 ArrivalPattern = Literal["constant", "poisson", "gamma"]
-REQUESTS_A_CLIENT = 4  # at least, or there is no time in which all clients are at work and none starts or ends
 
 
 class CapacitySettings(WarmupSettings):
@@ -156,14 +223,6 @@ class CapacitySettings(WarmupSettings):
         return self
 
 
-def too_few_requests(clients: Sequence[int], requests: int) -> str:
-    """What is wrong with so many requests for the most clients, in words; empty when nothing is."""
-    least = REQUESTS_A_CLIENT * max(clients)
-    return (
-        "" if requests >= least else f"requests is {requests}: {max(clients)} clients need at least {least}, four each"
-    )
-
-
 class ContextSettings(PromptSettings):
     """The cost of a token against the length of its context."""
 
@@ -176,6 +235,18 @@ class ContextSettings(PromptSettings):
     gamma: list[Gamma] = setting([0, 3], "Draft lengths, in mode sync.", example=[5], min_length=1)
     output_tokens: int = setting(32, "Tokens written after each context.", example=128, ge=8)
     texts: int = setting(3, "Different texts at each length.", example=8, ge=1)
+
+
+class MergeSettings(Settings):
+    """How runs are put together."""
+
+    keep_apart: bool = setting(
+        False,
+        "Keep runs that do not belong together (other prompts, models, settings, machine or code) as series that are "
+        "never compared, instead of refusing them.",
+        example=True,
+        note="runs on other machines, code or prompts become series that are never compared; false refuses them",
+    )
 
 
 DraftLength = Annotated[int, Field(ge=1, le=MAX_GAMMA)]

@@ -11,10 +11,9 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.decoding.tree import TreeShape
 from specsplit.settings.access import AccessSettings
 from specsplit.settings.base import Settings, setting
+from specsplit.settings.names import DEFAULT_DRAFT, synthetic_name
 
-AUTO = "auto"
 MODES = get_args(PipelineMode)
-DEFAULT_DRAFT = "draft"  # name of a draft that has no other
 MAX_GAMMA = 64
 AUTO_GAMMA_LIMIT = 16  # drafts longer than this pay nowhere that was measured
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0  # but for 0: beyond them logits overflow, or say nothing
@@ -40,17 +39,6 @@ DraftFailure = Literal["reconnect", "target_alone", "fail"]
 OnBadLine = Literal["stop", "skip"]
 DRAFT_NAME = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"
 SEVERAL = "; `specsplit bench` takes several: {} 1 3 5 or {} 1,3,5"
-
-
-def synthetic_name(draft: str, acceptance: float | None) -> str:
-    """The name of a draft whose acceptance is forced; its own when it is not."""
-    mark = "" if acceptance is None else f"-synthetic-{acceptance:g}"
-    return draft if draft.endswith(mark) else draft + mark
-
-
-def gamma_order(gamma: int | str) -> float:
-    """Sorts draft lengths: numbers first, then `auto`."""
-    return float("inf") if gamma == AUTO else float(gamma)
 
 
 class OrchestratorConfig(AccessSettings):

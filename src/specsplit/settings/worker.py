@@ -20,6 +20,9 @@ Device = Annotated[
 ]
 
 
+WAITING_CALLS = 256  # that wait for one of max_calls, or for their client
+
+
 class ComputeSettings(Settings):
     """Where and with how many threads a model runs."""
 
@@ -62,7 +65,8 @@ class WorkerSettings(AccessSettings, ComputeSettings):
     )
     max_sessions: int = setting(
         8,
-        "Sessions that a worker keeps at once; the least recently used idle one goes first.",
+        "Sessions that a worker keeps at once. The least recently used idle one goes first; while all are in use, who "
+        "comes waits in line.",
         example=32,
         operates=True,
         ge=1,
@@ -70,8 +74,24 @@ class WorkerSettings(AccessSettings, ComputeSettings):
     session_ttl_s: float = setting(
         600.0, "Seconds after which an idle session is dropped.", example=60, operates=True, gt=0
     )
+    session_wait_s: float = setting(
+        60.0, "Seconds that a stream waits in line for a session, at most.", operates=True, ge=0
+    )
+    session_slice_s: float = setting(
+        10.0,
+        "Seconds that a session in use is its stream's while others wait in line, or 20 times what it takes to read "
+        "its context, if that is more.",
+        operates=True,
+        gt=0,
+    )
+    stream_idle_s: float = setting(
+        120.0, "Seconds after which a stream that says nothing is ended.", operates=True, gt=0
+    )
     max_calls: int | None = setting(
-        None, "Calls and streams at once; null: 16 more than twice max_sessions.", operates=True, ge=1
+        None,
+        "Calls and streams that are worked on at once, others wait; null: 16 more than twice max_sessions.",
+        operates=True,
+        ge=1,
     )
     cache_memory_mb: int | None = setting(
         None,
@@ -83,6 +103,13 @@ class WorkerSettings(AccessSettings, ComputeSettings):
         ge=1,
     )
     max_tree_nodes: int = setting(256, "Largest tree drafted or verified.", ge=1)
+    max_message_mb: int = setting(
+        16,
+        "MiB of a message, at most; a proxy in between may take less. Clients keep within it.",
+        operates=True,
+        ge=1,
+        le=16,
+    )
     seed: int = setting(0, "Seed of torch in this process.")
     drain_s: float = setting(3.0, "Seconds that running calls get to finish after SIGTERM.", operates=True, ge=0)
     metrics_port: int | None = setting(
@@ -93,6 +120,15 @@ class WorkerSettings(AccessSettings, ComputeSettings):
     @property
     def call_limit(self) -> int:
         return self.max_calls or 2 * self.max_sessions + 16
+
+    @property
+    def stream_limit(self) -> int:
+        """Calls and streams that are open at once, those that wait for a place or for their client included."""
+        return self.call_limit + WAITING_CALLS
+
+    @property
+    def message_bytes(self) -> int:
+        return self.max_message_mb << 20
 
 
 class DraftWorkerConfig(WorkerSettings):

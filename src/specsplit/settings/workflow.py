@@ -6,7 +6,7 @@ it. `specsplit.settings.configuration` reads a configuration by the JSON Schema 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -19,8 +19,11 @@ from specsplit.settings.measure import (
     ContextSettings,
     IntervalSettings,
     LayerSettings,
+    MergeSettings,
     Peer,
     PromptSettings,
+    StandardName,
+    TokenSettings,
 )
 from specsplit.settings.models import (
     EMBEDDED,
@@ -146,6 +149,14 @@ NamedDraft: Any = section(
     skip_count=other("skip_count", type_of(LayerSettings, "skip_count"), 4),
 )[0]
 
+HubDataset: Any = section(
+    "",
+    id=key(str, ..., "owner/name", schema={"title": "owner/name"}, pattern=r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$"),
+    config=key(str | None, None, "Its configuration.", min_length=1),
+    split=key(str | None, None, "Its split.", min_length=1),
+    revision=key(str | None, None, "A branch, tag or commit.", min_length=1),
+)[0]
+
 Workflow: type[BaseModel] = section(
     "",
     gammas=axis(
@@ -171,13 +182,35 @@ Workflow: type[BaseModel] = section(
         path=key(
             str,
             "resources/prompts/specsplit-48.jsonl",
-            "JSON lines file; each line has `prompt`, `conversations` or `turns`. Relative to the working directory.",
+            "A file of prompts: JSON lines, JSON, CSV, Parquet or Arrow, of any shape that docs/prompts.md lists; or a "
+            "folder that `datasets` saved. Relative to the working directory.",
             example="data/my-prompts.jsonl",
-            note="prompt | conversations | turns, one JSON object a line",
+            note="JSON lines, JSON, CSV, Parquet, Arrow: docs/prompts.md",
             min_length=1,
         ),
+        name=key(
+            str | None,
+            None,
+            "A standard set, fetched once, instead of `path`: docs/prompts.md.",
+            example="spec-bench",
+            note=f"{' | '.join(get_args(StandardName))}, instead of path",
+            pattern=f"^({'|'.join(get_args(StandardName))})$",
+            schema={"title": f"one of {', '.join(get_args(StandardName))}"},
+        ),
+        huggingface=key(
+            HubDataset | None,
+            None,
+            "A dataset of the Hugging Face Hub, fetched once, instead of `path`: its `id` (owner/name) and, where it "
+            "has them, `config` and `split` (else the only one, or test), and `revision` (else main).",
+            example={"id": "openai/gsm8k", "config": "main", "split": "test"},
+            note="{ id: owner/name, config: main, split: test, revision: COMMIT }, instead of path",
+            schema={"title": "a mapping of id, config, split, revision"},
+        ),
+        columns=same(PromptSettings, "columns"),
+        turns=same(PromptSettings, "turns"),
         limit=same(PromptSettings, "limit", default=16),
         on_bad_line=same(PromptSettings, "on_bad_line"),
+        date=same(TokenSettings, "date"),
     ),
     generation=section(
         "When and how a text ends.",
@@ -206,6 +239,8 @@ Workflow: type[BaseModel] = section(
     ),
     warmup_requests=same(BenchSettings, "warmup"),
     repeats=same(BenchSettings, "repeats"),
+    keep_apart=same(MergeSettings, "keep_apart"),
+    setups=same(BenchSettings, "setups", schema=UNIQUE),
     models=key(
         dict[str, Source],
         {**EMBEDDED, **SHIPPED_DRAFT},

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specsplit.decoding.tree import TokenTree
-from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.passes import EMPTY, Pass, all_or_none
+from specsplit.launch.host import worker_host
 from specsplit.worker.refusals import Abandoned, Stopped
 
 if TYPE_CHECKING:
@@ -30,12 +31,15 @@ RETURN_WAIT = 0.15  # Wait for returning sessions this share of the last pass's 
 MAX_SKIPPED_WAITS = 32  # Skip the wait for at most this many passes after it repeatedly gained nothing.
 
 
-def describe_runtime(device: Any, seed: int) -> dict[str, str]:
-    """What else than the model determines the results of this process, for Describe. device: of the model."""
+def describe_runtime(device: Any, seed: int, engine: str) -> dict[str, str]:
+    """What else than the model determines the results of this process, for Describe. device: of the model. engine: its
+    class."""
     cuda = torch.device(device).type == "cuda"
     algorithms = "warn only" if torch.is_deterministic_algorithms_warn_only_enabled() else "enforced"
     return {
+        **worker_host(),
         "host": socket.gethostname(),
+        "engine": engine,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
@@ -67,6 +71,7 @@ class _Request:
 
     work: Pass
     gone: Callable[[], bool]
+    is_prompt: bool = False  # a part of a long one
     arrived: float = field(default_factory=time.perf_counter)
     began: float = 0.0
     logits: torch.Tensor | None = None
@@ -90,6 +95,7 @@ class SharedModel:
         self._recent: tuple[set[int], set[int]] = (set(), set())  # sessions of the last two passes, by cache
         self._wait_until = 0.0  # time.perf_counter() until which returning sessions are waited for
         self._skips = self._skips_left = 0  # passes that start without that wait
+        self._overdue: set[int] = set()  # requests that come before the next part of a prompt
         self._closed = False
         self._lock = threading.Lock()  # no request arrives after the None of `close`
         self._clock = threading.local()
@@ -132,12 +138,14 @@ class SharedModel:
         Raises Stopped when the model is closed before the pass begins, Abandoned when the client has left (`timed`).
         The cache is as before then, as after any other error.
         """
-        held, most = cache.length, self.model.batch_tokens or len(tokens)
+        held, part = cache.length, self.model.prefill_tokens
+        most = min(part, self.model.batch_tokens or part)
+        is_prompt = len(tokens) > most
         try:
             while len(tokens) > most:
-                self._ask(Pass(cache, tokens[:most]))
+                self._ask(Pass(cache, tokens[:most]), is_prompt)
                 tokens = tokens[most:]
-            return self._ask(Pass(cache, tokens, tree, cached_nodes))
+            return self._ask(Pass(cache, tokens, tree, cached_nodes), is_prompt)
         except BaseException:
             cache.rollback(held)
             raise
@@ -148,9 +156,9 @@ class SharedModel:
             self._closed = True
             self._arrivals.put(None)
 
-    def _ask(self, work: Pass) -> torch.Tensor:
+    def _ask(self, work: Pass, is_prompt: bool) -> torch.Tensor:
         watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
-        request = _Request(work, watch.gone)
+        request = _Request(work, watch.gone, is_prompt)
         with self._lock:
             if self._closed:
                 raise _stopped()
@@ -212,12 +220,18 @@ class SharedModel:
         self._skips = self._skips_left = min(2 * self._skips + 1, MAX_SKIPPED_WAITS) if in_vain else 0
 
     def _batch(self) -> list[_Request]:
-        """The earliest requests, as many as fit into one pass."""
+        """The earliest requests, as many as fit into one pass.
+
+        Those that waited while a part of a prompt ran come before the next part, so that between two tokens of a text
+        there is one part at most, whatever the number of prompts.
+        """
+        self._waiting = deque(sorted(self._waiting, key=lambda request: id(request) not in self._overdue))
         batch = [self._waiting.popleft()]
         left = self.model.batch_tokens - batch[0].work.size
         while self._waiting and self._waiting[0].work.size <= left:
             batch.append(self._waiting.popleft())
             left -= batch[-1].work.size
+        self._overdue -= {id(request) for request in batch}
         return batch
 
     def _run_pass(self, batch: Sequence[_Request]) -> None:
@@ -233,23 +247,28 @@ class SharedModel:
         if running:
             self._compute(running)
         ended = time.perf_counter()
+        if any(request.is_prompt for request in running):
+            while not self._arrivals.empty():
+                self._take()
+            self._overdue = {id(request) for request in self._waiting if not request.is_prompt}
         self._wait_until = ended + RETURN_WAIT * (ended - began)
         self._recent = {id(request.work.cache) for request in running}, self._recent[0]
         for request in batch:
             request.done.put(None)
 
     def _compute(self, batch: Sequence[_Request]) -> None:
-        """One pass. When it fails, one pass for each request, so that only what is wrong fails."""
-        lengths = [request.work.cache.length for request in batch]
+        """One pass. When it fails it has happened for none of them, and each request gets a pass of its own, so that
+        only what is wrong fails."""
         try:
-            for request, logits in zip(batch, self.model.step_many([r.work for r in batch]), strict=True):
-                request.logits = logits
+            with all_or_none(request.work.cache for request in batch):
+                logits = self.model.step_many([request.work for request in batch])
+                for request, own in zip(batch, logits, strict=True):
+                    request.logits = own
         except BaseException as error:
             if len(batch) == 1:
-                batch[0].error = error
+                batch[0].logits, batch[0].error = None, error
                 return
-            for request, length in zip(batch, lengths, strict=True):
-                request.work.cache.rollback(length)
+            for request in batch:
                 self._compute([request])
 
 

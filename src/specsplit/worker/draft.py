@@ -7,6 +7,7 @@ never computed again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -23,6 +24,8 @@ from specsplit.worker.sessions import Session
 if TYPE_CHECKING:
     from specsplit.engines.passes import Steps
     from specsplit.models.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class DraftState:
     children: dict[tuple[int, int], int] = field(default_factory=dict)  # (node, token) -> node
     candidates: dict[int, Candidates] = field(default_factory=dict)  # by node, and ROOT for the context
     made_for: object = None  # sampling and vocabulary that the candidates are for
+    overflowed: bool = False  # Numbers of the model were not finite: drafts end there, and the nodes are not kept.
 
     def add(self, parent: int, token: int, token_id: int, log_prob: float) -> int:
         node = self.nodes.add(token, parent, log_prob)
@@ -206,6 +210,8 @@ class Drafter:
         positions = [len(self.context) + depth for depth in depths]
         found = candidates(logits, positions, self.settings.sampling, CANDIDATES)
         self.state.candidates.update(zip(nodes, found, strict=True))
+        if not all(each.token_ids for each in found) and bool((logits.isnan() | logits.isposinf()).any()):
+            self.state.overflowed = True
 
     def _force(self, nodes: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         """The logits after nodes that the target would choose, made right or wrong as asked; others as they are."""
@@ -223,6 +229,10 @@ class Drafter:
 
     def _move_to_context(self) -> None:
         """Keep what is still valid: the context, the accepted path and everything below its end."""
+        if self.state.overflowed:
+            log.warning("the draft model overflows on a text: drafts end there, the text goes on")
+            self._forget()
+            self.session.cache.clean()
         session, state, cache = self.session, self.state, self.session.cache
         ids = self.vocabulary.context(self.context)
         made_for = (self.settings.sampling, self.settings.vocab_size)
@@ -281,7 +291,7 @@ class Drafter:
         self.session.state = self.state = new
 
     def _forget(self) -> None:
-        """Drop all nodes after a failed pass: only the context is certain to be in the cache."""
+        """Drop all nodes, after a failed pass for example: only the context is certain to be in the cache."""
         self.session.cache.rollback(min(self.session.cache.length, len(self.state.ids)))
         self.session.state = self.state = DraftState(ids=self.state.ids)
 

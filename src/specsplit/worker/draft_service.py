@@ -9,7 +9,7 @@ import grpc
 
 from specsplit.decoding.forced import Forced
 from specsplit.decoding.growth import DraftSettings
-from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES, TokenTree, TreeShape
+from specsplit.decoding.tree import MAX_TREE_NODES, TokenTree, TreeShape
 from specsplit.models.vocabulary import Vocabulary
 from specsplit.rpc.codec import sampling_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -17,12 +17,12 @@ from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.run import MAX_GAMMA
 from specsplit.settings.worker import DraftWorkerConfig
 from specsplit.worker.batching import SharedModel
+from specsplit.worker.calls import Caller
 from specsplit.worker.draft import Drafter
 from specsplit.worker.inbox import Inbox
-from specsplit.worker.refusals import InvalidRequest
-from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
+from specsplit.worker.refusals import InvalidRequest, SessionLost
+from specsplit.worker.servicer import WorkerServicer
 
-MAX_STOP_TOKENS = 1024
 MOST_FORCED = 2 * MAX_GAMMA + 1  # a draft, the token after it, and a draft ahead
 
 
@@ -98,17 +98,23 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         tree: TokenTree,
         abandoned: Callable[[], bool],
     ) -> pb.GenerateDraftsReply | None:
-        """Drafts for the likely outcomes of verifying `tree`; None when a newer request has arrived."""
+        """Drafts for the likely outcomes of verifying `tree`, none when a newer request has arrived; None without a
+        session."""
         ahead = request.ahead
-        with self.sessions.use(request.context, caller.owner) as session:
-            if session.last_round != request.context.round:  # evicted and opened anew
-                return None
-            with self.model.timed(caller.gone) as watch:
+        try:
+            with (
+                self.sessions.use(request.context, caller, new=False) as session,
+                self.model.timed(caller.gone) as watch,
+            ):
                 outcomes = Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
                     tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
                 )
-        if abandoned():
+        except SessionLost:  # the next request will say so
             return None
+        if self.metrics is not None:
+            self.metrics.ahead(watch.compute_ms)
+        if abandoned():  # nobody wants them, but what they took is counted
+            outcomes = []
         reply = pb.GenerateDraftsReply(
             round=request.context.round,
             is_ahead=True,
@@ -127,23 +133,25 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
 
     def _settings(self, request: pb.GenerateDraftsRequest) -> DraftSettings:
         """The settings of a request. Raises InvalidRequest or LimitReached."""
-        gamma, ahead = request.max_draft_tokens, request.ahead
-        if not 1 <= gamma <= MAX_GAMMA:
-            raise InvalidRequest(f"max_draft_tokens must be 1 to {MAX_GAMMA}, got {gamma}")
-        if len(request.branching) > MAX_GAMMA:
-            raise InvalidRequest(f"branching has {len(request.branching)} levels, a draft has at most {MAX_GAMMA}")
+        gamma, ahead, most = request.max_draft_tokens, request.ahead, self.limits
+        if not 1 <= gamma <= most.draft_tokens:
+            raise InvalidRequest(f"max_draft_tokens must be 1 to {most.draft_tokens}, got {gamma}")
         branching = list(request.branching)
-        if any(not 1 <= width <= MAX_BRANCHING for width in branching):
-            raise InvalidRequest(f"branching {branching}: a level has 1 to {MAX_BRANCHING} children")
+        if len(branching) > most.draft_tokens:
+            raise InvalidRequest(f"branching has {len(branching)} levels, a draft has at most {most.draft_tokens}")
+        if any(not 1 <= width <= most.children for width in branching):
+            raise InvalidRequest(f"branching {branching}: a level has 1 to {most.children} children")
         nodes, width = request.tree_nodes, request.tree_width
-        if nodes and not (nodes <= MAX_TREE_NODES and 1 <= width <= MAX_TREE_NODES):
-            raise InvalidRequest(f"tree_nodes and tree_width must be 1 to {MAX_TREE_NODES}")
+        if nodes and not (nodes <= MAX_TREE_NODES and 1 <= width <= most.tree_width):
+            raise InvalidRequest(f"tree_nodes and tree_width must be 1 to {min(MAX_TREE_NODES, most.tree_width)}")
         if nodes and branching:
             raise InvalidRequest("a tree has either tree_nodes or branching")
-        if len(request.stop_token_ids) > MAX_STOP_TOKENS:
-            raise InvalidRequest(f"{len(request.stop_token_ids)} stop tokens are more than {MAX_STOP_TOKENS}")
-        if ahead.fan_out > MAX_FAN_OUT or ahead.max_draft_tokens > MAX_GAMMA:
-            raise InvalidRequest(f"ahead: fan_out is at most {MAX_FAN_OUT}, max_draft_tokens at most {MAX_GAMMA}")
+        if len(request.stop_token_ids) > most.stop_tokens:
+            raise InvalidRequest(f"{len(request.stop_token_ids)} stop tokens are more than {most.stop_tokens}")
+        if ahead.fan_out > most.fan_out or ahead.max_draft_tokens > most.draft_tokens:
+            raise InvalidRequest(
+                f"ahead: fan_out is at most {most.fan_out}, max_draft_tokens at most {most.draft_tokens}"
+            )
         forced = Forced(tuple(request.forced.tokens), tuple(request.forced.right))
         if len(forced.tokens) != len(forced.right) or len(forced.tokens) > MOST_FORCED:
             raise InvalidRequest(f"forced: tokens and right have one length, at most {MOST_FORCED}")

@@ -6,6 +6,7 @@ gRPC asks it once per call or stream, never per message.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -13,6 +14,9 @@ import grpc
 
 from specsplit.rpc.codec import MALFORMED, lenient
 from specsplit.rpc.credentials import ServerAccess
+from specsplit.rpc.statuses import RETRY_AFTER
+from specsplit.worker.calls import Caller, OpenCalls, Peer
+from specsplit.worker.refusals import Busy
 
 OWN_METHODS = "/specsplit."
 
@@ -20,13 +24,19 @@ OWN_METHODS = "/specsplit."
 class AuthInterceptor(grpc.ServerInterceptor):
     """Refuse, in this order: callers without a valid token, our methods while the model loads, unknown methods.
 
-    Bytes that are not a message are refused with INVALID_ARGUMENT; gRPC alone would say INTERNAL.
+    Bytes that are not a message are refused with INVALID_ARGUMENT; gRPC alone would say INTERNAL. A call is counted
+    among the open ones while it waits for its message; one of another service as long as it is open.
     served: name of the service, for the refusal of an unknown method. on_refused: gets the status of each refusal.
     """
 
     def __init__(
-        self, access: ServerAccess, served: str, on_refused: Callable[[grpc.StatusCode], None] | None = None
+        self,
+        access: ServerAccess,
+        served: str,
+        open_calls: OpenCalls,
+        on_refused: Callable[[grpc.StatusCode], None] | None = None,
     ) -> None:
+        self._open_calls = open_calls
         self.loading = True
         self._access = access
         self._served = served
@@ -48,7 +58,7 @@ class AuthInterceptor(grpc.ServerInterceptor):
             return self._refuse(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not served here, but {self._served}")
         known = self._checked.get(method)
         if known is None or known[0] is not handler:
-            known = self._checked[method] = handler, _check_messages(handler, method.startswith(OWN_METHODS))
+            known = self._checked[method] = handler, self._checks(handler, own=method.startswith(OWN_METHODS))
         return known[1]
 
     def _refuse(self, status: grpc.StatusCode, details: str) -> grpc.RpcMethodHandler:
@@ -57,28 +67,61 @@ class AuthInterceptor(grpc.ServerInterceptor):
             self._on_refused(status)
         return grpc.stream_stream_rpc_method_handler(lambda requests, context: context.abort(status, details))
 
+    def _checks(self, handler: Any, *, own: bool) -> grpc.RpcMethodHandler:
+        """The handler, which refuses malformed messages. Our own streams look for MALFORMED themselves (Inbox)."""
+        kind = f"{_many(handler.request_streaming)}_{_many(handler.response_streaming)}"
+        behaviour = getattr(handler, kind)
+        handler = handler._replace(request_deserializer=lenient(handler.request_deserializer))
+        if handler.request_streaming and own:
+            return handler
+        if handler.request_streaming:
 
-def _check_messages(handler: Any, own: bool) -> grpc.RpcMethodHandler:
-    """The handler, which refuses malformed messages. Our own streams (`own`) look for MALFORMED themselves (Inbox)."""
-    handler = handler._replace(request_deserializer=lenient(handler.request_deserializer))
-    kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
-    behaviour = getattr(handler, kind)
-    if not handler.request_streaming:
+            def messages(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+                for request in requests:
+                    if request is MALFORMED:
+                        context.abort(grpc.StatusCode.INVALID_ARGUMENT, MALFORMED.why)
+                    yield request
 
-        @wraps(behaviour)
-        def checked(request: Any, context: grpc.ServicerContext, *rest: Any, **named: Any) -> Any:
+            def stream(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+                with self._counted(context):
+                    yield from behaviour(messages(requests, context), context)
+
+            return handler._replace(**{kind: stream})
+        if getattr(behaviour, "experimental_non_blocking", False):  # Watch of health: it takes no thread
+
+            @wraps(behaviour)
+            def checked(request: Any, context: grpc.ServicerContext, *rest: Any, **named: Any) -> Any:
+                if request is MALFORMED:
+                    context.abort(grpc.StatusCode.INVALID_ARGUMENT, MALFORMED.why)
+                return behaviour(request, context, *rest, **named)
+
+            return handler._replace(**{kind: checked})
+
+        def unary(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            # Read here and not by gRPC, which would wait for the message of a silent client forever.
+            with self._counted(context):
+                request = next(requests, MALFORMED)
             if request is MALFORMED:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, MALFORMED.why)
-            return behaviour(request, context, *rest, **named)
+            return behaviour(request, context)
 
-        return handler._replace(**{kind: checked})
-    if own:
-        return handler
+        as_stream = f"stream_{_many(handler.response_streaming)}"
+        return handler._replace(request_streaming=True, **{kind: None, as_stream: unary})
 
-    def messages(requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        for request in requests:
-            if request is MALFORMED:
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, MALFORMED.why)
-            yield request
+    @contextmanager
+    def _counted(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Count a call among the open ones. When it has to make room, or says nothing for too long, it is cancelled."""
+        owner = self._access.owner(context.invocation_metadata()) or ""
+        caller = Caller(owner, peer=Peer.of(owner, context.peer()), end=context.cancel)
+        try:
+            with self._open_calls.open(caller):
+                yield
+        except Busy as error:
+            context.set_trailing_metadata(((RETRY_AFTER, str(error.retry_after_ms)),))
+            context.abort(error.status, str(error))
+        except grpc.RpcError:
+            context.abort(grpc.StatusCode.CANCELLED, str(caller.displaced or "the client is gone"))
 
-    return handler._replace(**{kind: lambda requests, context: behaviour(messages(requests, context), context)})
+
+def _many(streaming: bool) -> str:
+    return "stream" if streaming else "unary"

@@ -38,6 +38,9 @@ class Metrics:
         self._refused = Counter("refused", "Calls that ended with another status than OK", ["status"], **known)
         self._queue = Histogram("queue_seconds", "Waiting for the model, by round", buckets=SECONDS, **known)
         self._compute = Histogram("compute_seconds", "Work of a round without that", buckets=SECONDS, **known)
+        self._ahead = Counter(
+            "ahead_compute_seconds", "Work of drafting ahead, of use or not; not in compute_seconds", **known
+        )
         self._sessions = Gauge("sessions", "Sessions held", **known)
         self._cache = Gauge("cache_bytes", "Memory reserved for the caches of sessions", **known)
         self._waiting = Gauge("waiting_passes", "Passes that wait for the model now", **known)
@@ -74,6 +77,9 @@ class Metrics:
         self._accepted.inc(accepted)
         self._queue.observe(queue_ms / 1e3)
         self._compute.observe(compute_ms / 1e3)
+
+    def ahead(self, compute_ms: float) -> None:
+        self._ahead.inc(compute_ms / 1e3)
 
     def refused(self, status: grpc.StatusCode) -> None:
         self._refused.labels(status.name).inc()

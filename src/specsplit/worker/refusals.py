@@ -41,6 +41,12 @@ class Busy(LimitReached):
     retry_after_ms = 100
 
 
+class NotFinite(Refusal):
+    """The model overflows on this text: its logits hold NaN or infinity, so there is no right token."""
+
+    status = grpc.StatusCode.DATA_LOSS
+
+
 class Abandoned(Refusal):
     """The client cancelled the call or its deadline passed, so nothing more is computed for it."""
 

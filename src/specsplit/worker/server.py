@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,6 +21,7 @@ from specsplit.engines.loading import check_model, load_model, target_tokenizer
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint, describe_identity
 from specsplit.launch.environment import usable_cores
+from specsplit.launch.heartbeat import start_heartbeat
 from specsplit.launch.lease import Lease, lease_holder
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import pack_tokenizer
@@ -30,6 +32,7 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
+from specsplit.worker.calls import OpenCalls
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.interceptor import AuthInterceptor
 from specsplit.worker.prometheus import Metrics
@@ -39,7 +42,8 @@ from specsplit.worker.target_service import TargetServicer
 
 log = logging.getLogger(__name__)
 LEASE_POLL_S = 0.5
-SPARE_CALLS = 16  # beyond max_calls, so that health, Describe and refusals are always answered
+SPARE_CALLS = 16  # beyond those that wait, so that health, Describe and refusals are always answered
+SWEEP_S = 1.0
 SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
     ("grpc.so_reuseport", 0),  # otherwise two workers could listen on one port and share its calls
@@ -81,12 +85,15 @@ class WorkerServer:
         self._access = ServerAccess.load(config)
         self.metrics = Metrics() if config.metrics_port is not None else None
         self.spans = WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
-        self._auth = AuthInterceptor(self._access, self.service, self.metrics.refused if self.metrics else None)
-        threads = config.call_limit + SPARE_CALLS
+        self._open_calls = OpenCalls(config.stream_limit, config.stream_idle_s)
+        refused = self.metrics.refused if self.metrics else None
+        self._auth = AuthInterceptor(self._access, self.service, self._open_calls, refused)
+        self._stopped = threading.Event()
+        threads = config.stream_limit + SPARE_CALLS
         self._server = grpc.server(
             ThreadPoolExecutor(threads, "rpc"),  # started when they are needed; they mostly wait for the model
             interceptors=[self._auth],
-            options=SERVER_OPTIONS,
+            options=list({**dict(SERVER_OPTIONS), "grpc.max_receive_message_length": config.message_bytes}.items()),
             maximum_concurrent_rpcs=threads,
         )
         self._late = _LateService()
@@ -111,6 +118,7 @@ class WorkerServer:
                 f"Choose another --port (0 = any free one) or --host."
             ) from error
         self._server.start()
+        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
         if self.metrics is not None:
             assert self.config.metrics_port is not None
             self.metrics.listen(self.config.metrics_host, self.config.metrics_port)
@@ -124,6 +132,7 @@ class WorkerServer:
             self.metrics.watch(servicer.sessions, servicer.model, servicer.Describe(pb.DescribeRequest(), None))
             servicer.metrics = self.metrics
         servicer.spans = self.spans
+        servicer.open_calls = self._open_calls
         if isinstance(servicer, DraftServicer):
             pb_grpc.add_DraftServiceServicer_to_server(servicer, self._late)
         else:
@@ -134,11 +143,16 @@ class WorkerServer:
     def stop(self) -> None:
         """Report NOT_SERVING, refuse new calls, let running ones finish within `drain_s` seconds, and stop."""
         self._health.enter_graceful_shutdown()
+        self._stopped.set()
         self._server.stop(grace=self.config.drain_s).wait()
         if self.metrics is not None:
             self.metrics.close()
         if self.servicer is not None:
             self.servicer.model.close()
+
+    def _sweep(self) -> None:
+        while not self._stopped.wait(SWEEP_S):
+            self._open_calls.sweep()
 
     def _report(self, status: int) -> None:
         for name in ("", self.service):
@@ -161,6 +175,11 @@ class _LateService(grpc.GenericRpcHandler):
         """Ignored: the same handlers in another form."""
 
 
+def _on_signals(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
 def serve(
     config: WorkerSettings,
     *,
@@ -168,21 +187,22 @@ def serve(
     users_file: Path | None = None,
     on_loaded: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a worker until SIGTERM, SIGINT or the end of its lease.
+    """Run a worker until SIGTERM, SIGINT or the end of its lease. While it loads, a signal ends it at once.
 
     endpoint_file: written once the worker serves; deleting it stops the worker.
     users_file: lists the endpoint files of those who share it; the worker stops when none of them exists.
     on_loaded: called when the model is loaded; from then on this function watches the lease and drains when it ends.
     """
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    # A handler in Python would have to wait for the library that reads the weights.
+    _on_signals(signal.SIG_DFL)
     lease = Lease(lease_holder(), endpoint_file, users_file)
     server = WorkerServer(config)
     server.start()  # before loading: health is answered meanwhile, and a port in use is reported at once
     servicer = load_servicer(config)
+    _on_signals(lambda *_: stop.set())
     on_loaded()
-    if stop.is_set() or lease.lost():
+    if lease.lost():
         server.stop()
         log.info("stopped while loading")
         return
@@ -191,8 +211,14 @@ def serve(
     log.info("serving %s on %s", describe_identity(description), join_address(config.host, server.port))
     if endpoint_file is not None:
         tls = config.tls_cert is not None
-        Endpoint.local(config.host, server.port, description, lease.holder, tls=tls).write(endpoint_file)
-        lease.written = True
+        heartbeat = endpoint_file.with_name(f".{endpoint_file.name}.heartbeat")
+        endpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        heartbeat.touch()
+        start_heartbeat(heartbeat)
+        Endpoint.local(config.host, server.port, description, lease.holder, tls=tls, heartbeat=heartbeat).write(
+            endpoint_file
+        )
+        lease.written, lease.inode = True, endpoint_file.stat().st_ino
     while not stop.wait(LEASE_POLL_S):
         if reason := lease.lost():
             log.info("stopping: %s", reason)
@@ -200,6 +226,7 @@ def serve(
     server.stop()
     if endpoint_file is not None:
         Endpoint.remove(endpoint_file, pid=os.getpid())
+        heartbeat.unlink(missing_ok=True)
     log.info("stopped")
     tracing.stop()  # sends the last spans
     # Python's own shutdown may take seconds: it waits for every thread, even for a pass of the model whose result is no

@@ -7,22 +7,24 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 import specsplit
 from specsplit import tracing
+from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES
 from specsplit.errors import is_out_of_memory
 from specsplit.launch.environment import DETERMINISM_VARIABLES
-from specsplit.rpc.codec import RETRY_AFTER
+from specsplit.launch.host import worker_host
+from specsplit.rpc.statuses import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.run import MAX_GAMMA
 from specsplit.settings.worker import WorkerSettings
 from specsplit.worker.batching import SharedModel, describe_runtime
+from specsplit.worker.calls import Caller, OpenCalls, Peer, Places
 from specsplit.worker.inbox import MOST_WAITING, Inbox
 from specsplit.worker.memory import sessions_that_fit
 from specsplit.worker.prometheus import Metrics
@@ -30,35 +32,23 @@ from specsplit.worker.refusals import Abandoned, Busy, InvalidRequest, LimitReac
 from specsplit.worker.sessions import Session, SessionStore
 from specsplit.worker.spans import WorkerSpans
 
-if TYPE_CHECKING:
-    from opentelemetry.context import Context
-
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 T = TypeVar("T")
 MAX_SESSION_ID = 128
 MAX_FAN_OUT = 64  # outcomes of a verification
+MAX_STOP_TOKENS = 1024
 MAX_ROUND = 1 << 31
+UNREAD_S = 5.0  # for a client to read why its stream was ended
 MAX_DETAILS = 500  # characters: a status goes into headers, whose size is limited
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who a request came from. owner: prefix of the names of its sessions. gone: nobody waits for the answer now.
-
-    parent: of its spans; None where there are none.
-    """
-
-    owner: str
-    gone: Callable[[], bool]
-    parent: Context | None = None
 
 
 class WorkerServicer:
     """One loaded model and its sessions.
 
-    identity: model name and fingerprint as reported by Describe. owner_of: who a call is from, by its metadata; what it
-    says has one length, so that no owner and session id can be read as another pair. tokenizer_files: for Describe.
+    identity: model name and fingerprint as reported by Describe. limits: what requests are checked against.
+    owner_of: who a call is from, by its metadata; what it says has one length, so that no owner and session id can be
+    read as another pair. tokenizer_files: for Describe.
     """
 
     role = ""
@@ -73,12 +63,29 @@ class WorkerServicer:
         self.config = config
         self.identity = identity
         self.max_context = min(config.max_context, model.max_context)
+        sessions = sessions_that_fit(config, model.model, self.max_context)
+        self.limits = pb.Limits(
+            tree_nodes=config.max_tree_nodes,
+            draft_tokens=MAX_GAMMA,
+            children=MAX_BRANCHING,
+            tree_width=MAX_TREE_NODES,
+            fan_out=MAX_FAN_OUT,
+            stop_tokens=MAX_STOP_TOKENS,
+            message_bytes=config.message_bytes,
+            waiting_messages=MOST_WAITING,
+            sessions=sessions,
+            calls=config.call_limit,
+            streams=config.stream_limit,
+        )
         self.sessions = SessionStore(
             lambda: model.new_cache(self.max_context),
-            limit=sessions_that_fit(config, model.model, self.max_context),
+            limit=sessions,
             ttl_s=config.session_ttl_s,
+            slice_s=config.session_slice_s,
         )
-        self._calls = threading.BoundedSemaphore(config.call_limit)
+        self.places = Places(config.call_limit)
+        self.open_calls = OpenCalls(config.stream_limit, config.stream_idle_s)
+        worker_host()  # remembered before anybody waits for it: the driver may take seconds to answer
 
     def EndSession(self, request: pb.EndSessionRequest, context: grpc.ServicerContext) -> pb.EndSessionReply:
         return pb.EndSessionReply(existed=self.sessions.end(request.session_id, self.caller(context).owner))
@@ -97,17 +104,24 @@ class WorkerServicer:
             pid=os.getpid(),
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
             runtime={
-                **describe_runtime(self.model.model.device, self.config.seed),
+                **describe_runtime(self.model.model.device, self.config.seed, type(self.model.model).__name__),
                 "model_max_context": str(self.model.max_context),
             },
             tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
+            limits=self.limits,
             **self.identity,
         )
 
     def caller(self, context: grpc.ServicerContext) -> Caller:
         metadata = context.invocation_metadata()
-        parent = None if self.spans is None else tracing.parent_of(metadata)
-        return Caller(self.owner_of(metadata), lambda: not context.is_active(), parent)
+        owner = self.owner_of(metadata)
+        return Caller(
+            owner,
+            lambda: not context.is_active(),
+            None if self.spans is None else tracing.parent_of(metadata),
+            Peer.of(owner, context.peer()),
+            places=self.places,
+        )
 
     def check_request(self, context: pb.Context, nodes: int) -> None:
         """Refuse what no session could serve, before one is opened and another evicted for it."""
@@ -118,8 +132,8 @@ class WorkerServicer:
         if not context.new_tokens:
             raise InvalidRequest("new_tokens is empty: send at least the last token of the context")
         length = context.prefix_length + len(context.new_tokens)
-        if nodes > self.config.max_tree_nodes:
-            raise LimitReached(f"a tree of {nodes} nodes is over the limit of {self.config.max_tree_nodes}")
+        if nodes > self.limits.tree_nodes:
+            raise LimitReached(f"a tree of {nodes} nodes is over the limit of {self.limits.tree_nodes}")
         if length + nodes > self.max_context:
             raise LimitReached(
                 f"a context of {length} tokens and {nodes} drafted ones exceed the "
@@ -149,7 +163,7 @@ class WorkerServicer:
         arrived = called if arrived is None else arrived
         # Its hash: what fields we do not know hold would stay in memory with the session.
         raw = sha256(request.SerializeToString(deterministic=True)).digest()
-        with self.sessions.use(request.context, caller.owner) as session:
+        with self.sessions.use(request.context, caller) as session:
             if (known := session.replay(request.context.round, raw)) is not None:
                 return known
             tokens = session.context_for(request.context)
@@ -161,63 +175,85 @@ class WorkerServicer:
             reply.timings.compute_ms = watch.compute_ms
             reply.timings.server_ms = (time.perf_counter() - arrived) * 1e3
             session.remember(request.context.round, raw, reply)
-            if self.metrics is not None:
-                self.metrics.round(watch.queue_ms, watch.compute_ms, *count(value))
-            if caller.parent is not None and self.spans is not None:
-                about = request.context.session_id, request.context.round
-                self.spans.round(caller.parent, *about, arrived, reply.timings, *count(value))
+            session.cost_s = session.cost_s or watch.compute_ms / 1e3
+            self.count_round(caller, request.context, arrived, reply.timings, *count(value))
             return reply
 
+    def count_round(
+        self, caller: Caller, what: pb.Context, arrived: float, timings: Any, drafted: int = 0, accepted: int = 0
+    ) -> None:
+        """Note a round in the metrics and the spans. arrived: time.perf_counter() when it was asked for."""
+        if self.metrics is not None:
+            self.metrics.round(timings.queue_ms, timings.compute_ms, drafted, accepted)
+        if caller.parent is not None and self.spans is not None:
+            self.spans.round(caller.parent, what.session_id, what.round, arrived, timings, drafted, accepted)
+
     def guard_stream(
-        self, requests: Iterator[Any], context: grpc.ServicerContext, answers: Callable[[Inbox, Caller], Iterator[R]]
+        self,
+        requests: Iterator[Any],
+        context: grpc.ServicerContext,
+        answers: Callable[[Inbox, Caller], Iterator[R]],
+        *,
+        merged: bool = False,
     ) -> Iterator[R]:
         """Run the handler of a stream, as `guard` does for one call; its session ends with it.
 
         The handler has a thread of its own, for gRPC asks for the next reply only once the last one was sent.
+        merged: replies that wait go out as one, so there is no limit to them.
         """
         caller = self.caller(context)
-        inbox = Inbox(requests)
+        caller.holds = True
+        caller.session_wait_s = self.config.session_wait_s
+        inbox = Inbox(requests, caller, self.config.session_wait_s)
+        caller.end = inbox.end
         outbox: SimpleQueue[tuple[R | None, Exception | None]] = SimpleQueue()
+        told = threading.Event()
 
         def work() -> None:
             failure = None
             try:
-                with self._admitted():
-                    for reply in answers(inbox, caller):
-                        outbox.put((reply, None))
-                        if outbox.qsize() > MOST_WAITING:
-                            raise LimitReached(f"over {MOST_WAITING} replies of this stream wait to be read")
+                for reply in answers(inbox, caller):
+                    outbox.put((reply, None))
+                    if not merged and outbox.qsize() > MOST_WAITING:
+                        raise LimitReached(f"over {MOST_WAITING} replies of this stream wait to be read")
             except Exception as error:
-                failure = error
+                failure = caller.displaced or error
             finally:
+                caller.rest()
                 self.sessions.end(inbox.session_id, caller.owner)
                 outbox.put((None, failure))
+            if caller.displaced is not None and not told.wait(UNREAD_S):
+                context.cancel()  # it does not read its replies
 
-        threading.Thread(target=work, name="answers", daemon=True).start()
-        while (item := outbox.get())[0] is not None:
-            yield item[0]
+        try:
+            with self.open_calls.open(caller):
+                threading.Thread(target=work, name="answers", daemon=True).start()
+                while (item := outbox.get())[0] is not None:
+                    reply: Any = item[0]
+                    while merged and not outbox.empty() and (item := outbox.get())[0] is not None:
+                        reply.MergeFrom(item[0])
+                    yield reply
+                    if item[0] is None:
+                        break
+        except Busy as error:
+            item = None, error
+        finally:
+            told.set()
         if item[1] is not None:
             self.abort(context, item[1], inbox.session_id, inbox.round, inbox.arrived)
 
     def guard(self, context: grpc.ServicerContext, what: pb.Context, work: Callable[[Caller], R]) -> R:
         """Run a handler; what it raises becomes a status. what: of the request, for the log."""
         arrived = time.perf_counter()
+        caller = self.caller(context)
+        caller.may_wait(what, self.config.session_wait_s)
         try:
-            with self._admitted():
-                return work(self.caller(context))
+            caller.work()
+            return work(caller)
         except Exception as error:
             self.abort(context, error, what.session_id, what.round, arrived)
-
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """One of the calls that may run at once. Describe, EndSession and health are none of them: they are answered in
-        any case."""
-        if not self._calls.acquire(blocking=False):
-            raise Busy(f"{self.config.call_limit} calls and streams run already; try again later or raise max_calls")
-        try:
-            yield
         finally:
-            self._calls.release()
+            caller.rest()
 
     def abort(
         self, context: grpc.ServicerContext, error: Exception, session_id: str, round_number: int, arrived: float

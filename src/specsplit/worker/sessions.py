@@ -1,4 +1,4 @@
-"""A worker's sessions: tokens, their cache and the last reply of each, under an LRU limit and a TTL."""
+"""A worker's sessions: tokens, their cache and the last reply of each; how many there are, and who has one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from typing import Any
 from specsplit.engines.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.worker.refusals import Busy, SessionLost, StaleRound
+from specsplit.worker.calls import Caller, Line, Peer
+from specsplit.worker.refusals import SessionLost, StaleRound
 
-BUSY_WAIT_S = 0.25  # wait for a busy session: one whose text ended may still be in a pass
+SLICE_S = 10.0  # a session in use for so long goes to who waits for one
+IDLE_S = 2.0  # likewise one whose open stream said nothing for so long after its first round
+SHORT_IDLE_S, IDLE_GAPS = 0.2, 3.0  # later: for that long, for so many of its longest pauses, and for `cost_s`
+SLICE_COSTS = 20.0  # but it gets this many times what it took to read its context, so that changing costs a twentieth
+NOBODY = Caller()
 
 
 @dataclass
@@ -23,7 +28,9 @@ class Session:
     """One text that is being generated.
 
     tokens: the context after the last round. cache: its keys and values, perhaps followed by tree nodes.
-    state: what the draft worker knows about them (`draft.DraftState`).
+    state: what the draft worker knows about them (`draft.DraftState`). held: the stream that opened it is open. peer:
+    whose it is. opened: when. cost_s: what its first round took, the whole context. pause_s: the longest between
+    rounds.
     """
 
     cache: KVCache
@@ -33,8 +40,20 @@ class Session:
     last_request: bytes = b""
     last_reply: Any = None
     last_used: float = 0.0
-    users: int = 0  # calls that hold or wait for this session, which is not evicted meanwhile
+    users: int = 0  # calls that hold or wait for this session, which is not taken from them
+    held: bool = False
+    peer: Peer = field(default_factory=Peer)
+    opened: float = 0.0
+    cost_s: float = 0.0
+    pause_s: float | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def idle_limit_s(self) -> float:
+        """Silence after which it goes to who waits: no pause as its client makes them, and no less than is lost."""
+        if self.pause_s is None:
+            return IDLE_S
+        return max(SHORT_IDLE_S, IDLE_GAPS * self.pause_s, self.cost_s)
 
     def replay(self, round_number: int, request: bytes) -> Any:
         """The reply already given to the same request, or None when the round is new.
@@ -66,9 +85,12 @@ class Session:
 class SessionStore:
     """Sessions by owner and id: at most `limit`, each with a cache; no more caches are ever made.
 
-    An idle session is dropped after `ttl_s` seconds, or earlier, the least recently used first, when its cache is
-    needed. A new session waits up to `busy_wait_s` seconds for a cache. owner: who may use a session, where clients can
-    be told apart; for everybody else it does not exist.
+    A session is in use while a call works with it and while the stream that opened it is open. Others are idle: they
+    are dropped after `ttl_s` seconds, or earlier, the least recently used first, when their cache is needed. When all
+    are in use a new one waits in line. Sessions in use stay, but for two kinds that make room for who waits: one that
+    was in use for `slice_s` seconds, and one whose stream has been silent for longer than it ever was. So every client
+    gets on, and a silent or greedy one keeps nobody out. owner: who may use a session, where clients can be told apart;
+    for everybody else it does not exist.
     """
 
     def __init__(
@@ -77,21 +99,27 @@ class SessionStore:
         *,
         limit: int,
         ttl_s: float,
-        busy_wait_s: float = BUSY_WAIT_S,
+        slice_s: float = SLICE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._new_cache = new_cache
         self._limit = limit
         self._ttl_s = ttl_s
-        self._busy_wait_s = busy_wait_s
+        self._slice_s = slice_s
         self._clock = clock
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._spare: list[KVCache] = []  # caches of ended sessions, to be used again
         self._made = 0  # caches, including those of ended sessions that a call still uses
-        self._lock = threading.Condition()
+        self._lock = threading.Lock()
+        self._line = Line(self._lock)
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    @property
+    def waiting(self) -> int:
+        """Callers in line for a session."""
+        return len(self._line)
 
     @property
     def cache_bytes(self) -> int:
@@ -101,66 +129,104 @@ class SessionStore:
         return sum(cache.nbytes() for cache in caches)
 
     @contextmanager
-    def use(self, context: pb.Context, owner: str = "") -> Iterator[Session]:
-        """The session of a request, locked. A request with prefix_length 0 opens it if needed."""
-        key = owner + context.session_id
+    def use(self, context: pb.Context, caller: Caller = NOBODY, *, new: bool = True) -> Iterator[Session]:
+        """The session of a request, locked. A request with prefix_length 0 opens it if needed and `new`.
+
+        While it waits for one, the caller gives its place to others. Raises SessionLost, Busy and Abandoned.
+        """
+        key = caller.owner + context.session_id
         with self._lock:
-            session = self._find(key, new=not context.prefix_length)
+            session = self._find(key)
+            if session is None and (context.prefix_length or not new):
+                raise SessionLost(
+                    "this worker does not know the session (restarted or evicted); "
+                    "send the full context with prefix_length 0"
+                )
+            if session is None and not self._line:
+                session = self._open(key, caller)
+            if session is None:
+                caller.rest("waits")
+                session = self._line.get(
+                    caller,
+                    lambda: self._open(key, caller),
+                    caller.session_wait_s,
+                    busy=f"all {self._limit} sessions are in use; raise max_sessions where memory allows",
+                )
             self._sessions.move_to_end(key)
+            if session.last_round and not session.users:
+                session.pause_s = max(session.pause_s or 0.0, self._clock() - session.last_used)
             session.users += 1
+            session.held = session.held or caller.holds
         try:
+            caller.work()
             with session.lock:
                 yield session
         finally:
             with self._lock:
                 session.users -= 1
                 session.last_used = self._clock()
-                if not session.users:
-                    if self._sessions.get(key) is not session:  # ended meanwhile
-                        self._spare.append(session.cache)
-                    self._lock.notify_all()
+                ended = self._sessions.get(key) is not session
+                if not session.users and ended:
+                    self._spare.append(session.cache)
+                if not session.users and (ended or not session.held):
+                    self._line.wake()
 
     def end(self, session_id: str, owner: str = "") -> bool:
         """Drop a session; False when it was not there."""
         with self._lock:
-            session = self._sessions.pop(owner + session_id, None)
-            if session is not None and not session.users:
-                self._spare.append(session.cache)
-                self._lock.notify_all()
-            return session is not None
+            there = owner + session_id in self._sessions
+            if there:
+                self._drop(owner + session_id)
+                self._line.wake()
+            return there
 
-    def _find(self, key: str, *, new: bool) -> Session:
-        """The session, opened if `new`: then a busy session gets `busy_wait_s` to free its cache."""
-        deadline = time.monotonic() + self._busy_wait_s
-        while True:
-            self._expire()
-            if (session := self._sessions.get(key)) is not None:
-                return session
-            if not new:
-                raise SessionLost(
-                    "this worker does not know the session (restarted or evicted); "
-                    "send the full context with prefix_length 0"
-                )
-            if (cache := self._free_cache()) is not None:
-                cache.rollback(0)
-                session = self._sessions[key] = Session(cache, last_used=self._clock())
-                return session
-            if (left := deadline - time.monotonic()) <= 0:
-                raise Busy(f"all {self._limit} sessions are in use; try again later or raise max_sessions")
-            self._lock.wait(left)
+    def _find(self, key: str) -> Session | None:
+        self._expire()
+        return self._sessions.get(key)
 
-    def _free_cache(self) -> KVCache | None:
-        """A spare cache, a new one, or that of the session idle for longest; None when all are busy."""
-        if self._spare:
-            return self._spare.pop()
-        if self._made < self._limit:
-            cache = self._new_cache()
+    def _open(self, key: str, caller: Caller) -> Session | None:
+        """The session, opened unless it is there by now; None when there is no cache for it."""
+        if (session := self._find(key)) is not None:
+            return session
+        if not self._spare and self._made < self._limit:
+            self._spare.append(self._new_cache())
             self._made += 1
-            return cache
-        idle = next((key for key, session in self._sessions.items() if not session.users), None)
-        return None if idle is None else self._sessions.pop(idle).cache
+        if not self._spare and (leaves := self._who_leaves(caller)) is not None:
+            self._drop(leaves)
+        if not self._spare:
+            return None
+        cache, now = self._spare.pop(), self._clock()
+        cache.rollback(0)
+        session = self._sessions[key] = Session(cache, last_used=now, opened=now, peer=caller.peer)
+        self._line.shares.add(caller.peer)
+        return session
+
+    def _who_leaves(self, caller: Caller) -> str | None:
+        """The session idle for longest; else one that had its time, of who has most, and no less than the caller."""
+        free = {key: session for key, session in self._sessions.items() if not session.users}
+        for key, session in free.items():
+            if not session.held:
+                return key
+        now, own, shares = self._clock(), self._line.shares.of(caller.peer), self._line.shares
+        had_their_time = {
+            key: shares.of(session.peer)
+            for key, session in free.items()
+            if shares.of(session.peer) >= own
+            and (
+                now - session.last_used >= session.idle_limit_s
+                or now - session.opened >= max(self._slice_s, SLICE_COSTS * session.cost_s)
+            )
+        }
+        # Of equals the one used least recently, which comes first.
+        return max(had_their_time, key=had_their_time.__getitem__, default=None)
+
+    def _drop(self, key: str) -> None:
+        session = self._sessions.pop(key)
+        self._line.shares.add(session.peer, -1)
+        if not session.users:
+            self._spare.append(session.cache)
 
     def _expire(self) -> None:
         horizon = self._clock() - self._ttl_s
         for key in [k for k, s in self._sessions.items() if not s.users and s.last_used < horizon]:
-            self._spare.append(self._sessions.pop(key).cache)
+            self._drop(key)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from specsplit.decoding.sampling import GREEDY, Sampling
+from specsplit.decoding.loop import checked_pass
+from specsplit.decoding.sampling import GREEDY, NonFiniteLogits, Sampling
 from specsplit.decoding.tree import TokenTree
-from specsplit.decoding.verification import Verdict, verify
+from specsplit.decoding.verification import Verdict
+from specsplit.worker.refusals import NotFinite
 from specsplit.worker.sessions import Session
 
 if TYPE_CHECKING:
@@ -26,12 +28,15 @@ def verify_tree(
 
     context: the full context; the session holds its first `prefix_length` tokens. Afterwards the session holds the
     context and the accepted tokens, in its token list and in its cache. A pass that fails leaves a consistent session.
+    Raises NotFinite when the target's own logits are not finite.
     """
     cache = session.cache
     cache.rollback(min(cache.length, prefix_length, len(context) - 1))
     session.tokens = list(context[: cache.length])  # true even if the pass below fails
-    logits = model.step(cache, context[cache.length :], tree)
-    verdict = verify(tree, logits, len(context), sampling)
+    try:
+        verdict = checked_pass(model, cache, context, tree, sampling)
+    except NonFiniteLogits as error:
+        raise NotFinite(str(error)) from error
     cache.keep(len(context), verdict.path)
     session.tokens = [*context, *(tree.token_ids[node] for node in verdict.path)]
     return verdict

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import grpc
 
-from specsplit.decoding.tree import TreeError, check_lengths
+from specsplit.decoding.tree import TokenTree, TreeError, check_lengths
 from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.worker import TargetWorkerConfig
+from specsplit.worker.calls import Caller
 from specsplit.worker.inbox import Inbox
-from specsplit.worker.refusals import InvalidRequest
-from specsplit.worker.servicer import MAX_FAN_OUT, Caller, WorkerServicer
+from specsplit.worker.refusals import InvalidRequest, LimitReached
+from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.target import verify_tree
 
 
@@ -31,6 +33,48 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
     ) -> Iterator[pb.VerifyDraftsReply]:
         return self.guard_stream(requests, context, self._stream)
 
+    def StreamText(self, request: pb.StreamTextRequest, context: grpc.ServicerContext) -> Iterator[pb.StreamTextReply]:
+        return self.guard_stream(iter([request]), context, self._write, merged=True)
+
+    def _write(self, inbox: Inbox, caller: Caller) -> Iterator[pb.StreamTextReply]:
+        """The text of one request, a reply a token. Each pass is timed and can be abandoned like that of a round."""
+        for request, _ in inbox:
+            inbox.of_session(request.context.session_id, request.context.round)
+            yield from self._whole_text(request, inbox.arrived, caller)
+            return
+
+    def _whole_text(
+        self, request: pb.StreamTextRequest, arrived: float, caller: Caller
+    ) -> Iterator[pb.StreamTextReply]:
+        self.check_request(request.context, 0)
+        tokens, stop_ids = list(request.context.new_tokens), set(request.stop_token_ids)
+        if request.context.prefix_length:
+            raise InvalidRequest("the context of a whole text is its prompt: prefix_length must be 0")
+        if not request.max_tokens:
+            raise InvalidRequest("max_tokens must be at least 1")
+        if len(tokens) + request.max_tokens > self.max_context:
+            raise LimitReached(
+                f"a prompt of {len(tokens)} tokens and {request.max_tokens} more exceed the {self.max_context} that a "
+                "session of this worker can hold (max_context)"
+            )
+        try:
+            sampling = sampling_from_message(request.sampling)
+        except ValueError as error:
+            raise InvalidRequest(f"sampling: {error}") from error
+        with self.sessions.use(request.context, caller) as session:
+            for number in range(request.max_tokens):
+                began = time.perf_counter() if number else arrived
+                with self.model.timed(caller.gone) as watch:
+                    held = len(session.tokens) if number else 0  # a session of this name may be left from before
+                    verdict = verify_tree(self.model, session, tokens, held, TokenTree(), sampling)
+                tokens.append(verdict.next_token)
+                timings = pb.Timings(queue_ms=watch.queue_ms, compute_ms=watch.compute_ms)
+                timings.server_ms = (time.perf_counter() - began) * 1e3
+                self.count_round(caller, request.context, began, timings)
+                yield pb.StreamTextReply(token_ids=[verdict.next_token], timings=timings)
+                if verdict.next_token in stop_ids:
+                    return
+
     def _stream(self, inbox: Inbox, caller: Caller) -> Iterator[pb.VerifyDraftsReply]:
         # Messages are taken in order, so drafts prepared for a round are seen right after that round.
         last: tuple[pb.VerifyDraftsRequest, pb.VerifyDraftsReply] | None = None
@@ -41,8 +85,9 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             if what is None:
                 raise InvalidRequest("a message of this stream is either verify or prepared")
             if what == "prepared":
-                if len(message.prepared.outcomes) > MAX_FAN_OUT:
-                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {MAX_FAN_OUT}")
+                if len(message.prepared.outcomes) > self.limits.fan_out:
+                    most = self.limits.fan_out
+                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {most}")
                 request, waiting_since = last and _next_round(*last, message.prepared), None
             if request is None:
                 continue

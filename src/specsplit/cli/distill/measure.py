@@ -14,7 +14,7 @@ from specsplit.settings.distill import AcceptanceSettings
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_target_flag(parser)
     parser.add_argument("--draft", type=Path, required=True, metavar="FOLDER", help="the draft")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="JSONL of prompts")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="file of prompts")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.csv", help="acceptance by position")
     parser.add_argument("--rounds", type=Path, required=True, metavar="FILE.csv", help="a row for each round")
     parser.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="on what, for the card")
@@ -29,8 +29,9 @@ def run(args: argparse.Namespace) -> None:
     prepare_process(settings.seed, settings.threads)
     from specsplit.distill.acceptance import Round, acceptance, measure
     from specsplit.engines.loading import load_model
-    from specsplit.experiment.dataset import load_prompts, select_prompts
+    from specsplit.experiment.dataset import first_turns, load_prompts, select_prompts
     from specsplit.experiment.progress import Bar
+    from specsplit.experiment.prompt_tokens import prompt_tokens
     from specsplit.io import sha256_file, write_csv, write_json
     from specsplit.launch.environment import usable_cores
     from specsplit.models.sources import resolve_model
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.models.vocabulary import load_vocabulary
     from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
-    prompts = select_prompts(load_prompts(args.prompts)[0], settings.limit)
+    prompts = select_prompts(first_turns(load_prompts(args.prompts)[0]), settings.limit)
     common = {"device": settings.device, "engine": settings.engine, "threads": settings.threads}
     threads = settings.threads or usable_cores()
     target_config = TargetWorkerConfig.load({"model": args.target, "dtype": settings.target_dtype, **common})
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     vocabulary = load_vocabulary(draft_folder, target_folder, draft.vocab_size)
     codec = TextCodec.load(target_folder)
     requests = [
-        (prompt.id, prompt.category, codec.encode(prompt.prompt, use_chat_template=settings.use_chat_template))
+        (prompt.id, prompt.category, prompt_tokens(prompt, codec, chat=settings.use_chat_template))
         for prompt in prompts
     ]
     with Bar(len(requests), "req", args.terminal_fd) as bar:

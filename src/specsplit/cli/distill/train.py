@@ -37,11 +37,12 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
     from specsplit.distill.hardware import describe_hardware
     from specsplit.distill.shards import read_texts
-    from specsplit.distill.training import LOSS_COLUMNS, Row, Trainer
+    from specsplit.distill.training import LOSS_COLUMNS, Row, Trainer, hash_recipe
     from specsplit.engines.transformers import CausalLM, pick_device
     from specsplit.experiment.progress import Bar
-    from specsplit.io import json_sha256, write_csv, write_json
+    from specsplit.io import write_csv, write_json
     from specsplit.models.fingerprint import fingerprint_model
+    from specsplit.provenance.closure import code_sha256
 
     folder, identity = find_target(args.target)
     manifest, texts = read_texts(args.data)
@@ -55,9 +56,11 @@ def run(args: argparse.Namespace) -> None:
     layers = pick_layers(settings, target.num_layers)
     tokens = pick_vocabulary(settings, texts, target, manifest["settings"]["top_k"])
     model = build_draft(target, layers, tokens).to(pick_device(settings.device))
-    decides = settings.model_dump(exclude={"device", "draft_dtype", "checkpoint_every"})
-    recipe = {"settings": decides, "data": manifest["data_sha256"], "target": identity}
-    trainer = Trainer(model, texts, tokens, settings, recipe_sha256=json_sha256(recipe), checkpoint=args.checkpoint)
+    device = next(model.parameters()).device
+    made = hash_recipe(
+        settings, manifest["data_sha256"], identity, describe_hardware(device), code_sha256("distill train")
+    )
+    trainer = Trainer(model, texts, tokens, settings, recipe_sha256=made, checkpoint=args.checkpoint)
     vocab_size = len(tokens) if tokens else target.vocab_size
     print(
         f"layers {layers}, {vocab_size} of {target.vocab_size} tokens, {trainer.parameters / 1e6:.2f}M parameters; "

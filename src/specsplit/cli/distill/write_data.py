@@ -8,17 +8,17 @@ from pathlib import Path
 from specsplit.cli.distill import add_target_flag, add_terminal_flag
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.settings.distill import WritingSettings
+from specsplit.settings.measure import PromptSettings
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_target_flag(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for manifest.json and its shards")
     parser.add_argument(
-        "--held-out", type=Path, nargs="*", default=[], metavar="FILE", help="JSONL of prompts that must not be used"
+        "--held-out", type=Path, nargs="*", default=[], metavar="FILE", help="files of prompts that must not be used"
     )
-    parser.add_argument("--on-bad-line", choices=("stop", "skip"), default="stop", help="of these files")
     add_terminal_flag(parser)
-    add_setting_flags(parser, WritingSettings)
+    add_setting_flags(parser, WritingSettings, PromptSettings, without=("limit",))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,13 +29,15 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.distill.hardware import describe_hardware
     from specsplit.distill.writing import Writer, Written, write_texts
     from specsplit.engines.transformers import CausalLM, pick_device
-    from specsplit.experiment.dataset import load_prompts
+    from specsplit.experiment.dataset import read_prompt_file
     from specsplit.experiment.progress import Bar
-    from specsplit.io import sha256_file
     from specsplit.models.tokenizer import TextCodec
+    from specsplit.provenance.closure import code_sha256
 
     folder, identity = find_target(args.target)
-    held_out = [prompt.prompt for path in args.held_out for prompt in load_prompts(path, args.on_bad_line)[0]]
+    reading = load_settings(PromptSettings, args)
+    files = {path.name: read_prompt_file(path, reading.on_bad_line, reading.columns) for path in args.held_out}
+    held_out = [prompt.prompt for file in files.values() for prompt in file.prompts]
     device = pick_device(settings.device)
     dtype = settings.target_dtype
     if dtype == "auto":
@@ -44,8 +46,9 @@ def run(args: argparse.Namespace) -> None:
     writer = Writer(model, TextCodec.load(folder), settings, held_out)
     about = {
         "target": {**identity, "dtype": dtype, "device": device.type},
-        "held_out": {path.name: sha256_file(path) for path in args.held_out},
+        "held_out": {name: file.source_sha256 for name, file in files.items()},
         "hardware": describe_hardware(model.device),
+        "code": code_sha256("distill write-data"),
     }
     with Bar(settings.tokens, "tok", args.terminal_fd) as bar:
         fresh, fresh_s, before = 0, 0.0, 0

@@ -1,4 +1,4 @@
-"""specsplit provenance record | seal | archive | verify | diff | reproduce"""
+"""specsplit provenance record | seal | sign | archive | verify | diff | reproduce"""
 
 from __future__ import annotations
 

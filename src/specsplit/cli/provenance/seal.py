@@ -7,17 +7,23 @@ from pathlib import Path
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="results/provenance/SHA256SUMS; manifest.json goes beside it"
+    )
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="seal what jobs of the workflow made since; what else was changed or added is left for verify to name",
+    )
+    parser.add_argument("files", type=Path, nargs="*", help="files of the results that must be there")
 
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.errors import UserError
-    from specsplit.io import replace_file, sha256_file
-    from specsplit.provenance.folder import write_sums
+    from specsplit.provenance.folder import SEAL
+    from specsplit.provenance.seal import seal_results
 
-    missing = [str(path) for path in args.files if not path.is_file()]
-    if missing:
-        raise UserError(f"{', '.join(missing)}: no such file; make it again with the workflow")
-    replace_file(args.output, write_sums({path.as_posix(): sha256_file(path) for path in args.files}))
-    print(f"{args.output}: {len(args.files)} files")
+    parts = Path(SEAL).parts[1:]
+    if args.output.absolute().parts[-len(parts) :] != parts:
+        raise UserError(f"--output {args.output}: wanted {SEAL}, in the folder of the results that it seals")
+    print(f"{args.output}: {seal_results(args.output.absolute().parents[1], args.files, add=args.add)} files")

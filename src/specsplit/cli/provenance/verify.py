@@ -11,14 +11,23 @@ from specsplit.cli.provenance import WHERE
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("where", type=Path, metavar="DIR", help=WHERE)
+    parser.add_argument(
+        "--signer", type=Path, metavar="FILE", help="public SSH keys, one a line: one of them must have signed the seal"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.provenance.folder import open_experiment
+    from specsplit.provenance.sign import check_signature
     from specsplit.provenance.verify import verify
 
     with open_experiment(args.where) as experiment:
         verdict = verify(experiment)
+        problem, note = check_signature(experiment, args.signer)
+        if problem:
+            verdict.differing[str(experiment.signature)] = problem
+        if note:
+            verdict.notes.append(note)
     for note in verdict.notes:
         print(f"note: {note}")
     for file, problem in sorted(verdict.differing.items()):

@@ -7,18 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Context(_message.Message):
-    __slots__ = ("session_id", "round", "prefix_length", "prefix_crc32", "new_tokens")
+    __slots__ = ("session_id", "round", "prefix_length", "prefix_crc32", "new_tokens", "wait_ms")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PREFIX_LENGTH_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CRC32_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     round: int
     prefix_length: int
     prefix_crc32: int
     new_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, session_id: _Optional[str] = ..., round: _Optional[int] = ..., prefix_length: _Optional[int] = ..., prefix_crc32: _Optional[int] = ..., new_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    wait_ms: int
+    def __init__(self, session_id: _Optional[str] = ..., round: _Optional[int] = ..., prefix_length: _Optional[int] = ..., prefix_crc32: _Optional[int] = ..., new_tokens: _Optional[_Iterable[int]] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class TokenTree(_message.Message):
     __slots__ = ("token_ids", "parents", "log_probs", "distributions")
@@ -174,6 +176,26 @@ class VerifyDraftsReply(_message.Message):
     round: int
     def __init__(self, accepted_nodes: _Optional[_Iterable[int]] = ..., accepted_tokens: _Optional[_Iterable[int]] = ..., next_token: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., round: _Optional[int] = ...) -> None: ...
 
+class StreamTextRequest(_message.Message):
+    __slots__ = ("context", "sampling", "max_tokens", "stop_token_ids")
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    context: Context
+    sampling: Sampling
+    max_tokens: int
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StreamTextReply(_message.Message):
+    __slots__ = ("token_ids", "timings")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    timings: Timings
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+
 class EndSessionRequest(_message.Message):
     __slots__ = ("session_id",)
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -193,7 +215,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, with_tokenizer: _Optional[bool] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("role", "model", "version", "weights_sha256", "tokenizer_sha256", "parameters", "dtype", "device", "threads", "skip_layers", "vocab_size", "max_context", "eos_token_ids", "pid", "environment", "runtime", "tokenizer_files")
+    __slots__ = ("role", "model", "version", "weights_sha256", "tokenizer_sha256", "parameters", "dtype", "device", "threads", "skip_layers", "vocab_size", "max_context", "eos_token_ids", "pid", "environment", "runtime", "tokenizer_files", "limits")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +254,7 @@ class DescribeReply(_message.Message):
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FILES_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     role: str
     model: str
     version: str
@@ -249,4 +272,31 @@ class DescribeReply(_message.Message):
     environment: _containers.ScalarMap[str, str]
     runtime: _containers.ScalarMap[str, str]
     tokenizer_files: _containers.ScalarMap[str, bytes]
-    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., skip_layers: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pid: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., runtime: _Optional[_Mapping[str, str]] = ..., tokenizer_files: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+    limits: Limits
+    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., skip_layers: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pid: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., runtime: _Optional[_Mapping[str, str]] = ..., tokenizer_files: _Optional[_Mapping[str, bytes]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("tree_nodes", "draft_tokens", "children", "tree_width", "fan_out", "stop_tokens", "message_bytes", "waiting_messages", "sessions", "calls", "streams")
+    TREE_NODES_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHILDREN_FIELD_NUMBER: _ClassVar[int]
+    TREE_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    FAN_OUT_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    tree_nodes: int
+    draft_tokens: int
+    children: int
+    tree_width: int
+    fan_out: int
+    stop_tokens: int
+    message_bytes: int
+    waiting_messages: int
+    sessions: int
+    calls: int
+    streams: int
+    def __init__(self, tree_nodes: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., children: _Optional[int] = ..., tree_width: _Optional[int] = ..., fan_out: _Optional[int] = ..., stop_tokens: _Optional[int] = ..., message_bytes: _Optional[int] = ..., waiting_messages: _Optional[int] = ..., sessions: _Optional[int] = ..., calls: _Optional[int] = ..., streams: _Optional[int] = ...) -> None: ...

@@ -249,6 +249,11 @@ class TargetServiceStub:
                 request_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamVerifyRequest.SerializeToString,
                 response_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsReply.FromString,
                 _registered_method=True)
+        self.StreamText = channel.unary_stream(
+                '/specsplit.v1.TargetService/StreamText',
+                request_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamTextRequest.SerializeToString,
+                response_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamTextReply.FromString,
+                _registered_method=True)
         self.EndSession = channel.unary_unary(
                 '/specsplit.v1.TargetService/EndSession',
                 request_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.EndSessionRequest.SerializeToString,
@@ -278,6 +283,14 @@ class TargetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamText(self, request, context):
+        """Write a whole text without a draft: each token is sent as soon as it is chosen, and the client takes no part. The
+        session is the text's own and ends with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EndSession(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -302,6 +315,11 @@ def add_TargetServiceServicer_to_server(servicer, server):
                     servicer.StreamVerify,
                     request_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamVerifyRequest.FromString,
                     response_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsReply.SerializeToString,
+            ),
+            'StreamText': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamText,
+                    request_deserializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamTextRequest.FromString,
+                    response_serializer=specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamTextReply.SerializeToString,
             ),
             'EndSession': grpc.unary_unary_rpc_method_handler(
                     servicer.EndSession,
@@ -368,6 +386,33 @@ class TargetService:
             '/specsplit.v1.TargetService/StreamVerify',
             specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamVerifyRequest.SerializeToString,
             specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.VerifyDraftsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamText(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/specsplit.v1.TargetService/StreamText',
+            specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamTextRequest.SerializeToString,
+            specsplit_dot_rpc_dot_v1_dot_specsplit__pb2.StreamTextReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,206 @@
+"""What is around the rows: compression, Parquet and Arrow, folders, and files that hold no rows at all."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from specsplit.errors import UserError
+from specsplit.io import combined_sha256, sha256_file
+
+MOST_UNPACKED_BYTES = 4 << 30
+MOST_LAYERS = 3  # of compression
+SAVED_DATASET = ("state.json", "dataset_dict.json")
+# First bytes of what people have in their folders of data, and no prompt file is.
+BINARIES = (
+    (b"PK\x03\x04", "a ZIP archive (or a spreadsheet, .xlsx); unpack it, or save the sheet as CSV"),
+    (b"PK\x05\x06", "an empty ZIP archive"),
+    (b"Rar!", "a RAR archive; unpack it"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive; unpack it"),
+    (b"\x04\x22\x4d\x18", "an LZ4 file; unpack it"),
+    (b"%PDF", "a PDF document"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"GIF8", "a GIF picture"),
+    (b"SQLite format 3\x00", "an SQLite database"),
+    (b"GGUF", "the weights of a model (GGUF)"),
+    (b"\x7fELF", "a program"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\xd0\xcf\x11\xe0", "a Microsoft Office document"),
+    (b"FEA1", "a Feather file of version 1; write it again as Arrow"),
+    (b"PARE", "an encrypted Parquet file"),
+    (b"Obj\x01", "an Avro file"),
+    (b"ORC", "an ORC file"),
+    (b"\x80\x02", "a Python pickle, which can run code and is not read"),
+    (b"\x80\x03", "a Python pickle, which can run code and is not read"),
+    (b"\x80\x04", "a Python pickle, which can run code and is not read"),
+    (b"\x80\x05", "a Python pickle, which can run code and is not read"),
+)
+
+
+def read_source(path: Path) -> tuple[bytes | None, str]:
+    """The bytes of a prompt file and their sha256; of a folder that `datasets` saved None and that of its files.
+
+    Raises UserError for what is neither.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return None, _folder_sha256(path)
+        endless = stat.S_ISCHR(mode) and path.name in ("zero", "random", "urandom")
+        if endless or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+            raise UserError(f"{path}: a device, not a file; set dataset.path (--prompts) to a file of prompts")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}; set dataset.path (--prompts) to a file of prompts"
+        ) from None
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def _folder_sha256(path: Path) -> str:
+    if any((path / name).is_file() for name in SAVED_DATASET):
+        files = {file.relative_to(path).as_posix(): sha256_file(file) for file in path.rglob("*") if file.is_file()}
+        return combined_sha256(files)
+    names = sorted(child.name for child in path.iterdir() if child.is_file())
+    holds = f"; it holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "; it is empty"
+    raise UserError(f"{path}: a folder, not a file of prompts{holds}. Name the file in it")
+
+
+def read_container(path: Path, content: bytes) -> tuple[str, bytes]:
+    """What the file holds when unpacked: ("Parquet" | "Arrow" | "text", its bytes)."""
+    for _ in range(MOST_LAYERS):
+        for magic, name, unpack in _COMPRESSIONS:
+            if content.startswith(magic):
+                content = _unpack(path, content, name, unpack)
+                break
+        else:
+            break
+    if content[257:262] == b"ustar":
+        raise UserError(f"{path}: a tar archive, not a table of prompts; unpack it and name the file in it")
+    if content.startswith(b"PAR1"):
+        return "Parquet", content
+    if content.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "Arrow", content
+    return "text", content
+
+
+def _unpack(path: Path, content: bytes, name: str, open_: Callable[[io.BytesIO], Any]) -> bytes:
+    try:
+        with open_(io.BytesIO(content)) as file:
+            unpacked = file.read(MOST_UNPACKED_BYTES + 1)
+    except EOFError:
+        raise UserError(f"{path}: a {name} file that is cut off (truncated); fetch it again") from None
+    except UserError:
+        raise
+    except (OSError, zlib.error, lzma.LZMAError, ValueError, import_error()) as error:
+        raise UserError(f"{path}: a damaged {name} file ({error}); fetch it again") from None
+    if len(unpacked) > MOST_UNPACKED_BYTES:
+        raise UserError(f"{path}: unpacks to over {MOST_UNPACKED_BYTES >> 30} GiB; give the part with the prompts")
+    return bytes(unpacked)
+
+
+def import_error() -> type[Exception]:
+    """The error of zstandard, where it is installed."""
+    try:
+        error: type[Exception] = import_module("zstandard").ZstdError
+    except ImportError:
+        return OSError
+    return error
+
+
+class _Zstandard:
+    """A file whose end is checked: `zstandard` takes a truncated one for a short one."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        self._zstandard, self._content = needed("zstandard", ".zst files"), file.getvalue()
+
+    def __enter__(self) -> _Zstandard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def read(self, most: int) -> bytes:
+        parts, rest, size = [], self._content, 0
+        while rest and size < most:
+            unpacking = self._zstandard.ZstdDecompressor().decompressobj()
+            part = unpacking.decompress(rest)
+            if not unpacking.eof:
+                raise EOFError
+            parts.append(part)
+            size += len(part)
+            rest = unpacking.unused_data
+        return b"".join(parts)
+
+
+_COMPRESSIONS: tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...] = (
+    (b"\x1f\x8b", "gzip", lambda file: gzip.GzipFile(fileobj=file)),
+    (b"\x28\xb5\x2f\xfd", "Zstandard", _Zstandard),
+    (b"BZh", "bzip2", bz2.BZ2File),
+    (b"\xfd7zXZ\x00", "xz", lzma.LZMAFile),
+)
+
+
+def needed(module: str, what: str) -> Any:
+    """An optional package. Raises UserError that says how to install it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise UserError(f"{what} need the package {module}: pip install 'specsplit[data]'") from None
+
+
+def recognise_binary(content: bytes) -> str | None:
+    """What a file is that is not text, in words."""
+    for magic, what in BINARIES:
+        if content.startswith(magic):
+            return what
+    head = content[: 1 << 16]
+    control = sum(head.count(byte) for byte in (*range(9), *range(14, 27), *range(28, 32)))
+    if control > max(1, len(head) // 20):
+        return "a binary file"
+    return None
+
+
+def arrow_rows(path: Path, kind: str, content: bytes) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet or Arrow file."""
+    pyarrow = needed("pyarrow", f"{kind} files")
+    if kind == "Parquet" and (len(content) < 12 or not content.endswith((b"PAR1", b"PARE"))):
+        raise UserError(f"{path}: a Parquet file that is cut off (truncated); fetch it again")
+    try:
+        if kind == "Parquet":
+            batches = import_module("pyarrow.parquet").ParquetFile(pyarrow.BufferReader(content)).iter_batches()
+        elif content.startswith(b"ARROW1"):
+            opened = pyarrow.ipc.open_file(pyarrow.BufferReader(content))
+            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+        else:
+            batches = pyarrow.ipc.open_stream(pyarrow.BufferReader(content))
+        rows = [row for batch in batches for row in batch.to_pylist()]
+    except Exception as error:  # pyarrow has many kinds, OSError and its own, for bytes that are not what they seem
+        told = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise UserError(
+            f"{path}: a {kind} file that is damaged or cut off (truncated): {told}; fetch it again"
+        ) from None
+    yield from rows
+
+
+def folder_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a folder that `Dataset.save_to_disk` wrote."""
+    datasets = needed("datasets", "folders of saved datasets")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever datasets and pyarrow meet in files that nobody here has seen
+        raise UserError(f"{path}: a saved dataset that cannot be loaded: {type(error).__name__}: {error}") from None
+    if not hasattr(loaded, "features") or isinstance(loaded, dict):
+        splits, first = ", ".join(loaded), path / next(iter(loaded))
+        raise UserError(f"{path}: a saved dataset with the splits {splits}; name one of them: {first}")
+    yield from loaded

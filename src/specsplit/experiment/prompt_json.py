@@ -1,0 +1,239 @@
+"""JSON as people write prompts in: lines, an array, one object, objects one after another; each row with its line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from specsplit.errors import UserError
+from specsplit.experiment.prompt_table import JSON_LINES, Row, Table, encoding_problem, undecodable
+
+JSON_SPACE = " \t\n\r"
+MOST_DIGITS = 1000
+_ERROR_KEYS = {"error", "message", "detail", "details", "status", "statusCode", "documentation_url", "code"}
+
+
+class _Pairs:
+    """What the JSON parser meets that Python would take in silence."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def decoder(self) -> json.JSONDecoder:
+        return json.JSONDecoder(object_pairs_hook=self.pairs, parse_constant=self.constant, parse_int=_whole_number)
+
+    def constant(self, name: str) -> float:
+        note = f"holds {name}, which JSON does not have; write null"
+        if note not in self.notes:
+            self.notes.append(note)
+        return float(name.replace("Infinity", "inf"))
+
+    @staticmethod
+    def pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in data and data[key] != value:
+                raise ValueError(f"the key {key!r} stands twice with different values; keep one of them")
+            data[key] = value
+        return data
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits; write it in quotes, as text")
+    return int(text)
+
+
+def parse_line(text: str, line: int = 1) -> Row:
+    """The row of one line."""
+    if problem := encoding_problem(text):
+        return Row(line, None, problem)
+    pairs = _Pairs()
+    try:
+        data = pairs.decoder().decode(text)
+    except json.JSONDecodeError as error:
+        return Row(line, None, _explain_line(text, error))
+    except RecursionError:
+        return Row(line, None, "not usable JSON: nested too deeply")
+    except ValueError as error:
+        return Row(line, None, str(error))
+    return _object_row(data, line, pairs.notes)
+
+
+def _object_row(data: Any, line: int, notes: Sequence[str]) -> Row:
+    if not isinstance(data, dict):
+        mend = '; write {"prompt": "..."}' if isinstance(data, str) else ""
+        return Row(line, None, f"not a JSON object but {type(data).__name__}{mend}")
+    return Row(line, data, notes=tuple(notes))
+
+
+def _explain_line(text: str, error: json.JSONDecodeError) -> str:
+    start = text.lstrip()
+    if start.startswith(("//", "#", "/*")):
+        return "a comment, which JSON does not have; remove the line"
+    if "\x00" in text:
+        return f"not valid JSON: a NUL character at column {text.index(chr(0)) + 1}; the file is damaged or binary"
+    if start.startswith("{'") or "': '" in start:
+        return f"not valid JSON at column {error.colno} but a Python dictionary; write it with json.dumps"
+    if start.startswith("{") and (error.pos >= len(text) or error.msg.startswith("Unterminated string")):
+        return f"not valid JSON: {error.msg.removesuffix(' starting at')} at column {error.colno}; the line is cut off"
+    return f"not valid JSON: {error.msg} at column {error.colno}"
+
+
+def read_lines(path: Path, text: str, lines: Sequence[str]) -> Table:
+    """JSON lines. An object is not skipped for what it has around it: that is told of the file."""
+    numbered = [(number, line.strip(f"{JSON_SPACE}\ufeff")) for number, line in enumerate(lines, start=1)]
+    rows = [parse_line(line, number) for number, line in numbered if line]
+    bad = [row for row in rows if row.data is None and not row.problem.startswith("not a JSON object but")]
+    for row in bad:
+        line = lines[row.line - 1].rstrip()
+        if line.endswith(",") and parse_line(line[:-1].strip()).data is not None:
+            raise UserError(
+                f"{path}:{row.line}: the object ends with a comma (column {len(line)}): lines of a JSON array without "
+                "its brackets. Remove the commas, or put [ before the first line and ] after the last"
+            )
+    if rows[0].data is None and undecodable(text) is None:
+        several = _read_several(path, text, strict=all(row.data is None for row in rows))
+        if several is not None:
+            return several
+    return Table(JSON_LINES, "line", rows)
+
+
+def whole_object(path: Path, text: str) -> Table | None:
+    """A file that is one JSON object: a row, or what its only list of objects holds."""
+    try:
+        data = _Pairs().decoder().decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if data and set(data) <= _ERROR_KEYS:
+        told = _short(str(next(iter(data.values()))))
+        raise UserError(
+            f"{path}: the error message of a server, not a table of prompts: {told!r}; fetch the file again"
+        )
+    lists = {key: value for key, value in data.items() if _is_rows(value)}
+    if "rows" in lists:
+        lists = {"rows": lists["rows"]}
+    if len(lists) == 1 and not {"prompt", "messages", "conversations", "conversation", "items"} & set(data):
+        key, items = next(iter(lists.items()))
+        # As the dataset viewer of the Hub answers: {"rows": [{"row": {...}}]}.
+        found = [item["row"] if isinstance(item.get("row"), dict) else item for item in items]
+        return Table(f"a JSON document with rows under {key!r}", "row", [Row(n, d) for n, d in enumerate(found, 1)])
+    if "\n" not in text.strip():
+        return None  # one line of JSON lines
+    first = text[: text.index("{")].count("\n") + 1
+    return Table("a JSON object", "line", [parse_line(text.strip(), first)])
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _read_several(path: Path, text: str, *, strict: bool) -> Table | None:
+    """Objects one after another, each over several lines. None when they are not that; strict: then say where."""
+    rows: list[Row] = []
+    place, line = 0, 1
+    while True:
+        start = place + len(text[place:]) - len(text[place:].lstrip(JSON_SPACE))
+        line += text.count("\n", place, start)
+        if start == len(text):
+            return Table("JSON objects", "line", rows)
+        pairs = _Pairs()
+        try:
+            data, place = pairs.decoder().raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            if not strict or (not rows and text.count("\n", start, error.pos) == 0):
+                return None
+            raise UserError(
+                f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}{_cut_off(text, error)}"
+            ) from None
+        except (ValueError, RecursionError):
+            return None
+        rows.append(_object_row(data, line, pairs.notes))
+        line += text.count("\n", start, place)
+
+
+def _cut_off(text: str, error: json.JSONDecodeError) -> str:
+    rest = text[error.pos :].strip()
+    unterminated = error.msg.startswith(("Unterminated", "Invalid \\"))
+    if not rest or (unterminated and "\n" not in rest):
+        return ". The file ends there: it is cut off (truncated); fetch it again"
+    return ""
+
+
+def read_array(path: Path, text: str) -> Table:
+    """A JSON array, item by item, so that each has its line. What breaks it is told of the file."""
+    rows: list[Row] = []
+    place = text.index("[") + 1
+    line = text.count("\n", 0, place) + 1
+
+    def skip(place: int) -> int:
+        nonlocal line
+        start = place
+        while place < len(text) and text[place] in JSON_SPACE:
+            place += 1
+        line += text.count("\n", start, place)
+        return place
+
+    def fail(place: int, why: str) -> UserError:
+        column = place - text.rfind("\n", 0, place)
+        return UserError(f"{path}, line {line}, column {column}: {why}")
+
+    place = skip(place)
+    if text[place : place + 1] == "]":
+        raise UserError(f"{path}: an empty JSON array; give it a prompt")
+    while True:
+        pairs = _Pairs()
+        start = place
+        try:
+            data, place = pairs.decoder().raw_decode(text, place)
+            row = _object_row(data, line, pairs.notes)
+        except json.JSONDecodeError as error:
+            line += text.count("\n", start, error.pos)
+            if problem := encoding_problem(text[start : error.pos + 1], "of the item"):
+                raise fail(error.pos, problem) from None
+            if rows and text[start : start + 1] == "]":
+                raise fail(start, "a comma before the end of the JSON array; remove it") from None
+            if text[start : start + 2] == "//":
+                raise fail(start, "a comment, which JSON does not have; remove it") from None
+            if error.pos >= len(text.rstrip()) or _cut_off(text, error):
+                raise fail(error.pos, "the JSON array is cut off (truncated) here; fetch the file again") from None
+            quotes = ", and single quotes: JSON has double ones" if text[error.pos] == "'" else ""
+            raise fail(error.pos, f"not valid JSON: {error.msg}{quotes}") from None
+        except RecursionError:
+            raise fail(start, "not usable JSON: nested too deeply") from None
+        except ValueError as error:
+            raise fail(start, f"in this item: {error}") from None
+        if problem := encoding_problem(text[start:place], "of the item"):
+            row = Row(line, None, problem)
+        rows.append(row)
+        line += text.count("\n", start, place)
+        place = skip(place)
+        sign = text[place : place + 1]
+        if sign == ",":
+            place = skip(place + 1)
+        elif sign == "]":
+            break
+        elif not sign:
+            raise fail(place, "the JSON array is cut off (truncated) here, without its closing ]; fetch the file again")
+        else:
+            raise fail(place, f"{sign!r} where a comma or the end of the JSON array is wanted")
+    place = skip(place + 1)
+    if place < len(text):
+        if all(row.data is None and not row.notes for row in rows) or text[place] == "[":
+            return read_lines(path, text, text.split("\n"))  # each line is a list
+        raise fail(place, f"{text[place : place + 20]!r} after the end of the JSON array")
+    return Table("a JSON array", "line", rows)
+
+
+def parse_cell(text: str) -> Any:
+    """The JSON in a cell of another table; the text itself where it is none."""
+    try:
+        return _Pairs().decoder().decode(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

