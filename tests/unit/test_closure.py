@@ -93,7 +93,8 @@ def test_a_command_does_not_depend_on_everything() -> None:
     of = {name: set(command_files(name)) for name in ("merge", "analyze", "bench", "worker", "prepare-dataset")}
     assert {"analysis/repeats.py", "experiment/columns.py"} <= of["merge"]
     for name in ("merge", "analyze", "prepare-dataset"):
-        assert not {file for file in of[name] if file.startswith(("engines/", "worker/", "rpc/", "provenance/"))}, name
+        heavy = {file for file in of[name] if file.startswith(("engines/", "worker/", "rpc/", "provenance/"))}
+        assert heavy <= {"provenance/__init__.py", "provenance/facts.py"}, name  # facts: what runs have to share
     assert not {file for file in of["bench"] if file.startswith(("analysis/", "distill/"))}
     assert not {file for file in of["worker"] if file.startswith(("analysis/", "experiment/", "provenance/"))}
     assert {"analysis/report.html.j2"} <= set(command_files("report"))

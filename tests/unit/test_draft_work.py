@@ -48,7 +48,7 @@ def test_exposed_and_hidden_work_is_what_the_draft_worker_counts(mode, acceptanc
         exposed, hidden = sum(r.draft_exposed_ms for r in rounds), sum(r.draft_hidden_ms for r in rounds)
         assert exposed + hidden == pytest.approx(counted_ms(draft), rel=1e-4)
         assert sum(r.verify_compute_ms for r in rounds) == pytest.approx(counted_ms(target), rel=1e-4)
-        assert (hidden > 0) == (mode != "sync") or gamma == "auto"
+        assert hidden > 0 or gamma == "auto"  # in mode sync the pass over the prompt, which nobody waits for
         if mode == "sync":
             assert exposed == sum(r.draft_compute_ms for r in rounds)
         draft.metrics, target.metrics = Metrics(), Metrics()

@@ -130,7 +130,8 @@ def drawn(sweep, tmp_path_factory) -> Path:
 def test_every_figure_is_written_in_both_formats(sweep, tmp_path):
     out = tmp_path / "new/figures"
     paths = draw_figures(*sweep, out, **QUICK)
-    assert paths == [out / f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "svg")]
+    names = [*FIGURES, "summary_by_category"]
+    assert paths == [out / f"{name}.{suffix}" for name in names for suffix in ("png", "svg")]
     assert sorted(out.iterdir()) == sorted(paths)
     assert list(FIGURES) == ["tpot", "acceptance_rate", "ttft", "network_idle", "speculation"]
 

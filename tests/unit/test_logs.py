@@ -59,6 +59,12 @@ class Call:
     def is_active(self) -> bool:
         return True
 
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def cancel(self) -> None:
+        pass
+
     def abort(self, code: grpc.StatusCode, details: str) -> None:
         raise Aborted
 

@@ -130,7 +130,9 @@ def test_every_file_that_is_changed_is_named(sealed: Path, change: Callable[[Pat
         file = sealed / original.relative_to(kept)
         change(file)
         found = named(sealed)
-        assert recorded(sealed, file) in found, (file, found)
+        # A list whose names of files were edited is told by what contradicts it.
+        by_others = file.name.endswith("SHA256SUMS") and any(file.name in told for told in found.values())
+        assert recorded(sealed, file) in found or by_others, (file, found)
         for name in (file.name, f"{file.name}.bak", file.name.swapcase(), f"kept-{file.name}"):
             remove(file.with_name(name))
         shutil.copyfile(original, file)
