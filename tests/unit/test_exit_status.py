@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from specsplit.errors import RunError, UserError, WorkerError
+from specsplit.experiment.peers import Peer, PeerProcess
 
 CODE = """
 import os, signal, sys, time
@@ -105,3 +106,23 @@ def test_the_table_of_the_documentation_is_of_these() -> None:
 
     assert rows == ["status", "0", "1", "1", "2", str(128 + signal.SIGINT), str(128 + signal.SIGTERM)]
     assert (UserError.exit_status, RunError.exit_status, WorkerError("x").exit_status) == (2, 1, 2)
+
+
+class Decoder:
+    """What answers in the process of a baseline."""
+
+    def describe(self) -> dict[str, str]:
+        return {"pid": str(os.getpid())}
+
+    def write(self, *arguments: Any) -> None:
+        raise ZeroDivisionError(arguments[1])
+
+
+def test_a_baseline_whose_process_dies_is_a_failure() -> None:
+    with PeerProcess("transformers", Decoder) as peer:
+        with pytest.raises(RunError, match=r"transformers baseline: ZeroDivisionError: \[5\]"):
+            peer.write(Peer.parse("generate"), [5], max_tokens=1, stop_ids=[])
+        os.kill(int(peer.description["pid"]), signal.SIGKILL)
+        for _ in range(2):  # found dead, and known to be
+            with pytest.raises(RunError, match="the process of the transformers baseline was ended by signal 9"):
+                peer.write(Peer.parse("generate"), [5], max_tokens=1, stop_ids=[])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from specsplit.errors import ModelError, PromptError, UserError
 from specsplit.models.sources import resolve_model, tokenizer_folder
 from specsplit.rpc.credentials import join_address, split_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.worker import TargetWorkerConfig
+from specsplit.worker.server import WorkerServer
 
 PROMPT, LENGTH = "abc", 24
 
@@ -106,3 +110,23 @@ def test_a_prompt_that_the_template_does_not_take_has_its_id(tiny_model_folder: 
     codec.tokenizer.chat_template = "{{ 1 // 0 }}"
     with pytest.raises(PromptError, match=r"prompt 'p7': the chat template .*ZeroDivisionError"):
         encode_prompts([Prompt("p7", "hello", "chat")], codec, chat=True, limit=100)
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_a_worker_listens_on_ipv6(host: str) -> None:
+    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    server = WorkerServer(TargetWorkerConfig(host=host, port=0))
+    server.start()
+    try:
+        assert server.port > 0
+        with socket.create_connection(("::1", server.port), timeout=5):
+            pass
+    finally:
+        server.stop()
+
+
+def test_every_address_of_ipv6_wants_what_that_of_ipv4_does() -> None:
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(UserError, match=re.escape(host)):
+            WorkerServer(TargetWorkerConfig(host=host, port=0))

@@ -73,7 +73,7 @@ def workers_for(
         if max_sessions is not None:
             arguments += ["--max-sessions", str(max_sessions)]
         log_file = file.with_suffix(".log")
-        return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0)
+        return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0, keeps_log=False)
 
     for role, model in models.items():  # before the first of them is started
         check_model(ROLES[role].load({"model": model}))
