@@ -70,9 +70,8 @@ def start_worker(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while not endpoint_file.exists():
             if process.poll() is not None:
-                raise UserError(
-                    f"the {role} worker ended with status {process.returncode}:\n{_tail(log_file, log_start, kept=keeps_log)}"
-                )
+                tail = _tail(log_file, log_start, kept=keeps_log)
+                raise UserError(f"the {role} worker ended with status {process.returncode}:\n{tail}")
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the {role} worker did not serve within {timeout_s:g} s (workers.startup_timeout_s):\n"

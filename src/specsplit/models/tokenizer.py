@@ -60,12 +60,16 @@ class TextCodec:
     @classmethod
     def load(cls, folder: Path) -> TextCodec:
         """Load the tokenizer of a local model folder; UserError when there is none."""
-        from transformers import AutoTokenizer
-
         try:
-            return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+            return cls._read(folder)
         except Exception as error:  # whatever transformers meets in files that nobody here has seen
             raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {_why(error)}") from error
+
+    @classmethod
+    def _read(cls, folder: Path) -> TextCodec:
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
     @classmethod
     def unpack(cls, files: Mapping[str, bytes]) -> TextCodec:
@@ -82,7 +86,10 @@ class TextCodec:
                 if not unpacking.eof:
                     raise UserError(f"{name} of a tokenizer is cut off, or larger than {MOST_UNPACKED_BYTES} bytes")
                 Path(folder, name).write_bytes(data)
-            return cls.load(folder)
+            try:
+                return cls._read(folder)
+            except Exception as error:
+                raise UserError(f"a tokenizer cannot be loaded: {_why(error)}") from error
 
     def encode(
         self,
