@@ -33,7 +33,7 @@ FACTS = ROOT / "src/specsplit/settings/facts.json"
 README = ROOT / "config/README.md"
 CONFIG = ROOT / "config/config.yaml"
 BEGIN, END = "<!-- made by scripts/settings.py: begin -->", "<!-- made by scripts/settings.py: end -->"
-OURS = ("note", "heading", "operates")  # of `setting`, and of no use to who reads the schema
+OURS = ("note", "heading", "operates", "verbatim")  # of `setting`, and of no use to who reads the schema
 ORDER = ("$schema", "title", "description", "plural", "type", "additionalProperties", "required")
 WIDTH = 120
 

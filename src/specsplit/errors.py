@@ -4,6 +4,7 @@ UserError
 ├── OptionError   an option of the Python interface has a value that is not possible
 ├── PromptError   a prompt has no tokens, or too many
 ├── ModelError    a model cannot be found, fetched or loaded
+├── RunError      what was asked for was right, and failed
 └── WorkerError   a worker does not answer, refuses, or failed while it wrote a text
 """
 
@@ -15,8 +16,27 @@ from typing import Any
 class UserError(Exception):
     """A mistake or a missing thing outside the program: the message names it and how to mend it.
 
-    The command line prints the message alone, without a traceback, and exits with status 2.
+    The command line prints the message alone, without a traceback, and exits with `exit_status`: 2 for wrong use, 1 for
+    what was right and failed.
     """
+
+    exit_status = 2
+
+
+def told(error: BaseException) -> str:
+    """What an error of another library says, for a message: its class and its text, without more than a few lines."""
+    text = "\n".join(str(error).strip().splitlines()[:8])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. PyTorch's allocators raise a class of their own, that of the CPU a plain RuntimeError."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
 
 
 class OptionError(UserError):
@@ -31,6 +51,12 @@ class ModelError(UserError):
     """A model cannot be found, fetched or loaded."""
 
 
+class RunError(UserError):
+    """What was asked for was right, and failed: every request, or another program."""
+
+    exit_status = 1
+
+
 class WorkerError(UserError):
     """A worker did not answer, or refused; the message names it, the call and the status.
 
@@ -40,3 +66,4 @@ class WorkerError(UserError):
     def __init__(self, message: str, *, code: str = "", result: Any = None) -> None:
         super().__init__(message)
         self.code, self.result = code, result
+        self.exit_status = 2 if result is None else 1

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -90,9 +91,9 @@ class Outcome:
             self.status = end.code
         self.out, self.err = capsys.readouterr()
 
-    def error(self) -> str:
+    def error(self, status: int = 2) -> str:
         """The one message of a command that refused to go on."""
-        assert self.status == 2, self.err
+        assert self.status == status, self.err
         assert self.err.count(": error: ") == 1, self.err
         assert "Traceback" not in self.err
         return self.err.rpartition(": error: ")[2]
@@ -516,7 +517,7 @@ def test_a_benchmark_whose_requests_all_fail_is_an_error(
 
     workers["target"].before_pass = fail
     results = tmp_path / "results"
-    message = specsplit(*bench, "--only", "--gamma", 0, "--warmup", 0, "--results-dir", results).error()
+    message = specsplit(*bench, "--only", "--gamma", 0, "--warmup", 0, "--results-dir", results).error(1)
     workers["target"].before_pass = lambda: None
     assert "every request failed, the first one with: target worker failed in round 1: INTERNAL" in message
     run = json.loads((results / "runs" / "gamma_0" / "run.json").read_text())
@@ -557,3 +558,20 @@ def test_bad_lines_are_skipped_aloud(specsplit: Command, bench: Sequence[object]
     assert f"{prompts}:2: the prompt is not text" in specsplit(*bench, *flags).error()
     shown = specsplit(*bench, *flags, "--on-bad-line", "skip")
     assert (shown.status, shown.err) == (0, f"{prompts}:2: skipped: the prompt is not text\n")
+
+
+def test_stop_strings_of_a_run(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:
+    def outputs(name: str, *flags: object) -> list[dict[str, Any]]:
+        results = tmp_path / name
+        assert specsplit(*bench, "--only", "--gamma", 3, "--results-dir", results, *flags).status == 0
+        lines = (results / "runs" / "gamma_3" / "outputs.jsonl").read_text().splitlines()
+        counted = [int(row["generated_tokens"]) for row in rows(results / "runs" / "gamma_3" / "requests.csv")]
+        found = [json.loads(line) for line in lines]
+        assert [len(one["token_ids"]) for one in found] == counted
+        return found
+
+    whole = outputs("whole")
+    stop = whole[0]["text"][4:6]
+    for one, cut in zip(whole, outputs("cut", "--stop", stop), strict=True):
+        assert cut["text"] == one["text"].partition(stop)[0]
+        assert cut["finish_reason"] == ("stop" if stop in one["text"] else one["finish_reason"])

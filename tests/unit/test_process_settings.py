@@ -308,3 +308,26 @@ def test_every_variable_of_every_class_of_settings_is_known() -> None:
         names |= {name for field in settings.model_fields for name in settings.variables(field)}
     assert {"SPECSPLIT_ORCH_GAMMA", "SPECSPLIT_DISTILL_LAYERS"} < names
     assert names <= known_variables()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--stop", "\n\n", "a, b", " end"], ["\n\n", "a, b", " end"]),
+        (["--stop", "[INST]"], ["[INST]"]),
+        ([], []),
+    ],
+)
+def test_stop_strings_are_taken_as_they_are(words: list[str], expected: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_setting_flags(parser, OrchestratorConfig)
+    assert load_settings(OrchestratorConfig, parser.parse_args(words)).stop == expected
+
+
+def test_stop_strings_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECSPLIT_ORCH_STOP", '["a,b", "\\n"]')
+    assert OrchestratorConfig.load().stop == ["a,b", "\n"]
+    monkeypatch.setenv("SPECSPLIT_ORCH_STOP", "a, b")
+    assert OrchestratorConfig.load().stop == ["a, b"]
+    with pytest.raises(UserError, match="--stop"):
+        OrchestratorConfig.load({"stop": [""]})

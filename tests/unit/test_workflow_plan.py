@@ -342,3 +342,12 @@ def test_the_environment_of_the_rules_is_what_the_package_asks_for_in_the_tested
     (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert {name(line) for line in pip} == {name(line) for line in needed}
     assert all(line.partition("==")[2] == versions[name(line)] for line in pip)
+
+
+def test_only_the_targets_own_generation_settings_matter() -> None:
+    for ignored, flag in ((False, ""), (True, "--ignore-model-settings")):
+        made = Plan({**ELSEWHERE, "generation": {"ignore_model_settings": ignored}})
+        assert made.model_settings_flag("m") == flag
+        assert made.model_settings_flag("made") == "--ignore-model-settings"
+        for label, settings in ((label, made.settings(label, operates=False)) for label in made.points):
+            assert f'"ignore_model_settings": {str(ignored).lower()}' in settings, label

@@ -66,9 +66,9 @@ rule summary:
         settings=INTERVALS,
         code=code_of("analyze", "provenance seal"),
     shell:
-        # The log is sealed as well, so nothing is written to it any more.
-        "specsplit analyze --no-figures --results-dir {params.folder:q} {params.settings}"
-        " > {log:q} 2>&1 && specsplit provenance seal --output {output.seal:q}"
+        # Exit status 1: texts differ, which the tables say. The log is sealed as well, so nothing is written to it any more.
+        "{{ specsplit analyze --no-figures --results-dir {params.folder:q} {params.settings}"
+        " > {log:q} 2>&1 || test $? -eq 1; }} && specsplit provenance seal --output {output.seal:q}"
         " {output.summary:q} {input:q} 2>> {log:q} > /dev/null"
 
 

@@ -15,8 +15,10 @@ rule prepare_model:
         "../../envs/specsplit.yaml"
     params:
         source=lambda wildcards: PLAN.model_flags(wildcards.model),
+        own_settings=lambda wildcards: PLAN.model_settings_flag(wildcards.model),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
         sha256=lambda wildcards: model_content(wildcards.model),
         code=code_of("prepare-model"),
     shell:
-        "specsplit prepare-model {params.source} --name {wildcards.model} --output {params.folder:q} > {log:q} 2>&1"
+        "specsplit prepare-model {params.source} {params.own_settings} --name {wildcards.model}"
+        " --output {params.folder:q} > {log:q} 2>&1"

@@ -25,7 +25,8 @@ class Model:
     revision: of the Hub: a branch, a tag or a commit; default: main.
     dtype: float32 | bfloat16 | float16 | int8 (CPU). device: auto | cpu | cuda | cuda:N. engine: auto | one of ours.
     threads: compute threads. max_context: tokens that a text can have, drafted ones included.
-    skip_layers: decoder layers to leave out, of a draft alone.
+    skip_layers: decoder layers to leave out, of a draft alone. ignore_model_settings: run a target without the
+        settings of its generation_config.json that would change greedy text, for which it is refused otherwise.
     """
 
     path: str | Path
@@ -36,6 +37,7 @@ class Model:
     threads: int | None = None
     max_context: int | None = None
     skip_layers: tuple[int, ...] | list[int] | None = None
+    ignore_model_settings: bool | None = None
 
     def settings(self) -> dict[str, Any]:
         """The settings of a worker that are given here, but for the model's folder."""

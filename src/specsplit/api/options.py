@@ -63,19 +63,12 @@ def with_options(config: OrchestratorConfig, options: Mapping[str, Any]) -> Orch
             close = difflib.get_close_matches(name, Options.__annotations__, n=1)
             hint = f"; did you mean {close[0]}?" if close else f": there are {', '.join(Options.__annotations__)}"
             raise OptionError(f"{name} is not an option of a text{hint}")
-    given = {FIELDS.get(name, name): value for name, value in options.items() if name != "stop"}
+    given = {FIELDS.get(name, name): value for name, value in options.items()}
+    if "stop" in given:  # one string is not a list written as JSON
+        given["stop"] = [given["stop"]] if isinstance(given["stop"], str) else list(given["stop"] or ())
     if given.get("stop_token_ids") is not None:
         given["stop_token_ids"] = list(given["stop_token_ids"])
     return checked(OrchestratorConfig, {**config.model_dump(), **given})
-
-
-def stop_strings(options: Mapping[str, Any]) -> list[str]:
-    """The strings that end a text. Raises OptionError for what is none."""
-    given = options.get("stop") or []
-    strings = [given] if isinstance(given, str) else list(given)
-    if not all(isinstance(one, str) and one for one in strings):
-        raise OptionError(f"stop={given!r}: wanted a string that is not empty, or several")
-    return strings
 
 
 def checked(settings: type[S], values: Mapping[str, Any], of: str = "") -> S:

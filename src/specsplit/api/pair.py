@@ -13,7 +13,7 @@ import torch
 from specsplit.api.generated import GeneratedStream, GeneratedText
 from specsplit.api.in_process import InProcessStub
 from specsplit.api.named_models import Model
-from specsplit.api.options import Options, checked, stop_strings, with_options
+from specsplit.api.options import Options, checked, with_options
 from specsplit.client.event_loop import event_loop
 from specsplit.client.handshake import check_tokenizers, connected_pair
 from specsplit.client.pipeline import run_speculative_loop_async
@@ -22,8 +22,8 @@ from specsplit.client.text import OnTokens
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import ModelError, OptionError, PromptError, UserError, WorkerError
 from specsplit.launch.environment import threads_beside_another, usable_cores
-from specsplit.models.sources import resolve_model
-from specsplit.models.tokenizer import TextCodec, TextStream, cut_at_stop
+from specsplit.models.sources import tokenizer_folder
+from specsplit.models.tokenizer import TextCodec, TextStream, cut_at_stop, stops_at
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -61,7 +61,7 @@ def load(target: str | Path | Model, draft: str | Path | Model | None = None, **
         if role == "draft":
             values["target_tokenizer"] = folders["target"]
         workers[role] = checked(ROLES[role], values, of=f"{role}: ")
-    return in_process_pair(workers, {}, config, lambda: TextCodec.load(resolve_model(folders["target"])[0]))
+    return in_process_pair(workers, {}, config, lambda: TextCodec.load(tokenizer_folder(folders["target"])))
 
 
 def in_process_pair(
@@ -119,7 +119,7 @@ def connect(
         "connect_timeout_s": connect_timeout_s,
     }
     config = _configured(given, options, has_draft=draft is not None)
-    codec = None if tokenizer is None else TextCodec.load(resolve_model(_model(tokenizer).folder())[0])
+    codec = None if tokenizer is None else TextCodec.load(tokenizer_folder(_model(tokenizer).folder()))
     return over_grpc(config, codec, has_draft=draft is not None)
 
 
@@ -204,11 +204,11 @@ class Pair:
         """
         if self.codec is None:
             raise OptionError("the target worker gave no tokenizer: say which it is, connect(..., tokenizer=...)")
-        config, stop = self._options(options), stop_strings(options)
+        config = self._options(options)
         token_ids = self._encode(prompt, config)
         return GeneratedStream(
-            TextStream(self.codec, stop),
-            lambda on_tokens: event_loop().submit(self._write(token_ids, config, stop, on_tokens)),
+            TextStream(self.codec, config.stop),
+            lambda on_tokens: event_loop().submit(self._write(token_ids, config, on_tokens)),
         )
 
     async def acheck(self, timeout_s: float = 5.0) -> None:
@@ -256,13 +256,13 @@ class Pair:
     async def _generate(
         self, prompt: Prompt | Prompts, options: Mapping[str, Any]
     ) -> GeneratedText | list[GeneratedText]:
-        config, stop = self._options(options), stop_strings(options)
-        if stop and self.codec is None:
+        config = self._options(options)
+        if config.stop and self.codec is None:
             raise OptionError("the target worker gave no tokenizer: stop strings need connect(..., tokenizer=...)")
         if not _is_list_of_prompts(prompt):
-            return await self._write(self._encode(cast(Prompt, prompt), config), config, stop)
+            return await self._write(self._encode(cast(Prompt, prompt), config), config)
         token_ids = [self._encode(one, config) for one in cast(Prompts, prompt)]
-        texts = [asyncio.create_task(self._write(ids, config, stop)) for ids in token_ids]
+        texts = [asyncio.create_task(self._write(ids, config)) for ids in token_ids]
         try:
             return await asyncio.gather(*texts)
         finally:
@@ -273,16 +273,13 @@ class Pair:
         self,
         token_ids: list[int],
         config: OrchestratorConfig,
-        stop: Sequence[str] = (),
         on_tokens: OnTokens | None = None,
     ) -> GeneratedText:
-        if stop and on_tokens is None:
-            assert self.codec is not None
-            decoder = TextStream(self.codec, stop)
-            on_tokens = lambda tokens: decoder.take(tokens)[1]  # noqa: E731
+        if on_tokens is None and self.codec is not None:
+            on_tokens = stops_at(self.codec, config.stop)
         result = await self.write_tokens(token_ids, config, on_tokens=on_tokens, controller=self._controller(config))
         text = "" if self.codec is None else self.codec.decode(result.output_tokens)
-        return GeneratedText(cut_at_stop(text, stop), token_ids, result)
+        return GeneratedText(cut_at_stop(text, config.stop), token_ids, result)
 
     async def write_tokens(
         self,

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.errors import RunError
 from specsplit.settings.measure import IntervalSettings
 
 
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
     for sentence in round_trip_sentences(summary, settings["confidence"]):
         print("Round trips:", sentence)
     print("Machine:", drift_sentence(summary))
-    print("Lossless:", lossless_sentence(summary))
+    print("Lossless:", lossless := lossless_sentence(summary))
     if faults := faults_sentence(summary):
         print("Faults:", faults)
+    if (summary["lossless"] < 1).any():
+        raise RunError(f"texts differ. Lossless: {lossless}")

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
     ensure_deterministic_environment()
     from specsplit.cli.plan import plan_bench
-    from specsplit.client.handshake import connected_pair
+    from specsplit.client.handshake import connected_pair, text_limit
     from specsplit.experiment.progress import Progress
     from specsplit.experiment.runner import encode_prompts, run_requests
     from specsplit.launch.endpoint import resolve_address, worker_origin
@@ -76,11 +76,16 @@ def run(args: argparse.Namespace) -> None:
         # A point that drafts, if there is one, decides whether a draft worker is needed.
         first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
         draft, target = stack.enter_context(connected_pair(first, plan.codec.sha256))
-        limit = target.description.max_context
+        limit, raisable = text_limit(target.description)
         workers = {c.role: c for c in (draft, target) if c is not None}
         beside = stack.enter_context(_beside(args, plan.bench.setups, workers))
         requests = encode_prompts(
-            plan.prompts, plan.codec, chat=config.use_chat_template, limit=limit, later_turns=True
+            plan.prompts,
+            plan.codec,
+            chat=config.use_chat_template,
+            limit=limit,
+            raisable=raisable,
+            later_turns=True,
         )
         with Progress(len(points) * len(requests) * plan.bench.repeats, args.terminal_fd) as progress:
             for point in points:
@@ -142,6 +147,8 @@ def _model_settings(args: argparse.Namespace, role: str, worker: DescribeReply) 
     if values or (folder := getattr(args, f"{role}_model")) is None:
         return values
     values = {"model": folder, **{key: getattr(worker, key) for key in ("dtype", "device", "threads", "max_context")}}
+    if role == "target":
+        values["ignore_model_settings"] = True  # as its worker did, which serves it
     if role == "draft":
         values |= {"skip_layers": list(worker.skip_layers), "target_tokenizer": args.target_model}
     return values

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from specsplit import tracing
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
+from specsplit.errors import RunError
 from specsplit.settings.measure import CapacitySettings
 from specsplit.settings.run import OrchestratorConfig
 
@@ -28,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.capacity import CapacityRecord, Load, measure_capacity
     from specsplit.experiment.columns import FAILED
     from specsplit.experiment.runner import encode_prompts
+    from specsplit.models.tokenizer import stops_at
     from specsplit.provenance.capture import capture_machine
     from specsplit.provenance.closure import code_sha256
 
@@ -36,13 +39,17 @@ def run(args: argparse.Namespace) -> None:
     config = load_settings(OrchestratorConfig, args, **greedy)
     tracing.wanted()  # tells at once what it lacks
     codec = load_codec(config)
-    configs, limit, workers = connected_configs(args, settings.gamma, config, codec)
-    requests = encode_prompts(read_prompts(args.prompts, settings), codec, chat=config.use_chat_template, limit=limit)
+    configs, (limit, raisable), workers = connected_configs(args, settings.gamma, config, codec)
+    prompts = read_prompts(args.prompts, settings)
+    requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=limit, raisable=raisable)
+    differing = 0
 
     def show(rows: list[CapacityRecord]) -> None:
+        nonlocal differing
         itls = sorted(row.itl_ms for row in rows if row.itl_ms is not None)
         median = f", median ITL {itls[len(itls) // 2]:.1f} ms" if itls else ""
         wrong = sum(row.matches_single is False for row in rows)
+        differing += wrong
         failed = sum(row.status == FAILED for row in rows)
         print(
             f"gamma {rows[0].gamma}, {Load(rows[0].arrivals, rows[0].clients, rows[0].rate)}: {len(rows)} requests"
@@ -53,9 +60,12 @@ def run(args: argparse.Namespace) -> None:
 
     table = args.results_dir / "capacity_requests.csv"
     decides = {"workers": workers, "machine": capture_machine(), "code": code_sha256("capacity")}
-    measure_capacity(requests, configs, settings, table, decides=decides, on_level=show)
+    stops = partial(stops_at, codec, config.stop)
+    measure_capacity(requests, configs, stops, settings, table, decides=decides, on_level=show)
     print(table)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity
         for path in write_capacity(args.results_dir, settings.tpot_limit_ms, settings.ttft_limit_ms):
             print(path)
+        if differing:
+            raise RunError(f"{differing} texts differ from those of a single client")

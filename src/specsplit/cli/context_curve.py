@@ -21,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     # Greedy texts of a fixed length in mode sync, without a simulated network.
     without = (
         *("mode", "temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms", "draft_acceptance"),
-        *("max_output_tokens", "max_rounds", "ignore_eos"),
+        *("max_output_tokens", "max_rounds", "ignore_eos", "stop", "stop_token_ids"),
     )
     add_setting_flags(parser, ContextSettings, OrchestratorConfig, without=without)
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         OrchestratorConfig, args, **fixed, gamma=settings.gamma[0], max_output_tokens=settings.output_tokens
     )
     codec = load_codec(config)
-    configs, limit, _ = connected_configs(args, settings.gamma, config, codec)
+    configs, (limit, raisable), _ = connected_configs(args, settings.gamma, config, codec)
     lengths = [length for length in sorted(set(settings.length)) if length + settings.output_tokens <= limit]
     left_out = sorted(set(settings.length) - set(lengths))
     if not lengths:
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if left_out:
         print(f"left out, for the workers hold {limit} tokens: {', '.join(map(str, left_out))}", flush=True)
-    requests = encode_prompts(read_prompts(args.prompts, settings), codec, chat=config.use_chat_template, limit=limit)
+    prompts = read_prompts(args.prompts, settings)
+    requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=limit, raisable=raisable)
 
     def show(row: ContextText) -> None:
         itl = "" if row.itl_ms is None else f", {row.itl_ms:.1f} ms a token"

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit import tracing
     from specsplit.api.pair import over_grpc
     from specsplit.errors import WorkerError
-    from specsplit.models.sources import resolve_model
+    from specsplit.models.sources import tokenizer_folder
     from specsplit.models.tokenizer import TextCodec
 
     if args.model is not None:
@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
     if config.tokenizer is None:
         raise UserError("no tokenizer: give --tokenizer FOLDER, or --model FOLDER to start workers as well")
     prompt = _prompt(args.prompt)
-    codec = TextCodec.load(resolve_model(config.tokenizer)[0])
+    codec = TextCodec.load(tokenizer_folder(config.tokenizer))
+    codec.encode(prompt, use_chat_template=config.use_chat_template)  # what cannot be encoded starts no worker
     models = {} if args.model is None else dict.fromkeys(("target", "draft")[: 2 if config.gamma else 1], args.model)
     with (
         workers_for(models, config) as found,
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
         except WorkerError:
             print()  # the message stands below the text so far
             raise
+        except BrokenPipeError:  # the reader has seen enough of the text
+            return
         print()
     if not args.quiet:
         print(f"[{stream.text.summary()}]", file=sys.stderr)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
+import select
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any, NoReturn
 
 import specsplit
 from specsplit import logs
@@ -58,8 +62,24 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit status 0; 2 for what the user can mend; 130 after Ctrl-C, 143 after SIGTERM."""
+    """Entry point. Exit status 0: done; 1: failed; 2: wrong use; 130 after Ctrl-C, 143 after SIGTERM.
+
+    Nothing that a user can do ends in a traceback: --debug shows the one behind a message.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the encoding of a terminal lacks is written as \uXXXX
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        # Whatever PYTHONUNBUFFERED says: only what is to be seen at once is written, and may fail, before the end.
+        sys.stdout.reconfigure(write_through=False, line_buffering=False)
+    try:
+        _run(argv)
+    finally:
+        _flush()
+
+
+def _run(argv: Sequence[str]) -> None:
     args = build_parser(argv).parse_args(argv)
     if args.command != "worker":  # which looks after its lease itself
         end_with_lease()
@@ -73,23 +93,66 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         check_paths(args)
         args.run(args)
-        sys.stdout.flush()  # here, where a closed pipe is dealt with
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-    except (UserError, OSError) as error:  # OSError: no space, no permission; it names the file
-        if logs.is_json():
-            logging.getLogger(__name__).error("%s", error)
-        else:
-            print(f"specsplit {args.command}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        _end(args, error)
+
+
+def _flush() -> None:
+    """Write what is left; a reader that has seen enough of what is done is no error."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Let go of what Python would flush at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _end(args: argparse.Namespace, error: Exception) -> NoReturn:
+    """Say what failed, with the traceback if --debug wants it, and exit."""
+    status = 2
+    if isinstance(error, BrokenPipeError) and _reader_gone():
+        message, status = "standard output was closed before the command was done", 1
+        _drop_output()
+    elif isinstance(error, UserError):
+        message, status = str(error), error.exit_status
+    elif isinstance(error, OSError):  # no space, no permission; it names the file
+        message = str(error)
+    elif isinstance(error, MemoryError):
+        message, status = "out of memory: use a smaller model or context, or a machine with more", 1
+    else:
+        shown = " ".join(str(error).split())
+        message, status = f"{type(error).__name__}: {shown} (--debug shows where; please report it)", 1
+    if args.debug:
+        traceback.print_exception(error)
+    if logs.is_json():
+        logging.getLogger(__name__).error("%s", message)
+    else:
+        print(f"specsplit {args.command}: error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _reader_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError, ValueError):  # no real file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of all commands. Only that of the command in `argv`, whose module is imported, knows its flags."""
     parser: argparse.ArgumentParser = Parser(prog="specsplit", description=specsplit.__doc__)
     parser.add_argument("--version", action="version", version=f"specsplit {specsplit.__version__}")
+    debug: dict[str, Any] = {"action": "store_true", "help": "show the traceback behind an error message"}
+    parser.add_argument("--debug", **debug)
     subparsers = {"": parser.add_subparsers(dest="command", required=True, metavar="COMMAND")}
     words = [word for word in argv if not word.startswith("-")]
     for name, text in COMMANDS.items():
@@ -100,5 +163,6 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         elif name.split() == words[: len(name.split())]:
             module = import_module(f"specsplit.cli.{name.replace('-', '_').replace(' ', '.')}")
             module.add_flags(command)
+            command.add_argument("--debug", default=argparse.SUPPRESS, **debug)
             command.set_defaults(run=module.run)
     return parser

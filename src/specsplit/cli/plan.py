@@ -37,6 +37,8 @@ class Plan:
 
 def plan_bench(args: argparse.Namespace) -> Plan:
     """The points, settings and prompts that the flags of `bench` ask for. Raises UserError."""
+    from specsplit.experiment.runner import encode_prompts
+
     sweep, bench = load_settings(SweepSettings, args), load_settings(BenchSettings, args)
     axes = {axis: values[0] for axis, values in sweep.model_dump(exclude_none=True).items()}
     config = load_settings(OrchestratorConfig, args, **axes)
@@ -54,28 +56,30 @@ def plan_bench(args: argparse.Namespace) -> Plan:
     # Every point is checked before the first one is run.
     configs = {point: load_settings(OrchestratorConfig, args, **point.settings(shared)) for point in points}
     prompts = read_prompts(args.prompts, bench)
+    encode_prompts(prompts, codec, chat=config.use_chat_template, limit=sys.maxsize)
     inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
     return Plan(config, bench, points, configs, prompts, codec, inputs)
 
 
 def load_codec(config: OrchestratorConfig) -> TextCodec:
     """The tokenizer of the settings; UserError when none is named."""
-    from specsplit.models.sources import resolve_model
+    from specsplit.models.sources import tokenizer_folder
     from specsplit.models.tokenizer import TextCodec
 
     if config.tokenizer is None:
         raise UserError("--tokenizer is missing: the folder of a prepared model, or any local tokenizer folder")
-    return TextCodec.load(resolve_model(config.tokenizer)[0])
+    return TextCodec.load(tokenizer_folder(config.tokenizer))
 
 
 def connected_configs(
     args: argparse.Namespace, gammas: list[Any], config: OrchestratorConfig, codec: TextCodec
-) -> tuple[list[OrchestratorConfig], int, list[dict[str, Any]]]:
+) -> tuple[list[OrchestratorConfig], tuple[int, bool], list[dict[str, Any]]]:
     """The settings at each gamma, with the addresses of workers that answered and fit together.
 
-    Returns them with the longest text that all of these workers can hold, and with what the workers are.
+    Returns them with the longest text that all of these workers can hold (and whether a setting limits it), and with
+    what the workers are.
     """
-    from specsplit.client.handshake import connected_pair
+    from specsplit.client.handshake import connected_pair, text_limit
     from specsplit.experiment.runner import worker_identity
     from specsplit.launch.endpoint import description_dict
 
@@ -84,7 +88,7 @@ def connected_configs(
         own = with_addresses(config.model_copy(update={"gamma": point.gamma}), args.workers_dir, point)
         with connected_pair(own, codec.sha256) as workers:
             descriptions = [worker.description for worker in workers if worker is not None]
-            limits += [description.max_context for description in descriptions]
+            limits.append(text_limit(*descriptions))
             identities += [worker_identity(description_dict(description)) for description in descriptions]
         configs.append(own)
     return configs, min(limits), identities

@@ -34,6 +34,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="FOLDER", help="with --ngram: the model whose tokens it speaks")
     parser.add_argument("--max-ngram", type=int, help="with --ngram: longest suffix looked up (default: 3)")
     parser.add_argument("--min-ngram", type=int, help="with --ngram: shortest suffix looked up (default: 1)")
+    parser.add_argument(
+        "--ignore-model-settings",
+        action="store_true",
+        help="take a model whose generation_config.json has settings that would change greedy text, without them; of a "
+        "draft they do not matter",
+    )
     parser.add_argument("--name", help="name of the model (default: the folder's)")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where it goes")
 
@@ -66,12 +72,23 @@ def run(args: argparse.Namespace) -> None:
             "file": args.file,
             "sha256": args.sha256,
         }
-    manifest = prepare_model(spec, args.name or args.output.name, args.output)
+    manifest = prepare_model(
+        spec,
+        args.name or args.output.name,
+        args.output,
+        check=(lambda folder: None) if args.ignore_model_settings else _refuse,
+    )
     fingerprint = manifest["fingerprint"]
     print(
         f"{args.output}: {fingerprint['architecture']}, {fingerprint['parameters'] / 1e6:.1f}M parameters, "
         f"weights {fingerprint['weights_sha256'][:12]}, tokenizer {fingerprint['tokenizer_sha256'][:12]}"
     )
+
+
+def _refuse(folder: Path) -> None:
+    from specsplit.models.generation_settings import refuse_model_settings
+
+    refuse_model_settings(folder, "give --ignore-model-settings (key generation.ignore_model_settings)")
 
 
 def _given(args: argparse.Namespace, flags: Iterable[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from specsplit.cli.plan import Plan, with_addresses
 from specsplit.client.handshake import connected_pair
+from specsplit.errors import RunError
 from specsplit.experiment.peer_race import Ours, PeerRecord
 from specsplit.experiment.peer_run import check_race, run_race
 from specsplit.experiment.sweep import Point
@@ -20,11 +21,13 @@ def race(args: argparse.Namespace, plan: Plan) -> None:
     """Race the points of the plan against the peers; peers_requests.csv and peers_run.json, and unless --only the
     summary and the figure."""
     peers = check_race({point.label: config for point, config in plan.configs.items()}, plan.bench.baseline or ())
-    done = 0
+    done = differing = 0
+    labels = {point.label for point in plan.points}
 
     def show(row: PeerRecord, total: int) -> None:
-        nonlocal done
+        nonlocal done, differing
         done += 1
+        differing += row.contender in labels and not row.identical
         tpot = "" if row.tpot_ms is None else f", TPOT {row.tpot_ms:.1f} ms"
         same = "" if row.identical else f", differs from token {row.first_divergence}"
         tell(f"[{done}/{total}] {row.contender} {row.request_id}: {row.generated_tokens} tokens{tpot}{same}")
@@ -50,6 +53,8 @@ def race(args: argparse.Namespace, plan: Plan) -> None:
     if not args.only:
         for path in import_module("specsplit.analysis.peers_table").write_peers(args.results_dir):
             print(path)
+        if differing:
+            raise RunError(f"{differing} texts of ours differ from those that they are compared with")
 
 
 def _connect(args: argparse.Namespace, plan: Plan, point: Point, stack: ExitStack) -> Ours:

@@ -20,13 +20,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-model", type=Path, metavar="FOLDER", help=text.format("target"))
     parser.add_argument("--draft-model", type=Path, metavar="FOLDER", help=text.format("draft"))
     # A request says how long its text may be, and where it ends.
-    without = ("max_output_tokens", "max_rounds", "stop_token_ids", "ignore_eos", "seed", "use_chat_template")
+    length = ("max_output_tokens", "max_rounds", "stop", "stop_token_ids", "ignore_eos")
+    without = (*length, "seed", "use_chat_template")
     add_setting_flags(parser, ServeSettings, OrchestratorConfig, without=without)
 
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.api.pair import over_grpc
-    from specsplit.models.sources import resolve_model
+    from specsplit.models.sources import tokenizer_folder
     from specsplit.models.tokenizer import TextCodec
 
     settings, config = load_settings(ServeSettings, args), load_settings(OrchestratorConfig, args)
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         config = config.model_copy(update={"gamma": 0})
     with workers_for(models, config, max_sessions=settings.max_running) as config:
         folder = config.tokenizer or models.get("target")
-        codec = None if folder is None else TextCodec.load(resolve_model(folder)[0])
+        codec = None if folder is None else TextCodec.load(tokenizer_folder(folder))
         drafts = config.gamma != 0
         with over_grpc(config, codec, has_draft=drafts, at_once=settings.max_running) as pair:
             target = pair.target

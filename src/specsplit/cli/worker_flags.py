@@ -14,7 +14,7 @@ from specsplit import logs
 from specsplit.errors import UserError
 from specsplit.io import read_json_object
 from specsplit.settings.run import OrchestratorConfig
-from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
+from specsplit.settings.worker import ROLES, DraftWorkerConfig, WorkerSettings
 
 if TYPE_CHECKING:
     from specsplit.launch.endpoint import Endpoint
@@ -58,6 +58,7 @@ def workers_for(
 ) -> Iterator[OrchestratorConfig]:
     """The settings with the addresses of workers: those started on these models, by role, which are stopped at the
     end, or without models those that the settings name."""
+    from specsplit.engines.loading import check_model
     from specsplit.launch.endpoint import resolve_address
     from specsplit.launch.environment import threads_beside_another
     from specsplit.launch.start import own_workers, start_worker
@@ -72,8 +73,10 @@ def workers_for(
         if max_sessions is not None:
             arguments += ["--max-sessions", str(max_sessions)]
         log_file = file.with_suffix(".log")
-        return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0)
+        return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0, keeps_log=False)
 
+    for role, model in models.items():  # before the first of them is started
+        check_model(ROLES[role].load({"model": model}))
     with own_workers({role: partial(start, role) for role in models}) as started:
         addresses = {role: endpoint.address for role, endpoint in started.items()}
         if not models:

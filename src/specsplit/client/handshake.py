@@ -9,6 +9,7 @@ from typing import Any
 from specsplit.errors import UserError
 from specsplit.rpc.connection import Connection, connect
 from specsplit.rpc.credentials import Access
+from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
 
 
@@ -41,11 +42,23 @@ def connected_pair(
         yield drafter, target
 
 
+def text_limit(*workers: pb.DescribeReply | None) -> tuple[int, bool]:
+    """Tokens of the longest text that all of these workers can hold, and whether a setting, not a model, limits it."""
+    limits = []
+    for worker in workers:
+        if worker is not None:
+            own = worker.runtime.get("model_max_context", "")
+            limits.append((worker.max_context, not own.isdecimal() or worker.max_context < int(own)))
+    return min(limits)
+
+
 def check_tokenizers(named: dict[str, str]) -> None:
     """Refuse to go on when the tokenizers differ. named: who -> tokenizer sha256."""
     if len(set(named.values())) > 1:
         lines = ", ".join(f"{who} has {sha[:12] or 'none'}" for who, sha in named.items())
-        raise UserError(
-            f"the tokenizers differ ({lines}): token ids would mean different text. "
-            f"Use a draft and a target that share one tokenizer."
-        )
+        target = next((sha for who, sha in named.items() if who.startswith("the target")), None)
+        drafts = {sha for who, sha in named.items() if who.startswith("the draft")}
+        mend = "Start the draft worker with --target-tokenizer FOLDER, the folder of the target's model"
+        if drafts <= {target}:
+            mend = "Give the tokenizer of the target's model"
+        raise UserError(f"the tokenizers differ ({lines}): token ids would mean different text. {mend}.")

@@ -450,12 +450,20 @@ class TextWriter:
         )
 
     def stream_target(
-        self, prompt_ids: Sequence[int], config: OrchestratorConfig, *, request_id: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        config: OrchestratorConfig,
+        *,
+        on_tokens: OnTokens | None = None,
+        request_id: str | None = None,
     ) -> SpeculativeResult:
         """As `stream_target_async`: the target alone, which streams its tokens."""
         stub = self._access.stub("target", self._channels[1])
-        known = self._identities
-        return event_loop().run(stream_target_async(stub, prompt_ids, config, identities=known, request_id=request_id))
+        return event_loop().run(
+            stream_target_async(
+                stub, prompt_ids, config, on_tokens=on_tokens, identities=self._identities, request_id=request_id
+            )
+        )
 
     async def _open(self) -> list[grpc.aio.Channel | None]:
         return [address and self._access.aio_channel(address) for address in self._addresses]

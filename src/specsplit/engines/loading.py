@@ -16,17 +16,18 @@ from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM, unsuitable
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.synthetic import SyntheticLM
-from specsplit.engines.transformers import CANNOT_RUN, CausalLM, pick_device
+from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
 from specsplit.errors import UserError
 from specsplit.models.file_names import GGUF_FILE
-from specsplit.models.fingerprint import fingerprint_model, gguf_weights
+from specsplit.models.fingerprint import fingerprint_model, gguf_weights, read_config
+from specsplit.models.generation_settings import check_eos, refuse_model_settings
 from specsplit.models.gguf_file import read_gguf
-from specsplit.models.sources import manifest_file, resolve_model
+from specsplit.models.sources import manifest_file, model_folder, tokenizer_folder
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import read_reduced_map
 from specsplit.models.weightless import is_weightless, parameters_sha256, parse_parameters
 from specsplit.settings.models import SyntheticParameters
-from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)
 COMPILED_S = 3.0  # a first pass that took longer compiled
@@ -56,6 +57,25 @@ class LanguageModel(Protocol):
     def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]: ...
 
 
+def check_model(config: WorkerSettings) -> None:
+    """Refuse what can be told of the worker's model before anything is loaded, started or hashed. Raises UserError.
+
+    Of a prepared model the configuration was read when it was prepared.
+    """
+    if config.model is None:
+        raise UserError(f"no model: give --model FOLDER or set {config.prefix}MODEL")
+    folder = model_folder(config.model)
+    if not manifest_file(config.model).is_file():
+        check_eos(folder)
+        read_config(folder)
+    if isinstance(config, TargetWorkerConfig) and not config.ignore_model_settings:
+        refuse_model_settings(
+            folder,
+            "set generation.ignore_model_settings, give the target worker --ignore-model-settings "
+            f"({config.prefix}IGNORE_MODEL_SETTINGS=true), or in Python Model(..., ignore_model_settings=True)",
+        )
+
+
 def load_model(
     folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int = 1
 ) -> tuple[LanguageModel, dict[str, Any]]:
@@ -81,7 +101,7 @@ def load_model(
 def target_tokenizer(config: WorkerSettings) -> Path | None:
     """The folder of the target's tokenizer, when a draft worker was given one."""
     given = config.target_tokenizer if isinstance(config, DraftWorkerConfig) else None
-    return resolve_model(given)[0] if given else None
+    return tokenizer_folder(given) if given else None
 
 
 def _load_causal_lm(
@@ -144,6 +164,7 @@ def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> 
     tokens = [i % model.vocab_size for i in (11, 37, 41, 23, 29, 31, 43)]
     tree = TokenTree(tokens[2:], [ROOT, 0, ROOT, 2, 2], [-1.0] * 5)
     expected = model.step(model.new_cache(16), tokens[:2], tree).double()
+    check_finite(expected, model.model)
     started = time.perf_counter()
     fast = make()
     found = fast.step(fast.new_cache(16), tokens[:2], tree).double()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from specsplit.decoding.tree import ROOT, TokenTree
@@ -24,7 +23,7 @@ from specsplit.engines.passes import EMPTY, Pass, all_or_none
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.reduced_vocabulary import reduce_loaded
 from specsplit.engines.tree_attention import additive, positions, visible
-from specsplit.errors import UserError
+from specsplit.errors import UserError, is_out_of_memory, told
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.sources import quietly
 from specsplit.models.vocabulary import read_reduced_map
@@ -119,7 +118,10 @@ class CausalLM:
     def _finished(cls, model: Any, device: torch.device, dtype: str, skip_layers: Sequence[int]) -> CausalLM:
         if skip_layers:
             drop_layers(model, skip_layers)
-        model = model.to(device)
+        try:
+            model = model.to(device)
+        except Exception as error:
+            raise UserError(unloadable(Path(str(model.config._name_or_path)), error)) from error
         if dtype == "int8":
             quantise_linears(model)
         loaded = cls(model)
@@ -141,11 +143,18 @@ class CausalLM:
         reason = "its logits are not those of a plain pass"
         try:
             expected = self.model(torch.tensor([[first, second, third]], device=self.device)).logits[0, -1].double()
+            check_finite(expected, self.model)
             cache = self.new_cache(1 + len(tree))
             self.step(cache, [first])
             found = self.step(cache, (), tree)[-1].double()
             same = bool(torch.cosine_similarity(expected, found, dim=0) > limit)
-        except CANNOT_RUN as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model that was not made for it meets
+            if is_out_of_memory(error):
+                raise UserError(
+                    "there is not enough memory to run the model: use a smaller one, or dtype bfloat16"
+                ) from error
             same, reason = False, f"{type(error).__name__}: {error}"
         if not same:
             raise UserError(
@@ -239,8 +248,8 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
                     output_loading_info=True,
                     ignore_mismatched_sizes=head_tokens is not None,
                 )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
+        except Exception as error:  # whatever transformers meets in files that nobody here has seen
+            raise UserError(unloadable(folder, error)) from error
         if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
             raise UserError(
                 f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
@@ -250,6 +259,24 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
     if head_tokens is not None:
         reduce_loaded(model, folder, head_tokens, mismatched)
     return model
+
+
+def check_finite(logits: torch.Tensor, model: Any) -> None:
+    """Raise UserError for logits that are not numbers: no token is the likeliest then."""
+    if not bool(torch.isfinite(logits).all()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        other = "bfloat16" if dtype == "float16" else "float32"
+        raise UserError(
+            f"the logits of {type(model).__name__} are not numbers (NaN or infinite): its weights are damaged, or too "
+            f"large for dtype {dtype}. Fetch the model again, or use dtype {other}."
+        )
+
+
+def unloadable(folder: Path, error: Exception) -> str:
+    """The message about a model that another library could not load."""
+    if is_out_of_memory(error):
+        return f"{folder}: there is not enough memory to load the model: use a smaller one, or dtype bfloat16 or int8"
+    return f"{folder} does not hold a model that can be loaded: {told(error)}"
 
 
 def pick_device(name: str) -> torch.device:

@@ -13,6 +13,7 @@ from specsplit.api.pair import Pair
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.text import OnTokens
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.records import Request, gamma_controller, request_config
 from specsplit.settings.names import DEFAULT_DRAFT
@@ -40,23 +41,34 @@ class Beside:
     pair: Pair | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
 
-    def contenders(self, config: OrchestratorConfig, writer: TextWriter) -> list[Contender]:
-        """They, for a run with these settings."""
+    def contenders(
+        self, config: OrchestratorConfig, writer: TextWriter, stops: Callable[[], OnTokens | None]
+    ) -> list[Contender]:
+        """They, for a run with these settings. stops: makes what ends one text at a stop string."""
         plain = {"gamma": 0, "mode": "sync", "tree": "chain", "draft_name": DEFAULT_DRAFT, "draft_acceptance": None}
         alone = config.model_copy(update=plain)
         found = []
         if config.gamma != 0:
-            found.append(Contender(WORKERS, alone, lambda r: writer.write(r.token_ids, request_config(alone, r.id))))
+
+            def through_workers(request: Request) -> SpeculativeResult:
+                return writer.write(request.token_ids, request_config(alone, request.id), on_tokens=stops())
+
+            found.append(Contender(WORKERS, alone, through_workers))
         if STREAMED in self.setups:
-            stream = writer.stream_target
-            found.append(Contender(STREAMED, alone, lambda r: stream(r.token_ids, request_config(alone, r.id))))
+
+            def streamed(request: Request) -> SpeculativeResult:
+                return writer.stream_target(request.token_ids, request_config(alone, request.id), on_tokens=stops())
+
+            found.append(Contender(STREAMED, alone, streamed))
         if COLOCATED in self.setups and self.pair is not None:
             pair, controller = self.pair, gamma_controller(config)
             here = config.model_copy(update={"rtt_ms": 0.0, "jitter_ms": 0.0})
 
             def write(request: Request) -> SpeculativeResult:
                 own = request_config(here, request.id)
-                return event_loop().run(pair.write_tokens(request.token_ids, own, controller=controller))
+                return event_loop().run(
+                    pair.write_tokens(request.token_ids, own, on_tokens=stops(), controller=controller)
+                )
 
             found.append(Contender(COLOCATED, config, write))
         return found

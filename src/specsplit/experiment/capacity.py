@@ -19,6 +19,7 @@ from typing import Any
 
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
+from specsplit.client.text import OnTokens
 from specsplit.errors import WorkerError
 from specsplit.experiment.arrivals import arrival_times
 from specsplit.experiment.columns import FAILED, OK, RequestRecord
@@ -33,6 +34,7 @@ from specsplit.settings.run import OrchestratorConfig
 
 WARM_UP_TOKENS = 8
 LIMIT_FACTOR = 2.0  # of the median ITL and TTFT of one client, when no limit is given
+Stops = Callable[[], OnTokens | None]  # makes what ends one text at a stop string
 GOOD_SHARE = 0.9  # of the requests have to keep the limits, or the workers are saturated
 
 
@@ -78,6 +80,7 @@ Turns = Sequence[tuple[Request, int]]
 def measure_capacity(
     requests: Sequence[Request],
     configs: Sequence[OrchestratorConfig],
+    stops: Stops,
     settings: CapacitySettings,
     output: Path,
     *,
@@ -86,10 +89,11 @@ def measure_capacity(
 ) -> None:
     """The requests at each load for each configuration, and on towards saturation; writes a row each to `output`.
 
-    configs: with the addresses of the workers; they may differ. settings: loads, requests at each, and limits; one
-    client alone always comes first. decides: what else the rows depend on, as workers and code; what is in the journal
-    of an earlier attempt with the same ones is not measured again. on_level: gets the rows of a load. Raises
-    WorkerError when a worker does not answer before a text has begun; a text that fails later is a row.
+    configs: with the addresses of the workers; they may differ. stops: makes what ends one text at a stop string.
+    settings: loads, requests at each, and limits; one client alone always comes first. decides: what else the rows
+    depend on, as workers and code; what is in the journal of an earlier attempt with the same ones is not measured
+    again. on_level: gets the rows of a load. Raises WorkerError when a worker does not answer before a text has begun;
+    a text that fails later is a row.
     """
     turns = [(requests[i % len(requests)], 1 + i // len(requests)) for i in range(settings.requests)]
     first: Level = []  # one client alone at the first configuration
@@ -104,7 +108,7 @@ def measure_capacity(
             for number, config in enumerate(configs):
                 levels: list[Level] = []
                 for load in _loads(levels, first, settings):
-                    measure = partial(_measure, turns, config, load, settings, (levels or [[]])[0])
+                    measure = partial(_measure, turns, config, stops, load, settings, (levels or [[]])[0])
                     rows = journal.measured([number, asdict(load)], measure)
                     level = [CapacityRecord(**row) for row in rows]
                     levels.append(level)
@@ -120,10 +124,10 @@ def _deciding(config: OrchestratorConfig) -> dict[str, Any]:
 
 
 def _measure(
-    turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings, alone: Level
+    turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings, alone: Level
 ) -> list[dict[str, Any]]:
-    _warm_up(turns, config, load, settings)
-    return [asdict(record) for record in _compared(_run(turns, config, load, settings), alone)]
+    _warm_up(turns, config, stops, load, settings)
+    return [asdict(record) for record in _compared(_run(turns, config, stops, load, settings), alone)]
 
 
 def _loads(levels: list[Level], first: Level, settings: CapacitySettings) -> Iterator[Load]:
@@ -178,17 +182,21 @@ def _compared(level: Level, alone: Level) -> Level:
     return [replace(record, matches_single=matches(record)) for record in level]
 
 
-def _warm_up(turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings) -> None:
+def _warm_up(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings) -> None:
     """A few tokens of some requests by as many clients as there will be; of an open loop as many as are measured."""
     short = config.model_copy(update={"max_output_tokens": min(WARM_UP_TOKENS, config.max_output_tokens)})
     clients = load.clients or max(settings.clients)
     some = [turns[i % len(turns)] for i in range(clients * settings.warmup)]
-    _run(some, short, Load(CLOSED, clients, None), settings)
+    _run(some, short, stops, Load(CLOSED, clients, None), settings)
 
 
-def _run(turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings) -> Level:
+def _run(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings) -> Level:
     """The requests at one load, in the order of their starts."""
-    writing = _closed_loop(turns, config, load) if load.rate is None else _open_loop(turns, config, load, settings)
+    writing = (
+        _closed_loop(turns, config, stops, load)
+        if load.rate is None
+        else _open_loop(turns, config, stops, load, settings)
+    )
     try:
         records = event_loop().run(writing)
     except ExceptionGroup as group:  # one of them says enough
@@ -196,13 +204,13 @@ def _run(turns: Turns, config: OrchestratorConfig, load: Load, settings: Capacit
     return sorted(records, key=lambda record: record.started_ms)
 
 
-async def _closed_loop(turns: Turns, config: OrchestratorConfig, load: Load) -> Level:
+async def _closed_loop(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load) -> Level:
     waiting = deque(turns)
     records: Level = []
     began = time.perf_counter()
 
     async def client(number: int) -> None:
-        async with _Writer(config, load, began) as writer:
+        async with _Writer(config, stops, load, began) as writer:
             while waiting:
                 records.append(await writer.write(*waiting.popleft(), number))
 
@@ -212,11 +220,13 @@ async def _closed_loop(turns: Turns, config: OrchestratorConfig, load: Load) -> 
     return records
 
 
-async def _open_loop(turns: Turns, config: OrchestratorConfig, load: Load, settings: CapacitySettings) -> Level:
+async def _open_loop(
+    turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings
+) -> Level:
     assert load.rate is not None
     due = arrival_times(len(turns), load.rate, settings.arrivals, settings.burstiness, config.seed)
     began = time.perf_counter()
-    async with _Writer(config, load, began) as writer, asyncio.TaskGroup() as group:
+    async with _Writer(config, stops, load, began) as writer, asyncio.TaskGroup() as group:
         tasks = []
         for number, ((request, repeat), at) in enumerate(zip(turns, due, strict=True)):
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
@@ -227,8 +237,8 @@ async def _open_loop(turns: Turns, config: OrchestratorConfig, load: Load, setti
 class _Writer:
     """Channels of its own, and the gamma controller of what is written over them. An async context manager."""
 
-    def __init__(self, config: OrchestratorConfig, load: Load, began: float) -> None:
-        self._config, self._load, self._began = config, load, began
+    def __init__(self, config: OrchestratorConfig, stops: Stops, load: Load, began: float) -> None:
+        self._config, self._stops, self._load, self._began = config, stops, load, began
         self._controller = gamma_controller(config)
         self._open = AsyncExitStack()
 
@@ -254,7 +264,13 @@ class _Writer:
         error = None
         try:
             result = await run_speculative_loop_async(
-                self._draft, self._target, request.token_ids, own, controller=self._controller, request_id=request.id
+                self._draft,
+                self._target,
+                request.token_ids,
+                own,
+                on_tokens=self._stops(),
+                controller=self._controller,
+                request_id=request.id,
             )
         except WorkerError as failure:
             if failure.result is None:

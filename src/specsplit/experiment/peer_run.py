@@ -38,6 +38,8 @@ def check_race(ours: Mapping[str, Any], names: Sequence[str]) -> list[Peer]:
             )
         if config.draft_acceptance is not None:
             raise UserError("--baseline with --draft-acceptance: the peers take the draft as it is")
+        if config.stop:
+            raise UserError("--baseline with --stop: the peers end a text at tokens alone; name them: --stop-token-ids")
         if config.max_rounds is not None:
             raise UserError("--baseline with --max-rounds: Hugging Face knows no such limit")
     peers = [Peer.parse(name) for name in names]

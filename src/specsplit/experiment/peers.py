@@ -12,12 +12,13 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any, Self
 
-from specsplit.errors import UserError
+from specsplit.errors import RunError
 
 HUGGING_FACE, LLAMA_CPP = "transformers", "llama.cpp"  # engines, as the tables call them
 PROMPT_LOOKUP_TOKENS = 10  # what Hugging Face's documentation uses
@@ -148,18 +149,26 @@ class PeerProcess:
         return self._ask("write", peer, list(prompt_ids), max_tokens, list(stop_ids))
 
     def _ask(self, command: str, *arguments: Any) -> Any:
-        self._pipe.send((command, arguments))
+        with suppress(OSError):  # of a process that is gone; `_answer` says so
+            self._pipe.send((command, arguments))
         return self._answer()
 
     def _answer(self) -> Any:
         try:
             answer, error = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # it is gone
             self._process.join(10)
-            raise UserError(f"the process of the baselines ended with status {self._process.exitcode}") from None
+            raise RunError(f"the process of the {self.name} baseline {_ended(self._process.exitcode)}") from None
         if error is not None:
-            raise UserError(f"{self.name} baseline: {error}")
+            raise RunError(f"{self.name} baseline: {error}")
         return answer
+
+
+def _ended(status: int | None) -> str:
+    if status is None or status >= 0:
+        return f"ended with status {status}"
+    memory = ": out of memory? Use a smaller model, or fewer baselines" if -status == signal.SIGKILL else ""
+    return f"was ended by signal {-status}{memory}"
 
 
 def _serve(pipe: Pipe, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

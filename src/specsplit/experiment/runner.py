@@ -21,8 +21,9 @@ from typing import Any
 import specsplit
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.text import OnTokens
 from specsplit.decoding.adaptive import GammaController
-from specsplit.errors import UserError, WorkerError
+from specsplit.errors import RunError, UserError, WorkerError
 from specsplit.experiment.baselines import Beside, Contender
 from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord
 from specsplit.experiment.journal import Entry, Journal
@@ -32,7 +33,7 @@ from specsplit.experiment.records import Request, gamma_controller, request_conf
 from specsplit.experiment.rows import writing_rows
 from specsplit.io import combined_sha256, json_sha256, replace_file, write_json
 from specsplit.launch.endpoint import description_dict
-from specsplit.models.tokenizer import TextCodec
+from specsplit.models.tokenizer import TextCodec, cut_at_stop, stops_at
 from specsplit.provenance.capture import (
     capture_environment,
     capture_machine,
@@ -54,11 +55,18 @@ TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl", "reference.csv")
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], codec: TextCodec, *, chat: bool, limit: int, later_turns: bool = False
+    prompts: Sequence[Prompt],
+    codec: TextCodec,
+    *,
+    chat: bool,
+    limit: int,
+    raisable: bool = True,
+    later_turns: bool = False,
 ) -> list[Request]:
     """Token ids of every prompt, those that were prepared where they fit this tokenizer and template.
 
     later_turns: also a request for each later turn, which gets its token ids when the one before it is answered.
+    raisable: the limit is a setting, not the model's own.
     Raises UserError that names the prompts of `limit` tokens or more, before any work is done.
     """
     made: dict[str, Request] = {}
@@ -72,7 +80,7 @@ def encode_prompts(
     if long:
         raise UserError(
             f"{len(long)} prompts do not fit into the target's context of {limit} tokens: {', '.join(long[:5])}. "
-            f"Shorten them or raise workers.max_context."
+            + ("Shorten them or raise workers.max_context." if raisable else "Shorten them: the model has no more.")
         )
     return requests
 
@@ -184,13 +192,19 @@ def _measure(
     access = Access.of(config)
     with TextWriter(draft.address if draft else None, target.address, descriptions, access=access) as writer:
 
+        def stops() -> OnTokens | None:
+            return stops_at(codec, config.stop)
+
         def write(request: Request) -> SpeculativeResult:
             own = request_config(config, request.id)
-            return writer.write(request.token_ids, own, controller=controller, request_id=request.id)
+            on_tokens = stops()
+            return writer.write(
+                request.token_ids, own, on_tokens=on_tokens, controller=controller, request_id=request.id
+            )
 
         contenders = [Contender(WORKERS, config, write)]
         if beside is not None:
-            contenders += beside.contenders(config, writer)
+            contenders += beside.contenders(config, writer, stops)
         first_turns = [turn for turn in turns if turn[1].previous is None]
         for _, request in islice(cycle(first_turns), warmup):
             for contender in contenders:
@@ -204,7 +218,7 @@ def _measure(
             except UserError as failure:
                 error = WorkerError(str(failure), code="FAILED_PRECONDITION")
                 record = request_record(request, SpeculativeResult(), own, repeat, error)
-                yield Entry(record, [], _output(record, [], codec))
+                yield Entry(record, [], _output(record, [], codec, config))
                 continue
             shift = number % len(contenders)
             written = {}
@@ -217,16 +231,18 @@ def _measure(
                 for place in range(1, len(contenders))
             ]
             rounds = round_records(request.id, result, own, repeat)
-            yield Entry(record, rounds, _output(record, result.output_tokens, codec), reference)
+            yield Entry(record, rounds, _output(record, result.output_tokens, codec, config), reference)
 
 
-def _output(record: RequestRecord, token_ids: list[int], codec: TextCodec) -> dict[str, Any]:
+def _output(
+    record: RequestRecord, token_ids: list[int], codec: TextCodec, config: OrchestratorConfig
+) -> dict[str, Any]:
     """The line of a text in `outputs.jsonl`."""
     return {
         "request_id": record.request_id,
         "repeat": record.repeat,
         "finish_reason": record.finish_reason,
-        "text": codec.decode(token_ids),
+        "text": cut_at_stop(codec.decode(token_ids), config.stop),
         "token_ids": token_ids,
         "status": record.status,
     }
@@ -276,13 +292,13 @@ def _reference_record(
 def _write_tables(entries: Sequence[Entry], run_dir: Path, *, with_reference: bool) -> None:
     """The tables of a run whose requests all ended. Raises UserError when every one failed."""
     if entries and all(entry.request.status == FAILED for entry in entries):
-        raise UserError(f"every request failed, the first one with: {entries[0].request.error_message}")
+        raise RunError(f"every request failed, the first one with: {entries[0].request.error_message}")
     reference = [row for entry in entries for row in entry.reference]
     for setup in dict.fromkeys(row.setup for row in reference):
         own = [row for row in reference if row.setup == setup]
         if all(row.status == FAILED for row in own):
             what = "gamma 0" if setup == WORKERS else f"{setup} (setups says what is measured)"
-            raise UserError(f"every text of the reference {what} failed, the first one with: {own[0].error_message}")
+            raise RunError(f"every text of the reference {what} failed, the first one with: {own[0].error_message}")
     with writing_rows(run_dir / "requests.csv", RequestRecord) as write:
         for entry in entries:
             write(entry.request)

@@ -15,7 +15,7 @@ from specsplit.errors import UserError
 from specsplit.io import read_json, read_json_object, replace_file
 from specsplit.launch.lease import RemoteHolder
 from specsplit.launch.process import ProcessIdentity
-from specsplit.rpc.credentials import TLS_SCHEME, split_address
+from specsplit.rpc.credentials import TLS_SCHEME, join_address, split_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
 EVERY_ADDRESS = ("0.0.0.0", "[::]", "::")
@@ -90,7 +90,7 @@ class Endpoint:
         near = holder if isinstance(holder, ProcessIdentity) else None
         reached = socket.gethostname() if host in EVERY_ADDRESS else host
         return cls(
-            address=f"{TLS_SCHEME if tls else ''}{reached}:{port}",
+            address=f"{TLS_SCHEME if tls else ''}{join_address(reached, port)}",
             attached=False,
             host=socket.gethostname(),
             pid=os.getpid(),

@@ -31,12 +31,14 @@ def start_worker(
     endpoint_file: Path,
     log_file: Path,
     timeout_s: float,
+    keeps_log: bool = True,
     cuda_devices: str | None = None,
 ) -> Endpoint:
     """Start `specsplit worker ROLE` detached from this process and wait until it serves.
 
     worker_args: its flags. endpoint_file: written by the worker when it serves; deleting it stops the worker.
-    log_file: gets everything that the worker prints. cuda_devices: its CUDA_VISIBLE_DEVICES; None = ours.
+    log_file: gets everything that the worker prints. keeps_log: it outlives this process, and a
+    message names it. cuda_devices: its CUDA_VISIBLE_DEVICES; None = ours.
     Raises UserError, with the end of the log, when the worker ends or does not serve within `timeout_s` seconds; no
     process is left then.
     """
@@ -68,13 +70,12 @@ def start_worker(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while not endpoint_file.exists():
             if process.poll() is not None:
-                raise UserError(
-                    f"the {role} worker ended with status {process.returncode}:\n{_tail(log_file, log_start)}"
-                )
+                tail = _tail(log_file, log_start, kept=keeps_log)
+                raise UserError(f"the {role} worker ended with status {process.returncode}:\n{tail}")
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the {role} worker did not serve within {timeout_s:g} s (workers.startup_timeout_s):\n"
-                    f"{_tail(log_file, log_start)}"
+                    f"{_tail(log_file, log_start, kept=keeps_log)}"
                 )
             time.sleep(POLL_S)
     except BaseException:
@@ -200,6 +201,6 @@ def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | N
     return endpoint
 
 
-def _tail(log_file: Path, start: int) -> str:
+def _tail(log_file: Path, start: int, *, kept: bool) -> str:
     lines = log_file.read_bytes()[start:].decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    return "\n".join(f"  {line}" for line in lines) + f"\n  (full log: {log_file})"
+    return "\n".join(f"  {line}" for line in lines) + (f"\n  (full log: {log_file})" if kept else "")

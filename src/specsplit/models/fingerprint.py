@@ -15,9 +15,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
-from specsplit.io import combined_sha256, read_json, sha256_file
+from specsplit.errors import UserError, told
+from specsplit.io import combined_sha256, read_json, read_json_object, sha256_file
 from specsplit.models.file_names import GGUF_FILE, MAP_FILES, MODEL_FILES, TOKENIZER_FILES
+from specsplit.models.generation_settings import check_eos
 from specsplit.models.gguf_file import read_gguf
 
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -65,12 +66,30 @@ def check_tokenizer(folder: Path) -> None:
 
 def read_config(folder: Path) -> Any:
     """The configuration of a model, as transformers reads it. Raises UserError when it cannot."""
-    from transformers import AutoConfig
+    import transformers
 
+    stored = read_json_object(folder / "config.json")
+    kind = stored.get("model_type")
+    if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
+        if stored.get("auto_map"):
+            raise UserError(
+                f"{folder}: a model of type {kind!r} needs Python code of its own (auto_map), which is not run here; "
+                "choose a model whose architecture is part of transformers"
+            )
+        raise UserError(
+            f"{folder}: an unknown architecture: transformers {transformers.__version__} has no model type {kind!r}; "
+            "a newer version may, or mend model_type in its config.json"
+        )
+    if (quantised := stored.get("quantization_config")) and not (folder / GGUF_FILE).is_file():
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"{folder}: the weights are quantised ({method}), which is not run here; take the model as it was before, "
+            "or a GGUF file of it, and quantise by the worker's dtype: int8"
+        )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # many kinds: unknown model type, malformed JSON, custom code that is not run
-        raise UserError(f"{folder}: transformers cannot read its configuration: {error}") from error
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever it meets in a file that nobody here has seen
+        raise UserError(f"{folder}: transformers cannot read its configuration: {told(error)}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -122,6 +141,7 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     from transformers import AutoTokenizer
 
     check_model_folder(folder)
+    check_eos(folder)
     weights = weight_files(folder)
     hashed = [*weights, *(folder / name for name in MAP_FILES if (folder / name).is_file())]
     sha256 = files or {}
@@ -130,7 +150,7 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{folder}: transformers cannot read its tokenizer: {error}") from error
+        raise UserError(f"{folder}: transformers cannot read its tokenizer: {told(error)}") from error
     text = config.get_text_config()
     return {
         "weights_sha256": combined_sha256({f.name: sha256.get(f.name) or sha256_file(f) for f in hashed}),
@@ -158,7 +178,7 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
                 for key in tensors.keys():  # noqa: SIM118 (not a dict)
                     header = tensors.get_slice(key)
                     counts[header.get_dtype()] += math.prod(header.get_shape())
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
     names = [DTYPE_NAMES.get(dtype, dtype.lower()) for dtype, _ in counts.most_common()]
     return counts.total(), "+".join(names)

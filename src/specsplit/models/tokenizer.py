@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import PromptError, UserError
+from specsplit.errors import PromptError, UserError, told
 from specsplit.io import json_sha256, scratch_folder
 from specsplit.models.file_names import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES
 from specsplit.models.fingerprint import matches, tokenizer_sha256
@@ -60,12 +60,16 @@ class TextCodec:
     @classmethod
     def load(cls, folder: Path) -> TextCodec:
         """Load the tokenizer of a local model folder; UserError when there is none."""
+        try:
+            return cls._read(folder)
+        except Exception as error:  # whatever transformers meets in files that nobody here has seen
+            raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {_why(error)}") from error
+
+    @classmethod
+    def _read(cls, folder: Path) -> TextCodec:
         from transformers import AutoTokenizer
 
-        try:
-            return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {error}") from error
+        return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
     @classmethod
     def unpack(cls, files: Mapping[str, bytes]) -> TextCodec:
@@ -83,11 +87,9 @@ class TextCodec:
                     raise UserError(f"{name} of a tokenizer is cut off, or larger than {MOST_UNPACKED_BYTES} bytes")
                 Path(folder, name).write_bytes(data)
             try:
-                return cls.load(folder)
-            except UserError:
-                raise
-            except Exception as error:  # whatever transformers meets in files that nobody here has seen
-                raise UserError(f"a tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+                return cls._read(folder)
+            except Exception as error:
+                raise UserError(f"a tokenizer cannot be loaded: {_why(error)}") from error
 
     def encode(
         self,
@@ -104,7 +106,10 @@ class TextCodec:
         """
         template = self.tokenizer.chat_template
         if isinstance(prompt, str) and not (use_chat_template and template):
-            ids = self.tokenizer(prompt)["input_ids"]
+            try:
+                ids = self.tokenizer(prompt)["input_ids"]
+            except Exception as error:
+                raise PromptError(f"the tokenizer of this model does not take the prompt: {told(error)}") from error
         elif not template:
             raise PromptError("this model has no chat template: give the prompt as one string")
         else:
@@ -112,9 +117,11 @@ class TextCodec:
             try:
                 own = {} if date is None else {"chat_template": at_date(self.tokenizer.get_chat_template(), date)}
                 ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **own)
-            except Exception as error:  # templates are programs of others
-                told = f"{type(error).__name__}: {error}" if not str(error) else str(error)
-                raise PromptError(f"the chat template of this model does not take these messages: {told}") from None
+            except Exception as error:  # a template is a program of others, and may raise anything
+                raise PromptError(
+                    f"the chat template of this model does not take these messages: {told(error)}. Use another prompt, "
+                    "or none: use_chat_template false"
+                ) from error
             ids = ids["input_ids"]
         if not ids:
             raise PromptError(f"the prompt {prompt!r} has no tokens; give it some text")
@@ -123,6 +130,12 @@ class TextCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _why(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, which is not run here; choose a model with a tokenizer.json"
+    return told(error)
 
 
 class TextStream:
@@ -171,6 +184,17 @@ class TextStream:
         longest = max(map(len, self._stop), default=0)
         lengths = range(min(longest - 1, len(text)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
+
+
+def stops_at(codec: TextCodec, stop: Sequence[str]) -> Callable[[list[int]], int | None] | None:
+    """What ends one text at a stop string: told of its new tokens, it says how many are taken when one is complete.
+
+    None without stop strings.
+    """
+    if not stop:
+        return None
+    stream = TextStream(codec, stop)
+    return lambda token_ids: stream.take(token_ids)[1]
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -48,7 +48,15 @@ def split_address(address: str) -> tuple[bool, str, int]:
         raise UserError(
             f"{address!r} is not an address: write host:port, as in 127.0.0.1:50051, or {TLS_SCHEME}host:port for TLS"
         )
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise UserError(f"{address!r}: write an IPv6 address in brackets, as in {join_address(host, int(port))}")
     return tls, host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, an IPv6 address in brackets."""
+    host = host.removeprefix("[").removesuffix("]")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:

@@ -6,7 +6,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from specsplit.errors import UserError
-from specsplit.rpc.credentials import is_loopback
+from specsplit.rpc.credentials import is_loopback, join_address
 from specsplit.settings.serve import ServeSettings
 
 
@@ -47,7 +47,7 @@ def listen(app: Starlette, settings: ServeSettings) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=settings.host,
+            host=settings.host.strip("[]"),
             port=settings.port,
             ssl_certfile=settings.certificate,
             ssl_keyfile=settings.certificate_key,
@@ -61,6 +61,5 @@ def listen(app: Starlette, settings: ServeSettings) -> None:
     except SystemExit:
         raise UserError(f"--port {settings.port} on {settings.host} cannot be had; choose another one") from None
     scheme = "http" if settings.certificate is None else "https"
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"serving at {scheme}://{host}:{socket.getsockname()[1]}/v1", flush=True)
+    print(f"serving at {scheme}://{join_address(settings.host, socket.getsockname()[1])}/v1", flush=True)
     server.run(sockets=[socket])

@@ -29,6 +29,7 @@ def setting(
     note: str = "",
     heading: str = "",
     operates: bool = False,
+    verbatim: bool = False,
     schema: Mapping[str, Any] | None = None,
     **limits: Any,
 ) -> Any:
@@ -37,9 +38,10 @@ def setting(
     description: sentences, for --help and config/README.md. example: a value that is not the default.
     note: what stands beside the key in config/config.yaml; heading: the comment above it.
     operates: it decides how a process is operated, not what it computes; a change of it reruns nothing.
+    verbatim: strings of its list are taken as they are, commas and white space included.
     schema: more of its JSON Schema. limits: of pydantic.Field (ge, lt, pattern, min_length, ...).
     """
-    extra: dict[str, Any] = {"note": note, "heading": heading, "operates": operates}
+    extra: dict[str, Any] = {"note": note, "heading": heading, "operates": operates, "verbatim": verbatim}
     extra = {**(schema or {}), **{key: value for key, value in extra.items() if value}}
     examples = None if example is None else [example]
     return Field(default, description=description, examples=examples, json_schema_extra=extra or None, **limits)
@@ -151,6 +153,8 @@ class Settings(BaseModel):
                 raise ValueError("not JSON; write a list as [1, 2] or 1,2") from None
         if isinstance(value, str | int | float):
             value = [value]
+        if extra_of(cls.model_fields[info.field_name]).get("verbatim"):
+            return value
         if isinstance(value, list):
             words = [item.split(",") if isinstance(item, str) else [item] for item in value]
             return [word.strip() if isinstance(word, str) else word for item in words for word in item]

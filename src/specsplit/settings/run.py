@@ -144,7 +144,19 @@ class OrchestratorConfig(AccessSettings):
         "Go on after the end-of-sequence token, so that every request has max_output_tokens tokens.",
         example=True,
     )
-    stop_token_ids: list[int] | None = setting(None, "Tokens that end a text; null: those that the target names.")
+    stop: list[Annotated[str, Field(min_length=1)]] = setting(
+        [],
+        "Strings that end a text, which is cut off before them.",
+        example=["\n\n", "Question:"],
+        note="strings that end a text before them",
+        verbatim=True,
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = setting(
+        None,
+        "Tokens that end a text; null: those that the target names.",
+        example=[2],
+        note="null = those that the target names",
+    )
     max_context: int | None = setting(None, "Longest text, prompt included; null: what the target can hold.", ge=2)
     tls_name: str | None = setting(
         None,

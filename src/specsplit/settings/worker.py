@@ -156,6 +156,13 @@ class TargetWorkerConfig(WorkerSettings):
     prefix = "SPECSPLIT_TARGET_"
 
     port: int = setting(50052, "Port to listen on; 0 is any free port.", operates=True, ge=0, le=65535)
+    ignore_model_settings: bool = setting(
+        False,
+        "Run a target whose generation_config.json has settings that would change greedy text (repetition_penalty, "
+        "suppress_tokens, ...), without them; otherwise it is refused.",
+        example=True,
+        note="run a target without the penalties of its generation_config.json; else it is refused",
+    )
 
 
 class LaunchSettings(Settings):

@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from specsplit import tracing
-from specsplit.engines.loading import load_model, target_tokenizer
+from specsplit.engines.loading import check_model, load_model, target_tokenizer
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint, describe_identity
 from specsplit.launch.environment import usable_cores
@@ -27,7 +27,7 @@ from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import pack_tokenizer
 from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
-from specsplit.rpc.credentials import ServerAccess
+from specsplit.rpc.credentials import ServerAccess, join_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
@@ -57,8 +57,8 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
 
     Raises UserError when the model is missing or cannot be loaded.
     """
-    if config.model is None:
-        raise UserError(f"no model: give --model FOLDER or set {config.prefix}MODEL")
+    check_model(config)
+    assert config.model is not None
     folder, manifest = resolve_model(config.model)
     threads = config.threads or usable_cores()
     model, identity = load_model(folder, manifest, config, threads)
@@ -105,7 +105,7 @@ class WorkerServer:
 
     def start(self) -> None:
         """Listen and report NOT_SERVING. Raises UserError when the address is in use or not local."""
-        address = f"{self.config.host}:{self.config.port}"
+        address = join_address(self.config.host, self.config.port)
         self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             if self._access.credentials is None:
@@ -208,7 +208,7 @@ def serve(
         return
     server.open(servicer)
     description = servicer.Describe(pb.DescribeRequest(), None)
-    log.info("serving %s on %s:%d", describe_identity(description), config.host, server.port)
+    log.info("serving %s on %s", describe_identity(description), join_address(config.host, server.port))
     if endpoint_file is not None:
         tls = config.tls_cert is not None
         heartbeat = endpoint_file.with_name(f".{endpoint_file.name}.heartbeat")

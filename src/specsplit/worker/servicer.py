@@ -12,11 +12,11 @@ from queue import SimpleQueue
 from typing import Any, NoReturn, TypeVar
 
 import grpc
-import torch
 
 import specsplit
 from specsplit import tracing
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES
+from specsplit.errors import is_out_of_memory
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 from specsplit.launch.host import worker_host
 from specsplit.rpc.statuses import RETRY_AFTER
@@ -103,7 +103,10 @@ class WorkerServicer:
             eos_token_ids=self.model.model.eos_token_ids,
             pid=os.getpid(),
             environment={k: os.environ[k] for k in DETERMINISM_VARIABLES if k in os.environ},
-            runtime=describe_runtime(self.model.model.device, self.config.seed, type(self.model.model).__name__),
+            runtime={
+                **describe_runtime(self.model.model.device, self.config.seed, type(self.model.model).__name__),
+                "model_max_context": str(self.model.max_context),
+            },
             tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
             limits=self.limits,
             **self.identity,
@@ -265,7 +268,7 @@ class WorkerServicer:
             "round": round_number or None,
             "trace_id": tracing.trace_id(metadata),
         }
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             log.error("out of memory: %s %s", error, about, extra=fields)
             error = LimitReached("not enough memory on this worker for the request; lower max_context or max_sessions")
         status = error.status if isinstance(error, Refusal) else grpc.StatusCode.INTERNAL
@@ -282,8 +285,3 @@ class WorkerServicer:
         log.error("request failed %s", about, exc_info=error, extra=fields)
         context.abort(status, f"{type(error).__name__}: {error}"[:MAX_DETAILS])
         raise AssertionError("abort always raises")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # PyTorch's allocator of the CPU raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

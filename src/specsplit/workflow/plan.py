@@ -101,6 +101,11 @@ class Plan:
             parameters["tokenizer"] = self.root + _folder(spec["tokenizer"])
         return flags(**{spec["source"]: True}, **parameters)
 
+    def model_settings_flag(self, name: str) -> str:
+        """The flag that takes a model whose own generation settings would change its text; a draft's change none."""
+        ignore = self.config["generation"]["ignore_model_settings"] or name != self.config["target"]["model"]
+        return flags(ignore_model_settings=ignore or None)
+
     def model_inputs(self, name: str) -> list[str]:
         """Files outside the workflow that the model is made from."""
         folder = self.local_folder(name)
@@ -270,7 +275,7 @@ class Plan:
         return {
             "max_output_tokens": generation["max_output_tokens"],
             "use_chat_template": generation["use_chat_template"],
-            "ignore_eos": generation["ignore_eos"],
+            **{key: generation[key] for key in ("ignore_eos", "stop", "stop_token_ids")},
             "warmup": self.config["warmup_requests"],
             "seed": self.config["seed"],
             "tokenizer": self.root + self.target_folder,
@@ -303,6 +308,8 @@ class Plan:
             "attach": self.attached(role) or None,
             **self._access("token_file"),  # what they ask for; their address is one of this machine alone
         }
+        if role == "target":
+            settings["ignore_model_settings"] = self.config["generation"]["ignore_model_settings"]
         if role == "draft":
             picked = self.layers_file(role, label)
             settings |= {"skip_layers_file": self.root + picked[0]} if picked else {"skip_layers": own["skip_layers"]}

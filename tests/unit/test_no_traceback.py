@@ -1,0 +1,204 @@
+"""Whatever a user gives, a command ends with one message: never a traceback. The next case is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from specsplit.cli.main import main
+from specsplit.launch.environment import REQUIRED
+from specsplit.settings.measure import CapacitySettings, ContextSettings
+from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.serve import ServeSettings
+from specsplit.settings.worker import DraftWorkerConfig, LaunchSettings, TargetWorkerConfig
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def specsplit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in this process: exit status, and what it wrote to standard error."""
+    for name, value in REQUIRED.items():  # a worker would start itself again with them
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        capsys.readouterr()
+        status: Any = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def refused(outcome: tuple[int, str], *said: str) -> None:
+    """One message, which says this."""
+    status, err = outcome
+    assert status == 2, err
+    assert "Traceback" not in err
+    assert err.count(": error: ") == 1, err
+    for words in said:
+        assert words in err
+
+
+# ---- flags
+
+COMMANDS = {
+    "generate": (["generate", "--prompt", "x"], [OrchestratorConfig]),
+    "serve": (["serve"], [ServeSettings]),
+    "draft": (["worker", "draft", "--model", "none"], [DraftWorkerConfig]),
+    "target": (["worker", "target", "--model", "none"], [TargetWorkerConfig]),
+    "start-worker": (["start-worker", "target", "--model", "none", "--endpoint-file", "e", "--worker-log", "l"],
+                     [LaunchSettings]),
+    "capacity": (["capacity", "--prompts", "none", "--results-dir", "r"], [CapacitySettings]),
+    "context-curve": (["context-curve", "--prompts", "none", "--output", "o.csv"], [ContextSettings]),
+}  # fmt: skip
+STRANGE = ("inf", "-inf", "nan", "1e999", "-1", "99999999999999999999999999", "½", "", "[", "[1, null]", "{}", "null",
+           "\udcff", "a,b", "0x10", "1_0")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_strange_values_of_every_flag(specsplit: Run, name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, classes = COMMANDS[name]
+    chosen = random.Random(name)
+    for settings in classes:
+        for field in settings.model_fields:
+            flag = settings.flag(field)
+            for value in chosen.sample(STRANGE, 3):
+                status, err = specsplit(*words, f"{flag}={value}")
+                assert status == 2, (flag, value, err)
+                assert "Traceback" not in err
+                assert err.count("error: ") == 1, (flag, value, err)
+
+
+@pytest.mark.parametrize("flag", ["--step-ms", "--token-ms", "--acceptance", "--seed", "--vocab-size"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "x"])
+def test_numbers_of_a_simulated_model(specsplit: Run, flag: str, value: str, tmp_path: Path) -> None:
+    status, err = specsplit("prepare-model", "--synthetic", f"{flag}={value}", "--output", tmp_path / "out")
+    assert (status, "Traceback" in err, err.count("error: ")) == (2, False, 1), err
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"run": 3}', '{"run": {"gamma": {}}}', "[" * 100_000,
+                                     '{"run": {"rtt_ms": NaN}}', '{"run": {"tree": []}}', "\ufeff{}"])  # fmt: skip
+def test_strange_settings_files(specsplit: Run, content: str, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(content, encoding="utf-8")
+    status, err = specsplit("generate", "--prompt", "x", "--settings", tmp_path / "s.json")
+    assert (status, "Traceback" in err, err.count("error: ")) == (2, False, 1), err
+
+
+# ---- model folders
+
+
+def edit(file: str, **changes: Any) -> Callable[[Path], None]:
+    """Changes keys of a JSON file of the folder; None removes one."""
+
+    def change(folder: Path) -> None:
+        path = folder / file
+        content = json.loads(path.read_text()) if path.exists() else {}
+        content.update(changes)
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return change
+
+
+def cut(file: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / file, size)
+
+
+def write(file: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).write_text(content) and None
+
+
+def poison(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "an unknown architecture": (edit("config.json", model_type="zebra"), "no model type 'zebra'"),
+    "custom code": (edit("config.json", model_type="zebra", auto_map={"AutoModel": "m.M"}), "code of its own"),
+    "no model type": (edit("config.json", model_type=None), "config"),
+    "GPTQ": (edit("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "quantised (gptq)"),
+    "AWQ": (edit("config.json", quantization_config={"quant_method": "awq"}), "quantised (awq)"),
+    "bitsandbytes": (edit("config.json", quantization_config={"quant_method": "bitsandbytes"}), "(bitsandbytes)"),
+    "an unheard-of quantisation": (edit("config.json", quantization_config="odd"), "quantised (odd)"),
+    "layers as text": (edit("config.json", num_hidden_layers="three"), "config"),
+    "heads that do not divide": (edit("config.json", num_attention_heads=0), "model"),
+    "EOS as text": (edit("generation_config.json", eos_token_id="</s>"), "not the id of a token"),
+    "EOS as text in the configuration": (edit("config.json", eos_token_id="</s>"), "not the id of a token"),
+    "a repetition penalty": (edit("generation_config.json", repetition_penalty=1.1), "sets repetition_penalty 1.1"),
+    "a list as generation_config": (write("generation_config.json", "[]"), "wanted a JSON object"),
+    "a list as configuration": (write("config.json", "[1]"), "wanted a JSON object"),
+    "a cut configuration": (cut("config.json", 20), "not valid JSON"),
+    "half-written weights": (cut("model.safetensors", 5000), "not a readable safetensors file"),
+    "empty weights": (cut("model.safetensors", 0), "not a readable safetensors file"),
+    "NaN weights": (poison, "not numbers"),
+    "a cut tokenizer": (cut("tokenizer.json", 100), "tokenizer"),
+    "an empty tokenizer": (cut("tokenizer.json", 0), "tokenizer"),
+    "a tokenizer that is a list": (write("tokenizer.json", "[]"), "tokenizer"),
+    "a tokenizer of a strange kind": (edit("tokenizer.json", model={"type": "Odd"}), "tokenizer"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
+}
+
+
+@pytest.fixture
+def folder(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a tiny model, to be spoilt."""
+    return Path(shutil.copytree(tiny_model_folder("llama"), tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_spoilt_model_folders_at_a_worker(specsplit: Run, name: str, folder: Path) -> None:
+    spoil, said = MODELS[name]
+    spoil(folder)
+    refused(specsplit("worker", "target", "--model", folder, "--port", 0, "--engine", "transformers"), said)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("NaN weights", "heads that do not divide")])
+def test_spoilt_model_folders_at_prepare_model(specsplit: Run, name: str, folder: Path, tmp_path: Path) -> None:
+    spoil, said = MODELS[name]
+    spoil(folder)
+    refused(specsplit("prepare-model", "--local", folder, "--output", tmp_path / "out"), said)
+    assert not (tmp_path / "out").exists()
+
+
+TEMPLATES = {
+    "syntax": "{% for %}",
+    "an error of its own": "{{ raise_exception('no users here') }}",
+    "a division": "{{ 1 // 0 }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "an attribute": "{{ messages.nothing.more }}",
+    "an index": "{{ messages[7]['content'] }}",
+    "arithmetic": "{{ messages + 1 }}",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_that_fail(specsplit: Run, name: str, folder: Path) -> None:
+    edit("tokenizer_config.json", chat_template=None)(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[name])
+    status, err = specsplit("generate", "--prompt", "x", "--tokenizer", folder, "--gamma", 0,
+                            "--target-addr", "127.0.0.1:1", "--connect-timeout-s", "0.1")  # fmt: skip
+    assert (status, "Traceback" in err, err.count(": error: ")) == (2, False, 1), err
+
+
+def test_debug_shows_the_traceback(specsplit: Run, tmp_path: Path) -> None:
+    for words in (["--debug", "merge"], ["merge", "--debug"]):
+        status, err = specsplit(*words, "--results-dir", tmp_path)
+        assert status == 2
+        assert "Traceback" in err
+        assert ": error: " in err
