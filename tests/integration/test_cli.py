@@ -127,7 +127,7 @@ def test_the_list_of_commands_is_quick_and_complete() -> None:
 
 def test_only_the_module_of_the_command_is_imported() -> None:
     code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from specsplit.cli.main import main; "
-    for words, own in ((["merge"], "merge"), (["provenance", "seal"], "provenance.seal")):
+    for words, own in ((["stop-worker"], "stop_worker"), (["provenance", "seal"], "provenance.seal")):
         command = [sys.executable, "-c", f"{code} main({[*words, '--help']})"]
         modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         loaded = {name for name in modules if name.startswith("specsplit.cli.")}

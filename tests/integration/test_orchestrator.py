@@ -91,8 +91,10 @@ class Between:
             write = stream.write
 
             async def written(message: Any) -> None:
-                request = message if self.worker.role == "draft" else message.verify
-                await asyncio.to_thread(self.sending, request)
+                if self.worker.role == "draft":
+                    await asyncio.to_thread(self.sending, message)
+                elif message.HasField("verify"):  # the others are prepared drafts
+                    await asyncio.to_thread(self.sending, message.verify)
                 await write(message)
 
             stream.write = written
@@ -489,8 +491,9 @@ def test_a_round_is_sent_again_until_the_recovery_timeout(draft: Worker, target:
 
 
 def test_a_refusal_is_not_tried_again(folders: tuple[Path, Path], target: Worker) -> None:
-    with serving("draft", folders[1], max_tree_nodes=3) as small:
-        end = Unreliable(small, 0, lambda: None)
+    with serving("draft", folders[1]) as small:
+        # A limit that it did not say: what it says is kept within (test_limits.py).
+        end = Unreliable(small, 1, lambda: setattr(small.servicer.limits, "tree_nodes", 3))
         with pytest.raises(WorkerError, match="draft worker failed in round 2: RESOURCE_EXHAUSTED: a tree of 4 nodes"):
             write(end, target)
     assert len(end.sent) == 2  # the prompt, and the one that is refused

@@ -107,7 +107,9 @@ def test_reflection_lists_and_describes_the_service(worker: Worker) -> None:
     own = {"draft": "specsplit.v1.DraftService", "target": "specsplit.v1.TargetService"}[worker.role]
     assert {own, "grpc.health.v1.Health"} <= set(database.get_services())
     service = DescriptorPool(database).FindServiceByName(own)
-    verbs = {"draft": {"GenerateDrafts", "StreamDrafts"}, "target": {"VerifyDrafts", "StreamVerify"}}[worker.role]
+    verbs = {"draft": {"GenerateDrafts", "StreamDrafts"}, "target": {"VerifyDrafts", "StreamVerify", "StreamText"}}[
+        worker.role
+    ]
     assert set(service.methods_by_name) == {*verbs, "EndSession", "Describe"}
 
 

@@ -126,7 +126,7 @@ def test_a_text_that_nobody_reads_any_more_is_not_written_on(target: Worker) -> 
     assert target.passes - before < 10
 
 
-def test_no_more_calls_at_once_than_of_any_kind(target: Worker) -> None:
+def test_calls_over_the_limit_wait_as_those_of_any_kind(target: Worker) -> None:
     gate = Gate(target)
     codes: list[str] = []
 
@@ -141,14 +141,12 @@ def test_no_more_calls_at_once_than_of_any_kind(target: Worker) -> None:
         for thread in threads:
             thread.start()
         gate.wait()
-        assert wait_until(lambda: bool(codes))
-        assert codes[0] == "RESOURCE_EXHAUSTED"
     finally:
         gate.open()
         target.before_pass = lambda: None
     for thread in threads:
         thread.join(30)
-    assert codes.count("OK 4") >= 2
+    assert codes == ["OK 4"] * 4
 
 
 def test_a_worker_that_wants_a_token_is_shown_one(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ def test_the_loop_writes_what_the_target_alone_writes(pair, prompt, shape, gamma
 def test_drafts_are_accepted_and_rejected() -> None:
     """Or the test above would prove little."""
     for target, draft in PAIRS.values():
-        rounds = list(speculate(target, draft, [5, 6, 5, 6], DraftSettings(4), max_new_tokens=40))
+        prompts = [5, 6, 5, 6], list(range(3, 60)), list(range(60, 120))
+        rounds = [r for p in prompts for r in speculate(target, draft, p, DraftSettings(4), max_new_tokens=8)]
         assert 0 < sum(r.accepted for r in rounds) < sum(r.tree.depth() for r in rounds)
 
 

@@ -57,7 +57,8 @@ def brute_force(
     while len(text) < LENGTH and 2 not in text:
         context = [*prompt, *text]
         new: list[int] = []
-        for position in range(1, min(GAMMA, LENGTH - len(text) - 1) + 1):
+        deepest = min(GAMMA, LENGTH - len(text) - 1) if text else 0  # the first token is the target's own
+        for position in range(1, deepest + 1):
             if new and new[-1] == 2:
                 break
             guess = next_token(draft, [*context, *new], allowed)
