@@ -48,7 +48,10 @@ rule provenance:
 rule archive:
     """All that was made, the code and the logs, without the weights: a Workflow Run RO-Crate."""
     input:
-        results=[*PLAN.result_files(), *[f"results/{name}" for name in ("summary.csv", "summary_by_category.csv", "report.html")]],
+        results=[
+            *PLAN.result_files(),
+            *[f"results/{name}" for name in ("summary.csv", "summary_by_category.csv", "report.html")],
+        ],
         beside=beside_the_sweep,
         # Made again after every run, without another result.
         seal=ancient("results/provenance/SHA256SUMS"),
