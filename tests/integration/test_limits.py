@@ -32,7 +32,7 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "children": (2, {"gamma": 3, "tree": "4x3"}),
     "tree_width": (2, {"gamma": 6, "tree": "dynamic-32x8"}),
     "fan_out": (2, {"gamma": 3, "fan_out": 64}),
-    "stop_tokens": (1, {"gamma": 5, "stop_token_ids": [7, 1 << 40, -1, *range(200, 300)]}),
+    "stop_tokens": (1, {"gamma": 5, "stop_token_ids": [7, 1 << 40, *range(200, 300)]}),
     "message_bytes": (1 << 20, {"gamma": 64, "fan_out": 64, "temperature": 0.9, "sampling": "rejection"}),
     "waiting_messages": (3, {"gamma": 2}),
     "sessions": (1, {"gamma": 4}),

@@ -6,7 +6,6 @@ package that one of them imports.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from specsplit.settings.configuration import load_pipeline_config
 
 from grpc_fixtures import noisy_copy
 
-SCRIPTS = Path(__file__).parents[2] / "workflow" / "scripts"
 CONFIG = Path(__file__).parents[2] / "config" / "config.yaml"
 # Python imports it at the start of every process. Killed processes have written what they loaded, too.
 HOOK = """\
@@ -37,13 +35,6 @@ class Noted:
                 print(name, file=file)
 
 sys.meta_path.insert(0, Noted())
-"""
-RUN_SCRIPT = """\
-import json, runpy, sys, types
-values = json.loads(sys.argv[2])
-params, inputs = types.SimpleNamespace(**values["params"]), types.SimpleNamespace(**values["input"])
-snakemake = types.SimpleNamespace(log=["script.log"], params=params, input=inputs, output=values["output"])
-runpy.run_path(sys.argv[1], init_globals={"snakemake": snakemake})
 """
 # Every command looks for misspelt variables first: the names of all settings, which decide nothing of its result.
 CHECKED_ALWAYS = set(command_files(scripts=[PACKAGE / "settings" / "environment.py"]))
@@ -71,12 +62,6 @@ class Shop:
         assert loaded - set(command_files(*names)) - CHECKED_ALWAYS == set(), command
         assert f"cli/{command.replace('-', '_').replace(' ', '/')}.py" in loaded
         return loaded
-
-    def script(self, name: str, **values: object) -> None:
-        given = json.dumps({"params": {}, "input": {}, **values}, default=str)
-        loaded = self._loaded([sys.executable, "-c", RUN_SCRIPT, str(SCRIPTS / name), given], name)
-        assert loaded
-        assert loaded - set(command_files(scripts=[SCRIPTS / name])) == set(), name
 
     def _loaded(self, words: list[str], name: str) -> set[str]:
         notes = self.folder / "loaded" / name
@@ -127,11 +112,9 @@ def test_what_runs_and_their_analysis_load(shop: Shop, models: tuple[Path, Path]
         "--limit",
         1,
     )
-    shop.script(
-        "calibration_prompts.py",
-        input={"prompts": "prompts.jsonl", "measured": prompts},
-        output=["calibration.jsonl"],
-        params={"settings": {"limit": 1, "on_bad_line": "stop"}},
+    shop.run(
+        "calibration-prompts",
+        *("--source", "prompts.jsonl", "--measured", prompts, "--output", "calibration.jsonl", "--limit", 1),
     )
     addresses = []
     for role, folder in zip(("target", "draft"), models, strict=True):
@@ -172,15 +155,9 @@ def test_what_runs_and_their_analysis_load(shop: Shop, models: tuple[Path, Path]
     shop.run("merge", "--results-dir", results)
     settings = {"confidence": 0.9, "bootstrap_samples": 50, "seed": 1}
     flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", value)]
-    figures = results / "figures"
-    shop.script(
-        "figures.py",
-        input={"requests": results / "requests.csv"},
-        output=[figures / "tpot.png"],
-        params={"settings": settings},
-    )
-    shop.script("peers.py", output=[results / "peers.csv"], params={"settings": settings})
-    shop.script("capacity.py", output=[results / "capacity.csv"], params={"settings": {"tpot_limit_ms": None}})
+    shop.run("figures", "--results-dir", results, *flags)
+    shop.run("peers-table", "--results-dir", results, *flags)
+    shop.run("capacity-table", "--results-dir", results)
     shop.run("profile", "--results-dir", results)
     write_json(results / "provenance/config.json", load_pipeline_config(yaml.safe_load(CONFIG.read_text())))
     record = (

@@ -16,7 +16,7 @@ from workspace import ROOT, Workspace
 ANALYSIS = {"merge": 1, "figures": 1, "provenance": 1, "summary": 1}
 RUNS = {"start_worker": 5, "benchmark": 3, **ANALYSIS}
 RECORD = {"resolved_config": 1, "provenance": 1, "summary": 1}
-MODEL = {"prepare_model": 1, **RUNS}
+MODEL = {"prepare_model": 1, "prepare_dataset": 1, **RUNS}  # the prompts have its token ids
 PROMPTS = {"prepare_dataset": 1, **RUNS}
 ONE_MORE = {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS}
 Change = Callable[[Workspace, pytest.MonkeyPatch], None]

@@ -35,9 +35,10 @@ class InProcessCall:
 
     def __init__(self, handler: Callable[..., Iterator[Any]], metadata: Metadata = ()) -> None:
         self._handler = handler
-        self._context = _Context(tuple(metadata))
         self._requests: SimpleQueue[Any] = SimpleQueue()
         self._loop = asyncio.get_running_loop()
+        self._begun = asyncio.Event()
+        self._context = _Context(tuple(metadata), lambda: self._loop.call_soon_threadsafe(self._begun.set))
         self._replies: asyncio.Queue[Any] = asyncio.Queue()
         threading.Thread(target=self._serve, name="call", daemon=True).start()
 
@@ -47,6 +48,11 @@ class InProcessCall:
     async def read(self) -> Any:
         """The next reply, or grpc.aio.EOF when the handler has ended."""
         return await self._replies.get()
+
+    async def initial_metadata(self) -> Metadata:
+        """None; returns once the handler has sent it, or has ended."""
+        await self._begun.wait()
+        return ()
 
     async def done_writing(self) -> None:
         self._requests.put(None)
@@ -81,6 +87,7 @@ class InProcessCall:
         except Exception as error:
             context.status, context.details = grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}"
         self._loop.call_soon_threadsafe(self._replies.put_nowait, grpc.aio.EOF)
+        self._loop.call_soon_threadsafe(self._begun.set)
 
 
 class _Aborted(Exception):
@@ -90,7 +97,8 @@ class _Aborted(Exception):
 class _Context:
     """What the handlers use of grpc.ServicerContext."""
 
-    def __init__(self, metadata: Metadata) -> None:
+    def __init__(self, metadata: Metadata, begun: Callable[[], object]) -> None:
+        self._begun = begun
         self.active = True
         self.status, self.details = grpc.StatusCode.OK, ""
         self.trailing_metadata: Metadata = ()
@@ -104,6 +112,9 @@ class _Context:
 
     def peer(self) -> str:
         return "in-process"
+
+    def send_initial_metadata(self, _: Metadata) -> None:
+        self._begun()
 
     def cancel(self) -> None:
         self.active = False

@@ -341,6 +341,8 @@ class _Pipeline:
         """Have the draft worker read the text, if the next round will draft. Nobody waits for the draft of one token,
         the least that can be asked."""
         if self.text.room() > 0 and not self.text.ends_with(1) and self._choose() > 0:
+            # Sessions are taken in one order by all: who waits in line for the target's holds none of the draft worker.
+            await self.target.admitted()
             await self._send_draft_request(draft_fields(self.text, 1, CHAIN))
 
     async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:

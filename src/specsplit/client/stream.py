@@ -68,6 +68,12 @@ class Stream:
             raise message
         return message
 
+    async def admitted(self) -> None:
+        """Wait until the worker has a session for this stream, which it says by its initial metadata; at the latest
+        with its first message, or its end."""
+        with suppress(grpc.aio.AioRpcError):
+            await self._call.initial_metadata()
+
     async def finish(self) -> None:
         """Tell the worker that nothing more is sent."""
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):

@@ -67,10 +67,11 @@ class Shares:
 class Caller:
     """Who a request came from, and what is done for it now.
 
-    owner: prefix of the names of its sessions. gone: nobody waits for the answer now. parent: of its spans; None where
-    there are none. place_wait_s, session_wait_s: how long it waits in line for these. holds: its session is in use for
-    as long as the call is open. end: ends the call from outside. state: `quiet`: we wait for the client; `waits`: for a
-    place or a session; `works`. since: time.monotonic() of the last change of it.
+    owner: prefix of the names of its sessions. gone: nobody waits for the answer now. parent: of its spans; None
+    where there are none. place_wait_s, session_wait_s: how long it waits in line for these. holds: its session is
+    in use for as long as the call is open. end: ends the call from outside. admitted: told when it has its session.
+    state: `quiet`: we wait for the client; `waits`: for a place or a session; `works`. since: time.monotonic() of
+    the last change of it.
     """
 
     owner: str = ""
@@ -81,6 +82,7 @@ class Caller:
     session_wait_s: float = BUSY_WAIT_S
     holds: bool = False
     end: Callable[[], None] = lambda: None
+    admitted: Callable[[], None] = lambda: None
     places: Places | None = None
     state: Literal["quiet", "waits", "works"] = "quiet"
     since: float = field(default_factory=time.monotonic)

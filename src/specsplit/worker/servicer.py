@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from queue import SimpleQueue
 from typing import Any, NoReturn, TypeVar
@@ -164,6 +165,7 @@ class WorkerServicer:
         # Its hash: what fields we do not know hold would stay in memory with the session.
         raw = sha256(request.SerializeToString(deterministic=True)).digest()
         with self.sessions.use(request.context, caller) as session:
+            caller.admitted()
             if (known := session.replay(request.context.round, raw)) is not None:
                 return known
             tokens = session.context_for(request.context)
@@ -206,6 +208,7 @@ class WorkerServicer:
         caller.session_wait_s = self.config.session_wait_s
         inbox = Inbox(requests, caller, self.config.session_wait_s)
         caller.end = inbox.end
+        caller.admitted = _once(lambda: context.send_initial_metadata(()))
         outbox: SimpleQueue[tuple[R | None, Exception | None]] = SimpleQueue()
         told = threading.Event()
 
@@ -285,3 +288,15 @@ class WorkerServicer:
         log.error("request failed %s", about, exc_info=error, extra=fields)
         context.abort(status, f"{type(error).__name__}: {error}"[:MAX_DETAILS])
         raise AssertionError("abort always raises")
+
+
+def _once(tell: Callable[[], object]) -> Callable[[], None]:
+    """`tell`, which is called the first time alone; that nobody listens any more is no error."""
+    calls = iter([tell])
+
+    def call() -> None:
+        for first in calls:
+            with suppress(ValueError, grpc.RpcError):
+                first()
+
+    return call
