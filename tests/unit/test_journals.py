@@ -163,7 +163,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
     def start(number: int | None) -> list[str]:
         seen: list[str] = []
 
-        def run(turns: Any, config: OrchestratorConfig, load: Any, settings: Any) -> list[CapacityRecord]:
+        def run(turns: Any, config: OrchestratorConfig, stops: Any, load: Any, settings: Any) -> list[CapacityRecord]:
             seen.append(f"{config.gamma}: {load}")
             if len(seen) == number:
                 raise Killed
@@ -181,7 +181,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
 def run_capacity(output: Path, **decides: Any) -> str:
     settings = CapacitySettings(clients=[1, 2], requests=16, saturation_steps=2)
     configs = [OrchestratorConfig(gamma=gamma) for gamma in (0, 4)]
-    measure_capacity(REQUESTS, configs, settings, output, decides=decides)
+    measure_capacity(REQUESTS, configs, lambda config: None, settings, output, decides=decides)
     return output.read_text()
 
 

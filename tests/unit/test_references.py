@@ -70,7 +70,7 @@ class Machine:
         )
 
     async def write_tokens(
-        self, prompt: Sequence[int], config: OrchestratorConfig, *, controller: Any
+        self, prompt: Sequence[int], config: OrchestratorConfig, *, controller: Any, on_tokens: Any = None
     ) -> SpeculativeResult:
         assert (config.rtt_ms, config.jitter_ms) == (0, 0)
         return self.text(COLOCATED, prompt, config)
