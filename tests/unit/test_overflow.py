@@ -110,9 +110,10 @@ def test_a_drafted_token_that_overflows_does_not_change_the_text(engine, samplin
 def test_workers_end_the_text_by_name_and_a_draft_ends_drafting_alone(engine, mode, tree):
     good = CausalLM(make_tiny_model("llama"))
     settings = {"max_context": 128, "threads": 1}
-    draft = InProcessStub(DraftServicer(SharedModel(engine, 1, 0), DraftWorkerConfig(**settings), IDENTITY))
+    shared = SharedModel(engine, 1, 0)  # one thread runs a model, whoever asks
+    draft = InProcessStub(DraftServicer(shared, DraftWorkerConfig(**settings), IDENTITY))
     target = InProcessStub(TargetServicer(SharedModel(good, 1, 0), TargetWorkerConfig(**settings), IDENTITY))
-    bad_target = InProcessStub(TargetServicer(SharedModel(engine, 1, 0), TargetWorkerConfig(**settings), IDENTITY))
+    bad_target = InProcessStub(TargetServicer(shared, TargetWorkerConfig(**settings), IDENTITY))
     config = OrchestratorConfig(mode=mode, tree=tree, gamma=3, max_output_tokens=LENGTH, stop_token_ids=[])
 
     def write(target: InProcessStub, prompt: list[int]) -> list[int]:
