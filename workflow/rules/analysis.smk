@@ -32,8 +32,8 @@ rule figures:
         rounds="results/per_round.csv",
         reference="results/reference.csv",
     output:
-        expand("results/figures/{name}.png", name=[*captions.FIGURES, "summary_by_category"]),
-        [figure_output(name) for name in [*captions.FIGURES, "summary_by_category"]],
+        expand("results/figures/{name}.png", name=captions.DRAWN),
+        [figure_output(name) for name in captions.DRAWN],
     log:
         "results/logs/figures.log",
     localrule: True
@@ -53,7 +53,7 @@ rule summary:
         PLAN.result_files(),
     output:
         summary=table_output("summary"),
-        by_category=table_output("summary_by_category"),
+        by_category=table_output(captions.BY_CATEGORY),
         seal="results/provenance/SHA256SUMS",
         manifest="results/provenance/manifest.json",
     log:
@@ -78,8 +78,8 @@ rule report:
         summary="results/summary.csv",
         tables=expand("results/{name}.csv", name=["requests", "per_round", "reference"]),
         record="results/provenance/provenance.json",
-        by_category="results/summary_by_category.csv",
-        figures=[f"results/figures/{name}.svg" for name in [*captions.FIGURES, "summary_by_category"]],
+        by_category=f"results/{captions.BY_CATEGORY}.csv",
+        figures=[f"results/figures/{name}.svg" for name in captions.DRAWN],
         beside=beside_the_sweep,
     output:
         report("results/report.html", caption="../report/report.rst", category="Report", labels={"what": "one page"}),

@@ -14,7 +14,6 @@ from specsplit.analysis.tables import comparable, summarize, verifies_draft
 from specsplit.experiment.columns import WORKERS
 from specsplit.settings.axes import PLAIN
 
-TABLE = "summary_by_category"
 POOLED, MACRO = "all prompts", "mean of categories"
 # Columns of the summary that are told by category, each with its interval where it has one.
 MEASURES = (

@@ -14,8 +14,10 @@ FIGURES = {
     "network_idle": "Waiting for the network",
     "speculation": "Drafts made ahead that fit",
 }
+BY_CATEGORY = "summary_by_category"
+DRAWN = (*FIGURES, BY_CATEGORY)  # what the main job draws
 BESIDE = {
-    "summary_by_category": "By category of the prompts",
+    BY_CATEGORY: "By category of the prompts",
     "peers": "Beside other programs' decoding",
     "capacity": "Many clients at once",
     "profile": "Where the time of a round goes",

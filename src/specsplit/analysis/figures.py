@@ -16,9 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
-from specsplit.analysis.by_category import TABLE as BY_CATEGORY
 from specsplit.analysis.by_category import draw_by_category, summarize_by_category
-from specsplit.analysis.captions import FIGURES
+from specsplit.analysis.captions import BY_CATEGORY, FIGURES
 from specsplit.analysis.curves import MOST_PANELS, Curve, Panel, left_out, split_curves, split_panels
 from specsplit.analysis.drawing import (
     NOTHING_DRAFTED,

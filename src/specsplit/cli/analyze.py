@@ -17,8 +17,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.analysis.by_category import TABLE as BY_CATEGORY
     from specsplit.analysis.by_category import summarize_by_category
+    from specsplit.analysis.captions import BY_CATEGORY
     from specsplit.analysis.findings import (
         drift_sentence,
         faults_sentence,

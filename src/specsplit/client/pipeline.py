@@ -1,7 +1,8 @@
 """The loop over streams: synchronous, overlapped and lookahead, at a fixed gamma or an adaptive one.
 
-The prompt goes to both workers at once. The first round verifies no draft, so the first token comes as soon as from
-the target alone, and the draft worker reads the prompt meanwhile. So does the first round after a failure.
+The prompt goes to the target and, once that has a session for it, to the draft worker. The first round verifies no
+draft, so the first token comes as soon as from the target alone, and the draft worker reads the prompt meanwhile. The
+first round after a failure is done likewise.
 `overlap` drafts round N + 1 while round N is verified, guessing that all is accepted and which token comes next.
 `lookahead` drafts for the likeliest outcomes and sends these drafts on to the target, which starts the next
 verification by itself when one fits, so there is no round trip between the two. A wrong guess costs the pass that is
@@ -340,7 +341,7 @@ class _Pipeline:
     async def _read_by_draft(self) -> None:
         """Have the draft worker read the text, if the next round will draft. Nobody waits for the draft of one token,
         the least that can be asked."""
-        if self.text.room() > 0 and not self.text.ends_with(1) and self._choose() > 0:
+        if self.text.room(ahead=1) > 0 and self._choose() > 0:
             # Sessions are taken in one order by all: who waits in line for the target's holds none of the draft worker.
             await self.target.admitted()
             await self._send_draft_request(draft_fields(self.text, 1, CHAIN))

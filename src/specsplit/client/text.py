@@ -70,15 +70,16 @@ class Text:
         c = self.config
         return Sampling(c.temperature, c.top_k, c.top_p, c.seed, rejection=c.sampling == "rejection")
 
-    def room(self) -> int:
-        """The deepest draft that makes sense now: the last token is always the target's own; 0 when the draft worker
-        cannot hold it, or cannot read the text."""
-        gamma = min(self.limits.gamma, self.length_limit - len(self.tokens) - 1)
+    def room(self, ahead: int = 0) -> int:
+        """The deepest draft that makes sense after `ahead` more tokens: the last token is always the target's own; 0
+        when the draft worker cannot hold it, or cannot read the text."""
+        length = len(self.tokens) + ahead
+        gamma = min(self.limits.gamma, self.length_limit - length - 1)
         # Models with one tokenizer may pad their vocabularies differently: a draft cannot read every token.
         if not self._draft_vocab or max(self.tokens) >= self._draft_vocab:
             return 0
         shape = self.limits.shape
-        while gamma > 0 and len(self.tokens) + shape.size(gamma) > self._draft_limit:
+        while gamma > 0 and length + shape.size(gamma) > self._draft_limit:
             gamma -= 1
         return max(gamma, 0)
 
@@ -88,10 +89,6 @@ class Text:
         if acceptance is None or self.known[:start] != self.tokens:
             return Forced()
         return forced(self.known[start : start + count], start, acceptance, self.config.seed)
-
-    def ends_with(self, tokens: int) -> bool:
-        """Whether the text has its longest length, or room for one token only, with so many tokens more."""
-        return len(self.tokens) + tokens + 1 >= self.length_limit
 
     def drop_draft(self) -> None:
         """From here on the target writes alone."""
@@ -107,18 +104,18 @@ class Text:
         self.tokens += [*accepted, next_token]
         fresh, ended = _until_stop([*accepted, next_token], self.stop_ids)
         now_ms = (time.perf_counter() - self.started) * 1e3
+        kept: int | None = None
         if fresh:
             result.ttft_ms = now_ms if result.ttft_ms is None else result.ttft_ms
-            kept = None if self._on_tokens is None else self._on_tokens(fresh)
+            if self._on_tokens is not None:
+                kept = self._on_tokens(fresh)
             result.output_tokens += fresh[:kept]
-            if kept is not None:
-                result.finish_reason = "stop"
         result.total_ms = now_ms
         result.rounds.append(replace(measured, arrived_ms=now_ms))
         if self.span is not None:
             self.span.round(measured)
-        if self.finished:
-            pass
+        if kept is not None:
+            result.finish_reason = "stop"
         elif ended:
             result.finish_reason = "eos"
         elif len(result.output_tokens) >= self.config.max_output_tokens:

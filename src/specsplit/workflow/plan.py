@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from specsplit.analysis.captions import FIGURES
+from specsplit.analysis.captions import DRAWN
 from specsplit.errors import UserError
 from specsplit.experiment.sweep import Point, sweep_points
 from specsplit.launch.environment import threads_beside_another
@@ -144,8 +144,7 @@ class Plan:
     def result_files(self) -> list[str]:
         """All that the main job leaves, but for the summary, the logs and what seals it."""
         made = ["requests.csv", "per_round.csv", "reference.csv", "dataset/prompts.jsonl", "dataset/manifest.json"]
-        drawn = (*FIGURES, "summary_by_category")
-        made += [f"figures/{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
+        made += [f"figures/{name}.{suffix}" for name in DRAWN for suffix in ("png", "svg")]
         made += [f"provenance/{name}" for name in ("config.json", "provenance.json", "changes.patch")]
         made += [f"settings/{label}/settings.json" for label in self.points]
         runs = self.run_files("requests.csv", "per_round.csv", "reference.csv", "outputs.jsonl", "run.json")
