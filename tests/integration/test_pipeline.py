@@ -177,6 +177,17 @@ def test_a_simulated_network_delays_and_changes_nothing(simulated: tuple[Worker,
         assert all(r.verify_wall_ms >= 35 and r.network_ms >= 20 for r in delayed.rounds)
 
 
+def test_a_simulated_bandwidth_delays_by_the_bytes(simulated: tuple[Worker, Worker]) -> None:
+    draft, target = simulated
+    prompt = PROMPT * 20
+    expected = write(draft, target, prompt, max_output_tokens=4)
+    narrow = write(draft, target, prompt, max_output_tokens=4, bandwidth_mbit=0.02)
+    assert narrow.output_tokens == expected.output_tokens
+    # The prompt has at least a byte a token, later rounds send a message of some 40 bytes and get one.
+    assert narrow.rounds[0].network_ms >= len(prompt) * 8 / 20
+    assert all(r.network_ms >= 2 * 40 * 8 / 20 for r in narrow.rounds[1:])
+
+
 # ---- where a text ends
 
 

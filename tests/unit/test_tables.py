@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from specsplit.analysis.configurations import NETWORK
 from specsplit.analysis.findings import faults_sentence, find_best
 from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize
 from specsplit.errors import UserError
@@ -313,7 +314,7 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     requests, rounds = tables([a_request(i, g) for g in (3, 0, 1) for i in "ab"], [a_round("a", 3, 0, 1)])
     summary = summarize(requests, rounds, bootstrap_samples=100)
     assert summary["gamma"].to_list() == [0, 1, 3]
-    expected = ["gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"]
+    expected = ["gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", *NETWORK]
     expected += ["setup", "requests", "compared", "repeats", "generated_tokens"]
     for name in ("speedup", "speedup_over_streamed", "speedup_over_colocated"):
         expected += [name, *(f"{name}_{kind}_{end}" for kind in ("ci", "joint") for end in ("low", "high"))]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
     chosen = ", ".join("greedily" if t == 0 else f"at temperature {t:g}" for t in sampling["temperature"])
     if any(sampling["temperature"]):
         chosen += f"; top-k {sampling['top_k']}, top-p {sampling['top_p']:g}, {sampling['method']} verification"
-    rtts = ["as it is" if rtt == 0 else f"simulated RTT {rtt:g} ms" for rtt in config["network"]["rtt_ms"]]
+    networks = product(config["network"]["rtt_ms"], config["network"].get("bandwidth_mbit", [0]))
     template = "chat template" if generation["use_chat_template"] else "plain prompts"
     on = ", written on after the end of text" if generation["ignore_eos"] else ""
     return [
@@ -150,12 +151,18 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
         ("Pipeline modes", ", ".join(config["mode"])),
         ("Draft trees", ", ".join(config["tree"])),
         ("Tokens chosen", chosen),
-        ("Network to the target", ", ".join(rtts)),
+        ("Network to the target", ", ".join(_network(*each) for each in networks)),
         ("Texts", f"at most {generation['max_output_tokens']} tokens, {template}{on}"),
         ("Warm-up", f"requests run before each configuration, in no table: {config['warmup_requests']}"),
         ("Repeats", f"each request is measured this often, and its median counts: {config['repeats']}"),
         ("Seed", str(config["seed"])),
     ]
+
+
+def _network(rtt_ms: float, bandwidth_mbit: float) -> str:
+    rtt = f"RTT {rtt_ms:g} ms" if rtt_ms else ""
+    bandwidth = f"{bandwidth_mbit:g} Mbit/s each way" if bandwidth_mbit else ""
+    return f"simulated {', '.join(filter(None, (rtt, bandwidth)))}" if rtt or bandwidth else "as it is"
 
 
 def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> str:

@@ -208,7 +208,7 @@ def summarize(
     is over rounds is of the medians over the repeats of each request, so that intervals are over prompts. No interval
     is given below `MIN_PROMPTS` (6) requests.
 
-    gamma, mode, tree, draft, sampling, temperature, top_k, top_p, rtt_ms, jitter_ms
+    gamma, mode, tree, draft, sampling, temperature, top_k, top_p, rtt_ms, jitter_ms, bandwidth_mbit
         the configuration; gamma is a number or `auto`.
     setup
         `workers`: through the loop; `target_streamed`, `colocated`: a baseline, measured in turn with a run's requests.

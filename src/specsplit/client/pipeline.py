@@ -22,6 +22,7 @@ from typing import Any, Self
 import grpc
 
 from specsplit.client.event_loop import event_loop
+from specsplit.client.network import simulated
 from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed, describe
 from specsplit.client.requests import draft_fields, verify_fields
 from specsplit.client.result import Round, SpeculativeResult
@@ -37,7 +38,7 @@ from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 SETTLE_S = 0.5  # The longest wait, once a text is written, for what the draft worker spent on it.
 
@@ -69,7 +70,7 @@ async def run_speculative_loop_async(
     """
     known: list[int] = []
     if config.draft_acceptance is not None and config.gamma:
-        changes = {"gamma": 0, "draft_acceptance": None, "rtt_ms": 0.0, "jitter_ms": 0.0}
+        changes = {"gamma": 0, "draft_acceptance": None, **NO_NETWORK}
         alone = await run_speculative_loop_async(
             None, target_stub, prompt_ids, config.model_copy(update=changes), identities=identities
         )
@@ -192,12 +193,11 @@ class _Pipeline:
         if role not in self._streams:
             config, stub = self.config, self._stubs[role]
             call = stub.StreamVerify if role == "target" else stub.StreamDrafts
-            network: dict[str, Any] = {"rtt_ms": config.rtt_ms, "jitter_ms": config.jitter_ms, "seed": config.seed}
             self._streams[role] = Stream(
                 role,
                 call if self.text.span is None else self.text.span.carry(call),
                 timeout_s=config.rpc_timeout_s,
-                **(network if role == "target" else {}),
+                links=simulated(config) if role == "target" else None,
             )
         return self._streams[role]
 

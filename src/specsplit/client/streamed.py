@@ -6,12 +6,12 @@ pays a round trip for every token.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from specsplit.client.network import simulated, until
 from specsplit.client.recovery import Recovery, WorkerFailed, describe
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import text_span
@@ -64,16 +64,10 @@ async def _stream(text: Text, target_stub: Any) -> None:
     )
     began = time.perf_counter()
     call = target_stub.StreamText if text.span is None else text.span.carry(target_stub.StreamText)
-    if config.rtt_ms:
-        await asyncio.sleep(config.rtt_ms / 2e3)  # the request under way
-    stream = Stream(
-        "target",
-        lambda: call(request),
-        timeout_s=config.rpc_timeout_s,
-        rtt_ms=config.rtt_ms,
-        jitter_ms=config.jitter_ms,
-        seed=config.seed,
-    )
+    links = simulated(config)
+    if links:
+        await until(links[0].due(request, began))
+    stream = Stream("target", lambda: call(request), timeout_s=config.rpc_timeout_s, links=links)
     try:
         while not text.finished:
             reply = await stream.receive()

@@ -73,6 +73,7 @@ class RequestRecord:
     draft_hidden_ms: float | None = None
     # turn: place in a conversation, from 1.
     turn: int | None = 1
+    bandwidth_mbit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class RoundRecord(Round, _Text):
 
 # Columns that tables of earlier versions lack.
 LATER_COLUMNS = (
-    *("draft_exposed_ms", "draft_hidden_ms", "turn"),
+    *("draft_exposed_ms", "draft_hidden_ms", "turn", "bandwidth_mbit"),
     *("verifications", "acceptance_length", "draft_acceptance_rate"),
     *("arrivals", "rate", "due_ms"),  # of capacity_requests.csv
     "series",  # of runs that were kept apart

@@ -13,10 +13,10 @@ from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.experiment.prompt import Prompt
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 # Columns of requests.csv that are settings of the same name.
-SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms", "seed"}
+SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", *NO_NETWORK, "seed"}
 
 
 @dataclass(frozen=True)

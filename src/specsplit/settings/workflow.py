@@ -230,6 +230,7 @@ Workflow: type[BaseModel] = section(
         note="simulated, to the target worker",
         rtt_ms=axis("rtt_ms", [0], [0, 14, 50], note="several values are swept"),
         jitter_ms=same(Run, "jitter_ms"),
+        bandwidth_mbit=axis("bandwidth_mbit", [0], [0, 100, 10], note="each way, by the bytes sent; 0 = no limit"),
     ),
     faults=section(
         "What a run does when a worker fails.",
