@@ -66,7 +66,7 @@ def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
     for name, kind in types.items():
         parse, dtype = _CELLS[kind]
         if name in absent:
-            columns[name] = pd.array([PLAIN.get(name)] * len(lines), dtype=dtype)
+            columns[name] = pd.array([PLAIN.get(name)] * len(lines), dtype="Int64" if dtype == "int64" else dtype)
             continue
         place = header.index(name)
         values = []

@@ -30,6 +30,7 @@ from specsplit.analysis.findings import (
     lossless_sentence,
     round_trip_sentences,
     summary_table,
+    traffic_sentence,
 )
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
@@ -72,6 +73,7 @@ def write_report(
         "round_trips": round_trip_sentences(summary, confidence),
         "drift": drift_sentence(summary),
         "left_out": _left_out(record),
+        "traffic": traffic_sentence(summary),
         "lossless": lossless_sentence(summary),
         "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",

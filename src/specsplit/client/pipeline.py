@@ -28,7 +28,7 @@ from specsplit.client.requests import draft_fields, verify_fields
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
-from specsplit.client.stream import Stream
+from specsplit.client.stream import Stream, Traffic
 from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
@@ -146,6 +146,7 @@ class _Pipeline:
         self.controller = controller
         self._stubs = dict(stubs)
         self._streams: dict[str, Stream] = {}
+        self._traffic = {"draft": Traffic(), "target": Traffic()}
         self._reading: asyncio.Future[None] | None = None  # the request that `_read_by_draft` sends
         self.renew("draft")
         self.renew("target")
@@ -197,6 +198,7 @@ class _Pipeline:
                 role,
                 call if self.text.span is None else self.text.span.carry(call),
                 timeout_s=config.rpc_timeout_s,
+                traffic=self._traffic[role],
                 links=simulated(config) if role == "target" else None,
             )
         return self._streams[role]
@@ -253,6 +255,7 @@ class _Pipeline:
                 gamma_asked=gamma,
                 draft_exposed_ms=exposed_ms,
                 draft_hidden_ms=unseen_ms,
+                **self._take_traffic(),
             )
             self.text.take(accepted, verdict.next_token, measured)
             self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
@@ -263,6 +266,9 @@ class _Pipeline:
         taken = self._exposed_ms, self._hidden_ms
         self._exposed_ms = self._hidden_ms = 0.0
         return taken
+
+    def _take_traffic(self) -> dict[str, int]:
+        return {name: count for role, own in self._traffic.items() for name, count in own.take(role).items()}
 
     def _count(self, reply: pb.GenerateDraftsReply, *, exposed: bool) -> None:
         self._awaited -= 1
@@ -284,6 +290,7 @@ class _Pipeline:
             rounds[-1],
             draft_exposed_ms=rounds[-1].draft_exposed_ms + exposed_ms,
             draft_hidden_ms=rounds[-1].draft_hidden_ms + hidden_ms,
+            **{name: getattr(rounds[-1], name) + count for name, count in self._take_traffic().items()},
         )
 
     def _begins(self) -> bool:

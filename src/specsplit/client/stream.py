@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -14,18 +15,41 @@ from specsplit.client.network import Links, until
 from specsplit.client.recovery import WorkerFailed, failure_of
 
 
+@dataclass
+class Traffic:
+    """Serialized bytes of the messages on a link. Within one process none is serialized, so none is counted."""
+
+    sent: int = 0
+    received: int = 0
+
+    def take(self, role: str) -> dict[str, Any]:
+        """The fields of a Round that say it, and begin anew."""
+        taken = {f"{role}_sent_bytes": self.sent, f"{role}_received_bytes": self.received}
+        self.sent = self.received = 0
+        return taken
+
+
 class Stream:
     """Messages to and from one worker, in order.
 
     rpc: a stream method of a grpc.aio stub. timeout_s: the longest wait for a message. links: a simulated network; a
-    late message holds up none that goes the other way.
+    late message holds up none that goes the other way. traffic: where bytes are counted.
     """
 
-    def __init__(self, name: str, rpc: Callable[[], Any], *, timeout_s: float, links: Links | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        rpc: Callable[[], Any],
+        *,
+        timeout_s: float,
+        traffic: Traffic,
+        links: Links | None = None,
+    ) -> None:
         self.name = name
         self._call = rpc()
         self._timeout_s = timeout_s
         self._links = links
+        self._traffic = None if getattr(self._call, "in_process", False) else traffic
         self._inbox: asyncio.Queue[tuple[float, Any]] = asyncio.Queue()
         self._outbox: asyncio.Queue[tuple[float, Any]] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._read())]
@@ -75,6 +99,8 @@ class Stream:
     async def _read(self) -> None:
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
+                if self._traffic is not None:
+                    self._traffic.received += message.ByteSize()
                 due = self._links[1].due(message, time.perf_counter()) if self._links else 0.0
                 self._inbox.put_nowait((due, message))
         except grpc.aio.AioRpcError:
@@ -94,3 +120,5 @@ class Stream:
     async def _put(self, message: Any) -> None:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader has the reason
             await self._call.write(message)
+            if self._traffic is not None:
+                self._traffic.sent += message.ByteSize()

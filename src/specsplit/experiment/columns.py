@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from specsplit.client.result import Round
+from specsplit.client.result import LINK_BYTES, Round
 
 OK, FAILED = "ok", "failed"  # a request's status
 # How a text was written: by the loop with its workers; by the target worker alone, which streams its tokens; by the
@@ -74,6 +74,11 @@ class RequestRecord:
     # turn: place in a conversation, from 1.
     turn: int | None = 1
     bandwidth_mbit: float = 0.0
+    # Serialized messages to and from each worker, the prompt included.
+    draft_sent_bytes: int = 0
+    draft_received_bytes: int = 0
+    target_sent_bytes: int = 0
+    target_received_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class RoundRecord(Round, _Text):
 
 # Columns that tables of earlier versions lack.
 LATER_COLUMNS = (
-    *("draft_exposed_ms", "draft_hidden_ms", "turn", "bandwidth_mbit"),
+    *("draft_exposed_ms", "draft_hidden_ms", "turn", "bandwidth_mbit", *LINK_BYTES),
     *("verifications", "acceptance_length", "draft_acceptance_rate"),
     *("arrivals", "rate", "due_ms"),  # of capacity_requests.csv
     "series",  # of runs that were kept apart
