@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 
 from specsplit.analysis.configurations import NETWORK
-from specsplit.analysis.findings import faults_sentence, find_best, traffic_sentence
+from specsplit.analysis.costs import cost_sentences
+from specsplit.analysis.findings import faults_sentence, find_best
 from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize
-from specsplit.client.result import LINK_BYTES
+from specsplit.client.result import LINK_BYTES, USAGE
 from specsplit.errors import UserError
 from specsplit.experiment.columns import LATER_COLUMNS, REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
 from specsplit.io import write_csv
@@ -324,6 +325,7 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
         expected += [f"{metric}_{part}" for part in ("p90", "p99") if metric in TIMES]
     expected += ["inter_chunk_ms_median", "inter_chunk_ms_p90", "inter_chunk_ms_p99"]
     expected += ["tokens_per_second", *(f"{name}_per_{unit}" for name in LINK_BYTES for unit in ("token", "round"))]
+    expected += [f"{name}_per_token" for name in USAGE]
     expected += ["speculation_hits", "speculation_misses"]
     expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
     expected += [f"acceptance_length{part}" for part in ("", "_ci_low", "_ci_high", "_mean")]
@@ -755,7 +757,7 @@ def test_tables_of_an_earlier_version_are_read_and_their_acceptance_is_counted_a
     assert row["bandwidth_mbit"] == 0
     summary = summarize(requests, per_round)
     assert summary["target_sent_bytes_per_token"].isna().all()
-    assert traffic_sentence(summary) == ""
+    assert cost_sentences(summary) == []
 
 
 def test_bytes_of_a_token_and_of_a_round_are_over_all_requests():
@@ -766,11 +768,11 @@ def test_bytes_of_a_token_and_of_a_round_are_over_all_requests():
     row = summary[summary["gamma"] == 2].iloc[0]
     assert row["draft_sent_bytes_per_token"] == 1000 / 40
     assert row["draft_received_bytes_per_round"] == pytest.approx(1400 / 12)
-    assert traffic_sentence(summary) == (
-        "With the target alone a token took 100 bytes to the target worker and 30.0 from it; with a draft a token took "
-        "12.0 bytes to the target worker and 0.00 from it, 25.0 bytes to the draft worker and 35.0 from it (serialized "
-        "messages, prompts included, without the headers of gRPC)."
-    )
+    assert cost_sentences(summary) == [
+        "Bytes per token: with the target alone 100 to the target worker, 30.0 from it; with a draft 12.0 to the "
+        "target worker, 0.00 from it and 25.0 to the draft worker, 35.0 from it (messages as serialized, prompts "
+        "included, without the headers of gRPC and TCP)."
+    ]
 
 
 def test_without_faults_there_is_nothing_to_say(runs):

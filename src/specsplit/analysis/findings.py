@@ -314,27 +314,6 @@ def faults_sentence(summary: DataFrame) -> str:
     return " ".join(parts)
 
 
-def traffic_sentence(summary: DataFrame) -> str:
-    """What a token took on each link; empty where that was not measured."""
-    ours = summary[summary["setup"] == WORKERS]
-    parts = []
-    for of, own in (("the target alone", ours[ours["gamma"] == 0]), ("a draft", ours[ours["gamma"] != 0])):
-        links = [
-            f"{_range(own, f'{role}_sent_bytes_per_token')} bytes to the {role} worker and "
-            f"{_range(own, f'{role}_received_bytes_per_token')} from it"
-            for role in ("target", "draft")
-            if own[f"{role}_sent_bytes_per_token"].max() > 0
-        ]
-        if links:
-            parts.append(f"{'with' if parts else 'With'} {of} a token took {', '.join(links)}")
-    return f"{'; '.join(parts)} (serialized messages, prompts included, without the headers of gRPC)." if parts else ""
-
-
-def _range(table: DataFrame, name: str) -> str:
-    ends = dict.fromkeys(three_digits(end) for end in (table[name].min(), table[name].max()))
-    return " to ".join(ends)
-
-
 def varied(summary: DataFrame) -> list[str]:
     """The names of the configuration that take several values in this sweep; gamma always."""
     return [name for name in keys_of(summary) if name == "gamma" or summary[name].nunique() > 1]

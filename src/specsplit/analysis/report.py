@@ -22,6 +22,7 @@ from pandas import read_csv
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
+from specsplit.analysis.costs import cost_sentences, with_price
 from specsplit.analysis.findings import (
     compared_sentence,
     drift_sentence,
@@ -30,7 +31,6 @@ from specsplit.analysis.findings import (
     lossless_sentence,
     round_trip_sentences,
     summary_table,
-    traffic_sentence,
 )
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
@@ -38,6 +38,7 @@ from specsplit.errors import UserError
 from specsplit.io import csv_reader, read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import swept_drafts
+from specsplit.settings.measure import PriceSettings
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
@@ -54,15 +55,22 @@ _UNKNOWN = "not recorded"
 
 
 def write_report(
-    results_dir: Path, output: Path, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
+    results_dir: Path,
+    output: Path,
+    *,
+    confidence: float = 0.95,
+    bootstrap_samples: int = 10_000,
+    seed: int = 0,
+    prices: PriceSettings | None = None,
 ) -> None:
     """Write the page from what lies in `results_dir`: tables, figures, record, and what was measured beside the sweep.
 
-    The other arguments are those of `summarize`. Raises UserError when a table, a figure or the record is missing.
+    prices: of `with_price`. The other arguments are those of `summarize`. Raises UserError when a table, a figure or
+    the record is missing.
     """
     settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
     requests, rounds = read_tables(results_dir)
-    summary = summarize(requests, rounds, **settings)
+    summary = with_price(summarize(requests, rounds, **settings), prices or PriceSettings())
     record = read_json_object(results_dir / "provenance" / "provenance.json")
     headings, rows = summary_table(summary)
     page = {
@@ -73,7 +81,7 @@ def write_report(
         "round_trips": round_trip_sentences(summary, confidence),
         "drift": drift_sentence(summary),
         "left_out": _left_out(record),
-        "traffic": traffic_sentence(summary),
+        "costs": cost_sentences(summary),
         "lossless": lossless_sentence(summary),
         "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
@@ -263,7 +271,12 @@ def _workers(record: Mapping[str, Any]) -> list[str]:
 def _left_out(record: Mapping[str, Any]) -> list[str]:
     """What runs were to measure beside their configuration and could not, with the reasons."""
     found = [(run.get("beside") or {}).get("left_out") or {} for run in record.get("runs", [])]
-    return list(dict.fromkeys(f"{setup}: {reason}" for left_out in found for setup, reason in left_out.items()))
+    found += [
+        {f"energy of the {role} worker's machine": why for role, why in run["energy"]["left_out"].items()}
+        for run in record.get("runs", [])
+        if run.get("energy")
+    ]
+    return list(dict.fromkeys(f"{what}: {reason}" for left_out in found for what, reason in left_out.items()))
 
 
 def _run(run: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 LINK_BYTES = ("draft_sent_bytes", "draft_received_bytes", "target_sent_bytes", "target_received_bytes")
+# Columns of a text that a run measures beside it (`experiment/usage.py`).
+USAGE = ("client_cpu_ms", "draft_cpu_ms", "target_cpu_ms", "energy_j")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from specsplit.settings.measure import (
     LayerSettings,
     MergeSettings,
     Peer,
+    PriceSettings,
     PromptSettings,
     StandardName,
     TokenSettings,
@@ -385,6 +386,12 @@ Workflow: type[BaseModel] = section(
             *("validation_texts", "evaluate_every", "checkpoint_every"),
         ),
         gamma=same(AcceptanceSettings, "gamma"),
+    ),
+    prices=section(
+        "What an hour of each machine costs, for the price per million tokens in summary.csv; null is not known.",
+        note="an hour of each machine, in any currency; null = not known",
+        draft=same(PriceSettings, "draft_price"),
+        target=same(PriceSettings, "target_price"),
     ),
     statistics=section(
         "The intervals in summary.csv.",
