@@ -297,7 +297,7 @@ def test_measurements_beside_the_sweep(workspace):
     assert list(peers["contender"]) == ["gamma_0", "overlap_gamma_2", "hf_assisted", "hf_generate"]
     assert (peers["identical"] == 1).all()
     assert (pd.read_csv(results / "capacity.csv")["matches_single"] == 1).all()
-    assert list(pd.read_csv(results / "openai_load.csv")["gamma"]) == [0, 2]
+    assert list(pd.read_csv(results / "openai_load.csv")["gamma"]) == [0, 0, 2, 2]
     assert list(pd.read_csv(results / "context_curve.csv")["context_tokens"]) == [16, 64]
     assert set(pd.read_csv(results / "profile.csv")["phase"]) == {"prefill", "decode"}
     for name in ("peers", "capacity", "context_curve", "profile"):

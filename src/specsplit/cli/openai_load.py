@@ -35,12 +35,13 @@ def run(args: argparse.Namespace) -> None:
 
     client_version()
     settings = load_settings(CapacitySettings, args)
-    gammas = list(dict.fromkeys([0, *settings.gamma]))
-    fixed = {"mode": settings.mode, "gamma": gammas[-1], "temperature": 0.0, **NO_NETWORK}
+    fixed = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, **NO_NETWORK}
     config = load_settings(OrchestratorConfig, args, **fixed)
     codec = load_codec(config)
     assert config.tokenizer is not None
-    configs, (limit, raisable), _ = connected_configs(args, gammas, config, codec)
+    configs, (limit, raisable), _ = connected_configs(args, settings.gamma, config, codec)
+    if configs[0].gamma != 0:  # the target of another point, alone
+        configs = [configs[0].model_copy(update={"gamma": 0}), *configs]
     prompts = read_prompts(args.prompts, settings)
     lengths = [len(r.token_ids) for r in encode_prompts(prompts, codec, chat=True, limit=limit, raisable=raisable)]
     room = limit - config.max_output_tokens - 1
