@@ -9,6 +9,7 @@ import os
 import termios
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,10 +209,9 @@ def run(tmp_path: Path) -> Callable[..., Path]:
 
     def start(**options: Any) -> Path:
         described = pb.DescribeReply(role="target", model="tiny", environment={"PYTHONHASHSEED": "0"})
-        nobody: Any = None
+        nobody: Any = SimpleNamespace(Describe=lambda *_, **__: pb.DescribeReply())
         target = Connection("target", "127.0.0.1:1", nobody, nobody, described)
         draft = Connection("draft", "127.0.0.1:2", nobody, nobody, pb.DescribeReply(role="draft"))
-        target.stub = draft.stub = object()
         run_requests(REQUESTS, draft, target, CODEC, CONFIG, tmp_path / "gamma_4", **options)
         return tmp_path / "gamma_4"
 
