@@ -21,6 +21,7 @@ class Round:
     arrived_ms: from the start of the request until its tokens were at the client.
     draft_exposed_ms, draft_hidden_ms: all work of the draft worker, without its queues, of which the client heard in
         this round: what the round waited for, and what went on meanwhile, of use or not (drafts ahead that missed).
+    draft_source: of a draft that learns: session | global | model | none; empty for others, and without a draft.
     """
 
     round: int
@@ -39,6 +40,7 @@ class Round:
     arrived_ms: float = 0.0
     draft_exposed_ms: float = 0.0
     draft_hidden_ms: float = 0.0
+    draft_source: str = ""
 
 
 @dataclass
