@@ -27,7 +27,16 @@ from grpc_fixtures import PROMPTS, Reference, Worker, serving
 from tiny_models import VOCAB, make_tokenizer
 
 LENGTH = 24
-KINDS = ("ngram", "suffix", "suffix or model", "int8", "skipped layer", "reduced head", "distilled", "another tokenizer")
+KINDS = (
+    "ngram",
+    "suffix",
+    "suffix or model",
+    "int8",
+    "skipped layer",
+    "reduced head",
+    "distilled",
+    "another tokenizer",
+)
 
 
 def reduced_head(folder: Path, copy: Path) -> Path:

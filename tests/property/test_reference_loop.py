@@ -244,9 +244,7 @@ def test_rejection_sampling_has_the_law_of_the_target(kind: str, shape: str) -> 
     accepted = 0
     for seed in range(4000):
         sampling = replace(REJECTION, seed=seed)
-        rounds = list(
-            speculate(TableModel(target), draft, [0], replace(asked, sampling=sampling), max_new_tokens=3)
-        )
+        rounds = list(speculate(TableModel(target), draft, [0], replace(asked, sampling=sampling), max_new_tokens=3))
         texts.append(tuple(written(rounds)))
         place = -1
         for token in (0, *texts[-1]) if isinstance(draft, SuffixLM) else ():

@@ -36,7 +36,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, help="with --synthetic: of the text, draft and target alike (default: 0)")
     parser.add_argument("--vocab-size", type=int, help="with --synthetic: tokens, 256 bytes included (default: 256)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="with --ngram or --suffix: the model whose tokens it speaks")
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="with --ngram or --suffix: the model whose tokens it speaks"
+    )
     parser.add_argument("--max-ngram", type=int, help="with --ngram: longest suffix looked up (default: 3)")
     parser.add_argument("--min-ngram", type=int, help="with --ngram: shortest suffix looked up (default: 1)")
     parser.add_argument("--model", metavar="FOLDER", help="with --suffix: the model that drafts where nothing is found")

@@ -35,7 +35,9 @@ COMPILED_S = 3.0  # a first pass that took longer compiled
 
 
 class LanguageModel(Protocol):
-    """A model that drafts or verifies: CausalLM and GraphLM, FusedLM, SyntheticLM, NGramLM, SuffixLM. CausalLM says how.
+    """A model that drafts or verifies: CausalLM and GraphLM, FusedLM, SyntheticLM, NGramLM, SuffixLM.
+
+    CausalLM says how.
 
     Its caches are of its own kind and have length, capacity, advance, rollback and keep, as KVCache documents them.
     """
@@ -181,9 +183,7 @@ def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> 
     return fast
 
 
-def _load_weightless(
-    manifest: dict[str, Any], config: WorkerSettings, threads: int
-) -> tuple[LanguageModel, str]:
+def _load_weightless(manifest: dict[str, Any], config: WorkerSettings, threads: int) -> tuple[LanguageModel, str]:
     """A model without weights of its own; it runs on the CPU and has neither dtype nor device, but the model that a
     suffix draft asks has both."""
     name, fingerprint = manifest["name"], manifest["fingerprint"]

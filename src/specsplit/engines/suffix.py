@@ -110,9 +110,7 @@ class SuffixLM(NGramLM):
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
         return SuffixCache(capacity, self.model.new_cache(capacity) if self.model is not None else None)
 
-    def step(
-        self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
-    ) -> torch.Tensor:
+    def step(self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0) -> torch.Tensor:
         """One pass, as NGramLM.step."""
         return self.step_many([Pass(cache, tokens, tree, cached_nodes)])[0]
 

@@ -76,8 +76,8 @@ class RequestRecord:
     draft_hidden_ms: float | None = None
     # turn: place in a conversation, from 1.
     turn: int | None = 1
-    # Of a draft that learns (source suffix): rounds whose draft began with what was found in the text itself, in earlier
-    # texts, with what another model said, and rounds without a draft since nothing was found.
+    # Of a draft that learns (source suffix): rounds whose draft began with what was found in the text itself, or in
+    # earlier texts, or with what another model said, and rounds without a draft since nothing was found.
     drafts_from_session: int | None = None
     drafts_from_global: int | None = None
     drafts_from_model: int | None = None

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
@@ -83,7 +84,10 @@ def request_record(
     """
     rounds, generated = result.counted_rounds, len(result.output_tokens)
     drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
-    idle, looked_up = sum(r.network_ms for r in rounds), any(r.draft_source for r in rounds)
+    idle = sum(r.network_ms for r in rounds)
+    sources: dict[str, Any] = {}
+    if any(r.draft_source for r in rounds):
+        sources = {name: sum(r.draft_source == source for r in rounds) for source, name in SOURCES}
     ttft_ms = None if error else result.ttft_ms
     return RequestRecord(
         request_id=request.id,
@@ -104,7 +108,7 @@ def request_record(
         network_idle_fraction=idle / result.total_ms if result.total_ms else 0.0,
         draft_exposed_ms=sum(r.draft_exposed_ms for r in rounds),
         draft_hidden_ms=sum(r.draft_hidden_ms for r in rounds),
-        **{name: sum(r.draft_source == source for r in rounds) if looked_up else None for source, name in SOURCES},
+        **sources,
         draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
         draft=config.draft_name,

@@ -121,8 +121,8 @@ class OrchestratorConfig(AccessSettings):
     )
     memory: str = setting(
         "",
-        "Name of the memory that a draft of source suffix learns from and adds to; a text sees no other one. A benchmark "
-        "has one for each repeat, so that no text is looked up in itself.",
+        "Name of the memory that a draft of source suffix learns from and adds to; a text sees no other one. A "
+        "benchmark has one for each repeat, so that no text is looked up in itself.",
         max_length=64,
     )
     rtt_ms: Milliseconds = setting(

@@ -43,8 +43,8 @@ class Metrics:
         )
         self._lookups = Counter(
             "suffix_drafts",
-            "Drafts of a model of source suffix, by where their first token came from: session, global (earlier texts), "
-            "model, none; those made ahead are not counted",
+            "Drafts of a model of source suffix, by where their first token came from: session, global (earlier "
+            "texts), model, none; those made ahead are not counted",
             ["source"],
             **known,
         )
