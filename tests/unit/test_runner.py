@@ -145,10 +145,14 @@ def test_tokens_from_the_end_of_the_text_on_count_nowhere(
 
 
 def test_every_text_has_a_seed_of_its_own() -> None:
-    seeds = [request_config(OrchestratorConfig(seed=seed), name).seed for seed in (0, 1) for name in ("a", "b", "c")]
+    seeds = [
+        request_config(OrchestratorConfig(seed=seed), Request(name, "", [])).seed
+        for seed in (0, 1)
+        for name in ("a", "b", "c")
+    ]
     assert len(set(seeds)) == 6
     assert all(0 <= seed < 1 << 32 for seed in seeds)
-    assert request_config(OrchestratorConfig(seed=0), "a").seed == seeds[0]
+    assert request_config(OrchestratorConfig(seed=0), Request("a", "", [])).seed == seeds[0]
 
 
 def test_every_round_is_a_row() -> None:

@@ -200,7 +200,7 @@ def _measure(
             return stops_at(codec, config.stop)
 
         def write(request: Request) -> SpeculativeResult:
-            own = request_config(config, request.id)
+            own = request_config(config, request)
             on_tokens = stops()
             return writer.write(
                 request.token_ids, own, on_tokens=on_tokens, controller=controller, request_id=request.id
@@ -216,8 +216,9 @@ def _measure(
         if controller is not None and learnt is not None:
             controller.restore(learnt)
         for number, (repeat, request) in enumerate(turns):
-            own = request_config(config, request.id)
+            own = request_config(config, request)
             try:
+                request = replace(request, repeat=repeat)
                 request = _with_text_so_far(request, repeat, journal, codec, config, target.description.max_context)
             except UserError as failure:
                 error = WorkerError(str(failure), code="FAILED_PRECONDITION")
@@ -291,7 +292,7 @@ def _write(contender: Contender, request: Request) -> tuple[SpeculativeResult, W
 def _reference_record(
     contender: Contender, request: Request, result: SpeculativeResult, error: WorkerError | None, repeat: int
 ) -> ReferenceRecord:
-    record = request_record(request, result, request_config(contender.config, request.id), repeat, error)
+    record = request_record(request, result, request_config(contender.config, request), repeat, error)
     return ReferenceRecord(**vars(record), setup=contender.setup)
 
 
