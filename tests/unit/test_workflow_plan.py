@@ -232,7 +232,7 @@ def test_measurements_beside_the_sweep_that_are_there_or_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert files.beside_the_sweep("", ["results/report.html"]) == []
-    rows = ["results/capacity.csv", "results/capacity_requests.csv"]
+    rows = ["results/capacity.csv", "results/capacity_requests.csv", "results/capacity_run.json"]
     rows += ["results/figures/capacity.png", "results/figures/capacity.svg"]
     for target in ("capacity", "specsplit_capacity", *rows):
         assert files.beside_the_sweep("", [target, "results/report.html"]) == rows, target

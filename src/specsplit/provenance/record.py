@@ -28,6 +28,7 @@ from specsplit.provenance.folder import MANIFEST, SEAL
 from specsplit.provenance.git import capture_diff, capture_git
 from specsplit.provenance.gpu import capture_gpu
 from specsplit.provenance.redaction import redact
+from specsplit.provenance.run_file import read_run
 from specsplit.provenance.steps import read_steps, workflow_command
 
 SCHEMA_VERSION = 2
@@ -58,7 +59,7 @@ def build_record(
     left out. Raises UserError that names a missing or malformed file.
     """
     config = redact(config)
-    runs = [(_relative(path, root), read_json_object(path)) for path in run_files]
+    runs = [(_relative(path, root), read_run(path)) for path in run_files]
     models = [(_relative(path, root), _explain_model(read_json_object(path))) for path in model_files]
     dataset = read_json_object(dataset_manifest)
     software = capture_software()
