@@ -16,7 +16,7 @@ from specsplit.analysis.tables import quantiles
 from specsplit.experiment.capacity import GOOD_SHARE, LIMIT_FACTOR, CapacityRecord
 from specsplit.experiment.columns import FAILED
 from specsplit.io import write_csv
-from specsplit.provenance.run_file import beside_run, read_run
+from specsplit.provenance.facts import beside_run, read_run
 from specsplit.settings.measure import CLOSED
 
 LOAD = ("arrivals", "clients", "rate")

@@ -19,7 +19,7 @@ from specsplit.analysis.statistics import compare_jointly, paired_ratio_ci
 from specsplit.analysis.tables import TIMES, metric_columns
 from specsplit.experiment.peer_race import PeerRecord
 from specsplit.io import write_csv
-from specsplit.provenance.run_file import read_run
+from specsplit.provenance.facts import read_run
 
 WIDTH_IN, ROW_IN = 6.8, 0.27
 

@@ -10,8 +10,15 @@ from pandas import DataFrame
 
 from specsplit.analysis.configurations import configuration_of
 from specsplit.io import read_json_object
-from specsplit.provenance.facts import beside_facts, differences, read_facts, refuse_differences, told_apart
-from specsplit.provenance.run_file import beside_run, read_run
+from specsplit.provenance.facts import (
+    beside_facts,
+    beside_run,
+    differences,
+    read_facts,
+    read_run,
+    refuse_differences,
+    told_apart,
+)
 from specsplit.settings.axes import SERIES, SWEPT
 
 KEEP_APART = (

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.runner import encode_prompts
     from specsplit.models.tokenizer import stops_at
     from specsplit.provenance.closure import code_sha256
-    from specsplit.provenance.run_file import beside_run, describe_here, write_run
+    from specsplit.provenance.facts import beside_run
+    from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(CapacitySettings, args)
     greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0}

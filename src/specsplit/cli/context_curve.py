@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.context_curve import ContextText, measure_contexts
     from specsplit.experiment.runner import encode_prompts
     from specsplit.io import write_csv
-    from specsplit.provenance.run_file import beside_run, describe_here, write_run
+    from specsplit.provenance.facts import beside_run
+    from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(ContextSettings, args)
     fixed = {"mode": "sync", "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0, "ignore_eos": True}

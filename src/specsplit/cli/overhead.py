@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.overhead import measure_overhead
     from specsplit.io import write_csv
     from specsplit.launch.lease import hold_lease
-    from specsplit.provenance.run_file import beside_run, describe_here, write_run
+    from specsplit.provenance.facts import beside_run
+    from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(OverheadSettings, args)
     hold_lease()

@@ -25,7 +25,8 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.theory_check import check_theory
     from specsplit.io import write_csv
     from specsplit.launch.lease import hold_lease
-    from specsplit.provenance.run_file import beside_run, describe_here, write_run
+    from specsplit.provenance.facts import beside_run
+    from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(SimulationSettings, args)
     hold_lease()

@@ -21,7 +21,8 @@ from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
 from specsplit.provenance.capture import utc_now
 from specsplit.provenance.closure import code_sha256
-from specsplit.provenance.run_file import beside_run, describe_here, write_run
+from specsplit.provenance.facts import beside_run
+from specsplit.provenance.run_file import describe_here, write_run
 from specsplit.settings.measure import BenchSettings
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.provenance.run_file import read_run
+from specsplit.io import json_sha256, read_json_object, sha256_file
 from specsplit.settings.axes import SWEPT
 from specsplit.settings.run import OrchestratorConfig
 
@@ -53,6 +53,29 @@ class Difference:
             more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
             told.append(f"{shown} ({', '.join(runs[:3])}{more})")
         return f"{self.fact}: {', '.join(told)}"
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """A run file, as `run_file.write_run` wrote it. Raises UserError when it or a table was edited since.
+
+    Earlier versions kept no hashes.
+    """
+    run = read_json_object(path)
+    mend = f"put back what was there, or delete {path} and measure again"
+    if "sha256" in run and run["sha256"] != json_sha256({key: run[key] for key in run if key != "sha256"}):
+        raise UserError(f"{path}: was edited after it was written: its content is not that of its own hash; {mend}")
+    for name, digest in (run.get("files") or {}).items():
+        table = path.with_name(name)
+        if not table.is_file():
+            raise UserError(f"{table}: no such file, and {path} lists it; {mend}")
+        if sha256_file(table) != digest:
+            raise UserError(f"{table}: is not what was measured: {path} has another sha256; {mend}")
+    return run
+
+
+def beside_run(table: Path) -> Path:
+    """The run file of a table beside the sweep, or of its rows: capacity_run.json of capacity_requests.csv."""
+    return table.with_name(f"{table.stem.removesuffix('_requests')}_run.json")
 
 
 def read_facts(run_dir: Path) -> dict[str, Any]:

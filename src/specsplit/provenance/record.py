@@ -23,12 +23,11 @@ from specsplit.provenance.capture import (
 )
 from specsplit.provenance.checklist import make_checklist
 from specsplit.provenance.closure import PACKAGE, command_files
-from specsplit.provenance.facts import differences, run_facts, told_facts
+from specsplit.provenance.facts import differences, read_run, run_facts, told_facts
 from specsplit.provenance.folder import MANIFEST, SEAL
 from specsplit.provenance.git import capture_diff, capture_git
 from specsplit.provenance.gpu import capture_gpu
 from specsplit.provenance.redaction import redact
-from specsplit.provenance.run_file import read_run
 from specsplit.provenance.steps import read_steps, workflow_command
 
 SCHEMA_VERSION = 2

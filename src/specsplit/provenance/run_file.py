@@ -1,7 +1,7 @@
-"""run.json, and NAME_run.json of what is measured beside a sweep: how tables were made, with their hashes and its own.
+"""Writes run.json, and NAME_run.json of what is measured beside a sweep: how tables were made, with their hashes.
 
-Whoever joins or seals tables later reads these files with `read_run`, so a table that was edited since is refused and
-not sealed anew.
+Whoever joins or seals tables later reads these files with `facts.read_run`, so a table that was edited since is refused
+and not sealed anew.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import specsplit
-from specsplit.errors import UserError
-from specsplit.io import json_sha256, read_json_object, sha256_file, write_json
+from specsplit.io import json_sha256, sha256_file, write_json
 from specsplit.provenance.capture import capture_environment, capture_machine, capture_software, utc_now
 from specsplit.provenance.closure import code_sha256
 from specsplit.provenance.gpu import capture_gpu
@@ -26,26 +25,6 @@ def write_run(path: Path, run: Mapping[str, Any], tables: Iterable[Path]) -> Non
     told = redact(without_places(dict(run), Path.cwd()))
     told["files"] = {table.name: sha256_file(table) for table in tables if table.is_file()}
     write_json(path, {**told, "sha256": json_sha256(told)})
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """What `write_run` wrote. Raises UserError when it or a table was edited since; earlier versions kept no hashes."""
-    run = read_json_object(path)
-    mend = f"put back what was there, or delete {path} and measure again"
-    if "sha256" in run and run["sha256"] != json_sha256({key: run[key] for key in run if key != "sha256"}):
-        raise UserError(f"{path}: was edited after it was written: its content is not that of its own hash; {mend}")
-    for name, digest in (run.get("files") or {}).items():
-        table = path.with_name(name)
-        if not table.is_file():
-            raise UserError(f"{table}: no such file, and {path} lists it; {mend}")
-        if sha256_file(table) != digest:
-            raise UserError(f"{table}: is not what was measured: {path} has another sha256; {mend}")
-    return run
-
-
-def beside_run(table: Path) -> Path:
-    """The run file of a table beside the sweep, or of its rows: capacity_run.json of capacity_requests.csv."""
-    return table.with_name(f"{table.stem.removesuffix('_requests')}_run.json")
 
 
 def describe_here() -> dict[str, Any]:
