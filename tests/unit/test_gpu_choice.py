@@ -13,7 +13,7 @@ from specsplit.decoding.sampling import GREEDY, NonFiniteLogits, Sampling, candi
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.decoding.verification import verify
 from specsplit.engines import gpu_choice
-from specsplit.engines.gpu_choice import Kind, choose, packed, rank, ranked
+from specsplit.engines.gpu_choice import Kind, packed, rank, ranked, scores
 from specsplit.engines.gpu_noise import gumbel
 
 SAMPLINGS = {
@@ -43,7 +43,9 @@ def test_candidates(sampling: Sampling, vocab: int) -> None:
     logits[4] = torch.nan
     logits[5, 2] = torch.inf
     kind = Kind.of(sampling)
-    found = rank(logits, torch.tensor(positions), numbers(sampling, 6), kind, gumbel)
+    chances = scores(logits, torch.tensor(positions), numbers(sampling, 6), kind, gumbel)
+    found = rank(chances, kind)
+    assert gpu_choice.best(chances, kind)[:4].tolist() == found[:4, 0].tolist()
     assert found.shape == (6, gpu_choice.reply_width(kind))
     expected = candidates(logits, positions, sampling, CANDIDATES)
     for row, wanted, broken in zip(found.numpy(), expected, [0, 0, 0, 0, 1, 1], strict=True):
@@ -59,7 +61,10 @@ def test_candidates_of_a_reduced_head(sampling: Sampling) -> None:
     targets, size, logits = torch.tensor([4, 9, 2, 40, 7, 60]), 50, some_logits(3, 6)
     outward = torch.full((3, size), -torch.inf)
     outward[:, targets[:-1]] = logits[:, :-1]
-    found = rank(logits, torch.arange(3), numbers(sampling, 3), Kind.of(sampling), gumbel, targets, size)
+    kind = Kind.of(sampling)
+    chances = scores(logits, torch.arange(3), numbers(sampling, 3), kind, gumbel, targets, size)
+    found = rank(chances, kind, targets)
+    assert gpu_choice.best(chances, kind, targets).tolist() == found[:, 0].tolist()
     expected = candidates(outward, [0, 1, 2], sampling, CANDIDATES)
     for row, wanted in zip(found.numpy(), expected, strict=True):
         got, _ = ranked(row)
@@ -90,7 +95,9 @@ def test_the_walk(sampling: Sampling, data: st.DataObject) -> None:
     rows, position = 1 + len(tree), 20
     total = rows + padding
     depths = torch.tensor([0, *tree.depths(), *[0] * padding])
-    choices, finite = choose(logits[:total], position + depths, numbers(sampling, total), Kind.of(sampling), gumbel)
+    best, choices = scores(
+        logits[:total], position + depths, numbers(sampling, total), Kind.of(sampling), gumbel
+    ).max(-1)
     matrix = torch.eye(total, dtype=torch.bool)
     matrix[:rows, :rows] = ancestors(tree.parents)
     reply, accepted = gpu_choice.walk(
@@ -99,7 +106,7 @@ def test_the_walk(sampling: Sampling, data: st.DataObject) -> None:
         matrix[None],
         torch.tensor([rows]),
         choices[None],
-        finite[None],
+        best.isfinite()[None],
     )
     verdict = gpu_choice.walked(reply[0].numpy(), position)
     assert verdict == verify(tree, logits[:rows], position, sampling)
@@ -113,7 +120,7 @@ def test_numbers_that_are_not_finite() -> None:
     logits[0] = 0.0
     logits[0, 3] = 1.0
     logits[1, 2] = torch.nan
-    choices, finite = choose(logits, torch.tensor([4, 5]), numbers(GREEDY, 2), Kind(), gumbel)
+    best, choices = logits.max(-1)
     for token, position in ((3, 5), (1, None)):  # a row counts only when it is on the path
         reply, _ = gpu_choice.walk(
             torch.tensor([[0, token]]),
@@ -121,7 +128,7 @@ def test_numbers_that_are_not_finite() -> None:
             ancestors([ROOT])[None],
             torch.tensor([2]),
             choices[None],
-            finite[None],
+            best.isfinite()[None],
         )
         if position is None:
             assert gpu_choice.walked(reply[0].numpy(), 4).next_token == 3

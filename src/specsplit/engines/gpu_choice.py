@@ -63,26 +63,7 @@ def log_probs(logits: torch.Tensor, numbers: torch.Tensor, kind: Kind) -> torch.
     return scores.log_softmax(-1)
 
 
-def choose(
-    logits: torch.Tensor, positions: torch.Tensor, numbers: torch.Tensor, kind: Kind, gumbel: Gumbel
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As sampling.choose, of every row: the tokens, int64 [rows], and whether their scores are finite, bool [rows].
-
-    positions: of the tokens that are chosen, int64 [rows].
-    """
-    scores = logits
-    if kind.method != "greedy":
-        scores = log_probs(logits, numbers, kind) + gumbel(numbers[:, 0], COUPLED, positions, logits.shape[-1])
-    best, tokens = scores.max(-1)
-    return tokens, torch.isfinite(best)
-
-
-def reply_width(kind: Kind) -> int:
-    """Numbers that `rank` gives for a row."""
-    return 2 * CANDIDATES + 1 + (2 * SUPPORT if kind.method == "drawn" else 0)
-
-
-def rank(
+def scores(
     logits: torch.Tensor,
     positions: torch.Tensor,
     numbers: torch.Tensor,
@@ -91,38 +72,57 @@ def rank(
     targets: torch.Tensor | None = None,
     size: int = 0,
 ) -> torch.Tensor:
-    """As sampling.candidates of CANDIDATES: int64 [rows, reply_width], which `ranked` reads; first the best token.
+    """What the choice of a token is the highest of, [rows, vocab]; float64 unless it is greedy.
 
-    targets: of a reduced head the token of each column, of which those from `size` on do not count; None: columns are
-    tokens.
+    positions: of the tokens that are chosen, int64 [rows]. targets: of a reduced head the token of each column, of
+    which those from `size` on do not count; None: columns are tokens. Of kind "drawn" only `drawn` chooses.
     """
     if targets is not None:
         logits = logits.masked_fill(targets >= size, -math.inf)
-    count = min(CANDIDATES, logits.shape[-1])
+    if kind.method == "greedy":
+        return logits
+    purpose = DRAFTED if kind.method == "drawn" else COUPLED
+    noise = gumbel(numbers[:, 0], purpose, positions, logits.shape[-1] if targets is None else size)
+    if targets is not None:
+        noise = noise[:, targets.clamp(max=size - 1)]
+    logs = log_probs(logits, numbers, kind)
+    return logs + noise if kind.method == "coupled" else torch.stack([logs, noise], 1)
 
-    def noise(purpose: int) -> torch.Tensor:
-        if targets is None:
-            return gumbel(numbers[:, 0], purpose, positions, logits.shape[-1])
-        return gumbel(numbers[:, 0], purpose, positions, size)[:, targets.clamp(max=size - 1)]
 
+def reply_width(kind: Kind) -> int:
+    """Numbers that `rank` gives for a row."""
+    return 2 * CANDIDATES + 1 + (2 * SUPPORT if kind.method == "drawn" else 0)
+
+
+def rank(chances: torch.Tensor, kind: Kind, targets: torch.Tensor | None = None) -> torch.Tensor:
+    """As sampling.candidates of CANDIDATES: int64 [rows, reply_width], which `ranked` reads; first the best token.
+
+    chances: what `scores` gave for the rows. targets: as in `scores`.
+    """
+    count = min(CANDIDATES, chances.shape[-1])
     support: list[torch.Tensor] = []
     if kind.method == "drawn":
-        logs, columns = log_probs(logits, numbers, kind).topk(min(SUPPORT, logits.shape[-1]), dim=-1)
+        logs, noise = chances.unbind(1)
+        overflowed = logs.isnan().any(-1, keepdim=True)
+        logs, columns = logs.topk(min(SUPPORT, logs.shape[-1]), dim=-1)
         q = logs.exp().float().double()  # as it will be read from the wire, so that it is the very distribution drawn
-        order = (q.log() + noise(DRAFTED).gather(1, columns)).masked_fill(~(q > 0), -math.inf).topk(count, dim=-1)
+        order = (q.log() + noise.gather(1, columns)).masked_fill(~(q > 0), -math.inf).topk(count, dim=-1)
         support = [_to_width(_tokens(columns, targets), SUPPORT), _to_width(q, SUPPORT).view(torch.int64)]
         values, columns = (q / q.sum(-1, keepdim=True)).log().gather(1, order.indices), columns.gather(1, order.indices)
     else:
+        overflowed = (chances.isnan() | chances.isposinf()).any(-1, keepdim=True)
         if kind.method == "greedy":
-            scores = logits.float().log_softmax(-1)
-        else:
-            scores = (log_probs(logits, numbers, kind) + noise(COUPLED)).log_softmax(-1)
-        values, columns = scores.topk(count, dim=-1)
+            chances = chances.float()
+        values, columns = chances.log_softmax(-1).topk(count, dim=-1)
         values = values.double()
     values = _to_width(values.clamp(max=0.0), CANDIDATES, -math.inf)
-    overflowed = (logits.isnan() | logits.isposinf()).any(-1, keepdim=True).long()
     tokens = _to_width(_tokens(columns, targets), CANDIDATES)
-    return torch.cat([tokens, values.view(torch.int64), overflowed, *support], -1)
+    return torch.cat([tokens, values.view(torch.int64), overflowed.long(), *support], -1)
+
+
+def best(chances: torch.Tensor, kind: Kind, targets: torch.Tensor | None = None) -> torch.Tensor:
+    """The token of each row that `rank` gives first, int64 [rows]; of equals any."""
+    return rank(chances, kind, targets)[:, 0] if kind.method == "drawn" else _tokens(chances.argmax(-1), targets)
 
 
 def _tokens(columns: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
