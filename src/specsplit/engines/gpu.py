@@ -17,6 +17,7 @@ import torch
 
 from specsplit.decoding.sampling import GREEDY, Sampling
 from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.verification import Verdict
 from specsplit.engines.gpu_cache import GpuCache, Pool, shape_of
 from specsplit.engines.gpu_decoder import Decoder, one_layer, unsuitable
 from specsplit.engines.gpu_noise import gumbel
@@ -104,6 +105,11 @@ class GpuLM:
     ) -> Any:
         """One pass, as CausalLM.step, or what `then` says."""
         return self.step_many([Pass(cache, tokens, tree, cached_nodes, then)])[0]
+
+    def verdict(self, cache: GpuCache, tokens: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
+        """As passes.Walk."""
+        found: Verdict = self.step(cache, tokens, tree, then=Walk(sampling))
+        return found
 
     @torch.no_grad()
     def step_many(self, passes: Sequence[Pass]) -> list[Any]:

@@ -95,7 +95,7 @@ def reply_width(kind: Kind) -> int:
 
 
 def rank(chances: torch.Tensor, kind: Kind, targets: torch.Tensor | None = None) -> torch.Tensor:
-    """As sampling.candidates of CANDIDATES: int64 [rows, reply_width], which `ranked` reads; first the best token.
+    """As sampling.candidates of CANDIDATES: int64 [rows, reply_width], which `ranked` reads; first the token of `best`.
 
     chances: what `scores` gave for the rows. targets: as in `scores`.
     """
@@ -114,6 +114,8 @@ def rank(chances: torch.Tensor, kind: Kind, targets: torch.Tensor | None = None)
         if kind.method == "greedy":
             chances = chances.float()
         values, columns = chances.log_softmax(-1).topk(count, dim=-1)
+        first = chances.argmax(-1, keepdim=True)  # of equals topk gives any first
+        columns = torch.cat([first, torch.where(columns == first, columns[:, :1], columns)[:, 1:]], 1)
         values = values.double()
     values = _to_width(values.clamp(max=0.0), CANDIDATES, -math.inf)
     tokens = _to_width(_tokens(columns, targets), CANDIDATES)
@@ -121,7 +123,7 @@ def rank(chances: torch.Tensor, kind: Kind, targets: torch.Tensor | None = None)
 
 
 def best(chances: torch.Tensor, kind: Kind, targets: torch.Tensor | None = None) -> torch.Tensor:
-    """The token of each row that `rank` gives first, int64 [rows]; of equals any."""
+    """The token of each row that `rank` gives first, int64 [rows]."""
     return rank(chances, kind, targets)[:, 0] if kind.method == "drawn" else _tokens(chances.argmax(-1), targets)
 
 

@@ -307,8 +307,6 @@ class Program:
             sees = [torch.where(count > 0, see, slot == 0)[:, None] for see in sees]
             states = self._layers(functions, ids, positions.clamp(max=len(self._pool.cos) - 1), own, sees)
             chances.append(scores(lm.decoder.logits(states), positions))
-        for place, each in enumerate(chances):
-            ranked = gpu_choice.rank(each, then.kind, self.targets).view(shape.sessions, -1, self._reply.shape[-1])
-            start = place + shape.rows - 1 if place else 0
-            self._reply[:, start : start + ranked.shape[1]] = ranked
+        together = torch.cat([each.view(shape.sessions, -1, *each.shape[1:]) for each in chances], 1)
+        self._reply.copy_(gpu_choice.rank(together.flatten(0, 1), then.kind, self.targets).view(self._reply.shape))
 
