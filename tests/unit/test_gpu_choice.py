@@ -13,8 +13,7 @@ from specsplit.decoding.sampling import GREEDY, NonFiniteLogits, Sampling, candi
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.decoding.verification import verify
 from specsplit.engines import gpu_choice
-from specsplit.engines.gpu_choice import Kind, packed, rank, ranked, scores
-from specsplit.engines.gpu_noise import gumbel
+from specsplit.engines.gpu_choice import Kind, noise, packed, rank, ranked, scores
 
 SAMPLINGS = {
     "greedy": GREEDY,
@@ -43,7 +42,8 @@ def test_candidates(sampling: Sampling, vocab: int) -> None:
     logits[4] = torch.nan
     logits[5, 2] = torch.inf
     kind = Kind.of(sampling)
-    chances = scores(logits, torch.tensor(positions), numbers(sampling, 6), kind, gumbel)
+    own = numbers(sampling, 6)
+    chances = scores(logits, own, kind, noise(torch.tensor(positions), own, kind, vocab))
     found = rank(chances, kind)
     assert gpu_choice.best(chances, kind)[:4].tolist() == found[:4, 0].tolist()
     assert found.shape == (6, gpu_choice.reply_width(kind))
@@ -62,7 +62,8 @@ def test_candidates_of_a_reduced_head(sampling: Sampling) -> None:
     outward = torch.full((3, size), -torch.inf)
     outward[:, targets[:-1]] = logits[:, :-1]
     kind = Kind.of(sampling)
-    chances = scores(logits, torch.arange(3), numbers(sampling, 3), kind, gumbel, targets, size)
+    own = numbers(sampling, 3)
+    chances = scores(logits, own, kind, noise(torch.arange(3), own, kind, size, targets), targets, size)
     found = rank(chances, kind, targets)
     assert gpu_choice.best(chances, kind, targets).tolist() == found[:, 0].tolist()
     expected = candidates(outward, [0, 1, 2], sampling, CANDIDATES)
@@ -95,9 +96,8 @@ def test_the_walk(sampling: Sampling, data: st.DataObject) -> None:
     rows, position = 1 + len(tree), 20
     total = rows + padding
     depths = torch.tensor([0, *tree.depths(), *[0] * padding])
-    best, choices = scores(
-        logits[:total], position + depths, numbers(sampling, total), Kind.of(sampling), gumbel
-    ).max(-1)
+    own, kind = numbers(sampling, total), Kind.of(sampling)
+    best, choices = scores(logits[:total], own, kind, noise(position + depths, own, kind, vocab)).max(-1)
     matrix = torch.eye(total, dtype=torch.bool)
     matrix[:rows, :rows] = ancestors(tree.parents)
     reply, accepted = gpu_choice.walk(

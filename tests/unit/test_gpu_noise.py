@@ -33,5 +33,5 @@ def test_bits_are_those_of_numpy(seed: int, purpose: int, position: int, size: i
 @pytest.mark.parametrize("number", [0, 1, (1 << 32) - 1, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
 def test_products_of_unsigned_numbers(number: int) -> None:
     for constant in gpu_noise.MULTIPLIERS:
-        high, low = gpu_noise._product(torch.tensor([gpu_noise.signed(number)]), constant)
+        high, low = gpu_noise._product(*(torch.tensor([gpu_noise.signed(each)]) for each in (number, constant)))
         assert [gpu_noise.signed(part) for part in divmod(number * constant, 1 << 64)] == [high.item(), low.item()]

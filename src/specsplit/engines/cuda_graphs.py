@@ -1,9 +1,9 @@
 """Any model of transformers on buffers of fixed shape, so that a pass on a GPU is one CUDA graph that is replayed.
 
-For models that `gpu_decoder` has no layers for. A pass over few tokens takes as long as reading the weights from memory,
-unless the GPU waits for Python, which launches some ten kernels a layer. So every tensor keeps its address: tokens,
-positions and mask are copied to fixed places, keys and values go to slots that the graph reads, and a pass is padded to
-one of a few sizes. On the CPU the same passes run on the same buffers without a graph.
+For models that `gpu_decoder` has no layers for. A pass over few tokens takes as long as reading the weights from
+memory, unless the GPU waits for Python, which launches some ten kernels a layer. So every tensor keeps its address:
+tokens, positions and mask are copied to fixed places, keys and values go to slots that the graph reads, and a pass is
+padded to one of a few sizes. On the CPU the same passes run on the same buffers without a graph.
 """
 
 from __future__ import annotations

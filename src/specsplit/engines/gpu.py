@@ -20,7 +20,6 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.verification import Verdict
 from specsplit.engines.gpu_cache import GpuCache, Pool, shape_of
 from specsplit.engines.gpu_decoder import Decoder, one_layer, unsuitable
-from specsplit.engines.gpu_noise import gumbel
 from specsplit.engines.gpu_passes import Functions, Program, Shape, Then, lay_out
 from specsplit.engines.passes import EMPTY, Pass, Propose, Walk, all_or_none
 from specsplit.engines.recording import Recorder
@@ -53,15 +52,11 @@ class GpuLM:
         self.sessions = sessions
         self.decoder = Decoder(source)
         self.recorder = Recorder(self.device, compiles)
-        self.plain = self.compiled = Functions(one_layer, lay_out, gumbel)
+        self.plain = self.compiled = Functions(one_layer, lay_out)
         if self.recorder.compiles:
-            fast = (self.recorder.compiled(function) for function in (one_layer, lay_out))
-            self._fast_gumbel = self.recorder.compiled(gumbel)
-            self.compiled = Functions(*fast, self._noise)
+            self.compiled = Functions(*(self.recorder.compiled(function) for function in (one_layer, lay_out)))
         # What has been compiled; nothing else is while requests wait.
         self.prepared: set[tuple[int, int, tuple[int, int]]] = set()
-        self._noises: set[tuple[int, int, int]] = set()
-        self._preparing = False
         self._bytes_of_slot = source.cache_bytes(1)
         self._pools: list[Pool] = []
         self._logits: dict[int, torch.Tensor] = {}
@@ -144,7 +139,7 @@ class GpuLM:
         groups: dict[Any, list[int]] = {}
         for i, work in enumerate(passes):
             alone = i if work.size > SMALLEST_PASS else None
-            # Nodes move in a group where they move in one of its trees; the longest draft says how many steps there are.
+            # Nodes move in a group where they move in one of its trees, and the longest draft sets the steps.
             kind = replace(Then.of(work), moves=False, steps=int(bool(work.steps)))
             groups.setdefault((id(work.cache.pool), kind, alone), []).append(i)
         yield from groups.values()
@@ -200,28 +195,20 @@ class GpuLM:
         if not self.recorder.compiles:
             return
         cache, began = self.new_cache(capacity), time.perf_counter()
-        views, self._preparing = cache.pool.views(), True
+        views = cache.pool.views()
         count = SMALLEST_DRAFT if drafts else SMALLEST_PASS
         for number, view in enumerate(views, 1):
             log.info("compiling passes: %d of %d (%.0f s so far)", number, len(views), time.perf_counter() - began)
-            for sampling in (GREEDY, Sampling(temperature=1.0)):
-                then = Propose(sampling, self.vocab_size, steps=1) if drafts else Walk(sampling)
-                cache.length = max(0, min(view[0] * view[1], capacity) - count - 1)  # zeros, which is as good as a text
-                work = Pass(cache, [1] * count, then=then)
-                self.prepared |= self._shape([work]).layers
-                self._run([work])
+            then = Propose(GREEDY, self.vocab_size, steps=1) if drafts else Walk(GREEDY)
+            cache.length = max(0, min(view[0] * view[1], capacity) - count - 1)  # of zeros, as good as a text
+            work = Pass(cache, [1] * count, then=then)
+            self.prepared |= self._shape([work]).layers
+            self._run([work])
             if not self.recorder.compiles:
                 break
-        self._preparing = False
         cache.rollback(0)
         if self.recorder.compiles:
             log.info("passes were compiled in %.0f s", time.perf_counter() - began)
-
-    def _noise(self, seeds: torch.Tensor, purpose: int, positions: torch.Tensor, size: int) -> torch.Tensor:
-        key = (len(positions), purpose, size)
-        if self._preparing:
-            self._noises.add(key)
-        return (self._fast_gumbel if key in self._noises else gumbel)(seeds, purpose, positions, size)
 
 
 def _check(work: Pass) -> None:

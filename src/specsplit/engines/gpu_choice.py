@@ -7,7 +7,6 @@ copied back. Verification by rejection sampling is not here: it needs whole dist
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,6 @@ from specsplit.engines import gpu_noise
 
 NUMBERS = 4  # int64 of each session: seed, temperature, top_k, top_p; floats as the bits of float64
 ACCEPTED, FINITE = 1, 2  # bits of a row in the reply of `walk`
-Gumbel = Callable[[torch.Tensor, int, torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,28 +61,35 @@ def log_probs(logits: torch.Tensor, numbers: torch.Tensor, kind: Kind) -> torch.
     return scores.log_softmax(-1)
 
 
+def noise(
+    positions: torch.Tensor, numbers: torch.Tensor, kind: Kind, size: int, targets: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """The noise that tokens at these positions of their texts are chosen with, float64 [rows, vocab]; None when greedy.
+
+    size: tokens that there are. targets: of a reduced head the token of each column, of which those from `size` on do
+    not count; None: columns are tokens.
+    """
+    if kind.method == "greedy":
+        return None
+    purpose = DRAFTED if kind.method == "drawn" else COUPLED
+    found = gpu_noise.gumbel(numbers[:, 0], purpose, positions, size)
+    return found if targets is None else found[:, targets.clamp(max=size - 1)]
+
+
 def scores(
     logits: torch.Tensor,
-    positions: torch.Tensor,
     numbers: torch.Tensor,
     kind: Kind,
-    gumbel: Gumbel,
+    noise: torch.Tensor | None,
     targets: torch.Tensor | None = None,
     size: int = 0,
 ) -> torch.Tensor:
-    """What the choice of a token is the highest of, [rows, vocab]; float64 unless it is greedy.
-
-    positions: of the tokens that are chosen, int64 [rows]. targets: of a reduced head the token of each column, of
-    which those from `size` on do not count; None: columns are tokens. Of kind "drawn" only `drawn` chooses.
-    """
+    """What the choice of a token is the highest of, [rows, vocab]; float64 unless it is greedy. targets, size: as in
+    `noise`. Of kind "drawn" it is log-probabilities and noise, [rows, 2, vocab], for `best` and `rank` alone."""
     if targets is not None:
         logits = logits.masked_fill(targets >= size, -math.inf)
-    if kind.method == "greedy":
+    if noise is None:
         return logits
-    purpose = DRAFTED if kind.method == "drawn" else COUPLED
-    noise = gumbel(numbers[:, 0], purpose, positions, logits.shape[-1] if targets is None else size)
-    if targets is not None:
-        noise = noise[:, targets.clamp(max=size - 1)]
     logs = log_probs(logits, numbers, kind)
     return logs + noise if kind.method == "coupled" else torch.stack([logs, noise], 1)
 

@@ -104,7 +104,7 @@ class Decoder:
         x = self.embed(ids)
         for weights, cache, mask in zip(self._layers, caches, self._mask_of, strict=True):
             x = layer(x, tokens.cos, tokens.sin, *tokens.slots, tokens.masks[mask], cache, view, self.sizes, weights)
-        return x  # type: ignore[no-any-return]
+        return x
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> [rows, vocab]."""

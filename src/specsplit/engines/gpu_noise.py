@@ -1,12 +1,14 @@
 """The noise of decoding/sampling.py as torch operations, so that a GPU makes it where the logits are.
 
-Philox 4x64 with ten rounds (Salmon et al. 2011, as in NumPy). torch has no unsigned 64-bit multiplication, so numbers are
-int64 that wrap around, and the high half of a product is put together from products of 32-bit halves. The random bits
-are those of `decoding.sampling` on every device; the two logarithms after them are the device's, which may differ in
-the last bit.
+Philox 4x64 with ten rounds (Salmon et al. 2011, as in NumPy). torch has no unsigned 64-bit multiplication, so numbers
+are int64 that wrap around, and the high half of a product is put together from products of 32-bit halves. The random
+bits are those of `decoding.sampling` on every device; the two logarithms after them are the device's, which may differ
+in the last bit. Not for torch.compile: on the CPU its code for numbers that wrap around has given other bits.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 
@@ -38,24 +40,36 @@ def random_bits(seeds: torch.Tensor, purpose: int, positions: torch.Tensor, size
     blocks = -(-size // 4)
     # NumPy counts up before it makes the first block.
     first = torch.arange(1, blocks + 1, device=positions.device).expand(len(positions), blocks)
-    counter = [first, positions[:, None].expand_as(first), torch.zeros_like(first), torch.zeros_like(first)]
-    key0, key1 = seeds[:, None], purpose
-    for _ in range(ROUNDS):
-        high0, low0 = _product(counter[0], MULTIPLIERS[0])
-        high1, low1 = _product(counter[2], MULTIPLIERS[1])
-        counter = [high1 ^ counter[1] ^ key0, low1, high0 ^ counter[3] ^ signed(key1), low0]
-        key0, key1 = key0 + signed(KEY_STEPS[0]), key1 + KEY_STEPS[1]
-    return torch.stack(counter, -1).reshape(len(positions), 4 * blocks)[:, :size]
+    even = torch.stack([first, torch.zeros_like(first)])  # words 0 and 2 of the counter
+    odd = torch.stack([positions[:, None].expand_as(first), torch.zeros_like(first)])  # 1 and 3
+    keys, multipliers = _constants(purpose, positions.device)
+    keys = keys + torch.stack([seeds, torch.zeros_like(seeds)])[:, :, None]
+    for key in keys:
+        high, low = _product(even, multipliers)
+        even, odd = high.flip(0) ^ odd ^ key, low.flip(0)
+    return torch.stack([even[0], odd[0], even[1], odd[1]], -1).reshape(len(positions), 4 * blocks)[:, :size]
 
 
-def _product(numbers: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
+@lru_cache
+def _constants(purpose: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys of each round but for the seed, [ROUNDS, 2, 1, 1], and the multipliers, [2, 1, 1]. Made once, as a
+    recorded pass must not copy from the host."""
+    keys = [[signed(n * KEY_STEPS[0]), signed(purpose + n * KEY_STEPS[1])] for n in range(ROUNDS)]
+    multipliers = [signed(multiplier) for multiplier in MULTIPLIERS]
+    return (
+        torch.tensor(keys, device=device)[:, :, None, None],
+        torch.tensor(multipliers, device=device)[:, None, None],
+    )
+
+
+def _product(numbers: torch.Tensor, constants: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The high and the low 64 bits of unsigned products."""
-    low, high = constant & LOW, constant >> 32
+    low, high = constants & LOW, _shifted(constants)
     own_low, own_high = numbers & LOW, _shifted(numbers)
     # Each sum is below 2^64: (2^32 - 1)^2 + 2^32 - 1.
     first = own_high * low + _shifted(own_low * low)
     second = own_low * high + (first & LOW)
-    return own_high * high + _shifted(first) + _shifted(second), numbers * signed(constant)
+    return own_high * high + _shifted(first) + _shifted(second), numbers * constants
 
 
 def _shifted(numbers: torch.Tensor) -> torch.Tensor:

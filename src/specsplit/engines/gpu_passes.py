@@ -76,7 +76,6 @@ class Functions:
 
     layer: Any
     lay_out: Any
-    gumbel: Any
 
 
 def numbers_of(work: Pass, shape: Shape) -> list[int]:
@@ -105,9 +104,9 @@ def lay_out(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Where the tokens of a pass are and what they see, from the numbers of its sessions, [sessions, ...].
 
-    Returns the ancestors of each slot of the window, itself included, bool [sessions, window, window]; the positions and
-    the slots of the tokens fed, [sessions, tokens]; and for each of `windows` which slots of the view they see, bool
-    [sessions, tokens, slots]. Padding goes to slot `padding` and sees slot 0.
+    Returns the ancestors of each slot of the window, itself included, bool [sessions, window, window]; the positions
+    and the slots of the tokens fed, [sessions, tokens]; and for each of `windows` which slots of the view they see,
+    bool [sessions, tokens, slots]. Padding goes to slot `padding` and sees slot 0.
     """
     count, window = shape.tokens, shape.window
     parents = numbers[:, count : count + window]
@@ -158,9 +157,9 @@ class Program:
         if then.what == "logits":
             self._reply = lm.logits_buffer(shape.sessions * shape.rows)
         else:
-            per_session = (
-                (1 + shape.rows,) if then.what == "walk" else (shape.rows + then.steps, gpu_choice.reply_width(then.kind))
-            )
+            per_session: tuple[int, ...] = (1 + shape.rows,)
+            if then.what == "propose":
+                per_session = (shape.rows + then.steps, gpu_choice.reply_width(then.kind))
             self._reply = torch.zeros(shape.sessions, *per_session, dtype=torch.long, device=lm.device)
             self._host_reply = torch.zeros(self._reply.shape, dtype=torch.long, pin_memory=cuda)
         self._run: Any = None
@@ -182,9 +181,7 @@ class Program:
         self._run()
         if shape.then.what == "logits":
             rows = self._reply.view(shape.sessions, shape.rows, -1)  # the next pass writes there
-            return [
-                rows[work.cache.row - shape.row, : work.size - work.first_wanted].clone() for work in passes
-            ]
+            return [rows[work.cache.row - shape.row, : work.size - work.first_wanted].clone() for work in passes]
         self._host_reply.copy_(self._reply, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -222,7 +219,7 @@ class Program:
         if shape.then.what == "logits":
             self._reply.copy_(logits)
         elif shape.then.what == "walk":
-            self._walk(functions, logits, within, ancestors, positions)
+            self._walk(logits, within, ancestors, positions)
         else:
             self._propose(functions, logits, positions.gather(1, within))
 
@@ -251,21 +248,13 @@ class Program:
         """The sampling of each session, for each of its rows."""
         return self._numbers[:, -NUMBERS:].repeat_interleave(rows, 0)
 
-    def _walk(
-        self,
-        functions: Functions,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        ancestors: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> None:
+    def _walk(self, logits: torch.Tensor, rows: torch.Tensor, ancestors: torch.Tensor, positions: torch.Tensor) -> None:
         shape, numbers = self.shape, self._numbers
         at = shape.tokens + shape.window
         base, _, count, first = numbers[:, at : at + FIELDS, None].unbind(1)
-        next_positions = positions.gather(1, rows).flatten() + 1
-        chances = gpu_choice.scores(
-            logits, next_positions, self._sampling(shape.rows), shape.then.kind, functions.gumbel
-        )
+        sampling, kind = self._sampling(shape.rows), shape.then.kind
+        noise = gpu_choice.noise(positions.gather(1, rows).flatten() + 1, sampling, kind, logits.shape[-1])
+        chances = gpu_choice.scores(logits, sampling, kind, noise)
         best, choices = (each.view(rows.shape) for each in chances.max(-1))
         among = ancestors.gather(1, rows[:, :, None].expand(-1, -1, shape.window))
         among = among.gather(2, rows[:, None].expand(-1, shape.rows, -1))
@@ -288,25 +277,32 @@ class Program:
         at = shape.tokens + shape.window
         base, cached, count, _ = numbers[:, at : at + FIELDS, None].unbind(1)
 
-        def scores(logits: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        # All noise at once: it depends on positions alone.
+        after = torch.cat([positions + 1, positions[:, -1:] + 2 + torch.arange(then.steps, device=lm.device)], 1)
+        noise = gpu_choice.noise(
+            after.flatten(), self._sampling(after.shape[1]), then.kind, then.vocab_size, self.targets
+        )
+
+        def scores(logits: torch.Tensor, start: int, count: int) -> torch.Tensor:
+            """Of the rows from `start` on, `count` of each session."""
+            own = None
+            if noise is not None:
+                own = noise.view(*after.shape, -1)[:, start : start + count].flatten(0, 1)
             if self.targets is None:
                 logits = logits[:, : then.vocab_size]
-            sampling = self._sampling(after.shape[1])
-            return gpu_choice.scores(
-                logits, after.flatten() + 1, sampling, then.kind, functions.gumbel, self.targets, then.vocab_size
-            )
+            sampling = self._sampling(count)
+            return gpu_choice.scores(logits, sampling, then.kind, own, self.targets, then.vocab_size)
 
-        chances = [scores(logits, positions)]
+        chances = [scores(logits, 0, shape.rows)]
         slot = torch.arange(shape.view[0] * shape.view[1], device=lm.device)
         end = base + cached + count
         for step in range(then.steps):
             ids = gpu_choice.best(chances[-1], then.kind, self.targets)[:, None]
             positions = positions + 1
             own = torch.where(count > 0, end + step, self._pool.padding).clamp(max=self._pool.padding)
-            sees = [(slot <= own) & (own - slot < (size or slot.numel()))  for size in lm.decoder.windows]
+            sees = [(slot <= own) & (own - slot < (size or slot.numel())) for size in lm.decoder.windows]
             sees = [torch.where(count > 0, see, slot == 0)[:, None] for see in sees]
             states = self._layers(functions, ids, positions.clamp(max=len(self._pool.cos) - 1), own, sees)
-            chances.append(scores(lm.decoder.logits(states), positions))
+            chances.append(scores(lm.decoder.logits(states), shape.rows + step, 1))
         together = torch.cat([each.view(shape.sessions, -1, *each.shape[1:]) for each in chances], 1)
         self._reply.copy_(gpu_choice.rank(together.flatten(0, 1), then.kind, self.targets).view(self._reply.shape))
-

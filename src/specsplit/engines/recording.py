@@ -1,4 +1,4 @@
-"""Passes recorded as CUDA graphs: compiled and recorded, else recorded, else run as they are, with the reason in the log.
+"""Passes as CUDA graphs: compiled and recorded, else recorded, else run as they are, with the reason in the log.
 
 What is recorded keeps to the rules of capture: it reads and writes tensors that stay where they are, waits for nothing,
 copies nothing from or to the host and does not branch on a value. It must give the same when it is run again.
@@ -38,9 +38,7 @@ class Recorder:
     def compiled(self, function: Function) -> Function:
         """The function, compiled for each shape at its first call."""
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-        torch._dynamo.config.accumulated_recompile_limit = max(
-            torch._dynamo.config.accumulated_recompile_limit, SHAPES
-        )
+        torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, SHAPES)
         return torch.compile(function, dynamic=False, fullgraph=True)  # type: ignore[return-value]
 
     def recorded(self, run: Run, compiled: Run | None = None) -> Run:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -206,6 +206,7 @@ class Drafter:
         if not self._on_device:
             self._learn(nodes, self.model.step(self.session.cache, tokens, tree, cached)[-len(nodes) :])
             return
+        model: Any = self.model  # whose passes can have a `then`
         settings = self.settings
         # A chain is one launch: what follows the context is drafted in the pass over its last tokens.
         steps = 0
@@ -215,7 +216,7 @@ class Drafter:
             steps = max(0, min(depth - 1, room))
         vocab_size = min(settings.vocab_size, self.vocabulary.size)
         then = Propose(settings.sampling, vocab_size, self.vocabulary.targets, steps)
-        found = self.model.step(self.session.cache, tokens, tree, cached, then)
+        found = model.step(self.session.cache, tokens, tree, cached, then)
         found = found[-len(nodes) - steps :]
         at = nodes[-1]
         for best, _ in found[len(nodes) - 1 : len(found) - 1] if steps else ():
