@@ -180,7 +180,7 @@ class GpuLM:
             tokens,
             _power_of_two(cached + tokens, 1) if cached else tokens,
             min(wanted, tokens),
-            pool.view(max(work.cache.length + work.size + steps for work in passes)),
+            pool.view(min(max(work.cache.length + work.size + steps for work in passes), pool.padding)),
             replace(thens[0], moves=any(then.moves for then in thens), steps=steps),
         )
 
@@ -195,7 +195,7 @@ class GpuLM:
         if not self.recorder.compiles:
             return
         cache, began = self.new_cache(capacity), time.perf_counter()
-        views = cache.pool.views()
+        views = cache.pool.views
         count = SMALLEST_DRAFT if drafts else SMALLEST_PASS
         for number, view in enumerate(views, 1):
             log.info("compiling passes: %d of %d (%.0f s so far)", number, len(views), time.perf_counter() - began)

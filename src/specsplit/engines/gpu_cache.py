@@ -29,6 +29,7 @@ class Pool:
     def __init__(self, decoder: Decoder, rows: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows, self.capacity = rows, capacity
         self.blocks, self.block = shape_of(capacity)
+        self.views = _views(self.blocks, self.block)
         shape = (2, rows, self.blocks, decoder.sizes.kv_heads, self.block, decoder.sizes.head_dim)
         self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(decoder.num_layers)]
         self.cos, self.sin = decoder.rotary(self.blocks * self.block, dtype)
@@ -50,21 +51,14 @@ class Pool:
         return cache
 
     def view(self, end: int) -> tuple[int, int]:
-        """Blocks, and slots of each, that hold the first `end` slots: one of few sizes."""
-        seen = FEWEST
-        while seen < end and seen < self.block:
-            seen *= 2
-        if seen < self.block and end <= seen:
-            return 1, seen
-        blocks = 1
-        while blocks * self.block < end:
-            blocks *= 2
-        return min(blocks, self.blocks), self.block
+        """Blocks, and slots of each, that hold the first `end` slots: the smallest of `views` that does."""
+        return next(view for view in self.views if end <= view[0] * view[1])
 
-    def views(self) -> list[tuple[int, int]]:
-        """All views that there are."""
-        ends = [FEWEST << i for i in range(32) if FEWEST << i <= self.padding] + [self.padding]
-        return list(dict.fromkeys(self.view(end) for end in ends))
+
+def _views(blocks: int, block: int) -> list[tuple[int, int]]:
+    """What attention may look at: parts of one block, or several whole ones, each twice the one before."""
+    parts = [(1, FEWEST << i) for i in range(32) if FEWEST << i <= block // 2]
+    return [*parts, *((1 << i, block) for i in range(32) if 1 << i < blocks), (blocks, block)]
 
 
 def shape_of(capacity: int) -> tuple[int, int]:
