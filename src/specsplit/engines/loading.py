@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines import gpu_decoder
 from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.gpu import GpuLM
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM, unsuitable
 from specsplit.engines.passes import EMPTY, Pass
@@ -35,7 +37,7 @@ COMPILED_S = 3.0  # a first pass that took longer compiled
 
 
 class LanguageModel(Protocol):
-    """A model that drafts or verifies: CausalLM and GraphLM, FusedLM, SyntheticLM, NGramLM, SuffixLM.
+    """A model that drafts or verifies: CausalLM, GraphLM, GpuLM, FusedLM, SyntheticLM, NGramLM, SuffixLM.
 
     CausalLM says how.
 
@@ -121,7 +123,7 @@ def _load_causal_lm(
     if config.engine == "transformers":
         return model, weights_sha256
     if config.engine == "graphs" or (config.engine == "auto" and model.device.type == "cuda"):
-        return _graphs(model, folder, config.engine), weights_sha256
+        return _graphs(model, folder, config.engine, config.max_sessions), weights_sha256
     if reason := unsuitable(model):
         if config.engine == "fused":
             raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
@@ -149,9 +151,12 @@ def _in_blocks(folder: Path, config: WorkerSettings, threads: int, skip_layers: 
     return fast
 
 
-def _graphs(model: CausalLM, folder: Path, engine: str) -> LanguageModel:
+def _graphs(model: CausalLM, folder: Path, engine: str, sessions: int) -> LanguageModel:
     try:
-        return _compared(model, lambda: GraphLM(model.model), "graphs")
+        if reason := gpu_decoder.unsuitable(model):
+            log.info("engine graphs runs the layers of transformers, as %s", reason)
+            return _compared(model, lambda: GraphLM(model.model), "graphs")
+        return _compared(model, lambda: GpuLM(model, sessions), "graphs")
     except CANNOT_RUN as error:
         reason = f"{type(error).__name__}: {error}"
         if engine == "graphs":
