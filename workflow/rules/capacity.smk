@@ -12,14 +12,15 @@ rule benchmark_capacity:
         models=PLAN.models_of(PLAN.capacity),
         layers=PLAN.layers_of(PLAN.capacity),
     output:
-        "results/capacity_requests.csv",
+        requests="results/capacity_requests.csv",
+        run="results/capacity_run.json",
     log:
         "results/logs/benchmark_capacity.log",
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
-        folder=lambda wildcards, output: os.path.dirname(output[0]),
+        folder=lambda wildcards, output: os.path.dirname(output.requests),
         code=code_of("capacity"),
     shell:
         "specsplit capacity --only --settings {input.settings:q} {input.operation:q}"
@@ -38,18 +39,19 @@ rule openai_load:
         models=PLAN.models_of(PLAN.capacity),
         layers=PLAN.layers_of(PLAN.capacity),
     output:
-        table_output("openai_load"),
+        table=table_output("openai_load"),
+        run="results/openai_load_run.json",
     log:
         "results/logs/openai_load.log",
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
-        folder=lambda wildcards, output: os.path.dirname(output[0]),
+        folder=lambda wildcards, output: os.path.dirname(output.table),
         code=code_of("openai-load", "serve"),
     shell:
         "specsplit openai-load --settings {input.settings:q} {input.operation:q}"
-        " --prompts {input.prompts:q} --output {output:q} --workers-dir {params.folder:q}/workers/capacity"
+        " --prompts {input.prompts:q} --output {output.table:q} --workers-dir {params.folder:q}/workers/capacity"
         " > {log:q} 2>&1"
 
 
@@ -57,6 +59,7 @@ rule capacity:
     """Throughput, latency and goodput against the number of clients: the table and the figure."""
     input:
         requests="results/capacity_requests.csv",
+        run="results/capacity_run.json",
     output:
         table_output("capacity"),
         "results/figures/capacity.png",

@@ -17,7 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from pandas import read_csv
+from pandas import DataFrame, read_csv
 
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
@@ -32,6 +32,7 @@ from specsplit.analysis.findings import (
     round_trip_sentences,
     summary_table,
 )
+from specsplit.analysis.series import check_beside
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
@@ -101,7 +102,7 @@ def write_report(
             for name in FIGURES
             if name != "speculation" or summary["hit_rate"].notna().any()  # an empty one has nothing to see
         ],
-        "more": [table for name in BESIDE if (table := _more_table(results_dir, name))],
+        "more": [table for name in BESIDE if (table := _more_table(results_dir, requests, name))],
         "checklist": record.get("checklist", []),
         "made_by": record.get("workflow", {}).get("command"),
         "runs": [_run(run) for run in record.get("runs", [])],
@@ -321,10 +322,11 @@ def _data_uri(path: Path, kind: str) -> str:
         raise UserError(f"{path}: {reason}; make it with the workflow or `specsplit analyze`") from None
 
 
-def _more_table(results_dir: Path, name: str) -> dict[str, Any] | None:
+def _more_table(results_dir: Path, requests: DataFrame, name: str) -> dict[str, Any] | None:
     path = results_dir / f"{name}.csv"
     if not path.exists():
         return None
+    check_beside(results_dir, requests, name)
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv_reader(file))
     if not lines:

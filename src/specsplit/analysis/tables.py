@@ -53,7 +53,7 @@ from specsplit.analysis.statistics import (
 )
 from specsplit.client.result import LINK_BYTES, USAGE
 from specsplit.errors import UserError
-from specsplit.experiment.columns import FAILED, OK, WORKERS, RequestRecord, RoundRecord
+from specsplit.experiment.columns import FAILED, OK, SOURCES, WORKERS, RequestRecord, RoundRecord
 from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 from specsplit.settings.names import AUTO
 
@@ -253,6 +253,9 @@ def summarize(
         nothing was drafted, as at gamma 0.
     draft_acceptance_rate, _ci_low, _ci_high
         accepted / drafted tokens over all requests together.
+    draft_share_session, _global, _model, _none
+        of the rounds in which a draft that learns was asked: share whose draft began with what was found in the text
+        itself, in earlier texts, with what another model said, and that had none. Empty for other drafts.
     acceptance_at_1 .. acceptance_at_K, K = the largest gamma, or depth drafted at gamma auto
         how often the i-th drafted token was accepted, among rounds that drafted it and accepted the i-1
         before it. Empty where there was no such round.
@@ -313,6 +316,7 @@ def summarize(
         row |= _used(own)
         row |= _speculation(own, confidence)
         row |= _acceptance(own, own_rounds, depth, confidence)
+        row |= _draft_sources(own)
         row |= _positions(own_rounds, int(deepest))
         whole = (*row_of(ended), "request_id")
         texts = median_over_repeats(ended, whole, "matches_gamma0")["matches_gamma0"].dropna()
@@ -395,6 +399,11 @@ def _acceptance(own: DataFrame, rounds: DataFrame, depth: float, confidence: flo
         "draft_acceptance_rate_ci_low": rate_low,
         "draft_acceptance_rate_ci_high": rate_high,
     }
+
+
+def _draft_sources(own: DataFrame) -> dict[str, float]:
+    counts = {source: float(own[name].sum()) for source, name in SOURCES}
+    return {f"draft_share_{source}": ratio(count, sum(counts.values())) for source, count in counts.items()}
 
 
 def _depth(rounds: DataFrame, configuration: tuple[Any, ...]) -> float:

@@ -26,13 +26,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.cli.plan import connected_configs, load_codec, read_prompts
+    from specsplit.cli.plan import connected_configs, describe_texts, load_codec, read_prompts
     from specsplit.experiment.capacity import CapacityRecord, Load, measure_capacity
     from specsplit.experiment.columns import FAILED
     from specsplit.experiment.runner import encode_prompts
     from specsplit.models.tokenizer import stops_at
-    from specsplit.provenance.capture import capture_machine
     from specsplit.provenance.closure import code_sha256
+    from specsplit.provenance.facts import beside_run
+    from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(CapacitySettings, args)
     greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, **NO_NETWORK}
@@ -59,9 +60,11 @@ def run(args: argparse.Namespace) -> None:
         )
 
     table = args.results_dir / "capacity_requests.csv"
-    decides = {"workers": workers, "machine": capture_machine(), "code": code_sha256("capacity")}
+    run = describe_here() | describe_texts(args.prompts, codec, config, workers)
+    decides = {"workers": workers, "machine": run["machine"], "code": code_sha256("capacity")}
     stops = partial(stops_at, codec, config.stop)
     measure_capacity(requests, configs, stops, settings, table, decides=decides, on_level=show)
+    write_run(beside_run(table), run, [table])
     print(table)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity

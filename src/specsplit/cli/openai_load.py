@@ -27,11 +27,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.cli.plan import connected_configs, load_codec, read_prompts
+    from specsplit.cli.plan import connected_configs, describe_texts, load_codec, read_prompts
     from specsplit.experiment.openai_load import LoadRow, client_version, measure_openai_load
     from specsplit.experiment.rows import writing_rows
     from specsplit.experiment.runner import encode_prompts
     from specsplit.models.sources import tokenizer_folder
+    from specsplit.provenance.facts import beside_run
+    from specsplit.provenance.run_file import describe_here, write_run
 
     client_version()
     settings = load_settings(CapacitySettings, args)
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_settings(OrchestratorConfig, args, **fixed)
     codec = load_codec(config)
     assert config.tokenizer is not None
-    configs, (limit, raisable), _ = connected_configs(args, settings.gamma, config, codec)
+    configs, (limit, raisable), workers = connected_configs(args, settings.gamma, config, codec)
     if configs[0].gamma != 0:  # the target of another point, alone
         configs = [configs[0].model_copy(update={"gamma": 0}), *configs]
     prompts = read_prompts(args.prompts, settings)
@@ -52,6 +54,9 @@ def run(args: argparse.Namespace) -> None:
     length = min(round(median(lengths)), room)
     book = "\n\n".join(prompt.prompt for prompt in prompts)
     book = "\n\n".join([book] * (1 + 4 * length // len(codec.encode(book, use_chat_template=False))))
+    run = describe_here() | describe_texts(args.prompts, codec, config, workers)
+    for own in ("ignore_eos", "stop", "stop_token_ids", "use_chat_template"):  # which the requests say
+        run["orchestrator"].pop(own, None)
     rows = measure_openai_load(
         configs,
         sorted(set(settings.clients)),
@@ -65,4 +70,5 @@ def run(args: argparse.Namespace) -> None:
             write(row)
             told = f"{row.requests} requests, {row.tokens_per_second:.1f} tokens/s"
             print(f"gamma {row.gamma}, {row.clients} clients: {told}", flush=True)
+    write_run(beside_run(args.output), run, [args.output])
     print(args.output)

@@ -95,6 +95,18 @@ def connected_configs(
     return configs, min(limits), identities
 
 
+def describe_texts(
+    prompts: Path, codec: TextCodec, config: OrchestratorConfig, workers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the run file of a measurement beside a sweep says of its texts. workers: of `connected_configs`."""
+    return {
+        "inputs": {"prompts": {"path": str(prompts), "sha256": sha256_file(prompts)}},
+        "tokenizer_sha256": codec.sha256,
+        "orchestrator": config.model_dump(mode="json"),
+        "ours": {str(number): {"workers": {worker["role"]: worker}} for number, worker in enumerate(workers)},
+    }
+
+
 def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: Point) -> OrchestratorConfig:
     """The settings with the addresses in the endpoint files of a point, or with those that they have, resolved.
 

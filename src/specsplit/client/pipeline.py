@@ -256,6 +256,7 @@ class _Pipeline:
                 draft_exposed_ms=exposed_ms,
                 draft_hidden_ms=unseen_ms,
                 **self._take_traffic(),
+                draft_source=tree.source,
             )
             self.text.take(accepted, verdict.next_token, measured)
             self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)

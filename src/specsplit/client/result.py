@@ -27,6 +27,7 @@ class Round:
         this round: what the round waited for, and what went on meanwhile, of use or not (drafts ahead that missed).
     *_sent_bytes, *_received_bytes: serialized messages that went to that worker and came from it since the round
         before, without the headers of gRPC; 0 within one process.
+    draft_source: of a draft that learns: session | global | model | none; empty for others, and without a draft.
     """
 
     round: int
@@ -49,6 +50,7 @@ class Round:
     draft_received_bytes: int = 0
     target_sent_bytes: int = 0
     target_received_bytes: int = 0
+    draft_source: str = ""
 
 
 @dataclass

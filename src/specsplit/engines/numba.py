@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines.architectures import not_llama_type
 from specsplit.engines.linears import Linears, embedding_rows, padded, tied
 from specsplit.engines.numba_kernels import ARRIVED, FAILED, LANES, NANOSECONDS, SLEEPING, run_pass
 from specsplit.engines.passes import EMPTY, Pass, all_or_none
@@ -21,8 +22,6 @@ from specsplit.engines.token_cache import Slots, tokens_of_pass
 from specsplit.engines.transformers import CausalLM
 from specsplit.engines.vector_kernels import FEATURES, QUERIES, accumulation, activation, packing, processor_lacks
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROTARY = ("default", "linear", "llama3", "yarn")  # position embeddings that do not depend on the length of the text
 LONGEST_SLEEP_NS = 20_000_000  # at a meeting, before a thread looks whether another one failed
 CHUNK = 64  # tokens of a run: more would push each other out of the processor's caches
 Job = Callable[[int, int, np.ndarray], None]
@@ -314,24 +313,13 @@ def _vectors(count: int) -> int:
 
 def unsuitable(model: CausalLM) -> str | None:
     """Why a model cannot be run by this engine; None when it can."""
-    hf, config = model.model, model.model.config.get_text_config()
     if reason := processor_lacks(platform.machine(), FEATURES):
         return reason
     if model.device.type != "cpu":
         return f"it is on {model.device}"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"its type is {model.dtype}"
-    if type(hf).__name__ not in ARCHITECTURES:
-        return f"{type(hf).__name__} is none of {', '.join(ARCHITECTURES)}"
-    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rotary not in ROTARY:
-        return f"its position embedding is {rotary}"
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}"
-    attention, mlp = hf.model.layers[0].self_attn, hf.model.layers[0].mlp
-    if any(m.bias is not None for m in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-        return "it has biases outside the inputs of attention"
-    return None
+    return not_llama_type(model.model)
 
 
 def _chunks(passes: Sequence[Pass], fed: Sequence[Sequence[int]]) -> Iterator[dict[int, _Part]]:

@@ -51,13 +51,13 @@ class Beside:
         if config.gamma != 0:
 
             def through_workers(request: Request) -> SpeculativeResult:
-                return writer.write(request.token_ids, request_config(alone, request.id), on_tokens=stops())
+                return writer.write(request.token_ids, request_config(alone, request), on_tokens=stops())
 
             found.append(Contender(WORKERS, alone, through_workers))
         if STREAMED in self.setups:
 
             def streamed(request: Request) -> SpeculativeResult:
-                return writer.stream_target(request.token_ids, request_config(alone, request.id), on_tokens=stops())
+                return writer.stream_target(request.token_ids, request_config(alone, request), on_tokens=stops())
 
             found.append(Contender(STREAMED, alone, streamed))
         if COLOCATED in self.setups and self.pair is not None:
@@ -65,7 +65,7 @@ class Beside:
             here = config.model_copy(update=NO_NETWORK)
 
             def write(request: Request) -> SpeculativeResult:
-                own = request_config(here, request.id)
+                own = request_config(here, request)
                 return event_loop().run(
                     pair.write_tokens(request.token_ids, own, on_tokens=stops(), controller=controller)
                 )

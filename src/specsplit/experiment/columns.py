@@ -14,6 +14,9 @@ OK, FAILED = "ok", "failed"  # a request's status
 # same models in one process.
 WORKERS, STREAMED, COLOCATED = "workers", "target_streamed", "colocated"
 
+# Where the draft of a round came from, and the column that counts such rounds.
+SOURCES = tuple((name, f"drafts_from_{name}") for name in ("session", "global", "model", "none"))
+
 
 @dataclass(frozen=True)
 class RequestRecord:
@@ -84,6 +87,12 @@ class RequestRecord:
     draft_cpu_ms: float | None = None
     target_cpu_ms: float | None = None
     energy_j: float | None = None
+    # Of a draft that learns (source suffix): rounds whose draft began with what was found in the text itself, or in
+    # earlier texts, or with what another model said, and rounds without a draft since nothing was found.
+    drafts_from_session: int | None = None
+    drafts_from_global: int | None = None
+    drafts_from_model: int | None = None
+    drafts_from_none: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class RoundRecord(Round, _Text):
 # Columns that tables of earlier versions lack.
 LATER_COLUMNS = (
     *("draft_exposed_ms", "draft_hidden_ms", "turn", "bandwidth_mbit", *LINK_BYTES, *USAGE),
+    *("draft_source", *(name for _, name in SOURCES)),
     *("verifications", "acceptance_length", "draft_acceptance_rate"),
     *("arrivals", "rate", "due_ms"),  # of capacity_requests.csv
     "series",  # of runs that were kept apart

@@ -123,6 +123,12 @@ class OrchestratorConfig(AccessSettings):
         example="rejection",
         note="coupled | rejection: how sampled drafts are verified",
     )
+    memory: str = setting(
+        "",
+        "Name of the memory that a draft of source suffix learns from and adds to; a text sees no other one. A "
+        "benchmark has one for each repeat, so that no text is looked up in itself.",
+        max_length=64,
+    )
     rtt_ms: Milliseconds = setting(
         0.0, "Simulated round-trip time to the target worker in milliseconds, added by the client; 0 adds nothing."
     )

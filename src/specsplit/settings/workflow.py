@@ -33,6 +33,7 @@ from specsplit.settings.models import (
     LocalSource,
     NGramParameters,
     PypiSource,
+    SuffixParameters,
     SyntheticParameters,
 )
 from specsplit.settings.run import DRAFT_NAME, OrchestratorConfig
@@ -140,7 +141,7 @@ Synthetic: Any = section(
     source=same(SyntheticParameters, "source"),
     **keys(SyntheticParameters, "step_ms", "token_ms", "acceptance", "seed"),
 )[0]
-Source: Any = PypiSource | HuggingFaceSource | LocalSource | Synthetic | NGramParameters
+Source: Any = PypiSource | HuggingFaceSource | LocalSource | Synthetic | NGramParameters | SuffixParameters
 NamedDraft: Any = section(
     "",
     model=other("model", str, "my-draft"),
@@ -246,7 +247,7 @@ Workflow: type[BaseModel] = section(
     models=key(
         dict[str, Source],
         {**EMBEDDED, **SHIPPED_DRAFT},
-        "Models by name, each from one of five sources. The names become folder names.",
+        "Models by name, each from one of six sources. The names become folder names.",
         schema={
             "title": "a mapping of names to models",
             "minProperties": 1,
