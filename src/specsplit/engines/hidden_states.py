@@ -1,4 +1,4 @@
-"""A head that drafts from the target's hidden states, in PyTorch, with the methods of CausalLM (EAGLE-3, Li et al. 2025).
+"""A head that drafts from the target's hidden states (EAGLE-3, Li et al. 2025), in PyTorch, with CausalLM's methods.
 
 `HeadModule` says what it computes. A cache begins with token 1 of a text, for token 0 has no state before it.
 """
@@ -33,14 +33,17 @@ def read_from(p: Pass) -> list[int]:
         raise ValueError(f"{len(p.states)} states for {linear} tokens")
     before = [GIVEN] * linear if p.states is not None else list(range(held - 1, held - 1 + linear))
     context = held - p.cached_nodes + linear
-    slots = [*before, *(context + parent if parent >= 0 else context - 1 for parent in p.tree.parents[p.cached_nodes :])]
+    slots = [
+        *before,
+        *(context + parent if parent >= 0 else context - 1 for parent in p.tree.parents[p.cached_nodes :]),
+    ]
     if slots and slots[0] == GIVEN and (p.states is None or not linear):
         raise ValueError("the first token of a text has no state before it")
     return slots
 
 
 def waves(sources: Sequence[int], held: int, longest: int) -> Iterator[tuple[int, int]]:
-    """Tokens of a pass, [start, stop), that can be run at once: the outputs that they read are those of earlier ones."""
+    """Tokens of a pass, [start, stop), that can run at once: the outputs that they read are those of earlier ones."""
     start = 0
     for i, slot in enumerate(sources):
         if slot >= held + start or i - start == longest:
@@ -100,7 +103,7 @@ class HiddenStatesHead:
 
     @torch.inference_mode()
     def project(self, raw: torch.Tensor) -> torch.Tensor:
-        """The target's hidden states [n, taps * hidden_size], the first tap first -> states [n, state_size], float32."""
+        """The target's hidden states [n, layers * hidden_size] -> [n, state_size], float32."""
         states: torch.Tensor = self.module.fc(raw.to(self.device, self.dtype)).float()
         return states
 

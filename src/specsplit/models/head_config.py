@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
 from specsplit.io import read_json_object
 
 LAYERS_KEY = "eagle_aux_hidden_state_layer_ids"
