@@ -24,7 +24,7 @@ from specsplit.models.sources import prepare_model, resolve_model
 from specsplit.models.vocabulary import load_vocabulary, read_reduced_map
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
-from heads import HIDDEN, LAYOUTS, ROWS, VOCAB, PlainHead, head_tensors, write_head
+from heads import HIDDEN, ROWS, VOCAB, PlainHead, head_tensors, write_head
 from tiny_models import make_tiny_model, make_tokenizer
 
 TOKENS = [5, 9, 33, 71, 12, 90, 44]
@@ -263,9 +263,16 @@ def test_a_head_of_another_target_is_refused(tmp_path: Path) -> None:
     assert read_head_config(tmp_path / "head").target_hidden_size == 32
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_cut_pickle(layout: str, tmp_path: Path) -> None:
-    write_head(tmp_path, layout, head_tensors(), pickled=True)
-    cut(tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
+class Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize("content", [None, {"fc.weight": Code()}, [torch.zeros(1)]], ids=["cut off", "code", "a list"])
+def test_a_bad_pickle(content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_head(tmp_path, "original", head_tensors(), pickled=True)
+    cut(tmp_path) if content is None else torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: (the weights cannot be read|wanted tensors by name)"):
         load_head(tmp_path, torch.float32)
+    assert not (tmp_path / "ran").exists()
