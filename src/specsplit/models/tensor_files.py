@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, or pytorch_model.bin, as the original checkpoints of heads are. That is a pickle, which
+"""Files of tensors: safetensors, or pytorch_model.bin, as the original checkpoints of heads are: a pickle, which
 PyTorch's reader of tensors alone reads without running code."""
 
 from __future__ import annotations
