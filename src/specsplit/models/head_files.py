@@ -13,7 +13,7 @@ from specsplit.models.file_names import GGUF_FILE
 from specsplit.models.fingerprint import weight_files
 from specsplit.models.gguf_file import Stored, read_gguf
 from specsplit.models.head_config import HeadConfig
-from specsplit.models.tensor_files import read_tensors
+from specsplit.models.head_weights import read_tensors
 
 UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight", "t2d")  # t2d says again what d2t says
 EMBEDDING = "embed_tokens.weight"

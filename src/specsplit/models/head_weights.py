@@ -1,5 +1,5 @@
-"""Files of tensors: safetensors, or pytorch_model.bin, as the original checkpoints of heads are: a pickle, which
-PyTorch's reader of tensors alone reads without running code."""
+"""The weight files of heads: safetensors, or, as the original checkpoints are, pytorch_model.bin, which a reader
+of tensors alone reads, without running code."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ import torch
 from specsplit.errors import UserError, told
 from specsplit.models.head_config import HEAD_MAPS
 
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file by name, on the CPU. Raises UserError for a file that is damaged or cut off."""
+    """The tensors of a file by name; those of safetensors are mapped and not read yet. Raises UserError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -25,16 +23,17 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: the weights cannot be read: {told(error)}; fetch them again") from None
+        raise UserError(f"{path}: the weights cannot be read: {told(error)}; fetch the head again") from None
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise UserError(f"{path}: wanted tensors by name")
     return found
 
 
 def count_numbers(path: Path) -> Counter[str]:
-    """Numbers in the tensors of a file, by their type as safetensors call it. A head's map of tokens is left out."""
+    """Numbers in the tensors of pytorch_model.bin, by their type as safetensors call it."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     counts: Counter[str] = Counter()
     for name, tensor in read_tensors(path).items():
         if name not in HEAD_MAPS:
-            counts[NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))] += tensor.numel()
+            counts[names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))] += tensor.numel()
     return counts
