@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gguf_files import write_gguf
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.head_module import load_head, save_head
 from specsplit.engines.hidden_states import HiddenStatesHead
@@ -252,6 +254,17 @@ def test_a_bad_head_is_refused_by_what_is_wrong(bad: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=message) as refused:
         load_head(tmp_path, torch.float32)
     assert str(tmp_path) in str(refused.value)
+
+
+def test_the_embedding_of_a_target_in_a_gguf_file(tmp_path: Path) -> None:
+    write_head(tmp_path / "head", "original", without(head_tensors(), "embed_tokens.weight"), vocab_size=260)
+    (tmp_path / "target").mkdir()
+    path = tmp_path / "target" / "model.gguf"
+    write_gguf(path, hidden=HIDDEN)
+    head = load_head(tmp_path / "head", torch.float32, tmp_path / "target")
+    stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    expected = gguf.quants.dequantize(stored.data, stored.tensor_type)
+    assert torch.equal(head.embed_tokens.weight, torch.from_numpy(expected))
 
 
 def test_a_head_of_another_target_is_refused(tmp_path: Path) -> None:
