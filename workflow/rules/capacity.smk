@@ -75,6 +75,7 @@ rule capacity:
             **{limit: config["capacity"][limit] for limit in ("tpot_limit_ms", "ttft_limit_ms")},
             confidence=config["statistics"]["confidence"],
         ),
+        prices=PRICES,
         code=code_of("capacity-table"),
     shell:
-        "specsplit capacity-table --results-dir {params.folder:q} {params.settings} > {log:q} 2>&1"
+        "specsplit capacity-table --results-dir {params.folder:q} {params.settings} {params.prices} > {log:q} 2>&1"
