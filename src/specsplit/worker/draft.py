@@ -3,6 +3,10 @@
 A session keeps every node that its model has computed, and the candidate tokens after it. A draft is grown from those;
 only new nodes cost a pass. So a draft for an outcome that was drafted ahead costs nothing, and accepted tokens are
 never computed again.
+
+A model that reads the target's hidden states reads accepted tokens a second time, with the true states in place of its
+own outputs, but for those whose draft was made ahead and came true: that draft follows its own outputs and stays. Its
+cache has no entry for tokens without a state before them.
 """
 
 from __future__ import annotations
@@ -69,7 +73,8 @@ class DraftState:
 class Drafter:
     """Makes drafts that continue `context` in one session, which it brings to that context at once.
 
-    abandoned: asked before every pass; once it is true, drafts end where they are.
+    abandoned: asked before every pass; once it is true, drafts end where they are. reads_states: the model reads hidden
+    states of the target; those that came are in `session.hidden`, and without them drafts are empty.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class Drafter:
         context: Sequence[int],
         settings: DraftSettings,
         abandoned: Callable[[], bool] = lambda: False,
+        *,
+        reads_states: bool = False,
     ) -> None:
         self.model = model
         self.vocabulary = vocabulary
@@ -87,14 +94,15 @@ class Drafter:
         self.context = list(context)
         self.settings = settings
         self.abandoned = abandoned
+        self.reads_states = reads_states
         if session.state is None:
             session.state = DraftState()
         self.state: DraftState = session.state
         self._move_to_context()
 
     def draft(self) -> TokenTree:
-        """The draft that follows the context; empty when the draft model cannot hold the context."""
-        if self.full:
+        """The draft that follows the context; empty when the draft model cannot read the context."""
+        if self.unreadable:
             return TokenTree()
         return self._run([self._growth(ROOT, self.settings.gamma, len(self.context))])[0]
 
@@ -105,7 +113,7 @@ class Drafter:
         probability, as the draft model sees it, is that of its path and next token.
         full_acceptance: only the path of first choices and the likeliest token after it.
         """
-        place_to_node = None if self.full else self._feed_tree(tree)
+        place_to_node = None if self.unreadable else self._feed_tree(tree)
         if place_to_node is None:
             return []
         options = []
@@ -233,13 +241,20 @@ class Drafter:
             log.warning("the draft model overflows on a text: drafts end there, the text goes on")
             self._forget()
             self.session.cache.clean()
-        session, state, cache = self.session, self.state, self.session.cache
+        session, state, cache, hidden = self.session, self.state, self.session.cache, self.session.hidden
         ids = self.vocabulary.context(self.context)
+        if hidden is not None:
+            ids = ids[hidden.first + 1 :]
         made_for = (self.settings.sampling, self.settings.vocab_size)
-        self.full = len(ids) > cache.capacity  # in the draft's own tokens a text may be longer than in the target's
-        if self.full:
+        # In the draft's own tokens a text may be longer than in the target's.
+        self.unreadable = len(ids) > cache.capacity
+        if self.reads_states:
+            self.unreadable = self.unreadable or hidden is None or not hidden.covers(len(self.context))
+        if self.unreadable:
             session.tokens = list(self.context)
             cache.rollback(0)
+            if hidden is not None:
+                hidden.true_length = 0
             session.state = self.state = DraftState()
             return
         path = self._accepted_path(ids) if state.made_for == made_for else None
@@ -248,14 +263,20 @@ class Drafter:
         if path is not None and len(state.ids) + len(path) == len(ids):
             self._keep_below(path, ids)
         else:
-            if path:
+            if path and hidden is None:
                 cache.keep(len(state.ids), path)
             else:  # the last token is always computed: its logits are needed
                 same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], state.ids, strict=False))
-                cache.rollback(sum(1 for _ in same))
+                held = sum(1 for _ in same)
+                cache.rollback(held if hidden is None else min(held, hidden.true_length))
             held = cache.length
             session.state = self.state = state = DraftState(ids=ids[:held], made_for=made_for)
-            logits = self.model.step(cache, ids[held:])[-1:]
+            if hidden is None:
+                logits = self.model.step(cache, ids[held:])[-1:]
+            else:
+                hidden.true_length = held
+                logits = self.model.step(cache, ids[held:], states=hidden.of_entries(held, len(ids)))[-1:]
+                hidden.true_length = len(ids)
             state.ids = ids
             self._learn([ROOT], logits)
         session.tokens = list(self.context)
