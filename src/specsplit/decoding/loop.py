@@ -55,7 +55,8 @@ def speculate(
     """Continue `prompt` by at most `max_new_tokens` tokens, round by round; a stop token ends the text and is its last.
 
     draft: reads and writes the target's token ids; None = the target alone. One that reads the target's hidden states
-    has `layers`, whose inputs the target's cache then keeps, and `project`, which joins them. asked: gamma, shape, sampling, stop tokens.
+    has `layers`, whose inputs the target's cache then keeps, and `project`, which joins them.
+    asked: gamma, shape, sampling, stop tokens.
     The text is the target's own: token for token (greedy, coupled sampling), or in distribution (rejection sampling).
     """
     text = list(prompt)

@@ -57,8 +57,8 @@ class HiddenStatesHead:
     """A loaded head. vocab_size: rows of its output head. parameters: those that a step reads, and the embedding.
 
     layers: of the target, whose inputs `project` joins; None = those that EAGLE reads (default_layers).
-    hidden_size: numbers of one of the target's hidden states. raw_size: of those of a token that are joined; state_size:
-    of what `project` makes of them.
+    hidden_size: numbers of one of the target's hidden states. raw_size: of those of a token that are joined;
+    state_size: of what `project` makes of them.
     """
 
     batch_tokens = 0

@@ -31,12 +31,14 @@ class Projection(Protocol):
         ...
 
 
-class Head(Projection, Protocol):
+class Head(Protocol):
     """A draft model that reads hidden states. raw_size: numbers of a position that `project` takes; state_size: of one
     that it gives."""
 
     raw_size: int
     state_size: int
+
+    def project(self, raw: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ class Wanted:
         fitting = self.message_bytes // each * most if self.message_bytes else len(rows)
         if len(rows) > fitting:
             raise LimitReached(
-                f"the hidden states of {len(rows)} positions take {len(rows) * each} bytes, and {fitting} positions fit "
-                f"into {most} messages of {self.message_bytes}: set hidden_states_window, or send them projected or as int8"
+                f"the hidden states of {len(rows)} positions take {len(rows) * each} bytes, and those of {fitting} "
+                f"fit into {most} messages of {self.message_bytes}: set hidden_states_window, or have them projected "
+                "by the target or sent as int8"
             )
         projected = self.projection is not None
         return list(pack_parts(rows, self.first, self.form, projected=projected, most_bytes=self.message_bytes))
