@@ -1,4 +1,5 @@
-"""The `fc` of a draft that reads hidden states, by itself: what a target worker needs to send them projected."""
+"""What a head makes of the target's hidden states before it reads them, by itself: for a target worker that sends them
+projected."""
 
 from __future__ import annotations
 
@@ -7,29 +8,37 @@ from pathlib import Path
 
 import torch
 
-from specsplit.engines.reduced_vocabulary import stored_tensor
+from specsplit.engines.head_module import HeadModule
 from specsplit.errors import UserError
 from specsplit.models.head_config import is_head, read_head_config
+from specsplit.models.head_files import head_tensors
+
+PARTS = ("fc", "fc_norm", "input_norm")
+OTHERS = ("embed_tokens", "midlayer", "norm", "lm_head", "d2t", "t2d")
 
 
 class Projection:
-    """weight: [width, layers * hidden_size], float32. layers: of the target, whose inputs are joined; None = those of
-    EAGLE."""
+    """`fc` and its norms of the head in a folder, float32. layers: of the target, whose inputs are joined; None = those
+    of EAGLE. projection_sha256: of the weights. Raises UserError when the folder holds no head."""
 
-    def __init__(self, weight: torch.Tensor, layers: tuple[int, ...] | None) -> None:
-        self.layers = layers
-        self._weight = weight.detach().float().contiguous().cpu()
-        self.projection_sha256 = sha256(self._weight.numpy().astype("<f4", copy=False).tobytes()).hexdigest()
-
-    @classmethod
-    def load(cls, folder: Path) -> Projection:
-        """The `fc` of the draft in a folder. Raises UserError when that has none."""
+    def __init__(self, folder: Path) -> None:
         if not is_head(folder):
-            raise UserError(f"{folder}: not a draft that reads hidden states, so it has no fc")
-        return cls(stored_tensor(folder, "fc.weight"), read_head_config(folder).layers)
+            raise UserError(f"{folder}: not a head that reads hidden states, so it has no fc")
+        config, stored = read_head_config(folder), head_tensors(folder)
+        tensors = {n: stored[n].float().contiguous() for n in sorted(stored) if n.partition(".")[0] in PARTS}
+        digest = sha256()
+        for name, tensor in tensors.items():
+            digest.update(f"{name} {list(tensor.shape)} ".encode() + tensor.numpy().astype("<f4", copy=False).tobytes())
+        self.layers, self.projection_sha256 = config.layers, digest.hexdigest()
+        with torch.device("meta"):
+            self._module = HeadModule(config)
+        for name in OTHERS:
+            delattr(self._module, name)
+        self._module.load_state_dict(tensors, strict=False, assign=True)
+        if any(p.is_meta for p in self._module.parameters()):
+            raise UserError(f"{folder}: tensors of its projection (fc) are missing")
 
     @torch.inference_mode()
     def project(self, raw: torch.Tensor) -> torch.Tensor:
-        """The target's hidden states [n, layers * hidden_size] -> [n, width], float32."""
-        self._weight = self._weight.to(raw.device)
-        return raw.float() @ self._weight.T
+        """The target's hidden states [n, layers * hidden_size] -> [n, state_size], float32."""
+        return self._module.to(raw.device).project(raw.float())

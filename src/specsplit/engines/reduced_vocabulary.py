@@ -55,7 +55,7 @@ def reduce_loaded(model: Any, folder: Path, tokens: Sequence[int], mismatched: C
         raise UserError(f"{folder}: draft_to_target names token {max(tokens)}; the model has {vocab_size}")
 
     def stored(module: Any) -> torch.Tensor:
-        rows = stored_tensor(folder, names[module]).to(head.weight.dtype)
+        rows = _stored_tensor(folder, names[module]).to(head.weight.dtype)
         if rows.shape != (len(tokens), head.weight.shape[1]):
             name = names[module]
             raise UserError(f"{folder}: {name} has {len(rows)} rows, but draft_to_target {len(tokens)} entries")
@@ -104,8 +104,7 @@ def _set_head(model: Any, rows: torch.Tensor, tokens: Sequence[int]) -> None:
     model.set_output_embeddings(head)
 
 
-def stored_tensor(folder: Path, name: str) -> torch.Tensor:
-    """A tensor of the weights of a model folder. Raises UserError when it is not there."""
+def _stored_tensor(folder: Path, name: str) -> torch.Tensor:
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118 (not a dict)

@@ -68,10 +68,10 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
         vocabulary = load_vocabulary(folder, target_tokenizer(config), model.vocab_size)
         drafts = DraftServicer(shared, config, identity, vocabulary)
         if drafts.head is not None:
-            drafts.states["states_needed"].projection_sha256 = Projection.load(folder).projection_sha256
+            drafts.states["states_needed"].projection_sha256 = Projection(folder).projection_sha256
         return drafts
     head = config.hidden_states_draft if isinstance(config, TargetWorkerConfig) else None
-    projection = None if head is None else Projection.load(model_folder(head))
+    projection = None if head is None else Projection(model_folder(head))
     servicer = TargetServicer(shared, config, identity, projection)
     servicer.tokenizer_files = cache(partial(pack_tokenizer, folder))
     return servicer
