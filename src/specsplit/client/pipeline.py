@@ -352,7 +352,7 @@ class _Pipeline:
             await self._target_reply()
             self.at_target.extend_to(self.text.tokens[:-1])
 
-    async def _ask_draft(self, gamma: int) -> _Ahead | None:
+    async def _ask_draft(self, gamma: int, *, drafted_ahead: bool = False) -> _Ahead | None:
         """Ask for a draft of the text, and in the modes that do so for what comes after it."""
         if self._reading is not None:
             await self._reading
@@ -365,7 +365,8 @@ class _Pipeline:
             if next_gamma > 0 and fan_out > 0:
                 ahead = _Ahead(next_gamma)
                 wanted = pb.Ahead(fan_out=1 if full else fan_out, max_draft_tokens=next_gamma, full_acceptance=full)
-        await self._send_draft_request(draft_fields(self.text, gamma, self.text.limits.shape, wanted))
+        fields = draft_fields(self.text, gamma, self.text.limits.shape, wanted)
+        await self._send_draft_request({**fields, "drafted_ahead": drafted_ahead})
         return ahead
 
     async def _read_by_draft(self) -> None:
@@ -390,7 +391,7 @@ class _Pipeline:
 
     async def _ask_ahead(self, gamma: int) -> _Ahead | None:
         """As `_ask_draft` for a text whose draft is here. The worker has kept that draft, so asking costs no pass."""
-        return await self._ask_draft(gamma) if gamma > 0 else None
+        return await self._ask_draft(gamma, drafted_ahead=True) if gamma > 0 else None
 
     async def _draft_reply(self, *, is_ahead: bool) -> pb.GenerateDraftsReply:
         assert self.draft is not None

@@ -103,7 +103,8 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             if self.head is not None:
                 held = session.hidden if request.context.prefix_length else None
                 session.hidden = collect(held, states, self.head, self.max_context)
-            made.append(self._drafter(session, tokens, settings).draft())
+            drafter = self._drafter(session, tokens, settings, drafted_ahead=request.drafted_ahead)
+            made.append(drafter.draft())
             return made[0]
 
         reply = self.answer(
@@ -157,9 +158,13 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             self.spans.ahead(caller.parent, request.context.session_id, reply.round, reply.timings, drafted)
         return reply
 
-    def _drafter(self, session: Session, context: list[int], settings: DraftSettings, *abandoned: Any) -> Drafter:
+    def _drafter(
+        self, session: Session, context: list[int], settings: DraftSettings, *abandoned: Any, **more: Any
+    ) -> Drafter:
         reads_states = self.head is not None
-        return Drafter(self.model, self.vocabulary, session, context, settings, *abandoned, reads_states=reads_states)
+        return Drafter(
+            self.model, self.vocabulary, session, context, settings, *abandoned, reads_states=reads_states, **more
+        )
 
     def _states(self, request: pb.GenerateDraftsRequest) -> list[pb.HiddenStates]:
         """The hidden states of a request. Raises InvalidRequest when they are not those that the model reads."""
