@@ -77,8 +77,11 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
                 if len(earlier) > MOST_PARTS:
                     raise LimitReached(f"over {MOST_PARTS} messages of hidden states wait for a draft to be asked for")
                 continue
-            request.states.MergeFrom(earlier)
-            earlier.clear()
+            if earlier:
+                earlier += request.states
+                request.ClearField("states")
+                request.states.extend(earlier)
+                earlier = []
             settings = self._settings(request)
             reply, tree = self._generate(request, caller, settings, arrived)
             yield reply
