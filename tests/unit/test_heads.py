@@ -15,6 +15,7 @@ from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.head_module import load_head, save_head
 from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.loading import load_model
+from specsplit.engines.numba_head import FusedHead
 from specsplit.engines.passes import Pass
 from specsplit.errors import UserError
 from specsplit.models.head_config import default_layers, read_head_config
@@ -45,7 +46,11 @@ def eager(folder: Path) -> HiddenStatesHead:
     return HiddenStatesHead.load(folder)
 
 
-ENGINES: dict[str, Callable[[Path], HiddenStatesHead]] = {"eager": eager}
+def fused(folder: Path) -> FusedHead:
+    return FusedHead(eager(folder), threads=2)
+
+
+ENGINES: dict[str, Callable[[Path], HiddenStatesHead | FusedHead]] = {"eager": eager, "fused": fused}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
