@@ -24,6 +24,7 @@ from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM
+from specsplit.engines.numba_head import FusedHead
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CausalLM
 from specsplit.settings.run import OrchestratorConfig
@@ -66,14 +67,14 @@ def written(rounds: Sequence[Round]) -> list[int]:
 
 LLAMA = tiny("llama")
 KNOWN = [[5, 6, 5, 6], [5], [10, 3, 40, 22], [33, 4], [61, 60, 59]]  # prompts whose texts the head has seen
-HEAD = HiddenStatesHead(make_tiny_head(LLAMA[0].model, texts_of(LLAMA[0], KNOWN, LENGTH + 4)))
+HEAD = make_tiny_head(LLAMA[0].model, texts_of(LLAMA[0], KNOWN, LENGTH + 4))
 PAIRS: dict[str, tuple[Any, Any]] = {
     "llama": LLAMA,
     "gpt2": tiny("gpt2"),
     "qwen3-mixed": tiny("qwen3-mixed"),
     "llama, fused": tuple(FusedLM(model, 1) for model in tiny("llama")),  # which takes the weights of the model
     "llama, graphs": tuple(GraphLM(model.model) for model in tiny("llama")),
-    "llama, head": (LLAMA[0], HEAD),
+    "llama, head": (FusedLM(tiny("llama")[0], 1), FusedHead(HiddenStatesHead(HEAD), 1)),
     "llama, ngram": (LLAMA[0], NGramLM(VOCAB, max_ngram=2, min_ngram=1)),
     "synthetic": (SyntheticLM(seed=1, step_ms=0, acceptance=1.0), SyntheticLM(seed=1, step_ms=0, acceptance=0.7)),
 }
