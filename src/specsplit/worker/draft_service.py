@@ -74,8 +74,11 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             inbox.of_session(request.context.session_id, request.context.round)
             if request.states_only:
                 earlier += self._states(request)
-                if len(earlier) > MOST_PARTS:
-                    raise LimitReached(f"over {MOST_PARTS} messages of hidden states wait for a draft to be asked for")
+                if len(earlier) > MOST_PARTS or sum(part.count for part in earlier) > self.max_context:
+                    raise LimitReached(
+                        f"over {MOST_PARTS} messages of hidden states, or {self.max_context} positions, wait for a "
+                        "draft to be asked for"
+                    )
                 continue
             if earlier:
                 earlier += request.states
