@@ -3,6 +3,7 @@ target's own, and the head is right as often as beside its target."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 import specsplit
 from specsplit.client import recovery, states
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.event_loop import event_loop
+from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.states import check_states
 from specsplit.decoding.growth import DraftSettings
@@ -26,6 +28,7 @@ from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.rpc.hidden_states import FORMS, pack_states
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.run import OrchestratorConfig
 from specsplit.worker.states import Wanted
 from tiny_heads import make_tiny_head, save_tiny_head
@@ -116,9 +119,16 @@ def test_the_text_is_that_of_the_target_alone(pair: tuple[Worker, Worker], mode:
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_drafts_made_ahead_come_true(pair: Any, texts: Any, accepted: Any, mode: str, slow_target: Any) -> None:
+def test_drafts_made_ahead_come_true(
+    pair: Any, texts: Any, accepted: Any, mode: str, slow_target: Any, sent: list[pb.HiddenStates]
+) -> None:
     gamma = 1 if mode == "overlap" else 3
-    results = [write(pair, prompt, mode=mode, gamma=gamma, **EXACT) for prompt in PROMPTS]
+    results = []
+    for prompt in PROMPTS:
+        sent.clear()
+        results.append(write(pair, prompt, mode=mode, gamma=gamma, **EXACT))
+        ends = [states.first + states.count for states in sent]
+        assert [states.first for states in sent] == [0, *ends[:-1]]  # each position once, those of prepared rounds too
     assert [r.output_tokens for r in results] == texts
     assert sum(r.speculation_hits for r in results) > 10
     # A draft ahead follows the head's own outputs for longer, and is less often right.
@@ -180,6 +190,28 @@ def test_states_larger_than_a_message_are_sent_in_parts(
     result = write(pair, PROMPTS[3], **EXACT)
     assert right(result) == accepted[3]
     assert [states.count for states in sent[:5]] == [2, 2, 2, 2, 1]  # two that came before, and then with the third
+
+
+def test_texts_side_by_side_with_and_without_states(pair: Any, texts: Any, accepted: Any) -> None:
+    """They share the passes of both workers."""
+
+    async def write_all() -> list[SpeculativeResult]:
+        async with (
+            grpc.aio.insecure_channel(pair[0].address) as to_draft,
+            grpc.aio.insecure_channel(pair[1].address) as to_target,
+        ):
+            stubs = pb_grpc.DraftServiceStub(to_draft), pb_grpc.TargetServiceStub(to_target)
+            shared = {"max_output_tokens": LENGTH, "ignore_eos": True, **EXACT}
+            return await asyncio.gather(
+                *(
+                    run_speculative_loop_async(*stubs, prompt, OrchestratorConfig(gamma=3 * (i % 2), **shared))
+                    for i, prompt in enumerate(PROMPTS)
+                )
+            )
+
+    results = event_loop().run(write_all())
+    assert [r.output_tokens for r in results] == texts
+    assert list(map(right, results)) == [expected * (i % 2) for i, expected in enumerate(accepted)]
 
 
 # ---- what goes wrong
@@ -379,12 +411,15 @@ def test_a_request_sent_again_gets_the_same_states(pair: Any) -> None:
 def test_a_session_that_wants_no_states_keeps_none(pair: Any) -> None:
     taps: list[tuple[int, ...]] = []
 
+    def held() -> list[Any]:
+        return [session for session in pair[1].servicer.sessions._sessions.values() if session.held]
+
     def look(tokens: list[int]) -> None:
-        taps.extend(session.cache.taps for session in pair[1].servicer.sessions._sessions.values())
+        taps.extend(session.cache.taps for session in held())
 
     write(pair, PROMPTS[0], on_tokens=look, max_output_tokens=2)
     assert (0, 1, 2) in taps
-    assert wait_until(lambda: not len(pair[1].servicer.sessions))
+    assert wait_until(lambda: not held())
     taps.clear()
     write(pair, PROMPTS[0], on_tokens=look, max_output_tokens=2, gamma=0)
     assert set(taps) == {()}
