@@ -78,7 +78,7 @@ def why_left_out(peer: Peer, ours: Sequence[Ours], given: Mapping[str, GivenMode
     if draft.weightless:
         return f"{draft.name}, the draft, has no weights that it could run"
     if is_head(draft.folder):
-        return f"{draft.name}, the draft, reads hidden states of the target, which it does not know"
+        return f"{draft.name}, the draft, reads the target's hidden states, which it does not hand over"
     if read_reduced_map(draft.folder) is not None:
         return f"{draft.name}, the draft, has an output head for a part of the vocabulary, which it does not know"
     if draft.manifest["fingerprint"]["tokenizer_sha256"] != target.manifest["fingerprint"]["tokenizer_sha256"]:
