@@ -96,7 +96,7 @@ class FusedHead(FusedPasses):
         states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass, as HiddenStatesHead.step. Returns logits [rows, vocab_size], float32."""
-        return self.step_many([Pass(cache, tokens, tree, cached_nodes, states)])[0]
+        return self.step_many([Pass(cache, tokens, tree, cached_nodes, states=states)])[0]
 
     def _reach(self, work: Pass, start: int) -> int:
         return reach(read_from(work), work.cache.length, start)
