@@ -161,25 +161,27 @@ class GpuLM:
     def _shape(self, passes: Sequence[Pass]) -> Shape:
         """The shape that serves the passes, whatever else has one of its own."""
         pool, thens = passes[0].cache.pool, [Then.of(work) for work in passes]
-        rows = [work.cache.row for work in passes]
+        first, last = (edge(work.cache.row for work in passes) for edge in (min, max))
         sessions = 1  # a power of two of adjacent rows
-        while min(rows) // sessions != max(rows) // sessions:
+        while first // sessions != last // sessions:
             sessions *= 2
-        row = min(rows) // sessions * sessions
+        row = first // sessions * sessions
         sessions = min(sessions, pool.rows - row)
         proposes = thens[0].what == "propose"
         # As many tokens in all as in a pass of one session that is not a draft.
         least = SMALLEST_DRAFT if proposes else SMALLEST_PASS
         tokens = _power_of_two(max(work.size for work in passes), max(least // sessions, 1))
         cached = max(work.cached_nodes for work in passes)
-        wanted = _power_of_two(max(work.size - work.first_wanted for work in passes), 1 if proposes else SMALLEST_PASS)
+        wanted = _power_of_two(max(work.size - work.first_wanted for work in passes), 1)
+        rows = wanted if proposes else min(max(wanted, SMALLEST_PASS), tokens)
         steps = max(then.steps for then in thens)
         return Shape(
             row,
             sessions,
             tokens,
             _power_of_two(cached + tokens, 1) if cached else tokens,
-            min(wanted, tokens),
+            rows,
+            rows if thens[0].kind.method == "greedy" else min(wanted, rows),
             pool.view(min(max(work.cache.length + work.size + steps for work in passes), pool.padding)),
             replace(thens[0], moves=any(then.moves for then in thens), steps=steps),
         )

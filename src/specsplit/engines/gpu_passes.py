@@ -52,7 +52,9 @@ class Shape:
     """Of a recorded pass. All but `row`, `sessions` and `view` may be padded.
 
     row, sessions: the rows of the pool that it is for. tokens: fed for each. window: the last slots, in which a token
-    sees its ancestors alone. rows: whose logits are wanted. view: of the cache, as from Pool.view.
+    sees its ancestors alone. rows: whose logits are wanted. chosen: the first of them, after which a token is chosen:
+    fewer where that takes noise; the logits are computed for as many as ever, so that their bits stay. view: of the
+    cache, as from Pool.view.
     """
 
     row: int
@@ -60,6 +62,7 @@ class Shape:
     tokens: int
     window: int
     rows: int
+    chosen: int
     view: tuple[int, int]
     then: Then
 
@@ -157,7 +160,7 @@ class Program:
         if then.what == "logits":
             self._reply = lm.logits_buffer(shape.sessions * shape.rows)
         else:
-            per_session: tuple[int, ...] = (1 + shape.rows,)
+            per_session: tuple[int, ...] = (1 + shape.chosen,)
             if then.what == "propose":
                 per_session = (shape.rows + then.steps, gpu_choice.reply_width(then.kind))
             self._reply = torch.zeros(shape.sessions, *per_session, dtype=torch.long, device=lm.device)
@@ -219,7 +222,8 @@ class Program:
         if shape.then.what == "logits":
             self._reply.copy_(logits)
         elif shape.then.what == "walk":
-            self._walk(logits, within, ancestors, positions)
+            chosen = logits.view(*within.shape, -1)[:, : shape.chosen].flatten(0, 1)
+            self._walk(chosen, within[:, : shape.chosen], ancestors, positions)
         else:
             self._propose(functions, logits, positions.gather(1, within))
 
@@ -252,12 +256,12 @@ class Program:
         shape, numbers = self.shape, self._numbers
         at = shape.tokens + shape.window
         base, _, count, first = numbers[:, at : at + FIELDS, None].unbind(1)
-        sampling, kind = self._sampling(shape.rows), shape.then.kind
+        sampling, kind = self._sampling(shape.chosen), shape.then.kind
         noise = gpu_choice.noise(positions.gather(1, rows).flatten() + 1, sampling, kind, logits.shape[-1])
         chances = gpu_choice.scores(logits, sampling, kind, noise)
         best, choices = (each.view(rows.shape) for each in chances.max(-1))
         among = ancestors.gather(1, rows[:, :, None].expand(-1, -1, shape.window))
-        among = among.gather(2, rows[:, None].expand(-1, shape.rows, -1))
+        among = among.gather(2, rows[:, None].expand(-1, shape.chosen, -1))
         parents = numbers[:, shape.tokens : at].gather(1, rows) - first
         reply, accepted = gpu_choice.walk(
             numbers[:, : shape.tokens].gather(1, rows), parents, among, (count - first)[:, 0], choices, best.isfinite()
@@ -265,7 +269,7 @@ class Program:
         self._reply.copy_(reply)
         if shape.then.moves:
             start = base + first + 1
-            to = start + torch.arange(shape.rows - 1, device=numbers.device)
+            to = start + torch.arange(shape.chosen - 1, device=numbers.device)
             origin = start + gpu_choice.moves(accepted)
             target, source = (self._slots(each.clamp(max=self._pool.padding)) for each in (to, origin))
             for cache in self._caches:  # the right side is a copy
