@@ -405,7 +405,7 @@ def measure(bench: Bench, compiles: bool) -> None:
                 model.lm.prepare(max(bench.contexts) + 32, 4, drafts=drafts)
                 what = f"compiling {model.name} for {'drafts' if drafts else 'verification'}, s"
                 bench.row("machine", what=what, value=time.perf_counter() - began)
-        bench.check(f"{model.name}: compiled", model.lm.recorder.compiles)
+        bench.check(f"{model.name}: compiled", model.lm.runtime.recorder.compiles)
         check(bench, model)
         passes(bench, model, "compiled", peer=False)
         if model is small:

@@ -19,10 +19,9 @@ from specsplit.decoding.sampling import GREEDY, Sampling
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.verification import Verdict
 from specsplit.engines.gpu_cache import GpuCache, Pool, shape_of
-from specsplit.engines.gpu_decoder import Decoder, one_layer, unsuitable
-from specsplit.engines.gpu_passes import Functions, Program, Shape, Then, lay_out
+from specsplit.engines.gpu_decoder import unsuitable
+from specsplit.engines.gpu_passes import Program, Runtime, Shape, Then
 from specsplit.engines.passes import EMPTY, Pass, Propose, Walk, all_or_none
-from specsplit.engines.recording import Recorder
 from specsplit.engines.token_cache import tokens_of_pass
 from specsplit.engines.transformers import CausalLM
 
@@ -50,16 +49,9 @@ class GpuLM:
         self.eos_token_ids, self.parameters = source.eos_token_ids, source.parameters
         self.batch_tokens = self.prefill_tokens = source.prefill_tokens
         self.sessions = sessions
-        self.decoder = Decoder(source)
-        self.recorder = Recorder(self.device, compiles)
-        self.plain = self.compiled = Functions(one_layer, lay_out)
-        if self.recorder.compiles:
-            self.compiled = Functions(*(self.recorder.compiled(function) for function in (one_layer, lay_out)))
-        # What has been compiled; nothing else is while requests wait.
-        self.prepared: set[tuple[int, int, tuple[int, int]]] = set()
+        self.runtime = Runtime(source, compiles)
         self._bytes_of_slot = source.cache_bytes(1)
         self._pools: list[Pool] = []
-        self._logits: dict[int, torch.Tensor] = {}
 
     # ---- caches
 
@@ -75,18 +67,11 @@ class GpuLM:
         for pool in self._pools:
             if pool.capacity == most and (cache := pool.take(capacity)):
                 return cache
-        decoder = self.decoder
-        pool = Pool(decoder, self.sessions, most, self.dtype, self.device)
+        pool = Pool(self.runtime.decoder, self.sessions, most, self.dtype, self.device)
         self._pools.append(pool)
         made = pool.take(capacity)
         assert made is not None
         return made
-
-    def logits_buffer(self, rows: int) -> torch.Tensor:
-        """[rows, vocab_size], which all passes with so many write to, one after the other."""
-        if rows not in self._logits:
-            self._logits[rows] = torch.zeros(rows, self.vocab_size, dtype=self.dtype, device=self.device)
-        return self._logits[rows]
 
     # ---- passes
 
@@ -148,7 +133,7 @@ class GpuLM:
         pool, shape = passes[0].cache.pool, self._shape(passes)
         program = pool.programs.get(shape)
         if program is None:
-            program = pool.programs[shape] = Program(self, pool, shape, passes[0])
+            program = pool.programs[shape] = Program(self.runtime, pool, shape, passes[0])
         for work in passes:
             work.cache.written = True
         results: list[Any] = program.run(passes)
@@ -194,7 +179,7 @@ class GpuLM:
         capacity, sessions: of the caches that will be asked for. drafts: whether the model drafts or verifies.
         """
         self.sessions = sessions
-        if not self.recorder.compiles:
+        if not self.runtime.recorder.compiles:
             return
         cache, began = self.new_cache(capacity), time.perf_counter()
         views = cache.pool.views
@@ -204,12 +189,12 @@ class GpuLM:
             then = Propose(GREEDY, self.vocab_size, steps=1) if drafts else Walk(GREEDY)
             cache.length = max(0, min(view[0] * view[1], capacity) - count - 1)  # of zeros, as good as a text
             work = Pass(cache, [1] * count, then=then)
-            self.prepared |= self._shape([work]).layers
+            self.runtime.prepared |= self._shape([work]).layers
             self._run([work])
-            if not self.recorder.compiles:
+            if not self.runtime.recorder.compiles:
                 break
         cache.rollback(0)
-        if self.recorder.compiles:
+        if self.runtime.recorder.compiles:
             log.info("passes were compiled in %.0f s", time.perf_counter() - began)
 
 

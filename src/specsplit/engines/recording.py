@@ -33,6 +33,7 @@ class Recorder:
         self.device = device
         self.records = device.type == "cuda"
         self.compiles = self.records if compiles is None else compiles
+        self._worked = False  # A pass has been recorded.
         self._pool = torch.cuda.graph_pool_handle() if self.records else None
 
     def compiled(self, function: Function) -> Function:
@@ -54,16 +55,17 @@ class Recorder:
                     self.compiles = False
             if self.records:
                 try:
-                    return self._captured(run)
+                    run = self._captured(run)
+                    self._worked = True
                 except Exception as error:  # as of an operation that waits for the device
                     self._give_up("recorded as CUDA graphs", error)
-                    self.records = False
+                    self.records = self._worked  # a kind of pass may fail alone, but not the first
         return run
 
     def _give_up(self, how: str, error: Exception) -> None:
         if is_out_of_memory(error):
             raise error
-        log.warning("passes are not %s, and so slower: %s", how, told(error))
+        log.warning("a pass is not %s, and so slower: %s", how, told(error))
 
     def _once(self, run: Run) -> None:
         """Run on a stream of its own, as before a capture: libraries make their handles and workspaces at first use."""
