@@ -15,6 +15,7 @@ from specsplit.engines.gpu import GpuLM
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.passes import Pass
+from specsplit.engines.suffix import SuffixLM
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CausalLM
 
@@ -29,6 +30,8 @@ ENGINES: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "fused": (lambda: FusedLM(CausalLM(make_tiny_model("llama")), 1), FusedLM, "_run"),
     "synthetic": (lambda: SyntheticLM(vocab_size=256), SyntheticLM, "_logits"),
     "ngram": (lambda: NGramLM(256), NGramLM, "_fill"),
+    "suffix": (lambda: SuffixLM(256), SuffixLM, "_found"),
+    "suffix, model": (lambda: SuffixLM(256, model=CausalLM(make_tiny_model("llama"))), CausalLM, "_forward"),
 }
 
 

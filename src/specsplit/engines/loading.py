@@ -17,6 +17,7 @@ from specsplit.engines.gpu import GpuLM
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM, unsuitable
 from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.suffix import SuffixLM
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
 from specsplit.errors import UserError
@@ -24,11 +25,11 @@ from specsplit.models.file_names import GGUF_FILE
 from specsplit.models.fingerprint import fingerprint_model, gguf_weights, read_config
 from specsplit.models.generation_settings import check_eos, refuse_model_settings
 from specsplit.models.gguf_file import read_gguf
-from specsplit.models.sources import manifest_file, model_folder, tokenizer_folder
+from specsplit.models.sources import manifest_file, model_folder, resolve_model, tokenizer_folder
 from specsplit.models.tokenizer import TextCodec
-from specsplit.models.vocabulary import read_reduced_map
-from specsplit.models.weightless import is_weightless, parameters_sha256, parse_parameters
-from specsplit.settings.models import SyntheticParameters
+from specsplit.models.vocabulary import load_vocabulary, read_reduced_map
+from specsplit.models.weightless import is_weightless, model_behind, parameters_sha256, parse_parameters
+from specsplit.settings.models import NGramParameters, SyntheticParameters
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ COMPILED_S = 3.0  # a first pass that took longer compiled
 
 
 class LanguageModel(Protocol):
-    """A model that drafts or verifies: CausalLM and GraphLM, GpuLM, FusedLM, SyntheticLM, NGramLM. CausalLM says how.
+    """A model that drafts or verifies: CausalLM, GraphLM, GpuLM, FusedLM, SyntheticLM, NGramLM, SuffixLM.
+
+    CausalLM says how.
 
     Its caches are of its own kind and have length, capacity, advance, rollback and keep, as KVCache documents them.
     """
@@ -88,7 +91,7 @@ def load_model(
     settings.
     """
     if is_weightless(manifest["source"]):
-        model, weights_sha256 = _load_weightless(manifest, config)
+        model, weights_sha256 = _load_weightless(manifest, config, threads)
     else:
         model, weights_sha256 = _load_causal_lm(folder, manifest, config, threads)
     identity = {
@@ -185,8 +188,9 @@ def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> 
     return fast
 
 
-def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, str]:
-    """A synthetic or n-gram model; it runs on the CPU and has neither dtype nor device."""
+def _load_weightless(manifest: dict[str, Any], config: WorkerSettings, threads: int) -> tuple[LanguageModel, str]:
+    """A model without weights of its own; it runs on the CPU and has neither dtype nor device, but the model that a
+    suffix draft asks has both."""
     name, fingerprint = manifest["name"], manifest["fingerprint"]
     parameters = parse_parameters(manifest["source"], name)
     weights_sha256 = parameters_sha256(parameters)
@@ -200,9 +204,16 @@ def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[
             settings["acceptance"] = 1.0
         return SyntheticLM(**settings), weights_sha256
     if not is_draft:
-        raise UserError(f"{name} is an ngram model, which can only draft: name another model for the target worker")
-    lengths = {"max_ngram": parameters.max_ngram, "min_ngram": parameters.min_ngram}
-    return NGramLM(fingerprint["vocab_size"], **lengths), weights_sha256
+        article = "an ngram" if isinstance(parameters, NGramParameters) else "a suffix"
+        raise UserError(f"{name} is {article} model, which can only draft: name another model for the target worker")
+    settings = parameters.model_dump(exclude={"source", "tokenizer", "model"})
+    if isinstance(parameters, NGramParameters):
+        return NGramLM(fingerprint["vocab_size"], **settings), weights_sha256
+    if parameters.model:
+        folder, _ = model_behind(parameters.model)
+        other, _ = load_model(*resolve_model(Path(parameters.model)), config, threads)
+        settings["model"], settings["outward"] = other, load_vocabulary(folder, None, other.vocab_size).outward
+    return SuffixLM(fingerprint["vocab_size"], **settings), weights_sha256
 
 
 def _check_same(found: str, expected: str, what: str) -> None:

@@ -97,7 +97,8 @@ class Drafter:
         """The draft that follows the context; empty when the draft model cannot hold the context."""
         if self.full:
             return TokenTree()
-        return self._run([self._growth(ROOT, self.settings.gamma, len(self.context))])[0]
+        growth = self._growth(ROOT, self.settings.gamma, len(self.context))
+        return self._run([growth], [ROOT])[0]
 
     def ahead(self, tree: TokenTree, gamma: int, fan_out: int, *, full_acceptance: bool = False) -> list[Outcome]:
         """Drafts of depth `gamma` for the `fan_out` likeliest outcomes of verifying `tree`, which `draft` returned.
@@ -140,15 +141,15 @@ class Drafter:
         growths = [self._growth(node, gamma, option[4]) for node, option in zip(starts, chosen, strict=True)]
         return [
             Outcome([tree.token_ids[place] for place in path], token, drafted_tree)
-            for (path, _, token, _, _), drafted_tree in zip(chosen, self._run(growths), strict=True)
+            for (path, _, token, _, _), drafted_tree in zip(chosen, self._run(growths, starts), strict=True)
         ]
 
     def _growth(self, start: int, gamma: int, length: int) -> Growth:
         depth = min(gamma, self.settings.length_limit - length - 1)
         return grow(self.settings.shape, depth, start, self.state.candidates, self.settings.stop_token_ids)
 
-    def _run(self, growths: list[Growth]) -> list[TokenTree]:
-        """Run growths side by side: each pass computes the nodes that all of them want next."""
+    def _run(self, growths: list[Growth], starts: Sequence[int]) -> list[TokenTree]:
+        """Run growths, which begin at these nodes, side by side: each pass computes the nodes that all want next."""
         trees: dict[int, TokenTree] = {}
         answers: dict[int, list[int] | None] = dict.fromkeys(range(len(growths)))
         started = False
@@ -165,6 +166,8 @@ class Drafter:
             for i, each in wants.items():
                 answers[i] = None if fed is None else fed[: len(each)]
                 fed = None if fed is None else fed[len(each) :]
+        for i, start in enumerate(starts):  # ROOT is the last token of the context
+            trees[i].source = self.session.cache.source_after(len(self.state.ids) + start + 1)
         return [trees[i] for i in range(len(growths))]
 
     def _feed_tree(self, tree: TokenTree) -> dict[int, int] | None:
