@@ -329,6 +329,28 @@ def test_compiled_then_recorded_then_as_it_is(
         recorder.recorded(run)
 
 
+@pytest.mark.parametrize("drafts", [True, False])
+def test_passes_are_recorded_before_the_first_request(
+    drafts: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    model, recorded = engine(), []
+    model.runtime.recorder.records = True
+    monkeypatch.setattr(model.runtime.recorder, "_captured", lambda run: recorded.append(run) or run)
+    model.prepare(600, 3, drafts=drafts)
+    cache = model.new_cache(600)
+    assert (cache.pool.rows, cache.row, cache.pool.views) == (3, 0, [(1, 256), (1, 832)])
+    assert len(recorded) == 2
+    assert "recording passes: 2 of 2" in caplog.text
+    assert "passes were recorded in " in caplog.text
+    again = engine()
+    assert torch.equal(model.step(cache, PROMPT), again.step(again.new_cache(600), PROMPT))  # nothing of it is left
+    for length in (11, 300):
+        cache.length = length
+        model.step(cache, [5, 6], then=Propose(GREEDY, VOCAB, steps=1) if drafts else Walk(GREEDY))
+    assert len(recorded) == 3  # but for that of the prompt they were
+
+
 @pytest.mark.slow
 def test_compiled_passes_are_those_that_are_not() -> None:
     plain, fast = engine("qwen3-mixed", sessions=1), engine("qwen3-mixed", sessions=1, compiles=True)

@@ -174,28 +174,27 @@ class GpuLM:
     # ---- before the first request
 
     def prepare(self, capacity: int, sessions: int, *, drafts: bool) -> None:
-        """Compile what passes over the caches of one session need, and say in the log how far that is.
+        """Record, and compile, what passes over the cache of one session need; the log says how far that is.
 
         capacity, sessions: of the caches that will be asked for. drafts: whether the model drafts or verifies.
         """
         self.sessions = sessions
-        if not self.runtime.recorder.compiles:
+        recorder = self.runtime.recorder
+        if not (recorder.compiles or recorder.records):
             return
         cache, began = self.new_cache(capacity), time.perf_counter()
-        views = cache.pool.views
         count = SMALLEST_DRAFT if drafts else SMALLEST_PASS
-        for number, view in enumerate(views, 1):
-            log.info("compiling passes: %d of %d (%.0f s so far)", number, len(views), time.perf_counter() - began)
+        for number, view in enumerate(cache.pool.views, 1):
+            log.info("recording passes: %d of %d (%.0f s)", number, len(cache.pool.views), time.perf_counter() - began)
             then = Propose(GREEDY, self.vocab_size, steps=1) if drafts else Walk(GREEDY)
             cache.length = max(0, min(view[0] * view[1], capacity) - count - 1)  # of zeros, as good as a text
             work = Pass(cache, [1] * count, then=then)
-            self.runtime.prepared |= self._shape([work]).layers
+            if recorder.compiles:
+                self.runtime.prepared |= self._shape([work]).layers
             self._run([work])
-            if not self.runtime.recorder.compiles:
-                break
         cache.rollback(0)
-        if self.runtime.recorder.compiles:
-            log.info("passes were compiled in %.0f s", time.perf_counter() - began)
+        how = "compiled and recorded" if recorder.compiles else "recorded"
+        log.info("passes were %s in %.0f s", how, time.perf_counter() - began)
 
 
 def _check(work: Pass) -> None:
