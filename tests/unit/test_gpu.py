@@ -313,7 +313,10 @@ def test_compiled_then_recorded_then_as_it_is(
     assert "a pass is not compiled, and so slower: RuntimeError: no compiler" in caplog.text
     recorder.records = True
     monkeypatch.setattr(recorder, "_captured", lambda run: calls.append("recorded") or run)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     recorder.recorded(run)()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(recorder, "_captured", lambda run: broken())
     recorder.recorded(run)()
     assert "a pass is not recorded as CUDA graphs, and so slower: RuntimeError: no compiler" in caplog.text

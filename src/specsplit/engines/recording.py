@@ -45,7 +45,7 @@ class Recorder:
     def recorded(self, run: Run, compiled: Run | None = None) -> Run:
         """A function that does what `run` does. compiled: the same with functions of `compiled`, which is taken if it
         works. Either may be run here, several times."""
-        with _RECORDING, _without_detours(self.records):
+        with _RECORDING, _one_state(self.records):
             if compiled is not None and self.compiles:
                 try:
                     self._once(compiled)
@@ -88,17 +88,21 @@ class Recorder:
 
 
 @contextmanager
-def _without_detours(recording: bool) -> Iterator[None]:
-    """Record without what deterministic mode adds: sorting before writes to indices, and filling of fresh memory.
+def _one_state(recording: bool) -> Iterator[None]:
+    """Record in one state of PyTorch, whatever the thread: in another one, compiled functions would be compiled again.
 
-    No recorded pass adds up what it writes to one place, so it gives the same results every time without them.
+    Without deterministic mode, which adds sorting before writes to indices and the filling of fresh memory: no recorded
+    pass adds up what it writes to one place, so it gives the same results every time without them.
     """
-    enabled = recording and torch.are_deterministic_algorithms_enabled()
+    if not recording:
+        yield
+        return
+    threads, enabled = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    if enabled:
-        torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        if enabled:
-            torch.use_deterministic_algorithms(True, warn_only=warns)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
