@@ -39,6 +39,7 @@ class GpuLM:
     """
 
     uses_torch_threads = True
+    taps = False
     decides = True
 
     def __init__(self, source: CausalLM, sessions: int = 4, compiles: bool | None = None) -> None:
@@ -55,7 +56,7 @@ class GpuLM:
 
     # ---- caches
 
-    def cache_bytes(self, capacity: int) -> int:
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         """As CausalLM.cache_bytes: a row of a pool, padding included."""
         blocks, block = shape_of(_multiple(capacity))
         return blocks * block * self._bytes_of_slot

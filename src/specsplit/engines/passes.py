@@ -45,6 +45,7 @@ class Pass:
     """The arguments of CausalLM.step: one session's part of a pass.
 
     then: what engines that decide (`decides`) do on the device after it; None: the result is the logits.
+    states: for a head that reads the target's hidden states, a row for each of `tokens` (HiddenStatesHead.step).
     """
 
     cache: Any
@@ -52,6 +53,7 @@ class Pass:
     tree: TokenTree = field(default_factory=TokenTree)
     cached_nodes: int = 0
     then: Walk | Propose | None = None
+    states: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -89,5 +91,11 @@ class Steps(Protocol):
     """What drafting and verification need of a model."""
 
     def step(
-        self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
+        self,
+        cache: Any,
+        tokens: Sequence[int],
+        tree: TokenTree = EMPTY,
+        cached_nodes: int = 0,
+        *,
+        states: torch.Tensor | None = None,
     ) -> torch.Tensor: ...

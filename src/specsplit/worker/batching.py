@@ -151,9 +151,12 @@ class SharedModel:
         tree: TokenTree = EMPTY,
         cached_nodes: int = 0,
         then: Walk | Propose | None = None,
+        states: torch.Tensor | None = None,
     ) -> Any:
         """One pass, as CausalLM.step, or what `then` says; waits for the model. A long prompt is fed in parts, between
         which others run.
+
+        states: as Pass.states.
 
         Raises Stopped when the model is closed before the pass begins, Abandoned when the client has left (`timed`).
         The cache is as before then, as after any other error.
@@ -163,9 +166,10 @@ class SharedModel:
         is_prompt = len(tokens) > most
         try:
             while len(tokens) > most:
-                self._ask(Pass(cache, tokens[:most]), is_prompt)
-                tokens = tokens[most:]
-            return self._ask(Pass(cache, tokens, tree, cached_nodes, then), is_prompt)
+                first = None if states is None else states[:most]
+                self._ask(Pass(cache, tokens[:most], states=first), is_prompt)
+                tokens, states = tokens[most:], None if states is None else states[most:]
+            return self._ask(Pass(cache, tokens, tree, cached_nodes, then, states), is_prompt)
         except BaseException:
             cache.rollback(held)
             raise
