@@ -60,6 +60,11 @@ class Bench:
         return (16, 40) if self.tiny else (128, 1024, 8192)
 
     @property
+    def capacity(self) -> int:
+        """Of the caches: one pool for all, so that what is compiled for it serves everything."""
+        return max(self.contexts) + 64
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         return (1, 4) if self.tiny else (1, 2, 4, 8, 16)
 
@@ -170,7 +175,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 def check(bench: Bench, model: Loaded) -> None:
     lm, limit = model.lm, 0.9999 if bench.tiny else 0.99
     text = tokens(40)
-    plain, cache = model.source.new_cache(64), lm.new_cache(64)
+    plain, cache = model.source.new_cache(64), lm.new_cache(bench.capacity)
     model.source.step(plain, text)
     lm.step(cache, text)
     expected, found = model.source.step(plain, [3], TREE).double(), lm.step(cache, [3], TREE).double()
@@ -181,7 +186,7 @@ def check(bench: Bench, model: Loaded) -> None:
     cache.rollback(40)
     again = lm.step(cache, [3], TREE).double()
     bench.check(f"{model.name}: the same pass gives the same bits", torch.equal(again, found))
-    alone, drafted = lm.new_cache(64), lm.new_cache(64)
+    alone, drafted = lm.new_cache(bench.capacity), lm.new_cache(bench.capacity)
     rows = torch.cat([lm.step(alone, [token]) for token in text[:8]])
     same = torch.equal(lm.step(drafted, text[:1], TokenTree.chain(text[1:8])), rows)
     bench.check(f"{model.name}: a token has the same bits alone and in a draft", same)
@@ -207,7 +212,7 @@ def check(bench: Bench, model: Loaded) -> None:
             apart = max(apart, abs(likely.get(fed, -99.0) - single.log_probs[0]))
         what = f"{model.name}: a chain drafts what single passes draft, {how}"
         bench.check(what, apart < (1e-3 if bench.tiny else 0.1), f"{apart:.4f} from the likeliest")
-    caches = [lm.new_cache(64) for _ in range(3)]
+    caches = [lm.new_cache(bench.capacity) for _ in range(3)]
     for i, each in enumerate(caches):
         lm.step(each, tokens(10 + 9 * i, i))
     singly = []
@@ -244,7 +249,7 @@ def passes(bench: Bench, model: Loaded, how: str, peer: bool) -> None:
         if not bench.time_left(f"{model.name}, {how}, context {context}"):
             return
         text = tokens(context + 32)
-        cache, past = lm.new_cache(max(bench.contexts) + 32), None
+        cache, past = lm.new_cache(bench.capacity), None
         lm.step(cache, text[:context])
         if peer and context < 8192:
             past = model.hf(torch.tensor([text[:context]], device=bench.device), use_cache=True).past_key_values
@@ -276,7 +281,7 @@ def passes(bench: Bench, model: Loaded, how: str, peer: bool) -> None:
 
 def chains(bench: Bench, model: Loaded, how: str) -> None:
     lm, context = model.lm, bench.contexts[0]
-    text, cache = tokens(context + 1), lm.new_cache(context + 32)
+    text, cache = tokens(context + 1), lm.new_cache(bench.capacity)
     lm.step(cache, text[:context])
     for sampling in (GREEDY, Sampling(temperature=0.8, seed=7)):
         for gamma in bench.gammas:
@@ -298,10 +303,12 @@ def chains(bench: Bench, model: Loaded, how: str) -> None:
             )  # fmt: skip
 
 
-def rounds(target: GpuLM, draft: GpuLM, prompt: Sequence[int], gamma: int) -> Iterator[tuple[list[int], int]]:
+def rounds(
+    target: GpuLM, draft: GpuLM, prompt: Sequence[int], gamma: int, capacity: int
+) -> Iterator[tuple[list[int], int]]:
     """What each round adds to the text, and how many of it were drafted. Greedy, chains."""
     text = list(prompt)
-    caches = [lm.new_cache(len(text) + 512) for lm in (target, draft)]
+    caches = [lm.new_cache(capacity) for lm in (target, draft)]
     target.step(caches[0], text[:-1])
     draft.step(caches[1], text[:-1])
     while True:
@@ -321,7 +328,7 @@ def round_times(bench: Bench, target: Loaded, draft: Loaded, how: str) -> None:
     for gamma in (2, 4):
         if not bench.time_left(f"round of gamma {gamma}, {how}"):
             return
-        running = rounds(target.lm, draft.lm, tokens(bench.contexts[0]), gamma)
+        running = rounds(target.lm, draft.lm, tokens(bench.contexts[0]), gamma, bench.capacity)
         ms = bench.ms(lambda running=running: next(running))  # type: ignore[misc]
         floor = target.floor(bench, bench.contexts[0]) + gamma * draft.floor(bench, bench.contexts[0])
         pair = f"{target.name} + {draft.name}"
@@ -340,7 +347,7 @@ def end_to_end(bench: Bench, target: Loaded, draft: Loaded, gamma: int) -> None:
         text: list[int] = []
         accepted = 0
         made = 0
-        for new, right in rounds(target.lm, draft.lm, prompt, gamma):
+        for new, right in rounds(target.lm, draft.lm, prompt, gamma, bench.capacity):
             text, accepted, made = text + new, accepted + right, made + 1
             if len(text) >= count:
                 return text[:count], accepted / max(made * gamma, 1)
@@ -402,7 +409,7 @@ def measure(bench: Bench, compiles: bool) -> None:
         for drafts in (False, True) if model is small else (False,):
             if bench.time_left(f"compiling {model.name}"):
                 began = time.perf_counter()
-                model.lm.prepare(max(bench.contexts) + 32, 4, drafts=drafts)
+                model.lm.prepare(bench.capacity, 4, drafts=drafts)
                 what = f"compiling {model.name} for {'drafts' if drafts else 'verification'}, s"
                 bench.row("machine", what=what, value=time.perf_counter() - began)
         bench.check(f"{model.name}: compiled", model.lm.runtime.recorder.compiles)
