@@ -190,6 +190,7 @@ def check(bench: Bench, model: Loaded) -> None:
     rows = torch.cat([lm.step(alone, [token]) for token in text[:8]])
     same = torch.equal(lm.step(drafted, text[:1], TokenTree.chain(text[1:8])), rows)
     bench.check(f"{model.name}: a token has the same bits alone and in a draft", same)
+    del alone, drafted  # whose rows are free again
     samplings = {
         "greedy": GREEDY,
         "coupled": Sampling(temperature=0.8, seed=7),
