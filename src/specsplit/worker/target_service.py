@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grpc
 
+from specsplit.decoding.shared_gamma import SharedGamma
 from specsplit.decoding.tree import TokenTree, TreeError, check_lengths
 from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.worker import TargetWorkerConfig
+from specsplit.settings.worker import TargetWorkerConfig, WorkerSettings
+from specsplit.worker.batching import SharedModel
 from specsplit.worker.calls import Caller
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest, LimitReached
@@ -24,6 +28,11 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
 
     role = "target"
     config: TargetWorkerConfig
+
+    def __init__(self, model: SharedModel, config: WorkerSettings, identity: Mapping[str, Any]) -> None:
+        super().__init__(model, config, identity)
+        self._shared = SharedGamma()
+        self._shared_lock = threading.Lock()
 
     def VerifyDrafts(self, request: pb.VerifyDraftsRequest, context: grpc.ServicerContext) -> pb.VerifyDraftsReply:
         return self.guard(context, request.context, lambda caller: self._verify(request, caller))
@@ -127,10 +136,22 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 accepted_nodes=verdict.path,
                 accepted_tokens=[tree.token_ids[node] for node in verdict.path],
                 next_token=verdict.next_token,
+                gamma=self._gamma_for_all(tree.depth(), len(verdict.path)),
             ),
             lambda verdict: (tree.depth(), len(verdict.path)),
             arrived,
         )
+
+    def _gamma_for_all(self, drafted: int, accepted: int) -> int | None:
+        """Note a round; the gamma that all texts should have next, None where there is one text."""
+        texts = self.sessions.open
+        with self._shared_lock:
+            before = self._shared.gamma
+            self._shared.observe(time.perf_counter(), texts, drafted, accepted)
+            gamma = self._shared.gamma
+        if gamma != before:
+            self.model.expect_all()
+        return gamma
 
 
 def _next_round(
