@@ -21,6 +21,7 @@ from specsplit.decoding.loop import NO_DRAFT, Round, speculate
 from specsplit.decoding.sampling import GREEDY, Sampling, choose
 from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.gpu import GpuLM
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.suffix import SuffixLM
@@ -60,6 +61,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "qwen3-mixed": tiny("qwen3-mixed"),
     "llama, fused": tuple(FusedLM(model, 1) for model in tiny("llama")),  # which takes the weights of the model
     "llama, graphs": tuple(GraphLM(model.model) for model in tiny("llama")),
+    "qwen3-mixed, gpu": tuple(GpuLM(model) for model in tiny("qwen3-mixed")),
     "llama, ngram": (LLAMA[0], NGramLM(VOCAB, max_ngram=2, min_ngram=1)),
     "llama, suffix": (LLAMA[0], SuffixLM(VOCAB, min_match=1, memory_tokens=500)),
     "llama, suffix or model": (LLAMA[0], SuffixLM(VOCAB, min_match=1, memory_tokens=500, model=LLAMA[1])),
@@ -168,7 +170,7 @@ def test_the_streams_write_what_the_loop_writes(pair, mode, prompt, shape, gamma
         ]
 
 
-@pytest.mark.parametrize("pair", ["llama", "gpt2", "synthetic"])
+@pytest.mark.parametrize("pair", ["llama", "gpt2", "qwen3-mixed, gpu", "synthetic"])
 @some
 @given(prompt=prompts, shape=st.sampled_from(["chain", "2x2"]), gamma=st.integers(1, 5), seed=st.integers(0, 1 << 31))
 def test_rejection_sampling_over_streams_is_that_of_the_loop(pair, prompt, shape, gamma, seed):

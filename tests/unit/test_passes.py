@@ -11,6 +11,7 @@ import torch
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines import numba, synthetic, transformers
 from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.gpu import GpuLM
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.passes import Pass
@@ -25,6 +26,7 @@ CAPACITY = 48
 ENGINES: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "transformers": (lambda: CausalLM(make_tiny_model("llama")), CausalLM, "_forward"),
     "graphs": (lambda: GraphLM(make_tiny_model("llama")), GraphLM, "_forward"),
+    "gpu": (lambda: GpuLM(CausalLM(make_tiny_model("llama"))), GpuLM, "_run"),
     "fused": (lambda: FusedLM(CausalLM(make_tiny_model("llama")), 1), FusedLM, "_run"),
     "synthetic": (lambda: SyntheticLM(vocab_size=256), SyntheticLM, "_logits"),
     "ngram": (lambda: NGramLM(256), NGramLM, "_fill"),

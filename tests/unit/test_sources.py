@@ -44,6 +44,7 @@ from specsplit.rpc.connection import connect
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import WorkerServer, load_servicer
 
+from heads import head_tensors, write_head
 from waiting import wait_until
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -408,6 +409,25 @@ def test_the_download_asks_for_no_code_and_no_pickles(
     repository = ["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.onnx"]
     taken = list(huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=asked[0]["allow_patterns"]))
     assert taken == ["config.json", "model.safetensors"]
+
+
+def test_the_pickled_weights_of_a_head_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_head(tmp_path / "hub", "original", head_tensors(), pickled=True)
+    (tmp_path / "hub" / "code.py").touch()
+    snapshot = tmp_path / "cache" / COMMIT
+
+    def download(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for path in (tmp_path / "hub").iterdir():
+            if list(huggingface_hub.utils.filter_repo_objects([path.name], allow_patterns=allow_patterns)):
+                (snapshot / path.name).write_bytes(path.read_bytes())
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    manifest = prepare_model(HUB, "head", tmp_path / "out")
+    assert sorted(manifest["files"]) == ["config.json", "pytorch_model.bin"]
+    assert manifest["fingerprint"]["architecture"] == "LlamaForCausalLMEagle3"
+    assert resolve_model(tmp_path / "out")[0] == tmp_path / "out"
 
 
 def test_large_weights_are_linked_not_copied(

@@ -10,13 +10,16 @@ import socket
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint
@@ -237,7 +240,7 @@ def test_measurements_beside_the_sweep_that_are_there_or_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert files.beside_the_sweep("", ["results/report.html"]) == []
-    rows = ["results/capacity.csv", "results/capacity_requests.csv"]
+    rows = ["results/capacity.csv", "results/capacity_requests.csv", "results/capacity_run.json"]
     rows += ["results/figures/capacity.png", "results/figures/capacity.svg"]
     for target in ("capacity", "specsplit_capacity", *rows):
         assert files.beside_the_sweep("", [target, "results/report.html"]) == rows, target
@@ -347,6 +350,16 @@ def test_the_environment_of_the_rules_is_what_the_package_asks_for_in_the_tested
     (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert {name(line) for line in pip} == {name(line) for line in needed}
     assert all(line.partition("==")[2] == versions[name(line)] for line in pip)
+
+
+def test_the_tested_versions_run_on_the_oldest_python_that_the_package_names() -> None:
+    root = SOURCES.parent
+    oldest = tomllib.loads((root / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    tested = (root / "envs" / "constraints.txt").read_text().splitlines()
+    for pin in (line.partition("==") for line in tested if "==" in line):
+        with suppress(metadata.PackageNotFoundError):  # of an extra that is not installed
+            wanted = metadata.metadata(pin[0])["Requires-Python"] or ""
+            assert SpecifierSet(wanted).contains(f"{oldest}.0"), (pin, wanted)
 
 
 def test_only_the_targets_own_generation_settings_matter() -> None:

@@ -74,6 +74,7 @@ def lookup(config: Any, dotted: str) -> Any:
         ("sampling.temperature", "0.7", [0.7]),
         ("sampling.temperature", "[0, '1.5']", [0, 1.5]),
         ("network.rtt_ms", 14, [14]),
+        ("network.bandwidth_mbit", 2.5, [2.5]),
         ("draft.skip_layers", "auto", "auto"),
         ("draft.skip_layers", "[3, 1]", [3, 1]),
         ("generation.ignore_eos", "true", True),
@@ -190,6 +191,7 @@ def test_loading_twice_changes_nothing() -> None:
         ("sampling.temperature", [1, 1.0], "sampling.temperature: [1, 1.0] has 1.0 more than once; remove the repeats"),
         ("sampling.top_p", 0, "sampling.top_p: 0; wanted a number > 0 and <= 1"),
         ("network.rtt_ms", math.inf, "network.rtt_ms[0]: Infinity; wanted a number >= 0"),
+        ("network.bandwidth_mbit", [0, -1], "network.bandwidth_mbit[1]: -1; wanted a number >= 0"),
         (
             "draft.skip_layers",
             "best",
@@ -480,6 +482,6 @@ def test_the_schema_allows_no_unknown_key_and_describes_all() -> None:
         here = [schema] if "properties" in schema and schema.get("type") == "object" else []
         return here + [found for item in schema.values() for found in objects(item)]
 
-    assert len(objects(SCHEMA)) == 22  # the whole, fourteen sections, a draft by name, six sources
+    assert len(objects(SCHEMA)) == 23  # the whole, fifteen sections, a draft by name, six sources
     assert all(schema["additionalProperties"] is False for schema in objects(SCHEMA))
     assert all(schema["description"].endswith(".") for schema in schema_keys().values())

@@ -103,7 +103,7 @@ class SuffixLM(NGramLM):
             self.batch_tokens, self.prefill_tokens = model.batch_tokens, model.prefill_tokens
             self.uses_torch_threads = model.uses_torch_threads
 
-    def cache_bytes(self, capacity: int) -> int:
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         return super().cache_bytes(capacity) + (self.model.cache_bytes(capacity) if self.model is not None else 0)
 
     def new_cache(self, capacity: int) -> SuffixCache:

@@ -17,7 +17,7 @@ from specsplit.client.text import OnTokens
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.records import Request, gamma_controller, request_config
 from specsplit.settings.names import DEFAULT_DRAFT
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Beside:
             found.append(Contender(STREAMED, alone, streamed))
         if COLOCATED in self.setups and self.pair is not None:
             pair, controller = self.pair, gamma_controller(config)
-            here = config.model_copy(update={"rtt_ms": 0.0, "jitter_ms": 0.0})
+            here = config.model_copy(update=NO_NETWORK)
 
             def write(request: Request) -> SpeculativeResult:
                 own = request_config(here, request)

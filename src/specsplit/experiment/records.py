@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from specsplit.client.result import SpeculativeResult
+from specsplit.client.result import LINK_BYTES, SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms, verifications
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, SOURCES, RequestRecord, RoundRecord
 from specsplit.experiment.prompt import Prompt
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 # Columns of requests.csv that are settings of the same name.
-SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms", "seed"}
+SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", *NO_NETWORK, "seed"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def request_record(
         acceptance_length=None if error else acceptance_length(rounds),
         draft_acceptance_rate=accepted / drafted if drafted and not error else None,
         turn=request.turn,
+        **{name: sum(getattr(r, name) for r in rounds) for name in LINK_BYTES},
         repeat=repeat,
         status=FAILED if error else OK,
         error_code=error.code if error else "",

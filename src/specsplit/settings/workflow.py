@@ -21,6 +21,7 @@ from specsplit.settings.measure import (
     LayerSettings,
     MergeSettings,
     Peer,
+    PriceSettings,
     PromptSettings,
     StandardName,
     TokenSettings,
@@ -231,6 +232,7 @@ Workflow: type[BaseModel] = section(
         note="simulated, to the target worker",
         rtt_ms=axis("rtt_ms", [0], [0, 14, 50], note="several values are swept"),
         jitter_ms=same(Run, "jitter_ms"),
+        bandwidth_mbit=axis("bandwidth_mbit", [0], [0, 100, 10], note="each way, by the bytes sent; 0 = no limit"),
     ),
     faults=section(
         "What a run does when a worker fails.",
@@ -385,6 +387,12 @@ Workflow: type[BaseModel] = section(
             *("validation_texts", "evaluate_every", "checkpoint_every"),
         ),
         gamma=same(AcceptanceSettings, "gamma"),
+    ),
+    prices=section(
+        "What an hour of each machine costs, for the price per million tokens in summary.csv; null is not known.",
+        note="an hour of each machine, in any currency; null = not known",
+        draft=same(PriceSettings, "draft_price"),
+        target=same(PriceSettings, "target_price"),
     ),
     statistics=section(
         "The intervals in summary.csv.",

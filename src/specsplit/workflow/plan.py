@@ -45,8 +45,9 @@ class Plan:
         swept = swept_drafts(config)
         self.first_draft, first = first_draft(config)
         self.drafts = {self.first_draft: first, **swept}
-        temperatures, rtts_ms = config["sampling"]["temperature"], config["network"]["rtt_ms"]
-        points = sweep_points(config["gammas"], config["mode"], config["tree"], temperatures, rtts_ms, swept)
+        temperatures, network = config["sampling"]["temperature"], config["network"]
+        axes = config["gammas"], config["mode"], config["tree"], temperatures, network["rtt_ms"]
+        points = sweep_points(*axes, swept, network["bandwidth_mbit"])
         self.points = {point.label: point for point in points}
         raced = config["baselines"]
         self.raced = self._beside("race", [0, *raced["gammas"]], raced["mode"], raced["tree"])

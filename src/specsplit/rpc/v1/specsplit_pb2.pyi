@@ -217,13 +217,15 @@ class EndSessionReply(_message.Message):
     def __init__(self, existed: _Optional[bool] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
-    __slots__ = ("with_tokenizer",)
+    __slots__ = ("with_tokenizer", "usage")
     WITH_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     with_tokenizer: bool
-    def __init__(self, with_tokenizer: _Optional[bool] = ...) -> None: ...
+    usage: bool
+    def __init__(self, with_tokenizer: _Optional[bool] = ..., usage: _Optional[bool] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("role", "model", "version", "weights_sha256", "tokenizer_sha256", "parameters", "dtype", "device", "threads", "skip_layers", "vocab_size", "max_context", "eos_token_ids", "pid", "environment", "runtime", "tokenizer_files", "limits")
+    __slots__ = ("role", "model", "version", "weights_sha256", "tokenizer_sha256", "parameters", "dtype", "device", "threads", "skip_layers", "vocab_size", "max_context", "eos_token_ids", "pid", "environment", "runtime", "tokenizer_files", "limits", "usage")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -263,6 +265,7 @@ class DescribeReply(_message.Message):
     RUNTIME_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FILES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
     role: str
     model: str
     version: str
@@ -281,7 +284,25 @@ class DescribeReply(_message.Message):
     runtime: _containers.ScalarMap[str, str]
     tokenizer_files: _containers.ScalarMap[str, bytes]
     limits: Limits
-    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., skip_layers: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pid: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., runtime: _Optional[_Mapping[str, str]] = ..., tokenizer_files: _Optional[_Mapping[str, bytes]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+    usage: Usage
+    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., skip_layers: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pid: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., runtime: _Optional[_Mapping[str, str]] = ..., tokenizer_files: _Optional[_Mapping[str, bytes]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("cpu_ms", "energy_j", "no_energy")
+    class EnergyJEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    CPU_MS_FIELD_NUMBER: _ClassVar[int]
+    ENERGY_J_FIELD_NUMBER: _ClassVar[int]
+    NO_ENERGY_FIELD_NUMBER: _ClassVar[int]
+    cpu_ms: float
+    energy_j: _containers.ScalarMap[str, float]
+    no_energy: str
+    def __init__(self, cpu_ms: _Optional[float] = ..., energy_j: _Optional[_Mapping[str, float]] = ..., no_energy: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("tree_nodes", "draft_tokens", "children", "tree_width", "fan_out", "stop_tokens", "message_bytes", "waiting_messages", "sessions", "calls", "streams")
