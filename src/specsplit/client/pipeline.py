@@ -166,6 +166,7 @@ class _Pipeline:
         self.renew("target")
         self._exposed_ms = self._hidden_ms = 0.0
         self._awaited = 0  # replies of the draft worker, at most
+        self._advised: int | None = None  # gamma for all texts that share the target; None: this one is alone
 
     @property
     def target(self) -> Stream:
@@ -254,6 +255,7 @@ class _Pipeline:
             exposed_ms, unseen_ms = self._take_draft_work()
             now = time.perf_counter()
             accepted = list(verdict.accepted_tokens)
+            self._advised = verdict.gamma if verdict.HasField("gamma") else None
             outcome = (tuple(accepted), verdict.next_token)
             self.at_target.extend_to([*self.text.tokens, *accepted])
             timings = drafted.timings if drafted is not None else pb.Timings(compute_ms=hidden_ms)
@@ -326,7 +328,9 @@ class _Pipeline:
 
     def _choose(self) -> int:
         room = self.text.room()
-        return room if self.controller is None else self.controller.choose(room)
+        if self.controller is None:
+            return room
+        return self.controller.choose(room) if self._advised is None else min(self._advised, room)
 
     def _observe(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
         if self.controller is not None:
@@ -339,7 +343,8 @@ class _Pipeline:
                 verify_ms=measured.verify_compute_ms,
                 network_ms=measured.network_ms,
                 hit=None if measured.speculation == "none" else measured.speculation == "hit",
-                first=self.at_target.whole or (drafted_now and self.at_draft.whole),
+                # Times of shared passes say nothing of those that it has alone.
+                first=self._advised is not None or self.at_target.whole or (drafted_now and self.at_draft.whole),
                 ranks=ranks(tree.parents, path),
             )
 

@@ -17,6 +17,7 @@ from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object
 from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES
 from specsplit.models.fingerprint import check_tokenizer, fingerprint_model, matches, read_config
+from specsplit.models.head_config import is_head
 from specsplit.settings.models import BYTES, NGramParameters, SuffixParameters, SyntheticParameters
 
 Lookup = NGramParameters | SuffixParameters
@@ -58,6 +59,8 @@ def model_behind(path: str) -> tuple[Path, dict[str, Any]]:
     folder, manifest = described(path)
     if manifest and is_weightless(manifest["source"]) and manifest["source"]["source"] != "synthetic":
         raise UserError(f"{path} has no weights: name a model that can draft by itself")
+    if is_head(folder):
+        raise UserError(f"{path} reads the target's hidden states: name a model that drafts from the text alone")
     return folder, manifest["fingerprint"] if manifest else fingerprint_model(folder)
 
 

@@ -124,6 +124,12 @@ class SessionStore:
         return len(self._sessions)
 
     @property
+    def open(self) -> int:
+        """Sessions whose stream is open."""
+        with self._lock:
+            return sum(session.held for session in self._sessions.values())
+
+    @property
     def waiting(self) -> int:
         """Callers in line for a session."""
         return len(self._line)

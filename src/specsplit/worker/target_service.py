@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
 
+from specsplit.decoding.shared_gamma import SharedGamma
 from specsplit.decoding.tree import TokenTree, TreeError, check_lengths
 from specsplit.decoding.verification import Verdict
 from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
@@ -41,6 +43,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
     ) -> None:
         super().__init__(model, config, identity)
         self._projection = projection
+        self._shared, self._shared_lock = SharedGamma(), threading.Lock()
         lm: Any = model.model
         self._layers: int = lm.num_layers if lm.taps else 0
         if lm.taps:
@@ -191,6 +194,8 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 reply.accepted_nodes.extend(verdict.path)
                 reply.accepted_tokens.extend(tree.token_ids[node] for node in verdict.path)
                 reply.next_token = verdict.next_token
+                if (gamma := self._gamma_for_all(tree.depth(), len(verdict.path))) is not None:
+                    reply.gamma = gamma
             return reply
 
         reply = self.answer(
@@ -203,6 +208,17 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
         )
         earlier = [pb.VerifyDraftsReply(round=reply.round, states=part, states_only=True) for part in states[:-1]]
         return [*earlier, reply]
+
+    def _gamma_for_all(self, drafted: int, accepted: int) -> int | None:
+        """Note a round; the gamma that all texts should have next, None where there is one text."""
+        texts = self.sessions.open
+        with self._shared_lock:
+            before = self._shared.gamma
+            self._shared.observe(time.perf_counter(), texts, drafted, accepted)
+            gamma = self._shared.gamma
+        if gamma != before:
+            self.model.expect_all()
+        return gamma
 
 
 def _next_round(

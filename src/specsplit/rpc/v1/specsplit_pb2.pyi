@@ -209,7 +209,7 @@ class StreamVerifyRequest(_message.Message):
     def __init__(self, verify: _Optional[_Union[VerifyDraftsRequest, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ...) -> None: ...
 
 class VerifyDraftsReply(_message.Message):
-    __slots__ = ("accepted_nodes", "accepted_tokens", "next_token", "timings", "round", "states", "states_only")
+    __slots__ = ("accepted_nodes", "accepted_tokens", "next_token", "timings", "round", "states", "states_only", "gamma")
     ACCEPTED_NODES_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -217,6 +217,7 @@ class VerifyDraftsReply(_message.Message):
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     STATES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    GAMMA_FIELD_NUMBER: _ClassVar[int]
     accepted_nodes: _containers.RepeatedScalarFieldContainer[int]
     accepted_tokens: _containers.RepeatedScalarFieldContainer[int]
     next_token: int
@@ -224,7 +225,8 @@ class VerifyDraftsReply(_message.Message):
     round: int
     states: HiddenStates
     states_only: bool
-    def __init__(self, accepted_nodes: _Optional[_Iterable[int]] = ..., accepted_tokens: _Optional[_Iterable[int]] = ..., next_token: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., round: _Optional[int] = ..., states: _Optional[_Union[HiddenStates, _Mapping]] = ..., states_only: _Optional[bool] = ...) -> None: ...
+    gamma: int
+    def __init__(self, accepted_nodes: _Optional[_Iterable[int]] = ..., accepted_tokens: _Optional[_Iterable[int]] = ..., next_token: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., round: _Optional[int] = ..., states: _Optional[_Union[HiddenStates, _Mapping]] = ..., states_only: _Optional[bool] = ..., gamma: _Optional[int] = ...) -> None: ...
 
 class StreamTextRequest(_message.Message):
     __slots__ = ("context", "sampling", "max_tokens", "stop_token_ids")
