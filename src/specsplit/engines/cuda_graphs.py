@@ -89,7 +89,12 @@ class GraphCache(LayeredSlots):
 
 
 class GraphLM(CausalLM):
-    """CausalLM with passes that are recorded when first used; same methods, same logits but for rounding."""
+    """CausalLM with passes that are recorded when first used; same methods, same logits but for rounding.
+
+    Its caches keep no hidden states.
+    """
+
+    taps = False
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -106,7 +111,7 @@ class GraphLM(CausalLM):
         weakref.finalize(cache, free.append, buffers)
         return cache
 
-    def cache_bytes(self, capacity: int) -> int:
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         """As CausalLM.cache_bytes: all slots of the buffers, and what the passes recorded on them keep.
 
         Counted are passes of every size up to parts of prompts, at every view, with logits of SMALLEST_PASS rows.

@@ -98,6 +98,7 @@ class FusedLM:
 
     batch_tokens = prefill_tokens = CHUNK
     uses_torch_threads = False
+    taps = False
 
     def __init__(self, source: CausalLM, threads: int) -> None:
         if reason := unsuitable(source):
@@ -133,7 +134,7 @@ class FusedLM:
         """Memory of the weights that a pass reads."""
         return self._linears.nbytes
 
-    def cache_bytes(self, capacity: int) -> int:
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         dims = self._head_dim + _vectors(self._head_dim) * LANES  # of keys and values, in float32
         return 4 * self.num_layers * self._kv_heads * dims * _vectors(capacity) * LANES
 

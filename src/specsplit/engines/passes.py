@@ -16,12 +16,16 @@ EMPTY = TokenTree()
 
 @dataclass(frozen=True)
 class Pass:
-    """The arguments of CausalLM.step: one session's part of a pass."""
+    """The arguments of CausalLM.step: one session's part of a pass.
+
+    states: for a head that reads the target's hidden states, a row for each of `tokens` (HiddenStatesHead.step).
+    """
 
     cache: Any
     tokens: Sequence[int]
     tree: TokenTree = field(default_factory=TokenTree)
     cached_nodes: int = 0
+    states: torch.Tensor | None = None
 
     @property
     def size(self) -> int:

@@ -83,6 +83,7 @@ class WeightlessLM:
     batch_tokens = 0
     prefill_tokens = 512
     uses_torch_threads = False
+    taps = False
     max_context = MAX_CONTEXT
     eos_token_ids: tuple[int, ...] = ()
     parameters = 0
@@ -91,7 +92,7 @@ class WeightlessLM:
         self.vocab_size = vocab_size
         self.device = torch.device("cpu")
 
-    def cache_bytes(self, capacity: int) -> int:
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         return 8 * capacity
 
     def new_cache(self, capacity: int) -> TokenCache:

@@ -132,8 +132,17 @@ class SharedModel:
             watch.compute_ms = (time.perf_counter() - started) * 1e3 - watch.queue_ms
             self._clock.watch = Stopwatch()
 
-    def step(self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0) -> torch.Tensor:
+    def step(
+        self,
+        cache: Any,
+        tokens: Sequence[int],
+        tree: TokenTree = EMPTY,
+        cached_nodes: int = 0,
+        states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One pass, as CausalLM.step; waits for the model. A long prompt is fed in parts, between which others run.
+
+        states: as Pass.states.
 
         Raises Stopped when the model is closed before the pass begins, Abandoned when the client has left (`timed`).
         The cache is as before then, as after any other error.
@@ -143,9 +152,10 @@ class SharedModel:
         is_prompt = len(tokens) > most
         try:
             while len(tokens) > most:
-                self._ask(Pass(cache, tokens[:most]), is_prompt)
-                tokens = tokens[most:]
-            return self._ask(Pass(cache, tokens, tree, cached_nodes), is_prompt)
+                first = None if states is None else states[:most]
+                self._ask(Pass(cache, tokens[:most], states=first), is_prompt)
+                tokens, states = tokens[most:], None if states is None else states[most:]
+            return self._ask(Pass(cache, tokens, tree, cached_nodes, states), is_prompt)
         except BaseException:
             cache.rollback(held)
             raise
