@@ -20,6 +20,7 @@ from specsplit.errors import UserError
 
 STATES_DTYPE = torch.bfloat16
 PREFILL_TOKENS = 1 << 12  # of a pass over prompts
+BLOCK = 256  # tokens
 CROWDED = 0.8  # share of the rows in the cache that must still write; below it the others leave
 
 
@@ -216,9 +217,16 @@ class _Cache:
 
 
 def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """A token of each row, [rows]; drawn by its place in the cumulative distribution."""
+    """A token of each row, [rows]: a block of the vocabulary is drawn, then a token of it, as sums over blocks are fast."""
     if not temperature:
         return logits.argmax(-1)
-    sums = (logits / temperature).softmax(-1).cumsum(-1)
-    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * sums[:, -1:]
-    return torch.searchsorted(sums, drawn, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    blocks = F.pad((logits / temperature).softmax(-1), (0, -logits.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block = _draw(blocks.sum(-1), generator)
+    return block * BLOCK + _draw(blocks[torch.arange(len(block), device=block.device), block], generator)
+
+
+def _draw(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An index of each row of weights that are not negative, [rows]; never of a weight of zero."""
+    sums = weights.cumsum(-1)
+    drawn = torch.rand(len(sums), 1, generator=generator, device=sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, drawn, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)

@@ -11,6 +11,7 @@ from specsplit.settings.measure import IntervalSettings
 from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MAX_TEMPERATURE
 from specsplit.settings.worker import ComputeSettings, Dtype, Engine, Layer
 
+Kind = Literal["independent", "hidden_states"]
 AnswerTemperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)]
 
 
@@ -20,6 +21,13 @@ class DistillSettings(ComputeSettings):
     prefix = "SPECSPLIT_DISTILL_"
 
     seed: int = setting(0, "Seed of everything that is drawn at random.", ge=0, le=MAX_SEED)
+    kind: Kind = setting(
+        "independent",
+        "What is made: independent is a small model of the target's layers, hidden_states a head that reads the "
+        "target's hidden states (EAGLE-3).",
+        example="hidden_states",
+        note="independent | hidden_states",
+    )
 
 
 class WritingSettings(DistillSettings):
@@ -59,6 +67,14 @@ class WritingSettings(DistillSettings):
         example=32,
         note="likeliest tokens that the draft learns at each position",
         ge=1,
+    )
+    state_layers: list[Layer] | None = setting(
+        None,
+        "With kind hidden_states: layers of the target, counted from 0, whose inputs the head reads; null: 2, the middle "
+        "one, and the third from the end.",
+        example=[1, 9, 17],
+        note="whose inputs a hidden_states head reads; null: 2, half, third from the end",
+        min_length=1,
     )
     target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
