@@ -114,6 +114,14 @@ class TrainingSettings(DistillSettings):
         note="most frequent tokens; null = all",
         ge=2,
     )
+    unroll_steps: int = setting(
+        3,
+        "With kind hidden_states: tokens in a row that the head learns to draft from its own states.",
+        example=5,
+        note="that a hidden_states head learns to draft in a row",
+        ge=1,
+        le=MAX_GAMMA,
+    )
     draft_dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", "Number format that the draft is saved in.", example="float16"
     )
