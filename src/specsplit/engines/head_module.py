@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specsplit.io import write_json
-from specsplit.models.head_config import HeadConfig, config_json
+from specsplit.models.head_config import HeadConfig, config_json, read_head_config
+from specsplit.models.head_files import EMBEDDING, check_tensors, head_tensors, head_tokens, target_embedding
 
 WEIGHTS = "model.safetensors"
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -90,7 +91,7 @@ class HeadLayer(nn.Module):
 
 
 class HeadModule(nn.Module):
-    """A head with random weights. Parameters are named as in the original checkpoints.
+    """A head with random weights. Parameters are named as in the original checkpoints, or in those of `speculators`.
 
     d2t: for every row of the output head the target's token less the row. t2d: whether a row has the token.
     embed_tokens: of the target; its weights may be shared with it.
@@ -104,14 +105,27 @@ class HeadModule(nn.Module):
         hidden = config.layer.hidden_size
         self.config = config
         self.embed_tokens = nn.Embedding(config.layer.vocab_size, hidden)
-        self.fc = nn.Linear(config.states * config.target_hidden_size, hidden, bias=False)
+        sizes = config.states * [config.target_hidden_size]
+        if config.norm_before_fc:
+            self.input_norm = LlamaRMSNorm(sum(sizes), eps=config.layer.rms_norm_eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(LlamaRMSNorm(size, eps=config.layer.rms_norm_eps) for size in sizes)
+        self.fc = nn.Linear(sum(sizes), hidden, bias=False)
         self.midlayer = HeadLayer(config)
         self.norm = LlamaRMSNorm(hidden, eps=config.layer.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
         self.register_buffer("d2t", torch.zeros(config.vocab_size, dtype=torch.long))
         self.register_buffer("t2d", torch.zeros(config.layer.vocab_size, dtype=torch.bool))
         self.set_tokens(range(config.vocab_size))
-        self._rotary = LlamaRotaryEmbedding(config.layer)
+        self._rotary = (LlamaRotaryEmbedding(config.layer),)  # no submodule: its frequencies stay float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
 
     def set_tokens(self, tokens: Any) -> None:
         """Name the target's token of every row of the output head."""
@@ -122,13 +136,48 @@ class HeadModule(nn.Module):
 
     def rotary(self, positions: torch.Tensor) -> Pair:
         """Cosines and sines [batch, n, head_dim] of positions [batch, n]; token 1 of a text, the first, is at 0."""
-        cos, sin = self._rotary(self.fc.weight, positions)
+        cos, sin = self._rotary[0](self.norm.weight, positions)
         return cos, sin
+
+    def project(self, raw: torch.Tensor) -> torch.Tensor:
+        """The target's hidden states [.., states * target_hidden_size], side by side -> one state [.., hidden]."""
+        if self.config.norm_before_fc:
+            raw = self.input_norm(raw)
+        if self.config.fc_norm:
+            parts = raw.split(self.config.target_hidden_size, dim=-1)
+            raw = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        state: torch.Tensor = self.fc(raw)
+        return state
+
+    def next_states(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Outputs of the layer -> the states with which the tokens after them are read."""
+        return self.norm(outputs) if self.config.norm_output else outputs
 
     def logits(self, outputs: torch.Tensor) -> torch.Tensor:
         """[.., hidden] outputs of the layer -> [.., vocab_size]."""
         logits: torch.Tensor = self.lm_head(self.norm(outputs))
         return logits
+
+
+def load_head(folder: Path, dtype: torch.dtype, target: Path | None = None) -> HeadModule:
+    """The head in a folder, of either published layout, on the CPU.
+
+    target: a folder of the target, whose embedding is read when the head has none. Raises UserError for a head that
+    cannot be read, by the file, key or tensor that is wrong.
+    """
+    config, tensors = read_head_config(folder), head_tensors(folder)
+    with torch.device("meta"):
+        module = HeadModule(config)
+    expected = {name: tensor for name, tensor in module.state_dict().items() if name not in ("d2t", "t2d")}
+    tokens = head_tokens(config, tensors, folder)
+    tensors.pop("d2t", None)
+    check_tensors(tensors, expected, folder, optional={EMBEDDING})
+    if EMBEDDING not in tensors:
+        tensors[EMBEDDING] = target_embedding(target, config, folder)
+    module.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, strict=False, assign=True)
+    module.set_tokens(tokens)
+    module._rotary = (LlamaRotaryEmbedding(config.layer),)
+    return module
 
 
 def save_head(module: HeadModule, folder: Path, dtype: torch.dtype, *, with_embedding: bool = False) -> None:
@@ -143,6 +192,6 @@ def save_head(module: HeadModule, folder: Path, dtype: torch.dtype, *, with_embe
     tensors = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in sorted(module.state_dict().items())
-        if with_embedding or not name.startswith("embed_tokens.")
+        if with_embedding or name != EMBEDDING
     }
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from specsplit.decoding.tree import TokenTree
-from specsplit.engines.head_module import WEIGHTS, HeadModule
+from specsplit.engines.head_module import HeadModule, load_head
 from specsplit.engines.kv_cache import KVCache
 from specsplit.engines.passes import EMPTY, Pass, all_or_none
+from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.token_cache import tokens_of_pass
 from specsplit.engines.transformers import CPU_PREFILL_CHUNK, DTYPES, PREFILL_CHUNK, pick_device
 from specsplit.engines.tree_attention import positions, visible
-from specsplit.models.head_config import read_head_config
+from specsplit.models.head_files import EMBEDDING
 
 GIVEN = -1  # instead of a slot: the state is given
 
@@ -54,7 +55,7 @@ def waves(sources: Sequence[int], held: int, longest: int) -> Iterator[tuple[int
 
 
 class HiddenStatesHead:
-    """A loaded head. vocab_size: rows of its output head. parameters: those that a step reads, and the embedding.
+    """A loaded head. vocab_size: rows of its output head.
 
     layers: of the target, whose inputs `project` joins; None = those that EAGLE reads (default_layers).
     hidden_size: numbers of one of the target's hidden states. state_size: of a projected one.
@@ -68,7 +69,7 @@ class HiddenStatesHead:
     def __init__(self, module: HeadModule) -> None:
         config = module.config
         self.module = module.eval()
-        self.device, self.dtype = module.fc.weight.device, module.fc.weight.dtype
+        self.device, self.dtype = module.device, module.dtype
         self.layers = config.layers
         self.hidden_size, self.state_size = config.target_hidden_size, config.layer.hidden_size
         self.vocab_size = config.vocab_size
@@ -76,18 +77,20 @@ class HiddenStatesHead:
         self.prefill_tokens = CPU_PREFILL_CHUNK if self.device.type == "cpu" else PREFILL_CHUNK
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: str = "float32", device: str = "auto") -> HiddenStatesHead:
-        """The head in a folder."""
-        from safetensors.torch import load_file
-
-        module = HeadModule(read_head_config(folder))
-        module.load_state_dict(load_file(folder / WEIGHTS), strict=False)
-        return cls(module.to(pick_device(device), DTYPES[dtype]))
+    def load(
+        cls, folder: Path, *, dtype: str = "float32", device: str = "auto", target: Path | None = None
+    ) -> HiddenStatesHead:
+        """The head in a folder, of either published layout (`load_head`). dtype, device: as CausalLM.load."""
+        place = pick_device(device)
+        module = load_head(folder, DTYPES[dtype], target).to(place)
+        if dtype == "int8":
+            quantise_linears(module)
+        return cls(module)
 
     @property
     def parameters(self) -> int:
-        """Numbers in the weights."""
-        return sum(p.numel() for p in self.module.parameters())
+        """Numbers in the weights but for the embedding, of which a step reads a row."""
+        return sum(p.numel() for name, p in self.module.named_parameters() if name != EMBEDDING)
 
     def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         """As CausalLM.cache_bytes."""
@@ -98,14 +101,13 @@ class HiddenStatesHead:
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache of at most `capacity` entries; its `states` are the head's own outputs."""
         cache = KVCache(1, capacity, self.state_size, torch.empty(0, dtype=self.dtype, device=self.device))
-        cache.tap((0,))
+        cache.tap((1,))  # the output of its one layer
         return cache
 
     @torch.inference_mode()
     def project(self, raw: torch.Tensor) -> torch.Tensor:
         """The target's hidden states [n, layers * hidden_size] -> [n, state_size], float32."""
-        states: torch.Tensor = self.module.fc(raw.to(self.device, self.dtype)).float()
-        return states
+        return self.module.project(raw.to(self.device, self.dtype)).float()
 
     @torch.inference_mode()
     def step(
@@ -163,6 +165,7 @@ class HiddenStatesHead:
             q, k, v, attn_mask=seen.to(self.device), enable_gqa=True
         )
         outputs: torch.Tensor = layer.finish(states[None], attended)[0]
-        cache.states[cache.length : cache.length + len(ids)] = outputs  # type: ignore[index]
+        assert cache.states is not None
+        cache.states[cache.length : cache.length + len(ids)] = module.next_states(outputs)
         cache.advance(len(ids))
         return outputs

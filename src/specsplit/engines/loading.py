@@ -12,6 +12,7 @@ import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM, unsuitable
 from specsplit.engines.passes import EMPTY, Pass
@@ -19,9 +20,10 @@ from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
 from specsplit.errors import UserError
 from specsplit.models.file_names import GGUF_FILE
-from specsplit.models.fingerprint import fingerprint_model, gguf_weights, read_config
+from specsplit.models.fingerprint import fingerprint_model, gguf_weights, has_tokenizer, read_config
 from specsplit.models.generation_settings import check_eos, refuse_model_settings
 from specsplit.models.gguf_file import read_gguf
+from specsplit.models.head_config import is_head
 from specsplit.models.sources import manifest_file, model_folder, tokenizer_folder
 from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import read_reduced_map
@@ -34,7 +36,8 @@ COMPILED_S = 3.0  # a first pass that took longer compiled
 
 
 class LanguageModel(Protocol):
-    """A model that drafts or verifies: CausalLM and GraphLM, FusedLM, SyntheticLM, NGramLM. CausalLM says how.
+    """A model that drafts or verifies: CausalLM and GraphLM, FusedLM, SyntheticLM, NGramLM, HiddenStatesHead. CausalLM
+    says how.
 
     Its caches are of its own kind and have length, capacity, advance, rollback and keep, as KVCache documents them.
     """
@@ -86,8 +89,12 @@ def load_model(
     Raises UserError when the model cannot be loaded, is not the one that the manifest was made for, or does not fit the
     settings.
     """
+    model: LanguageModel
     if is_weightless(manifest["source"]):
         model, weights_sha256 = _load_weightless(manifest, config)
+    elif is_head(folder):
+        weights_sha256 = _weights_sha256(folder, manifest, config)
+        model = _load_head(folder, manifest["name"], config)
     else:
         model, weights_sha256 = _load_causal_lm(folder, manifest, config, threads)
     identity = {
@@ -108,10 +115,7 @@ def target_tokenizer(config: WorkerSettings) -> Path | None:
 def _load_causal_lm(
     folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int
 ) -> tuple[LanguageModel, str]:
-    weights_sha256: str = manifest["fingerprint"]["weights_sha256"]
-    # The manifest of a plain folder has just been made from the weights; one that was read may be old.
-    if config.model is not None and manifest_file(config.model).is_file():
-        _check_same(fingerprint_model(folder)["weights_sha256"], weights_sha256, f"the weights in {folder}")
+    weights_sha256 = _weights_sha256(folder, manifest, config)
     skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
     if (fused := _in_blocks(folder, config, threads, skip_layers)) is not None:
         return fused, weights_sha256
@@ -126,6 +130,35 @@ def _load_causal_lm(
         log.info("engine transformers, as %s", reason)
         return model, weights_sha256
     return _compared(model, lambda: FusedLM(model, threads), "fused"), weights_sha256
+
+
+def _weights_sha256(folder: Path, manifest: dict[str, Any], config: WorkerSettings) -> str:
+    """The manifest's hash, compared with the weights unless it has just been made from them, as of a plain folder."""
+    weights_sha256: str = manifest["fingerprint"]["weights_sha256"]
+    if config.model is not None and manifest_file(config.model).is_file():
+        _check_same(fingerprint_model(folder)["weights_sha256"], weights_sha256, f"the weights in {folder}")
+    return weights_sha256
+
+
+def _load_head(folder: Path, name: str, config: WorkerSettings) -> HiddenStatesHead:
+    """A head that drafts from the target's hidden states."""
+    if not isinstance(config, DraftWorkerConfig):
+        raise UserError(
+            f"{name} is a head that drafts from the hidden states of a target, and no target: name it as the draft "
+            "worker's model"
+        )
+    if config.skip_layers:
+        raise UserError(f"skip_layers {config.skip_layers}: {name} is a head of one layer, which cannot be left out")
+    target = target_tokenizer(config)
+    if target is None and not has_tokenizer(folder):
+        raise UserError(
+            f"{folder}: a head without a tokenizer speaks that of its target: name the target's folder as "
+            "target_tokenizer (--target-tokenizer FOLDER)"
+        )
+    head = HiddenStatesHead.load(folder, dtype=config.dtype, device=config.device, target=target)
+    if config.engine == "graphs" or (config.engine == "auto" and head.device.type == "cuda"):
+        log.info("engine transformers, as engine graphs does not run heads that read hidden states")
+    return head
 
 
 def _in_blocks(folder: Path, config: WorkerSettings, threads: int, skip_layers: Sequence[int]) -> LanguageModel | None:

@@ -2,7 +2,8 @@
 
 Every source gives one folder with a manifest, `model.json`: where the weights are, where they came from, their hashes.
 Nothing is loaded before its hash is checked, no code of a model is run, and weights are read from safetensors or GGUF,
-never from pickles. The GGUF file of a Llama-type model is kept as it is; of other architectures it is converted once.
+never from pickles but for those of heads, by a reader of tensors alone (head_files.py). The GGUF file of a Llama-type
+model is kept as it is; of other architectures it is converted once.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import Any
 
 from specsplit.errors import UserError
 from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
-from specsplit.models.file_names import GGUF_FILE, MODEL_FILES, WEIGHT_FILES
+from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES
 from specsplit.models.fingerprint import (
     check_model_folder,
     check_tokenizer,
     fingerprint_model,
     hash_files,
     matches,
+    model_files,
 )
 from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (
@@ -179,10 +181,11 @@ def _check_small_files(folder: Path, manifest_path: Path, files: Mapping[str, st
 
     The weights, which take longer, are hashed where they are loaded.
     """
-    present = {path.name for path in folder.iterdir() if matches(path.name, MODEL_FILES)}
+    patterns, weights = model_files(folder), (*WEIGHT_FILES, HEAD_WEIGHTS)
+    present = {path.name for path in folder.iterdir() if matches(path.name, patterns)}
     for name in sorted(present | set(files)):
         as_named = name in present and name in files
-        if not as_named or (not matches(name, WEIGHT_FILES) and sha256_file(folder / name) != files[name]):
+        if not as_named or (not matches(name, weights) and sha256_file(folder / name) != files[name]):
             raise UserError(f"{folder / name} is not as {manifest_path} says: prepare the model again")
 
 
@@ -408,6 +411,9 @@ def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetch
     try:
         # Into the shared cache: an interrupted download is resumed, and files in the cache work offline.
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
+        patterns = model_files(snapshot)
+        if patterns != MODEL_FILES and not any(matches(path.name, WEIGHT_FILES) for path in snapshot.iterdir()):
+            snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # those of its HTTP library as well
         match error:
             case errors.GatedRepoError():
@@ -427,8 +433,8 @@ def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetch
                 problem = f": {where}: download failed: {type(error).__name__}: {error}"
         raise UserError(f"{key}{problem}") from error
 
-    files = [path for path in sorted(snapshot.iterdir()) if matches(path.name, MODEL_FILES)]
-    if not any(matches(path.name, WEIGHT_FILES) for path in files):
+    files = [path for path in sorted(snapshot.iterdir()) if matches(path.name, patterns)]
+    if not any(matches(path.name, (*WEIGHT_FILES, HEAD_WEIGHTS)) for path in files):
         raise UserError(
             f"{key}: {where} has no safetensors weights, and pickled ones are not read. Name another "
             "revision, or have it converted: https://huggingface.co/spaces/safetensors/convert"

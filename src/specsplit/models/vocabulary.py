@@ -26,7 +26,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from specsplit.errors import UserError
 from specsplit.io import read_json
 from specsplit.models.file_names import MAP_FILES
-from specsplit.models.fingerprint import read_config
+from specsplit.models.fingerprint import has_tokenizer, read_config
+from specsplit.models.head_config import is_head, read_head_config
+from specsplit.models.head_files import read_head_tokens
 from specsplit.models.tokenizer import TextCodec
 
 OVERLAP = 64  # tokens at the end of a text that are encoded again with those after them
@@ -60,9 +62,8 @@ class Vocabulary:
 class ReducedVocabulary(Vocabulary):
     """A draft that reads every token of the target but can say only some: its output head has fewer rows.
 
-    As in FR-Spec (Zhao et al. 2025) and EAGLE-3 (Li et al. 2025); EAGLE's tensor `d2t` holds offsets, though:
-    add the row numbers to it. draft_to_target: target token of every row of the output head. size: of the target's
-    vocabulary.
+    As in FR-Spec (Zhao et al. 2025) and EAGLE-3 (Li et al. 2025). draft_to_target: target token of every row of the
+    output head. size: of the target's vocabulary.
     """
 
     def __init__(self, draft_to_target: Sequence[int], size: int) -> None:
@@ -182,7 +183,11 @@ def load_vocabulary(draft_folder: Path, target_tokenizer_folder: Path | None, mo
     has a reduced head. Raises UserError when a tokenizer cannot be read, when the two share nothing, or when the
     map does not fit.
     """
-    codec = TextCodec.load(draft_folder)
+    # A head may have none of its own, and speaks that of its target.
+    own = draft_folder
+    if target_tokenizer_folder is not None and not has_tokenizer(draft_folder):
+        own = target_tokenizer_folder
+    codec = TextCodec.load(own)
     target = codec if target_tokenizer_folder is None else TextCodec.load(target_tokenizer_folder)
     targets = read_reduced_map(draft_folder)
     if targets is None:
@@ -208,11 +213,14 @@ def read_reduced_map(folder: Path) -> list[int] | None:
     """The target token of every row of a reduced output head; None when the folder has no such map.
 
     Read from `draft_to_target.json`, a list of token ids, or from the tensor `draft_to_target` of
-    `draft_to_target.safetensors`. Raises UserError when it is not a list of different token ids.
+    `draft_to_target.safetensors`; of a head that drafts from hidden states from its `d2t`. Raises UserError when it is
+    not a list of different token ids.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    if is_head(folder):
+        return read_head_tokens(read_head_config(folder), folder)
     paths = [folder / name for name in MAP_FILES if (folder / name).is_file()]
     if not paths:
         return None
