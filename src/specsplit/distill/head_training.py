@@ -7,14 +7,14 @@ computed together: a row is a place of the text and what the head drafts after i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from specsplit.distill.draft import WEIGHTS, copy_tokenizer
+from specsplit.distill.draft import WEIGHTS, copy_tokenizer, pick_vocabulary
 from specsplit.distill.losses import to_draft_rows, top_k_divergence
 from specsplit.distill.shards import Text
 from specsplit.distill.training import autocast, judge, rows_of
@@ -22,6 +22,7 @@ from specsplit.engines.head_module import HeadModule, save_head
 from specsplit.engines.transformers import DTYPES, CausalLM
 from specsplit.errors import UserError
 from specsplit.models.head_config import HeadConfig
+from specsplit.settings.distill import TrainingSettings
 
 DECAY = 0.8  # of the weight of a step against that of the one before it, as in EAGLE-3
 SCALED_BY = 64  # texts that the size of the target's states is taken from
@@ -52,12 +53,21 @@ def build_head(target: CausalLM, layers: Sequence[int], tokens: Sequence[int] | 
     return head
 
 
-def save(head: HeadModule, dtype: str, target_folder: Path, folder: Path) -> None:
-    """Write the head, without the target's embedding, and the target's tokenizer files into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).unlink(missing_ok=True)
-    copy_tokenizer(target_folder, folder)
-    save_head(head, folder, DTYPES[dtype])
+def make_head(
+    target: CausalLM, texts: Sequence[Text], manifest: Mapping[str, Any], settings: TrainingSettings, device: torch.device
+) -> tuple[HeadLearner, list[int], list[int] | None]:
+    """The head to be trained, the target's layers whose inputs it reads, and the tokens of its output head.
+
+    Raises UserError for text without hidden states, and for settings of the other kind.
+    """
+    layers = manifest.get("state_layers")
+    if not layers:
+        raise UserError("the text was written without hidden states: write it with kind hidden_states")
+    if settings.take_layers is not None:
+        raise UserError("take_layers: a head of kind hidden_states has no layers of the target; leave it out")
+    tokens = pick_vocabulary(settings, texts, target, manifest["settings"]["top_k"])
+    head = build_head(target, layers, tokens).to(device)
+    return HeadLearner(head, texts, tokens, settings.unroll_steps), layers, tokens
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class HeadLearner:
     """Trains everything of `head` but the embedding. steps: that it is unrolled over.
 
     While it learns, the target's states are divided by their size, layer by layer, so that all are learnt from at the
-    same rate; `finish` puts that into the weights.
+    same rate; `save` puts that into the weights.
     """
 
     def __init__(self, head: HeadModule, texts: Sequence[Text], tokens: Sequence[int] | None, steps: int) -> None:
@@ -93,12 +103,15 @@ class HeadLearner:
         scale = sizes.mean(0).clamp(min=1e-12).rsqrt()
         self._scale = scale.repeat_interleave(head.config.target_hidden_size).to(self.device)
 
-    def finish(self) -> HeadModule:
-        """The head for states as they are. Not to be trained on after that."""
+    def save(self, dtype: str, target_folder: Path, folder: Path) -> None:
+        """Write the head, without the target's embedding, and the target's tokenizer files."""
         with torch.no_grad():
             self.head.fc.weight.mul_(self._scale)
         self._scale = torch.ones_like(self._scale)
-        return self.head
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / WEIGHTS).unlink(missing_ok=True)
+        copy_tokenizer(target_folder, folder)
+        save_head(self.head, folder, DTYPES[dtype])
 
     def collate(self, texts: Sequence[Text]) -> HeadBatch:
         length = max(len(text.tokens) for text in texts) - 1
@@ -157,7 +170,7 @@ class HeadLearner:
         layer, base = self.head.midlayer, batch.base
         length = batch.ids.shape[1]
         every = torch.arange(length, device=self.device).expand(len(base), -1)
-        states = self.head.fc(batch.states.float() * self._scale)
+        states = self.head.project(batch.states.float() * self._scale)
         queries, keys, values = layer.attention_inputs(self.head.embed_tokens(batch.ids), states, self.head.rotary(every))
         hidden = every[:, None] > base[:, :, None]  # of the entries: [texts, rows, length]
         queries = queries.gather(2, base[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
@@ -170,8 +183,8 @@ class HeadLearner:
                 embedded = self.head.embed_tokens(batch.ids.gather(1, place))
                 queries, *drafted = layer.attention_inputs(embedded, states, self.head.rotary(base + step))
                 own.append((drafted[0], drafted[1]))
-            states = layer.finish(states, _attend(queries, keys, values, hidden, own))
-            outputs.append(states)
+            outputs.append(layer.finish(states, _attend(queries, keys, values, hidden, own)))
+            states = self.head.next_states(outputs[-1])
         return outputs
 
 
@@ -199,6 +212,5 @@ def _attend(
 
 
 def _of(text: Text) -> torch.Tensor:
-    if text.states is None:
-        raise UserError("the text was written without hidden states: write it again with kind hidden_states")
+    assert text.states is not None  # as the manifest says
     return text.states

@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
 from specsplit.distill.losses import agreement, to_draft_rows, top_k_divergence
 from specsplit.distill.shards import HEADER, Text, batches, replace_tensors
 from specsplit.distill.team import Team
+from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.io import json_sha256
 from specsplit.settings.distill import TrainingSettings
@@ -49,6 +51,9 @@ class Learner(Protocol):
 
     def evaluate(self, batch: Any) -> dict[str, tuple[float, int]]:
         """Columns of a validation: sum and count of each."""
+
+    def save(self, dtype: str, target_folder: Path, folder: Path) -> None:
+        """Write the model folder. Not to be trained on after that."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class DraftLearner:
     columns = ()
 
     def __init__(self, model: Any, tokens: Sequence[int] | None) -> None:
-        self.model = model.eval()  # no dropout, whatever the target was trained with
+        self.model, self._tokens = model.eval(), tokens  # no dropout, whatever the target was trained with
         self.device: torch.device = next(model.parameters()).device
         self.parameters = dict(model.named_parameters())
         self._row_of = rows_of(tokens, model.config.get_text_config().vocab_size)
@@ -132,12 +137,24 @@ class DraftLearner:
     def evaluate(self, batch: Batch) -> dict[str, tuple[float, int]]:
         return judge(self._logits(batch), batch.rows, batch.log_probs)
 
+    def save(self, dtype: str, target_folder: Path, folder: Path) -> None:
+        save_draft(self.model, self._tokens, dtype, target_folder, folder)
+
     def _logits(self, batch: Batch) -> torch.Tensor:
         """[places, rows of the head]"""
         with autocast(self.device):
             hidden = self.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
             logits: torch.Tensor = self.model.get_output_embeddings()(hidden.flatten(0, 1)[batch.places])
             return logits
+
+
+def make_draft(
+    target: CausalLM, texts: Sequence[Text], manifest: Mapping[str, Any], settings: TrainingSettings, device: torch.device
+) -> tuple[DraftLearner, list[int], list[int] | None]:
+    """The draft to be trained, made of the target, which is used up; its layers, and the tokens of its head."""
+    layers = pick_layers(settings, target.num_layers)
+    tokens = pick_vocabulary(settings, texts, target, manifest["settings"]["top_k"])
+    return DraftLearner(build_draft(target, layers, tokens).to(device), tokens), layers, tokens
 
 
 def rows_of(tokens: Sequence[int] | None, vocab_size: int) -> torch.Tensor | None:

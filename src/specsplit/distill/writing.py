@@ -235,7 +235,7 @@ def write_texts(
         if path.name not in {shard["file"] for shard in shards}:
             path.unlink()
     spent = sum(times.get(shard["file"], 0.0) for shard in shards)
-    facts = {"settings": settings.model_dump(), "left_out": dict(left_out), "seconds": spent}
+    facts = {"settings": settings.model_dump(), "state_layers": list(writer.layers), "left_out": dict(left_out), "seconds": spent}
     return write_manifest(folder, shards, {"recipe_sha256": recipe, **facts, **about})
 
 
