@@ -289,24 +289,29 @@ class Trainer:
             loss = self.learner.loss(part) / answered
             return loss.detach(), torch.autograd.grad(loss, parameters)
 
-        (loss, gradients), *others = self._team.map(differentiate, parts)
-        for part_loss, part_gradients in others:
-            loss = loss + part_loss
-            torch._foreach_add_(gradients, part_gradients)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
-        if not torch.isfinite(norm):
-            raise UserError(f"step {self.step}: the loss is {float(loss)}; train with a lower learning_rate")
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        def update(results: Sequence[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]) -> tuple[float, float]:
+            (loss, gradients), *others = results
+            for part_loss, part_gradients in others:
+                loss = loss + part_loss
+                torch._foreach_add_(gradients, part_gradients)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
+            if not torch.isfinite(norm):
+                raise UserError(f"step {self.step}: the loss is {float(loss)}; train with a lower learning_rate")
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            return float(loss), float(norm)
+
+        results = self._team.map(differentiate, parts)
+        loss, norm = self._team.map(update, [results])[0]
         self.learnt += answered
         return {
             "step": self.step,
             "tokens": self.learnt,
             "learning_rate": rate,
-            "loss": float(loss),
-            "grad_norm": float(norm),
+            "loss": loss,
+            "grad_norm": norm,
         }
 
     def _note(self, row: Row, on_step: Callable[[Row], None]) -> None:
