@@ -58,7 +58,8 @@ class HiddenStatesHead:
     """A loaded head. vocab_size: rows of its output head.
 
     layers: of the target, whose inputs `project` joins; None = those that EAGLE reads (default_layers).
-    hidden_size: numbers of one of the target's hidden states. state_size: of a projected one.
+    hidden_size: numbers of one of the target's hidden states. raw_size: of those of a token that are joined;
+    state_size: of what `project` makes of them.
     """
 
     batch_tokens = 0
@@ -72,6 +73,7 @@ class HiddenStatesHead:
         self.device, self.dtype = module.device, module.dtype
         self.layers = config.layers
         self.hidden_size, self.state_size = config.target_hidden_size, config.layer.hidden_size
+        self.raw_size: int = module.fc.in_features
         self.vocab_size = config.vocab_size
         self.max_context: int = config.layer.max_position_embeddings
         self.prefill_tokens = CPU_PREFILL_CHUNK if self.device.type == "cpu" else PREFILL_CHUNK

@@ -58,5 +58,10 @@ class Steps(Protocol):
     """What drafting and verification need of a model."""
 
     def step(
-        self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
+        self,
+        cache: Any,
+        tokens: Sequence[int],
+        tree: TokenTree = EMPTY,
+        cached_nodes: int = 0,
+        states: torch.Tensor | None = None,
     ) -> torch.Tensor: ...

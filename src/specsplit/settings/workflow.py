@@ -231,6 +231,13 @@ Workflow: type[BaseModel] = section(
         rtt_ms=axis("rtt_ms", [0], [0, 14, 50], note="several values are swept"),
         jitter_ms=same(Run, "jitter_ms"),
     ),
+    hidden_states=section(
+        "What a draft that reads the target's hidden states is sent: docs/hidden-states.md.",
+        note="of a draft that reads the target's: docs/hidden-states.md",
+        form=same(Run, "hidden_states_form"),
+        project=same(Run, "hidden_states_project"),
+        window=same(Run, "hidden_states_window"),
+    ),
     faults=section(
         "What a run does when a worker fails.",
         note="what a run does when a worker fails",

@@ -55,6 +55,7 @@ class WorkerServicer:
     role = ""
     owner_of: Callable[[Any], str] = staticmethod(lambda metadata: "")
     tokenizer_files: Callable[[], Mapping[str, bytes]] = staticmethod(dict)
+    states: Mapping[str, Any] = {}  # what Describe says of hidden states
     metrics: Metrics | None = None
     spans: WorkerSpans | None = None
 
@@ -110,6 +111,7 @@ class WorkerServicer:
             },
             tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
             limits=self.limits,
+            **self.states,
             **self.identity,
         )
 

@@ -254,6 +254,7 @@ class Plan:
             "top_p": sampling["top_p"],
             "sampling": sampling["method"],
             "jitter_ms": self.config["network"]["jitter_ms"],
+            **{f"hidden_states_{key}": value for key, value in self.config["hidden_states"].items()},
         }
         workers: dict[str, Any] = {"start_workers": True}
         if self.config["workers"]["lifecycle"] == "workflow":
