@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from specsplit.decoding.tree import TokenTree
 from specsplit.distill.decoder import BatchDecoder
 from specsplit.distill.head_training import make_head
 from specsplit.distill.shards import Text, read_texts
@@ -61,9 +60,7 @@ def make(target: Path, written: tuple[dict[str, Any], list[Text]], **changes: An
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "qwen3-mixed"])
 @torch.inference_mode()
-def test_the_decoder_writes_and_notes_what_plain_passes_do(
-    tiny_model: Callable[..., Any], architecture: str
-) -> None:
+def test_the_decoder_writes_and_notes_what_plain_passes_do(tiny_model: Callable[..., Any], architecture: str) -> None:
     """Greedy texts, likeliest tokens and states, of prompts of one length and several, some of which end early."""
     model = tiny_model(architecture)
     for rows in ([[1, 40, 41, 50], [1, 40, 42, 5, 6, 7], [1, 40, 33]], [[1, 9]] * 2):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -87,7 +87,12 @@ class BatchDecoder:
             hidden = cache.feed(token)
         lengths = (tokens >= 0).sum(-1).tolist()
         return [
-            Answer(tokens[i, :n].tolist(), top_ids[i, :n].cpu(), log_probs[i, :n].cpu(), cache.states_of(i, len(row) + n - 1))
+            Answer(
+                tokens[i, :n].tolist(),
+                top_ids[i, :n].cpu(),
+                log_probs[i, :n].cpu(),
+                cache.states_of(i, len(row) + n - 1),
+            )
             for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
         ]
 
@@ -114,7 +119,8 @@ class _Cache:
 
     def read(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Read the prompts, what all begin with only once; the residual stream after the last token of each."""
-        shared = min(len(commonprefix(list(map(list, rows)))), min(map(len, rows)) - 1)
+        same = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+        shared = min(sum(1 for _ in same), min(map(len, rows)) - 1)
         device = self.keys.device
         if shared:
             self._pass(torch.tensor([rows[0][:shared]], device=device), slice(0, 1), 0)
@@ -142,14 +148,13 @@ class _Cache:
         for n, (layer, window) in enumerate(zip(self._model.layers, self._windows, strict=True)):
             self._note(n, x, (rows, slice(start, end)))
             query, key, value = self._projections(layer, x, cos[:, None], sin[:, None])
-            self.keys[n, rows, :, start:end], self.values[n, rows, :, start:end] = key.transpose(1, 2), value.transpose(1, 2)
+            self.keys[n, rows, :, start:end] = key.transpose(1, 2)
+            self.values[n, rows, :, start:end] = value.transpose(1, 2)
             group = query.shape[2] // key.shape[2]
+            keys, values = (cache[n, rows, :, :end].repeat_interleave(group, 1) for cache in (self.keys, self.values))
             seen = (distance >= 0) & (distance < window) if window else distance >= 0
             mixed = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                *(cache[n, rows, :, :end].repeat_interleave(group, 1) for cache in (self.keys, self.values)),
-                attn_mask=seen,
-                scale=layer.self_attn.scaling,
+                query.transpose(1, 2), keys, values, attn_mask=seen, scale=layer.self_attn.scaling
             )
             x = self._finish(layer, x, mixed.transpose(1, 2))
         return x
@@ -166,7 +171,9 @@ class _Cache:
             self._note(n, x, (self.number, length))
             query, key, value = self._projections(layer, x, cos, sin)
             self.keys[n, rows, :, length], self.values[n, rows, :, length] = key, value
-            grouped = query.view(len(token), key.shape[1], -1, self._head_dim)  # the heads that share keys are as queries
+            grouped = query.view(
+                len(token), key.shape[1], -1, self._head_dim
+            )  # the heads that share keys are as queries
             mixed = F.scaled_dot_product_attention(
                 grouped,
                 self.keys[n, :, :, :seen],
@@ -212,12 +219,11 @@ class _Cache:
     def _finish(self, layer: Any, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """The residual stream after the layer. mixed: [..., heads, head_dim], or with the heads in groups."""
         x = x + layer.self_attn.o_proj(mixed.reshape(*x.shape[:-1], -1))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return x
+        return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def _choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """A token of each row, [rows]: a block of the vocabulary is drawn, then a token of it, as sums over blocks are fast."""
+    """A token of each row, [rows]: a block of the vocabulary is drawn, then a token of it, as short sums are fast."""
     if not temperature:
         return logits.argmax(-1)
     blocks = F.pad((logits / temperature).softmax(-1), (0, -logits.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))

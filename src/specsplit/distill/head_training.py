@@ -54,7 +54,11 @@ def build_head(target: CausalLM, layers: Sequence[int], tokens: Sequence[int] | 
 
 
 def make_head(
-    target: CausalLM, texts: Sequence[Text], manifest: Mapping[str, Any], settings: TrainingSettings, device: torch.device
+    target: CausalLM,
+    texts: Sequence[Text],
+    manifest: Mapping[str, Any],
+    settings: TrainingSettings,
+    device: torch.device,
 ) -> tuple[HeadLearner, list[int], list[int] | None]:
     """The head to be trained, the target's layers whose inputs it reads, and the tokens of its output head.
 
@@ -141,8 +145,8 @@ class HeadLearner:
         return torch.stack(losses).sum()
 
     def evaluate(self, batch: HeadBatch) -> dict[str, tuple[float, int]]:
-        """validation_loss: as `loss`. validation_agreement: at the first step; _2, _3 and so on: at the further ones, at
-        all places of the text, whatever was said at those before."""
+        """validation_loss: as `loss`. validation_agreement: at the first step; _2, _3 and so on: at the further ones,
+        at all places of the text, whatever was said at those before."""
         found: dict[str, tuple[float, int]] = {}
         loss, total = 0.0, int(batch.answered.sum())
         for number, (weight, judged) in enumerate(zip(self._weights, self._unrolled(batch), strict=True), start=1):
@@ -155,7 +159,11 @@ class HeadLearner:
         """Of every step the logits [places, rows of the head] and what the target says there."""
         with autocast(self.device):
             return [
-                (self.head.logits(outputs[:, : there.shape[1]][there]), batch.rows[:, step:][there], batch.log_probs[:, step:][there])
+                (
+                    self.head.logits(outputs[:, : there.shape[1]][there]),
+                    batch.rows[:, step:][there],
+                    batch.log_probs[:, step:][there],
+                )
                 for step, outputs in enumerate(self._outputs(batch))
                 if (there := self._there(batch, step)) is not None
             ]
@@ -171,7 +179,9 @@ class HeadLearner:
         length = batch.ids.shape[1]
         every = torch.arange(length, device=self.device).expand(len(base), -1)
         states = self.head.project(batch.states.float() * self._scale)
-        queries, keys, values = layer.attention_inputs(self.head.embed_tokens(batch.ids), states, self.head.rotary(every))
+        queries, keys, values = layer.attention_inputs(
+            self.head.embed_tokens(batch.ids), states, self.head.rotary(every)
+        )
         hidden = every[:, None] > base[:, :, None]  # of the entries: [texts, rows, length]
         queries = queries.gather(2, base[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
         states = states.gather(1, base[:, :, None].expand(-1, -1, states.shape[2]))
@@ -200,7 +210,9 @@ def _attend(
     queries: [texts, heads, rows, dim]. keys, values: [texts, kv_heads, length, dim]. own: keys and values of the
     earlier steps, [texts, kv_heads, rows, dim]. Returns [texts, heads, rows, dim].
     """
-    grouped = queries.unflatten(1, (keys.shape[1], -1)) * queries.shape[-1] ** -0.5  # [texts, kv_heads, group, rows, dim]
+    grouped = (
+        queries.unflatten(1, (keys.shape[1], -1)) * queries.shape[-1] ** -0.5
+    )  # [texts, kv_heads, group, rows, dim]
     scores = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).unflatten(2, grouped.shape[2:4])
     scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
     drafted = [(grouped * key[:, :, None]).sum(-1, keepdim=True) for key, _ in own]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ class Team:
     def split(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         """As many parts as threads, of about the same length, none of them empty."""
         ends = [len(items) * i // self.size for i in range(self.size + 1)]
-        return [items[start:end] for start, end in zip(ends, ends[1:], strict=False) if end > start]
+        return [items[start:end] for start, end in pairwise(ends) if end > start]
 
     def map(self, function: Callable[..., Result], *parts: Sequence[object]) -> list[Result]:
         """As `map`, in the threads."""

@@ -36,7 +36,8 @@ AHEAD = 2  # batches that are made ready beside the training
 class Learner(Protocol):
     """What is trained, and how a batch of texts is judged.
 
-    parameters: those that are trained, float32, by name; tied ones once. columns: of the loss curve beside LOSS_COLUMNS.
+    parameters: those that are trained, float32, by name; tied ones once. columns: of the loss curve, beside
+    LOSS_COLUMNS.
     """
 
     device: torch.device
@@ -120,7 +121,7 @@ def autocast(device: torch.device) -> torch.autocast:
 class DraftLearner:
     """A draft of the target's own layers: `model` (HF, float32, its vocabulary reduced to `tokens` or whole)."""
 
-    columns = ()
+    columns: tuple[str, ...] = ()
 
     def __init__(self, model: Any, tokens: Sequence[int] | None) -> None:
         self.model, self._tokens = model.eval(), tokens  # no dropout, whatever the target was trained with
@@ -149,7 +150,11 @@ class DraftLearner:
 
 
 def make_draft(
-    target: CausalLM, texts: Sequence[Text], manifest: Mapping[str, Any], settings: TrainingSettings, device: torch.device
+    target: CausalLM,
+    texts: Sequence[Text],
+    manifest: Mapping[str, Any],
+    settings: TrainingSettings,
+    device: torch.device,
 ) -> tuple[DraftLearner, list[int], list[int] | None]:
     """The draft to be trained, made of the target, which is used up; its layers, and the tokens of its head."""
     layers = pick_layers(settings, target.num_layers)
@@ -268,7 +273,7 @@ class Trainer:
         def prepare(texts: Sequence[Text]) -> list[Any]:
             return [self.learner.collate(part) for part in self._team.split(texts)]
 
-        with ThreadPoolExecutor(1) as loader:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as loader:
             for batch in indices:
                 texts = [self.train_texts[index] for index in batch]
                 waiting.append((loader.submit(prepare, texts), sum(text.answered for text in texts)))

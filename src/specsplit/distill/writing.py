@@ -6,6 +6,7 @@ template as a prompt, and the model answers it. A model without a template write
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from specsplit.distill.decoder import Answer, BatchDecoder
+from specsplit.distill.decoder import STATES_DTYPE, Answer, BatchDecoder
 from specsplit.distill.shards import (
     RECIPE,
     Text,
@@ -112,6 +113,16 @@ class Writer:
         if settings.top_k >= model.vocab_size:
             raise UserError(f"top_k {settings.top_k}: the target has {model.vocab_size} tokens, so at most one less")
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the hidden states of a token; 0 when none are kept."""
+        return len(self.layers) * self.model.hidden_size * STATES_DTYPE.itemsize
+
+    @property
+    def largest_shard(self) -> int:
+        """Bytes of the hidden states of a batch, at most."""
+        return self.settings.write_batch * (self._longest_prompt + self.settings.max_answer_tokens) * self.state_bytes
+
     def remember(self, texts: Sequence[Text]) -> None:
         """Note texts that were written before: their prompts are not used again."""
         self._seen |= {tuple(text.tokens[: text.answer].tolist()) for text in texts}
@@ -193,6 +204,7 @@ def write_texts(
     seconds that it took; 0 = it was there). Raises UserError when the model writes nothing that can be used.
     """
     settings = writer.settings
+    folder.mkdir(parents=True, exist_ok=True)
     decides = {
         "version": VERSION,
         "settings": settings.what_decides(),
@@ -214,6 +226,12 @@ def write_texts(
             written = Written(read_shard(path), **{name: header[name] for name in LEFT_OUT})
             writer.remember(written.texts)
         else:
+            if (free := shutil.disk_usage(folder).free) < writer.largest_shard:
+                raise UserError(
+                    f"{folder}: {free / 1e9:.1f} GB are free, and the next file may take "
+                    f"{writer.largest_shard / 1e9:.1f}: make room and start again, which goes on here, or lower "
+                    "tokens or write_batch"
+                )
             written = writer.batch(number)
             if written.texts:
                 write_shard(path, written.texts, {RECIPE: recipe, **written.counts()})
@@ -235,7 +253,12 @@ def write_texts(
         if path.name not in {shard["file"] for shard in shards}:
             path.unlink()
     spent = sum(times.get(shard["file"], 0.0) for shard in shards)
-    facts = {"settings": settings.model_dump(), "state_layers": list(writer.layers), "left_out": dict(left_out), "seconds": spent}
+    facts = {
+        "settings": settings.model_dump(),
+        "state_layers": list(writer.layers),
+        "left_out": dict(left_out),
+        "seconds": spent,
+    }
     return write_manifest(folder, shards, {"recipe_sha256": recipe, **facts, **about})
 
 

@@ -30,6 +30,12 @@ class DistillSettings(ComputeSettings):
     )
 
 
+def _no_layer_twice(value: list[int] | None) -> list[int] | None:
+    if value is not None and len(set(value)) < len(value):
+        raise ValueError("a layer stands there twice")
+    return value
+
+
 class WritingSettings(DistillSettings):
     """The text that the target writes to train the draft on."""
 
@@ -70,8 +76,8 @@ class WritingSettings(DistillSettings):
     )
     state_layers: list[Layer] | None = setting(
         None,
-        "With kind hidden_states: layers of the target, counted from 0, whose inputs the head reads; null: 2, the middle "
-        "one, and the third from the end.",
+        "With kind hidden_states: layers of the target, counted from 0, whose inputs the head reads; null: 2, the "
+        "middle one, and the third from the end.",
         example=[1, 9, 17],
         note="whose inputs a hidden_states head reads; null: 2, half, third from the end",
         min_length=1,
@@ -82,6 +88,8 @@ class WritingSettings(DistillSettings):
         example="float32",
         note="bfloat16 on a GPU, float32 on a CPU",
     )
+
+    _different = field_validator("state_layers")(_no_layer_twice)
 
     def what_decides(self) -> dict[str, Any]:
         """Everything that decides the next batch; not `tokens`, so that more of the same text goes on from it."""
@@ -143,12 +151,7 @@ class TrainingSettings(DistillSettings):
         ge=1,
     )
 
-    @field_validator("take_layers")
-    @classmethod
-    def _different(cls, value: list[int] | None) -> list[int] | None:
-        if value is not None and len(set(value)) < len(value):
-            raise ValueError("a layer stands there twice")
-        return value
+    _different = field_validator("take_layers")(_no_layer_twice)
 
 
 class AcceptanceSettings(ComputeSettings, IntervalSettings):
