@@ -78,9 +78,10 @@ def card(training: Mapping[str, Any], acceptance: DataFrame, measured: Mapping[s
         ),
         (
             "training",
-            f"{settings['epochs']} epochs, {training['learnt']:,} tokens of answers passed, {training['steps']:,} steps "
-            f"of {settings['batch_size']} texts; AdamW, peak {settings['learning_rate']:g}, warm-up "
-            f"{settings['warmup_share']:g}, cosine; weight decay {settings['weight_decay']:g}, gradients clipped at {settings['clip_norm']:g}",
+            f"{settings['epochs']} epochs, {training['learnt']:,} tokens of answers passed, {training['steps']:,} "
+            f"steps of {settings['batch_size']} texts; AdamW, peak {settings['learning_rate']:g}, warm-up "
+            f"{settings['warmup_share']:g}, cosine; weight decay {settings['weight_decay']:g}, gradients clipped at "
+            f"{settings['clip_norm']:g}",
         ),
         ("seed", str(settings["seed"])),
         ("hardware", hardware["name"]),
