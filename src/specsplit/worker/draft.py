@@ -74,8 +74,8 @@ class Drafter:
     """Makes drafts that continue `context` in one session, which it brings to that context at once.
 
     abandoned: asked before every pass; once it is true, drafts end where they are. reads_states: the model reads hidden
-    states of the target; those that came are in `session.hidden`, and without them drafts are empty. drafted_ahead: what
-    was drafted ahead for this context is in use, so the draft is the same.
+    states of the target; those that came are in `session.hidden`, and without them drafts are empty.
+    drafted_ahead: what was drafted ahead for this context is in use, so the draft is the same.
     """
 
     def __init__(

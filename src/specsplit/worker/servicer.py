@@ -53,6 +53,7 @@ class WorkerServicer:
     """
 
     role = ""
+    most_taps = 0  # layers whose hidden states a session may keep
     owner_of: Callable[[Any], str] = staticmethod(lambda metadata: "")
     tokenizer_files: Callable[[], Mapping[str, bytes]] = staticmethod(dict)
     states: Mapping[str, Any] = {}  # what Describe says of hidden states
@@ -65,7 +66,7 @@ class WorkerServicer:
         self.config = config
         self.identity = identity
         self.max_context = min(config.max_context, model.max_context)
-        sessions = sessions_that_fit(config, model.model, self.max_context)
+        sessions = sessions_that_fit(config, model.model, self.max_context, self.most_taps)
         self.limits = pb.Limits(
             tree_nodes=config.max_tree_nodes,
             draft_tokens=MAX_GAMMA,

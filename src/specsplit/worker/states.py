@@ -15,7 +15,7 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.refusals import InvalidRequest, LimitReached
 
 log = logging.getLogger(__name__)
-MOST_LAYERS = 16
+MOST_LAYERS = 4  # whose states a target worker keeps; memory for as many is counted in each session
 MOST_PARTS = 32  # messages that the states of one reply are sent in: all of them may wait to be read
 
 
@@ -57,8 +57,7 @@ class Wanted:
         layers = tuple(message.layers) or default_layers(num_layers)
         if len(layers) > MOST_LAYERS or not all(0 <= layer < num_layers for layer in layers):
             raise InvalidRequest(
-                f"wanted_states: layers {list(layers)[:MOST_LAYERS]} are not at most {MOST_LAYERS} of 0 to "
-                f"{num_layers - 1}"
+                f"wanted_states: layers {list(layers)[:8]} are not at most {MOST_LAYERS} of 0 to {num_layers - 1}"
             )
         if message.form not in FORMS:
             raise InvalidRequest(f"wanted_states: form {message.form[:20]!r} is none of {', '.join(FORMS)}")

@@ -21,7 +21,7 @@ from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest, LimitReached
 from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.sessions import Session
-from specsplit.worker.states import Projection, Wanted
+from specsplit.worker.states import MOST_LAYERS, Projection, Wanted
 from specsplit.worker.target import read_context, verify_tree
 
 
@@ -29,6 +29,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
     """Serves one target model. projection: the `fc` of a draft, which it can apply to hidden states."""
 
     role = "target"
+    most_taps = MOST_LAYERS
     config: TargetWorkerConfig
 
     def __init__(
