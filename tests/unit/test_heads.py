@@ -15,6 +15,7 @@ from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.head_module import load_head, save_head
 from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.loading import load_model
+from specsplit.engines.numba_head import FusedHead, unsuitable_head
 from specsplit.engines.passes import Pass
 from specsplit.errors import UserError
 from specsplit.models.head_config import default_layers, read_head_config
@@ -45,7 +46,11 @@ def eager(folder: Path) -> HiddenStatesHead:
     return HiddenStatesHead.load(folder)
 
 
-ENGINES: dict[str, Callable[[Path], HiddenStatesHead]] = {"eager": eager}
+def fused(folder: Path) -> FusedHead:
+    return FusedHead(eager(folder), threads=2)
+
+
+ENGINES: dict[str, Callable[[Path], HiddenStatesHead | FusedHead]] = {"eager": eager, "fused": fused}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -91,6 +96,32 @@ def test_sessions_share_a_pass(engine: str, tmp_path: Path) -> None:
     together = head.step_many([work(count) for count in (2, 4, 7)])
     for a, b in zip(alone, together, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0 if engine == "fused" else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_types_of_weights(dtype: str, tmp_path: Path) -> None:
+    """Against the plain computation in float32 with the very weights that are stored, rounded as they are."""
+    config = write_head(tmp_path, "speculators", head_tensors(), norm_output=True)
+    source = HiddenStatesHead.load(tmp_path, dtype=dtype)
+    stored = {name: tensor.detach().float() for name, tensor in source.module.state_dict().items()}
+    for name in [name for name in stored if name.endswith(".scale")]:
+        stored[name.replace(".scale", ".weight")] *= stored.pop(name)[:, None]
+    plain, head = PlainHead(stored, config), FusedHead(source, threads=2)
+    states = head.project(raw_states(7))
+    torch.testing.assert_close(states, plain.project(raw_states(7)), rtol=1e-3, atol=1e-3)
+    found = head.step(head.new_cache(32), TOKENS, TREE, states=states)
+    for row, path in zip(found, PATHS, strict=True):
+        torch.testing.assert_close(row, plain.read(TOKENS + path, states)[0], rtol=1e-3, atol=1e-2)
+
+
+def test_biases_of_attention(tmp_path: Path) -> None:
+    tensors = head_tensors(bias=True)
+    plain = PlainHead(tensors, write_head(tmp_path, "original", tensors, attention_bias=True))
+    head = eager(tmp_path)
+    states = head.project(raw_states(7))
+    found = head.step(head.new_cache(32), TOKENS, states=states)[0]
+    torch.testing.assert_close(found, plain.read(TOKENS, states)[0], rtol=1e-3, atol=1e-3)
+    assert "biases" in str(unsuitable_head(head))
 
 
 def test_the_first_token_wants_a_state(tmp_path: Path) -> None:

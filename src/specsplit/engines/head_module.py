@@ -134,6 +134,10 @@ class HeadModule(nn.Module):
         self.t2d = torch.zeros(self.config.layer.vocab_size, dtype=torch.bool)
         self.t2d[targets] = True
 
+    @property
+    def position_embedding(self) -> LlamaRotaryEmbedding:
+        return self._rotary[0]
+
     def rotary(self, positions: torch.Tensor) -> Pair:
         """Cosines and sines [batch, n, head_dim] of positions [batch, n]; token 1 of a text, the first, is at 0."""
         cos, sin = self._rotary[0](self.norm.weight, positions)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,15 +44,10 @@ def read_from(p: Pass) -> list[int]:
     return slots
 
 
-def waves(sources: Sequence[int], held: int, longest: int) -> Iterator[tuple[int, int]]:
-    """Tokens of a pass, [start, stop), that can run at once: the outputs that they read are those of earlier ones."""
-    start = 0
-    for i, slot in enumerate(sources):
-        if slot >= held + start or i - start == longest:
-            yield start, i
-            start = i
-    if start < len(sources):
-        yield start, len(sources)
+def reach(sources: Sequence[int], held: int, start: int) -> int:
+    """Up to which token a pass can be run at once, when those before `start` have been: they read outputs of earlier
+    tokens. held: tokens in the cache before the pass."""
+    return next((i for i in range(start + 1, len(sources)) if sources[i] >= held + start), len(sources))
 
 
 class HiddenStatesHead:
@@ -114,7 +110,7 @@ class HiddenStatesHead:
     @torch.inference_mode()
     def step(
         self,
-        cache: KVCache,
+        cache: Any,
         tokens: Sequence[int],
         tree: TokenTree = EMPTY,
         cached_nodes: int = 0,
@@ -133,7 +129,9 @@ class HiddenStatesHead:
         places = positions(context, len(tokens), tree, cached_nodes)
         rows: list[torch.Tensor] = []
         with all_or_none([cache]):
-            for start, stop in waves(sources, held, self.prefill_tokens):
+            stop = 0
+            while stop < len(ids):
+                start, stop = stop, min(reach(sources, held, stop), stop + self.prefill_tokens)
                 inputs = self._states(work, sources, start, stop)
                 seen = mask[start:stop, : held + stop]
                 outputs = self._forward(cache, ids[start:stop], inputs, places[start:stop], seen)
@@ -156,7 +154,7 @@ class HiddenStatesHead:
         return states
 
     def _forward(
-        self, cache: KVCache, ids: Sequence[int], states: torch.Tensor, places: Sequence[int], seen: torch.Tensor
+        self, cache: Any, ids: Sequence[int], states: torch.Tensor, places: Sequence[int], seen: torch.Tensor
     ) -> torch.Tensor:
         module, layer = self.module, self.module.midlayer
         rotary = module.rotary(torch.tensor([places], device=self.device))
@@ -167,7 +165,6 @@ class HiddenStatesHead:
             q, k, v, attn_mask=seen.to(self.device), enable_gqa=True
         )
         outputs: torch.Tensor = layer.finish(states[None], attended)[0]
-        assert cache.states is not None
         cache.states[cache.length : cache.length + len(ids)] = module.next_states(outputs)
         cache.advance(len(ids))
         return outputs

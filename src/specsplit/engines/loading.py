@@ -15,6 +15,7 @@ from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM, unsuitable
+from specsplit.engines.numba_head import FusedHead, unsuitable_head
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
@@ -94,7 +95,7 @@ def load_model(
         model, weights_sha256 = _load_weightless(manifest, config)
     elif is_head(folder):
         weights_sha256 = _weights_sha256(folder, manifest, config)
-        model = _load_head(folder, manifest["name"], config)
+        model = _load_head(folder, manifest["name"], config, threads)
     else:
         model, weights_sha256 = _load_causal_lm(folder, manifest, config, threads)
     identity = {
@@ -140,7 +141,7 @@ def _weights_sha256(folder: Path, manifest: dict[str, Any], config: WorkerSettin
     return weights_sha256
 
 
-def _load_head(folder: Path, name: str, config: WorkerSettings) -> HiddenStatesHead:
+def _load_head(folder: Path, name: str, config: WorkerSettings, threads: int) -> LanguageModel:
     """A head that drafts from the target's hidden states."""
     if not isinstance(config, DraftWorkerConfig):
         raise UserError(
@@ -157,7 +158,14 @@ def _load_head(folder: Path, name: str, config: WorkerSettings) -> HiddenStatesH
         )
     head = HiddenStatesHead.load(folder, dtype=config.dtype, device=config.device, target=target)
     if config.engine == "graphs" or (config.engine == "auto" and head.device.type == "cuda"):
-        log.info("engine transformers, as engine graphs does not run heads that read hidden states")
+        log.warning("engine transformers, as engine graphs does not run heads that read hidden states")
+    elif config.engine != "transformers":
+        if reason := unsuitable_head(head):
+            if config.engine == "fused":
+                raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
+            log.info("engine transformers, as %s", reason)
+            return head
+        return _compared(head, lambda: FusedHead(head, threads), "fused")
     return head
 
 
@@ -193,15 +201,18 @@ def _graphs(model: CausalLM, folder: Path, engine: str) -> LanguageModel:
         return model
 
 
-def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> LanguageModel:
+def _compared(model: CausalLM | HiddenStatesHead, make: Callable[[], LanguageModel], name: str) -> LanguageModel:
     """The same model in a fast engine, compared with the first over a tree of a few tokens."""
+    given: dict[str, Any] = {}
+    if isinstance(model, HiddenStatesHead):
+        given["states"] = torch.randn(2, model.state_size, generator=torch.Generator().manual_seed(0))
     tokens = [i % model.vocab_size for i in (11, 37, 41, 23, 29, 31, 43)]
     tree = TokenTree(tokens[2:], [ROOT, 0, ROOT, 2, 2], [-1.0] * 5)
-    expected = model.step(model.new_cache(16), tokens[:2], tree).double()
-    check_finite(expected, model.model)
+    expected = model.step(model.new_cache(16), tokens[:2], tree, **given).double()
+    check_finite(expected, model.module if isinstance(model, HiddenStatesHead) else model.model)
     started = time.perf_counter()
     fast = make()
-    found = fast.step(fast.new_cache(16), tokens[:2], tree).double()
+    found = fast.step(fast.new_cache(16), tokens[:2], tree, **given).double()
     if (seconds := time.perf_counter() - started) > COMPILED_S:
         log.info("engine %s was compiled in %.0f s", name, seconds)
     # Activations of half precision models are rounded at other places.

@@ -34,12 +34,12 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """File name -> sha256 of every model file in `folder`, by name."""
-    patterns = model_files(folder)
+    patterns = file_patterns(folder)
     paths = sorted(path for path in folder.iterdir() if path.is_file() and matches(path.name, patterns))
     return {path.name: sha256_file(path) for path in paths}
 
 
-def model_files(folder: Path) -> tuple[str, ...]:
+def file_patterns(folder: Path) -> tuple[str, ...]:
     """Patterns of the names of the files that make the model in `folder`."""
     return (*MODEL_FILES, HEAD_WEIGHTS) if is_head(folder) else MODEL_FILES
 

@@ -29,10 +29,10 @@ from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WE
 from specsplit.models.fingerprint import (
     check_model_folder,
     check_tokenizer,
+    file_patterns,
     fingerprint_model,
     hash_files,
     matches,
-    model_files,
 )
 from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (
@@ -181,7 +181,7 @@ def _check_small_files(folder: Path, manifest_path: Path, files: Mapping[str, st
 
     The weights, which take longer, are hashed where they are loaded.
     """
-    patterns, weights = model_files(folder), (*WEIGHT_FILES, HEAD_WEIGHTS)
+    patterns, weights = file_patterns(folder), (*WEIGHT_FILES, HEAD_WEIGHTS)
     present = {path.name for path in folder.iterdir() if matches(path.name, patterns)}
     for name in sorted(present | set(files)):
         as_named = name in present and name in files
@@ -411,7 +411,7 @@ def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetch
     try:
         # Into the shared cache: an interrupted download is resumed, and files in the cache work offline.
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
-        patterns = model_files(snapshot)
+        patterns = file_patterns(snapshot)
         if patterns != MODEL_FILES and not any(matches(path.name, WEIGHT_FILES) for path in snapshot.iterdir()):
             snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # those of its HTTP library as well
