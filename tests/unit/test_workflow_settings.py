@@ -354,6 +354,12 @@ def test_gpus_need_a_device_that_they_decide() -> None:
     assert load_pipeline_config({"workers": {"gpus": 2, "device": "cuda"}})["workers"]["gpus"] == 2
 
 
+def test_a_head_has_no_layers_of_the_target() -> None:
+    head = {"kind": "hidden_states", "take_layers": [0, 29]}
+    assert "distill.take_layers: [0, 29] with kind hidden_states" in mistakes({"distill": head})[0]
+    assert "distill.kind" in mistakes({"distill": {"kind": "hidden"}})[0]
+
+
 def test_every_client_of_the_capacity_runs_needs_requests() -> None:
     wanted = "capacity.requests is 32: 64 clients need at least 256, four each"
     assert wanted in mistakes({"capacity": {"clients": [64], "requests": 32}})[0]

@@ -345,10 +345,8 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     target = models.get(config["target"]["model"], {})
     if target.get("path", "").rstrip("/") == f"results/distill/{config['distill']['name']}/draft":
         yield f"target.model: {_show(config['target']['model'])} is the draft that distill makes from the target"
-    own = config["distill"]
-    for key, kind in (("take_layers", "independent"), ("state_layers", "hidden_states")):
-        if own[key] is not None and own["kind"] != kind:
-            yield f"distill.{key}: {_show(own[key])} is for kind {kind}, not for {own['kind']}; write null"
+    if config["distill"]["kind"] == "hidden_states" and (named := config["distill"]["take_layers"]) is not None:
+        yield f"distill.take_layers: {named} with kind hidden_states, whose head has no layers of the target; write null"
     if problem := too_few_requests(config["capacity"]["clients"], config["capacity"]["requests"]):
         yield f"capacity.{problem}"
     workers = config["workers"]
