@@ -91,7 +91,7 @@ class BatchDecoder:
                 tokens[i, :n].tolist(),
                 top_ids[i, :n].cpu(),
                 log_probs[i, :n].cpu(),
-                cache.states_of(i, len(row) + n - 1),
+                cache.states[i, : len(row) + n - 1].cpu(),
             )
             for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
         ]
@@ -171,9 +171,8 @@ class _Cache:
             self._note(n, x, (self.number, length))
             query, key, value = self._projections(layer, x, cos, sin)
             self.keys[n, rows, :, length], self.values[n, rows, :, length] = key, value
-            grouped = query.view(
-                len(token), key.shape[1], -1, self._head_dim
-            )  # the heads that share keys are as queries
+            # Heads that share keys are as if they were queries at one place.
+            grouped = query.view(len(token), key.shape[1], -1, self._head_dim)
             mixed = F.scaled_dot_product_attention(
                 grouped,
                 self.keys[n, :, :, :seen],
@@ -189,9 +188,6 @@ class _Cache:
         """Let all other rows leave."""
         self.number, self.length = self.number[rows], self.length[rows]
         self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
-
-    def states_of(self, row: int, count: int) -> torch.Tensor:
-        return self.states[row, :count].cpu()
 
     def _mask(self, seen: torch.Tensor) -> torch.Tensor:
         zeros = self.keys.new_zeros(seen.shape)
