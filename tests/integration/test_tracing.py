@@ -120,8 +120,9 @@ def collecting(status: grpc.StatusCode | None = None) -> Iterator[tuple[str, lis
 
 @pytest.mark.parametrize("mode", ["sync", "lookahead"])
 def test_a_text_is_one_trace_through_both_workers(
-    model: Path, weak: Path, kept: InMemorySpanExporter, tmp_path: Path, mode: str
+    model: Path, weak: Path, kept: InMemorySpanExporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
+    monkeypatch.setattr(tracing, "FLUSH_S", 60.0)
     (tmp_path / "token").write_text(TOKEN)
     (tmp_path / "token").chmod(0o600)
     access = Access(token=TOKEN)
@@ -129,13 +130,21 @@ def test_a_text_is_one_trace_through_both_workers(
         serving("draft", weak, token_file=tmp_path / "token", access=access) as draft,
         serving("target", model, token_file=tmp_path / "token", access=access) as target,
     ):
+
+        def drafted_ahead() -> None:
+            """A verification that is back at once leaves no time to draft ahead. The first pass is of the prompt."""
+            if mode == "lookahead" and target.passes > 1:
+                wait_until(lambda: any(span.name == "draft ahead" for span in kept.get_finished_spans()))
+
+        target.before_pass = drafted_ahead
         with TextWriter(draft.address, target.address, access=access) as writer:
             result = writer.write(PROMPTS[0], config_of(mode=mode), request_id="r-1")
         (text,) = named(kept, "text", 1)
         rounds = named(kept, "round", len(result.rounds))
         verifies = named(kept, "verify", len(result.rounds))
-        drafts = [span for span in kept.get_finished_spans() if span.name == "draft"]
-        ahead = [span for span in kept.get_finished_spans() if span.name == "draft ahead"]
+    tracing.stop()  # the workers have ended, and what they told of is here
+    drafts = [span for span in kept.get_finished_spans() if span.name == "draft"]
+    ahead = [span for span in kept.get_finished_spans() if span.name == "draft ahead"]
     assert parent_of(text)[1] == ""
     root = parent_of(text)[0], f"{text.context.span_id:016x}"
     assert all(parent_of(span) == root for span in [*rounds, *verifies, *drafts, *ahead])

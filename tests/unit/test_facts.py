@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import csv
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specsplit.analysis.series import check_beside
 from specsplit.analysis.tables import merge_runs, read_tables, summarize
 from specsplit.errors import UserError
 from specsplit.io import read_json, write_csv, write_json
 from specsplit.provenance.facts import differences, run_facts, told_apart, told_facts
+from specsplit.provenance.run_file import write_run as write_run_file
 from specsplit.settings.run import OrchestratorConfig
 
 from experiments import NO_GPU, make_run, specsplit
@@ -27,7 +30,7 @@ def full_run(gamma: int = 2, draft: str = "draft", **settings: Any) -> dict[str,
     """A run.json with every fact."""
     run = make_run(gamma)
     run["orchestrator"] = OrchestratorConfig(gamma=gamma, draft_name=draft, **settings).model_dump(mode="json")
-    run |= {"repeats": 1, "warmup_requests": 1, "specsplit_version": "1"}
+    run |= {"worker_code_sha256": "c" * 64, "repeats": 1, "warmup_requests": 1, "specsplit_version": "1"}
     run["inputs"] = {"prompts": {"path": "prompts.jsonl", "sha256": "d" * 64, "count": 2}}
     run["gpu"]["before"] = {**NO_GPU, "available": True, "gpus": [GPU], "cuda_version": "12.4"}
     run["software"] = {"packages": {"torch": "2.11", "numpy": "2.0", "pytest": "8"}}
@@ -43,6 +46,7 @@ FACTS = [
     ("inputs.prompts.count", 3, "prompts: count"),
     ("tokenizer_sha256", "e" * 64, "tokenizer"),
     ("run_code_sha256", "e" * 64, "code: run_code_sha256"),
+    ("worker_code_sha256", "e" * 64, "code: worker_code_sha256"),
     ("specsplit_version", "2", "code: specsplit_version"),
     ("repeats", 3, "repeats"),
     ("warmup_requests", 0, "warmup_requests"),
@@ -137,7 +141,8 @@ def test_what_is_no_fact(place: str, value: Any) -> None:
 def test_every_setting_of_a_run_is_an_axis_a_fact_or_operates() -> None:
     """The next setting is a fact, unless somebody says that it is not."""
     facts = run_facts(full_run(mode="lookahead"))
-    axes = {"gamma", "mode", "tree", "draft_name", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"}
+    axes = {"gamma", "mode", "tree", "draft_name", "sampling", "temperature", "top_k", "top_p"}
+    axes |= {"rtt_ms", "jitter_ms", "bandwidth_mbit"}
     named = {fact.removeprefix("setting ") for fact in facts if fact.startswith("setting ")}
     assert named | axes | OrchestratorConfig.operating() == set(OrchestratorConfig.model_fields)
     assert not named & axes
@@ -187,6 +192,72 @@ def two_experiments(tmp_path: Path) -> Path:
     write_run(tmp_path / "runs" / "gamma_2", 2, full_run(), 900)
     write_run(tmp_path / "runs" / "fast_gamma_2", 2, fast, 100)
     return tmp_path
+
+
+# An edit of a run folder, and what is said of it. One line an edit.
+EDITS: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("requests.csv", lambda file: file.write_text(file.read_text().replace("900", "90")), "is not what was measured"),
+    ("per_round.csv", lambda file: file.write_text(file.read_text() + "\n"), "is not what was measured"),
+    ("outputs.jsonl", Path.unlink, "no such file"),
+    ("run.json", lambda file: write_json(file, changed(read_json(file), "started", "1999")), "was edited after"),
+    ("run.json", lambda file: write_json(file, {**read_json(file), "files": {}}), "was edited after"),
+]
+
+
+@pytest.mark.parametrize(("name", "edit", "said"), EDITS)
+def test_a_run_that_was_edited_is_joined_nowhere(
+    two_experiments: Path, name: str, edit: Callable[[Path], Any], said: str
+) -> None:
+    shutil.rmtree(two_experiments / "runs" / "fast_gamma_2")
+    run = two_experiments / "runs" / "gamma_2"
+    (run / "outputs.jsonl").write_text("{}\n")
+    write_run_file(run / "run.json", full_run(), [run / f for f in ("requests.csv", "per_round.csv", "outputs.jsonl")])
+    assert merge(two_experiments)[0] == 0
+    edit(run / name)
+    for command in ("merge", "analyze", "report"):
+        status, printed = specsplit(command, "--results-dir", two_experiments)
+        assert (status, said in printed, name in printed) == (2, True, True), printed
+
+
+# Where a fact is in what a measurement beside the sweep tells, and another value. None: it may differ.
+BESIDE = [
+    ("machine.cpu_model", "another", "machine: cpu_model"),
+    ("inputs.prompts.sha256", "e" * 64, "prompts: sha256"),
+    ("tokenizer_sha256", "e" * 64, "tokenizer"),
+    ("worker_code_sha256", "e" * 64, "code: worker_code_sha256"),
+    ("orchestrator.max_output_tokens", 7, "setting max_output_tokens"),
+    ("workers.target.weights_sha256", "e" * 64, "target worker: weights_sha256"),
+    ("workers.target.runtime.engine", "CausalLM", "target worker: engine"),
+    ("workers.draft.dtype", "bfloat16", "draft worker: dtype"),
+    ("workers.target.threads", 1, None),
+    ("workers.target.max_context", 64, None),
+    ("inputs.prompts.count", 1, None),
+    ("run_code_sha256", "e" * 64, None),
+    ("orchestrator.max_rounds", 5, None),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "fact"), BESIDE)
+def test_a_table_beside_the_sweep_that_is_of_another_experiment(
+    two_experiments: Path, place: str, value: Any, fact: str | None
+) -> None:
+    shutil.rmtree(two_experiments / "runs" / "fast_gamma_2")
+    assert merge(two_experiments)[0] == 0
+    requests, _ = read_tables(two_experiments)
+    table = two_experiments / "capacity.csv"
+    table.write_text("a\n1\n")
+    check_beside(two_experiments, requests, "capacity")  # of an earlier version: it tells nothing
+    run = changed(full_run(), place, value)
+    run["ours"] = {"0": {"workers": run.pop("workers")}}
+    write_run_file(two_experiments / "capacity_run.json", run, [table])
+    if fact is None:
+        check_beside(two_experiments, requests, "capacity")
+        return
+    with pytest.raises(UserError, match=rf"(?s){fact}.*runs/gamma_2.*capacity\.csv.*Delete"):
+        check_beside(two_experiments, requests, "capacity")
+    table.write_text("a\n2\n")
+    with pytest.raises(UserError, match="is not what was measured"):
+        check_beside(two_experiments, requests, "capacity")
 
 
 def merge(folder: Path, *flags: str) -> tuple[int, str]:

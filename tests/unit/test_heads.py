@@ -17,6 +17,7 @@ from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.loading import load_model
 from specsplit.engines.numba_head import FusedHead, unsuitable_head
 from specsplit.engines.passes import Pass
+from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.models.head_config import default_layers, read_head_config
 from specsplit.models.sources import prepare_model, resolve_model
@@ -181,6 +182,8 @@ def test_a_draft_worker_takes_what_a_head_lacks_from_the_target(pickled: bool, t
     assert wide.argmax() == ROWS - 1 + d2t[-1]
     with pytest.raises(UserError, match="head that drafts from the hidden states"):
         load_model(*resolve_model(folder), TargetWorkerConfig(model=folder))
+    with pytest.raises(UserError, match="not a model of its own"):
+        CausalLM.load(folder)
     with pytest.raises(UserError, match="target_tokenizer"):
         load_model(*resolve_model(folder), DraftWorkerConfig(model=folder))
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from specsplit.provenance.steps import STEPS, StepLog, read_steps
+from specsplit.errors import UserError
+from specsplit.provenance.seal import seal_results
+from specsplit.provenance.steps import COMMAND, STEPS, StepLog, read_steps
 
 Say = Callable[..., None]
 
@@ -59,6 +61,36 @@ def test_the_last_job_that_made_a_file_counts(say: Say, tmp_path: Path) -> None:
     first, second = sorted(read_steps(["a.csv", "b.csv"], tmp_path), key=lambda step: step["outputs"])
     assert first["command"] == "specsplit merge --new"
     assert second["command"] == "specsplit merge --old"
+
+
+def test_a_file_that_was_edited_since_its_job_is_not_sealed(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an output nor a log; what another job makes anew is, and whoever seals by hand seals all."""
+    table, log = tmp_path / "results" / "a.csv", tmp_path / "results" / "a.log"
+    table.parent.mkdir()
+    say("job_started", jobs=[1])
+    made = {**job("merge", "results/a.csv"), "log": ["results/a.log"], "jobid": 3}
+    say("job_info", **made)
+    for file in (table, log):
+        file.write_text("made")
+    say("job_finished", job_id=3)
+    monkeypatch.setenv(COMMAND, json.dumps({"started": 1.0}))
+    assert seal_results(table.parent) == 2
+    for file in (table, log):
+        file.write_text("edited")
+        with pytest.raises(UserError, match=rf"results/{file.name} \(rule merge\). Put back"):
+            seal_results(table.parent)
+        file.write_text("made")
+    say("job_info", **made)
+    table.write_text("made anew")
+    assert seal_results(table.parent) == 2  # by a job that has not ended, as that of the seal itself
+    say("job_finished", job_id=3)
+    table.write_text("edited")
+    with pytest.raises(UserError, match="not sealed"):
+        seal_results(table.parent)
+    monkeypatch.delenv(COMMAND)
+    assert seal_results(table.parent) == 2
 
 
 def test_a_dry_run_leaves_nothing(say: Say, tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ import socket
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint
@@ -43,6 +46,7 @@ ELSEWHERE = {
     "models": {
         "m": {"source": "local", "path": "models/m"},
         "n": {"source": "ngram", "tokenizer": "m"},
+        "s": {"source": "suffix", "tokenizer": "m", "model": "made"},
         "made": {"source": "local", "path": "results/distill/default/draft"},
     },
     "target": {"model": "m"},
@@ -119,6 +123,10 @@ def test_with_a_prefix_every_path_of_the_workflow_has_it() -> None:
             text = made.settings(job, operates=operates)
             assert text.count("results/") + text.count("resources/") == text.count("a b/"), job
     assert made.model_flags("n") == "--ngram --tokenizer 'a b/resources/models/m' --max-ngram 3 --min-ngram 1"
+    assert made.model_made_from("s") == ["resources/models/m/model.json", "resources/models/made/model.json"]
+    assert made.model_flags("s").startswith(
+        "--suffix --tokenizer 'a b/resources/models/m' --model 'a b/resources/models/made' "
+    )
     assert made.model_flags("made") == "--local 'a b/results/distill/default/draft'"
     assert made.model_flags("m") == "--local models/m"
 
@@ -232,7 +240,7 @@ def test_measurements_beside_the_sweep_that_are_there_or_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert files.beside_the_sweep("", ["results/report.html"]) == []
-    rows = ["results/capacity.csv", "results/capacity_requests.csv"]
+    rows = ["results/capacity.csv", "results/capacity_requests.csv", "results/capacity_run.json"]
     rows += ["results/figures/capacity.png", "results/figures/capacity.svg"]
     for target in ("capacity", "specsplit_capacity", *rows):
         assert files.beside_the_sweep("", [target, "results/report.html"]) == rows, target
@@ -342,6 +350,27 @@ def test_the_environment_of_the_rules_is_what_the_package_asks_for_in_the_tested
     (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert {name(line) for line in pip} == {name(line) for line in needed}
     assert all(line.partition("==")[2] == versions[name(line)] for line in pip)
+
+
+def test_a_target_that_projects_hidden_states_is_told_whose() -> None:
+    made = Plan({"hidden_states": {"project": "target", "form": "int8"}})
+    told = {label: json.loads(made.settings(label, operates=False)) for label in ("gamma_0", "gamma_3")}
+    assert told["gamma_3"]["target"]["hidden_states_draft"] == made.role_model("draft", "gamma_3")
+    assert made.other_model("target", "gamma_3") == [made.role_model("draft", "gamma_3")]
+    assert told["gamma_3"]["run"]["hidden_states_form"] == "int8"
+    assert told["gamma_0"]["target"]["hidden_states_draft"] is None
+    assert told["gamma_0"]["run"]["hidden_states_form"] == "bfloat16"
+    assert Plan({}).other_model("target", "gamma_3") == []
+
+
+def test_the_tested_versions_run_on_the_oldest_python_that_the_package_names() -> None:
+    root = SOURCES.parent
+    oldest = tomllib.loads((root / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    tested = (root / "envs" / "constraints.txt").read_text().splitlines()
+    for pin in (line.partition("==") for line in tested if "==" in line):
+        with suppress(metadata.PackageNotFoundError):  # of an extra that is not installed
+            wanted = metadata.metadata(pin[0])["Requires-Python"] or ""
+            assert SpecifierSet(wanted).contains(f"{oldest}.0"), (pin, wanted)
 
 
 def test_only_the_targets_own_generation_settings_matter() -> None:

@@ -174,5 +174,6 @@ def test_the_smallest_run(tmp_path: Path, workspace: Workspace) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = pd.read_csv(workspace.folder / ".test/results/summary.csv")
-    assert (list(summary["gamma"]), list(summary["requests"])) == ([0, 2], [2, 2])
+    own = summary[summary["setup"] == "workers"]
+    assert (list(own["gamma"]), list(own["requests"])) == ([0, 2], [2, 2])
     assert (workspace.folder / ".test/results/report.html").is_file()

@@ -12,14 +12,15 @@ rule benchmark_capacity:
         models=PLAN.models_of(PLAN.capacity),
         layers=PLAN.layers_of(PLAN.capacity),
     output:
-        "results/capacity_requests.csv",
+        requests="results/capacity_requests.csv",
+        run="results/capacity_run.json",
     log:
         "results/logs/benchmark_capacity.log",
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
     params:
-        folder=lambda wildcards, output: os.path.dirname(output[0]),
+        folder=lambda wildcards, output: os.path.dirname(output.requests),
         code=code_of("capacity"),
     shell:
         "specsplit capacity --only --settings {input.settings:q} {input.operation:q}"
@@ -31,6 +32,7 @@ rule capacity:
     """Throughput, latency and goodput against the number of clients: the table and the figure."""
     input:
         requests="results/capacity_requests.csv",
+        run="results/capacity_run.json",
     output:
         table_output("capacity"),
         "results/figures/capacity.png",

@@ -25,7 +25,8 @@ rule profile:
 rule overhead:
     """What a round costs beside its models: simulated models that take no time, behind real workers."""
     output:
-        table_output("overhead"),
+        table=table_output("overhead"),
+        run="results/overhead_run.json",
     log:
         "results/logs/overhead.log",
     conda:
@@ -34,7 +35,7 @@ rule overhead:
     params:
         code=code_of("overhead"),
     shell:
-        "specsplit overhead --output {output:q} > {log:q} 2>&1"
+        "specsplit overhead --output {output.table:q} > {log:q} 2>&1"
 
 
 rule context_curve:
@@ -49,6 +50,7 @@ rule context_curve:
         layers=PLAN.layers_of(PLAN.context),
     output:
         table=table_output("context_curve"),
+        run="results/context_curve_run.json",
         figures=["results/figures/context_curve.png", figure_output("context_curve")],
     log:
         "results/logs/context_curve.log",

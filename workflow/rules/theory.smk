@@ -5,6 +5,7 @@ rule theory_check:
     """Measured times of every mode beside the formula's. It measures times, so nothing may run beside it."""
     output:
         table=table_output("theory_check"),
+        run="results/theory_check_run.json",
         figures=["results/figures/theory_check.png", figure_output("theory_check")],
     log:
         "results/logs/theory_check.log",

@@ -16,6 +16,7 @@ from specsplit.analysis.tables import quantiles
 from specsplit.experiment.capacity import GOOD_SHARE, LIMIT_FACTOR, CapacityRecord
 from specsplit.experiment.columns import FAILED
 from specsplit.io import write_csv
+from specsplit.provenance.facts import beside_run, read_run
 from specsplit.settings.measure import CLOSED
 
 LOAD = ("arrivals", "clients", "rate")
@@ -216,7 +217,10 @@ def write_capacity(
     confidence: float = 0.95,
 ) -> list[Path]:
     """Summary and figure of `capacity_requests.csv`: `capacity.csv`, `figures/capacity.png` and .svg."""
-    requests = read_records(results_dir / "capacity_requests.csv", CapacityRecord, "specsplit capacity")
+    rows = results_dir / "capacity_requests.csv"
+    requests = read_records(rows, CapacityRecord, "specsplit capacity")
+    if beside_run(rows).is_file():
+        read_run(beside_run(rows))
     summary = summarize_capacity(requests, tpot_limit_ms, ttft_limit_ms, confidence=confidence)
     figures = draw_capacity(summary, results_dir / "figures" / "capacity.png")
     write_csv(summary, results_dir / "capacity.csv")

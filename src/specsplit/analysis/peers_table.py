@@ -18,7 +18,8 @@ from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import compare_jointly, paired_ratio_ci
 from specsplit.analysis.tables import TIMES, metric_columns
 from specsplit.experiment.peer_race import PeerRecord
-from specsplit.io import read_json_object, write_csv
+from specsplit.io import write_csv
+from specsplit.provenance.facts import read_run
 
 WIDTH_IN, ROW_IN = 6.8, 0.27
 
@@ -136,7 +137,7 @@ def write_peers(
     """
     requests = read_records(results_dir / "peers_requests.csv", PeerRecord, "specsplit bench --baseline")
     run = results_dir / "peers_run.json"
-    left_out = read_json_object(run).get("left_out") if run.is_file() else None
+    left_out = read_run(run).get("left_out") if run.is_file() else None
     settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
     summary = summarize_peers(requests, left_out, **settings)
     figures = draw_peers(requests, summary, results_dir / "figures" / "peers.png", confidence=confidence)

@@ -28,7 +28,8 @@ class Options(TypedDict, total=False):
     stop_token_ids: tokens that end a text; by default those that the target names. ignore_eos: no token ends it.
     max_context: longest text, prompt included. use_chat_template: a string is one user turn of the model's template.
     hidden_states_form, hidden_states_project, hidden_states_window: what a draft that reads the target's hidden states
-    is sent (docs/hidden-states.md). rtt_ms, jitter_ms: a network to the target, simulated. on_draft_failure: "reconnect", "target_alone" or "fail".
+    is sent (docs/hidden-states.md). rtt_ms, jitter_ms, bandwidth_mbit: a network to the target, simulated.
+    on_draft_failure: "reconnect", "target_alone" or "fail".
     """
 
     gamma: int | Literal["auto"]
@@ -52,6 +53,7 @@ class Options(TypedDict, total=False):
     hidden_states_window: int | None
     rtt_ms: float
     jitter_ms: float
+    bandwidth_mbit: float
     on_draft_failure: Literal["reconnect", "target_alone", "fail"]
 
 

@@ -12,7 +12,7 @@ from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
 from specsplit.errors import RunError
 from specsplit.settings.measure import CapacitySettings
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,21 +21,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_workers_dir_flag(parser)
     parser.add_argument("--only", action="store_true", help="write capacity_requests.csv alone")
     # Greedy, without a simulated network.
-    without = ("temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms", "draft_acceptance", "max_rounds")
+    without = ("temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance", "max_rounds")
     add_setting_flags(parser, CapacitySettings, OrchestratorConfig, without=without)
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.cli.plan import connected_configs, load_codec, read_prompts
+    from specsplit.cli.plan import connected_configs, describe_texts, load_codec, read_prompts
     from specsplit.experiment.capacity import CapacityRecord, Load, measure_capacity
     from specsplit.experiment.columns import FAILED
     from specsplit.experiment.runner import encode_prompts
     from specsplit.models.tokenizer import stops_at
-    from specsplit.provenance.capture import capture_machine
     from specsplit.provenance.closure import code_sha256
+    from specsplit.provenance.facts import beside_run
+    from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(CapacitySettings, args)
-    greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0}
+    greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, **NO_NETWORK}
     config = load_settings(OrchestratorConfig, args, **greedy)
     tracing.wanted()  # tells at once what it lacks
     codec = load_codec(config)
@@ -59,9 +60,11 @@ def run(args: argparse.Namespace) -> None:
         )
 
     table = args.results_dir / "capacity_requests.csv"
-    decides = {"workers": workers, "machine": capture_machine(), "code": code_sha256("capacity")}
+    run = describe_here() | describe_texts(args.prompts, codec, config, workers)
+    decides = {"workers": workers, "machine": run["machine"], "code": code_sha256("capacity")}
     stops = partial(stops_at, codec, config.stop)
     measure_capacity(requests, configs, stops, settings, table, decides=decides, on_level=show)
+    write_run(beside_run(table), run, [table])
     print(table)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity

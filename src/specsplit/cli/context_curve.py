@@ -10,7 +10,7 @@ from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.sweep_flags import add_figure_flag, add_prompts_flag, add_workers_dir_flag
 from specsplit.errors import UserError
 from specsplit.settings.measure import ContextSettings
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_workers_dir_flag(parser)
     # Greedy texts of a fixed length in mode sync, without a simulated network.
     without = (
-        *("mode", "temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms", "draft_acceptance"),
+        *("mode", "temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance"),
         *("max_output_tokens", "max_rounds", "ignore_eos", "stop", "stop_token_ids"),
     )
     add_setting_flags(parser, ContextSettings, OrchestratorConfig, without=without)
@@ -30,19 +30,21 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from specsplit.analysis.context_figure import draw_context_curve, summarize_contexts
-    from specsplit.cli.plan import connected_configs, load_codec, read_prompts
+    from specsplit.cli.plan import connected_configs, describe_texts, load_codec, read_prompts
     from specsplit.experiment.context_curve import ContextText, measure_contexts
     from specsplit.experiment.runner import encode_prompts
     from specsplit.io import write_csv
+    from specsplit.provenance.facts import beside_run
+    from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(ContextSettings, args)
-    fixed = {"mode": "sync", "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0, "ignore_eos": True}
+    fixed = {"mode": "sync", "temperature": 0.0, **NO_NETWORK, "ignore_eos": True}
     tracing.wanted()
     config = load_settings(
         OrchestratorConfig, args, **fixed, gamma=settings.gamma[0], max_output_tokens=settings.output_tokens
     )
     codec = load_codec(config)
-    configs, (limit, raisable), _ = connected_configs(args, settings.gamma, config, codec)
+    configs, (limit, raisable), workers = connected_configs(args, settings.gamma, config, codec)
     lengths = [length for length in sorted(set(settings.length)) if length + settings.output_tokens <= limit]
     left_out = sorted(set(settings.length) - set(lengths))
     if not lengths:
@@ -59,9 +61,13 @@ def run(args: argparse.Namespace) -> None:
         prefill = "" if row.ttft_ms is None else f"first token after {row.ttft_ms:.0f} ms"
         print(f"gamma {row.gamma}, {row.context_tokens} tokens of context: {prefill}{itl}", flush=True)
 
+    run = describe_here() | describe_texts(args.prompts, codec, config, workers)
+    for own in ("max_output_tokens", "ignore_eos"):  # of these texts, whatever those of the sweep are
+        del run["orchestrator"][own]
     rows = measure_contexts(requests, configs, lengths, texts=settings.texts, on_row=show)
     table = summarize_contexts(pd.DataFrame(rows))
     write_csv(table, args.output)
+    write_run(beside_run(args.output), run, [args.output])
     print(args.output)
     if args.figure is not None:
         for path in draw_context_curve(table, args.figure):

@@ -51,6 +51,7 @@ def plan_bench(args: argparse.Namespace) -> Plan:
         sweep.temperature or [config.temperature],
         sweep.rtt_ms or [config.rtt_ms],
         [config.draft_name],
+        sweep.bandwidth_mbit or [config.bandwidth_mbit],
     )
     shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
     # Every point is checked before the first one is run.
@@ -92,6 +93,18 @@ def connected_configs(
             identities += [worker_identity(description_dict(description)) for description in descriptions]
         configs.append(own)
     return configs, min(limits), identities
+
+
+def describe_texts(
+    prompts: Path, codec: TextCodec, config: OrchestratorConfig, workers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the run file of a measurement beside a sweep says of its texts. workers: of `connected_configs`."""
+    return {
+        "inputs": {"prompts": {"path": str(prompts), "sha256": sha256_file(prompts)}},
+        "tokenizer_sha256": codec.sha256,
+        "orchestrator": config.model_dump(mode="json"),
+        "ours": {str(number): {"workers": {worker["role"]: worker}} for number, worker in enumerate(workers)},
+    }
 
 
 def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: Point) -> OrchestratorConfig:

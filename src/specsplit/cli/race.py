@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from contextlib import ExitStack
 from importlib import import_module
 
@@ -14,7 +12,6 @@ from specsplit.errors import RunError
 from specsplit.experiment.peer_race import Ours, PeerRecord
 from specsplit.experiment.peer_run import check_race, run_race
 from specsplit.experiment.sweep import Point
-from specsplit.provenance.redaction import redact_arguments
 
 
 def race(args: argparse.Namespace, plan: Plan) -> None:
@@ -45,7 +42,7 @@ def race(args: argparse.Namespace, plan: Plan) -> None:
             plan.codec,
             plan.bench,
             args.results_dir,
-            about={"command": shlex.join(redact_arguments(["specsplit", *sys.argv[1:]])), "inputs": plan.inputs},
+            inputs=plan.inputs,
             on_start=tell,
             on_row=show,
         )

@@ -25,6 +25,8 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.theory_check import check_theory
     from specsplit.io import write_csv
     from specsplit.launch.lease import hold_lease
+    from specsplit.provenance.facts import beside_run
+    from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(SimulationSettings, args)
     hold_lease()
@@ -41,8 +43,10 @@ def run(args: argparse.Namespace) -> None:
         if not row.lossless:
             raise UserError(f"{row.mode} at gamma {row.gamma}, RTT {row.rtt_ms:g} ms: the text is not the target's own")
 
+    run = describe_here()
     table = pd.DataFrame(check_theory(settings, show))
     write_csv(table, args.output)
+    write_run(beside_run(args.output), run, [args.output])
     print(args.output)
     if args.figure is not None:
         for path in draw_theory_check(table, args.figure):

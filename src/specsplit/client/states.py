@@ -87,7 +87,7 @@ def check_states(draft: pb.DescribeReply, target: pb.DescribeReply, config: Orch
             f"has states of {given.hidden_size} numbers, not {needed.hidden_size}",
         ),
         (needed.vocab_size > target.vocab_size, f"has {target.vocab_size} tokens, fewer than its {needed.vocab_size}"),
-        (last >= given.num_layers, f"has {given.num_layers} layers, and not one numbered {last}"),
+        (last >= given.num_layers, f"has {given.num_layers} layers, and none numbered {last}"),
     ]
     if wrong := [what for differs, what in mismatches if differs]:
         raise UserError(f"{pair} {'; it '.join(wrong)}: it is not the target that this draft was made for")

@@ -121,7 +121,7 @@ class HiddenStatesHead:
         states: float32 [len(tokens), state_size], projected, for each of `tokens` that of the token before it; None =
         the head's own output for the token before it, as nodes of the tree take their parent's.
         """
-        work = Pass(cache, tokens, tree, cached_nodes, states)
+        work = Pass(cache, tokens, tree, cached_nodes, states=states)
         ids = tokens_of_pass(cache, tokens, tree, cached_nodes)
         sources, held = read_from(work), cache.length
         context = held - cached_nodes

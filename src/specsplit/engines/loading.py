@@ -11,12 +11,15 @@ from typing import Any, Protocol
 import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines import gpu_decoder
 from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.gpu import GpuLM
 from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM, unsuitable
 from specsplit.engines.numba_head import FusedHead, unsuitable_head
 from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.suffix import SuffixLM
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
 from specsplit.errors import UserError
@@ -25,11 +28,11 @@ from specsplit.models.fingerprint import fingerprint_model, gguf_weights, has_to
 from specsplit.models.generation_settings import check_eos, refuse_model_settings
 from specsplit.models.gguf_file import read_gguf
 from specsplit.models.head_config import is_head
-from specsplit.models.sources import manifest_file, model_folder, tokenizer_folder
+from specsplit.models.sources import manifest_file, model_folder, resolve_model, tokenizer_folder
 from specsplit.models.tokenizer import TextCodec
-from specsplit.models.vocabulary import read_reduced_map
-from specsplit.models.weightless import is_weightless, parameters_sha256, parse_parameters
-from specsplit.settings.models import SyntheticParameters
+from specsplit.models.vocabulary import load_vocabulary, read_reduced_map
+from specsplit.models.weightless import is_weightless, model_behind, parameters_sha256, parse_parameters
+from specsplit.settings.models import NGramParameters, SyntheticParameters
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -37,8 +40,10 @@ COMPILED_S = 3.0  # a first pass that took longer compiled
 
 
 class LanguageModel(Protocol):
-    """A model that drafts or verifies: CausalLM and GraphLM, FusedLM, SyntheticLM, NGramLM, HiddenStatesHead. CausalLM
-    says how.
+    """A model that drafts or verifies: CausalLM, GraphLM, GpuLM, FusedLM, SyntheticLM, NGramLM, SuffixLM, and the
+    heads HiddenStatesHead and FusedHead.
+
+    CausalLM says how.
 
     Its caches are of its own kind and have length, capacity, advance, rollback and keep, as KVCache documents them.
     """
@@ -92,7 +97,7 @@ def load_model(
     """
     model: LanguageModel
     if is_weightless(manifest["source"]):
-        model, weights_sha256 = _load_weightless(manifest, config)
+        model, weights_sha256 = _load_weightless(manifest, config, threads)
     elif is_head(folder):
         weights_sha256 = _weights_sha256(folder, manifest, config)
         model = _load_head(folder, manifest["name"], config, threads)
@@ -124,7 +129,7 @@ def _load_causal_lm(
     if config.engine == "transformers":
         return model, weights_sha256
     if config.engine == "graphs" or (config.engine == "auto" and model.device.type == "cuda"):
-        return _graphs(model, folder, config.engine), weights_sha256
+        return _graphs(model, folder, config.engine, config.max_sessions), weights_sha256
     if reason := unsuitable(model):
         if config.engine == "fused":
             raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
@@ -188,9 +193,12 @@ def _in_blocks(folder: Path, config: WorkerSettings, threads: int, skip_layers: 
     return fast
 
 
-def _graphs(model: CausalLM, folder: Path, engine: str) -> LanguageModel:
+def _graphs(model: CausalLM, folder: Path, engine: str, sessions: int) -> LanguageModel:
     try:
-        return _compared(model, lambda: GraphLM(model.model), "graphs")
+        if reason := gpu_decoder.unsuitable(model):
+            log.info("engine graphs runs the layers of transformers, as %s", reason)
+            return _compared(model, lambda: GraphLM(model.model), "graphs")
+        return _compared(model, lambda: GpuLM(model, sessions), "graphs")
     except CANNOT_RUN as error:
         reason = f"{type(error).__name__}: {error}"
         if engine == "graphs":
@@ -225,8 +233,9 @@ def _compared(model: CausalLM | HiddenStatesHead, make: Callable[[], LanguageMod
     return fast
 
 
-def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, str]:
-    """A synthetic or n-gram model; it runs on the CPU and has neither dtype nor device."""
+def _load_weightless(manifest: dict[str, Any], config: WorkerSettings, threads: int) -> tuple[LanguageModel, str]:
+    """A model without weights of its own; it runs on the CPU and has neither dtype nor device, but the model that a
+    suffix draft asks has both."""
     name, fingerprint = manifest["name"], manifest["fingerprint"]
     parameters = parse_parameters(manifest["source"], name)
     weights_sha256 = parameters_sha256(parameters)
@@ -240,9 +249,16 @@ def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[
             settings["acceptance"] = 1.0
         return SyntheticLM(**settings), weights_sha256
     if not is_draft:
-        raise UserError(f"{name} is an ngram model, which can only draft: name another model for the target worker")
-    lengths = {"max_ngram": parameters.max_ngram, "min_ngram": parameters.min_ngram}
-    return NGramLM(fingerprint["vocab_size"], **lengths), weights_sha256
+        article = "an ngram" if isinstance(parameters, NGramParameters) else "a suffix"
+        raise UserError(f"{name} is {article} model, which can only draft: name another model for the target worker")
+    settings = parameters.model_dump(exclude={"source", "tokenizer", "model"})
+    if isinstance(parameters, NGramParameters):
+        return NGramLM(fingerprint["vocab_size"], **settings), weights_sha256
+    if parameters.model:
+        folder, _ = model_behind(parameters.model)
+        other, _ = load_model(*resolve_model(Path(parameters.model)), config, threads)
+        settings["model"], settings["outward"] = other, load_vocabulary(folder, None, other.vocab_size).outward
+    return SuffixLM(fingerprint["vocab_size"], **settings), weights_sha256
 
 
 def _check_same(found: str, expected: str, what: str) -> None:

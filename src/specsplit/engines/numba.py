@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines.architectures import not_llama_layer, not_llama_type
 from specsplit.engines.linears import Linears, embedding_rows, tied
 from specsplit.engines.numba_kernels import LANES, run_pass
 from specsplit.engines.numba_team import Sizes, Team, Workspace, vectors
@@ -21,8 +22,6 @@ from specsplit.engines.token_cache import tokens_of_pass
 from specsplit.engines.transformers import CausalLM
 from specsplit.engines.vector_kernels import FEATURES, QUERIES, accumulation, activation, packing, processor_lacks
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROTARY = ("default", "linear", "llama3", "yarn")  # position embeddings that do not depend on the length of the text
 CHUNK = 64  # tokens of a run: more would push each other out of the processor's caches
 
 
@@ -288,29 +287,20 @@ class FusedLM(FusedPasses):
 
 def unsuitable(model: CausalLM) -> str | None:
     """Why a model cannot be run by this engine; None when it can."""
-    hf = model.model
-    if type(hf).__name__ not in ARCHITECTURES:
-        return f"{type(hf).__name__} is none of {', '.join(ARCHITECTURES)}"
-    return unsuitable_layer(hf.model.layers[0], hf.config.get_text_config(), model.device, model.dtype)
+    return _unsuitable_here(model.device, model.dtype) or not_llama_type(model.model)
 
 
 def unsuitable_layer(layer: Any, config: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a model with such layers cannot be run by this engine; None when it can."""
+    return _unsuitable_here(device, dtype) or not_llama_layer(layer, config)
+
+
+def _unsuitable_here(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason := processor_lacks(platform.machine(), FEATURES):
         return reason
     if device.type != "cpu":
         return f"it is on {device}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"its type is {dtype}"
-    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rotary not in ROTARY:
-        return f"its position embedding is {rotary}"
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}"
-    attention, mlp = layer.self_attn, layer.mlp
-    if any(m.bias is not None for m in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-        return "it has biases outside the inputs of attention"
-    return None
+    return None if dtype in (torch.float32, torch.bfloat16) else f"its type is {dtype}"
 
 
 def _norms(layers: Sequence[Any], final_norm: Any) -> tuple[np.ndarray, ...]:

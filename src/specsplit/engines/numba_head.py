@@ -31,7 +31,7 @@ class FusedHead(FusedPasses):
             raise ValueError(reason)
         module, layer = source.module, source.module.midlayer
         config = module.config
-        self.layers, self.state_size = source.layers, source.state_size
+        self.layers, self.raw_size, self.state_size = source.layers, source.raw_size, source.state_size
         self.vocab_size, self.max_context = source.vocab_size, source.max_context
         self.parameters = source.parameters
         super().__init__(
@@ -68,6 +68,8 @@ class FusedHead(FusedPasses):
         """As HiddenStatesHead.project, from any thread, also while a pass runs; the bits of a row do not depend on the
         others."""
         rows = np.ascontiguousarray(raw.float().numpy())
+        if rows.ndim != 2 or rows.shape[1] != self.raw_size:  # the kernel reads as much as the weights have
+            raise ValueError(f"hidden states of shape {list(rows.shape)}; wanted [.., {self.raw_size}]")
         if self._norms_before_fc:
             normed = np.empty_like(rows)
             for row, out in zip(rows, normed, strict=True):
@@ -94,7 +96,7 @@ class FusedHead(FusedPasses):
         states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One pass, as HiddenStatesHead.step. Returns logits [rows, vocab_size], float32."""
-        return self.step_many([Pass(cache, tokens, tree, cached_nodes, states)])[0]
+        return self.step_many([Pass(cache, tokens, tree, cached_nodes, states=states)])[0]
 
     def _reach(self, work: Pass, start: int) -> int:
         return reach(read_from(work), work.cache.length, start)
@@ -106,7 +108,7 @@ class FusedHead(FusedPasses):
             sources = read_from(part.of)[part.start : part.stop]
             given = sources.count(GIVEN)  # they come first
             if given and part.of.states is not None:
-                space.x[at : at + given] = part.of.states[part.start : part.start + given].numpy()
+                space.x[at : at + given] = part.of.states[part.start : part.start + given].float().numpy()
             space.x[at + given : at + len(sources)] = part.of.cache.states.numpy()[sources[given:]]
             at += len(sources)
 

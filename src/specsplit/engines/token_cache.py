@@ -35,6 +35,10 @@ class Slots:
     def clean(self) -> None:
         """Leave nothing behind `length` that a later pass could read. Most caches look at what they hold alone."""
 
+    def source_after(self, length: int) -> str:
+        """Where the candidates after the first `length` tokens come from; empty when the model has one source."""
+        return ""
+
     def check_keep(self, context: int, path: Sequence[int]) -> None:
         """Raise ValueError unless `path`, increasing offsets from `context`, is of tokens that are held."""
         if context < 0:

@@ -25,6 +25,7 @@ from specsplit.engines.reduced_vocabulary import reduce_loaded
 from specsplit.engines.tree_attention import additive, positions, visible
 from specsplit.errors import UserError, is_out_of_memory, told
 from specsplit.models.fingerprint import gguf_weights
+from specsplit.models.head_config import is_head
 from specsplit.models.sources import quietly
 from specsplit.models.vocabulary import read_reduced_map
 
@@ -107,6 +108,8 @@ class CausalLM:
             raise UserError(f"dtype int8 is for the CPU, not for {target_device}: use device cpu, or dtype bfloat16")
         if not folder.is_dir():  # transformers would look the name up among its downloads
             raise UserError(f"{folder} does not hold a model: no such folder")
+        if is_head(folder):
+            raise UserError(f"{folder} holds a head that drafts from hidden states, not a model of its own")
         return cls._finished(library_model(folder, DTYPES[dtype]), target_device, dtype, skip_layers)
 
     @classmethod

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import specsplit
 from specsplit.errors import UserError
 from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.hugging_face import HuggingFace
@@ -16,22 +15,22 @@ from specsplit.experiment.peer_fit import GivenModel, check_models, why_left_out
 from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, race
 from specsplit.experiment.peers import LLAMA_CPP, Peer, PeerModel, PeerProcess
 from specsplit.experiment.runner import encode_prompts, worker_identity
-from specsplit.io import write_json
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
-from specsplit.provenance.capture import capture_environment, capture_machine, capture_software, utc_now
+from specsplit.provenance.capture import utc_now
 from specsplit.provenance.closure import code_sha256
-from specsplit.provenance.gpu import capture_gpu
-from specsplit.provenance.redaction import redact, without_places
+from specsplit.provenance.facts import beside_run
+from specsplit.provenance.run_file import describe_here, write_run
 from specsplit.settings.measure import BenchSettings
+from specsplit.settings.run import NO_NETWORK
 
 
 def check_race(ours: Mapping[str, Any], names: Sequence[str]) -> list[Peer]:
     """The peers of these names, if these points of ours (settings by label) can be raced against them."""
     for label, config in ours.items():
-        if config.temperature or config.rtt_ms:
+        if config.temperature or any(getattr(config, name) for name in NO_NETWORK):
             raise UserError(
                 f"--baseline with {label}: a race is greedy and without a simulated network; the peers draw other "
                 "random numbers and have no network"
@@ -57,14 +56,14 @@ def run_race(
     settings: BenchSettings,
     results_dir: Path,
     *,
-    about: Mapping[str, Any],
+    inputs: Mapping[str, Any],
     on_start: Callable[[str], None] = lambda line: None,
     on_row: Callable[[PeerRecord, int], None] = lambda row, total: None,
 ) -> Path:
     """Race ours against the peers: `peers_requests.csv`, which it returns the path of, and `peers_run.json`.
 
-    folders: of the models that the workers serve, by role. about: what the record says as well. on_start: gets what
-    is about to be loaded, and which peer is left out; on_row: every row, and how many there will be.
+    folders: of the models that the workers serve, by role. inputs: what the record says of files read. on_start: gets
+    what is about to be loaded, and which peer is left out; on_row: every row, and how many there will be.
     Raises UserError when the models are not those of the workers.
     """
     given = {role: None if folder is None else GivenModel(*resolve_model(folder)) for role, folder in folders.items()}
@@ -98,8 +97,8 @@ def run_race(
                 running.append(peer)
         run: dict[str, Any] = {
             "schema_version": 1,
-            **about,
-            "started": utc_now(),
+            **describe_here(),
+            "inputs": inputs,
             "warmup_requests": settings.warmup,
             "repeats": settings.repeats,
             "settle_s": SETTLE_S,
@@ -111,11 +110,6 @@ def run_race(
             "llama_cpp": {peer.label: process.description for peer, process in others.items()},
             "left_out": {peer.label: {"engine": peer.engine, "reason": reason} for peer, reason in left_out.items()},
             "tokenizer_sha256": codec.sha256,
-            "environment": capture_environment(),
-            "machine": capture_machine(),
-            "gpu": capture_gpu(),
-            "software": capture_software(),
-            "specsplit_version": specsplit.__version__,
         }
         total = settings.repeats * len(requests) * (len(ours) + len(running))
         table = results_dir / "peers_requests.csv"
@@ -133,8 +127,7 @@ def run_race(
             decides=decides,
             on_row=lambda row: on_row(row, total),
         )
-    told = without_places({**run, "finished": utc_now()}, Path.cwd())
-    write_json(results_dir / "peers_run.json", redact(told))
+    write_run(beside_run(table), {**run, "finished": utc_now()}, [table])
     return table
 
 

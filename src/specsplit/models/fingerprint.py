@@ -195,7 +195,7 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
             file = read_gguf(path)
             return file.parameters, "+".join(DTYPE_NAMES.get(kind, kind) for kind in file.types)
         if path.name == HEAD_WEIGHTS:
-            from specsplit.models.head_files import count_numbers
+            from specsplit.models.head_weights import count_numbers
 
             counts += count_numbers(path)
             continue

@@ -93,7 +93,8 @@ def read_head_config(folder: Path) -> HeadConfig:
             raise UserError(f"{path}: {key} {value!r}: a head is one Llama-type layer that attends to all, unquantised")
     try:
         layer = LlamaConfig(**own)
-        layer.architectures = stored.get("architectures") or [ARCHITECTURE]
+        names = [str(name) for name in stored.get("architectures") or () if "eagle" in str(name).lower()]
+        layer.architectures = names or [ARCHITECTURE]  # many say LlamaForCausalLM
         layers = given.get(LAYERS_KEY) or None
         config = HeadConfig(
             layer,

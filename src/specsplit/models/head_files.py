@@ -1,24 +1,19 @@
-"""The tensors of a head that drafts from the target's hidden states, of either published layout.
-
-Weights are safetensors, or, as the original checkpoints are, pytorch_model.bin: PyTorch's reader of tensors alone,
-which runs no code.
-"""
+"""The tensors of a head that drafts from the target's hidden states, of either published layout."""
 
 from __future__ import annotations
 
-import pickle
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from specsplit.errors import UserError, told
+from specsplit.errors import UserError
 from specsplit.models.file_names import GGUF_FILE
 from specsplit.models.fingerprint import weight_files
 from specsplit.models.gguf_file import Stored, read_gguf
-from specsplit.models.head_config import HEAD_MAPS, HeadConfig
+from specsplit.models.head_config import HeadConfig
+from specsplit.models.head_weights import read_tensors
 
 UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight", "t2d")  # t2d says again what d2t says
 EMBEDDING = "embed_tokens.weight"
@@ -31,34 +26,9 @@ def head_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
-        tensors |= _read(path)
+        tensors |= read_tensors(path)
     named = {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in tensors.items()}
     return {n: tensor for n, tensor in named.items() if n not in UNUSED and not n.endswith("rotary_emb.inv_freq")}
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: the weights cannot be read: {told(error)}; fetch the head again") from None
-    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise UserError(f"{path}: wanted tensors by name")
-    return found
-
-
-def count_numbers(path: Path) -> Counter[str]:
-    """Numbers in the tensors of pytorch_model.bin, by their type as safetensors call it."""
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    counts: Counter[str] = Counter()
-    for name, tensor in _read(path).items():
-        if name not in HEAD_MAPS:
-            counts[names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))] += tensor.numel()
-    return counts
 
 
 def head_tokens(config: HeadConfig, tensors: Mapping[str, torch.Tensor], folder: Path) -> list[int]:

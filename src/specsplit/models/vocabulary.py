@@ -37,7 +37,14 @@ MAP_TENSOR = "draft_to_target"
 
 
 class Vocabulary:
-    """One vocabulary for both models. size: target token ids that can be proposed are below it."""
+    """One vocabulary for both models. size: target token ids that can be proposed are below it.
+
+    same_ids: whether the draft reads the target's token ids, so that what it proposes can be fed as it is.
+    targets: then the target's token of every row of its output head, where that is not the row's number.
+    """
+
+    same_ids = True
+    targets: torch.Tensor | None = None
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -68,11 +75,11 @@ class ReducedVocabulary(Vocabulary):
 
     def __init__(self, draft_to_target: Sequence[int], size: int) -> None:
         super().__init__(size)
-        self._targets = torch.tensor(list(draft_to_target), dtype=torch.long)
+        self.targets: torch.Tensor = torch.tensor(list(draft_to_target), dtype=torch.long)
 
     def outward(self, logits: torch.Tensor) -> torch.Tensor:
-        self._targets = self._targets.to(logits.device)
-        return _spread(logits, self._targets, self.size)
+        self.targets = self.targets.to(logits.device)
+        return _spread(logits, self.targets, self.size)
 
 
 class _Encoded(NamedTuple):
@@ -89,6 +96,8 @@ class SharedVocabulary(Vocabulary):
     draft_rows: rows of the draft's output head; tokens beyond them are not shared. Special tokens are shared only
     when both have the same and it is special in both. Raises UserError when nothing is shared.
     """
+
+    same_ids = False
 
     def __init__(self, target_tokenizer: Any, draft_tokenizer: Any, draft_rows: int) -> None:
         targets, drafts = spellings(target_tokenizer), spellings(draft_tokenizer)

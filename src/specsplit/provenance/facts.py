@@ -8,13 +8,14 @@ nothing. Hosts of one kind may share a sweep, as the nodes of a cluster do, so n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.io import read_json_object
+from specsplit.io import json_sha256, read_json_object, sha256_file
 from specsplit.settings.axes import SWEPT
 from specsplit.settings.run import OrchestratorConfig
 
@@ -27,8 +28,15 @@ PACKAGES = (
 WORKER = ("weights_sha256", "tokenizer_sha256", "dtype", "device", "max_context", "version")
 TOLD = ("host", "kernel")  # of `runtime`
 # Each job has its own, or the number of threads decides it, which is compared.
+CODE = ("run_code_sha256", "worker_code_sha256", "specsplit_version")
 VARIABLES = ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
 SHOWN = 80  # characters of a value
+# What a measurement beside a sweep has of its own: how many prompts and repeats, threads and room of its workers, and
+# other settings than those of the texts.
+OWN = re.compile(
+    r"prompts: count|repeats|warmup_requests|code: run_code_sha256|variable .*|.*: (threads in mode .*|max_context)"
+    r"|setting (?!(max_output_tokens|use_chat_template|ignore_eos|stop|stop_token_ids|seed)$).*"
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,33 @@ class Difference:
         return f"{self.fact}: {', '.join(told)}"
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """A run file, as `run_file.write_run` wrote it. Raises UserError when it or a table was edited since.
+
+    Earlier versions kept no hashes.
+    """
+    run = read_json_object(path)
+    mend = f"put back what was there, or delete {path} and measure again"
+    if "sha256" in run and run["sha256"] != json_sha256({key: run[key] for key in run if key != "sha256"}):
+        raise UserError(f"{path}: was edited after it was written: its content is not that of its own hash; {mend}")
+    for name, digest in (run.get("files") or {}).items():
+        table = path.with_name(name)
+        if not table.is_file():
+            raise UserError(f"{table}: no such file, and {path} lists it; {mend}")
+        if sha256_file(table) != digest:
+            raise UserError(f"{table}: is not what was measured: {path} has another sha256; {mend}")
+    return run
+
+
+def beside_run(table: Path) -> Path:
+    """The run file of a table beside the sweep, or of its rows: capacity_run.json of capacity_requests.csv."""
+    return table.with_name(f"{table.stem.removesuffix('_requests')}_run.json")
+
+
 def read_facts(run_dir: Path) -> dict[str, Any]:
-    """The facts of a run folder; none without a run.json, which tables alone do not have."""
+    """The facts of a run folder; none without a run.json, which tables alone do not have. UserError as `read_run`."""
     path = Path(run_dir) / "run.json"
-    return run_facts(read_json_object(path)) if path.is_file() else {}
+    return run_facts(read_run(path)) if path.is_file() else {}
 
 
 def run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +90,7 @@ def run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     mode, draft = settings.get("mode", "sync"), settings.get("draft_name", "draft")
     facts: dict[str, Any] = {f"prompts: {key}": _part(run, "inputs", "prompts").get(key) for key in ("sha256", "count")}
     facts["tokenizer"] = run.get("tokenizer_sha256")
-    facts |= {f"code: {key}": run.get(key) for key in ("run_code_sha256", "specsplit_version")}
+    facts |= {f"code: {key}": run.get(key) for key in CODE}
     facts |= {key: run.get(key) for key in ("repeats", "warmup_requests")}
     left_out = {*SWEPT, *OrchestratorConfig.operating(), "fan_out", "draft_acceptance"}
     facts |= {f"setting {key}": value for key, value in settings.items() if key not in left_out}
@@ -84,6 +115,12 @@ def run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
         facts |= _package_facts(f"{name}: package", worker.get("packages"))
     # A null may be a setting (no limit); elsewhere it is what was not known.
     return {key: value for key, value in facts.items() if value is not None or key.startswith("setting ")}
+
+
+def beside_facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a NAME_run.json tells, the facts that it must share with the runs of the sweep beside it."""
+    every = [run_facts({**run, **own}) for own in (run.get("ours") or {"": {}}).values()]
+    return {fact: value for facts in every for fact, value in facts.items() if not OWN.fullmatch(fact)}
 
 
 def told_facts(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from specsplit.provenance.capture import (
 )
 from specsplit.provenance.checklist import make_checklist
 from specsplit.provenance.closure import PACKAGE, command_files
-from specsplit.provenance.facts import differences, run_facts, told_facts
+from specsplit.provenance.facts import differences, read_run, run_facts, told_facts
 from specsplit.provenance.folder import MANIFEST, SEAL
 from specsplit.provenance.git import capture_diff, capture_git
 from specsplit.provenance.gpu import capture_gpu
@@ -58,7 +58,7 @@ def build_record(
     left out. Raises UserError that names a missing or malformed file.
     """
     config = redact(config)
-    runs = [(_relative(path, root), read_json_object(path)) for path in run_files]
+    runs = [(_relative(path, root), read_run(path)) for path in run_files]
     models = [(_relative(path, root), _explain_model(read_json_object(path))) for path in model_files]
     dataset = read_json_object(dataset_manifest)
     software = capture_software()

@@ -16,13 +16,14 @@ from typing import Any
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object, replace_file, sha256_file
 from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RESULTS, SEAL, list_files, read_sums, write_sums
-from specsplit.provenance.steps import read_outputs, workflow_started
+from specsplit.provenance.steps import read_made, read_outputs, workflow_started
 
 ARCHIVE = f"{RESULTS}/archive.zip"  # verified by what it holds, as it holds the lists itself
 SIGNATURES = (f"{SEAL}.sig", f"{ARCHIVE}.sig", f"{ARCHIVE_SUMS}.sig")
 # What no list of this module has. MANIFEST is in SEAL, and all of them are in the SHA256SUMS of an archive.
 UNSEALED = (SEAL, MANIFEST, ARCHIVE, ARCHIVE_SUMS, CRATE, *SIGNATURES)
 WORKER_END_S = 10.0
+SHOWN = 5  # names in a message
 # What jobs leave beside the outputs that their rules name.
 UNLOGGED = (f"{RESULTS}/logs/workers/", f"{RESULTS}/distill/")
 
@@ -32,7 +33,7 @@ def seal_results(results: Path, required: Iterable[Path] = (), *, add: bool = Fa
 
     required: files that must be there. add: there is a seal already, and only what jobs of the workflow made since is
     sealed anew; other files keep the hash that they had, and those that nobody made stay out. Raises UserError when one
-    is missing, or cannot be in such a list.
+    is missing, or cannot be in such a list, and in the workflow when one is not as the job that made it left it.
     """
     missing = [str(path) for path in required if not path.is_file()]
     if missing:
@@ -51,7 +52,10 @@ def seal_results(results: Path, required: Iterable[Path] = (), *, add: bool = Fa
             raise UserError(f"{path!s:.200}: is no plain file with a plain name; take it out of the results") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if add and (kept := _kept(results)) is not None:
+    kept = _kept(results) if add else None
+    if kept is None and workflow_started() is not None:
+        _refuse_edited(sums, results.parent)
+    if kept is not None:
         since = (results / Path(SEAL).relative_to(RESULTS)).stat().st_mtime
         since = min(since, workflow_started() or since)  # jobs of this run may have been at work while it was sealed
         sums = _added(kept["files"], sums, results.parent, since)
@@ -59,6 +63,20 @@ def seal_results(results: Path, required: Iterable[Path] = (), *, add: bool = Fa
     for name, text in seal_lists(sums, empty, links).items():
         replace_file(results / Path(name).relative_to(RESULTS), text)
     return len(sums)
+
+
+def _refuse_edited(now: Mapping[str, str], root: Path) -> None:
+    """A seal of the workflow vouches for what its jobs made: raise UserError when a file is not as its job left it."""
+    made = read_made(root)
+    edited = [
+        f"{name} (rule {made[name][0]})" for name, digest in now.items() if made.get(name, ("", digest))[1] != digest
+    ]
+    if edited:
+        more = f" and {len(edited) - SHOWN} more" if len(edited) > SHOWN else ""
+        raise UserError(
+            f"not sealed: changed since the workflow made them: {', '.join(edited[:SHOWN])}{more}. Put back what was "
+            "there, or delete these files, and the workflow makes them again"
+        )
 
 
 def _kept(results: Path) -> dict[str, Any] | None:

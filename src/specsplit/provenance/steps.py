@@ -9,15 +9,16 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from specsplit.io import sha256_file
 from specsplit.provenance.redaction import redact_arguments, redact_text
 
 COMMAND = "SPECSPLIT_WORKFLOW_COMMAND"
-STEPS = Path(".snakemake/specsplit-steps.jsonl")  # a line for each job that began, in the project's folder
+STEPS = Path(".snakemake/specsplit-steps.jsonl")  # lines for each job that began and ended, in the project's folder
 
 
 def remember_workflow(cores: int | None, config_files: Sequence[str]) -> None:
@@ -35,9 +36,9 @@ def remember_workflow(cores: int | None, config_files: Sequence[str]) -> None:
 
 
 class StepLog(logging.Handler):
-    """Appends a line to `path` for each job that Snakemake starts.
+    """Appends a line to `path` for each job that Snakemake starts, and one with the hashes of its files when it ended.
 
-    It reads the events job_started and job_info that Snakemake documents for logger plugins
+    It reads the events job_started, job_info and job_finished that Snakemake documents for logger plugins
     (snakemake_interface_logger_plugins.common.LogEvent). A dry run has no job_started and leaves no line.
     """
 
@@ -45,13 +46,18 @@ class StepLog(logging.Handler):
         super().__init__()
         self._path = path
         self._runs_jobs = False
+        self._files: dict[int, list[str]] = {}  # of the jobs that have begun
 
     def emit(self, record: logging.LogRecord) -> None:
         event = getattr(record, "event", None)
+        job: dict[str, Any] = record.__dict__
         self._runs_jobs = self._runs_jobs or event == "job_started"
+        if event == "job_finished":
+            # No job that reads these files has begun yet.
+            root, files = self._path.parents[1], self._files.pop(job.get("job_id", -1), [])
+            self._append(record, {"sha256": {f: sha256_file(root / f) for f in files if (root / f).is_file()}})
         if event != "job_info" or not self._runs_jobs:
             return
-        job: dict[str, Any] = record.__dict__
         step = {
             "rule": job["rule_name"],
             "command": redact_text(job["shellcmd"]) if job["shellcmd"] else None,
@@ -60,10 +66,14 @@ class StepLog(logging.Handler):
             "outputs": [_plain(name) for name in job["output"]],
             "log": [_plain(name) for name in job["log"]],
         }
+        self._files[job.get("jobid", -1)] = [*step["outputs"], *step["log"]]
+        self._append(record, step)
+
+    def _append(self, record: logging.LogRecord, line: Mapping[str, Any]) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:  # one write a line, so that lines never mix
-                file.write(json.dumps(step).encode() + b"\n")
+                file.write(json.dumps(line).encode() + b"\n")
         except OSError:
             self.handleError(record)
 
@@ -94,7 +104,7 @@ def read_steps(outputs: Sequence[str], root: Path) -> list[dict[str, Any]]:
     that succeeded. finished: when the last of the files was written. Files of which STEPS does not tell are one step of
     nulls. command is null for a rule with a script.
     """
-    made_by = {output: step for step in _logged(root / STEPS) for output in step["outputs"]}
+    made_by = {output: step for step in _jobs(root) for output in step["outputs"]}
     steps: dict[int, dict[str, Any]] = {}
     unknown = []
     for output in outputs:
@@ -127,8 +137,24 @@ def workflow_started() -> float | None:
 
 def read_outputs(root: Path, since: float = 0.0) -> set[str]:
     """Outputs and logs of the jobs that began after a time (seconds since 1970), as the rules name them."""
-    steps = [step for step in _logged(root / STEPS) if datetime.fromisoformat(step["started"]).timestamp() >= since]
+    steps = [step for step in _jobs(root) if datetime.fromisoformat(step["started"]).timestamp() >= since]
     return {name for step in steps for name in (*step["outputs"], *step["log"])}
+
+
+def read_made(root: Path) -> dict[str, tuple[str, str]]:
+    """The rule that made each output and log, and its sha256 when that job ended; nothing of a job that has not."""
+    rules: dict[str, str] = {}
+    made: dict[str, tuple[str, str]] = {}
+    for line in _logged(root / STEPS):
+        for name in (*line.get("outputs", ()), *line.get("log", ())):
+            rules[name] = line["rule"]
+            made.pop(name, None)
+        made |= {name: (rules[name], sha256) for name, sha256 in line.get("sha256", {}).items() if name in rules}
+    return made
+
+
+def _jobs(root: Path) -> list[dict[str, Any]]:
+    return [line for line in _logged(root / STEPS) if "rule" in line]
 
 
 def _logged(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import grpc
 from specsplit.decoding.forced import Forced
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.tree import MAX_TREE_NODES, TokenTree, TreeShape
+from specsplit.engines.suffix import SuffixCache
 from specsplit.models.vocabulary import Vocabulary
 from specsplit.rpc.codec import sampling_from_message, tree_to_message
 from specsplit.rpc.hidden_states import FORMS
@@ -26,6 +27,7 @@ from specsplit.worker.servicer import WorkerServicer
 from specsplit.worker.sessions import Session
 from specsplit.worker.states import MOST_PARTS, checked_states, collect
 
+MOST_MEMORY_NAME = 128
 MOST_FORCED = 2 * MAX_GAMMA + 1  # a draft, the token after it, and a draft ahead
 
 
@@ -74,11 +76,17 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             inbox.of_session(request.context.session_id, request.context.round)
             if request.states_only:
                 earlier += self._states(request)
-                if len(earlier) > MOST_PARTS:
-                    raise LimitReached(f"over {MOST_PARTS} messages of hidden states wait for a draft to be asked for")
+                if len(earlier) > MOST_PARTS or sum(part.count for part in earlier) > self.max_context:
+                    raise LimitReached(
+                        f"over {MOST_PARTS} messages of hidden states, or {self.max_context} positions, wait for a "
+                        "draft to be asked for"
+                    )
                 continue
-            request.states.MergeFrom(earlier)
-            earlier.clear()
+            if earlier:
+                earlier += request.states
+                request.ClearField("states")
+                request.states.extend(earlier)
+                earlier = []
             settings = self._settings(request)
             reply, tree = self._generate(request, caller, settings, arrived)
             yield reply
@@ -100,6 +108,9 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         request.ClearField("states")  # they are not what a request is told by when it is sent again
 
         def work(session: Session, tokens: list[int]) -> TokenTree:
+            cache: Any = session.cache
+            if isinstance(cache, SuffixCache):
+                cache.learn_in(f"{len(caller.owner)} {caller.owner} {request.memory}", request.prompt_tokens)
             if self.head is not None:
                 held = session.hidden if request.context.prefix_length else None
                 session.hidden = collect(held, states, self.head, self.max_context)
@@ -115,6 +126,8 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             lambda tree: (len(tree), 0),
             arrived,
         )
+        if made and made[0].source and self.metrics is not None:
+            self.metrics.looked_up(made[0].source)
         return reply, made[0] if made else None
 
     def _ahead(
@@ -195,6 +208,8 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             raise InvalidRequest(
                 f"ahead: fan_out is at most {most.fan_out}, max_draft_tokens at most {most.draft_tokens}"
             )
+        if len(request.memory) > MOST_MEMORY_NAME:
+            raise InvalidRequest(f"memory: a name has at most {MOST_MEMORY_NAME} characters")
         forced = Forced(tuple(request.forced.tokens), tuple(request.forced.right))
         if len(forced.tokens) != len(forced.right) or len(forced.tokens) > MOST_FORCED:
             raise InvalidRequest(f"forced: tokens and right have one length, at most {MOST_FORCED}")

@@ -32,13 +32,18 @@ class Projection(Protocol):
 
 
 class Head(Protocol):
-    """A draft model that reads hidden states. raw_size: numbers of a position that `project` takes; state_size: of one
-    that it gives."""
+    """A draft model that reads hidden states, as HiddenStatesHead documents it."""
 
-    raw_size: int
+    layers: tuple[int, ...] | None
+    hidden_size: int
     state_size: int
 
     def project(self, raw: torch.Tensor) -> torch.Tensor: ...
+
+
+def row_size(head: Head, *, projected: bool) -> int:
+    """Numbers of a position that a head is sent."""
+    return head.state_size if projected else head.hidden_size * len(head.layers or default_layers(0))
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def checked_states(messages: Iterable[pb.HiddenStates], head: Head, limit: int) 
         for message in messages:
             if message.first + message.count > limit:
                 raise StatesError(f"positions {message.first} + {message.count} are beyond a text of {limit} tokens")
-            check_states(message, head.state_size if message.projected else head.raw_size)
+            check_states(message, row_size(head, projected=message.projected))
     except StatesError as error:
         raise InvalidRequest(f"states: {error}") from error
     return messages
@@ -145,6 +150,6 @@ def collect(
     """What a session has after these messages, which were checked; None as long as nothing came."""
     for message in messages:
         held = held or ReceivedStates(message.first, capacity, head.state_size)
-        rows = unpack_states(message, head.state_size if message.projected else head.raw_size)
+        rows = unpack_states(message, row_size(head, projected=message.projected))
         held.add(message.first, rows if message.projected else head.project(rows).cpu())
     return held

@@ -28,12 +28,12 @@ BESIDE = {
     name: [f"results/{file}" for file in (f"{name}.csv", *rows, f"figures/{name}.png", f"figures/{name}.svg")]
     for name, rows in {
         "peers": ["peers_requests.csv", "peers_run.json"],
-        "capacity": ["capacity_requests.csv"],
+        "capacity": ["capacity_requests.csv", "capacity_run.json"],
         "profile": [],
-        "context_curve": [],
-        "theory_check": [],
+        "context_curve": ["context_curve_run.json"],
+        "theory_check": ["theory_check_run.json"],
     }.items()
-} | {"overhead": ["results/overhead.csv"]}
+} | {"overhead": ["results/overhead.csv", "results/overhead_run.json"]}
 INPUT_KEYS = re.compile(r"dataset\.path|models\..*\.path")  # of files that Snakemake sees as inputs
 PATTERN = re.compile(r"[{}]|<[^<>]*>")  # its wildcards and path variables, which cannot be escaped
 UNUSABLE = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # control characters, half a character
