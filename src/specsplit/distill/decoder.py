@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from specsplit.engines.numba import ARCHITECTURES
+from specsplit.engines.architectures import LLAMA_TYPE
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 
@@ -36,13 +36,13 @@ class Answer:
 
 
 class BatchDecoder:
-    """Continues texts, many at once. Raises UserError for a model that is none of ARCHITECTURES."""
+    """Continues texts, many at once. Raises UserError for a model that is none of LLAMA_TYPE."""
 
     def __init__(self, model: CausalLM) -> None:
         hf = model.model
-        if type(hf).__name__ not in ARCHITECTURES:
+        if type(hf).__name__ not in LLAMA_TYPE:
             raise UserError(
-                f"training text is written by one of {', '.join(ARCHITECTURES)}; the target is a {type(hf).__name__}"
+                f"training text is written by one of {', '.join(LLAMA_TYPE)}; the target is a {type(hf).__name__}"
             )
         self._model, self._head, self._windows, self.device = hf.model, hf.lm_head, model.windows(), model.device
 

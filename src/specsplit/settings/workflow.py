@@ -28,7 +28,7 @@ from specsplit.settings.measure import (
 )
 from specsplit.settings.models import (
     EMBEDDED,
-    SHIPPED_DRAFT,
+    SHIPPED_DRAFTS,
     HuggingFaceSource,
     LocalSource,
     NGramParameters,
@@ -50,7 +50,7 @@ Definition = Any  # (type, field), as create_model takes them
 Run = OrchestratorConfig
 UNIQUE = {"uniqueItems": True}
 ONE_OR_MORE = {**UNIQUE, "oneOrMore": True}  # a list that may be written as its only item
-(MODEL,), (DRAFT,) = EMBEDDED, SHIPPED_DRAFT
+(MODEL,), (DRAFT, *_) = EMBEDDED, SHIPPED_DRAFTS
 SkipLayers = list[Layer] | Literal["auto"]
 
 
@@ -253,7 +253,7 @@ Workflow: type[BaseModel] = section(
     setups=same(BenchSettings, "setups", schema=UNIQUE),
     models=key(
         dict[str, Source],
-        {**EMBEDDED, **SHIPPED_DRAFT},
+        {**EMBEDDED, **SHIPPED_DRAFTS},
         "Models by name, each from one of six sources. The names become folder names.",
         schema={
             "title": "a mapping of names to models",
