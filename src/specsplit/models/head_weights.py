@@ -1,4 +1,4 @@
-"""The weight files of heads: safetensors, or, as the original checkpoints are, pytorch_model.bin, which PyTorch's reader
+"""The weight files of heads: safetensors, or, as the original checkpoints are, pytorch_model.bin, which a reader
 of tensors alone reads, without running code."""
 
 from __future__ import annotations
