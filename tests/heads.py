@@ -29,7 +29,6 @@ LAYER = {
     "tie_word_embeddings": False,
 }
 LAYERS = [0, 1, 2]
-LAYOUTS = ("original", "speculators")
 
 
 def head_config(layout: str, **changes: Any) -> dict[str, Any]:

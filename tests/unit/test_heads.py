@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gguf_files import write_gguf
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.head_module import load_head, save_head
 from specsplit.engines.hidden_states import HiddenStatesHead
@@ -24,7 +26,7 @@ from specsplit.models.sources import prepare_model, resolve_model
 from specsplit.models.vocabulary import load_vocabulary, read_reduced_map
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
-from heads import HIDDEN, LAYOUTS, ROWS, VOCAB, PlainHead, head_tensors, write_head
+from heads import HIDDEN, ROWS, VOCAB, PlainHead, head_tensors, write_head
 from tiny_models import make_tiny_model, make_tokenizer
 
 TOKENS = [5, 9, 33, 71, 12, 90, 44]
@@ -254,6 +256,17 @@ def test_a_bad_head_is_refused_by_what_is_wrong(bad: str, tmp_path: Path) -> Non
     assert str(tmp_path) in str(refused.value)
 
 
+def test_the_embedding_of_a_target_in_a_gguf_file(tmp_path: Path) -> None:
+    write_head(tmp_path / "head", "original", without(head_tensors(), "embed_tokens.weight"), vocab_size=260)
+    (tmp_path / "target").mkdir()
+    path = tmp_path / "target" / "model.gguf"
+    write_gguf(path, hidden=HIDDEN)
+    head = load_head(tmp_path / "head", torch.float32, tmp_path / "target")
+    stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight")
+    expected = gguf.quants.dequantize(stored.data, stored.tensor_type)
+    assert torch.equal(head.embed_tokens.weight, torch.from_numpy(expected))
+
+
 def test_a_head_of_another_target_is_refused(tmp_path: Path) -> None:
     target = target_folder(tmp_path)
     write_head(tmp_path / "head", "original", without(head_tensors(hidden=48), "embed_tokens.weight"), hidden_size=48,
@@ -263,9 +276,16 @@ def test_a_head_of_another_target_is_refused(tmp_path: Path) -> None:
     assert read_head_config(tmp_path / "head").target_hidden_size == 32
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_cut_pickle(layout: str, tmp_path: Path) -> None:
-    write_head(tmp_path, layout, head_tensors(), pickled=True)
-    cut(tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
+class Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+@pytest.mark.parametrize("content", [None, {"fc.weight": Code()}, [torch.zeros(1)]], ids=["cut off", "code", "a list"])
+def test_a_bad_pickle(content: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_head(tmp_path, "original", head_tensors(), pickled=True)
+    cut(tmp_path) if content is None else torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: (the weights cannot be read|wanted tensors by name)"):
         load_head(tmp_path, torch.float32)
+    assert not (tmp_path / "ran").exists()
