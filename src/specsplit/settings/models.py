@@ -30,7 +30,7 @@ SHIPPED_DRAFTS = {
     "smollm2-hidden-states": {
         "source": "local",
         "path": "resources/drafts/smollm2-hidden-states",
-        "sha256": "0000000000000000000000000000000000000000000000000000000000000000",
+        "sha256": "8f8774cba0a9de3d7c56504486e0a364eecbe65700bf1b21f174fa62ce2a5a26",
     },
 }
 Text = Annotated[str, Field(min_length=1)]
