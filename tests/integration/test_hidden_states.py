@@ -214,6 +214,28 @@ def test_texts_side_by_side_with_and_without_states(pair: Any, texts: Any, accep
     assert list(map(right, results)) == [expected * (i % 2) for i, expected in enumerate(accepted)]
 
 
+def test_states_that_no_draft_follows_are_not_sent(
+    pair: Any, folders: dict[str, Path], texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    packed = Wanted.packed
+
+    def noted(self: Wanted, rows: torch.Tensor, **more: Any) -> Any:
+        ends.append(len(rows))
+        return packed(self, rows, **more)
+
+    monkeypatch.setattr(Wanted, "packed", noted)
+    with serving("draft", folders["head"], max_context=16) as draft:
+        result = write((draft, pair[1]), PROMPTS[0])
+    assert result.output_tokens == texts[0]
+    assert any(r.drafted for r in result.rounds)
+    assert not result.rounds[-1].drafted
+    assert 10 < max(ends) < 20
+    ends.clear()
+    assert write(pair, PROMPTS[0], max_output_tokens=1).output_tokens == texts[0][:1]
+    assert not ends
+
+
 # ---- what goes wrong
 
 
@@ -417,11 +439,11 @@ def test_a_session_that_wants_no_states_keeps_none(pair: Any) -> None:
     def look(tokens: list[int]) -> None:
         taps.extend(session.cache.taps for session in held())
 
-    write(pair, PROMPTS[0], on_tokens=look, max_output_tokens=2)
+    write(pair, PROMPTS[0], on_tokens=look, max_output_tokens=8)
     assert (0, 1, 2) in taps
     assert wait_until(lambda: not held())
     taps.clear()
-    write(pair, PROMPTS[0], on_tokens=look, max_output_tokens=2, gamma=0)
+    write(pair, PROMPTS[0], on_tokens=look, max_output_tokens=8, gamma=0)
     assert set(taps) == {()}
 
 

@@ -195,17 +195,18 @@ def test_rejection_sampling_over_streams_is_that_of_the_loop(pair, prompt, shape
     assert [r.accepted for r in result.rounds] == [r.accepted for r in rounds]
 
 
-def test_texts_side_by_side_are_those_of_the_loop() -> None:
+@pytest.mark.parametrize("pair", ["llama", "qwen3-mixed, gpu"])
+def test_texts_side_by_side_are_those_of_the_loop(pair: str) -> None:
     async def write_all() -> list[SpeculativeResult]:
         config = OrchestratorConfig(mode="lookahead", gamma=3, max_output_tokens=LENGTH, stop_token_ids=[])
         return await asyncio.gather(
-            *(run_speculative_loop_async(*STUBS["llama"], [5, token], config) for token in range(10, 16))
+            *(run_speculative_loop_async(*STUBS[pair], [5, token], config) for token in range(10, 16))
         )
 
-    streamed("llama", [5], DraftSettings(1), "sync")
+    streamed(pair, [5], DraftSettings(1), "sync")
     texts = event_loop().run(write_all())
     for token, result in zip(range(10, 16), texts, strict=True):
-        rounds = list(speculate(*LLAMA, [5, token], DraftSettings(3), max_new_tokens=LENGTH))
+        rounds = list(speculate(*PAIRS[pair], [5, token], DraftSettings(3), max_new_tokens=LENGTH))
         assert result.output_tokens == written(rounds)
 
 

@@ -344,7 +344,9 @@ class _Pipeline:
             )
 
     async def _verify(self, tree: TokenTree) -> None:
-        wanted = None if self.states is None else self.states.wanted(len(self.text.tokens))
+        wanted = None
+        if self.states is not None and self.text.room(ahead=1) > 0:  # else no draft follows that could read them
+            wanted = self.states.wanted(len(self.text.tokens))
         await self._send_verify_request(tree, wanted)
 
     async def _send_verify_request(self, tree: TokenTree, wanted: pb.WantedStates | None) -> None:
