@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import product
 from pathlib import Path
 from subprocess import run
@@ -16,6 +18,8 @@ import torch
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.decoding.tree import TokenTree
+from specsplit.distill.acceptance import acceptance, measure
+from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.transformers import CausalLM, library_model
 from specsplit.experiment.dataset import load_prompts, select_prompts
@@ -26,6 +30,7 @@ from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
+from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.connection import Connection, connect
 from specsplit.settings.configuration import load_pipeline_config
 from specsplit.settings.run import OrchestratorConfig
@@ -128,6 +133,33 @@ def test_text_is_the_targets_own_in_every_mode(workers, model_folder):
     settings = {"modes": MODES, "shapes": SHAPES, "temperatures": (0.7,), "drafts": ("weak",)}
     counts = check_identity(workers, model_folder, 1, (4,), 12, **settings)
     assert 0.1 < counts["accepted"] / counts["drafted"] < 0.99
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_shipped_head_changes_no_text_and_is_accepted_as_its_card_says(workers, model_folder, tmp_path):
+    """In every mode; and by the reference loop near the card's figure, which is of more prompts."""
+    folder = ROOT / "resources" / "drafts" / "smollm2-hidden-states"
+    file = tmp_path / "head.json"
+    arguments = ["--model", str(folder), "--target-tokenizer", str(model_folder), "--port", "0", "--threads", "1"]
+    try:
+        endpoint = start_worker("draft", arguments, endpoint_file=file, log_file=tmp_path / "log", timeout_s=120)
+        with closing(connect("draft", endpoint.address)) as connection:
+            settings = {"modes": MODES, "shapes": SHAPES, "temperatures": (0.0, 0.7), "drafts": ("head",)}
+            counts = check_identity({**workers, "head": connection}, model_folder, 2, (3,), 16, **settings)
+    finally:
+        stop_worker(file)
+    assert 0.02 < counts["accepted"] / counts["drafted"] < 0.99
+    codec, head = TextCodec.load(model_folder), HiddenStatesHead.load(folder, device="cpu", target=model_folder)
+    prompts = select_prompts(load_prompts(ROOT / "resources" / "prompts" / "specsplit-48.jsonl")[0], 8)
+    requests = [(prompt.id, prompt.category, codec.encode(prompt.prompt)) for prompt in prompts]
+    target, vocabulary = CausalLM.load(model_folder, device="cpu"), load_vocabulary(folder, None, head.vocab_size)
+    table = acceptance(measure(target, head, vocabulary, requests, gamma=2, max_tokens=32), confidence=0.9)
+    said = re.search(
+        r"^\| 1 \| \d+ \| \d+ \| ([.\d]+) \|$", (folder / "MODEL_CARD.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert said is not None
+    assert table["acceptance_rate"][0] == pytest.approx(float(said[1]), abs=0.1)
 
 
 @pytest.mark.model

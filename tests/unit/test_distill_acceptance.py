@@ -128,12 +128,19 @@ def report() -> tuple[dict[str, Any], dict[str, Any]]:
         **{"texts": 100, "answer_tokens": 1000, "data_sha256": "d" * 64, "seconds": 12.0},
     }
     settings = {"draft_dtype": "bfloat16", "epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "warmup_share": 0.03}
-    settings |= {"weight_decay": 0.01, "clip_norm": 1.0, "seed": 7}
+    settings |= {"kind": "independent", "unroll_steps": 3, "weight_decay": 0.01, "clip_norm": 1.0, "seed": 7}
     training = {
         **{"name": "mine", "architecture": "LlamaForCausalLM", "layers": [0, 2], "vocab_size": 40, "parameters": 9},
         **{"target": {"model": "big", "weights_sha256": "t" * 64, "vocab_size": 128}, "weights_sha256": "w" * 64},
         **{"steps": 50, "seconds": 3.0, "validation_loss": 1.0, "validation_agreement": 0.4},
-        **{"untrained_agreement": 0.1, "settings": settings, "data": data, "hardware": hardware},
+        **{
+            "learnt": 2000,
+            "further_agreement": [],
+            "untrained_agreement": 0.1,
+            "settings": settings,
+            "data": data,
+            "hardware": hardware,
+        },
     }
     return training, {"prompts": 3, "prompts_sha256": "p" * 64, "max_output_tokens": 20}
 
@@ -151,13 +158,22 @@ def test_the_card_tells_the_recipe_and_whether_the_draft_is_of_use(tmp_path: Pat
     assert set(sums) == {"MODEL_CARD.md", "config.json", "model.safetensors"}
     assert all(sha256_file(tmp_path / name) == digest for name, digest in sums.items())
     table["acceptance_rate"] = 0.6
+    training["settings"]["kind"], training["further_agreement"] = "hidden_states", [0.31, 0.2]
     write_card(tmp_path, training, table, measured)
-    assert "a trial of the recipe" not in (tmp_path / "MODEL_CARD.md").read_text()
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "a trial of the recipe" not in card
+    for said in (
+        "before its layers [0, 2]",
+        "2,000 tokens of answers passed",
+        "3 tokens drafted in a row",
+        "31.0%, 20.0%",
+    ):
+        assert said in card, said
 
 
 def test_the_figure_of_a_short_training(tmp_path: Path) -> None:
     rows = [(0, 0, None, None, None, 3.0, 0.1), (1, 50, 1e-3, 2.5, 1.0, None, None), (2, 99, 1e-4, 2.0, 1.0, 2.1, 0.3)]
-    losses = pd.DataFrame(rows, columns=list(LOSS_COLUMNS))
+    losses = pd.DataFrame(rows, columns=list(LOSS_COLUMNS)).assign(validation_agreement_2=[0.0, None, 0.1])
     for table in (acceptance(pd.DataFrame([("a", "c", 1, 2, 1)], columns=list(ROUND_COLUMNS)), **INTERVALS), None):
         shown = acceptance(pd.DataFrame(columns=list(ROUND_COLUMNS)), **INTERVALS) if table is None else table
         png, svg = draw_distillation(losses, shown, tmp_path / "curves.png")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from specsplit.distill.decoder import Answer
 from specsplit.distill.shards import (
     Text,
     batches,
@@ -153,7 +154,8 @@ def test_settings_that_the_target_cannot_take(
 def test_a_target_that_says_nothing_new(target: tuple[CausalLM, TextCodec], tmp_path: Path) -> None:
     writer = Writer(*target, WritingSettings.load(SMALL))
     writer.template = type(writer.template)([1], 2, True)
-    writer._generate = lambda rows, *_: [[2] for _ in rows]  # type: ignore[method-assign]
+    said_nothing = Answer([2], *(torch.empty(0),) * 3)
+    writer._generate = lambda rows, *_: [said_nothing for _ in rows]  # type: ignore[method-assign]
     with pytest.raises(UserError, match="20 batches without a new prompt"):
         write_texts(writer, tmp_path, ABOUT)
 

@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
+from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary
 from specsplit.distill.shards import Text
-from specsplit.distill.training import Row, Trainer, collate, hash_recipe, learning_rate, split_texts
+from specsplit.distill.training import DraftLearner, Row, Trainer, collate, hash_recipe, learning_rate, split_texts
 from specsplit.distill.writing import Writer
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.transformers import CausalLM
@@ -71,11 +71,12 @@ def deterministic() -> Iterator[None]:
 def make(target: Path, texts: list[Text], given: TrainingSettings, **options: Any) -> tuple[Trainer, list[int] | None]:
     model = CausalLM.load(target, device="cpu")
     tokens = pick_vocabulary(given, texts, model, top_k=5)
-    return Trainer(build_draft(model, pick_layers(given, 3), tokens), texts, tokens, given, **options), tokens
+    learner = DraftLearner(build_draft(model, pick_layers(given, 3), tokens), tokens)
+    return Trainer(learner, texts, given, **options), tokens
 
 
 def saved(trainer: Trainer, tokens: list[int] | None, target: Path, folder: Path) -> str:
-    save_draft(trainer.model, tokens, trainer.settings.draft_dtype, target, folder)
+    trainer.learner.save(trainer.settings.draft_dtype, target, folder)
     return sha256_file(folder / "model.safetensors")
 
 
@@ -122,7 +123,7 @@ def test_what_is_saved_is_small_and_whole(target: Path, texts: list[Text], tmp_p
         shapes = {name: tuple(kept.get_slice(name).get_shape()) for name in kept.keys()}  # noqa: SIM118
         assert {kept.get_slice(name).get_dtype() for name in kept.keys()} == {"BF16"}  # noqa: SIM118
     assert shapes["model.embed_tokens.weight"] == (40, 32)
-    assert ("lm_head.weight" in shapes) == (not trainer.model.config.tie_word_embeddings)
+    assert ("lm_head.weight" in shapes) == (not trainer.learner.model.config.tie_word_embeddings)
     assert sum(math.prod(shape) for shape in shapes.values()) == trainer.parameters
     loaded = CausalLM.load(tmp_path / "a", device="cpu", dtype="bfloat16")
     assert loaded.parameters == trainer.parameters
@@ -277,6 +278,6 @@ def test_a_checkpoint_of_another_recipe_is_not_taken(target: Path, texts: list[T
 def test_a_loss_that_is_no_number_ends_the_training(target: Path, texts: list[Text]) -> None:
     trainer, _ = make(target, texts, settings())
     with torch.no_grad():
-        trainer.model.model.norm.weight.fill_(float("nan"))
+        trainer.learner.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="step 1: the loss is nan; train with a lower learning_rate"):
         trainer.run()

@@ -379,7 +379,8 @@ def test_mistakes_in_drafts() -> None:
     lines = mistakes(raw)
     assert any(line.startswith("drafts.b.calibration_prompts: unknown key") for line in lines)
     assert mistakes({"drafts": {"a": {"model": "nobody"}}}) == [
-        'drafts.a.model: "nobody" is not in models; known models: smollm2-135m-instruct, smollm2-two-layers'
+        'drafts.a.model: "nobody" is not in models; known models: smollm2-135m-instruct, smollm2-two-layers, '
+        "smollm2-hidden-states"
     ]
     assert "wanted a letter or digit first, then letters, digits and . -" in mistakes({"drafts": {"a_b": {}}})[0]
 
@@ -387,6 +388,12 @@ def test_mistakes_in_drafts() -> None:
 def test_gpus_need_a_device_that_they_decide() -> None:
     assert "workers.gpus: 2 with workers.device cuda:1" in mistakes({"workers": {"gpus": 2, "device": "cuda:1"}})[0]
     assert load_pipeline_config({"workers": {"gpus": 2, "device": "cuda"}})["workers"]["gpus"] == 2
+
+
+def test_a_head_has_no_layers_of_the_target() -> None:
+    head = {"kind": "hidden_states", "take_layers": [0, 29]}
+    assert "distill.take_layers: [0, 29] with kind hidden_states" in mistakes({"distill": head})[0]
+    assert "distill.kind" in mistakes({"distill": {"kind": "hidden"}})[0]
 
 
 def test_every_client_of_the_capacity_runs_needs_requests() -> None:
@@ -412,7 +419,7 @@ def test_config_file_holds_every_key_with_its_default() -> None:
     for key, schema in leaf_keys().items():
         if not key.startswith(("models.", "drafts.")):
             assert lookup(raw, key) == schema["default"], key
-    model, _ = raw["models"].values()
+    model, *_ = raw["models"].values()
     assert set(model) == {"source", "package", "version", "file", "sha256"}
     assert load_pipeline_config(raw) == load_pipeline_config({})
 

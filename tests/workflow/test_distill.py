@@ -12,7 +12,14 @@ import pytest
 import yaml
 from safetensors import safe_open
 
+from specsplit.decoding.growth import DraftSettings
+from specsplit.decoding.loop import speculate
+from specsplit.distill.acceptance import InTargetTokens
+from specsplit.engines.hidden_states import HiddenStatesHead
+from specsplit.engines.transformers import CausalLM
 from specsplit.io import sha256_file
+from specsplit.models.tokenizer import TextCodec
+from specsplit.models.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[2]
 STEPS = {"distill_write_data": 1, "distill_train": 1, "distill_measure": 1, "distill_card": 1}
@@ -73,6 +80,48 @@ def test_a_sweep_with_a_distilled_draft(workspace):
         *("distill", "distill_measure", "distill_card"),
         *("settings", "operation"),
     }
+
+
+@pytest.mark.slow
+def test_a_head_that_reads_hidden_states(workspace):
+    """Written, trained, measured and described by the same rules; the acceptance of its card is that of the reference
+    loop, and a sweep with it is lossless."""
+    workspace.config["distill"] = {**TINY, "kind": "hidden_states", "state_layers": [0, 1, 2], "unroll_steps": 2}
+    workspace.run(target="distill")
+    folder = workspace.folder / "results" / "distill" / "mine"
+    manifest = json.loads((folder / "data" / "manifest.json").read_text())
+    assert manifest["state_layers"] == [0, 1, 2]
+    assert "bytes a token" in (workspace.folder / "results/logs/distill/mine_write_data.log").read_text()
+    card = (folder / "draft" / "MODEL_CARD.md").read_text()
+    for row in by_loop(workspace, folder / "draft").itertuples():
+        assert f"| {row.position} | {row.reached} | {row.accepted} |" in card
+    workspace.config["models"]["made"] = MADE
+    workspace.config["draft"] = {"model": "made", "dtype": "float32"}
+    workspace.config["workers"] |= {"engine": "transformers"}
+    workspace.run()
+    summary = pd.read_csv(workspace.folder / "results" / "summary.csv")
+    assert (summary[summary["setup"] == "workers"]["lossless"] == 1).all()
+    workspace.config["distill"] = {**workspace.config["distill"], "unroll_steps": 3}
+    planned = workspace.planned(target="distill")
+    assert planned["distill_train"] == 1
+    assert "distill_write_data" not in planned
+
+
+def by_loop(workspace, draft):
+    """Acceptance by position of a head, counted from the rounds of the reference loop."""
+    target = Path(workspace.config["models"]["tiny"]["path"])
+    head, codec = HiddenStatesHead.load(draft, dtype="bfloat16", device="cpu", target=target), TextCodec.load(target)
+    model = InTargetTokens(head, load_vocabulary(draft, target, head.vocab_size))
+    asked = DraftSettings(TINY["gamma"], stop_token_ids=frozenset([2]))
+    rounds = []
+    for line in (workspace.folder / "prompts.jsonl").read_text().splitlines():
+        prompt = codec.encode(json.loads(line)["prompt"])
+        rounds += speculate(CausalLM.load(target, device="cpu"), model, prompt, asked, max_new_tokens=12)
+    counted = [
+        (place, sum(r.accepted >= place - 1 < len(r.tree) for r in rounds), sum(r.accepted >= place for r in rounds))
+        for place in range(1, TINY["gamma"] + 1)
+    ]
+    return pd.DataFrame([row for row in counted if row[1]], columns=["position", "reached", "accepted"])
 
 
 @pytest.mark.slow

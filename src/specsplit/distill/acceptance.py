@@ -17,6 +17,7 @@ from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.loop import NO_DRAFT, speculate
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.loading import LanguageModel
+from specsplit.models.head_config import default_layers
 from specsplit.models.vocabulary import Vocabulary
 
 ROUND_COLUMNS = ("request_id", "category", "round", "drafted", "accepted")
@@ -38,16 +39,19 @@ class InTargetTokens:
     """A draft model that reads and writes the target's token ids, for `speculate`.
 
     vocabulary: one whose tokens have the target's ids, so the whole one or a reduced head.
+    target_layers: how many the target has, of which a draft that reads hidden states may not say which it means.
     """
 
-    def __init__(self, model: LanguageModel, vocabulary: Vocabulary) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, target_layers: int = 0) -> None:
         self._model, self._vocabulary = model, vocabulary
         self.vocab_size, self.max_context, self.new_cache = vocabulary.size, model.max_context, model.new_cache
+        if hasattr(model, "project"):
+            self.layers, self.project = model.layers or default_layers(target_layers), model.project
 
     def step(
-        self, cache: Any, tokens: Sequence[int], tree: TokenTree = NO_DRAFT, cached_nodes: int = 0
+        self, cache: Any, tokens: Sequence[int], tree: TokenTree = NO_DRAFT, cached_nodes: int = 0, **states: Any
     ) -> torch.Tensor:
-        return self._vocabulary.outward(self._model.step(cache, tokens, tree, cached_nodes))
+        return self._vocabulary.outward(self._model.step(cache, tokens, tree, cached_nodes, **states))
 
 
 def acceptance(rounds: pd.DataFrame, *, confidence: float) -> pd.DataFrame:
@@ -84,8 +88,9 @@ def measure(
     """
     rows = []
     asked = DraftSettings(gamma, stop_token_ids=frozenset(target.eos_token_ids))
+    drafts = InTargetTokens(draft, vocabulary, getattr(target, "num_layers", 0))
     for request_id, category, prompt in requests:
-        written = speculate(target, InTargetTokens(draft, vocabulary), prompt, asked, max_new_tokens=max_tokens)
+        written = speculate(target, drafts, prompt, asked, max_new_tokens=max_tokens)
         rounds = [Round(len(r.tree), r.accepted) for r in written]
         rows += [(request_id, category, number, r.drafted, r.accepted) for number, r in enumerate(rounds, start=1)]
         on_request(request_id, rounds)

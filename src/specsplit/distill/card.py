@@ -37,16 +37,26 @@ def card(training: Mapping[str, Any], acceptance: DataFrame, measured: Mapping[s
     )
     if first < USEFUL:
         reached += f" That is below {USEFUL:g}: a trial of the recipe, not a draft to use."
+    reads_states = settings["kind"] == "hidden_states"
+    layers, unlike = training["layers"], "" if reads_states else "read as one, and "
+    kind = (
+        f"a head (EAGLE-3), {training['architecture']}: one layer that reads the hidden states of the target before "
+        f"its layers {layers}; the embedding is the target's and not in the file"
+        if reads_states
+        else f"{training['architecture']}, layers {layers} of the target, its embeddings"
+    )
     vocabulary = (
         f"the {training['vocab_size']:,} most frequent of {training['target']['vocab_size']:,} tokens; all others are "
-        "read as one, and never proposed"
+        f"{unlike}never proposed"
         if training["vocab_size"] < training["target"]["vocab_size"]
         else "the target's"
     )
+    shares = ", ".join(f"{share:.1%}" for share in training["further_agreement"])
+    further = f" One token further on, and so on, from its own states: {shares}." if shares else ""
     hardware = training["hardware"]
     facts = [
         ("target", f"{training['target']['model']}, weights sha256 `{training['target']['weights_sha256']}`"),
-        ("kind", f"{training['architecture']}, layers {training['layers']} of the target, its embeddings"),
+        ("kind", kind),
         ("vocabulary", vocabulary),
         ("parameters", f"{training['parameters']:,}, saved in {settings['draft_dtype']}"),
         ("weights sha256", f"`{training['weights_sha256']}`"),
@@ -61,12 +71,17 @@ def card(training: Mapping[str, Any], acceptance: DataFrame, measured: Mapping[s
             f"{', '.join(f'{t:g}' for t in writing['answer_temperature'])} (answers)",
         ),
         ("left out", ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in data["left_out"].items())),
-        ("loss", f"KL to the {writing['top_k']} likeliest tokens of the target and all others together"),
+        (
+            "loss",
+            f"KL to the {writing['top_k']} likeliest tokens of the target and all others together"
+            + (f", over {settings['unroll_steps']} tokens drafted in a row" if reads_states else ""),
+        ),
         (
             "training",
-            f"{settings['epochs']} epochs, {training['steps']:,} steps of {settings['batch_size']} texts; AdamW, peak "
-            f"{settings['learning_rate']:g}, warm-up {settings['warmup_share']:g}, cosine; weight decay "
-            f"{settings['weight_decay']:g}, gradients clipped at {settings['clip_norm']:g}",
+            f"{settings['epochs']} epochs, {training['learnt']:,} tokens of answers passed, {training['steps']:,} "
+            f"steps of {settings['batch_size']} texts; AdamW, peak {settings['learning_rate']:g}, warm-up "
+            f"{settings['warmup_share']:g}, cosine; weight decay {settings['weight_decay']:g}, gradients clipped at "
+            f"{settings['clip_norm']:g}",
         ),
         ("seed", str(settings["seed"])),
         ("hardware", hardware["name"]),
@@ -87,7 +102,7 @@ Distilled by SpecSplit from {training["target"]["model"]}, for it alone. {reache
 
 Validation, on texts of the target that were not trained on: divergence {training["validation_loss"]:.3f} nats a token,
 the same likeliest token at {training["validation_agreement"]:.1%} of the positions (before training
-{training["untrained_agreement"]:.1%}).
+{training["untrained_agreement"]:.1%}).{further}
 
 | position in the draft | rounds that reached it | accepted | acceptance rate |
 |---|---|---|---|

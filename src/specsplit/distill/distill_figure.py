@@ -14,6 +14,7 @@ from specsplit.analysis.drawing import DPI, GREY, RED, house_style, save_figure,
 
 BLUE = "#0072B2"
 TICKS = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
+FURTHER = "validation_agreement_"  # columns of a head: from its own states
 SMOOTHED = 50  # points that the line through the steps' losses has
 
 
@@ -24,7 +25,15 @@ def draw_distillation(losses: DataFrame, acceptance: DataFrame, path: Path) -> l
         loss, agree, accepted = figure.subplots(1, 3)
         _draw_loss(loss, losses)
         evaluated = losses.dropna(subset=["validation_agreement"])
-        agree.plot(evaluated["tokens"], evaluated["validation_agreement"], color=BLUE, marker="o", markersize=3)
+        further = [name for name in losses.columns if name.startswith(FURTHER)]
+        for place, name in enumerate(["validation_agreement", *further], start=1):
+            label = f"token {place} of a draft" if further else None
+            alpha = 1 - (place - 1) / (len(further) + 1)
+            agree.plot(
+                evaluated["tokens"], evaluated[name], color=BLUE, alpha=alpha, marker="o", markersize=3, label=label
+            )
+        if further:
+            agree.legend()
         agree.set(title="Same likeliest token", ylabel="share of positions", ylim=(0, 1))
         for axes in (loss, agree):
             axes.set_xlabel("tokens trained on")

@@ -79,12 +79,17 @@ def save_draft(model: Any, tokens: Sequence[int] | None, dtype: str, target_fold
     folder.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS, *MAP_FILES):
         (folder / name).unlink(missing_ok=True)
-    for path in sorted(target_folder.iterdir()):
-        if matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS, "generation_config.json")):
-            shutil.copyfile(path, folder / path.name)
+    copy_tokenizer(target_folder, folder)
     model.config.dtype = DTYPES[dtype]
     model.config.save_pretrained(folder)
     if tokens is not None:
         replace_file(folder / MAP_FILES[0], json.dumps(list(tokens)) + "\n")
     weights = {name: p.detach().to("cpu", DTYPES[dtype]).contiguous() for name, p in model.named_parameters()}
     replace_tensors(folder / WEIGHTS, weights, {"format": "pt"})
+
+
+def copy_tokenizer(target_folder: Path, folder: Path) -> None:
+    """The target's tokenizer files, and its settings of generation."""
+    for path in sorted(target_folder.iterdir()):
+        if matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS, "generation_config.json")):
+            shutil.copyfile(path, folder / path.name)

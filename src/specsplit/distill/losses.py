@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch.nn import functional as F
+from typing import Any
 
-NOT_AT_ALL = float("-inf")  # a log-probability
+import torch
+
+TINY = 1e-30  # of a probability: its logarithm stays finite
 
 
 def to_draft_rows(top_ids: torch.Tensor, row_of: torch.Tensor | None) -> torch.Tensor:
@@ -25,17 +26,36 @@ def top_k_divergence(logits: torch.Tensor, rows: torch.Tensor, log_probs: torch.
     logits: [positions, rows of the draft's head]. rows: [positions, k], the row of each likely token, or -1.
     log_probs: [positions, k], the target's. There must be fewer likely tokens than rows.
     """
-    logits, log_probs = logits.float(), log_probs.float()
-    in_head = rows >= 0
-    draft = logits.log_softmax(-1)
-    target = torch.where(in_head, log_probs.exp(), 0.0)
-    rest = (1.0 - target.sum(-1)).clamp(min=0.0)
-    tops = torch.where(in_head, target * (log_probs - draft.gather(-1, rows.clamp(min=0))), 0.0).sum(-1)
-    # Over the other rows alone: 1 - sum would lose all digits where the draft is sure. One row more takes what is
-    # written for tokens that the draft does not have.
-    others = F.pad(draft, (0, 1), value=NOT_AT_ALL).scatter(-1, torch.where(in_head, rows, draft.shape[-1]), NOT_AT_ALL)
-    draft_rest = others.logsumexp(-1)
-    return tops + torch.where(rest > 0, rest * (rest.clamp(min=1e-30).log() - draft_rest), 0.0)
+    found: torch.Tensor = _Divergence.apply(logits, rows, log_probs)
+    return found
+
+
+class _Divergence(torch.autograd.Function):
+    """With its gradient by hand, as logits are large: autograd would keep and go through several copies of them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, rows: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+        wide = logits.double() if logits.dtype == torch.float64 else logits.float()
+        in_head = rows >= 0
+        places = in_head.nonzero()[:, 0], rows[in_head]
+        target = torch.where(in_head, log_probs.to(wide.dtype).exp(), 0.0)
+        rest = (1.0 - target.sum(-1)).clamp(min=0.0)
+        draft_logs = wide.gather(-1, rows.clamp(min=0)) - wide.logsumexp(-1, keepdim=True)
+        tops = torch.where(in_head, target * (log_probs - draft_logs), 0.0).sum(-1)
+        # Summed over the other rows alone: 1 - sum would lose all digits where the draft is sure.
+        gradient = wide.softmax(-1)
+        gradient[places] = 0
+        draft_rest = gradient.sum(-1).clamp(min=TINY)
+        if ctx.needs_input_grad[0]:
+            gradient.mul_((1 - rest / draft_rest)[:, None])
+            gradient[places] = (draft_logs.exp() - target)[in_head]
+            ctx.save_for_backward(gradient)
+        return tops + torch.where(rest > 0, rest * (rest.clamp(min=TINY).log() - draft_rest.log()), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0][:, None], None, None
 
 
 def agreement(logits: torch.Tensor, rows: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:

@@ -28,12 +28,14 @@ class Text:
 
     tokens: both. answer: where the answer begins. top_ids, top_log_probs: [len(tokens) - answer, k], the target's
     likeliest tokens, and their natural log-probabilities, at each token of the answer: after all tokens before it.
+    states: [len(tokens) - 1, layers, hidden], the target's hidden states at all tokens but the last; None = not kept.
     """
 
     tokens: torch.Tensor
     answer: int
     top_ids: torch.Tensor
     top_log_probs: torch.Tensor
+    states: torch.Tensor | None = None
 
     @property
     def answered(self) -> int:
@@ -54,6 +56,8 @@ def write_shard(path: Path, texts: Sequence[Text], header: Mapping[str, Any]) ->
         "top_ids": torch.cat([text.top_ids for text in texts]).to(torch.int32),
         "top_log_probs": torch.cat([text.top_log_probs for text in texts]).to(torch.float16),
     }
+    if states := [text.states for text in texts if text.states is not None]:
+        tensors["states"] = torch.cat(states)
     # One entry: several are written in any order, and the same texts must give the same bytes.
     replace_tensors(path, tensors, {HEADER: json.dumps(header, sort_keys=True)})
 
@@ -86,6 +90,8 @@ def read_shard(path: Path) -> list[Text]:
             tensors["top_ids"].split(counts),
             tensors["top_log_probs"].split(counts),
         ]
+        if "states" in tensors:  # mapped, so that their memory is the page cache's
+            parts.append(tensors["states"].split([length - 1 for length in lengths]))
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a shard of training text ({error}); delete it and write it again") from None
     return [Text(*each) for each in zip(*parts, strict=True)]

@@ -6,6 +6,7 @@ template as a prompt, and the model answers it. A model without a template write
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
+from specsplit.distill.decoder import STATES_DTYPE, Answer, BatchDecoder
 from specsplit.distill.shards import (
     RECIPE,
     Text,
@@ -27,18 +28,19 @@ from specsplit.distill.shards import (
     write_manifest,
     write_shard,
 )
+from specsplit.distill.team import Team
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object, write_json
+from specsplit.models.head_config import default_layers
 from specsplit.models.tokenizer import TextCodec
 from specsplit.settings.distill import WritingSettings
 
 MARK = "\u2063specsplit\u2063"  # stands for the user's words while the template is taken apart
-LABEL_TOKENS = 1 << 13  # of a pass that asks for the probabilities: its logits are [tokens, vocabulary]
 USER, ANSWER = 0, 1  # the two draws of a batch have seeds of their own
 LEFT_OUT = ("unusable", "repeated", "held_out")
 TIMES = "seconds.json"
-VERSION = 1  # of the texts that the same settings give; existing shards of another version are not used
+VERSION = 2  # of the texts that the same settings give; existing shards of another version are not used
 EMPTY_BATCHES = 20  # in a row, after which the model is given up
 
 
@@ -97,8 +99,8 @@ class Writer:
         self.model, self.codec, self.settings = model, codec, settings
         self.template = chat_template(codec, model.eos_token_ids)
         self.stop_ids = sorted({*model.eos_token_ids})
-        # Plain sampling: no repetition penalty or the like that the model's authors recommend.
-        model.model.generation_config = GenerationConfig()
+        self.decoder, self._team = BatchDecoder(model), Team(model.device)
+        self.layers = pick_state_layers(settings, model.num_layers) if settings.kind == "hidden_states" else ()
         self._held_out = {plain(prompt) for prompt in held_out}
         self._seen: set[tuple[int, ...]] = set()
         self._longest_prompt = self.template.around + settings.max_user_tokens
@@ -110,6 +112,16 @@ class Writer:
             )
         if settings.top_k >= model.vocab_size:
             raise UserError(f"top_k {settings.top_k}: the target has {model.vocab_size} tokens, so at most one less")
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the hidden states of a token; 0 when none are kept."""
+        return len(self.layers) * self.model.hidden_size * STATES_DTYPE.itemsize
+
+    @property
+    def largest_shard(self) -> int:
+        """Bytes of the hidden states of a batch, at most."""
+        return self.settings.write_batch * (self._longest_prompt + self.settings.max_answer_tokens) * self.state_bytes
 
     def remember(self, texts: Sequence[Text]) -> None:
         """Note texts that were written before: their prompts are not used again."""
@@ -130,74 +142,53 @@ class Writer:
                 fresh[prompt] = None
         if fresh:
             temperature = settings.answer_temperature[number % len(settings.answer_temperature)]
-            answers = self._generate(list(fresh), settings.max_answer_tokens, temperature, (number, ANSWER))
-            written.texts = self._label([(list(p), answer) for p, answer in zip(fresh, answers, strict=True)])
+            noted = {"top_k": settings.top_k, "layers": self.layers}
+            answers = self._generate(list(fresh), settings.max_answer_tokens, temperature, (number, ANSWER), **noted)
+            written.texts = [self._text(prompt, answer) for prompt, answer in zip(fresh, answers, strict=True)]
             self.remember(written.texts)
         return written
+
+    def _text(self, prompt: Sequence[int], answer: Answer) -> Text:
+        tokens = torch.tensor([*prompt, *answer.tokens])
+        return Text(tokens, len(prompt), answer.top_ids, answer.top_log_probs, answer.states if self.layers else None)
 
     def _prompts(self, number: int) -> list[tuple[str, tuple[int, ...]]]:
         """User turns, as text and as the tokens of the prompt; no tokens for one that cannot be used."""
         settings = self.settings
         rows = [self.template.user] * settings.write_batch
         turns = self._generate(rows, settings.max_user_tokens, settings.user_temperature, (number, USER))
-        texts = [self.codec.decode(turn).strip() for turn in turns]
+        texts = [self.codec.decode(turn.tokens).strip() for turn in turns]
         if not self.template.has_turns:  # the beginning of a text, which goes on as it began, unless it is over
             return [
-                (text, () if turn[-1] in self.stop_ids else (*self.template.user, *turn))
+                (text, () if turn.tokens[-1] in self.stop_ids else (*self.template.user, *turn.tokens))
                 for text, turn in zip(texts, turns, strict=True)
             ]
         # Encoded from text, as a typed prompt is; the tokens may differ from the sampled ones.
         prompts = [tuple(self.codec.encode(text)) if text else () for text in texts]
         return [(text, p if len(p) <= self._longest_prompt else ()) for text, p in zip(texts, prompts, strict=True)]
 
-    @torch.inference_mode()
     def _generate(
-        self, rows: Sequence[Sequence[int]], count: int, temperature: float, draw: tuple[int, int]
-    ) -> list[list[int]]:
-        """At most `count` tokens after each row, the end-of-text token included when it came."""
-        width = max(map(len, rows))
-        pad = self.stop_ids[0] if self.stop_ids else 0
-        device = self.model.device
-        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        torch.manual_seed(_draw_seed(self.settings.seed, *draw))
-        chosen: dict[str, Any] = {"do_sample": False}
-        if temperature:
-            chosen = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        output = self.model.model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=count,
-            eos_token_id=self.stop_ids or None,
-            pad_token_id=pad,
-            **chosen,
-        )
-        new: list[list[int]] = output[:, width:].tolist()
-        ends = (next((i for i, token in enumerate(row) if token in self.stop_ids), len(row)) for row in new)
-        return [row[: end + 1] for row, end in zip(new, ends, strict=True)]
+        self, rows: Sequence[Sequence[int]], count: int, temperature: float, draw: tuple[int, int], **noted: Any
+    ) -> list[Answer]:
+        """At most `count` tokens after each row, the end-of-text token included when it came. noted: what of them."""
 
-    @torch.inference_mode()
-    def _label(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Text]:
-        """The target's likeliest tokens at every position of the answers, by plain passes over the whole texts."""
-        device, k = self.model.device, self.settings.top_k
-        texts: list[Text] = []
-        at_once = max(1, LABEL_TOKENS // max(len(prompt) + len(answer) for prompt, answer in pairs))
-        for start in range(0, len(pairs), at_once):
-            part = pairs[start : start + at_once]
-            rows = [prompt + answer for prompt, answer in part]
-            longest = max(map(len, rows))
-            # Padded at the right: no token of a text sees what comes after it.
-            ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-            logits = self.model.model(input_ids=ids, use_cache=False).logits
-            for i, (prompt, answer) in enumerate(part):
-                own = logits[i, len(prompt) - 1 : len(prompt) + len(answer) - 1].float()
-                top = own.topk(k, dim=-1)
-                log_probs = top.values - own.logsumexp(-1, keepdim=True)
-                texts.append(Text(torch.tensor(rows[i]), len(prompt), top.indices.cpu(), log_probs.cpu()))
-        return texts
+        def write(number: int, part: Sequence[Sequence[int]]) -> list[Answer]:
+            seed = _draw_seed(self.settings.seed, *draw, number)
+            return self.decoder.generate(part, count, temperature, self.stop_ids, seed, **noted)
+
+        parts = self._team.split(rows)
+        return [answer for written in self._team.map(write, range(len(parts)), parts) for answer in written]
 
 
 MADE_BY = ("hardware", "code")  # another device or other code may write other text
+
+
+def pick_state_layers(settings: WritingSettings, num_layers: int) -> tuple[int, ...]:
+    """The target's layers whose inputs are kept as hidden states. Raises UserError for those that it does not have."""
+    layers = tuple(settings.state_layers or default_layers(num_layers))
+    if beyond := [layer for layer in layers if not 0 <= layer < num_layers]:
+        raise UserError(f"state_layers: {beyond[0]} is not one of the target's layers, 0 to {num_layers - 1}")
+    return layers
 
 
 def write_texts(
@@ -213,6 +204,7 @@ def write_texts(
     seconds that it took; 0 = it was there). Raises UserError when the model writes nothing that can be used.
     """
     settings = writer.settings
+    folder.mkdir(parents=True, exist_ok=True)
     decides = {
         "version": VERSION,
         "settings": settings.what_decides(),
@@ -234,6 +226,12 @@ def write_texts(
             written = Written(read_shard(path), **{name: header[name] for name in LEFT_OUT})
             writer.remember(written.texts)
         else:
+            if (free := shutil.disk_usage(folder).free) < writer.largest_shard:
+                raise UserError(
+                    f"{folder}: {free / 1e9:.1f} GB are free, and the next file may take "
+                    f"{writer.largest_shard / 1e9:.1f}: make room and start again, which goes on here, or lower "
+                    "tokens or write_batch"
+                )
             written = writer.batch(number)
             if written.texts:
                 write_shard(path, written.texts, {RECIPE: recipe, **written.counts()})
@@ -255,7 +253,12 @@ def write_texts(
         if path.name not in {shard["file"] for shard in shards}:
             path.unlink()
     spent = sum(times.get(shard["file"], 0.0) for shard in shards)
-    facts = {"settings": settings.model_dump(), "left_out": dict(left_out), "seconds": spent}
+    facts = {
+        "settings": settings.model_dump(),
+        "state_layers": list(writer.layers),
+        "left_out": dict(left_out),
+        "seconds": spent,
+    }
     return write_manifest(folder, shards, {"recipe_sha256": recipe, **facts, **about})
 
 
@@ -264,6 +267,6 @@ def plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _draw_seed(seed: int, number: int, which: int) -> int:
-    """A seed for every draw of every batch."""
-    return int(json_sha256([seed, number, which])[:15], 16)
+def _draw_seed(*parts: int) -> int:
+    """A seed for every part of every draw of every batch."""
+    return int(json_sha256(list(parts))[:15], 16)

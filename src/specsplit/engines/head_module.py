@@ -199,3 +199,4 @@ def save_head(module: HeadModule, folder: Path, dtype: torch.dtype, *, with_embe
         if with_embedding or name != EMBEDDING
     }
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner alone

@@ -346,6 +346,8 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     target = models.get(config["target"]["model"], {})
     if target.get("path", "").rstrip("/") == f"results/distill/{config['distill']['name']}/draft":
         yield f"target.model: {_show(config['target']['model'])} is the draft that distill makes from the target"
+    if config["distill"]["kind"] == "hidden_states" and (named := config["distill"]["take_layers"]) is not None:
+        yield f"distill.take_layers: {named} with kind hidden_states, which has no layers of the target; write null"
     if problem := too_few_requests(config["capacity"]["clients"], config["capacity"]["requests"]):
         yield f"capacity.{problem}"
     workers = config["workers"]

@@ -11,6 +11,7 @@ from specsplit.settings.measure import IntervalSettings
 from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MAX_TEMPERATURE
 from specsplit.settings.worker import ComputeSettings, Dtype, Engine, Layer
 
+Kind = Literal["independent", "hidden_states"]
 AnswerTemperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)]
 
 
@@ -20,6 +21,19 @@ class DistillSettings(ComputeSettings):
     prefix = "SPECSPLIT_DISTILL_"
 
     seed: int = setting(0, "Seed of everything that is drawn at random.", ge=0, le=MAX_SEED)
+    kind: Kind = setting(
+        "independent",
+        "What is made: independent is a small model of the target's layers, hidden_states a head that reads the "
+        "target's hidden states (EAGLE-3).",
+        example="hidden_states",
+        note="independent | hidden_states",
+    )
+
+
+def _no_layer_twice(value: list[int] | None) -> list[int] | None:
+    if value is not None and len(set(value)) < len(value):
+        raise ValueError("a layer stands there twice")
+    return value
 
 
 class WritingSettings(DistillSettings):
@@ -60,12 +74,22 @@ class WritingSettings(DistillSettings):
         note="likeliest tokens that the draft learns at each position",
         ge=1,
     )
+    state_layers: list[Layer] | None = setting(
+        None,
+        "With kind hidden_states: layers of the target, counted from 0, whose inputs the head reads; null: 2, the "
+        "middle one, and the third from the end.",
+        example=[1, 9, 17],
+        note="whose inputs a hidden_states head reads; null: 2, half, third from the end",
+        min_length=1,
+    )
     target_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
         "Number format in which the target writes: auto is bfloat16 on a GPU and float32 on a CPU.",
         example="float32",
         note="bfloat16 on a GPU, float32 on a CPU",
     )
+
+    _different = field_validator("state_layers")(_no_layer_twice)
 
     def what_decides(self) -> dict[str, Any]:
         """Everything that decides the next batch; not `tokens`, so that more of the same text goes on from it."""
@@ -98,6 +122,14 @@ class TrainingSettings(DistillSettings):
         note="most frequent tokens; null = all",
         ge=2,
     )
+    unroll_steps: int = setting(
+        3,
+        "With kind hidden_states: tokens in a row that the head learns to draft from its own states.",
+        example=5,
+        note="that a hidden_states head learns to draft in a row",
+        ge=1,
+        le=MAX_GAMMA,
+    )
     draft_dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", "Number format that the draft is saved in.", example="float16"
     )
@@ -119,12 +151,7 @@ class TrainingSettings(DistillSettings):
         ge=1,
     )
 
-    @field_validator("take_layers")
-    @classmethod
-    def _different(cls, value: list[int] | None) -> list[int] | None:
-        if value is not None and len(set(value)) < len(value):
-            raise ValueError("a layer stands there twice")
-        return value
+    _different = field_validator("take_layers")(_no_layer_twice)
 
 
 class AcceptanceSettings(ComputeSettings, IntervalSettings):

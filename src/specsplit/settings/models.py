@@ -20,13 +20,18 @@ EMBEDDED = {
         "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     }
 }
-# The draft that was made from it, a folder of the project; its MODEL_CARD.md says how.
-SHIPPED_DRAFT = {
+# The drafts that were made from it, folders of the project; their MODEL_CARD.md says how. The first is the default one.
+SHIPPED_DRAFTS = {
     "smollm2-two-layers": {
         "source": "local",
         "path": "resources/drafts/smollm2-two-layers",
         "sha256": "3f5bdf2fd8fb4573e05a4088989107f99e4c077407a8e4fbb4a08092ae24a780",
-    }
+    },
+    "smollm2-hidden-states": {
+        "source": "local",
+        "path": "resources/drafts/smollm2-hidden-states",
+        "sha256": "8f8774cba0a9de3d7c56504486e0a364eecbe65700bf1b21f174fa62ce2a5a26",
+    },
 }
 Text = Annotated[str, Field(min_length=1)]
 

@@ -28,7 +28,7 @@ from specsplit.settings.measure import (
 )
 from specsplit.settings.models import (
     EMBEDDED,
-    SHIPPED_DRAFT,
+    SHIPPED_DRAFTS,
     HuggingFaceSource,
     LocalSource,
     NGramParameters,
@@ -50,7 +50,7 @@ Definition = Any  # (type, field), as create_model takes them
 Run = OrchestratorConfig
 UNIQUE = {"uniqueItems": True}
 ONE_OR_MORE = {**UNIQUE, "oneOrMore": True}  # a list that may be written as its only item
-(MODEL,), (DRAFT,) = EMBEDDED, SHIPPED_DRAFT
+(MODEL,), (DRAFT, *_) = EMBEDDED, SHIPPED_DRAFTS
 SkipLayers = list[Layer] | Literal["auto"]
 
 
@@ -253,7 +253,7 @@ Workflow: type[BaseModel] = section(
     setups=same(BenchSettings, "setups", schema=UNIQUE),
     models=key(
         dict[str, Source],
-        {**EMBEDDED, **SHIPPED_DRAFT},
+        {**EMBEDDED, **SHIPPED_DRAFTS},
         "Models by name, each from one of six sources. The names become folder names.",
         schema={
             "title": "a mapping of names to models",
@@ -382,15 +382,26 @@ Workflow: type[BaseModel] = section(
             schema={"title": "a folder name"},
             pattern=DRAFT_NAME,
         ),
-        **keys(WritingSettings, "tokens", "user_temperature"),
+        **keys(WritingSettings, "kind", "tokens", "user_temperature"),
         answer_temperature=listed(WritingSettings, "answer_temperature"),
-        **keys(WritingSettings, "max_user_tokens", "max_answer_tokens", "write_batch", "top_k", "target_dtype"),
+        **keys(WritingSettings, "max_user_tokens", "max_answer_tokens", "write_batch", "top_k"),
+        state_layers=same(WritingSettings, "state_layers", schema=UNIQUE),
+        target_dtype=same(WritingSettings, "target_dtype"),
         layers=same(TrainingSettings, "layers"),
         take_layers=same(TrainingSettings, "take_layers", schema=UNIQUE),
         vocab_size=same(TrainingSettings, "vocab_size", default=6144),
         **keys(
             TrainingSettings,
-            *("draft_dtype", "epochs", "batch_size", "learning_rate", "warmup_share", "weight_decay", "clip_norm"),
+            *(
+                "unroll_steps",
+                "draft_dtype",
+                "epochs",
+                "batch_size",
+                "learning_rate",
+                "warmup_share",
+                "weight_decay",
+                "clip_norm",
+            ),
             *("validation_texts", "evaluate_every", "checkpoint_every"),
         ),
         gamma=same(AcceptanceSettings, "gamma"),

@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> None:
     prepare_process(settings.seed, settings.threads)
     import pandas as pd
 
-    from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
     from specsplit.distill.hardware import describe_hardware
+    from specsplit.distill.head_training import make_head
     from specsplit.distill.shards import read_texts
-    from specsplit.distill.training import LOSS_COLUMNS, Row, Trainer, hash_recipe
+    from specsplit.distill.training import Row, Trainer, hash_recipe, make_draft
     from specsplit.engines.transformers import CausalLM, pick_device
     from specsplit.experiment.progress import Bar
     from specsplit.io import write_csv, write_json
@@ -53,18 +53,17 @@ def run(args: argparse.Namespace) -> None:
             f"({identity['weights_sha256'][:12]}): write it again"
         )
     target = CausalLM.load(folder, device="cpu")
-    layers = pick_layers(settings, target.num_layers)
-    tokens = pick_vocabulary(settings, texts, target, manifest["settings"]["top_k"])
-    model = build_draft(target, layers, tokens).to(pick_device(settings.device))
-    device = next(model.parameters()).device
+    device = pick_device(settings.device)
     made = hash_recipe(
         settings, manifest["data_sha256"], identity, describe_hardware(device), code_sha256("distill train")
     )
-    trainer = Trainer(model, texts, tokens, settings, recipe_sha256=made, checkpoint=args.checkpoint)
+    maker = make_head if settings.kind == "hidden_states" else make_draft
+    learner, layers, tokens = maker(target, texts, manifest, settings, device)
+    trainer = Trainer(learner, texts, settings, recipe_sha256=made, checkpoint=args.checkpoint)
     vocab_size = len(tokens) if tokens else target.vocab_size
     print(
-        f"layers {layers}, {vocab_size} of {target.vocab_size} tokens, {trainer.parameters / 1e6:.2f}M parameters; "
-        f"{len(trainer.train_texts)} texts, {trainer.steps} steps",
+        f"{settings.kind}: layers {layers}, {vocab_size} of {target.vocab_size} tokens, "
+        f"{trainer.parameters / 1e6:.2f}M parameters; {len(trainer.train_texts)} texts, {trainer.steps} steps",
         flush=True,
     )
     every = max(1, min(settings.evaluate_every, trainer.steps) // SHOWN_STEPS)
@@ -78,8 +77,8 @@ def run(args: argparse.Namespace) -> None:
 
         with fits_memory("batch_size", settings.batch_size):
             trainer.run(show)
-    save_draft(model, tokens, settings.draft_dtype, folder, args.output)
-    write_csv(pd.DataFrame(trainer.rows, columns=list(LOSS_COLUMNS)), args.losses)
+    learner.save(settings.draft_dtype, folder, args.output)
+    write_csv(pd.DataFrame(trainer.rows, columns=list(trainer.columns)), args.losses)
     fingerprint = fingerprint_model(args.output)
     speed = trainer.learnt / trainer.seconds if trainer.seconds else 0.0
     report = {
@@ -92,13 +91,15 @@ def run(args: argparse.Namespace) -> None:
         "steps": trainer.steps,
         "resumed_at": trainer.resumed_at,
         "seconds": trainer.seconds,
+        "learnt": trainer.learnt,
         "tokens_per_second": speed,
         "train_texts": len(trainer.train_texts),
         "validation_texts": len(trainer.validation_texts),
         "untrained_agreement": trainer.rows[0]["validation_agreement"],
         "validation_loss": trainer.rows[-1]["validation_loss"],
         "validation_agreement": trainer.rows[-1]["validation_agreement"],
-        "hardware": describe_hardware(trainer.device),
+        "further_agreement": [trainer.rows[-1][column] for column in learner.columns],
+        "hardware": describe_hardware(device),
         "data": {key: value for key, value in manifest.items() if key != "shards"},
     }
     write_json(args.report, report)

@@ -50,6 +50,13 @@ def run(args: argparse.Namespace) -> None:
         "hardware": describe_hardware(model.device),
         "code": code_sha256("distill write-data"),
     }
+    if writer.state_bytes:
+        print(
+            f"hidden states of layers {list(writer.layers)}: {writer.state_bytes:,} bytes a token, at least "
+            f"{settings.tokens * writer.state_bytes / 1e9:.2f} GB of the answers, and as many a token of "
+            f"the prompts; a file has at most {writer.largest_shard / 1e9:.2f} GB",
+            flush=True,
+        )
     with Bar(settings.tokens, "tok", args.terminal_fd) as bar:
         fresh, fresh_s, before = 0, 0.0, 0
 
