@@ -98,6 +98,22 @@ def test_strange_settings_files(specsplit: Run, content: str, tmp_path: Path) ->
     assert (status, "Traceback" in err, err.count("error: ")) == (2, False, 1), err
 
 
+def test_null_is_no_value_where_a_setting_may_have_none(specsplit: Run, tmp_path: Path) -> None:
+    """As in the configuration, in variables, and as the help of a flag says."""
+    (tmp_path / "p").write_text('{"prompt": "x"}')
+    outputs = ["--output", tmp_path / "o", "--manifest", tmp_path / "m"]
+    assert specsplit("prepare-dataset", "--source", tmp_path / "p", *outputs, "--limit", "null")[0] == 0
+    assert json.loads((tmp_path / "m").read_text())["limit"] is None
+    refused(specsplit("prepare-dataset", "--source", tmp_path / "p", *outputs, "--turns", "null"), "--turns = 'null'")
+
+
+def test_a_link_that_leads_to_itself(specsplit: Run, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    outputs = ["--output", tmp_path / "o", "--manifest", tmp_path / "m"]
+    refused(specsplit("prepare-dataset", "--source", tmp_path / "loop", *outputs), "Symlink loop")
+    refused(specsplit("prepare-model", "--local", tmp_path / "loop", "--output", tmp_path / "o"), "loop")
+
+
 # ---- model folders
 
 
