@@ -137,6 +137,19 @@ def write(file: str, content: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).write_text(content) and None
 
 
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n"
+
+
+def index(weight_map: Any) -> Callable[[Path], None]:
+    """Has an index of shards in place of the weights."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return change
+
+
 def poison(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
@@ -159,6 +172,20 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list as generation_config": (write("generation_config.json", "[]"), "wanted a JSON object"),
     "a list as configuration": (write("config.json", "[1]"), "wanted a JSON object"),
     "a cut configuration": (cut("config.json", 20), "not valid JSON"),
+    "no layers": (edit("config.json", num_hidden_layers=0), "a model without layers"),
+    "another width": (edit("config.json", vocab_size=200), "config.json is not that of the weights"),
+    "an encoder and decoder": (edit("config.json", model_type="t5"), "no decoder-only language model"),
+    "pictures": (edit("config.json", model_type="clip"), "no decoder-only language model"),
+    "a recurrent state": (edit("config.json", model_type="mamba"), "recurrent state"),
+    "an LFS pointer as configuration": (write("config.json", LFS), "Git LFS pointer"),
+    "an LFS pointer as weights": (write("model.safetensors", LFS), "Git LFS pointer"),
+    "an LFS pointer as tokenizer": (write("tokenizer.json", LFS), "Git LFS pointer"),
+    "a page as weights": (write("model.safetensors", "<!DOCTYPE html><html>"), "an HTML page"),
+    "an index of what is not there": (index({"lm_head.weight": "nope.safetensors"}), "nope.safetensors is missing"),
+    "an index that leads out": (index({"lm_head.weight": "../x.safetensors"}), "not a .safetensors file beside it"),
+    "an index of numbers": (index({"lm_head.weight": 3}), "not a .safetensors file beside it"),
+    "a folder for weights": (index(None), "no weight_map"),
+    "a broken tokenizer_config": (write("tokenizer_config.json", "{"), "tokenizer"),
     "half-written weights": (cut("model.safetensors", 5000), "not a readable safetensors file"),
     "empty weights": (cut("model.safetensors", 0), "not a readable safetensors file"),
     "NaN weights": (poison, "not numbers"),
@@ -168,6 +195,9 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tokenizer of a strange kind": (edit("tokenizer.json", model={"type": "Odd"}), "tokenizer"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
 }
+
+
+AT_A_WORKER = ("NaN weights", "heads that do not divide", "another width")  # found when they are loaded
 
 
 @pytest.fixture
@@ -183,7 +213,7 @@ def test_spoilt_model_folders_at_a_worker(specsplit: Run, name: str, folder: Pat
     refused(specsplit("worker", "target", "--model", folder, "--port", 0, "--engine", "transformers"), said)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("NaN weights", "heads that do not divide")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in AT_A_WORKER])
 def test_spoilt_model_folders_at_prepare_model(specsplit: Run, name: str, folder: Path, tmp_path: Path) -> None:
     spoil, said = MODELS[name]
     spoil(folder)
