@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from specsplit.cli.main import main
 from specsplit.launch.environment import REQUIRED
+from specsplit.settings.configuration import SCHEMA
 from specsplit.settings.measure import CapacitySettings, ContextSettings
 from specsplit.settings.run import OrchestratorConfig
 from specsplit.settings.serve import ServeSettings
@@ -219,6 +220,14 @@ def test_spoilt_model_folders_at_prepare_model(specsplit: Run, name: str, folder
     spoil(folder)
     refused(specsplit("prepare-model", "--local", folder, "--output", tmp_path / "out"), said)
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_model_are_left_out_as_the_message_says(specsplit: Run, folder: Path, tmp_path: Path) -> None:
+    edit("generation_config.json", repetition_penalty=1.1, no_repeat_ngram_size=3)(folder)
+    words = ["prepare-model", "--local", folder, "--output", tmp_path / "out"]
+    refused(specsplit(*words), "--ignore-model-settings", "generation.ignore_model_settings")
+    assert specsplit(*words, "--ignore-model-settings")[0] == 0
+    assert "ignore_model_settings" in SCHEMA["properties"]["generation"]["properties"]
 
 
 TEMPLATES = {

@@ -267,6 +267,42 @@ def test_what_is_no_prompt_file_is_named_as_what_it_is(tmp_path, content, messag
         assert skipped
 
 
+# What a message about a file advises, and the file when that was done; flags in the message are given as they stand.
+ADVICE = [
+    (b'{"text": "Why?"}\n', r"--columns prompt=text", None),
+    (b"text\nWhy?\nHow?\n", r"--columns prompt=text", None),
+    (b"name,text\nx,Why?\ny,How?\n", r"--columns prompt=text", None),
+    (b'{"prompt": "a"}\n{"prompt": 3}\n', r"--on-bad-line skip", None),
+    (b'{"prompt": 3}\n', "write it in quotes", b'{"prompt": "3"}\n'),
+    ('{"prompt": "café"}\n'.encode("cp1252"), "iconv -f WINDOWS-1252 -t UTF-8", '{"prompt": "café"}\n'.encode()),
+    (b"{'prompt': 'a'}\n", "write it with json.dumps", json.dumps({"prompt": "a"}).encode()),
+    (b'{"prompt": "a"},\n{"prompt": "b"}\n', "put \\[ before the first", b'[{"prompt": "a"},\n{"prompt": "b"}\n]'),
+    (b'{"prompt": "a",}\n', "remove it", b'{"prompt": "a"}\n'),
+    (b'{prompt: "a"}\n', "write it in double quotes", b'{"prompt": "a"}\n'),
+    (b'\x1e{"prompt": "a"}\n', r"tr -d '\\036'", b'{"prompt": "a"}\n'),
+    (b"prompt,prompt\na,b\n", "rename one of them", b"prompt,other\na,b\n"),
+    (b'id,prompt\n1,"a \\"b\\", c"\n', "not doubled", b'id,prompt\n1,"a ""b"", c"\n'),
+    (b"prompt,id\na, b,1\n", "put texts with the separator in quotes", b'prompt,id\n"a, b",1\n'),
+    (b'{"prompt": ["a"], "id": ["1"]}', "write rows", b'[{"prompt": "a", "id": "1"}]'),
+    (b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}\n', "give each its own id", json_lines(ROWS)),
+    (gzip.compress(json_lines(ROWS))[:-20], "fetch it again", gzip.compress(json_lines(ROWS))),
+]
+
+
+@pytest.mark.parametrize(("content", "advice", "mended"), ADVICE, ids=[case[1] for case in ADVICE])
+def test_advice_that_is_followed_helps(tmp_path, capsys, content, advice, mended):
+    source = put(tmp_path / "p", content)
+    command = ["prepare-dataset", "--source", source, "--output", tmp_path / "o", "--manifest", tmp_path / "m"]
+    with pytest.raises(SystemExit):
+        main(list(map(str, command)))
+    found = re.search(advice, capsys.readouterr().err)
+    assert found
+    if mended is not None:
+        put(source, mended)
+    main([*map(str, command), *(found[0].split() if mended is None else [])])
+    assert load_prompts(tmp_path / "o")[0]
+
+
 def test_folders_and_missing_files(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match="a folder, not a file of prompts; it is empty"):

@@ -37,6 +37,7 @@ from specsplit.errors import UserError
 from specsplit.io import csv_reader, read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import swept_drafts
+from specsplit.settings.names import SYNTHETIC
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
