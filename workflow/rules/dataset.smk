@@ -19,11 +19,18 @@ if PLAN.dataset_flags:
             "specsplit fetch-dataset {params.flags} --output {output.prompts:q} > {log:q} 2>&1"
 
 
+def prompts_or_nothing(wildcards):
+    """The prompts; nothing when they are missing beside a finished output, which Snakemake would then take for current:
+    so the job runs, and says what is missing."""
+    made = os.path.exists(DATASET) or any(rule.is_producer(DATASET) for rule in workflow.rules)
+    return local(DATASET) if made or not os.path.exists(f"{ROOT}results/dataset/prompts.jsonl") else []
+
+
 rule prepare_dataset:
     """The slice of the prompts that is run, checked, with the token ids that the target gets, the same in every run; the
     manifest says which, from what, and what was not taken."""
     input:
-        prompts=lambda wildcards: local(DATASET),
+        prompts=prompts_or_nothing,
         tokenizer=PLAN.target,
     output:
         prompts="results/dataset/prompts.jsonl",
@@ -34,6 +41,7 @@ rule prepare_dataset:
     conda:
         "../../envs/specsplit.yaml"
     params:
+        source=DATASET,
         flags=flags(
             columns=json.dumps(config["dataset"]["columns"]),
             turns=config["dataset"]["turns"],
@@ -45,5 +53,5 @@ rule prepare_dataset:
         sha256=lambda wildcards: content_of([Path(DATASET)]),
         code=code_of("prepare-dataset"),
     shell:
-        "specsplit prepare-dataset --source {input.prompts:q} --tokenizer {input.tokenizer:q} --output {output.prompts:q}"
+        "specsplit prepare-dataset --source {params.source:q} --tokenizer {input.tokenizer:q} --output {output.prompts:q}"
         " --manifest {output.manifest:q} {params.flags} > {log:q} 2>&1"
