@@ -27,7 +27,16 @@ from grpc_fixtures import PROMPTS, Reference, Worker, serving
 from tiny_models import VOCAB, make_tokenizer
 
 LENGTH = 24
-KINDS = ("ngram", "int8", "skipped layer", "reduced head", "distilled", "another tokenizer")
+KINDS = (
+    "ngram",
+    "suffix",
+    "suffix or model",
+    "int8",
+    "skipped layer",
+    "reduced head",
+    "distilled",
+    "another tokenizer",
+)
 
 
 def reduced_head(folder: Path, copy: Path) -> Path:
@@ -80,6 +89,12 @@ def drafting(kind: str, folder: Path, copy: Path) -> Iterator[Worker]:
     if kind == "ngram":
         parameters = {"source": "ngram", "max_ngram": 2, "min_ngram": 1, "tokenizer": str(folder)}
         prepare_model(parameters, "ngram", copy)
+    elif kind.startswith("suffix"):
+        parameters = {"source": "suffix", "min_match": 1, "tokenizer": str(folder)}
+        if kind == "suffix or model":
+            parameters["model"] = str(reduced_head(folder, copy.with_name("model")))
+        prepare_model(parameters, "suffix", copy)
+        settings = {"engine": "transformers"}
     elif kind == "reduced head":
         reduced_head(folder, copy)
     elif kind == "distilled":

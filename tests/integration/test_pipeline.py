@@ -13,7 +13,7 @@ import pytest
 from specsplit.client import recovery
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
-from specsplit.client.result import SpeculativeResult
+from specsplit.client.result import LINK_BYTES, SpeculativeResult
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -175,6 +175,58 @@ def test_a_simulated_network_delays_and_changes_nothing(simulated: tuple[Worker,
     assert waited >= 20 * sum(r.speculation != "hit" for r in delayed.rounds)
     if mode == "sync":
         assert all(r.verify_wall_ms >= 35 and r.network_ms >= 20 for r in delayed.rounds)
+
+
+def test_a_simulated_bandwidth_delays_by_the_bytes(simulated: tuple[Worker, Worker]) -> None:
+    draft, target = simulated
+    prompt = PROMPT * 20
+    expected = write(draft, target, prompt, max_output_tokens=4)
+    narrow = write(draft, target, prompt, max_output_tokens=4, bandwidth_mbit=0.02)
+    assert narrow.output_tokens == expected.output_tokens
+    for r in narrow.rounds:
+        assert r.network_ms >= (r.target_sent_bytes + r.target_received_bytes) * 8 / 20
+
+
+def counted(channel: grpc.aio.Channel, bytes_of: dict[str, int], role: str) -> grpc.aio.Channel:
+    """The channel, whose streams add up what their serializers make and their deserializers read."""
+    plain = channel.stream_stream
+
+    def stream(path: str, request_serializer: Any, response_deserializer: Any, **more: Any) -> Any:
+        def write(message: Any) -> bytes:
+            data: bytes = request_serializer(message)
+            bytes_of[f"{role}_sent_bytes"] += len(data)
+            return data
+
+        def read(data: bytes) -> Any:
+            bytes_of[f"{role}_received_bytes"] += len(data)
+            return response_deserializer(data)
+
+        return plain(path, request_serializer=write, response_deserializer=read, **more)
+
+    channel.stream_stream = stream  # type: ignore[method-assign]
+    return channel
+
+
+@pytest.mark.parametrize(("mode", "gamma", "rtt_ms"), [("sync", 4, 0), ("sync", 0, 0), ("lookahead", 4, 4)])
+def test_bytes_are_those_that_grpc_was_given(
+    simulated: tuple[Worker, Worker], mode: str, gamma: int, rtt_ms: float
+) -> None:
+    expected = dict.fromkeys(LINK_BYTES, 0)
+    config = OrchestratorConfig(mode=mode, gamma=gamma, rtt_ms=rtt_ms, max_output_tokens=LENGTH, ignore_eos=True)
+
+    async def run() -> SpeculativeResult:
+        addresses = {"draft": simulated[0].address, "target": simulated[1].address}
+        opened = {role: grpc.aio.insecure_channel(address) for role, address in addresses.items()}
+        draft, target = (counted(opened[role], expected, role) for role in ("draft", "target"))
+        stubs = pb_grpc.DraftServiceStub(draft), pb_grpc.TargetServiceStub(target)
+        result = await run_speculative_loop_async(*stubs, PROMPT, config)
+        await asyncio.gather(*(channel.close() for channel in opened.values()))
+        return result
+
+    rounds = event_loop().run(run()).rounds
+    assert {name: sum(getattr(r, name) for r in rounds) for name in LINK_BYTES} == expected
+    assert all(r.target_sent_bytes > 0 and r.target_received_bytes > 0 for r in rounds) or mode == "lookahead"
+    assert (expected["draft_sent_bytes"] > 0) == (gamma > 0)
 
 
 # ---- where a text ends

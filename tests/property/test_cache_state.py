@@ -40,6 +40,11 @@ def assert_same_cache(model: CausalLM, cache, held: list[int]) -> None:
         for name in ("keys", "values"):
             a, b = (getattr(layer, name)[:, :, : len(held)] for layer in (ours, theirs))
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    if cache.states is not None:
+        with torch.inference_mode():
+            states = model.model(torch.tensor([held]), output_hidden_states=True, use_cache=False).hidden_states
+        tapped = torch.cat([states[layer][0] for layer in cache.taps], dim=-1)
+        torch.testing.assert_close(cache.states[: len(held)], tapped, rtol=1e-4, atol=1e-4)
 
 
 def fail_in_layer(model: CausalLM, number: int, cache, new: list[int]) -> None:
@@ -71,6 +76,8 @@ def random_tree(data, max_nodes: int = 8) -> TokenTree:
 def test_any_sequence_of_operations(architecture, data):
     model = LOADED[architecture]
     cache, held = model.new_cache(CAPACITY), []
+    if model.taps:
+        cache.tap((0, model.num_layers - 1))
     for _ in range(data.draw(st.integers(1, 5), label="operations")):
         kind = data.draw(st.sampled_from(["step", "tree", "levels", "rollback", "failure"]), label="operation")
         if kind == "rollback":

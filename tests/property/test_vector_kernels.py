@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -122,6 +127,25 @@ def test_bits_are_those_of_float32_one_token_and_one_row_at_a_time(form, tokens,
     expected = x.astype(float) @ floats[:, :inputs].T.astype(float)
     bound = np.abs(x).astype(float) @ np.abs(floats[:, :inputs]).T.astype(float)
     assert (np.abs(whole - expected) <= 1e-6 * inputs * bound + 1e-30).all()
+
+
+EVERY_FORM = """
+import numpy as np
+import test_vector_kernels as own
+for form in (*own.PLAIN, *own.BLOCK_FORMS):
+    weight, floats = (own.random_plain if form in own.PLAIN else own.random_blocks)(form, 64, 768, 1)
+    for tokens in (1, 6, 7, 40):
+        x = np.random.default_rng(2).standard_normal((tokens, 768)).astype(np.float32)
+        assert own.multiply(form, x, weight, (0, 64)).tobytes() == own.multiply("float32", x, floats, (0, 64)).tobytes()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory goes back to the system at once in glibc alone")
+def test_memory_is_not_used_after_it_was_freed() -> None:
+    """Every array is a mapping of its own here, so that one that was freed too early ends the process."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4096", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", EVERY_FORM], env=environment, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, TILE, TILE + 1])

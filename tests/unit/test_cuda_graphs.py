@@ -134,7 +134,7 @@ def test_a_model_that_cannot_be_recorded(tiny_model_folder, monkeypatch, caplog)
     with pytest.raises(UserError, match=r"engine graphs cannot run .*when stream is capturing.*Use engine auto"):
         load(folder, "graphs")
     model = CausalLM(make_tiny_model("gpt2"))
-    assert loading._graphs(model, folder, "auto") is model
+    assert loading._graphs(model, folder, "auto", 1) is model
     assert "passes of this model cannot be recorded" in caplog.text
 
 

@@ -141,7 +141,8 @@ def test_what_is_no_fact(place: str, value: Any) -> None:
 def test_every_setting_of_a_run_is_an_axis_a_fact_or_operates() -> None:
     """The next setting is a fact, unless somebody says that it is not."""
     facts = run_facts(full_run(mode="lookahead"))
-    axes = {"gamma", "mode", "tree", "draft_name", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"}
+    axes = {"gamma", "mode", "tree", "draft_name", "sampling", "temperature", "top_k", "top_p"}
+    axes |= {"rtt_ms", "jitter_ms", "bandwidth_mbit"}
     named = {fact.removeprefix("setting ") for fact in facts if fact.startswith("setting ")}
     assert named | axes | OrchestratorConfig.operating() == set(OrchestratorConfig.model_fields)
     assert not named & axes

@@ -73,7 +73,7 @@ def learn(controller: GammaController, seed: int) -> None:
 
 
 def run_auto(folder: Path) -> Path:
-    nobody: Any = object()
+    nobody: Any = SimpleNamespace(Describe=lambda *_, **__: pb.DescribeReply())
     target = Connection("target", "127.0.0.1:1", nobody, nobody, pb.DescribeReply(role="target"))
     draft = Connection("draft", "127.0.0.1:2", nobody, nobody, pb.DescribeReply(role="draft"))
     run_requests(REQUESTS, draft, target, CODEC, OrchestratorConfig(gamma="auto"), folder, warmup=1)

@@ -13,8 +13,9 @@ import transformers
 
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines import loading, numba
-from specsplit.engines.numba import CHUNK, FusedCache, FusedLM, Team, unsuitable
+from specsplit.engines.numba import CHUNK, FusedCache, FusedLM, unsuitable
 from specsplit.engines.numba_kernels import _meet
+from specsplit.engines.numba_team import Team
 from specsplit.engines.passes import Pass
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.transformers import CausalLM

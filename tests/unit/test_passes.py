@@ -11,9 +11,11 @@ import torch
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines import numba, synthetic, transformers
 from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.gpu import GpuLM
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.passes import Pass
+from specsplit.engines.suffix import SuffixLM
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CausalLM
 
@@ -24,9 +26,12 @@ CAPACITY = 48
 ENGINES: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "transformers": (lambda: CausalLM(make_tiny_model("llama")), CausalLM, "_forward"),
     "graphs": (lambda: GraphLM(make_tiny_model("llama")), GraphLM, "_forward"),
+    "gpu": (lambda: GpuLM(CausalLM(make_tiny_model("llama"))), GpuLM, "_run"),
     "fused": (lambda: FusedLM(CausalLM(make_tiny_model("llama")), 1), FusedLM, "_run"),
     "synthetic": (lambda: SyntheticLM(vocab_size=256), SyntheticLM, "_logits"),
     "ngram": (lambda: NGramLM(256), NGramLM, "_fill"),
+    "suffix": (lambda: SuffixLM(256), SuffixLM, "_found"),
+    "suffix, model": (lambda: SuffixLM(256, model=CausalLM(make_tiny_model("llama"))), CausalLM, "_forward"),
 }
 
 

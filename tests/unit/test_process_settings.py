@@ -123,6 +123,7 @@ def test_the_shape_and_the_deepest_draft_that_settings_ask_for() -> None:
         (OrchestratorConfig, "SPECSPLIT_ORCH_RTT_MS", "-5", "--rtt-ms"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_RTT_MS", "nan", "--rtt-ms"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_JITTER_MS", "-5", "--jitter-ms"),
+        (OrchestratorConfig, "SPECSPLIT_ORCH_BANDWIDTH_MBIT", "-5", "--bandwidth-mbit"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_SEED", "-1", "--seed"),
         (OrchestratorConfig, "SPECSPLIT_ORCH_RPC_TIMEOUT_S", "nan", "SPECSPLIT_ORCH_RPC_TIMEOUT_S"),
         (DraftWorkerConfig, "SPECSPLIT_DRAFT_SKIP_LAYERS", "[13; 14]", "not JSON; write a list as [1, 2]"),

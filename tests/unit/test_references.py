@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def run(
     repeats: int = 1,
     **settings: Any,
 ) -> Path:
-    nobody: Any = object()
+    nobody: Any = SimpleNamespace(Describe=lambda *_, **__: pb.DescribeReply())
     pair: Any = machine
     codec: Any = Words()
     target = Connection("target", "127.0.0.1:1", nobody, nobody, pb.DescribeReply(role="target"))

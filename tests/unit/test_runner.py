@@ -10,6 +10,7 @@ import termios
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,10 +148,14 @@ def test_tokens_from_the_end_of_the_text_on_count_nowhere(
 
 
 def test_every_text_has_a_seed_of_its_own() -> None:
-    seeds = [request_config(OrchestratorConfig(seed=seed), name).seed for seed in (0, 1) for name in ("a", "b", "c")]
+    seeds = [
+        request_config(OrchestratorConfig(seed=seed), Request(name, "", [])).seed
+        for seed in (0, 1)
+        for name in ("a", "b", "c")
+    ]
     assert len(set(seeds)) == 6
     assert all(0 <= seed < 1 << 32 for seed in seeds)
-    assert request_config(OrchestratorConfig(seed=0), "a").seed == seeds[0]
+    assert request_config(OrchestratorConfig(seed=0), Request("a", "", [])).seed == seeds[0]
 
 
 def test_every_round_is_a_row() -> None:
@@ -211,10 +216,9 @@ def run(tmp_path: Path) -> Callable[..., Path]:
 
     def start(**options: Any) -> Path:
         described = pb.DescribeReply(role="target", model="tiny", environment={"PYTHONHASHSEED": "0"})
-        nobody: Any = None
+        nobody: Any = SimpleNamespace(Describe=lambda *_, **__: pb.DescribeReply())
         target = Connection("target", "127.0.0.1:1", nobody, nobody, described)
         draft = Connection("draft", "127.0.0.1:2", nobody, nobody, pb.DescribeReply(role="draft"))
-        target.stub = draft.stub = object()
         run_requests(REQUESTS, draft, target, CODEC, CONFIG, tmp_path / "gamma_4", **options)
         return tmp_path / "gamma_4"
 

@@ -44,6 +44,7 @@ from specsplit.rpc.connection import connect
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import WorkerServer, load_servicer
 
+from heads import head_tensors, write_head
 from waiting import wait_until
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -410,6 +411,25 @@ def test_the_download_asks_for_no_code_and_no_pickles(
     assert taken == ["config.json", "model.safetensors"]
 
 
+def test_the_pickled_weights_of_a_head_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_head(tmp_path / "hub", "original", head_tensors(), pickled=True)
+    (tmp_path / "hub" / "code.py").touch()
+    snapshot = tmp_path / "cache" / COMMIT
+
+    def download(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for path in (tmp_path / "hub").iterdir():
+            if list(huggingface_hub.utils.filter_repo_objects([path.name], allow_patterns=allow_patterns)):
+                (snapshot / path.name).write_bytes(path.read_bytes())
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    manifest = prepare_model(HUB, "head", tmp_path / "out")
+    assert sorted(manifest["files"]) == ["config.json", "pytorch_model.bin"]
+    assert manifest["fingerprint"]["architecture"] == "LlamaForCausalLMEagle3"
+    assert resolve_model(tmp_path / "out")[0] == tmp_path / "out"
+
+
 def test_large_weights_are_linked_not_copied(
     hub: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -625,6 +645,8 @@ def test_an_ngram_model_takes_the_vocabulary_of_a_synthetic_one(tmp_path: Path) 
         ({"source": "synthetic", "steps": 1}, r"models\.m\.steps: Extra inputs"),
         ({"source": "ngram"}, r"models\.m\.tokenizer: Field required"),
         ({"source": "ngram", "tokenizer": "nowhere"}, r"models\.m\.tokenizer: nowhere: no such folder"),
+        ({"source": "suffix", "tokenizer": "x", "min_match": 25}, r"models\.m: min_match 25 is above max_match 24"),
+        ({"source": "suffix", "tokenizer": "x", "memory_tokens": 0}, r"models\.m\.memory_tokens: .*1024"),
         ({"source": "ngram", "tokenizer": "x", "min_ngram": 4}, r"models\.m: min_ngram 4 is above max_ngram 3"),
     ],
 )
@@ -632,6 +654,20 @@ def test_wrong_parameters_are_named(tmp_path: Path, spec: dict[str, object], mes
     with pytest.raises(UserError, match=message):
         prepare_model(spec, "m", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_suffix_model_is_told_by_the_weights_of_the_model_that_it_asks(model: Path, tmp_path: Path) -> None:
+    spec = {"source": "suffix", "tokenizer": str(model)}
+    alone = prepare_model(spec, "alone", tmp_path / "alone")
+    found = [prepare_model({**spec, "model": str(m)}, "s", tmp_path / "s") for m in (model, model.resolve())]
+    assert found[0]["fingerprint"] == found[1]["fingerprint"] != alone["fingerprint"]
+    prepare_model({"source": "synthetic"}, "bytes", tmp_path / "bytes")
+    with pytest.raises(UserError, match=r"models\.s: its model .* has another tokenizer"):
+        prepare_model({**spec, "model": str(tmp_path / "bytes")}, "s", tmp_path / "s")
+    with pytest.raises(UserError, match=r"models\.s: .* has no weights: name a model that can draft by itself"):
+        prepare_model({**spec, "model": str(tmp_path / "alone")}, "s", tmp_path / "s")
+    with pytest.raises(UserError, match="would replace the model itself"):
+        prepare_model({**spec, "model": str(tmp_path / "bytes")}, "s", tmp_path / "bytes")
 
 
 def test_an_ngram_model_does_not_replace_the_model_whose_tokens_it_speaks(tmp_path: Path) -> None:
@@ -719,6 +755,8 @@ def test_workers_serve_models_without_weights(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--ngram"], "--ngram wants --tokenizer FOLDER"),
+        (["--suffix"], "--suffix wants --tokenizer FOLDER"),
+        (["--ngram", "--tokenizer", "x", "--max-match", "3"], "--max-match goes with --suffix"),
         (["--local", "x", "--step-ms", "3"], "--step-ms goes with --synthetic"),
         (["--synthetic", "--max-ngram", "3"], "--max-ngram goes with --ngram"),
         (["--synthetic", "--file", "x"], "--file goes with --pypi"),

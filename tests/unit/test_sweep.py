@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ SHARED = {"fan_out": 3, "top_k": 50, "top_p": 0.9, "sampling": "rejection", "jit
         (Point(0, temperature=0.7), "t0.7_gamma_0"),
         (Point(5, tree="dynamic-16x4", rtt_ms=0.5), "dynamic-16x4_rtt0.5_gamma_5"),
         (Point("auto", "lookahead", "3x2", 0.7, 14.0), "lookahead_3x2_t0.7_rtt14_gamma_auto"),
+        (Point(5, rtt_ms=14.0, bandwidth_mbit=2.5), "rtt14_mbit2.5_gamma_5"),
     ],
 )
 def test_a_label_names_the_axes_that_are_not_at_their_default(point: Point, label: str) -> None:
@@ -35,6 +37,7 @@ def test_labels_are_different_folder_names() -> None:
         ["chain", "3x2", "dynamic-16x4"],
         [0, 0.1234567, 0.12345678, 1e-7],
         [0, 1 / 3, 1000000.5],
+        bandwidths_mbit=[0, 1e-3, 100],
     )
     labels = [point.label for point in points]
     assert len(set(labels)) == len(points)
@@ -45,11 +48,11 @@ def test_a_plain_sweep_is_one_point_a_gamma() -> None:
     assert sweep_points(["auto", 3, 0, 1, 3]) == [Point(0), Point(1), Point(3), Point("auto")]
 
 
-def test_gamma_0_is_one_point_a_temperature_and_round_trip_time() -> None:
-    points = sweep_points([0, 5], ["overlap", "lookahead"], ["3x2", "chain"], [0, 0.7], [0, 14])
-    alone = [point for point in points if point.gamma == 0]
-    assert alone == [Point(0, temperature=t, rtt_ms=rtt) for t in (0.0, 0.7) for rtt in (0.0, 14.0)]
-    assert len(points) == 4 + 2 * 2 * 2 * 2
+def test_gamma_0_is_one_point_a_temperature_and_network() -> None:
+    points = sweep_points([0, 5], ["overlap", "lookahead"], ["3x2", "chain"], [0, 0.7], [0, 14], bandwidths_mbit=[0, 9])
+    alone = [(point.temperature, point.rtt_ms, point.bandwidth_mbit) for point in points if point.gamma == 0]
+    assert alone == list(product((0.0, 0.7), (0.0, 14.0), (0.0, 9.0)))
+    assert len(points) == 8 + 8 * 2 * 2
     assert points[0] == Point(0)  # what the others are compared with comes first
 
 
@@ -92,7 +95,7 @@ def test_defaults_are_those_of_the_orchestrator() -> None:
     fields = OrchestratorConfig.model_fields
     assert {key: fields[key].default for key in SHARED_DEFAULTS} == SHARED_DEFAULTS
     plain = Point(1)
-    for name in ("mode", "tree", "temperature", "rtt_ms"):
+    for name in ("mode", "tree", "temperature", "rtt_ms", "bandwidth_mbit"):
         assert fields[name].default == getattr(plain, name)
     assert fields["draft_name"].default == plain.draft
 

@@ -12,8 +12,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from specsplit.analysis.configurations import NETWORK
+from specsplit.analysis.costs import cost_sentences
 from specsplit.analysis.findings import faults_sentence, find_best
 from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize
+from specsplit.client.result import LINK_BYTES, USAGE
 from specsplit.errors import UserError
 from specsplit.experiment.columns import LATER_COLUMNS, REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
 from specsplit.io import write_csv
@@ -313,7 +316,7 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     requests, rounds = tables([a_request(i, g) for g in (3, 0, 1) for i in "ab"], [a_round("a", 3, 0, 1)])
     summary = summarize(requests, rounds, bootstrap_samples=100)
     assert summary["gamma"].to_list() == [0, 1, 3]
-    expected = ["gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms"]
+    expected = ["gamma", "mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", *NETWORK]
     expected += ["setup", "requests", "compared", "repeats", "generated_tokens"]
     for name in ("speedup", "speedup_over_streamed", "speedup_over_colocated"):
         expected += [name, *(f"{name}_{kind}_{end}" for kind in ("ci", "joint") for end in ("low", "high"))]
@@ -321,10 +324,13 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
         expected += [f"{metric}_{part}" for part in ("mean", "ci_low", "ci_high", "median")]
         expected += [f"{metric}_{part}" for part in ("p90", "p99") if metric in TIMES]
     expected += ["inter_chunk_ms_median", "inter_chunk_ms_p90", "inter_chunk_ms_p99"]
-    expected += ["tokens_per_second", "speculation_hits", "speculation_misses"]
+    expected += ["tokens_per_second", *(f"{name}_per_{unit}" for name in LINK_BYTES for unit in ("token", "round"))]
+    expected += [f"{name}_per_token" for name in USAGE]
+    expected += ["speculation_hits", "speculation_misses"]
     expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
     expected += [f"acceptance_length{part}" for part in ("", "_ci_low", "_ci_high", "_mean")]
     expected += [f"draft_acceptance_rate{part}" for part in ("", "_ci_low", "_ci_high")]
+    expected += [f"draft_share_{source}" for source in ("session", "global", "model", "none")]
     expected += [f"{name}_{i}" for name in ("acceptance_at", "joint_acceptance_at") for i in (1, 2, 3)]
     expected += [f"rounds_accepting_{i}" for i in range(4)]
     expected += ["lossless", "lossless_compared", "reference_ms_per_token", "reference_drift"]
@@ -749,6 +755,25 @@ def test_tables_of_an_earlier_version_are_read_and_their_acceptance_is_counted_a
     assert (row["accepted_tokens"], row["drafted_tokens"], row["verifications"]) == (4, 5, 2)
     assert (row["acceptance_length"], row["mean_accepted_length"], row["draft_acceptance_rate"]) == (3.0, 2.5, 0.8)
     assert per_round[["drafted", "accepted"]].to_numpy().tolist() == [[4, 3], [1, 1]]
+    assert row["bandwidth_mbit"] == 0
+    summary = summarize(requests, per_round)
+    assert summary["target_sent_bytes_per_token"].isna().all()
+    assert cost_sentences(summary) == []
+
+
+def test_bytes_of_a_token_and_of_a_round_are_over_all_requests():
+    alone = [a_request(name, 0, target_sent_bytes=1000, target_received_bytes=300) for name in "ab"]
+    sent = {"draft_sent_bytes": 500, "draft_received_bytes": 700, "target_sent_bytes": 240}
+    drafted = [a_request("a", 2, **sent), a_request("b", 2, **sent, generated_tokens=30, num_rounds=10)]
+    summary = summarize(*tables([*alone, *drafted]))
+    row = summary[summary["gamma"] == 2].iloc[0]
+    assert row["draft_sent_bytes_per_token"] == 1000 / 40
+    assert row["draft_received_bytes_per_round"] == pytest.approx(1400 / 12)
+    assert cost_sentences(summary) == [
+        "Bytes per token: with the target alone 100 to the target worker, 30.0 from it; with a draft 12.0 to the "
+        "target worker, 0.00 from it and 25.0 to the draft worker, 35.0 from it (messages as serialized, prompts "
+        "included, without the headers of gRPC and TCP)."
+    ]
 
 
 def test_without_faults_there_is_nothing_to_say(runs):

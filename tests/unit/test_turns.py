@@ -4,6 +4,7 @@ import csv
 import json
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,10 +99,9 @@ FAILING = "(user Two)"
 
 
 def run(folder: Path, prompts: list[Prompt], limit: int = 999, **options: Any) -> list[dict[str, str]]:
-    nobody: Any = None
+    nobody: Any = SimpleNamespace(Describe=lambda *_, **__: pb.DescribeReply())
     described = pb.DescribeReply(role="target", max_context=limit, environment={"PYTHONHASHSEED": "0"})
     target = Connection("target", "127.0.0.1:1", nobody, nobody, described)
-    target.stub = object()
     requests = encode_prompts(prompts, CODEC, chat=True, limit=limit, later_turns=True)
     run_requests(requests, None, target, CODEC, OrchestratorConfig(gamma=0), folder, **{"warmup": 0, **options})
     with (folder / "requests.csv").open(newline="", encoding="utf-8") as file:

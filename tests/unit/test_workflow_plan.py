@@ -46,6 +46,7 @@ ELSEWHERE = {
     "models": {
         "m": {"source": "local", "path": "models/m"},
         "n": {"source": "ngram", "tokenizer": "m"},
+        "s": {"source": "suffix", "tokenizer": "m", "model": "made"},
         "made": {"source": "local", "path": "results/distill/default/draft"},
     },
     "target": {"model": "m"},
@@ -122,6 +123,10 @@ def test_with_a_prefix_every_path_of_the_workflow_has_it() -> None:
             text = made.settings(job, operates=operates)
             assert text.count("results/") + text.count("resources/") == text.count("a b/"), job
     assert made.model_flags("n") == "--ngram --tokenizer 'a b/resources/models/m' --max-ngram 3 --min-ngram 1"
+    assert made.model_made_from("s") == ["resources/models/m/model.json", "resources/models/made/model.json"]
+    assert made.model_flags("s").startswith(
+        "--suffix --tokenizer 'a b/resources/models/m' --model 'a b/resources/models/made' "
+    )
     assert made.model_flags("made") == "--local 'a b/results/distill/default/draft'"
     assert made.model_flags("m") == "--local models/m"
 

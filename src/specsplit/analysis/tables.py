@@ -51,8 +51,9 @@ from specsplit.analysis.statistics import (
     quantile,
     rate_ci,
 )
+from specsplit.client.result import LINK_BYTES, USAGE
 from specsplit.errors import UserError
-from specsplit.experiment.columns import FAILED, OK, WORKERS, RequestRecord, RoundRecord
+from specsplit.experiment.columns import FAILED, OK, SOURCES, WORKERS, RequestRecord, RoundRecord
 from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 from specsplit.settings.names import AUTO
 
@@ -208,7 +209,7 @@ def summarize(
     is over rounds is of the medians over the repeats of each request, so that intervals are over prompts. No interval
     is given below `MIN_PROMPTS` (6) requests.
 
-    gamma, mode, tree, draft, sampling, temperature, top_k, top_p, rtt_ms, jitter_ms
+    gamma, mode, tree, draft, sampling, temperature, top_k, top_p, rtt_ms, jitter_ms, bandwidth_mbit
         the configuration; gamma is a number or `auto`.
     setup
         `workers`: through the loop; `target_streamed`, `colocated`: a baseline, measured in turn with a run's requests.
@@ -237,6 +238,12 @@ def summarize(
         where no text has two rounds; p90 and p99 as above.
     tokens_per_second
         all tokens / total latency of all requests, one after the other.
+    <link>_sent_bytes_per_token, <link>_received_bytes_per_token, both also _per_round, for each link of draft, target
+        serialized messages to that worker and from it over all requests, divided by all tokens, by all rounds. 0 for a
+        pair in one process; empty for tables of earlier versions.
+    client_cpu_ms_per_token, draft_cpu_ms_per_token, target_cpu_ms_per_token, energy_j_per_token
+        CPU milliseconds of each process and joules of the workers' machines while the texts were written, by all
+        tokens. Empty where one of the requests lacks it.
     speculation_hits, speculation_misses, hit_rate, hit_rate_ci_low, hit_rate_ci_high
         rounds whose draft was made while the round before was verified, rounds for which that did not foresee what
         was accepted, and hits / (hits + misses) with an interval over requests. Empty where nothing was drafted
@@ -246,6 +253,9 @@ def summarize(
         nothing was drafted, as at gamma 0.
     draft_acceptance_rate, _ci_low, _ci_high
         accepted / drafted tokens over all requests together.
+    draft_share_session, _global, _model, _none
+        of the rounds in which a draft that learns was asked: share whose draft began with what was found in the text
+        itself, in earlier texts, with what another model said, and that had none. Empty for other drafts.
     acceptance_at_1 .. acceptance_at_K, K = the largest gamma, or depth drafted at gamma auto
         how often the i-th drafted token was accepted, among rounds that drafted it and accepted the i-1
         before it. Empty where there was no such round.
@@ -303,8 +313,10 @@ def summarize(
         gaps = own_rounds.groupby(["request_id", "repeat"], sort=False)["arrived_ms"].diff()
         row |= quantiles(gaps, "inter_chunk_ms", (50, 90, 99))
         row["tokens_per_second"] = ratio(1000 * tokens, own["total_latency_ms"].sum())
+        row |= _used(own)
         row |= _speculation(own, confidence)
         row |= _acceptance(own, own_rounds, depth, confidence)
+        row |= _draft_sources(own)
         row |= _positions(own_rounds, int(deepest))
         whole = (*row_of(ended), "request_id")
         texts = median_over_repeats(ended, whole, "matches_gamma0")["matches_gamma0"].dropna()
@@ -362,6 +374,16 @@ def _speculation(own: DataFrame, confidence: float) -> dict[str, float]:
     return row | {"hit_rate": ratio(hits.sum(), sum(row.values())), "hit_rate_ci_low": low, "hit_rate_ci_high": high}
 
 
+def _used(own: DataFrame) -> dict[str, float]:
+    tokens, rounds = own["generated_tokens"].sum(), own["num_rounds"].sum()
+    sums = {name: own[name].to_numpy(float, na_value=np.nan).sum() for name in LINK_BYTES}
+    return {
+        f"{name}_per_{unit}": ratio(count, number)
+        for name, count in sums.items()
+        for unit, number in (("token", tokens), ("round", rounds))
+    } | {f"{name}_per_token": ratio(own[name].astype(float).sum(skipna=False), tokens) for name in USAGE}
+
+
 def _acceptance(own: DataFrame, rounds: DataFrame, depth: float, confidence: float) -> dict[str, float]:
     drafted, accepted = own["drafted_tokens"].to_numpy(float), own["accepted_tokens"].to_numpy(float)
     counted = rounds[verifies_draft(rounds) & (rounds["repeat"] == rounds["repeat"].min())].groupby("request_id").size()
@@ -377,6 +399,11 @@ def _acceptance(own: DataFrame, rounds: DataFrame, depth: float, confidence: flo
         "draft_acceptance_rate_ci_low": rate_low,
         "draft_acceptance_rate_ci_high": rate_high,
     }
+
+
+def _draft_sources(own: DataFrame) -> dict[str, float]:
+    counts = {source: float(own[name].sum()) for source, name in SOURCES}
+    return {f"draft_share_{source}": ratio(count, sum(counts.values())) for source, count in counts.items()}
 
 
 def _depth(rounds: DataFrame, configuration: tuple[Any, ...]) -> float:

@@ -33,6 +33,8 @@ class InProcessStub:
 class InProcessCall:
     """One call of a stream method, as grpc.aio's StreamStreamCall. The handler runs in a thread of its own."""
 
+    in_process = True  # no message is serialized
+
     def __init__(self, handler: Callable[..., Iterator[Any]], metadata: Metadata = ()) -> None:
         self._handler = handler
         self._requests: SimpleQueue[Any] = SimpleQueue()

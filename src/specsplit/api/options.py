@@ -27,7 +27,8 @@ class Options(TypedDict, total=False):
     stop: a string or several that end a text before them; what the target writes is not changed by it.
     stop_token_ids: tokens that end a text; by default those that the target names. ignore_eos: no token ends it.
     max_context: longest text, prompt included. use_chat_template: a string is one user turn of the model's template.
-    rtt_ms, jitter_ms: a network to the target, simulated. on_draft_failure: "reconnect", "target_alone" or "fail".
+    rtt_ms, jitter_ms, bandwidth_mbit: a network to the target, simulated.
+    on_draft_failure: "reconnect", "target_alone" or "fail".
     """
 
     gamma: int | Literal["auto"]
@@ -48,6 +49,7 @@ class Options(TypedDict, total=False):
     use_chat_template: bool
     rtt_ms: float
     jitter_ms: float
+    bandwidth_mbit: float
     on_draft_failure: Literal["reconnect", "target_alone", "fail"]
 
 

@@ -7,18 +7,19 @@ from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.errors import RunError
-from specsplit.settings.measure import IntervalSettings
+from specsplit.settings.measure import IntervalSettings, PriceSettings
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results-dir", type=Path, required=True)
-    add_setting_flags(parser, IntervalSettings)
+    add_setting_flags(parser, IntervalSettings, PriceSettings)
     parser.add_argument("--no-figures", action="store_true", help="write the summary alone")
 
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.by_category import summarize_by_category
     from specsplit.analysis.captions import BY_CATEGORY
+    from specsplit.analysis.costs import cost_sentences, with_price
     from specsplit.analysis.findings import (
         drift_sentence,
         faults_sentence,
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings = load_settings(IntervalSettings, args).model_dump()
     requests, rounds = read_tables(args.results_dir)
-    summary = summarize(requests, rounds, **settings)
+    summary = with_price(summarize(requests, rounds, **settings), load_settings(PriceSettings, args))
     write_csv(summary, args.results_dir / "summary.csv")
     write_csv(summarize_by_category(requests, rounds, **settings), args.results_dir / f"{BY_CATEGORY}.csv")
     if not args.no_figures:
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
     for sentence in round_trip_sentences(summary, settings["confidence"]):
         print("Round trips:", sentence)
     print("Machine:", drift_sentence(summary))
+    for sentence in cost_sentences(summary):
+        print("Cost:", sentence)
     print("Lossless:", lossless := lossless_sentence(summary))
     if faults := faults_sentence(summary):
         print("Faults:", faults)

@@ -12,7 +12,7 @@ from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
 from specsplit.errors import RunError
 from specsplit.settings.measure import CapacitySettings
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_workers_dir_flag(parser)
     parser.add_argument("--only", action="store_true", help="write capacity_requests.csv alone")
     # Greedy, without a simulated network.
-    without = ("temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms", "draft_acceptance", "max_rounds")
+    without = ("temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance", "max_rounds")
     add_setting_flags(parser, CapacitySettings, OrchestratorConfig, without=without)
 
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(CapacitySettings, args)
-    greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0}
+    greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, **NO_NETWORK}
     config = load_settings(OrchestratorConfig, args, **greedy)
     tracing.wanted()  # tells at once what it lacks
     codec = load_codec(config)

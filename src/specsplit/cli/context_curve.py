@@ -10,7 +10,7 @@ from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.sweep_flags import add_figure_flag, add_prompts_flag, add_workers_dir_flag
 from specsplit.errors import UserError
 from specsplit.settings.measure import ContextSettings
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_workers_dir_flag(parser)
     # Greedy texts of a fixed length in mode sync, without a simulated network.
     without = (
-        *("mode", "temperature", "rtt_ms", "top_k", "top_p", "sampling", "jitter_ms", "draft_acceptance"),
+        *("mode", "temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance"),
         *("max_output_tokens", "max_rounds", "ignore_eos", "stop", "stop_token_ids"),
     )
     add_setting_flags(parser, ContextSettings, OrchestratorConfig, without=without)
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(ContextSettings, args)
-    fixed = {"mode": "sync", "temperature": 0.0, "rtt_ms": 0.0, "jitter_ms": 0.0, "ignore_eos": True}
+    fixed = {"mode": "sync", "temperature": 0.0, **NO_NETWORK, "ignore_eos": True}
     tracing.wanted()
     config = load_settings(
         OrchestratorConfig, args, **fixed, gamma=settings.gamma[0], max_output_tokens=settings.output_tokens

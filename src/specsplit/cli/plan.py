@@ -51,6 +51,7 @@ def plan_bench(args: argparse.Namespace) -> Plan:
         sweep.temperature or [config.temperature],
         sweep.rtt_ms or [config.rtt_ms],
         [config.draft_name],
+        sweep.bandwidth_mbit or [config.bandwidth_mbit],
     )
     shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
     # Every point is checked before the first one is run.

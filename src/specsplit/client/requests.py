@@ -24,6 +24,8 @@ def draft_fields(text: Text, gamma: int, shape: TreeShape, ahead: pb.Ahead | Non
         "vocab_size": text.vocab_size,
         "length_limit": text.length_limit,
         "ahead": ahead,
+        "memory": text.config.memory,
+        "prompt_tokens": text.prompt_length,
         "forced": pb.Forced(tokens=forced.tokens, right=forced.right) if forced.tokens else None,
     }
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+LINK_BYTES = ("draft_sent_bytes", "draft_received_bytes", "target_sent_bytes", "target_received_bytes")
+# Columns of a text that a run measures beside it (`experiment/usage.py`).
+USAGE = ("client_cpu_ms", "draft_cpu_ms", "target_cpu_ms", "energy_j")
+
 
 @dataclass(frozen=True)
 class Round:
@@ -21,6 +25,9 @@ class Round:
     arrived_ms: from the start of the request until its tokens were at the client.
     draft_exposed_ms, draft_hidden_ms: all work of the draft worker, without its queues, of which the client heard in
         this round: what the round waited for, and what went on meanwhile, of use or not (drafts ahead that missed).
+    *_sent_bytes, *_received_bytes: serialized messages that went to that worker and came from it since the round
+        before, without the headers of gRPC; 0 within one process.
+    draft_source: of a draft that learns: session | global | model | none; empty for others, and without a draft.
     """
 
     round: int
@@ -39,6 +46,11 @@ class Round:
     arrived_ms: float = 0.0
     draft_exposed_ms: float = 0.0
     draft_hidden_ms: float = 0.0
+    draft_sent_bytes: int = 0
+    draft_received_bytes: int = 0
+    target_sent_bytes: int = 0
+    target_received_bytes: int = 0
+    draft_source: str = ""
 
 
 @dataclass

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
+from specsplit.client.network import Links, until
 from specsplit.client.recovery import WorkerFailed, failure_of
 
-SPIN_S = 0.001  # an event loop sleeps in whole milliseconds, which is too coarse for a simulated network
+
+@dataclass
+class Traffic:
+    """Serialized bytes of the messages on a link. Within one process none is serialized, so none is counted."""
+
+    sent: int = 0
+    received: int = 0
+
+    def take(self, role: str) -> dict[str, Any]:
+        """The fields of a Round that say it, and begin anew."""
+        taken = {f"{role}_sent_bytes": self.sent, f"{role}_received_bytes": self.received}
+        self.sent = self.received = 0
+        return taken
 
 
 class Stream:
     """Messages to and from one worker, in order.
 
-    rpc: a stream method of a grpc.aio stub. rtt_ms, jitter_ms: each message is late by half of rtt_ms and by up to
-    jitter_ms more, drawn from `seed`; a late message holds up none that goes the other way. timeout_s: the longest
-    wait for a message.
+    rpc: a stream method of a grpc.aio stub. timeout_s: the longest wait for a message. links: a simulated network; a
+    late message holds up none that goes the other way. traffic: where bytes are counted.
     """
 
     def __init__(
@@ -30,26 +42,24 @@ class Stream:
         rpc: Callable[[], Any],
         *,
         timeout_s: float,
-        rtt_ms: float = 0.0,
-        jitter_ms: float = 0.0,
-        seed: int = 0,
+        traffic: Traffic,
+        links: Links | None = None,
     ) -> None:
         self.name = name
         self._call = rpc()
         self._timeout_s = timeout_s
-        self._delay_s = rtt_ms / 2e3
-        self._jitter_s = jitter_ms / 1e3
-        self._random = random.Random(seed)
+        self._links = links
+        self._traffic = None if getattr(self._call, "in_process", False) else traffic
         self._inbox: asyncio.Queue[tuple[float, Any]] = asyncio.Queue()
         self._outbox: asyncio.Queue[tuple[float, Any]] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._read())]
-        if self._delay_s or self._jitter_s:
+        if links:
             self._tasks.append(asyncio.create_task(self._write()))
 
     async def send(self, message: Any) -> None:
         """Send a message; that it could not be sent is told by `receive`."""
-        if self._delay_s or self._jitter_s:
-            self._outbox.put_nowait((self._due(), message))
+        if self._links:
+            self._outbox.put_nowait((self._links[0].due(message, time.perf_counter()), message))
         else:
             await self._put(message)
 
@@ -61,7 +71,7 @@ class Stream:
         except TimeoutError:
             late = f"no answer within {self._timeout_s:g} s"
             raise WorkerFailed(self.name, grpc.StatusCode.DEADLINE_EXCEEDED.name, late, "wait") from None
-        await _until(due)
+        await until(due)
         if isinstance(message, WorkerFailed):
             # Whoever asks next has to learn of it too: this one may have been cancelled meanwhile.
             self._inbox.put_nowait((0.0, message))
@@ -89,7 +99,10 @@ class Stream:
     async def _read(self) -> None:
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
-                self._inbox.put_nowait((self._due(), message))
+                if self._traffic is not None:
+                    self._traffic.received += message.ByteSize()
+                due = self._links[1].due(message, time.perf_counter()) if self._links else 0.0
+                self._inbox.put_nowait((due, message))
         except grpc.aio.AioRpcError:
             pass  # the status of the call says more than this error, which may be that a read was cut off
         code, details = await self._call.code(), await self._call.details()
@@ -101,20 +114,11 @@ class Stream:
     async def _write(self) -> None:
         while True:
             due, message = await self._outbox.get()
-            await _until(due)
+            await until(due)
             await self._put(message)
 
     async def _put(self, message: Any) -> None:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader has the reason
             await self._call.write(message)
-
-    def _due(self) -> float:
-        if not (self._delay_s or self._jitter_s):
-            return 0.0
-        return time.perf_counter() + self._delay_s + self._random.random() * self._jitter_s
-
-
-async def _until(due: float) -> None:
-    """Wait for a time of time.perf_counter(), to a fraction of a millisecond."""
-    while (left := due - time.perf_counter()) > 0:
-        await asyncio.sleep(left - SPIN_S if left > 2 * SPIN_S else 0)
+            if self._traffic is not None:
+                self._traffic.sent += message.ByteSize()

@@ -6,16 +6,16 @@ pays a round trip for every token.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from specsplit.client.network import simulated, until
 from specsplit.client.recovery import Recovery, WorkerFailed, describe
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import text_span
-from specsplit.client.stream import Stream
+from specsplit.client.stream import Stream, Traffic
 from specsplit.client.text import OnTokens, Text
 from specsplit.rpc.codec import sampling_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -64,16 +64,11 @@ async def _stream(text: Text, target_stub: Any) -> None:
     )
     began = time.perf_counter()
     call = target_stub.StreamText if text.span is None else text.span.carry(target_stub.StreamText)
-    if config.rtt_ms:
-        await asyncio.sleep(config.rtt_ms / 2e3)  # the request under way
-    stream = Stream(
-        "target",
-        lambda: call(request),
-        timeout_s=config.rpc_timeout_s,
-        rtt_ms=config.rtt_ms,
-        jitter_ms=config.jitter_ms,
-        seed=config.seed,
-    )
+    links = simulated(config)
+    if links:
+        await until(links[0].due(request, began))
+    traffic = Traffic(sent=request.ByteSize())
+    stream = Stream("target", lambda: call(request), timeout_s=config.rpc_timeout_s, links=links, traffic=traffic)
     try:
         while not text.finished:
             reply = await stream.receive()
@@ -92,6 +87,7 @@ async def _stream(text: Text, target_stub: Any) -> None:
                     verify_compute_ms=reply.timings.compute_ms,
                     verify_queue_ms=reply.timings.queue_ms,
                     network_ms=max(0.0, wall_ms - reply.timings.server_ms),
+                    **traffic.take("target"),
                 )
                 text.take([], token, measured)
                 if text.finished:

@@ -56,6 +56,7 @@ class Text:
         # What the draft worker is told; nothing depends on it but that drafts end there.
         self.known_stop_ids = [t for t in self.stop_ids if 0 <= t < target.vocab_size][: self.limits.stop_tokens]
         self.tokens = list(prompt_ids)
+        self.prompt_length = len(self.tokens)
         self.length_limit = min(self.limit, len(prompt_ids) + config.max_output_tokens)
         self.result = SpeculativeResult()
         self._on_tokens = on_tokens

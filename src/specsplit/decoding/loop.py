@@ -105,8 +105,8 @@ def draft_tree(model: Model, cache: Any, text: Sequence[int], asked: DraftSettin
 
 
 def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
-    """Verify the draft. model: anything that has `Model.step`. The cache holds a beginning of
-    `text`, and `text` and the whole tree afterwards.
+    """Verify the draft. model: anything that has `Model.step`; with `verdict` as well, which does on the device what
+    `verify` does, where it `decides`. The cache holds a beginning of `text`, and `text` and the whole tree afterwards.
 
     A drafted token may make the model overflow where the target alone would not go. So a pass with numbers that are not
     finite is repeated without the draft. Raises NonFiniteLogits when they are those of the text itself; the cache is
@@ -114,6 +114,9 @@ def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, s
     """
     held = cache.length
     try:
+        if getattr(model, "decides", False) and not sampling.uses_rejection:
+            verdict: Verdict = model.verdict(cache, text[held:], tree, sampling)
+            return verdict
         return verify(tree, model.step(cache, text[held:], tree), len(text), sampling)
     except NonFiniteLogits:
         cache.rollback(held)

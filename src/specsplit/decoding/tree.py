@@ -36,6 +36,8 @@ class TokenTree:
     distributions[i] (rejection sampling alone): token ids and probabilities that the children of node i were drawn
         from, without replacement and in their order; ROOT for those that follow the context.
 
+    source: where the first token comes from, of a draft with several places to look; else empty.
+
     A chain is the tree whose parents are -1, 0, 1, ...
     """
 
@@ -43,6 +45,7 @@ class TokenTree:
     parents: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     distributions: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
+    source: str = ""
 
     @classmethod
     def chain(cls, token_ids: Sequence[int], log_probs: Sequence[float] | None = None) -> TokenTree:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from specsplit.distill.shards import Text, frequent_tokens, replace_tensors
-from specsplit.engines.numba import ARCHITECTURES
+from specsplit.engines.architectures import LLAMA_TYPE
 from specsplit.engines.reduced_vocabulary import reduce_vocabulary
 from specsplit.engines.transformers import DTYPES, CausalLM, drop_layers
 from specsplit.errors import UserError
@@ -59,10 +59,10 @@ def build_draft(target: CausalLM, layers: Sequence[int], tokens: Sequence[int] |
     Raises UserError when the target is of no type that a draft can be made of in this way.
     """
     model = target.model
-    if type(model).__name__ not in ARCHITECTURES:
+    if type(model).__name__ not in LLAMA_TYPE:
         raise UserError(
             f"a draft is made of the layers of its target, which is a {type(model).__name__}; wanted one of "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{', '.join(LLAMA_TYPE)}"
         )
     if skipped := sorted(set(range(target.num_layers)) - set(layers)):
         drop_layers(model, skipped)

@@ -1,16 +1,16 @@
-"""CausalLM on buffers of fixed shape, so that a pass on a GPU is one CUDA graph that is replayed.
+"""Any model of transformers on buffers of fixed shape, so that a pass on a GPU is one CUDA graph that is replayed.
 
-A pass over few tokens takes as long as reading the weights from memory, unless the GPU waits for Python, which launches
-some ten kernels a layer. A graph is recorded once and launched as a whole. So every tensor keeps its address: tokens,
-positions and mask are copied to fixed places, keys and values go to slots that the graph reads, and a pass is padded to
-one of a few sizes. On the CPU the same passes run on the same buffers without a graph.
+For models that `gpu_decoder` has no layers for. A pass over few tokens takes as long as reading the weights from
+memory, unless the GPU waits for Python, which launches some ten kernels a layer. So every tensor keeps its address:
+tokens, positions and mask are copied to fixed places, keys and values go to slots that the graph reads, and a pass is
+padded to one of a few sizes. On the CPU the same passes run on the same buffers without a graph.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.kv_cache import LayeredSlots, StaticLayer
+from specsplit.engines.recording import Recorder
 from specsplit.engines.transformers import CausalLM
 from specsplit.engines.tree_attention import additive, positions, visible
 
@@ -89,12 +90,17 @@ class GraphCache(LayeredSlots):
 
 
 class GraphLM(CausalLM):
-    """CausalLM with passes that are recorded when first used; same methods, same logits but for rounding."""
+    """CausalLM with passes that are recorded when first used; same methods, same logits but for rounding.
+
+    Its caches keep no hidden states.
+    """
+
+    taps = False
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._free: dict[int, list[Buffers]] = defaultdict(list)
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.recorder = Recorder(self.device, compiles=False)
 
     def new_cache(self, capacity: int) -> GraphCache:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
@@ -106,7 +112,7 @@ class GraphLM(CausalLM):
         weakref.finalize(cache, free.append, buffers)
         return cache
 
-    def cache_bytes(self, capacity: int) -> int:
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         """As CausalLM.cache_bytes: all slots of the buffers, and what the passes recorded on them keep.
 
         Counted are passes of every size up to parts of prompts, at every view, with logits of SMALLEST_PASS rows.
@@ -118,7 +124,7 @@ class GraphLM(CausalLM):
         sizes = [size for size in (SMALLEST_PASS << i for i in range(16)) if size <= self.prefill_tokens]
         while view <= slots:
             # On the device; on the CPU there is one more copy, and no logits are kept.
-            kept += sum(masks * size * view * (2 if self._pool is None else 1) + logits for size in sizes)
+            kept += sum(masks * size * view * (1 if self.recorder.records else 2) + logits for size in sizes)
             view *= 2
         return kept
 
@@ -162,7 +168,7 @@ class Program:
         self._numbers = self._host_numbers.to(lm.device, copy=True)
         self._mask_bits = self._host_masks.to(lm.device, copy=True)
         self._copied = torch.cuda.Event() if cuda else None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], None] | None = None
         self._logits: torch.Tensor | None = None
 
     def run(
@@ -187,17 +193,15 @@ class Program:
             own[:count, : mask.shape[1]] = mask
         self._numbers.copy_(self._host_numbers, non_blocking=True)
         self._mask_bits.copy_(self._host_masks, non_blocking=True)
-        if self._copied is None:
-            return self._pass()
-        self._copied.record()
-        if self._graph is None:
-            self._record()
-        assert self._graph is not None
+        if self._copied is not None:
+            self._copied.record()
+        if self._replay is None:
+            self._replay = self._lm.recorder.recorded(self._pass)
+        self._replay()
         assert self._logits is not None
-        self._graph.replay()
         return self._logits
 
-    def _pass(self) -> torch.Tensor:
+    def _pass(self) -> None:
         size, buffers = self._size, self._buffers
         slots = self._numbers[-1] + torch.arange(size, device=self._numbers.device)
         buffers.written = slots.clamp_(max=buffers.capacity - 1)
@@ -212,21 +216,7 @@ class Program:
             use_cache=True,
             logits_to_keep=self._numbers[2 * size : 2 * size + self._rows],
         )
-        logits: torch.Tensor = output.logits[0]
-        return logits
-
-    def _record(self) -> None:
-        """Record the pass. Running it here writes the same slots as replaying it."""
-        stream = torch.cuda.Stream(self._lm.device)
-        stream.wait_stream(torch.cuda.current_stream(self._lm.device))
-        with torch.cuda.stream(stream):  # libraries make their handles and caches at the first call
-            self._pass()
-        torch.cuda.current_stream(self._lm.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Threads of other sessions may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self._lm._pool, capture_error_mode="thread_local"):
-            self._logits = self._pass()
-        self._graph = graph
+        self._logits = output.logits[0]
 
 
 def _power_of_two(count: int, least: int) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from specsplit.engines.token_cache import Slots
+from specsplit.engines.state_slots import StateSlots
+
+NO_STATES = torch.empty(0)
 
 
 class StaticLayer(CacheLayerMixin):
@@ -58,7 +60,7 @@ class StaticLayer(CacheLayerMixin):
         return self.owner.capacity
 
 
-class LayeredSlots(Slots):
+class LayeredSlots(StateSlots):
     """A cache whose `layers` have keys and values of shape [1, kv_heads, slots, head_dim]."""
 
     layers: list[Any]
@@ -76,11 +78,12 @@ class LayeredSlots(Slots):
                 # index_select copies first, so overlapping source and destination are safe.
                 layer.keys[:, :, context:end] = layer.keys.index_select(2, slots)
                 layer.values[:, :, context:end] = layer.values.index_select(2, slots)
+            self.move_states(context, path)
         self.length = end
 
     def nbytes(self) -> int:
         """Bytes reserved by this cache."""
-        return sum(
+        return self.state_bytes() + sum(
             tensor.numel() * tensor.element_size()
             for layer in self.layers
             if layer.is_initialized
@@ -92,10 +95,13 @@ class KVCache(LayeredSlots, Cache):
     """The cache of one session, for `past_key_values` of a Hugging Face model.
 
     length: tokens held. capacity: the most it can hold; memory is reserved for all of them at the first pass
-    (the operating system commits it page by page as it is written).
+    (the operating system commits it page by page as it is written). hidden_size, states_like: as StateSlots.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    def __init__(
+        self, num_layers: int, capacity: int, hidden_size: int = 0, states_like: torch.Tensor = NO_STATES
+    ) -> None:
         self.length = 0
         self.capacity = capacity
+        self.hidden_size, self.states_like = hidden_size, states_like
         super().__init__(layers=[StaticLayer(self) for _ in range(num_layers)])

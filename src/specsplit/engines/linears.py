@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +51,16 @@ class _Stored:
 class Linears:
     """layers: int64 [layers, 7, 8], head: int64 [8], as run_pass documents them; head_rows: those of the output head.
 
-    The weights of the model are taken out of it. They may be of several forms. nbytes: of all of them.
+    The weights of the decoder layers and of the output head, or of one linear layer alone, are taken out of these
+    modules. They may be of several forms. nbytes: of all of them.
     """
 
-    def __init__(self, hf: Any) -> None:
+    def __init__(self, decoder_layers: Iterable[Any], head: Any) -> None:
         modules: list[Any] = []
-        for layer in hf.model.layers:
+        for layer in decoder_layers:
             a, m = layer.self_attn, layer.mlp
             modules += [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
-        modules.append(hf.get_output_embeddings())
+        modules.append(head)
         total = sum(_stored(module).nbytes for module in modules)
         memory = np.empty(total + HUGE_PAGE, np.uint8)
         self._memory = memory[-memory.ctypes.data % HUGE_PAGE :][:total]

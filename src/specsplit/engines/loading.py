@@ -11,22 +11,28 @@ from typing import Any, Protocol
 import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines import gpu_decoder
 from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.gpu import GpuLM
+from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM, unsuitable
+from specsplit.engines.numba_head import FusedHead, unsuitable_head
 from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.suffix import SuffixLM
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
 from specsplit.errors import UserError
 from specsplit.models.file_names import GGUF_FILE
-from specsplit.models.fingerprint import fingerprint_model, gguf_weights, read_config
+from specsplit.models.fingerprint import fingerprint_model, gguf_weights, has_tokenizer, read_config
 from specsplit.models.generation_settings import check_eos, refuse_model_settings
 from specsplit.models.gguf_file import read_gguf
-from specsplit.models.sources import manifest_file, model_folder, tokenizer_folder
+from specsplit.models.head_config import is_head
+from specsplit.models.sources import manifest_file, model_folder, resolve_model, tokenizer_folder
 from specsplit.models.tokenizer import TextCodec
-from specsplit.models.vocabulary import read_reduced_map
-from specsplit.models.weightless import is_weightless, parameters_sha256, parse_parameters
-from specsplit.settings.models import SyntheticParameters
+from specsplit.models.vocabulary import load_vocabulary, read_reduced_map
+from specsplit.models.weightless import is_weightless, model_behind, parameters_sha256, parse_parameters
+from specsplit.settings.models import NGramParameters, SyntheticParameters
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -34,7 +40,10 @@ COMPILED_S = 3.0  # a first pass that took longer compiled
 
 
 class LanguageModel(Protocol):
-    """A model that drafts or verifies: CausalLM and GraphLM, FusedLM, SyntheticLM, NGramLM. CausalLM says how.
+    """A model that drafts or verifies: CausalLM, GraphLM, GpuLM, FusedLM, SyntheticLM, NGramLM, SuffixLM, and the
+    heads HiddenStatesHead and FusedHead.
+
+    CausalLM says how.
 
     Its caches are of its own kind and have length, capacity, advance, rollback and keep, as KVCache documents them.
     """
@@ -46,11 +55,12 @@ class LanguageModel(Protocol):
     batch_tokens: int
     prefill_tokens: int
     uses_torch_threads: bool
+    taps: bool
 
     @property
     def parameters(self) -> int: ...
     def new_cache(self, capacity: int) -> Any: ...
-    def cache_bytes(self, capacity: int) -> int: ...
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int: ...
     def step(
         self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
     ) -> torch.Tensor: ...
@@ -85,8 +95,12 @@ def load_model(
     Raises UserError when the model cannot be loaded, is not the one that the manifest was made for, or does not fit the
     settings.
     """
+    model: LanguageModel
     if is_weightless(manifest["source"]):
-        model, weights_sha256 = _load_weightless(manifest, config)
+        model, weights_sha256 = _load_weightless(manifest, config, threads)
+    elif is_head(folder):
+        weights_sha256 = _weights_sha256(folder, manifest, config)
+        model = _load_head(folder, manifest["name"], config, threads)
     else:
         model, weights_sha256 = _load_causal_lm(folder, manifest, config, threads)
     identity = {
@@ -107,10 +121,7 @@ def target_tokenizer(config: WorkerSettings) -> Path | None:
 def _load_causal_lm(
     folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int
 ) -> tuple[LanguageModel, str]:
-    weights_sha256: str = manifest["fingerprint"]["weights_sha256"]
-    # The manifest of a plain folder has just been made from the weights; one that was read may be old.
-    if config.model is not None and manifest_file(config.model).is_file():
-        _check_same(fingerprint_model(folder)["weights_sha256"], weights_sha256, f"the weights in {folder}")
+    weights_sha256 = _weights_sha256(folder, manifest, config)
     skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
     if (fused := _in_blocks(folder, config, threads, skip_layers)) is not None:
         return fused, weights_sha256
@@ -118,13 +129,49 @@ def _load_causal_lm(
     if config.engine == "transformers":
         return model, weights_sha256
     if config.engine == "graphs" or (config.engine == "auto" and model.device.type == "cuda"):
-        return _graphs(model, folder, config.engine), weights_sha256
+        return _graphs(model, folder, config.engine, config.max_sessions), weights_sha256
     if reason := unsuitable(model):
         if config.engine == "fused":
             raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
         log.info("engine transformers, as %s", reason)
         return model, weights_sha256
     return _compared(model, lambda: FusedLM(model, threads), "fused"), weights_sha256
+
+
+def _weights_sha256(folder: Path, manifest: dict[str, Any], config: WorkerSettings) -> str:
+    """The manifest's hash, compared with the weights unless it has just been made from them, as of a plain folder."""
+    weights_sha256: str = manifest["fingerprint"]["weights_sha256"]
+    if config.model is not None and manifest_file(config.model).is_file():
+        _check_same(fingerprint_model(folder)["weights_sha256"], weights_sha256, f"the weights in {folder}")
+    return weights_sha256
+
+
+def _load_head(folder: Path, name: str, config: WorkerSettings, threads: int) -> LanguageModel:
+    """A head that drafts from the target's hidden states."""
+    if not isinstance(config, DraftWorkerConfig):
+        raise UserError(
+            f"{name} is a head that drafts from the hidden states of a target, and no target: name it as the draft "
+            "worker's model"
+        )
+    if config.skip_layers:
+        raise UserError(f"skip_layers {config.skip_layers}: {name} is a head of one layer, which cannot be left out")
+    target = target_tokenizer(config)
+    if target is None and not has_tokenizer(folder):
+        raise UserError(
+            f"{folder}: a head without a tokenizer speaks that of its target: name the target's folder as "
+            "target_tokenizer (--target-tokenizer FOLDER)"
+        )
+    head = HiddenStatesHead.load(folder, dtype=config.dtype, device=config.device, target=target)
+    if config.engine == "graphs" or (config.engine == "auto" and head.device.type == "cuda"):
+        log.warning("engine transformers, as engine graphs does not run heads that read hidden states")
+    elif config.engine != "transformers":
+        if reason := unsuitable_head(head):
+            if config.engine == "fused":
+                raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
+            log.info("engine transformers, as %s", reason)
+            return head
+        return _compared(head, lambda: FusedHead(head, threads), "fused")
+    return head
 
 
 def _in_blocks(folder: Path, config: WorkerSettings, threads: int, skip_layers: Sequence[int]) -> LanguageModel | None:
@@ -146,9 +193,12 @@ def _in_blocks(folder: Path, config: WorkerSettings, threads: int, skip_layers: 
     return fast
 
 
-def _graphs(model: CausalLM, folder: Path, engine: str) -> LanguageModel:
+def _graphs(model: CausalLM, folder: Path, engine: str, sessions: int) -> LanguageModel:
     try:
-        return _compared(model, lambda: GraphLM(model.model), "graphs")
+        if reason := gpu_decoder.unsuitable(model):
+            log.info("engine graphs runs the layers of transformers, as %s", reason)
+            return _compared(model, lambda: GraphLM(model.model), "graphs")
+        return _compared(model, lambda: GpuLM(model, sessions), "graphs")
     except CANNOT_RUN as error:
         reason = f"{type(error).__name__}: {error}"
         if engine == "graphs":
@@ -159,15 +209,18 @@ def _graphs(model: CausalLM, folder: Path, engine: str) -> LanguageModel:
         return model
 
 
-def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> LanguageModel:
+def _compared(model: CausalLM | HiddenStatesHead, make: Callable[[], LanguageModel], name: str) -> LanguageModel:
     """The same model in a fast engine, compared with the first over a tree of a few tokens."""
+    given: dict[str, Any] = {}
+    if isinstance(model, HiddenStatesHead):
+        given["states"] = torch.randn(2, model.state_size, generator=torch.Generator().manual_seed(0))
     tokens = [i % model.vocab_size for i in (11, 37, 41, 23, 29, 31, 43)]
     tree = TokenTree(tokens[2:], [ROOT, 0, ROOT, 2, 2], [-1.0] * 5)
-    expected = model.step(model.new_cache(16), tokens[:2], tree).double()
-    check_finite(expected, model.model)
+    expected = model.step(model.new_cache(16), tokens[:2], tree, **given).double()
+    check_finite(expected, model.module if isinstance(model, HiddenStatesHead) else model.model)
     started = time.perf_counter()
     fast = make()
-    found = fast.step(fast.new_cache(16), tokens[:2], tree).double()
+    found = fast.step(fast.new_cache(16), tokens[:2], tree, **given).double()
     if (seconds := time.perf_counter() - started) > COMPILED_S:
         log.info("engine %s was compiled in %.0f s", name, seconds)
     # Activations of half precision models are rounded at other places.
@@ -180,8 +233,9 @@ def _compared(model: CausalLM, make: Callable[[], LanguageModel], name: str) -> 
     return fast
 
 
-def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[LanguageModel, str]:
-    """A synthetic or n-gram model; it runs on the CPU and has neither dtype nor device."""
+def _load_weightless(manifest: dict[str, Any], config: WorkerSettings, threads: int) -> tuple[LanguageModel, str]:
+    """A model without weights of its own; it runs on the CPU and has neither dtype nor device, but the model that a
+    suffix draft asks has both."""
     name, fingerprint = manifest["name"], manifest["fingerprint"]
     parameters = parse_parameters(manifest["source"], name)
     weights_sha256 = parameters_sha256(parameters)
@@ -195,9 +249,16 @@ def _load_weightless(manifest: dict[str, Any], config: WorkerSettings) -> tuple[
             settings["acceptance"] = 1.0
         return SyntheticLM(**settings), weights_sha256
     if not is_draft:
-        raise UserError(f"{name} is an ngram model, which can only draft: name another model for the target worker")
-    lengths = {"max_ngram": parameters.max_ngram, "min_ngram": parameters.min_ngram}
-    return NGramLM(fingerprint["vocab_size"], **lengths), weights_sha256
+        article = "an ngram" if isinstance(parameters, NGramParameters) else "a suffix"
+        raise UserError(f"{name} is {article} model, which can only draft: name another model for the target worker")
+    settings = parameters.model_dump(exclude={"source", "tokenizer", "model"})
+    if isinstance(parameters, NGramParameters):
+        return NGramLM(fingerprint["vocab_size"], **settings), weights_sha256
+    if parameters.model:
+        folder, _ = model_behind(parameters.model)
+        other, _ = load_model(*resolve_model(Path(parameters.model)), config, threads)
+        settings["model"], settings["outward"] = other, load_vocabulary(folder, None, other.vocab_size).outward
+    return SuffixLM(fingerprint["vocab_size"], **settings), weights_sha256
 
 
 def _check_same(found: str, expected: str, what: str) -> None:

@@ -6,7 +6,7 @@ model and is right wherever a text repeats itself or its prompt: summaries, code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.passes import EMPTY, Pass, all_or_none
 from specsplit.engines.token_cache import TokenCache, WeightlessLM, tokens_of_pass
 
+TOKEN = np.uint64((1 << 32) - 1)  # of a slot; what is above is a subclass's own
 TIE = 0.01  # of one occurrence: what the most recent of several equally frequent tokens has more
 
 
@@ -43,37 +44,20 @@ class NGramLM(WeightlessLM):
         fed. A row is the logarithm of counts: -inf for a token that never followed, all -inf when nothing matches.
         """
         new_tokens = tokens_of_pass(cache, tokens, tree, cached_nodes)
-        context = cache.length - cached_nodes
-        length = context + len(tokens)
-        # With space for the deepest path after the context; each node writes its path there.
-        text = np.empty(length + tree.depth(), dtype=np.int64)
-        text[:context] = np.frombuffer(cache.slots, dtype=np.uint64, count=context)
-        text[context:length] = tokens
-        ends = [length] if tokens else []
-        logits = torch.full((len(ends) + len(tree) - cached_nodes, self.vocab_size), -torch.inf)
-        if tokens:
-            self._fill(logits[0], text[:length])
-        for row, node in enumerate(range(cached_nodes, len(tree)), start=len(ends)):
-            path = _path_tokens(tree, node)
-            text[length : length + len(path)] = path
-            self._fill(logits[row], text[: length + len(path)])
+        logits = torch.full((bool(tokens) + len(tree) - cached_nodes, self.vocab_size), -torch.inf)
+        for row, text in zip(logits, texts_of_rows(cache, tokens, tree, cached_nodes), strict=True):
+            self._fill(row, text)
         cache.write(new_tokens)
         cache.advance(len(new_tokens))
         return logits
 
     def _fill(self, row: torch.Tensor, text: NDArray[np.int64]) -> None:
         """Write the logits of the token after `text` into `row` [vocab_size]."""
-        ends = self._matches(text)
-        if not len(ends):
-            return
-        # Newest first, so that the index of a token's first place tells its most recent occurrence.
-        tokens, newest, counts = np.unique(text[ends + 1][::-1], return_index=True, return_counts=True)
-        recency = np.empty(len(tokens))
-        recency[np.argsort(-newest)] = np.arange(len(tokens)) / len(tokens)
-        row[torch.from_numpy(tokens)] = torch.from_numpy(np.log(counts + TIE * recency)).float()
+        write_counts(row, self._followers(text)[1])
 
-    def _matches(self, text: NDArray[np.int64]) -> NDArray[np.intp]:
-        """Where the longest suffix of `text` that occurs earlier in it ends there: indices, increasing."""
+    def _followers(self, text: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
+        """The length of the longest suffix of `text` that occurs earlier in it, and what followed it there, newest
+        first."""
         ends = np.flatnonzero(text[:-1] == text[-1])
         longest = 1 if len(ends) else 0
         while longest and longest < self.max_ngram:
@@ -83,7 +67,36 @@ class NGramLM(WeightlessLM):
             if not len(fits):
                 break
             ends, longest = fits, longest + 1
-        return ends if longest >= self.min_ngram else ends[:0]
+        return longest, text[(ends if longest >= self.min_ngram else ends[:0]) + 1][::-1]
+
+
+def texts_of_rows(
+    cache: TokenCache, tokens: Sequence[int], tree: TokenTree, cached_nodes: int
+) -> Iterator[NDArray[np.int64]]:
+    """The text that each row of a pass continues, one after the other in the same memory."""
+    context = cache.length - cached_nodes
+    length = context + len(tokens)
+    # With space for the deepest path after the context; each node writes its path there.
+    text = np.empty(length + tree.depth(), dtype=np.int64)
+    text[:context] = np.frombuffer(cache.slots, dtype=np.uint64, count=context) & TOKEN
+    text[context:length] = tokens
+    if tokens:
+        yield text[:length]
+    for node in range(cached_nodes, len(tree)):
+        path = _path_tokens(tree, node)
+        text[length : length + len(path)] = path
+        yield text[: length + len(path)]
+
+
+def write_counts(row: torch.Tensor, followers: NDArray[np.int64]) -> None:
+    """Write the logarithm of how often each token is among `followers`, newest first, into `row` [vocab_size]."""
+    if not len(followers):
+        return
+    # The index of a token's first place tells its most recent occurrence.
+    tokens, newest, counts = np.unique(followers, return_index=True, return_counts=True)
+    recency = np.empty(len(tokens))
+    recency[np.argsort(-newest)] = np.arange(len(tokens)) / len(tokens)
+    row[torch.from_numpy(tokens)] = torch.from_numpy(np.log(counts + TIE * recency)).float()
 
 
 def _path_tokens(tree: TokenTree, node: int) -> list[int]:

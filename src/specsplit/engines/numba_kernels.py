@@ -16,15 +16,12 @@ Compiled by Numba for the processor at hand and cached on disk.
 from __future__ import annotations
 
 import math
-import platform
-import sys
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import carray, njit
+
+from specsplit.engines.numba_intrinsics import call, fetch_add, float_of, futex, load, pointer
 
 # Columns of a table of linear layers: the address of the function of their form (vector_kernels.product), that of the
 # weights and the bytes of a row of them, outputs, and addresses of scales and biases with the bytes between two.
@@ -42,84 +39,6 @@ FUTEX_WAIT, FUTEX_WAKE = 128, 129  # private to the process
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
-# ---- what Numba does not have
-
-
-@intrinsic
-def _float_of(typingctx: Any, bits: Any) -> Any:
-    """float32 with these 32 bits."""
-    return types.float32(types.uint32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def _pointer(typingctx: Any, address: Any) -> Any:
-    """Pointer to float32 at an address."""
-    signature = types.CPointer(types.float32)(types.int64)
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(sig.return_type))
-
-    return signature, generate
-
-
-def _item(context: Any, builder: Any, array_type: Any, value: Any, index: Any) -> Any:
-    array = context.make_array(array_type)(context, builder, value)
-    return cgutils.get_item_pointer(context, builder, array_type, array, [index])
-
-
-@intrinsic
-def _fetch_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index] before `value` was added to it, as one step for all threads; int64."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _item(context, builder, sig.args[0], args[0], args[1]), args[2], "seq_cst")
-
-    return types.int64(array, types.intp, types.int64), generate
-
-
-@intrinsic
-def _load(typingctx: Any, array: Any, index: Any) -> Any:
-    """array[index] as other threads left it; int64."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(_item(context, builder, sig.args[0], args[0], args[1]), "seq_cst", 8)
-
-    return types.int64(array, types.intp), generate
-
-
-@intrinsic
-def _futex(typingctx: Any, address: Any, operation: Any, value: Any, timeout: Any) -> Any:
-    """futex(2) on the 32 bits at an address, between threads of this process; where there is none, sched_yield()."""
-    call = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        long = ir.IntType(64)
-        if call is None:
-            kind = ir.FunctionType(ir.IntType(32), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
-        else:
-            kind = ir.FunctionType(long, [long], var_arg=True)
-            function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
-            none = ir.Constant(long, 0)
-            builder.call(function, [ir.Constant(long, call), args[0], args[1], args[2], args[3], none, none])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def _call(typingctx: Any, function: Any, arguments: Any) -> Any:
-    """Call the function at an address with a tuple of int64."""
-
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        values = cgutils.unpack_tuple(builder, args[1], len(arguments))
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(arguments))
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.UniTuple(types.int64, len(arguments))), generate
-
-
 # ---- steps of a pass
 
 
@@ -129,22 +48,22 @@ def _meet(sync: np.ndarray, threads: int) -> None:
     microseconds, then asleep, so that whoever keeps them away gets the core."""
     if threads == 1:
         return
-    meeting = _load(sync, MEETINGS)
+    meeting = load(sync, MEETINGS)
     place = sync.ctypes.data + 8 * MEETINGS  # the futex is the lower half of the number
-    if _fetch_add(sync, ARRIVED, 1) == threads - 1:
+    if fetch_add(sync, ARRIVED, 1) == threads - 1:
         sync[ARRIVED] = 0
-        _fetch_add(sync, MEETINGS, 1)
-        if _load(sync, SLEEPING) > 0:
-            _futex(place, FUTEX_WAKE, threads, 0)
+        fetch_add(sync, MEETINGS, 1)
+        if load(sync, SLEEPING) > 0:
+            futex(place, FUTEX_WAKE, threads, 0)
         return
     spins = 0
-    while _load(sync, MEETINGS) == meeting and _load(sync, FAILED) == 0:
+    while load(sync, MEETINGS) == meeting and load(sync, FAILED) == 0:
         spins += 1
         if spins > SPINS:
-            _fetch_add(sync, SLEEPING, 1)
+            fetch_add(sync, SLEEPING, 1)
             # The kernel looks at the number again, so nobody sleeps through a meeting that began just now.
-            _futex(place, FUTEX_WAIT, meeting & 0xFFFFFFFF, sync.ctypes.data + 8 * SECONDS)
-            _fetch_add(sync, SLEEPING, -1)
+            futex(place, FUTEX_WAIT, meeting & 0xFFFFFFFF, sync.ctypes.data + 8 * SECONDS)
+            fetch_add(sync, SLEEPING, -1)
 
 
 @njit(nogil=True, cache=True)
@@ -171,7 +90,7 @@ def _apply(linear, following, x, tokens, inputs, y, stride, add, thread, threads
     term, term_row, term_token = linear[BIAS], linear[BIAS_STEP], 0
     if add:
         term, term_row, term_token = y, 4, stride
-    _call(
+    call(
         linear[FUNCTION],
         (
             x.ctypes.data, tokens, inputs, linear[WEIGHT], linear[ROW_BYTES], low, high,
@@ -182,7 +101,7 @@ def _apply(linear, following, x, tokens, inputs, y, stride, add, thread, threads
 
 
 @njit(nogil=True, fastmath=FAST, cache=True)
-def _normalise(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
+def normalise(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
     """Root mean square norm of one token (Zhang, Sennrich 2019)."""
     total = np.float32(0)
     for k in range(x.shape[0]):
@@ -208,7 +127,7 @@ def _exp(values: np.ndarray, count: int, largest: float) -> Any:
         p = p * f + np.float32(0.5)
         p = p * f + np.float32(1)
         p = p * f + np.float32(1)
-        value = p * _float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
+        value = p * float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
         values[j] = value
         total += value
     return total
@@ -244,7 +163,7 @@ def _attend(accumulate, count, dim, key, value, begins, runs, ends, slots, queri
     blocks = (high - low + LANES - 1) // LANES
     scores[:count, : blocks * LANES] = 0
     out[:count] = 0
-    _call(
+    call(
         accumulate,
         (count, blocks, dim, key + 4 * dim * low, 4 * LANES, 4 * LANES * dim,
          queries.ctypes.data, 4 * dim, scores.ctypes.data, 4 * width),
@@ -262,13 +181,13 @@ def _attend(accumulate, count, dim, key, value, begins, runs, ends, slots, queri
     for i in range(count):
         start, stop = slots[begins[i]], slots[begins[i]] + runs[i]
         stop = min(stop, shared) if shared < shared_end else stop
-        _call(
+        call(
             accumulate,
             (1, vectors, stop - start, value + value_bytes * start, value_bytes, 4 * LANES,
              scores.ctypes.data + 4 * (i * width + start - low), 0, out.ctypes.data + i * value_bytes, 0),
         )  # fmt: skip
     for start in range(shared, shared_end, SLOTS):
-        _call(
+        call(
             accumulate,
             (count, vectors, min(SLOTS, shared_end - start), value + value_bytes * start, value_bytes, 4 * LANES,
              scores.ctypes.data + 4 * (start - low), 4 * width, out.ctypes.data, value_bytes),
@@ -276,19 +195,45 @@ def _attend(accumulate, count, dim, key, value, begins, runs, ends, slots, queri
     for i in range(count):
         start, stop = slots[begins[i]], slots[begins[i]] + runs[i]
         if shared < shared_end:
-            _call(
+            call(
                 accumulate,
                 (1, vectors, stop - shared_end, value + value_bytes * shared_end, value_bytes, 4 * LANES,
                  scores.ctypes.data + 4 * (i * width + shared_end - low), 0, out.ctypes.data + i * value_bytes, 0),
             )  # fmt: skip
         for j in range(runs[i], ends[i] - begins[i]):
-            _call(
+            call(
                 accumulate,
                 (1, vectors, 1, value + value_bytes * slots[begins[i] + j], 0, 4 * LANES,
                  scores.ctypes.data + 4 * (i * width + start - low + j), 0, out.ctypes.data + i * value_bytes, 0),
             )  # fmt: skip
         for k in range(out.shape[1]):
             out[i, k] *= queries[i, 0]
+
+
+@njit(nogil=True, cache=True)
+def _keep(places, norm, x, eps, thread, threads):
+    """Copy a thread's share of the rows of x to these addresses, 0 = none; after this norm, unless it is empty."""
+    low, high = _share(x.shape[0], 1, thread, threads)
+    for t in range(low, high):
+        if places[t] == 0:
+            continue
+        kept = carray(pointer(places[t]), (x.shape[1],), np.float32)
+        if norm.shape[0] > 0:
+            normalise(x[t], norm, eps, kept)
+            continue
+        for k in range(x.shape[1]):
+            kept[k] = x[t, k]
+
+
+@njit(nogil=True, cache=True)
+def run_product(thread, threads, sync, linear, pack, x, packed, y):
+    """y = x weight^T of one linear layer, a row for each of x, as `run_pass` computes it. packed: of each thread."""
+    inputs = _padded(x.shape[1])
+    for t in range(x.shape[0]):
+        call(pack, (x[t].ctypes.data, x.shape[1], t, x.shape[0], inputs, packed.ctypes.data))
+    stride = 4 * y.shape[1]
+    _apply(linear, linear, packed, x.shape[0], inputs, y.ctypes.data, stride, False, thread, threads)
+    _meet(sync, threads)
 
 
 # ---- the pass
@@ -299,14 +244,19 @@ def run_pass(
     thread, threads, sync,
     # the model: linear layers as tables [layers, 7, 8] and [8]; norms are float32, [.., 0] when there are none
     linears, head, attention_norm, mlp_norm, final_norm, q_norm, k_norm, cos, sin, windows, eps, kv_heads, head_dim,
+    # of a head that reads hidden states, else empty: the norm of the states, and that of the output where it is part of
+    # the next state; whether the residual stream begins after the norm of the states
+    state_norm, output_norm, norm_before_residual,
     # addresses of what is compiled apart (vector_kernels)
     pack, activate, accumulate,
     # the tokens: positions, where each one's cache is, its own slot in it, its visible slots slots[first[t]:first[t+1]]
     # of which the first run[t] are adjacent. Queries that attend together, of one session: tiles [.., 3]: first token
     # of the session's, first of its queries of a head of keys (all of a token, then those of the next), how many.
-    count, positions, key_address, value_address, capacity, own_slot, slots, first, run, tiles, wanted,
-    # work space: x [tokens, hidden] holds the embeddings; packed, row, queries, scores and out are each thread's own
-    x, packed, row, projected, attended, gate, up, gated, queries, scores, out, logits,
+    # kept [.., layers + 1, tokens]: addresses to which the input of a layer, or the output of the last one, is copied.
+    count, positions, key_address, value_address, capacity, own_slot, slots, first, run, tiles, wanted, kept,
+    # work space: x [tokens, hidden] holds the embeddings; packed, row, queries, scores and out are each thread's own.
+    # joined [tokens, 2 * hidden], of a head: its first half holds the embeddings, and x the states; else empty
+    x, joined, packed, row, projected, attended, gate, up, gated, queries, scores, out, logits,
 ):  # fmt: skip
     """One pass over `count` tokens; logits[:len(wanted)] are those after the tokens `wanted`.
 
@@ -322,14 +272,30 @@ def run_pass(
     heads = attended.shape[1] // head_dim
     group = heads // kv_heads
     hidden_inputs, attended_inputs, gated_inputs = _padded(hidden), _padded(attended.shape[1]), gate.shape[1]
+    is_head = joined.shape[1] > 0
+    inputs = _padded(2 * hidden) if is_head else hidden_inputs
+    if is_head:
+        low, high = _share(count, 1, thread, threads)
+        for t in range(low, high):
+            normalise(joined[t, :hidden], attention_norm[0], eps, joined[t, :hidden])
+            normalise(x[t], state_norm, eps, joined[t, hidden:])
+            if norm_before_residual:
+                for k in range(hidden):
+                    x[t, k] = joined[t, hidden + k]
+        _meet(sync, threads)
     for layer in range(layers):
         these = linears[layer]
+        for places in range(kept.shape[0]):
+            _keep(kept[places, layer], final_norm[:0], x, eps, thread, threads)
         for t in range(count):  # every thread for itself: cheaper than to meet
-            _normalise(x[t], attention_norm[layer], eps, row)
-            _call(pack, (row.ctypes.data, hidden, t, count, hidden_inputs, packed.ctypes.data))
+            if is_head:
+                call(pack, (joined[t].ctypes.data, 2 * hidden, t, count, inputs, packed.ctypes.data))
+            else:
+                normalise(x[t], attention_norm[layer], eps, row)
+                call(pack, (row.ctypes.data, hidden, t, count, inputs, packed.ctypes.data))
         y, stride = projected.ctypes.data, 4 * projected.shape[1]
         for part in (Q, K, V):
-            _apply(these[part], these[part + 1], packed, count, hidden_inputs, y, stride, False, thread, threads)
+            _apply(these[part], these[part + 1], packed, count, inputs, y, stride, False, thread, threads)
             y += 4 * these[part, ROWS]
         _meet(sync, threads)
         # Queries in place, keys and values into the caches.
@@ -340,7 +306,7 @@ def run_pass(
             if part < heads + kv_heads:
                 norm = q_norm[layer] if part < heads else k_norm[layer]
                 if norm.shape[0] > 0:
-                    _normalise(vector, norm, eps, vector)
+                    normalise(vector, norm, eps, vector)
                 _rotate(vector, cos[positions[t]], sin[positions[t]])
             if part >= heads:
                 is_key = part < heads + kv_heads
@@ -348,12 +314,12 @@ def run_pass(
                 if is_key:
                     block, lane = own_slot[t] // LANES, own_slot[t] % LANES
                     address = key_address[t] + 4 * head_dim * (place * capacity[t] + block * LANES)
-                    block_of_keys = carray(_pointer(address), (head_dim, LANES), np.float32)
+                    block_of_keys = carray(pointer(address), (head_dim, LANES), np.float32)
                     for k in range(head_dim):
                         block_of_keys[k, lane] = vector[k]
                 else:
                     address = value_address[t] + 4 * value_dim * (place * capacity[t] + own_slot[t])
-                    cached = carray(_pointer(address), (head_dim,), np.float32)
+                    cached = carray(pointer(address), (head_dim,), np.float32)
                     for k in range(head_dim):
                         cached[k] = vector[k]
         _meet(sync, threads)
@@ -378,13 +344,13 @@ def run_pass(
                     attended[t, q_head * head_dim + k] = out[i, k]
         _meet(sync, threads)
         for t in range(count):
-            _call(pack, (attended[t].ctypes.data, attended.shape[1], t, count, attended_inputs, packed.ctypes.data))
+            call(pack, (attended[t].ctypes.data, attended.shape[1], t, count, attended_inputs, packed.ctypes.data))
         stride = 4 * hidden
         _apply(these[OUTPUT], these[GATE], packed, count, attended_inputs, x.ctypes.data, stride, True, thread, threads)
         _meet(sync, threads)
         for t in range(count):
-            _normalise(x[t], mlp_norm[layer], eps, row)
-            _call(pack, (row.ctypes.data, hidden, t, count, hidden_inputs, packed.ctypes.data))
+            normalise(x[t], mlp_norm[layer], eps, row)
+            call(pack, (row.ctypes.data, hidden, t, count, hidden_inputs, packed.ctypes.data))
         stride = 4 * gate.shape[1]
         _apply(these[GATE], these[UP], packed, count, hidden_inputs, gate.ctypes.data, stride, False, thread, threads)
         _apply(these[UP], these[DOWN], packed, count, hidden_inputs, up.ctypes.data, stride, False, thread, threads)
@@ -394,16 +360,18 @@ def run_pass(
                 high = gated_inputs  # with the padding, which is zero
             for t in range(count):
                 arguments = (gate[t].ctypes.data, up[t].ctypes.data, low, high, t, count, gated_inputs)
-                _call(activate, (*arguments, gated.ctypes.data))
+                call(activate, (*arguments, gated.ctypes.data))
         _meet(sync, threads)
         after = linears[layer + 1, Q] if layer + 1 < layers else head
         stride = 4 * hidden
         _apply(these[DOWN], after, gated, count, gated_inputs, x.ctypes.data, stride, True, thread, threads)
         _meet(sync, threads)
+    for places in range(kept.shape[0]):
+        _keep(kept[places, layers], output_norm, x, eps, thread, threads)
     rows = wanted.shape[0]
     for r in range(rows):
-        _normalise(x[wanted[r]], final_norm, eps, row)
-        _call(pack, (row.ctypes.data, hidden, r, rows, hidden_inputs, packed.ctypes.data))
+        normalise(x[wanted[r]], final_norm, eps, row)
+        call(pack, (row.ctypes.data, hidden, r, rows, hidden_inputs, packed.ctypes.data))
     if rows > 0:
         stride = 4 * logits.shape[1]
         following = linears[0, Q]

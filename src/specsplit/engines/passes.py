@@ -9,24 +9,61 @@ from typing import Any, Protocol
 
 import torch
 
+from specsplit.decoding.sampling import Sampling
 from specsplit.decoding.tree import TokenTree
 
 EMPTY = TokenTree()
 
 
 @dataclass(frozen=True)
+class Walk:
+    """Decide at once which path of the tree is the target's own and keep it in the cache, instead of giving logits.
+
+    The result is a Verdict; the cache then has done what `keep(text, verdict.path)` does. Raises NonFiniteLogits. Not
+    for rejection sampling.
+    """
+
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Propose:
+    """Give the candidates after each row whose logits are wanted, instead of these; then feed the best candidate of the
+    last row, `steps` times, and give those after each. The result is a list of (Candidates, overflowed).
+
+    vocab_size, targets: as DraftSettings and Vocabulary have them.
+    """
+
+    sampling: Sampling
+    vocab_size: int
+    targets: torch.Tensor | None = None
+    steps: int = 0
+
+
+@dataclass(frozen=True)
 class Pass:
-    """The arguments of CausalLM.step: one session's part of a pass."""
+    """The arguments of CausalLM.step: one session's part of a pass.
+
+    then: what engines that decide (`decides`) do on the device after it; None: the result is the logits.
+    states: for a head that reads the target's hidden states, a row for each of `tokens` (HiddenStatesHead.step).
+    """
 
     cache: Any
     tokens: Sequence[int]
     tree: TokenTree = field(default_factory=TokenTree)
     cached_nodes: int = 0
+    then: Walk | Propose | None = None
+    states: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
-        """Tokens fed."""
+        """Tokens fed at first."""
         return len(self.tokens) + len(self.tree) - self.cached_nodes
+
+    @property
+    def steps(self) -> int:
+        """Tokens fed after them, one by one."""
+        return self.then.steps if isinstance(self.then, Propose) else 0
 
     @property
     def first_wanted(self) -> int:
@@ -54,5 +91,11 @@ class Steps(Protocol):
     """What drafting and verification need of a model."""
 
     def step(
-        self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
+        self,
+        cache: Any,
+        tokens: Sequence[int],
+        tree: TokenTree = EMPTY,
+        cached_nodes: int = 0,
+        *,
+        states: torch.Tensor | None = None,
     ) -> torch.Tensor: ...

@@ -35,6 +35,10 @@ class Slots:
     def clean(self) -> None:
         """Leave nothing behind `length` that a later pass could read. Most caches look at what they hold alone."""
 
+    def source_after(self, length: int) -> str:
+        """Where the candidates after the first `length` tokens come from; empty when the model has one source."""
+        return ""
+
     def check_keep(self, context: int, path: Sequence[int]) -> None:
         """Raise ValueError unless `path`, increasing offsets from `context`, is of tokens that are held."""
         if context < 0:
@@ -83,6 +87,7 @@ class WeightlessLM:
     batch_tokens = 0
     prefill_tokens = 512
     uses_torch_threads = False
+    taps = False
     max_context = MAX_CONTEXT
     eos_token_ids: tuple[int, ...] = ()
     parameters = 0
@@ -91,7 +96,7 @@ class WeightlessLM:
         self.vocab_size = vocab_size
         self.device = torch.device("cpu")
 
-    def cache_bytes(self, capacity: int) -> int:
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         return 8 * capacity
 
     def new_cache(self, capacity: int) -> TokenCache:

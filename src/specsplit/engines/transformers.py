@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from specsplit.engines.reduced_vocabulary import reduce_loaded
 from specsplit.engines.tree_attention import additive, positions, visible
 from specsplit.errors import UserError, is_out_of_memory, told
 from specsplit.models.fingerprint import gguf_weights
+from specsplit.models.head_config import is_head
 from specsplit.models.sources import quietly
 from specsplit.models.vocabulary import read_reduced_map
 
@@ -52,10 +53,12 @@ class CausalLM:
     batch_tokens: tokens of several sessions that are worth one pass; 0 = sessions cannot share one.
     prefill_tokens: a longer prompt is always fed in parts of so many tokens, so that its logits depend on nothing else.
     uses_torch_threads: whether PyTorch computes, with a team of threads for every thread that calls it.
+    taps: whether its caches can keep hidden states (StateSlots.tap).
     """
 
     batch_tokens = 0
     uses_torch_threads = True
+    taps = True
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
@@ -67,6 +70,7 @@ class CausalLM:
         self.vocab_size: int = getattr(head, "out_features", config.vocab_size)
         self.max_context = _max_context(config)
         self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
         self.eos_token_ids = _eos_token_ids(model)
         layer_types = set(getattr(config, "layer_types", None) or [])
         self._masks_by_type = "sliding_attention" in layer_types
@@ -107,6 +111,8 @@ class CausalLM:
             raise UserError(f"dtype int8 is for the CPU, not for {target_device}: use device cpu, or dtype bfloat16")
         if not folder.is_dir():  # transformers would look the name up among its downloads
             raise UserError(f"{folder} does not hold a model: no such folder")
+        if is_head(folder):
+            raise UserError(f"{folder} holds a head that drafts from hidden states, not a model of its own")
         return cls._finished(library_model(folder, DTYPES[dtype]), target_device, dtype, skip_layers)
 
     @classmethod
@@ -170,16 +176,21 @@ class CausalLM:
                 f"Choose a decoder-only model with plain attention and a key/value cache."
             )
 
-    def cache_bytes(self, capacity: int) -> int:
-        """Bytes that a cache of so many tokens takes; of a model with compressed keys and values, at most."""
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int:
+        """Bytes that a cache of so many tokens takes; of a model with compressed keys and values, at most.
+
+        taps: layers whose inputs it keeps.
+        """
         config = self.model.config.get_text_config()
         heads = _known(config, "num_key_value_heads") or config.num_attention_heads
         head_dim = _known(config, "head_dim") or config.hidden_size // config.num_attention_heads
-        return 2 * self.num_layers * heads * head_dim * self.dtype.itemsize * capacity
+        numbers = 2 * self.num_layers * heads * head_dim + taps * self.hidden_size
+        return numbers * self.dtype.itemsize * capacity
 
     def new_cache(self, capacity: int) -> LayeredSlots:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
-        return KVCache(self.num_layers, capacity)
+        states_like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return KVCache(self.num_layers, capacity, self.hidden_size, states_like)
 
     @torch.inference_mode()
     def step(
@@ -213,17 +224,44 @@ class CausalLM:
     ) -> torch.Tensor:
         ids = [*tokens, *tree.token_ids[cached_nodes:]]
         context = cache.length - cached_nodes
-        output = self.model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.tensor([positions(context, len(tokens), tree, cached_nodes)], device=self.device),
-            attention_mask=self._attention_mask(context, len(tokens), tree, cached_nodes),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep_logits,
-        )
+        with self._tapped(cache, len(ids)):
+            output = self.model(
+                input_ids=torch.tensor([ids], device=self.device),
+                position_ids=torch.tensor([positions(context, len(tokens), tree, cached_nodes)], device=self.device),
+                attention_mask=self._attention_mask(context, len(tokens), tree, cached_nodes),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep_logits,
+            )
         cache.advance(len(ids))
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    @contextmanager
+    def _tapped(self, cache: Any, count: int) -> Iterator[None]:
+        """Write the inputs of the layers that the cache taps into it, for the `count` tokens of a pass."""
+        if cache.states is None:
+            yield
+            return
+        parent, name = layer_list(self.model, self.num_layers)
+        rows = cache.states[cache.length : cache.length + count].view(count, len(cache.taps), self.hidden_size)
+
+        def hook(place: int) -> Callable[..., None]:
+            def write(module: Any, args: Any, kwargs: Any) -> None:
+                rows[:, place] = (args[0] if args else kwargs["hidden_states"])[0]
+
+            return write
+
+        layers = getattr(parent, name)
+        hooks = [
+            layers[layer].register_forward_pre_hook(hook(place), with_kwargs=True)
+            for place, layer in enumerate(cache.taps)
+        ]
+        try:
+            yield
+        finally:
+            for each in hooks:
+                each.remove()
 
     def _attention_mask(
         self, context: int, linear: int, tree: TokenTree, cached_nodes: int
@@ -323,7 +361,7 @@ def drop_layers(model: Any, skip: Sequence[int]) -> None:
     bad = [i for i in skip if not 0 <= i < count]
     if bad or len(set(skip)) >= count:
         raise UserError(f"skip_layers {list(skip)}: the model has layers 0 to {count - 1}, and one must remain")
-    parent, name = _layer_list(model, count)
+    parent, name = layer_list(model, count)
     kept = [i for i in range(count) if i not in set(skip)]
     layers = getattr(parent, name)
     setattr(parent, name, nn.ModuleList(layers[i] for i in kept))
@@ -341,7 +379,7 @@ def drop_layers(model: Any, skip: Sequence[int]) -> None:
 def without_layers(model: Any, skip: Sequence[int]) -> Iterator[None]:
     """Leave decoder layers out for as long as the context lasts; the model is then exactly what it was."""
     config = model.config.get_text_config()
-    parent, name = _layer_list(model, config.num_hidden_layers)
+    parent, name = layer_list(model, config.num_hidden_layers)
     layers, count, types = getattr(parent, name), config.num_hidden_layers, getattr(config, "layer_types", None)
     indices = [(module, module.layer_idx) for module in layers.modules() if hasattr(module, "layer_idx")]
     try:
@@ -356,7 +394,8 @@ def without_layers(model: Any, skip: Sequence[int]) -> Iterator[None]:
             config.layer_types = types
 
 
-def _layer_list(model: nn.Module, count: int) -> tuple[nn.Module, str]:
+def layer_list(model: nn.Module, count: int) -> tuple[nn.Module, str]:
+    """The module that holds the decoder layers, and their name in it. Raises UserError when there is no such list."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:

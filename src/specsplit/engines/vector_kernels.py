@@ -199,6 +199,7 @@ def _multiply_unpacked(
                 count, rows, scale + start * scale_step, scale_step, term + start * term_row + first * term_token,
                 term_row, term_token, y + 4 * start + first * y_token, y_token,
             )  # fmt: skip
+    room[0] = 0  # Numba frees an array after its last use by name, and `rows` is none.
 
 
 def _pack(stamp: int) -> Any:

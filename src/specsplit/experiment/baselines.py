@@ -17,7 +17,7 @@ from specsplit.client.text import OnTokens
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.records import Request, gamma_controller, request_config
 from specsplit.settings.names import DEFAULT_DRAFT
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,21 @@ class Beside:
         if config.gamma != 0:
 
             def through_workers(request: Request) -> SpeculativeResult:
-                return writer.write(request.token_ids, request_config(alone, request.id), on_tokens=stops())
+                return writer.write(request.token_ids, request_config(alone, request), on_tokens=stops())
 
             found.append(Contender(WORKERS, alone, through_workers))
         if STREAMED in self.setups:
 
             def streamed(request: Request) -> SpeculativeResult:
-                return writer.stream_target(request.token_ids, request_config(alone, request.id), on_tokens=stops())
+                return writer.stream_target(request.token_ids, request_config(alone, request), on_tokens=stops())
 
             found.append(Contender(STREAMED, alone, streamed))
         if COLOCATED in self.setups and self.pair is not None:
             pair, controller = self.pair, gamma_controller(config)
-            here = config.model_copy(update={"rtt_ms": 0.0, "jitter_ms": 0.0})
+            here = config.model_copy(update=NO_NETWORK)
 
             def write(request: Request) -> SpeculativeResult:
-                own = request_config(here, request.id)
+                own = request_config(here, request)
                 return event_loop().run(
                     pair.write_tokens(request.token_ids, own, on_tokens=stops(), controller=controller)
                 )

@@ -259,7 +259,8 @@ class _Writer:
 
     async def write(self, request: Request, repeat: int, client: int, *, due_ms: float | None = None) -> CapacityRecord:
         """One text and its row. Raises WorkerError when it failed before it had begun."""
-        own = request_config(self._config, request.id)
+        at_this_load = self._config.model_copy(update={"memory": f"{self._began:.3f}"})
+        own = request_config(at_this_load, replace(request, repeat=repeat))
         started_ms = (time.perf_counter() - self._began) * 1e3
         error = None
         try:

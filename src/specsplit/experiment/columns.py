@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from specsplit.client.result import Round
+from specsplit.client.result import LINK_BYTES, USAGE, Round
 
 OK, FAILED = "ok", "failed"  # a request's status
 # How a text was written: by the loop with its workers; by the target worker alone, which streams its tokens; by the
 # same models in one process.
 WORKERS, STREAMED, COLOCATED = "workers", "target_streamed", "colocated"
+
+# Where the draft of a round came from, and the column that counts such rounds.
+SOURCES = tuple((name, f"drafts_from_{name}") for name in ("session", "global", "model", "none"))
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,23 @@ class RequestRecord:
     draft_hidden_ms: float | None = None
     # turn: place in a conversation, from 1.
     turn: int | None = 1
+    bandwidth_mbit: float = 0.0
+    # Serialized messages to and from each worker, the prompt included.
+    draft_sent_bytes: int = 0
+    draft_received_bytes: int = 0
+    target_sent_bytes: int = 0
+    target_received_bytes: int = 0
+    # CPU time of the three processes while the text was written, and energy of the machines of the workers.
+    client_cpu_ms: float | None = None
+    draft_cpu_ms: float | None = None
+    target_cpu_ms: float | None = None
+    energy_j: float | None = None
+    # Of a draft that learns (source suffix): rounds whose draft began with what was found in the text itself, or in
+    # earlier texts, or with what another model said, and rounds without a draft since nothing was found.
+    drafts_from_session: int | None = None
+    drafts_from_global: int | None = None
+    drafts_from_model: int | None = None
+    drafts_from_none: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +123,8 @@ class RoundRecord(Round, _Text):
 
 # Columns that tables of earlier versions lack.
 LATER_COLUMNS = (
-    *("draft_exposed_ms", "draft_hidden_ms", "turn"),
+    *("draft_exposed_ms", "draft_hidden_ms", "turn", "bandwidth_mbit", *LINK_BYTES, *USAGE),
+    *("draft_source", *(name for _, name in SOURCES)),
     *("verifications", "acceptance_length", "draft_acceptance_rate"),
     *("arrivals", "rate", "due_ms"),  # of capacity_requests.csv
     "series",  # of runs that were kept apart

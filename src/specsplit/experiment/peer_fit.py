@@ -12,6 +12,7 @@ from specsplit.experiment import llama_cpp
 from specsplit.experiment.peer_race import Ours
 from specsplit.experiment.peers import LLAMA_CPP, Peer
 from specsplit.models.fingerprint import gguf_weights
+from specsplit.models.head_config import is_head
 from specsplit.models.vocabulary import read_reduced_map
 from specsplit.models.weightless import is_weightless
 
@@ -76,6 +77,8 @@ def why_left_out(peer: Peer, ours: Sequence[Ours], given: Mapping[str, GivenMode
         return None
     if draft.weightless:
         return f"{draft.name}, the draft, has no weights that it could run"
+    if is_head(draft.folder):
+        return f"{draft.name}, the draft, reads the target's hidden states, which it does not hand over"
     if read_reduced_map(draft.folder) is not None:
         return f"{draft.name}, the draft, has an output head for a part of the vocabulary, which it does not know"
     if draft.manifest["fingerprint"]["tokenizer_sha256"] != target.manifest["fingerprint"]["tokenizer_sha256"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ def race(
                     shift = (number + repeat - 1) % len(labels)
                     order = {label: contenders[label] for label in [*labels[shift:], *labels[:shift]]}
                     right = expected.get(request.id)
-                    measure = partial(_take_turn, request, repeat, order, right, hugging_face)
+                    measure = partial(_take_turn, replace(request, repeat=repeat), repeat, order, right, hugging_face)
                     turn = journal.measured([repeat, request.id], measure)
                     expected.setdefault(request.id, turn["right"])
                     for row in turn["rows"]:
@@ -188,7 +188,7 @@ def _our_writer(contender: Ours, stack: ExitStack) -> _Write:
     controller = gamma_controller(config)
 
     def write(request: Request) -> _Text:
-        own = request_config(config, request.id)
+        own = request_config(config, request)
         result = writer.write(request.token_ids, own, controller=controller, request_id=request.id)
         first = min(result.rounds[0].accepted + 1, len(result.output_tokens))
         return _Text(

@@ -24,12 +24,13 @@ from specsplit.provenance.closure import code_sha256
 from specsplit.provenance.facts import beside_run
 from specsplit.provenance.run_file import describe_here, write_run
 from specsplit.settings.measure import BenchSettings
+from specsplit.settings.run import NO_NETWORK
 
 
 def check_race(ours: Mapping[str, Any], names: Sequence[str]) -> list[Peer]:
     """The peers of these names, if these points of ours (settings by label) can be raced against them."""
     for label, config in ours.items():
-        if config.temperature or config.rtt_ms:
+        if config.temperature or any(getattr(config, name) for name in NO_NETWORK):
             raise UserError(
                 f"--baseline with {label}: a race is greedy and without a simulated network; the peers draw other "
                 "random numbers and have no network"

@@ -6,17 +6,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from specsplit.client.result import SpeculativeResult
+from specsplit.client.result import LINK_BYTES, SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms, verifications
 from specsplit.errors import WorkerError
-from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
+from specsplit.experiment.columns import FAILED, OK, SOURCES, RequestRecord, RoundRecord
 from specsplit.experiment.prompt import Prompt
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 # Columns of requests.csv that are settings of the same name.
-SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms", "seed"}
+SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", *NO_NETWORK, "seed"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Request:
     """A prompt as the models get it.
 
     token_ids: none yet for a later turn, which waits for the answers before it. prompt: where they are from.
-    previous: the request whose answer comes before a later turn.
+    previous: the request whose answer comes before a later turn. repeat: which time it is measured, from 1; 0: not.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Request:
     token_ids: list[int]
     prompt: Prompt | None = field(default=None, compare=False)
     previous: Request | None = field(default=None, compare=False)
+    repeat: int = field(default=0, compare=False)
 
     @property
     def turn(self) -> int:
@@ -39,11 +41,11 @@ class Request:
         return self.prompt.turn if self.prompt else 1
 
 
-def request_config(config: OrchestratorConfig, request_id: str) -> OrchestratorConfig:
+def request_config(config: OrchestratorConfig, request: Request) -> OrchestratorConfig:
     """The settings of one text: its 32-bit seed is made of the run's and the request's id, so other prompts do not
-    change it."""
-    seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{request_id}".encode()).digest()[:4], "big")
-    return config.model_copy(update={"seed": seed})
+    change it. A draft that learns does so from texts of the same repeat."""
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{request.id}".encode()).digest()[:4], "big")
+    return config.model_copy(update={"seed": seed, "memory": f"{config.memory} {request.repeat}"})
 
 
 def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
@@ -83,6 +85,9 @@ def request_record(
     rounds, generated = result.counted_rounds, len(result.output_tokens)
     drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
     idle = sum(r.network_ms for r in rounds)
+    sources: dict[str, Any] = {}
+    if any(r.draft_source for r in rounds):
+        sources = {name: sum(r.draft_source == source for r in rounds) for source, name in SOURCES}
     ttft_ms = None if error else result.ttft_ms
     return RequestRecord(
         request_id=request.id,
@@ -103,6 +108,7 @@ def request_record(
         network_idle_fraction=idle / result.total_ms if result.total_ms else 0.0,
         draft_exposed_ms=sum(r.draft_exposed_ms for r in rounds),
         draft_hidden_ms=sum(r.draft_hidden_ms for r in rounds),
+        **sources,
         draft_compute_ms=sum(r.draft_compute_ms for r in rounds),
         target_compute_ms=sum(r.verify_compute_ms for r in rounds),
         draft=config.draft_name,
@@ -115,6 +121,7 @@ def request_record(
         acceptance_length=None if error else acceptance_length(rounds),
         draft_acceptance_rate=accepted / drafted if drafted and not error else None,
         turn=request.turn,
+        **{name: sum(getattr(r, name) for r in rounds) for name in LINK_BYTES},
         repeat=repeat,
         status=FAILED if error else OK,
         error_code=error.code if error else "",

@@ -31,6 +31,7 @@ from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.prompt_tokens import later_turn_tokens, prompt_tokens
 from specsplit.experiment.records import Request, gamma_controller, request_config, request_record, round_records
 from specsplit.experiment.rows import writing_rows
+from specsplit.experiment.usage import Meter
 from specsplit.io import combined_sha256, json_sha256, replace_file
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.tokenizer import TextCodec, cut_at_stop, stops_at
@@ -119,6 +120,8 @@ def run_requests(
     """
     gpu_before = capture_gpu()
     run = _describe_run(draft, target, codec, config, warmup, repeats, inputs or {}, origins or {}, beside)
+    meter = Meter([c for c in (draft, target) if c])
+    run["energy"] = meter.told()
     sampler = GpuSampler()
     plan = list(product(range(1, repeats + 1), requests))
     with Journal(run_dir, _what_decides(run, requests), resume=resume) as journal:
@@ -145,7 +148,7 @@ def run_requests(
         try:
             with sampler:
                 controller = gamma_controller(config)
-                measuring = _measure(left, draft, target, codec, config, warmup, journal, beside, controller)
+                measuring = _measure(left, draft, target, codec, config, warmup, journal, beside, controller, meter)
                 for measured in measuring if left else ():
                     journal.add(measured, controller.state() if controller else None)
                     on_done(measured.request)
@@ -181,6 +184,7 @@ def _measure(
     journal: Journal,
     beside: Beside | None,
     controller: GammaController | None,
+    meter: Meter,
 ) -> Iterator[Entry]:
     """Run these requests, at least one, in order; each by every contender in turn. journal: has the answers before a
     later turn, and what the controller had learnt from the rows that are kept.
@@ -196,7 +200,7 @@ def _measure(
             return stops_at(codec, config.stop)
 
         def write(request: Request) -> SpeculativeResult:
-            own = request_config(config, request.id)
+            own = request_config(config, request)
             on_tokens = stops()
             return writer.write(
                 request.token_ids, own, on_tokens=on_tokens, controller=controller, request_id=request.id
@@ -212,8 +216,9 @@ def _measure(
         if controller is not None and learnt is not None:
             controller.restore(learnt)
         for number, (repeat, request) in enumerate(turns):
-            own = request_config(config, request.id)
+            own = request_config(config, request)
             try:
+                request = replace(request, repeat=repeat)
                 request = _with_text_so_far(request, repeat, journal, codec, config, target.description.max_context)
             except UserError as failure:
                 error = WorkerError(str(failure), code="FAILED_PRECONDITION")
@@ -221,13 +226,15 @@ def _measure(
                 yield Entry(record, [], _output(record, [], codec, config))
                 continue
             shift = number % len(contenders)
-            written = {}
+            written, spent = {}, {}
+            meter.spent()
             for place in [*range(shift, len(contenders)), *range(shift)]:
                 written[place] = _write(contenders[place], request)
+                spent[place] = meter.spent()
             result, failed = written[0]
-            record = request_record(request, result, own, repeat, failed)
+            record = replace(request_record(request, result, own, repeat, failed), **spent[0])
             reference = [
-                _reference_record(contenders[place], request, *written[place], repeat)
+                replace(_reference_record(contenders[place], request, *written[place], repeat), **spent[place])
                 for place in range(1, len(contenders))
             ]
             rounds = round_records(request.id, result, own, repeat)
@@ -285,7 +292,7 @@ def _write(contender: Contender, request: Request) -> tuple[SpeculativeResult, W
 def _reference_record(
     contender: Contender, request: Request, result: SpeculativeResult, error: WorkerError | None, repeat: int
 ) -> ReferenceRecord:
-    record = request_record(request, result, request_config(contender.config, request.id), repeat, error)
+    record = request_record(request, result, request_config(contender.config, request), repeat, error)
     return ReferenceRecord(**vars(record), setup=contender.setup)
 
 

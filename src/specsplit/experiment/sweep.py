@@ -18,7 +18,8 @@ SHARED_DEFAULTS: dict[str, Any] = {"fan_out": 16, "top_k": 0, "top_p": 1.0, "sam
 class Point:
     """One run of a sweep.
 
-    gamma: draft length in tokens, or `auto`. rtt_ms: simulated round-trip time. draft: name of the draft model.
+    gamma: draft length in tokens, or `auto`. draft: name of the draft model. rtt_ms, bandwidth_mbit: of the
+    simulated network.
     """
 
     gamma: int | str
@@ -27,6 +28,7 @@ class Point:
     temperature: float = 0.0
     rtt_ms: float = 0.0
     draft: str = DEFAULT_DRAFT
+    bandwidth_mbit: float = 0.0
 
     @property
     def label(self) -> str:
@@ -40,6 +42,7 @@ class Point:
             self.tree if self.tree != "chain" else "",
             f"t{plain_number(self.temperature)}" if self.temperature else "",
             f"rtt{plain_number(self.rtt_ms)}" if self.rtt_ms else "",
+            f"mbit{plain_number(self.bandwidth_mbit)}" if self.bandwidth_mbit else "",
             f"gamma_{self.gamma}",
         ]
         return "_".join(part for part in parts if part)
@@ -63,6 +66,7 @@ class Point:
             "tree": self.tree,
             "temperature": self.temperature,
             "rtt_ms": self.rtt_ms,
+            "bandwidth_mbit": self.bandwidth_mbit,
             "draft_name": self.draft,
             # Each in the type of its default: 1 and 1.0 are one setting.
             **{
@@ -79,18 +83,20 @@ def sweep_points(
     temperatures: Iterable[float] = (0.0,),
     rtts_ms: Iterable[float] = (0.0,),
     drafts: Iterable[str] = (DEFAULT_DRAFT,),
+    bandwidths_mbit: Iterable[float] = (0.0,),
 ) -> list[Point]:
     """The product of the axes, each point once, in the order in which they are best run and read.
 
     Gamma 0 drafts nothing, so mode, tree and draft are nothing to it: it is one synchronous point for each temperature
-    and round-trip time.
+    and network.
     """
-    every = product(temperatures, rtts_ms, drafts, modes, trees, sorted(set(gammas), key=gamma_order))
+    networks = product(rtts_ms, bandwidths_mbit)
+    every = product(temperatures, networks, drafts, modes, trees, sorted(set(gammas), key=gamma_order))
     points = [
-        Point(gamma, mode, tree, float(temperature), float(rtt), draft)
+        Point(gamma, mode, tree, float(temperature), float(rtt), draft, float(mbit))
         if gamma != 0
-        else Point(0, temperature=float(temperature), rtt_ms=float(rtt))
-        for temperature, rtt, draft, mode, tree, gamma in every
+        else Point(0, temperature=float(temperature), rtt_ms=float(rtt), bandwidth_mbit=float(mbit))
+        for temperature, (rtt, mbit), draft, mode, tree, gamma in every
     ]
     return list(dict.fromkeys(points))
 

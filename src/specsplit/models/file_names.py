@@ -14,6 +14,8 @@ TOKENIZER_EXTRAS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
+# Of a head that drafts from hidden states alone, whose original checkpoints are so; read without running code.
+HEAD_WEIGHTS = "pytorch_model.bin"
 # Of a draft with a reduced vocabulary: the target token of every row of its output head (models/vocabulary.py).
 MAP_FILES = ("draft_to_target.json", "draft_to_target.safetensors")
 MODEL_FILES = CONFIG_FILES + WEIGHT_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS + MAP_FILES

@@ -17,9 +17,10 @@ from typing import Any
 
 from specsplit.errors import UserError, told
 from specsplit.io import combined_sha256, read_json, read_json_object, refuse_stand_in, sha256_file
-from specsplit.models.file_names import GGUF_FILE, MAP_FILES, MODEL_FILES, TOKENIZER_FILES
+from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MAP_FILES, MODEL_FILES, TOKENIZER_FILES
 from specsplit.models.generation_settings import check_eos
 from specsplit.models.gguf_file import read_gguf
+from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
 
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -33,8 +34,14 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def hash_files(folder: Path) -> dict[str, str]:
     """File name -> sha256 of every model file in `folder`, by name."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and matches(path.name, MODEL_FILES))
+    patterns = file_patterns(folder)
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and matches(path.name, patterns))
     return {path.name: sha256_file(path) for path in paths}
+
+
+def file_patterns(folder: Path) -> tuple[str, ...]:
+    """Patterns of the names of the files that make the model in `folder`."""
+    return (*MODEL_FILES, HEAD_WEIGHTS) if is_head(folder) else MODEL_FILES
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
@@ -44,7 +51,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` has a config, safetensors weights and a tokenizer."""
+    """Raise UserError unless `folder` has a config, weights and a tokenizer; of a head that is the target's."""
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; prepare the model first, or name a folder with config.json, weights "
@@ -53,21 +60,29 @@ def check_model_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json, so not a model in Hugging Face layout")
     weight_files(folder)
-    check_tokenizer(folder)
+    if not is_head(folder):
+        check_tokenizer(folder)
 
 
 def check_tokenizer(folder: Path) -> None:
     """Raise UserError unless `folder` holds a tokenizer."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; prepare the model first")
-    if not any(matches(path.name, TOKENIZER_FILES) for path in folder.iterdir()):
+    if not has_tokenizer(folder):
         raise UserError(f"{folder}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any(matches(path.name, TOKENIZER_FILES) for path in folder.iterdir())
+
+
 def read_config(folder: Path) -> Any:
-    """The configuration of a model, as transformers reads it. Raises UserError when it cannot."""
+    """The configuration of a model, as transformers reads it; of a head that of its layer. Raises UserError when it
+    cannot."""
     import transformers
 
+    if is_head(folder):
+        return read_head_config(folder).layer
     stored = read_json_object(folder / "config.json")
     kind = stored.get("model_type")
     if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
@@ -111,7 +126,8 @@ def _check_architecture(folder: Path, config: Any) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that make up the weights: model.safetensors, else the shards named in its index, else model.gguf.
+    """The files that make up the weights: model.safetensors, else the shards named in its index, else model.gguf, else
+    pytorch_model.bin of a head.
 
     Raises UserError when there are none, or a shard is missing.
     """
@@ -130,6 +146,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / shard for shard in shards]
     if (folder / GGUF_FILE).is_file():
         return [folder / GGUF_FILE]
+    if (folder / HEAD_WEIGHTS).is_file() and is_head(folder):
+        return [folder / HEAD_WEIGHTS]
     if pickled := sorted(path.name for path in folder.iterdir() if matches(path.name, PICKLED_WEIGHTS)):
         raise UserError(
             f"{folder}: the weights are pickled ({pickled[0]}); only safetensors is read, for a pickle can "
@@ -151,9 +169,9 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
 
     files: sha256 by file name when already known (see hash_files), so that large weights are read once.
     Returns weights_sha256 (of the weight files as they are: a GGUF file and the safetensors converted from it differ;
-    with that of the map of a reduced vocabulary), tokenizer_sha256, parameters (as stored: tied
-    weights count once), dtype (as stored, `+` between several), architecture, vocab_size, max_context (None when the
-    model states no limit).
+    with that of the map of a reduced vocabulary), tokenizer_sha256 (empty for a head without one), parameters (as
+    stored: tied weights count once), dtype (as stored, `+` between several), architecture, vocab_size, max_context
+    (None when the model states no limit).
     Raises UserError for a folder that does not hold a readable causal language model.
     """
     from transformers import AutoTokenizer
@@ -165,18 +183,21 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     sha256 = files or {}
     parameters, dtype = _count_parameters(weights)
     config = read_config(folder)
-    _check_architecture(folder, config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        for path in folder.iterdir():
-            if path.is_file() and matches(path.name, TOKENIZER_FILES):
-                refuse_stand_in(path)
-        raise UserError(f"{folder}: transformers cannot read its tokenizer: {told(error)}") from error
+    if not is_head(folder):
+        _check_architecture(folder, config)
+    tokenizer_hash = ""
+    if not is_head(folder) or has_tokenizer(folder):
+        try:
+            tokenizer_hash = tokenizer_sha256(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        except Exception as error:
+            for path in folder.iterdir():
+                if path.is_file() and matches(path.name, TOKENIZER_FILES):
+                    refuse_stand_in(path)
+            raise UserError(f"{folder}: transformers cannot read its tokenizer: {told(error)}") from error
     text = config.get_text_config()
     return {
         "weights_sha256": combined_sha256({f.name: sha256.get(f.name) or sha256_file(f) for f in hashed}),
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "tokenizer_sha256": tokenizer_hash,
         "parameters": parameters,
         "dtype": dtype,
         "architecture": (config.architectures or [config.model_type])[0],
@@ -187,7 +208,8 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
 
 
 def _count_parameters(weights: list[Path]) -> tuple[int, str]:
-    """Number of parameters and their dtype, from the headers alone."""
+    """Number of parameters and their dtype, of safetensors and GGUF from the headers alone. A head's map of tokens is
+    none of them."""
     from safetensors import SafetensorError, safe_open
 
     counts: Counter[str] = Counter()
@@ -195,9 +217,14 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
         if path.name == GGUF_FILE:
             file = read_gguf(path)
             return file.parameters, "+".join(DTYPE_NAMES.get(kind, kind) for kind in file.types)
+        if path.name == HEAD_WEIGHTS:
+            from specsplit.models.head_weights import count_numbers
+
+            counts += count_numbers(path)
+            continue
         try:
             with safe_open(path, framework="numpy") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                for key in set(tensors.keys()) - set(HEAD_MAPS):
                     header = tensors.get_slice(key)
                     counts[header.get_dtype()] += math.prod(header.get_shape())
         except (SafetensorError, OSError) as error:

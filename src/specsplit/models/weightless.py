@@ -1,4 +1,4 @@
-"""Models without weights, which are parameters and a tokenizer: a simulated one, and prompt lookup.
+"""Models without weights of their own, which are parameters and a tokenizer: a simulated one, and lookups.
 
 They are prepared into folders like other models, so that workers, workflow and record treat them alike. The hash of the
 parameters takes the place of the hash of the weights.
@@ -16,12 +16,14 @@ from pydantic import ValidationError
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object
 from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES
-from specsplit.models.fingerprint import check_tokenizer, matches, read_config
-from specsplit.settings.models import BYTES, ModelSource, NGramParameters, SyntheticParameters
+from specsplit.models.fingerprint import check_tokenizer, fingerprint_model, matches, read_config
+from specsplit.settings.models import BYTES, NGramParameters, SuffixParameters, SyntheticParameters
 
-KINDS: dict[str, type[SyntheticParameters] | type[NGramParameters]] = {
+Lookup = NGramParameters | SuffixParameters
+KINDS: dict[str, type[SyntheticParameters] | type[NGramParameters] | type[SuffixParameters]] = {
     "synthetic": SyntheticParameters,
     "ngram": NGramParameters,
+    "suffix": SuffixParameters,
 }
 
 
@@ -30,7 +32,7 @@ def is_weightless(spec: Mapping[str, Any]) -> bool:
     return spec.get("source") in KINDS
 
 
-def parse_parameters(spec: Mapping[str, Any], name: str) -> SyntheticParameters | NGramParameters:
+def parse_parameters(spec: Mapping[str, Any], name: str) -> SyntheticParameters | Lookup:
     """The parameters of a weightless spec, defaults filled in. UserError with a line for each mistake."""
     try:
         return KINDS[spec["source"]](**spec)
@@ -42,17 +44,29 @@ def parse_parameters(spec: Mapping[str, Any], name: str) -> SyntheticParameters 
         raise UserError("\n".join(lines)) from None
 
 
-def parameters_sha256(parameters: ModelSource) -> str:
-    """Identity of the model: what decides its answers and its time. The tokenizer has a hash of its own."""
-    return json_sha256(parameters.model_dump(exclude={"tokenizer"}))
+def parameters_sha256(parameters: SyntheticParameters | Lookup) -> str:
+    """Identity of the model: what decides its answers and its time. The tokenizer has a hash of its own; of the model
+    that a suffix draft asks, the weights count."""
+    plain = parameters.model_dump(exclude={"tokenizer"})
+    if isinstance(parameters, SuffixParameters) and parameters.model:
+        plain["model"] = model_behind(parameters.model)[1]["weights_sha256"]
+    return json_sha256(plain)
 
 
-def write_tokenizer(parameters: SyntheticParameters | NGramParameters, name: str, folder: Path) -> None:
+def model_behind(path: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the fingerprint of the model that a suffix draft asks. Raises UserError when there is none."""
+    folder, manifest = described(path)
+    if manifest and is_weightless(manifest["source"]) and manifest["source"]["source"] != "synthetic":
+        raise UserError(f"{path} has no weights: name a model that can draft by itself")
+    return folder, manifest["fingerprint"] if manifest else fingerprint_model(folder)
+
+
+def write_tokenizer(parameters: SyntheticParameters | Lookup, name: str, folder: Path) -> None:
     """Put the tokenizer files of the model into `folder`."""
     if isinstance(parameters, SyntheticParameters):
         byte_tokenizer(parameters.vocab_size).save_pretrained(folder)
         return
-    source, _ = tokenizer_source(parameters)
+    source, _ = described(parameters.tokenizer)
     try:
         check_tokenizer(source)
     except UserError as error:
@@ -80,9 +94,9 @@ def byte_tokenizer(vocab_size: int = BYTES) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def tokenizer_source(parameters: NGramParameters) -> tuple[Path, dict[str, Any]]:
-    """The folder with the tokenizer files, and the manifest of its model; empty when that is a plain folder."""
-    path = Path(parameters.tokenizer).expanduser()
+def described(model_or_folder: str) -> tuple[Path, dict[str, Any]]:
+    """The folder with the files of a model, and its manifest; empty when that is a plain folder."""
+    path = Path(model_or_folder).expanduser()
     model = path.parent if path.name == "model.json" else path
     if not (model / "model.json").is_file():
         return model, {}
@@ -91,7 +105,7 @@ def tokenizer_source(parameters: NGramParameters) -> tuple[Path, dict[str, Any]]
     return (model if elsewhere == "." else Path(elsewhere)), manifest
 
 
-def fingerprint_weightless(parameters: SyntheticParameters | NGramParameters, folder: Path) -> dict[str, Any]:
+def fingerprint_weightless(parameters: SyntheticParameters | Lookup, folder: Path) -> dict[str, Any]:
     """What fingerprint_model says of a model with weights, for one prepared in `folder` from `parameters`."""
     from specsplit.models.tokenizer import TextCodec
 
@@ -99,7 +113,10 @@ def fingerprint_weightless(parameters: SyntheticParameters | NGramParameters, fo
     if isinstance(parameters, SyntheticParameters):
         architecture, vocab_size = "SyntheticLM", parameters.vocab_size
     else:
-        architecture, vocab_size = "NGramLM", _vocab_size(parameters, codec.tokenizer)
+        architecture = "NGramLM" if isinstance(parameters, NGramParameters) else "SuffixLM"
+        vocab_size = _vocab_size(parameters, codec.tokenizer)
+    if isinstance(parameters, SuffixParameters) and parameters.model:
+        _check_model_behind(parameters.model, codec.sha256, vocab_size)
     return {
         "weights_sha256": parameters_sha256(parameters),
         "tokenizer_sha256": codec.sha256,
@@ -111,9 +128,17 @@ def fingerprint_weightless(parameters: SyntheticParameters | NGramParameters, fo
     }
 
 
-def _vocab_size(parameters: NGramParameters, tokenizer: Any) -> int:
+def _check_model_behind(path: str, tokenizer_sha256: str, vocab_size: int) -> None:
+    _, found = model_behind(path)
+    if found["tokenizer_sha256"] != tokenizer_sha256:
+        raise UserError(f"its model {path} has another tokenizer than the one whose tokens it speaks")
+    if found["vocab_size"] < vocab_size:
+        raise UserError(f"its model {path} reads {found['vocab_size']} tokens, and it speaks {vocab_size}")
+
+
+def _vocab_size(parameters: Lookup, tokenizer: Any) -> int:
     """Tokens that the model it drafts for may write: rows of its output head, often more than its tokenizer has."""
-    folder, manifest = tokenizer_source(parameters)
+    folder, manifest = described(parameters.tokenizer)
     if manifest:
         return int(manifest["fingerprint"]["vocab_size"])
     if not (folder / "config.json").is_file():

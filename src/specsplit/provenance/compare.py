@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from specsplit.client.result import LINK_BYTES, USAGE
 from specsplit.errors import UserError
 from specsplit.io import csv_reader
 from specsplit.provenance.folder import Experiment
@@ -30,6 +31,8 @@ TIMES = (
     "target_compute_ms",
     "itl_ms",
     "recovery_ms",
+    *LINK_BYTES,  # of drafts ahead, which may come too late
+    *USAGE,
 )
 SHOWN = 60  # characters of a value
 

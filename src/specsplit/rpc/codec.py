@@ -61,6 +61,7 @@ def tree_to_message(tree: TokenTree) -> pb.TokenTree:
             pb.Distribution(node=node, token_ids=tokens, probabilities=probabilities)
             for node, (tokens, probabilities) in tree.distributions.items()
         ],
+        source=tree.source,
     )
 
 
@@ -69,7 +70,8 @@ def tree_from_message(message: pb.TokenTree) -> TokenTree:
     distributions = {d.node: (list(d.token_ids), list(d.probabilities)) for d in message.distributions}
     if len(distributions) < len(message.distributions):
         raise TreeError("a node has two distributions")
-    return TokenTree(list(message.token_ids), list(message.parents), list(message.log_probs), distributions)
+    arrays = list(message.token_ids), list(message.parents), list(message.log_probs)
+    return TokenTree(*arrays, distributions, message.source)
 
 
 def sampling_to_message(sampling: Sampling) -> pb.Sampling:

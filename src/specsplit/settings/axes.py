@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 _FIELDS = {"draft": "draft_name"}  # column -> its setting, where that has another name
 # Name of the column -> its value in a plain sweep over gamma: the default of its setting.
 PLAIN: dict[str, Any] = {
     column: OrchestratorConfig.model_fields[_FIELDS.get(column, column)].default
-    for column in ("mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", "rtt_ms", "jitter_ms")
+    for column in ("mode", "tree", "draft", "sampling", "temperature", "top_k", "top_p", *NO_NETWORK)
 }
 CONFIGURATION = ("gamma", *PLAIN)
 # Fields of OrchestratorConfig that a sweep may vary.

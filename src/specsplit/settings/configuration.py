@@ -24,6 +24,7 @@ from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 from specsplit.settings.names import DEFAULT_DRAFT, gamma_order, synthetic_name, too_few_requests
 
+LOOKUPS = {"ngram": "ngram", "suffix": "match"}  # source: what the keys min_ and max_ are of
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
 
 # YAML has .nan and .inf, which no range check catches and JSON cannot hold.
@@ -340,7 +341,7 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
         source = models.get(own["model"], {}).get("source")
         if own["acceptance"] is not None and config["sampling"]["method"] == "rejection" and max(temperatures) > 0:
             yield f"{path}.acceptance: {own['acceptance']} needs texts that are known before: sampling.method coupled"
-        if own["skip_layers"] and source in ("synthetic", "ngram"):
+        if own["skip_layers"] and source in ("synthetic", *LOOKUPS):
             yield f"{path}.skip_layers: the {source} model {own['model']} has no layers; write []"
     target = models.get(config["target"]["model"], {})
     if target.get("path", "").rstrip("/") == f"results/distill/{config['distill']['name']}/draft":
@@ -353,7 +354,7 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
             f"workers.gpus: {workers['gpus']} with workers.device {workers['device']}; each worker sees only its own "
             "GPU then: write device auto or cuda"
         )
-    yield from _check_ngram_models(config)
+    yield from _check_lookup_models(config)
 
 
 def _check_dataset(dataset: Mapping[str, Any]) -> Iterator[str]:
@@ -371,21 +372,29 @@ def _check_dataset(dataset: Mapping[str, Any]) -> Iterator[str]:
             yield f"dataset.date: {_show(dataset['date'])}: {error}"
 
 
-def _check_ngram_models(config: Mapping[str, Any]) -> Iterator[str]:
+def _check_lookup_models(config: Mapping[str, Any]) -> Iterator[str]:
     """A model that only looks tokens up needs another one to say which tokens there are, and cannot verify."""
     models = config["models"]
-    ngrams = {name: model for name, model in models.items() if model["source"] == "ngram"}
-    for name, model in ngrams.items():
-        others = ", ".join(other for other in models if other not in ngrams) or "none yet"
-        if model["tokenizer"] not in models or model["tokenizer"] in ngrams:
-            yield (
-                f"models.{name}.tokenizer: {_show(model['tokenizer'])}; wanted the name of a model that has "
-                f"a tokenizer of its own: {others}"
-            )
-        if model["min_ngram"] > model["max_ngram"]:
-            yield f"models.{name}.min_ngram: {model['min_ngram']}; wanted at most max_ngram, {model['max_ngram']}"
-    if config["target"]["model"] in ngrams:
-        yield f"target.model: {_show(config['target']['model'])} is an ngram model, which can only draft"
+    lookups = {name: model for name, model in models.items() if model["source"] in LOOKUPS}
+    others = [other for other in models if other not in lookups]
+    for name, model in lookups.items():
+        wanted_of = {"tokenizer": "has a tokenizer of its own"}
+        if model.get("model") is not None:
+            wanted_of["model"] = "drafts by itself"
+        for key, what in wanted_of.items():
+            if model[key] not in others:
+                yield (
+                    f"models.{name}.{key}: {_show(model[key])}; wanted the name of a model that {what}: "
+                    f"{', '.join(others) or 'none yet'}"
+                )
+        unit = LOOKUPS[model["source"]]
+        if model[f"min_{unit}"] > model[f"max_{unit}"]:
+            most = model[f"max_{unit}"]
+            yield f"models.{name}.min_{unit}: {model[f'min_{unit}']}; wanted at most max_{unit}, {most}"
+    target = config["target"]["model"]
+    if target in lookups:
+        article = "an" if lookups[target]["source"] == "ngram" else "a"
+        yield f"target.model: {_show(target)} is {article} {lookups[target]['source']} model, which can only draft"
 
 
 def _dotted(path: Iterable[str | int]) -> str:

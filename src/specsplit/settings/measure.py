@@ -291,6 +291,17 @@ class IntervalSettings(Settings):
     seed: int = setting(0, "Seed of what draws random numbers.", ge=0, le=MAX_SEED)
 
 
+class PriceSettings(Settings):
+    """What an hour of the machines costs, for prices in tables."""
+
+    draft_price: float | None = setting(
+        None, "Price of an hour of the draft worker's machine, in any currency; null is not known.", example=0.5, ge=0
+    )
+    target_price: float | None = setting(
+        None, "Price of an hour of the target worker's machine, in the same currency.", example=2.0, ge=0
+    )
+
+
 class LayerSettings(ComputeSettings):
     """The search for layers that a draft can do without."""
 

@@ -96,13 +96,18 @@ class SyntheticParameters(ModelSource):
     vocab_size: int = setting(BYTES, "synthetic: tokens, 256 bytes included.", ge=BYTES, le=1 << 20)
 
 
+TOKENIZER = setting(
+    ...,
+    "ngram, suffix: name of the model in `models` whose tokens it speaks, the target's as a rule.",
+    example="my-target",
+)
+
+
 class NGramParameters(ModelSource):
     """What an NGramLM is made of."""
 
     source: Literal["ngram"] = "ngram"
-    tokenizer: Text = setting(
-        ..., "ngram: name of the model in `models` whose tokens it speaks, the target's as a rule.", example="my-target"
-    )
+    tokenizer: Text = TOKENIZER
     max_ngram: int = setting(
         3, "ngram: longest run of last tokens that is looked up earlier in the text.", example=4, ge=1
     )
@@ -112,4 +117,34 @@ class NGramParameters(ModelSource):
     def _ordered(self) -> Self:
         if self.min_ngram > self.max_ngram:
             raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
+        return self
+
+
+class SuffixParameters(ModelSource):
+    """What a SuffixLM is made of."""
+
+    source: Literal["suffix"] = "suffix"
+    tokenizer: Text = TOKENIZER
+    model: Text | None = setting(
+        None,
+        "suffix: name of the model in `models` that drafts where no suffix is found that likely goes on as before; "
+        "null: nobody.",
+        example="my-target",
+    )
+    max_match: int = setting(24, "suffix: longest run of last tokens that is looked up.", example=64, ge=1, le=256)
+    min_match: int = setting(
+        2, "suffix: shortest run that still counts as found; at most max_match.", example=4, ge=1, le=256
+    )
+    memory_tokens: int = setting(
+        1 << 18,
+        "suffix: tokens of earlier texts that the draft worker remembers, the newest ones; about 200 bytes each.",
+        example=1 << 16,
+        ge=1024,
+        le=1 << 24,
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_match > self.max_match:
+            raise ValueError(f"min_match {self.min_match} is above max_match {self.max_match}")
         return self

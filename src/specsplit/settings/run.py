@@ -34,6 +34,7 @@ Tree = Annotated[
 ]
 Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE), AfterValidator(_not_nearly_greedy)]
 Milliseconds = Annotated[float, Field(ge=0)]
+Megabits = Annotated[float, Field(ge=0)]
 SamplingMethod = Literal["coupled", "rejection"]
 DraftFailure = Literal["reconnect", "target_alone", "fail"]
 OnBadLine = Literal["stop", "skip"]
@@ -49,7 +50,10 @@ class OrchestratorConfig(AccessSettings):
     other_variables: ClassVar = {"gamma": "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS"}
     several: ClassVar = {
         field: SEVERAL.format(flag, flag)
-        for field, flag in [("gamma", "--gamma"), ("temperature", "--temperature"), ("rtt_ms", "--rtt-ms")]
+        for field, flag in [
+            *(("gamma", "--gamma"), ("temperature", "--temperature"), ("rtt_ms", "--rtt-ms")),
+            ("bandwidth_mbit", "--bandwidth-mbit"),
+        ]
     } | {
         "mode": "; `specsplit bench` takes several: --mode sync overlap",
         "tree": "; `specsplit bench` takes several: --tree chain 3x2",
@@ -119,11 +123,23 @@ class OrchestratorConfig(AccessSettings):
         example="rejection",
         note="coupled | rejection: how sampled drafts are verified",
     )
+    memory: str = setting(
+        "",
+        "Name of the memory that a draft of source suffix learns from and adds to; a text sees no other one. A "
+        "benchmark has one for each repeat, so that no text is looked up in itself.",
+        max_length=64,
+    )
     rtt_ms: Milliseconds = setting(
         0.0, "Simulated round-trip time to the target worker in milliseconds, added by the client; 0 adds nothing."
     )
     jitter_ms: Milliseconds = setting(
         0.0, "Simulated jitter: each message is late by up to this much more, in milliseconds.", example=2
+    )
+    bandwidth_mbit: Megabits = setting(
+        0.0,
+        "Simulated bandwidth to the target worker in megabits (10^6) a second, each way: a message takes the time of "
+        "its bytes, after the one before it; 0 is no limit.",
+        example=100,
     )
     max_output_tokens: int = setting(128, "Most tokens generated for one request.", example=256, ge=1)
     max_rounds: int | None = setting(
@@ -221,6 +237,12 @@ class OrchestratorConfig(AccessSettings):
         return AUTO_GAMMA_LIMIT if self.gamma == "auto" else self.gamma
 
 
+# The settings of the simulated network, where there is none.
+NO_NETWORK: dict[str, Any] = {
+    field: OrchestratorConfig.model_fields[field].default for field in ("rtt_ms", "jitter_ms", "bandwidth_mbit")
+}
+
+
 def swept(field: str, default: list[Any] | None, **changes: Any) -> Any:
     """A setting of OrchestratorConfig of which several values are swept; None: the one value of OrchestratorConfig."""
     info = OrchestratorConfig.model_fields[field]
@@ -238,3 +260,4 @@ class SweepSettings(Settings):
     tree: list[Tree] | None = swept("tree", None)
     temperature: list[Temperature] | None = swept("temperature", None)
     rtt_ms: list[Milliseconds] | None = swept("rtt_ms", None)
+    bandwidth_mbit: list[Megabits] | None = swept("bandwidth_mbit", None)

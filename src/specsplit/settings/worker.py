@@ -146,7 +146,9 @@ class DraftWorkerConfig(WorkerSettings):
     skip_layers: list[Layer] = setting([], "Decoder layers to leave out, counted from 0: a cheaper, weaker draft.")
     skip_layers_file: Path | None = setting(None, "Instead of skip_layers: a file that `specsplit pick-layers` wrote.")
     target_tokenizer: Path | None = setting(
-        None, "Folder of the target's tokenizer, when the draft has another one: shared tokens are drafted."
+        None,
+        "Folder of the target, when the draft has another tokenizer: shared tokens are drafted. A head that reads "
+        "hidden states takes from it what it lacks: tokenizer, input embedding.",
     )
 
 

@@ -21,6 +21,7 @@ from specsplit.settings.measure import (
     LayerSettings,
     MergeSettings,
     Peer,
+    PriceSettings,
     PromptSettings,
     StandardName,
     TokenSettings,
@@ -32,6 +33,7 @@ from specsplit.settings.models import (
     LocalSource,
     NGramParameters,
     PypiSource,
+    SuffixParameters,
     SyntheticParameters,
 )
 from specsplit.settings.run import DRAFT_NAME, OrchestratorConfig
@@ -139,7 +141,7 @@ Synthetic: Any = section(
     source=same(SyntheticParameters, "source"),
     **keys(SyntheticParameters, "step_ms", "token_ms", "acceptance", "seed"),
 )[0]
-Source: Any = PypiSource | HuggingFaceSource | LocalSource | Synthetic | NGramParameters
+Source: Any = PypiSource | HuggingFaceSource | LocalSource | Synthetic | NGramParameters | SuffixParameters
 NamedDraft: Any = section(
     "",
     model=other("model", str, "my-draft"),
@@ -230,6 +232,7 @@ Workflow: type[BaseModel] = section(
         note="simulated, to the target worker",
         rtt_ms=axis("rtt_ms", [0], [0, 14, 50], note="several values are swept"),
         jitter_ms=same(Run, "jitter_ms"),
+        bandwidth_mbit=axis("bandwidth_mbit", [0], [0, 100, 10], note="each way, by the bytes sent; 0 = no limit"),
     ),
     faults=section(
         "What a run does when a worker fails.",
@@ -244,7 +247,7 @@ Workflow: type[BaseModel] = section(
     models=key(
         dict[str, Source],
         {**EMBEDDED, **SHIPPED_DRAFT},
-        "Models by name, each from one of five sources. The names become folder names.",
+        "Models by name, each from one of six sources. The names become folder names.",
         schema={
             "title": "a mapping of names to models",
             "minProperties": 1,
@@ -384,6 +387,12 @@ Workflow: type[BaseModel] = section(
             *("validation_texts", "evaluate_every", "checkpoint_every"),
         ),
         gamma=same(AcceptanceSettings, "gamma"),
+    ),
+    prices=section(
+        "What an hour of each machine costs, for the price per million tokens in summary.csv; null is not known.",
+        note="an hour of each machine, in any currency; null = not known",
+        draft=same(PriceSettings, "draft_price"),
+        target=same(PriceSettings, "target_price"),
     ),
     statistics=section(
         "The intervals in summary.csv.",

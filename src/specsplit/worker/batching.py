@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from specsplit.decoding.sampling import Sampling
 from specsplit.decoding.tree import TokenTree
-from specsplit.engines.passes import EMPTY, Pass, all_or_none
+from specsplit.decoding.verification import Verdict
+from specsplit.engines.passes import EMPTY, Pass, Propose, Walk, all_or_none
 from specsplit.launch.host import worker_host
 from specsplit.worker.refusals import Abandoned, Stopped
 
@@ -67,14 +69,14 @@ class Stopwatch:
 
 @dataclass
 class _Request:
-    """A pass that a handler waits for; `done` gets an item once there are logits or an error."""
+    """A pass that a handler waits for; `done` gets an item once there is a result or an error."""
 
     work: Pass
     gone: Callable[[], bool]
     is_prompt: bool = False  # a part of a long one
     arrived: float = field(default_factory=time.perf_counter)
     began: float = 0.0
-    logits: torch.Tensor | None = None
+    result: Any = None
     error: BaseException | None = None
     done: SimpleQueue[None] = field(default_factory=SimpleQueue)
 
@@ -132,8 +134,29 @@ class SharedModel:
             watch.compute_ms = (time.perf_counter() - started) * 1e3 - watch.queue_ms
             self._clock.watch = Stopwatch()
 
-    def step(self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0) -> torch.Tensor:
-        """One pass, as CausalLM.step; waits for the model. A long prompt is fed in parts, between which others run.
+    @property
+    def decides(self) -> bool:
+        """Whether passes can have a `then`, and there is `verdict`."""
+        return getattr(self.model, "decides", False)
+
+    def verdict(self, cache: Any, tokens: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
+        """As passes.Walk."""
+        found: Verdict = self.step(cache, tokens, tree, then=Walk(sampling))
+        return found
+
+    def step(
+        self,
+        cache: Any,
+        tokens: Sequence[int],
+        tree: TokenTree = EMPTY,
+        cached_nodes: int = 0,
+        then: Walk | Propose | None = None,
+        states: torch.Tensor | None = None,
+    ) -> Any:
+        """One pass, as CausalLM.step, or what `then` says; waits for the model. A long prompt is fed in parts, between
+        which others run.
+
+        states: as Pass.states.
 
         Raises Stopped when the model is closed before the pass begins, Abandoned when the client has left (`timed`).
         The cache is as before then, as after any other error.
@@ -143,9 +166,10 @@ class SharedModel:
         is_prompt = len(tokens) > most
         try:
             while len(tokens) > most:
-                self._ask(Pass(cache, tokens[:most]), is_prompt)
-                tokens = tokens[most:]
-            return self._ask(Pass(cache, tokens, tree, cached_nodes), is_prompt)
+                first = None if states is None else states[:most]
+                self._ask(Pass(cache, tokens[:most], states=first), is_prompt)
+                tokens, states = tokens[most:], None if states is None else states[most:]
+            return self._ask(Pass(cache, tokens, tree, cached_nodes, then, states), is_prompt)
         except BaseException:
             cache.rollback(held)
             raise
@@ -156,7 +180,7 @@ class SharedModel:
             self._closed = True
             self._arrivals.put(None)
 
-    def _ask(self, work: Pass, is_prompt: bool) -> torch.Tensor:
+    def _ask(self, work: Pass, is_prompt: bool) -> Any:
         watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
         request = _Request(work, watch.gone, is_prompt)
         with self._lock:
@@ -167,8 +191,7 @@ class SharedModel:
         watch.queue_ms += (request.began - request.arrived) * 1e3
         if request.error is not None:
             raise request.error
-        assert request.logits is not None
-        return request.logits
+        return request.result
 
     # ---- the model's thread
 
@@ -261,12 +284,12 @@ class SharedModel:
         only what is wrong fails."""
         try:
             with all_or_none(request.work.cache for request in batch):
-                logits = self.model.step_many([request.work for request in batch])
-                for request, own in zip(batch, logits, strict=True):
-                    request.logits = own
+                results = self.model.step_many([request.work for request in batch])
+                for request, own in zip(batch, results, strict=True):
+                    request.result = own
         except BaseException as error:
             if len(batch) == 1:
-                batch[0].logits, batch[0].error = None, error
+                batch[0].result, batch[0].error = None, error
                 return
             for request in batch:
                 self._compute([request])

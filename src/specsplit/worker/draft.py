@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,7 @@ from specsplit.decoding.forced import force
 from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, ToFeed, grow
 from specsplit.decoding.sampling import Candidates, candidates
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines.passes import EMPTY, Propose
 from specsplit.worker.sessions import Session
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class Drafter:
         """The draft that follows the context; empty when the draft model cannot hold the context."""
         if self.full:
             return TokenTree()
-        return self._run([self._growth(ROOT, self.settings.gamma, len(self.context))])[0]
+        growth = self._growth(ROOT, self.settings.gamma, len(self.context))
+        return self._run([growth], [ROOT])[0]
 
     def ahead(self, tree: TokenTree, gamma: int, fan_out: int, *, full_acceptance: bool = False) -> list[Outcome]:
         """Drafts of depth `gamma` for the `fan_out` likeliest outcomes of verifying `tree`, which `draft` returned.
@@ -139,15 +141,15 @@ class Drafter:
         growths = [self._growth(node, gamma, option[4]) for node, option in zip(starts, chosen, strict=True)]
         return [
             Outcome([tree.token_ids[place] for place in path], token, drafted_tree)
-            for (path, _, token, _, _), drafted_tree in zip(chosen, self._run(growths), strict=True)
+            for (path, _, token, _, _), drafted_tree in zip(chosen, self._run(growths, starts), strict=True)
         ]
 
     def _growth(self, start: int, gamma: int, length: int) -> Growth:
         depth = min(gamma, self.settings.length_limit - length - 1)
         return grow(self.settings.shape, depth, start, self.state.candidates, self.settings.stop_token_ids)
 
-    def _run(self, growths: list[Growth]) -> list[TokenTree]:
-        """Run growths side by side: each pass computes the nodes that all of them want next."""
+    def _run(self, growths: list[Growth], starts: Sequence[int]) -> list[TokenTree]:
+        """Run growths, which begin at these nodes, side by side: each pass computes the nodes that all want next."""
         trees: dict[int, TokenTree] = {}
         answers: dict[int, list[int] | None] = dict.fromkeys(range(len(growths)))
         started = False
@@ -164,6 +166,8 @@ class Drafter:
             for i, each in wants.items():
                 answers[i] = None if fed is None else fed[: len(each)]
                 fed = None if fed is None else fed[len(each) :]
+        for i, start in enumerate(starts):  # ROOT is the last token of the context
+            trees[i].source = self.session.cache.source_after(len(self.state.ids) + start + 1)
         return [trees[i] for i in range(len(growths))]
 
     def _feed_tree(self, tree: TokenTree) -> dict[int, int] | None:
@@ -194,12 +198,44 @@ class Drafter:
                 state.add(node, token, self.vocabulary.token(token), scores[node, token])
             try:
                 tree = TokenTree(state.node_ids, state.nodes.parents, state.nodes.log_probs)
-                logits = self.model.step(cache, (), tree, before)
+                self._compute(range(before, len(state.nodes)), (), tree, before)
             except BaseException:
                 self._forget()
                 raise
-            self._learn(range(before, len(state.nodes)), logits)
         return [state.children[node, token] for node, token, _ in wants]
+
+    def _compute(self, nodes: Sequence[int], tokens: Sequence[int], tree: TokenTree = EMPTY, cached: int = 0) -> None:
+        """One pass, as CausalLM.step, whose last rows are of `nodes`; keep the candidates after them."""
+        if not self._on_device:
+            self._learn(nodes, self.model.step(self.session.cache, tokens, tree, cached)[-len(nodes) :])
+            return
+        model: Any = self.model  # whose passes can have a `then`
+        settings = self.settings
+        # A chain is one launch: what follows the context is drafted in the pass over its last tokens.
+        steps = 0
+        if not settings.shape.branching and not settings.shape.nodes and not len(tree):
+            depth = min(settings.gamma, settings.length_limit - len(self.context) - 1)
+            room = self.session.cache.capacity - self.session.cache.length - len(tokens)
+            steps = max(0, min(depth - 1, room))
+        vocab_size = min(settings.vocab_size, self.vocabulary.size)
+        then = Propose(settings.sampling, vocab_size, self.vocabulary.targets, steps)
+        found = model.step(self.session.cache, tokens, tree, cached, then)
+        found = found[-len(nodes) - steps :]
+        at = nodes[-1]
+        for best, _ in found[len(nodes) - 1 : len(found) - 1] if steps else ():
+            # What was fed after numbers that are not finite is no candidate; it is in the cache all the same.
+            token, log_prob = (best.token_ids[0], best.log_probs[0]) if best.token_ids else (0, 0.0)
+            at = self.state.add(at, token, token, log_prob)
+        fed = [*nodes, *range(len(self.state.nodes) - steps, len(self.state.nodes))]
+        self.state.candidates.update(zip(fed, (best for best, _ in found), strict=True))
+        if any(overflowed and not best.token_ids for best, overflowed in found):
+            self.state.overflowed = True
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether the engine can choose the candidates: of the target's own token ids, as they come from the model."""
+        decides: bool = getattr(self.model, "decides", False)
+        return decides and self.vocabulary.same_ids and not self.settings.forced.tokens
 
     def _learn(self, nodes: Sequence[int], logits: torch.Tensor) -> None:
         """Keep the candidates after computed nodes; logits: [len(nodes), vocabulary of the draft]."""
@@ -255,9 +291,8 @@ class Drafter:
                 cache.rollback(sum(1 for _ in same))
             held = cache.length
             session.state = self.state = state = DraftState(ids=ids[:held], made_for=made_for)
-            logits = self.model.step(cache, ids[held:])[-1:]
+            self._compute([ROOT], ids[held:])
             state.ids = ids
-            self._learn([ROOT], logits)
         session.tokens = list(self.context)
 
     def _accepted_path(self, ids: list[int]) -> list[int] | None:

@@ -10,6 +10,7 @@ import grpc
 from specsplit.decoding.forced import Forced
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.tree import MAX_TREE_NODES, TokenTree, TreeShape
+from specsplit.engines.suffix import SuffixCache
 from specsplit.models.vocabulary import Vocabulary
 from specsplit.rpc.codec import sampling_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -23,6 +24,7 @@ from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest, SessionLost
 from specsplit.worker.servicer import WorkerServicer
 
+MOST_MEMORY_NAME = 128
 MOST_FORCED = 2 * MAX_GAMMA + 1  # a draft, the token after it, and a draft ahead
 
 
@@ -77,6 +79,8 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         made: list[TokenTree] = []
 
         def work(session: Any, tokens: list[int]) -> TokenTree:
+            if isinstance(session.cache, SuffixCache):
+                session.cache.learn_in(f"{len(caller.owner)} {caller.owner} {request.memory}", request.prompt_tokens)
             made.append(Drafter(self.model, self.vocabulary, session, tokens, settings).draft())
             return made[0]
 
@@ -88,6 +92,8 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             lambda tree: (len(tree), 0),
             arrived,
         )
+        if made and made[0].source and self.metrics is not None:
+            self.metrics.looked_up(made[0].source)
         return reply, made[0] if made else None
 
     def _ahead(
@@ -152,6 +158,8 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             raise InvalidRequest(
                 f"ahead: fan_out is at most {most.fan_out}, max_draft_tokens at most {most.draft_tokens}"
             )
+        if len(request.memory) > MOST_MEMORY_NAME:
+            raise InvalidRequest(f"memory: a name has at most {MOST_MEMORY_NAME} characters")
         forced = Forced(tuple(request.forced.tokens), tuple(request.forced.right))
         if len(forced.tokens) != len(forced.right) or len(forced.tokens) > MOST_FORCED:
             raise InvalidRequest(f"forced: tokens and right have one length, at most {MOST_FORCED}")

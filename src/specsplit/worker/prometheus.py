@@ -41,6 +41,13 @@ class Metrics:
         self._ahead = Counter(
             "ahead_compute_seconds", "Work of drafting ahead, of use or not; not in compute_seconds", **known
         )
+        self._lookups = Counter(
+            "suffix_drafts",
+            "Drafts of a model of source suffix, by where their first token came from: session, global (earlier "
+            "texts), model, none; those made ahead are not counted",
+            ["source"],
+            **known,
+        )
         self._sessions = Gauge("sessions", "Sessions held", **known)
         self._cache = Gauge("cache_bytes", "Memory reserved for the caches of sessions", **known)
         self._waiting = Gauge("waiting_passes", "Passes that wait for the model now", **known)
@@ -80,6 +87,9 @@ class Metrics:
 
     def ahead(self, compute_ms: float) -> None:
         self._ahead.inc(compute_ms / 1e3)
+
+    def looked_up(self, source: str) -> None:
+        self._lookups.labels(source).inc()
 
     def refused(self, status: grpc.StatusCode) -> None:
         self._refused.labels(status.name).inc()

@@ -17,6 +17,7 @@ import grpc
 import specsplit
 from specsplit import tracing
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES
+from specsplit.engines.gpu import GpuLM
 from specsplit.errors import is_out_of_memory
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 from specsplit.launch.host import worker_host
@@ -32,6 +33,7 @@ from specsplit.worker.prometheus import Metrics
 from specsplit.worker.refusals import Abandoned, Busy, InvalidRequest, LimitReached, Refusal
 from specsplit.worker.sessions import Session, SessionStore
 from specsplit.worker.spans import WorkerSpans
+from specsplit.worker.usage import UsageMeter
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -63,8 +65,11 @@ class WorkerServicer:
         self.vocab_size = model.vocab_size
         self.config = config
         self.identity = identity
+        self.usage = UsageMeter(str(model.model.device))
         self.max_context = min(config.max_context, model.max_context)
         sessions = sessions_that_fit(config, model.model, self.max_context)
+        if isinstance(model.model, GpuLM):
+            model.model.prepare(self.max_context, sessions, drafts=self.role == "draft")
         self.limits = pb.Limits(
             tree_nodes=config.max_tree_nodes,
             draft_tokens=MAX_GAMMA,
@@ -92,6 +97,8 @@ class WorkerServicer:
         return pb.EndSessionReply(existed=self.sessions.end(request.session_id, self.caller(context).owner))
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        if request.usage:
+            return pb.DescribeReply(role=self.role, usage=self.usage.read())
         return pb.DescribeReply(
             role=self.role,
             version=specsplit.__version__,

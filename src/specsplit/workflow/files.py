@@ -19,7 +19,7 @@ from typing import Any
 from specsplit.errors import UserError
 from specsplit.launch.heartbeat import silent
 from specsplit.launch.process import ProcessIdentity
-from specsplit.models.file_names import MODEL_FILES, WEIGHT_FILES
+from specsplit.models.file_names import HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES
 
 READ_WHOLE_BYTES = 1 << 26
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
@@ -99,13 +99,19 @@ def model_inputs(folder: Path) -> list[str]:
 
     Of a folder that is not there yet those that a rule is expected to make. All its files count by `files_sha256`.
     """
-    weights = [name for name in _names(folder) if _is(name, WEIGHT_FILES)] or ["model.safetensors"]
-    return [str(folder / name) for name in ["config.json", *weights]]
+    return [str(folder / name) for name in ["config.json", *(_weights(folder) or ["model.safetensors"])]]
 
 
 def model_files(folder: Path) -> list[Path]:
     """Every file that a local model is made of: weights, configuration, tokenizer, template."""
-    return [folder / name for name in sorted({"config.json", *(n for n in _names(folder) if _is(n, MODEL_FILES))})]
+    files = (name for name in _names(folder) if _is(name, MODEL_FILES))
+    return [folder / name for name in sorted({"config.json", *files, *_weights(folder)})]
+
+
+def _weights(folder: Path) -> list[str]:
+    """The files with the weights; those of a head may be pickled."""
+    names = _names(folder)
+    return [name for name in names if _is(name, WEIGHT_FILES)] or [name for name in names if name == HEAD_WEIGHTS]
 
 
 def files_sha256(paths: Iterable[Path]) -> str:

@@ -53,8 +53,9 @@ class Plan:
         swept = swept_drafts(config)
         self.first_draft, first = first_draft(config)
         self.drafts = {self.first_draft: first, **swept}
-        temperatures, rtts_ms = config["sampling"]["temperature"], config["network"]["rtt_ms"]
-        points = sweep_points(config["gammas"], config["mode"], config["tree"], temperatures, rtts_ms, swept)
+        temperatures, network = config["sampling"]["temperature"], config["network"]
+        axes = config["gammas"], config["mode"], config["tree"], temperatures, network["rtt_ms"]
+        points = sweep_points(*axes, swept, network["bandwidth_mbit"])
         self.points = {point.label: point for point in points}
         raced = config["baselines"]
         self.raced = self._beside("race", [0, *raced["gammas"]], raced["mode"], raced["tree"])
@@ -105,8 +106,8 @@ class Plan:
             folder = made if self._distilled(spec) else str(local_folder(spec))
             return flags(local=folder, sha256=spec["sha256"])
         parameters = {key: value for key, value in spec.items() if key != "source"}
-        if spec["source"] == "ngram":
-            parameters["tokenizer"] = self.root + _folder(spec["tokenizer"])
+        for key in _names_models(spec):
+            parameters[key] = self.root + _folder(spec[key])
         return flags(**{spec["source"]: True}, **parameters)
 
     def model_settings_flag(self, name: str) -> str:
@@ -120,10 +121,10 @@ class Plan:
         return model_inputs(folder) if folder else []
 
     def model_made_from(self, name: str) -> list[str]:
-        """Files of the workflow that the model is made from: another model's tokenizer, or a distilled draft."""
+        """Files of the workflow that the model is made from: other models, or a distilled draft."""
         spec = self.config["models"][name]
-        if spec["source"] == "ngram":
-            return [_manifest(spec["tokenizer"])]
+        if named := _names_models(spec):
+            return sorted({_manifest(spec[key]) for key in named})
         if self._distilled(spec):
             return [f"{os.path.normpath(spec['path'])}/{name}" for name in ("model.safetensors", "config.json")]
         return []
@@ -370,6 +371,11 @@ class Plan:
             **{key: self.config["generation"][key] for key in ("max_output_tokens", "use_chat_template")},
             **self.config["statistics"],
         }
+
+
+def _names_models(spec: Mapping[str, Any]) -> list[str]:
+    """The keys of an entry of `models` that name other models."""
+    return [key for key in ("tokenizer", "model") if spec.get(key) is not None]
 
 
 def _folder(model: str) -> str:

@@ -1,0 +1,308 @@
+"""One recorded pass: from one small array of numbers to logits, candidates or a verdict, all on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from specsplit.decoding.tree import ROOT
+from specsplit.engines import gpu_choice
+from specsplit.engines.gpu_cache import Pool
+from specsplit.engines.gpu_choice import NUMBERS, Kind
+from specsplit.engines.gpu_decoder import Tokens, mask_of
+from specsplit.engines.passes import Pass, Propose, Walk
+
+if TYPE_CHECKING:
+    from specsplit.engines.gpu import GpuLM
+
+FIELDS = 4  # numbers of a session besides its tokens, their parents and its sampling: base, cached, count, first
+
+
+@dataclass(frozen=True)
+class Then:
+    """What follows the layers. what: logits | walk | propose. kind: of choices.
+
+    moves: walk alone: whether nodes may have to move, which those of a chain never have. steps, vocab_size, targets: as
+    in Propose; targets by its address.
+    """
+
+    what: str = "logits"
+    kind: Kind = Kind()  # noqa: RUF009 (frozen)
+    moves: bool = False
+    steps: int = 0
+    vocab_size: int = 0
+    targets: int = 0
+
+    @classmethod
+    def of(cls, work: Pass) -> Then:
+        match work.then:
+            case Walk(sampling):
+                return cls("walk", Kind.of(sampling), moves=not work.tree.is_chain)
+            case Propose(sampling, vocab_size, targets, steps):
+                address = 0 if targets is None else targets.data_ptr()
+                return cls("propose", Kind.of(sampling), steps=steps, vocab_size=vocab_size, targets=address)
+        return cls()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a recorded pass. All but `row`, `sessions` and `view` may be padded.
+
+    row, sessions: the rows of the pool that it is for. tokens: fed for each. window: the last slots, in which a token
+    sees its ancestors alone. rows: whose logits are wanted. view: of the cache, as from Pool.view.
+    """
+
+    row: int
+    sessions: int
+    tokens: int
+    window: int
+    rows: int
+    view: tuple[int, int]
+    then: Then
+
+    @property
+    def layers(self) -> set[tuple[int, int, tuple[int, int]]]:
+        """What of it the layers are compiled for."""
+        counts = {self.tokens, 1} if self.then.steps else {self.tokens}
+        return {(self.sessions, count, self.view) for count in counts}
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What is compiled, or the same as it is."""
+
+    layer: Any
+    lay_out: Any
+
+
+def numbers_of(work: Pass, shape: Shape) -> list[int]:
+    """What the device is told of one session's part of a pass.
+
+    Its tokens; for each slot of the window the place of its parent there, -1 where that is the context before it; and
+    `base` (slots before the window), `cached` (slots of the window that are in the cache), `count` (tokens fed),
+    `first` (the first of them whose logits are wanted), and its sampling.
+    """
+    linear, cached = len(work.tokens), work.cached_nodes
+    ids = [*work.tokens, *work.tree.token_ids[cached:]]
+    parents = [*range(ROOT, linear - 1), *(linear + parent for parent in work.tree.parents)]
+    if not linear:
+        parents = list(work.tree.parents)
+    sampling = gpu_choice.packed(work.then.sampling) if work.then else [0] * NUMBERS
+    return [
+        *ids, *[0] * (shape.tokens - len(ids)),
+        *parents, *[ROOT] * (shape.window - len(parents)),
+        work.cache.length - cached, cached, len(ids), work.first_wanted,
+        *sampling,
+    ]  # fmt: skip
+
+
+def lay_out(
+    numbers: torch.Tensor, shape: Shape, padding: int, windows: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Where the tokens of a pass are and what they see, from the numbers of its sessions, [sessions, ...].
+
+    Returns the ancestors of each slot of the window, itself included, bool [sessions, window, window]; the positions
+    and the slots of the tokens fed, [sessions, tokens]; and for each of `windows` which slots of the view they see,
+    bool [sessions, tokens, slots]. Padding goes to slot `padding` and sees slot 0.
+    """
+    count, window = shape.tokens, shape.window
+    parents = numbers[:, count : count + window]
+    base, cached, fed, _ = numbers[:, count + window : count + window + FIELDS, None].unbind(1)
+    ancestors = torch.eye(window, dtype=torch.bool, device=numbers.device).expand(len(numbers), window, window)
+    # Ever longer ways up: after n turns, ancestors of up to 2^n - 1 generations. A way that ends at the context stays.
+    above = parents
+    for _ in range((window - 1).bit_length()):
+        up = above.clamp(min=0)
+        more = ancestors.gather(1, up[:, :, None].expand_as(ancestors))
+        ancestors = ancestors | (more & (above >= 0)[:, :, None])
+        above = torch.where(above >= 0, above.gather(1, up), above)
+    depth = ancestors.sum(-1)
+    token = torch.arange(count, device=numbers.device)
+    place = (cached + token).clamp(max=window - 1)
+    valid = token < fed
+    positions = torch.where(valid, base + depth.gather(1, place) - 1, 0)
+    slots = torch.where(valid, base + cached + token, padding)
+    slot = torch.arange(shape.view[0] * shape.view[1], device=numbers.device)
+    inside = slot - base  # of the window
+    among = inside.clamp(0, window - 1)
+    own = ancestors.gather(1, place[:, :, None].expand(-1, -1, window))
+    related = own.gather(2, among[:, None].expand(-1, count, -1))
+    visible = (inside < 0)[:, None] | (related & ((inside >= 0) & (inside < window))[:, None])
+    position = torch.where(inside < 0, slot, base + depth.gather(1, among) - 1)  # of what is in a slot
+    distance = positions[:, :, None] - position[:, None]
+    padded = (slot == 0).expand_as(visible)
+    sees = [
+        torch.where(valid[:, :, None], visible & (distance < size) if size else visible, padded) for size in windows
+    ]
+    return ancestors, positions, slots, sees
+
+
+class Program:
+    """A pass of one shape on a pool: recorded when it is first run, then replayed."""
+
+    def __init__(self, lm: GpuLM, pool: Pool, shape: Shape, example: Pass) -> None:
+        self._lm, self._pool, self.shape = lm, pool, shape
+        then, cuda = shape.then, lm.device.type == "cuda"
+        targets = example.then.targets if isinstance(example.then, Propose) else None
+        self.targets = None if targets is None else targets.to(lm.device)
+        self._caches = [kv[:, shape.row : shape.row + shape.sessions] for kv in pool.kv]
+        width = shape.tokens + shape.window + FIELDS + NUMBERS
+        self._host = torch.zeros(shape.sessions, width, dtype=torch.long, pin_memory=cuda)
+        self._numbers = self._host.to(lm.device, copy=True)
+        self._copied = torch.cuda.Event() if cuda else None
+        self._reply = self._host_reply = torch.empty(0)
+        if then.what == "logits":
+            self._reply = lm.logits_buffer(shape.sessions * shape.rows)
+        else:
+            per_session: tuple[int, ...] = (1 + shape.rows,)
+            if then.what == "propose":
+                per_session = (shape.rows + then.steps, gpu_choice.reply_width(then.kind))
+            self._reply = torch.zeros(shape.sessions, *per_session, dtype=torch.long, device=lm.device)
+            self._host_reply = torch.zeros(self._reply.shape, dtype=torch.long, pin_memory=cuda)
+        self._run: Any = None
+
+    def run(self, passes: Sequence[Pass]) -> list[Any]:
+        """The results of the passes, whose caches are rows of the pool within those of the shape."""
+        shape = self.shape
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy may not have ended
+        numbers = self._host.numpy()
+        numbers[:] = 0  # nothing is fed for sessions that are not there
+        for work in passes:
+            numbers[work.cache.row - shape.row] = numbers_of(work, shape)
+        self._numbers.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        if self._run is None:
+            self._record()
+        self._run()
+        if shape.then.what == "logits":
+            rows = self._reply.view(shape.sessions, shape.rows, -1)  # the next pass writes there
+            return [rows[work.cache.row - shape.row, : work.size - work.first_wanted].clone() for work in passes]
+        self._host_reply.copy_(self._reply, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+            self._copied.synchronize()
+        return [self._read(work) for work in passes]
+
+    def _read(self, work: Pass) -> Any:
+        reply = self._host_reply[work.cache.row - self.shape.row].numpy()
+        if isinstance(work.then, Walk):
+            return gpu_choice.walked(reply, work.cache.length + len(work.tokens))
+        wanted = work.size - work.first_wanted
+        rows = [*reply[:wanted], *reply[self.shape.rows : self.shape.rows + work.steps]]
+        return [gpu_choice.ranked(row) for row in rows]
+
+    def _record(self) -> None:
+        lm = self._lm
+        fast = lm.compiled if self.shape.layers <= lm.prepared else None
+        self._run = lm.recorder.recorded(
+            lambda: self._pass(lm.plain), None if fast is None else lambda: self._pass(fast)
+        )
+
+    # ---- what is recorded
+
+    @torch.no_grad()
+    def _pass(self, functions: Functions) -> None:
+        lm, shape, numbers = self._lm, self.shape, self._numbers
+        at = shape.tokens + shape.window
+        ancestors, positions, slots, sees = functions.lay_out(numbers, shape, self._pool.padding, lm.decoder.windows)
+        states = self._layers(functions, numbers[:, : shape.tokens], positions, slots, sees)
+        first = numbers[:, at + 3 : at + 4]
+        rows = first + torch.arange(shape.rows, device=lm.device)
+        within = rows.clamp(max=shape.tokens - 1)  # [sessions, rows]
+        places = within + shape.tokens * torch.arange(shape.sessions, device=lm.device)[:, None]
+        logits = lm.decoder.logits(states[places.flatten()])
+        if shape.then.what == "logits":
+            self._reply.copy_(logits)
+        elif shape.then.what == "walk":
+            self._walk(logits, within, ancestors, positions)
+        else:
+            self._propose(functions, logits, positions.gather(1, within))
+
+    def _layers(
+        self,
+        functions: Functions,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        sees: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """States after the layers, [sessions * tokens, hidden]; ids, positions, slots: [sessions, tokens]."""
+        lm, view = self._lm, self.shape.view
+        places = positions.flatten()
+        masks = [mask_of(see, view, lm.decoder.sizes, lm.dtype) for see in sees]
+        tokens = Tokens(self._pool.cos[places], self._pool.sin[places], self._slots(slots), masks)
+        return lm.decoder.forward(ids.flatten(), tokens, self._caches, view, functions.layer)
+
+    def _slots(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slots of the sessions, [sessions, any], as places in their caches."""
+        session = torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots).flatten()
+        block = self._pool.block
+        return session, slots.flatten() // block, slots.flatten() % block
+
+    def _sampling(self, rows: int) -> torch.Tensor:
+        """The sampling of each session, for each of its rows."""
+        return self._numbers[:, -NUMBERS:].repeat_interleave(rows, 0)
+
+    def _walk(self, logits: torch.Tensor, rows: torch.Tensor, ancestors: torch.Tensor, positions: torch.Tensor) -> None:
+        shape, numbers = self.shape, self._numbers
+        at = shape.tokens + shape.window
+        base, _, count, first = numbers[:, at : at + FIELDS, None].unbind(1)
+        sampling, kind = self._sampling(shape.rows), shape.then.kind
+        noise = gpu_choice.noise(positions.gather(1, rows).flatten() + 1, sampling, kind, logits.shape[-1])
+        chances = gpu_choice.scores(logits, sampling, kind, noise)
+        best, choices = (each.view(rows.shape) for each in chances.max(-1))
+        among = ancestors.gather(1, rows[:, :, None].expand(-1, -1, shape.window))
+        among = among.gather(2, rows[:, None].expand(-1, shape.rows, -1))
+        parents = numbers[:, shape.tokens : at].gather(1, rows) - first
+        reply, accepted = gpu_choice.walk(
+            numbers[:, : shape.tokens].gather(1, rows), parents, among, (count - first)[:, 0], choices, best.isfinite()
+        )
+        self._reply.copy_(reply)
+        if shape.then.moves:
+            start = base + first + 1
+            to = start + torch.arange(shape.rows - 1, device=numbers.device)
+            origin = start + gpu_choice.moves(accepted)
+            target, source = (self._slots(each.clamp(max=self._pool.padding)) for each in (to, origin))
+            for cache in self._caches:  # the right side is a copy
+                cache[:, target[0], target[1], :, target[2]] = cache[:, source[0], source[1], :, source[2]]
+
+    def _propose(self, functions: Functions, logits: torch.Tensor, positions: torch.Tensor) -> None:
+        """positions: of the rows, [sessions, rows]. Where tokens are fed after them, there is one row."""
+        lm, shape, then, numbers = self._lm, self.shape, self.shape.then, self._numbers
+        at = shape.tokens + shape.window
+        base, cached, count, _ = numbers[:, at : at + FIELDS, None].unbind(1)
+
+        # All noise at once: it depends on positions alone.
+        after = torch.cat([positions + 1, positions[:, -1:] + 2 + torch.arange(then.steps, device=lm.device)], 1)
+        noise = gpu_choice.noise(
+            after.flatten(), self._sampling(after.shape[1]), then.kind, then.vocab_size, self.targets
+        )
+
+        def scores(logits: torch.Tensor, start: int, count: int) -> torch.Tensor:
+            """Of the rows from `start` on, `count` of each session."""
+            own = None
+            if noise is not None:
+                own = noise.view(*after.shape, -1)[:, start : start + count].flatten(0, 1)
+            if self.targets is None:
+                logits = logits[:, : then.vocab_size]
+            sampling = self._sampling(count)
+            return gpu_choice.scores(logits, sampling, then.kind, own, self.targets, then.vocab_size)
+
+        chances = [scores(logits, 0, shape.rows)]
+        slot = torch.arange(shape.view[0] * shape.view[1], device=lm.device)
+        end = base + cached + count
+        for step in range(then.steps):
+            ids = gpu_choice.best(chances[-1], then.kind, self.targets)[:, None]
+            positions = positions + 1
+            own = torch.where(count > 0, end + step, self._pool.padding).clamp(max=self._pool.padding)
+            sees = [(slot <= own) & (own - slot < (size or slot.numel())) for size in lm.decoder.windows]
+            sees = [torch.where(count > 0, see, slot == 0)[:, None] for see in sees]
+            states = self._layers(functions, ids, positions.clamp(max=len(self._pool.cos) - 1), own, sees)
+            chances.append(scores(lm.decoder.logits(states), shape.rows + step, 1))
+        together = torch.cat([each.view(shape.sessions, -1, *each.shape[1:]) for each in chances], 1)
+        self._reply.copy_(gpu_choice.rank(together.flatten(0, 1), then.kind, self.targets).view(self._reply.shape))
