@@ -243,6 +243,7 @@ NAMED = [
     ("columns of pandas", b'{"id": {"0": 1}, "prompt": {"0": "a"}}', "object of columns.*records"),
     ("compressed too often", gzip.compress(gzip.compress(gzip.compress(gzip.compress(b"{}")))), "more than 3 times"),
     ("backslashes", b'id,prompt\n1,"say \\"hi\\", ok"\n', "line 2: not CSV.*not doubled"),
+    ("key not in UTF-8", b'{"rows": [{"prompt": "a", "cat\x80": 1}]}', "not UTF-8 .byte [0-9]+ of the file"),
     ("header alone", b"id,prompt\n", "CSV without a row"),
     ("no rows", table_bytes(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())})), "Parquet without a row"),
     ("no text", table_bytes(pyarrow.table({"prompt": [b"\xff\xfe"]})), "bytes that are not UTF-8"),

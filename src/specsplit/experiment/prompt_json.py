@@ -133,6 +133,8 @@ def whole_object(path: Path, text: str) -> Table | None:
         lists = {"rows": lists["rows"]}
     if len(lists) == 1 and not {"prompt", "messages", "conversations", "conversation", "items"} & set(data):
         key, items = next(iter(lists.items()))
+        if problem := encoding_problem(text, "of the file"):
+            raise UserError(f"{path}: {problem}")
         # As the dataset viewer of the Hub answers: {"rows": [{"row": {...}}]}.
         found = [item["row"] if isinstance(item.get("row"), dict) else item for item in items]
         return Table(f"a JSON document with rows under {key!r}", "row", [Row(n, d) for n, d in enumerate(found, 1)])
