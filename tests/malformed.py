@@ -120,6 +120,14 @@ SAMPLINGS: list[tuple[str, Callable[[random.Random], pb.Sampling]]] = [
     ("top_p out of range", lambda r: pb.Sampling(temperature=1, top_p=r.choice([-0.1, 1.1, float("nan")]))),
 ]
 
+WANTED: list[tuple[str, Callable[[random.Random], pb.WantedStates]]] = [
+    ("states of no layer", lambda r: pb.WantedStates(layers=[0, r.randrange(3, 2**32)], form="int8")),
+    ("states of too many layers", lambda r: pb.WantedStates(layers=[0] * r.randrange(5, 5000), form="int8")),
+    ("states in no form", lambda r: pb.WantedStates(layers=[0], form="x" * r.randrange(5000))),
+    ("states of no position", lambda r: pb.WantedStates(layers=[0], form="int8", first=r.randrange(1, 2**32))),
+    ("states projected by nobody", lambda r: pb.WantedStates(layers=[0], form="int8", projected=True)),
+]
+
 # GenerateDrafts alone.
 DRAFTS: list[tuple[str, grpc.StatusCode, Callable[[random.Random], dict[str, Any]]]] = [
     ("gamma 0", BAD, lambda r: {"max_draft_tokens": 0}),
@@ -133,6 +141,7 @@ DRAFTS: list[tuple[str, grpc.StatusCode, Callable[[random.Random], dict[str, Any
     ("huge fan-out", BAD, lambda r: {"ahead": pb.Ahead(fan_out=r.randrange(65, 2**32))}),
     ("huge gamma ahead", BAD, lambda r: {"ahead": pb.Ahead(fan_out=2, max_draft_tokens=r.randrange(65, 2**32))}),
     ("stop tokens without end", BAD, lambda r: {"stop_token_ids": range(r.randrange(1025, 5000))}),
+    ("hidden states for a draft that reads none", BAD, lambda r: {"states": [pb.HiddenStates(count=r.randrange(9))]}),
     (
         "dynamic tree with rejection sampling",
         BAD,
@@ -257,6 +266,8 @@ def _table() -> list[Malformed]:
             ],
         ),
     ]
+    for name, wanted in WANTED:
+        cases += _pair(name, VERIFY, BAD, lambda r, wanted=wanted: {"wanted_states": wanted(r)})
     for name, status, fields in DRAFTS:
         cases.append(
             Malformed(name, DRAFT, status, lambda r, fields=fields: message_for(DRAFT, context=context(r), **fields(r)))

@@ -83,6 +83,8 @@ def field_values(field: FieldDescriptor) -> st.SearchStrategy[Any]:
         return messages(field.message_type.name)
     if field.type == FieldDescriptor.TYPE_STRING:
         return st.sampled_from(["s", "held", ""]) | st.text(max_size=200)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return st.binary(max_size=200)
     if field.type == FieldDescriptor.TYPE_BOOL:
         return st.booleans()
     if field.cpp_type in (FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT):

@@ -22,8 +22,10 @@ from specsplit.decoding.sampling import GREEDY, Sampling, choose
 from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.gpu import GpuLM
+from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM
+from specsplit.engines.numba_head import FusedHead
 from specsplit.engines.suffix import SuffixLM
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CausalLM
@@ -32,6 +34,7 @@ from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.draft_service import DraftServicer
 from specsplit.worker.target_service import TargetServicer
+from tiny_heads import make_tiny_head
 
 from test_distributions import FITS, REJECTION, WRONG, Table, law, p_value
 from tiny_models import VOCAB, make_tiny_model
@@ -54,13 +57,26 @@ def tiny(architecture: str) -> tuple[CausalLM, CausalLM]:
     return CausalLM(make_tiny_model(architecture)), CausalLM(noisy(make_tiny_model(architecture)))
 
 
+def texts_of(model: CausalLM, prompts: Sequence[list[int]], length: int) -> list[list[int]]:
+    """The prompts and what the model writes after them."""
+    alone = (speculate(model, None, p, DraftSettings(0), max_new_tokens=length - len(p)) for p in prompts)
+    return [p + written(list(rounds)) for p, rounds in zip(prompts, alone, strict=True)]
+
+
+def written(rounds: Sequence[Round]) -> list[int]:
+    return [token for r in rounds for token in r.tokens]
+
+
 LLAMA = tiny("llama")
+KNOWN = [[5, 6, 5, 6], [5], [10, 3, 40, 22], [33, 4], [61, 60, 59]]  # prompts whose texts the head has seen
+HEAD = make_tiny_head(LLAMA[0].model, texts_of(LLAMA[0], KNOWN, LENGTH + 4))
 PAIRS: dict[str, tuple[Any, Any]] = {
     "llama": LLAMA,
     "gpt2": tiny("gpt2"),
     "qwen3-mixed": tiny("qwen3-mixed"),
     "llama, fused": tuple(FusedLM(model, 1) for model in tiny("llama")),  # which takes the weights of the model
     "llama, graphs": tuple(GraphLM(model.model) for model in tiny("llama")),
+    "llama, head": (FusedLM(tiny("llama")[0], 1), FusedHead(HiddenStatesHead(HEAD), 1)),
     "qwen3-mixed, gpu": tuple(GpuLM(model) for model in tiny("qwen3-mixed")),
     "llama, ngram": (LLAMA[0], NGramLM(VOCAB, max_ngram=2, min_ngram=1)),
     "llama, suffix": (LLAMA[0], SuffixLM(VOCAB, min_match=1, memory_tokens=500)),
@@ -82,10 +98,6 @@ samplings = st.one_of(
     ),
 )
 some = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def written(rounds: Sequence[Round]) -> list[int]:
-    return [token for r in rounds for token in r.tokens]
 
 
 def plain_text(model: Any, prompt: list[int], sampling: Sampling, stop: Sequence[int]) -> list[int]:
@@ -129,8 +141,9 @@ def test_drafts_are_accepted_and_rejected() -> None:
 STUBS: dict[str, tuple[InProcessStub, InProcessStub]] = {}
 
 
-def streamed(pair: str, prompt: list[int], asked: DraftSettings, mode: str) -> SpeculativeResult:
-    """The text over the handlers of both workers and the client's streams."""
+def streamed(pair: str, prompt: list[int], asked: DraftSettings, mode: str, **states: Any) -> SpeculativeResult:
+    """The text over the handlers of both workers and the client's streams. states: settings of hidden states, which
+    cross as they are unless these say otherwise."""
     if pair not in STUBS:
         target, draft = PAIRS[pair]
         common = {"max_context": 128, "threads": 1}
@@ -144,6 +157,7 @@ def streamed(pair: str, prompt: list[int], asked: DraftSettings, mode: str) -> S
             **{"mode": mode, "gamma": asked.gamma, "tree": str(asked.shape), "max_output_tokens": LENGTH},
             **{"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "seed": s.seed},
             **{"sampling": "rejection" if s.rejection else "coupled", "stop_token_ids": list(asked.stop_token_ids)},
+            **{"hidden_states_form": "float32", **states},
         }
     )
     return event_loop().run(run_speculative_loop_async(*STUBS[pair], prompt, config))
@@ -170,7 +184,7 @@ def test_the_streams_write_what_the_loop_writes(pair, mode, prompt, shape, gamma
         ]
 
 
-@pytest.mark.parametrize("pair", ["llama", "gpt2", "qwen3-mixed, gpu", "synthetic"])
+@pytest.mark.parametrize("pair", ["llama", "gpt2", "qwen3-mixed, gpu", "synthetic", "llama, head"])
 @some
 @given(prompt=prompts, shape=st.sampled_from(["chain", "2x2"]), gamma=st.integers(1, 5), seed=st.integers(0, 1 << 31))
 def test_rejection_sampling_over_streams_is_that_of_the_loop(pair, prompt, shape, gamma, seed):
@@ -181,18 +195,37 @@ def test_rejection_sampling_over_streams_is_that_of_the_loop(pair, prompt, shape
     assert [r.accepted for r in result.rounds] == [r.accepted for r in rounds]
 
 
-def test_texts_side_by_side_are_those_of_the_loop() -> None:
+@pytest.mark.parametrize("pair", ["llama", "qwen3-mixed, gpu"])
+def test_texts_side_by_side_are_those_of_the_loop(pair: str) -> None:
     async def write_all() -> list[SpeculativeResult]:
         config = OrchestratorConfig(mode="lookahead", gamma=3, max_output_tokens=LENGTH, stop_token_ids=[])
         return await asyncio.gather(
-            *(run_speculative_loop_async(*STUBS["llama"], [5, token], config) for token in range(10, 16))
+            *(run_speculative_loop_async(*STUBS[pair], [5, token], config) for token in range(10, 16))
         )
 
-    streamed("llama", [5], DraftSettings(1), "sync")
+    streamed(pair, [5], DraftSettings(1), "sync")
     texts = event_loop().run(write_all())
     for token, result in zip(range(10, 16), texts, strict=True):
-        rounds = list(speculate(*LLAMA, [5, token], DraftSettings(3), max_new_tokens=LENGTH))
+        rounds = list(speculate(*PAIRS[pair], [5, token], DraftSettings(3), max_new_tokens=LENGTH))
         assert result.output_tokens == written(rounds)
+
+
+# ---- a head that reads the target's hidden states
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_head_is_as_often_right_over_streams_as_in_the_loop(mode: str) -> None:
+    """Which shows that each state arrives at its place: with those of a token too early or too late it is not."""
+    accepted = {"loop": 0, "streams": 0}
+    for prompt in KNOWN:
+        rounds = list(speculate(*PAIRS["llama, head"], prompt, DraftSettings(3), max_new_tokens=LENGTH))
+        result = streamed("llama, head", prompt, DraftSettings(3), mode)
+        assert result.output_tokens == written(rounds)
+        accepted["loop"] += sum(r.accepted for r in rounds)
+        accepted["streams"] += sum(r.accepted for r in result.rounds)
+    assert accepted["loop"] > 20
+    # Ahead of the target a head reads its own outputs, so there it may be right at other places.
+    assert abs(accepted["streams"] - accepted["loop"]) <= (0 if mode == "sync" else 6)
 
 
 # ---- rejection sampling: the law of the text

@@ -12,6 +12,7 @@ import torch
 
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.gpu import GpuLM
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.passes import Pass
 from specsplit.engines.synthetic import SyntheticLM
@@ -184,12 +185,13 @@ def test_between_two_tokens_of_a_text_there_is_one_part_of_a_prompt(batch_tokens
     assert sum(min(each) < 100 for each in ran) >= prompts * 30
 
 
-@pytest.mark.parametrize("engine", ["transformers", "graphs", "fused"])
+@pytest.mark.parametrize("engine", ["transformers", "graphs", "gpu", "fused"])
 def test_a_prompt_is_abandoned_between_its_parts_and_its_parts_do_not_depend_on_load(engine: str) -> None:
     causal = CausalLM(make_tiny_model("llama"))
     model = {
         "transformers": lambda: causal,
         "graphs": lambda: GraphLM(causal.model),
+        "gpu": lambda: GpuLM(causal),
         "fused": lambda: FusedLM(causal, 1),
     }
     lm = model[engine]()

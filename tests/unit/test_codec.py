@@ -22,6 +22,7 @@ from specsplit.rpc.codec import (
     tree_from_message,
     tree_to_message,
 )
+from specsplit.rpc.hidden_states import FORMS, StatesError, pack_parts, pack_states, row_bytes, unpack_states
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 
 TREES = [
@@ -111,3 +112,61 @@ def test_the_checksum_goes_on_from_a_prefix(cut: int) -> None:
 
 def test_order_and_length_change_the_checksum() -> None:
     assert len({tokens_crc32(tokens) for tokens in ([], [0], [0, 0], [1, 2], [2, 1])}) == 5
+
+
+# ---- hidden states
+
+LARGEST_ERROR = {"float32": 0.0, "bfloat16": 2**-8, "int8": 1 / 254}  # of the number itself; int8: of its row's largest
+floats = st.floats(-(2.0**99), 2.0**99, width=32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(rows=st.lists(st.tuples(floats, floats, floats), max_size=5), first=st.integers(0, 2**32 - 1))
+def test_hidden_states_survive_the_wire(form: str, rows: list[tuple[float, ...]], first: int) -> None:
+    sent = torch.tensor(rows).view(-1, 3)
+    message = pb.HiddenStates.FromString(pack_states(sent, first, form, projected=True).SerializeToString())
+    assert (message.first, message.count, message.form, message.projected) == (first, len(rows), form, True)
+    assert len(message.data) + len(message.scales) == len(rows) * row_bytes(form, 3)
+    read = unpack_states(message, 3)
+    largest = sent.abs() if form == "bfloat16" else sent.abs().amax(1, keepdim=True)
+    smallest = 0.0 if form == "float32" else 1e-37  # numbers near the least that a float can be are rounded to others
+    assert ((read - sent).abs() <= LARGEST_ERROR[form] * largest * (1 + 1e-6) + smallest).all()
+    if form == "bfloat16":  # what is narrower already stays as it is
+        assert torch.equal(unpack_states(pack_states(read.bfloat16(), first, form), 3), read)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_are_still_so_at_the_other_end(form: str, bad: float) -> None:
+    rows = torch.ones(3, 4)
+    rows[1, 2] = bad
+    assert unpack_states(pack_states(rows, 0, form), 4).isfinite().all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hidden_states_are_sent_in_parts_that_fit(form: str) -> None:
+    rows = torch.randn(7, 4)
+    parts = list(pack_parts(rows, 5, form, most_bytes=3 * row_bytes(form, 4) + 1))
+    assert [(part.first, part.count) for part in parts] == [(5, 3), (8, 3), (11, 1)]
+    whole = unpack_states(pack_states(rows, 5, form), 4)
+    assert torch.equal(torch.cat([unpack_states(part, 4) for part in parts]), whole)
+    assert [part.count for part in pack_parts(rows[:2], 5, form, most_bytes=1)] == [1, 1]
+    assert [part.count for part in pack_parts(rows, 5, form)] == [7]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"form": "float64"}, "form 'float64' is none of bfloat16, float32, int8"),
+        ({"count": 3}, "data has 32 bytes, and 3 positions of 4 numbers as float32 take 48"),
+        ({"count": 1 << 31}, "data has 32 bytes, and"),
+        ({"data": bytes(31)}, "data has 31 bytes, and 2 positions of 4 numbers as float32 take 32"),
+        ({"scales": bytes(8)}, "scales has 8 bytes, and 2 positions of 4 numbers as float32 take 0"),
+        ({"form": "int8", "data": bytes(8)}, "scales has 0 bytes, and 2 positions of 4 numbers as int8 take 8"),
+    ],
+)
+def test_hidden_states_of_another_shape_are_refused(fields: dict[str, object], reason: str) -> None:
+    message = pack_states(torch.ones(2, 4), 0, "float32")
+    message.MergeFrom(pb.HiddenStates(**fields))  # type: ignore[arg-type]
+    with pytest.raises(StatesError, match=reason):
+        unpack_states(message, 4)

@@ -175,7 +175,7 @@ def test_numbers_that_are_not_finite() -> None:
     """They are noticed on the path alone, drafts end there, and nothing of them is left for the next text."""
     model = engine()
     expected = model.step(model.new_cache(64), PROMPT)
-    weight = model.decoder.embed.weight.data
+    weight = model.runtime.decoder.embed.weight.data
     kept = weight[77].clone()
     weight[77] = torch.nan
     cache = model.new_cache(64)
@@ -293,10 +293,10 @@ def test_a_pass_never_waits_for_the_host() -> None:
         *([Pass(first, [5], then=Propose(s, 99, targets, 1))] for s in sampling),
     ]
     for passes in groups:
-        program = gpu_passes.Program(model, first.pool, model._shape(passes), passes[0])
-        program._pass(model.plain)  # the warm-up makes constants
+        program = gpu_passes.Program(model.runtime, first.pool, model._shape(passes), passes[0])
+        program._pass(model.runtime.plain)  # the warm-up makes constants
         with OnDevice():
-            program._pass(model.plain)
+            program._pass(model.runtime.plain)
 
 
 def test_compiled_then_recorded_then_as_it_is(
@@ -310,19 +310,48 @@ def test_compiled_then_recorded_then_as_it_is(
     assert recorder.recorded(lambda: None, compiled := lambda: calls.append("compiled")) is compiled
     run = recorder.recorded(lambda: calls.append("plain"), broken)
     run()
-    assert "passes are not compiled, and so slower: RuntimeError: no compiler" in caplog.text
+    assert "a pass is not compiled, and so slower: RuntimeError: no compiler" in caplog.text
     recorder.records = True
     monkeypatch.setattr(recorder, "_captured", lambda run: calls.append("recorded") or run)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     recorder.recorded(run)()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(recorder, "_captured", lambda run: broken())
     recorder.recorded(run)()
-    assert "passes are not recorded as CUDA graphs, and so slower: RuntimeError: no compiler" in caplog.text
-    assert (recorder.compiles, recorder.records) == (False, False)
+    assert "a pass is not recorded as CUDA graphs, and so slower: RuntimeError: no compiler" in caplog.text
     assert calls == ["compiled", "plain", "recorded", "plain", "plain"]
-    monkeypatch.setattr(recorder, "records", True)
+    assert (recorder.compiles, recorder.records) == (False, True)  # another kind of pass may be recorded
+    never = Recorder(torch.device("cpu"))
+    never.records = True
+    monkeypatch.setattr(never, "_captured", lambda run: broken())
+    never.recorded(run)()
+    assert not never.records
     monkeypatch.setattr(recorder, "_captured", lambda run: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         recorder.recorded(run)
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_passes_are_recorded_before_the_first_request(
+    drafts: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    model, recorded = engine(), []
+    model.runtime.recorder.records = True
+    monkeypatch.setattr(model.runtime.recorder, "_captured", lambda run: recorded.append(run) or run)
+    model.prepare(600, 3, drafts=drafts)
+    cache = model.new_cache(600)
+    assert (cache.pool.rows, cache.row, cache.pool.views) == (3, 0, [(1, 256), (1, 832)])
+    assert len(recorded) == 2
+    assert "recording passes: 2 of 2" in caplog.text
+    assert "passes were recorded in " in caplog.text
+    again = engine()
+    assert torch.equal(model.step(cache, PROMPT), again.step(again.new_cache(600), PROMPT))  # nothing of it is left
+    for length in (11, 300):
+        cache.length = length
+        model.step(cache, [5, 6], then=Propose(GREEDY, VOCAB, steps=1) if drafts else Walk(GREEDY))
+    assert len(recorded) == 3  # but for that of the prompt they were
 
 
 @pytest.mark.slow
@@ -330,7 +359,7 @@ def test_compiled_passes_are_those_that_are_not() -> None:
     plain, fast = engine("qwen3-mixed", sessions=1), engine("qwen3-mixed", sessions=1, compiles=True)
     for drafts in (True, False):
         fast.prepare(100, 1, drafts=drafts)
-    assert fast.recorder.compiles
+    assert fast.runtime.recorder.compiles
     results = []
     for model in (plain, fast):
         cache = model.new_cache(100)

@@ -37,7 +37,7 @@ def test_the_size_of_a_cache_is_known_before_it_is_made(tiny_model: Callable[...
 
 
 class Sized(SyntheticLM):
-    def cache_bytes(self, capacity: int) -> int:
+    def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         return MIB * capacity
 
 

@@ -16,6 +16,7 @@ from specsplit.decoding.sampling import GREEDY, NonFiniteLogits, Sampling, candi
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.decoding.verification import verify
 from specsplit.engines.cuda_graphs import GraphLM
+from specsplit.engines.gpu import GpuLM
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import WorkerError
@@ -45,6 +46,7 @@ def overflowing(value: float = float("inf")) -> Any:
 ENGINES = {
     "transformers": lambda: CausalLM(overflowing()),
     "graphs": lambda: GraphLM(overflowing()),
+    "gpu": lambda: GpuLM(CausalLM(overflowing())),
     "fused": lambda: FusedLM(CausalLM(overflowing()), 1),
 }
 

@@ -11,7 +11,8 @@ import pytest
 from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
 from specsplit.settings.run import OrchestratorConfig
 
-SHARED = {"fan_out": 3, "top_k": 50, "top_p": 0.9, "sampling": "rejection", "jitter_ms": 2}
+STATES = {"hidden_states_form": "int8", "hidden_states_project": "target", "hidden_states_window": 64}
+SHARED = {"fan_out": 3, "top_k": 50, "top_p": 0.9, "sampling": "rejection", "jitter_ms": 2, **STATES}
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,9 @@ def test_integers_and_floats_of_one_value_are_one_point() -> None:
 @pytest.mark.parametrize(
     ("point", "changed"),
     [
-        (Point(5), {"jitter_ms"}),
-        (Point(5, mode="overlap"), {"jitter_ms"}),
-        (Point(5, mode="lookahead"), {"jitter_ms", "fan_out"}),
+        (Point(5), {"jitter_ms", *STATES}),
+        (Point(5, mode="overlap"), {"jitter_ms", *STATES}),
+        (Point(5, mode="lookahead"), {"jitter_ms", "fan_out", *STATES}),
         (Point(0, temperature=0.7), {"jitter_ms", "top_k", "top_p", "sampling"}),
     ],
 )

@@ -352,6 +352,17 @@ def test_the_environment_of_the_rules_is_what_the_package_asks_for_in_the_tested
     assert all(line.partition("==")[2] == versions[name(line)] for line in pip)
 
 
+def test_a_target_that_projects_hidden_states_is_told_whose() -> None:
+    made = Plan({"hidden_states": {"project": "target", "form": "int8"}})
+    told = {label: json.loads(made.settings(label, operates=False)) for label in ("gamma_0", "gamma_3")}
+    assert told["gamma_3"]["target"]["hidden_states_draft"] == made.role_model("draft", "gamma_3")
+    assert made.other_model("target", "gamma_3") == [made.role_model("draft", "gamma_3")]
+    assert told["gamma_3"]["run"]["hidden_states_form"] == "int8"
+    assert told["gamma_0"]["target"]["hidden_states_draft"] is None
+    assert told["gamma_0"]["run"]["hidden_states_form"] == "bfloat16"
+    assert Plan({}).other_model("target", "gamma_3") == []
+
+
 def test_the_tested_versions_run_on_the_oldest_python_that_the_package_names() -> None:
     root = SOURCES.parent
     oldest = tomllib.loads((root / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")

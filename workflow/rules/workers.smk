@@ -13,7 +13,7 @@ rule start_worker:
         operation=operation_file("{point}"),
         model=lambda wildcards: PLAN.role_model(wildcards.role, wildcards.point),
         layers=lambda wildcards: PLAN.layers_file(wildcards.role, wildcards.point),
-        tokenizer=lambda wildcards: PLAN.other_tokenizer(wildcards.role, wildcards.point),
+        other=lambda wildcards: PLAN.other_model(wildcards.role, wildcards.point),
     output:
         endpoint=temp("results/workers/{point}/{role}.json"),
     log:

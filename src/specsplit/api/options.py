@@ -27,7 +27,8 @@ class Options(TypedDict, total=False):
     stop: a string or several that end a text before them; what the target writes is not changed by it.
     stop_token_ids: tokens that end a text; by default those that the target names. ignore_eos: no token ends it.
     max_context: longest text, prompt included. use_chat_template: a string is one user turn of the model's template.
-    rtt_ms, jitter_ms, bandwidth_mbit: a network to the target, simulated.
+    hidden_states_form, hidden_states_project, hidden_states_window: what a draft that reads the target's hidden states
+    is sent (docs/hidden-states.md). rtt_ms, jitter_ms, bandwidth_mbit: a network to the target, simulated.
     on_draft_failure: "reconnect", "target_alone" or "fail".
     """
 
@@ -47,6 +48,9 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     max_context: int | None
     use_chat_template: bool
+    hidden_states_form: Literal["bfloat16", "float32", "int8"]
+    hidden_states_project: Literal["draft", "target"]
+    hidden_states_window: int | None
     rtt_ms: float
     jitter_ms: float
     bandwidth_mbit: float

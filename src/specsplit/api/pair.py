@@ -60,6 +60,8 @@ def load(target: str | Path | Model, draft: str | Path | Model | None = None, **
         values = {"threads": threads, **model.settings(), "model": folders[role]}
         if role == "draft":
             values["target_tokenizer"] = folders["target"]
+        elif config.hidden_states_project == "target" and "draft" in folders:
+            values["hidden_states_draft"] = folders["draft"]
         workers[role] = checked(ROLES[role], values, of=f"{role}: ")
     return in_process_pair(workers, {}, config, lambda: TextCodec.load(tokenizer_folder(folders["target"])))
 

@@ -149,6 +149,8 @@ def _model_settings(args: argparse.Namespace, role: str, worker: DescribeReply) 
     values = {"model": folder, **{key: getattr(worker, key) for key in ("dtype", "device", "threads", "max_context")}}
     if role == "target":
         values["ignore_model_settings"] = True  # as its worker did, which serves it
+        if worker.states_given.projection_sha256:
+            values["hidden_states_draft"] = args.draft_model
     if role == "draft":
         values |= {"skip_layers": list(worker.skip_layers), "target_tokenizer": args.target_model}
     return values

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from specsplit.client.states import check_states
 from specsplit.errors import UserError
 from specsplit.rpc.connection import Connection, connect
 from specsplit.rpc.credentials import Access
@@ -39,6 +40,8 @@ def connected_pair(
                 },
             }
         )
+        if drafter is not None:
+            check_states(drafter.description, target.description, config)
         yield drafter, target
 
 

@@ -27,6 +27,7 @@ class DraftLimits:
 
     shape: that of the settings, or a narrower one. gamma: its depth. nodes: of a tree. outcomes: to draft ahead for.
     stop_tokens: as many are told to the draft worker, so that it drafts nothing after them. context: longest text.
+    states_bytes: of hidden states in a message.
     shortened: what had to be smaller than the settings say, a sentence each.
     """
 
@@ -36,6 +37,7 @@ class DraftLimits:
     outcomes: int
     stop_tokens: int
     context: int
+    states_bytes: int
     shortened: tuple[str, ...]
     _message_nodes: int
 
@@ -78,7 +80,8 @@ class DraftLimits:
             asked = f"gamma {config.gamma}, tree {config.tree}"
             shortened.append(f"drafts have {gamma} tokens at most, as tree {shape}, instead of {asked}")
         said = tuple(shortened) if draft is not None else ()
-        return cls(shape, gamma, nodes, outcomes, stop_tokens, context, said, message_nodes)
+        states_bytes = bytes_left - REST - INTEGER * context
+        return cls(shape, gamma, nodes, outcomes, stop_tokens, context, states_bytes, said, message_nodes)
 
     def fan_out(self, gamma: int) -> int:
         """Outcomes whose drafts of this depth fit into one message."""

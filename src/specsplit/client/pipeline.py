@@ -2,7 +2,8 @@
 
 The prompt goes to the target and, once that has a session for it, to the draft worker. The first round verifies no
 draft, so the first token comes as soon as from the target alone, and the draft worker reads the prompt meanwhile. The
-first round after a failure is done likewise.
+first round after a failure is done likewise. A draft that reads the target's hidden states (`client/states.py`) gets
+the text with them, after that round.
 `overlap` drafts round N + 1 while round N is verified, guessing that all is accepted and which token comes next.
 `lookahead` drafts for the likeliest outcomes and sends these drafts on to the target, which starts the next
 verification by itself when one fits, so there is no round trip between the two. A wrong guess costs the pass that is
@@ -28,6 +29,7 @@ from specsplit.client.requests import draft_fields, verify_fields
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
+from specsplit.client.states import PassedStates, check_states
 from specsplit.client.stream import Stream, Traffic
 from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
@@ -95,6 +97,8 @@ async def _write(
     if config.gamma:
         with suppress(WithoutDraft):
             draft_info = await describe(recovery, "draft", draft_stub)
+    if draft_info is not None:
+        check_states(draft_info, target_info, config)
     text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
     text.limits.say()
     text.known = known
@@ -104,7 +108,10 @@ async def _write(
     elif controller is None:
         controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=text.limits.shape)
     text.started = time.perf_counter()
-    pipeline = _Pipeline(text, stubs, controller)
+    states = None
+    if draft_info is not None and draft_info.HasField("states_needed"):
+        states = PassedStates(draft_info.states_needed, config, text.limits)
+    pipeline = _Pipeline(text, stubs, controller, states)
     try:
         while True:
             try:
@@ -140,10 +147,17 @@ class _Pipeline:
     its session and what it has computed.
     """
 
-    def __init__(self, text: Text, stubs: Mapping[str, Any], controller: GammaController | None) -> None:
+    def __init__(
+        self,
+        text: Text,
+        stubs: Mapping[str, Any],
+        controller: GammaController | None,
+        states: PassedStates | None = None,
+    ) -> None:
         self.text = text
         self.config = text.config
         self.controller = controller
+        self.states = states
         self._stubs = dict(stubs)
         self._streams: dict[str, Stream] = {}
         self._traffic = {"draft": Traffic(), "target": Traffic()}
@@ -171,6 +185,8 @@ class _Pipeline:
             self.at_target = held
         else:
             self.at_draft = held
+            if self.states is not None:
+                self.states.renew()
 
     async def close(self, role: str) -> None:
         """End the stream to a worker, and with it the worker's session."""
@@ -187,7 +203,7 @@ class _Pipeline:
 
     def drop_draft(self) -> None:
         """From here on the target writes alone."""
-        self._stubs["draft"] = None
+        self._stubs["draft"] = self.states = None
         self.text.drop_draft()
 
     def _stream(self, role: str) -> Stream:
@@ -222,11 +238,13 @@ class _Pipeline:
                 tree, gamma, hidden_ms = TokenTree(), 0, 0.0
                 self._unread = False
                 await self._verify(tree)
-                self._reading = asyncio.ensure_future(self._read_by_draft())
+                if self.states is None:
+                    self._reading = asyncio.ensure_future(self._read_by_draft())
             else:
                 gamma, hidden_ms = self._choose(), 0.0
                 tree, ahead = TokenTree(), None
                 if gamma > 0:
+                    await self._fetch_states()
                     ahead = await self._ask_draft(gamma)
                     drafted = await self._draft_reply(is_ahead=False)
                     tree = tree_from_message(drafted.tree)
@@ -326,11 +344,25 @@ class _Pipeline:
             )
 
     async def _verify(self, tree: TokenTree) -> None:
+        wanted = None
+        if self.states is not None and self.text.room(ahead=1) > 0:  # else no draft follows that could read them
+            wanted = self.states.wanted(len(self.text.tokens))
+        await self._send_verify_request(tree, wanted)
+
+    async def _send_verify_request(self, tree: TokenTree, wanted: pb.WantedStates | None) -> None:
         context = self.at_target.context(self.text.tokens)
-        request = pb.VerifyDraftsRequest(context=context, **verify_fields(self.text, tree))
+        request = pb.VerifyDraftsRequest(context=context, wanted_states=wanted, **verify_fields(self.text, tree))
         await self.target.send(pb.StreamVerifyRequest(verify=request))
 
-    async def _ask_draft(self, gamma: int) -> _Ahead | None:
+    async def _fetch_states(self) -> None:
+        """Have the target send the hidden states that the draft needs and no round has brought: after a failure, where
+        a round without a draft would cut the text elsewhere (`_begins`)."""
+        if self.states is not None and self.states.lacking(len(self.text.tokens)):
+            await self._send_verify_request(TokenTree(), self.states.wanted(len(self.text.tokens), only=True))
+            await self._target_reply()
+            self.at_target.extend_to(self.text.tokens[:-1])
+
+    async def _ask_draft(self, gamma: int, *, drafted_ahead: bool = False) -> _Ahead | None:
         """Ask for a draft of the text, and in the modes that do so for what comes after it."""
         if self._reading is not None:
             await self._reading
@@ -343,7 +375,8 @@ class _Pipeline:
             if next_gamma > 0 and fan_out > 0:
                 ahead = _Ahead(next_gamma)
                 wanted = pb.Ahead(fan_out=1 if full else fan_out, max_draft_tokens=next_gamma, full_acceptance=full)
-        await self._send_draft_request(draft_fields(self.text, gamma, self.text.limits.shape, wanted))
+        fields = draft_fields(self.text, gamma, self.text.limits.shape, wanted)
+        await self._send_draft_request({**fields, "drafted_ahead": drafted_ahead})
         return ahead
 
     async def _read_by_draft(self) -> None:
@@ -359,11 +392,16 @@ class _Pipeline:
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)
         self._awaited += 1 if fields["ahead"] is None else 2
-        await self.draft.send(pb.GenerateDraftsRequest(context=context, **fields))
+        states: list[pb.HiddenStates] = []
+        if self.states is not None:
+            for request in self.states.requests(self.at_draft.id):
+                await self.draft.send(request)
+            states = self.states.rest()
+        await self.draft.send(pb.GenerateDraftsRequest(context=context, states=states, **fields))
 
     async def _ask_ahead(self, gamma: int) -> _Ahead | None:
         """As `_ask_draft` for a text whose draft is here. The worker has kept that draft, so asking costs no pass."""
-        return await self._ask_draft(gamma) if gamma > 0 else None
+        return await self._ask_draft(gamma, drafted_ahead=True) if gamma > 0 else None
 
     async def _draft_reply(self, *, is_ahead: bool) -> pb.GenerateDraftsReply:
         assert self.draft is not None
@@ -378,6 +416,10 @@ class _Pipeline:
         while True:
             reply = await self.target.receive()
             if reply.round == self.at_target.round:
+                if self.states is not None:
+                    self.states.take(reply)
+                if reply.states_only:
+                    continue
                 return reply
             if reply.round > self.at_target.round:
                 early = f"round {reply.round} was answered before round {self.at_target.round}"

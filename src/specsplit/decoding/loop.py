@@ -54,17 +54,25 @@ def speculate(
 ) -> Iterator[Round]:
     """Continue `prompt` by at most `max_new_tokens` tokens, round by round; a stop token ends the text and is its last.
 
-    draft: reads and writes the target's token ids; None = the target alone. asked: gamma, shape, sampling, stop tokens.
+    draft: reads and writes the target's token ids; None = the target alone. One that reads the target's hidden states
+    has `layers`, whose inputs the target's cache then keeps, and `project`, which joins them.
+    asked: gamma, shape, sampling, stop tokens.
     The text is the target's own: token for token (greedy, coupled sampling), or in distribution (rejection sampling).
     """
     text = list(prompt)
     limit = min(len(text) + max_new_tokens, target.max_context, asked.length_limit)
     asked = replace(asked, vocab_size=min(asked.vocab_size, target.vocab_size), length_limit=limit)
     capacity = limit + max(asked.shape.size(asked.gamma), asked.shape.width * asked.gamma)
-    at_target, at_draft = target.new_cache(capacity), draft.new_cache(capacity) if draft else None
+    at_target, at_draft = target.new_cache(capacity), (draft or target).new_cache(capacity)
+    head: Any = draft if hasattr(draft, "project") else None
+    if head is not None:
+        at_target.tap(head.layers)
     while len(text) < limit:
         # The first token is the target's: a draft would delay it.
-        tree = draft_tree(draft, at_draft, text, asked) if draft and len(text) > len(prompt) else NO_DRAFT
+        tree = NO_DRAFT
+        if draft and len(text) > len(prompt):
+            states = head.project(at_target.states[at_draft.length : len(text) - 1]) if head else None
+            tree = draft_tree(draft, at_draft, text, asked, states)
         verdict = verify_tree(target, at_target, text, tree, asked.sampling)
         tokens = [*(tree.token_ids[node] for node in verdict.path), verdict.next_token]
         end = next((i for i, token in enumerate(tokens) if token in asked.stop_token_ids), len(tokens))
@@ -74,8 +82,14 @@ def speculate(
             return
 
 
-def draft_tree(model: Model, cache: Any, text: Sequence[int], asked: DraftSettings) -> TokenTree:
-    """What the draft model proposes after `text`. The cache holds a beginning of `text`, and all of it afterwards."""
+def draft_tree(
+    model: Any, cache: Any, text: Sequence[int], asked: DraftSettings, states: torch.Tensor | None = None
+) -> TokenTree:
+    """What the draft model proposes after `text`. The cache holds a beginning of `text`, and all of it afterwards.
+
+    states: of a model that reads hidden states: those of the token before each one that the cache lacks. The first
+    token has none before it, and no place in the cache.
+    """
     gamma = min(asked.gamma, asked.length_limit - len(text) - 1)  # the last token is always the target's own
     while gamma > 0 and len(text) + asked.shape.size(gamma) > model.max_context:
         gamma -= 1
@@ -89,7 +103,9 @@ def draft_tree(model: Model, cache: Any, text: Sequence[int], asked: DraftSettin
         best = candidates(logits[:, : asked.vocab_size], positions, asked.sampling, CANDIDATES)
         found.update(zip(nodes, best, strict=True))
 
-    learn([ROOT], model.step(cache, text[cache.length :])[-1:])
+    given = {} if states is None else {"states": states}
+    read = text[1 if given else 0 :]
+    learn([ROOT], model.step(cache, read[cache.length :], **given)[-1:])
     growth = grow(asked.shape, gamma, ROOT, found, asked.stop_token_ids)
     try:
         wanted = next(growth)
@@ -99,7 +115,7 @@ def draft_tree(model: Model, cache: Any, text: Sequence[int], asked: DraftSettin
             learn(nodes, model.step(cache, (), fed, nodes[0]))
             wanted = growth.send(nodes)
     except StopIteration as grown:
-        cache.rollback(len(text))
+        cache.rollback(len(read))
         tree: TokenTree = grown.value
         return tree
 

@@ -19,10 +19,9 @@ from specsplit.decoding.sampling import GREEDY, Sampling
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.verification import Verdict
 from specsplit.engines.gpu_cache import GpuCache, Pool, shape_of
-from specsplit.engines.gpu_decoder import Decoder, one_layer, unsuitable
-from specsplit.engines.gpu_passes import Functions, Program, Shape, Then, lay_out
+from specsplit.engines.gpu_decoder import unsuitable
+from specsplit.engines.gpu_passes import Program, Runtime, Shape, Then
 from specsplit.engines.passes import EMPTY, Pass, Propose, Walk, all_or_none
-from specsplit.engines.recording import Recorder
 from specsplit.engines.token_cache import tokens_of_pass
 from specsplit.engines.transformers import CausalLM
 
@@ -51,16 +50,9 @@ class GpuLM:
         self.eos_token_ids, self.parameters = source.eos_token_ids, source.parameters
         self.batch_tokens = self.prefill_tokens = source.prefill_tokens
         self.sessions = sessions
-        self.decoder = Decoder(source)
-        self.recorder = Recorder(self.device, compiles)
-        self.plain = self.compiled = Functions(one_layer, lay_out)
-        if self.recorder.compiles:
-            self.compiled = Functions(*(self.recorder.compiled(function) for function in (one_layer, lay_out)))
-        # What has been compiled; nothing else is while requests wait.
-        self.prepared: set[tuple[int, int, tuple[int, int]]] = set()
+        self.runtime = Runtime(source, compiles)
         self._bytes_of_slot = source.cache_bytes(1)
         self._pools: list[Pool] = []
-        self._logits: dict[int, torch.Tensor] = {}
 
     # ---- caches
 
@@ -76,18 +68,11 @@ class GpuLM:
         for pool in self._pools:
             if pool.capacity == most and (cache := pool.take(capacity)):
                 return cache
-        decoder = self.decoder
-        pool = Pool(decoder, self.sessions, most, self.dtype, self.device)
+        pool = Pool(self.runtime.decoder, self.sessions, most, self.dtype, self.device)
         self._pools.append(pool)
         made = pool.take(capacity)
         assert made is not None
         return made
-
-    def logits_buffer(self, rows: int) -> torch.Tensor:
-        """[rows, vocab_size], which all passes with so many write to, one after the other."""
-        if rows not in self._logits:
-            self._logits[rows] = torch.zeros(rows, self.vocab_size, dtype=self.dtype, device=self.device)
-        return self._logits[rows]
 
     # ---- passes
 
@@ -149,7 +134,7 @@ class GpuLM:
         pool, shape = passes[0].cache.pool, self._shape(passes)
         program = pool.programs.get(shape)
         if program is None:
-            program = pool.programs[shape] = Program(self, pool, shape, passes[0])
+            program = pool.programs[shape] = Program(self.runtime, pool, shape, passes[0])
         for work in passes:
             work.cache.written = True
         results: list[Any] = program.run(passes)
@@ -162,25 +147,27 @@ class GpuLM:
     def _shape(self, passes: Sequence[Pass]) -> Shape:
         """The shape that serves the passes, whatever else has one of its own."""
         pool, thens = passes[0].cache.pool, [Then.of(work) for work in passes]
-        rows = [work.cache.row for work in passes]
+        first, last = (edge(work.cache.row for work in passes) for edge in (min, max))
         sessions = 1  # a power of two of adjacent rows
-        while min(rows) // sessions != max(rows) // sessions:
+        while first // sessions != last // sessions:
             sessions *= 2
-        row = min(rows) // sessions * sessions
+        row = first // sessions * sessions
         sessions = min(sessions, pool.rows - row)
         proposes = thens[0].what == "propose"
         # As many tokens in all as in a pass of one session that is not a draft.
         least = SMALLEST_DRAFT if proposes else SMALLEST_PASS
         tokens = _power_of_two(max(work.size for work in passes), max(least // sessions, 1))
         cached = max(work.cached_nodes for work in passes)
-        wanted = _power_of_two(max(work.size - work.first_wanted for work in passes), 1 if proposes else SMALLEST_PASS)
+        wanted = _power_of_two(max(work.size - work.first_wanted for work in passes), 1)
+        rows = wanted if proposes else min(max(wanted, SMALLEST_PASS), tokens)
         steps = max(then.steps for then in thens)
         return Shape(
             row,
             sessions,
             tokens,
             _power_of_two(cached + tokens, 1) if cached else tokens,
-            min(wanted, tokens),
+            rows,
+            rows if thens[0].kind.method == "greedy" else min(wanted, rows),
             pool.view(min(max(work.cache.length + work.size + steps for work in passes), pool.padding)),
             replace(thens[0], moves=any(then.moves for then in thens), steps=steps),
         )
@@ -188,28 +175,27 @@ class GpuLM:
     # ---- before the first request
 
     def prepare(self, capacity: int, sessions: int, *, drafts: bool) -> None:
-        """Compile what passes over the caches of one session need, and say in the log how far that is.
+        """Record, and compile, what passes over the cache of one session need; the log says how far that is.
 
         capacity, sessions: of the caches that will be asked for. drafts: whether the model drafts or verifies.
         """
         self.sessions = sessions
-        if not self.recorder.compiles:
+        recorder = self.runtime.recorder
+        if not (recorder.compiles or recorder.records):
             return
         cache, began = self.new_cache(capacity), time.perf_counter()
-        views = cache.pool.views
         count = SMALLEST_DRAFT if drafts else SMALLEST_PASS
-        for number, view in enumerate(views, 1):
-            log.info("compiling passes: %d of %d (%.0f s so far)", number, len(views), time.perf_counter() - began)
+        for number, view in enumerate(cache.pool.views, 1):
+            log.info("recording passes: %d of %d (%.0f s)", number, len(cache.pool.views), time.perf_counter() - began)
             then = Propose(GREEDY, self.vocab_size, steps=1) if drafts else Walk(GREEDY)
             cache.length = max(0, min(view[0] * view[1], capacity) - count - 1)  # of zeros, as good as a text
             work = Pass(cache, [1] * count, then=then)
-            self.prepared |= self._shape([work]).layers
+            if recorder.compiles:
+                self.runtime.prepared |= self._shape([work]).layers
             self._run([work])
-            if not self.recorder.compiles:
-                break
         cache.rollback(0)
-        if self.recorder.compiles:
-            log.info("passes were compiled in %.0f s", time.perf_counter() - began)
+        how = "compiled and recorded" if recorder.compiles else "recorded"
+        log.info("passes were %s in %.0f s", how, time.perf_counter() - began)
 
 
 def _check(work: Pass) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,11 +12,10 @@ from specsplit.decoding.tree import ROOT
 from specsplit.engines import gpu_choice
 from specsplit.engines.gpu_cache import Pool
 from specsplit.engines.gpu_choice import NUMBERS, Kind
-from specsplit.engines.gpu_decoder import Tokens, mask_of
+from specsplit.engines.gpu_decoder import Decoder, Tokens, mask_of, one_layer
 from specsplit.engines.passes import Pass, Propose, Walk
-
-if TYPE_CHECKING:
-    from specsplit.engines.gpu import GpuLM
+from specsplit.engines.recording import Recorder
+from specsplit.engines.transformers import CausalLM
 
 FIELDS = 4  # numbers of a session besides its tokens, their parents and its sampling: base, cached, count, first
 
@@ -52,7 +51,9 @@ class Shape:
     """Of a recorded pass. All but `row`, `sessions` and `view` may be padded.
 
     row, sessions: the rows of the pool that it is for. tokens: fed for each. window: the last slots, in which a token
-    sees its ancestors alone. rows: whose logits are wanted. view: of the cache, as from Pool.view.
+    sees its ancestors alone. rows: whose logits are wanted. chosen: the first of them, after which a token is chosen:
+    fewer where that takes noise; the logits are computed for as many as ever, so that their bits stay. view: of the
+    cache, as from Pool.view.
     """
 
     row: int
@@ -60,6 +61,7 @@ class Shape:
     tokens: int
     window: int
     rows: int
+    chosen: int
     view: tuple[int, int]
     then: Then
 
@@ -76,6 +78,31 @@ class Functions:
 
     layer: Any
     lay_out: Any
+
+
+class Runtime:
+    """What all passes of a model share.
+
+    plain, compiled: the functions that passes are made of. prepared: what they have been compiled for; nothing else is
+    compiled, as it would keep a request waiting.
+    """
+
+    def __init__(self, source: CausalLM, compiles: bool | None) -> None:
+        self.device, self.dtype = source.device, source.dtype
+        self.decoder = Decoder(source)
+        self.recorder = Recorder(self.device, compiles)
+        self.plain = self.compiled = Functions(one_layer, lay_out)
+        if self.recorder.compiles:
+            self.compiled = Functions(*(self.recorder.compiled(function) for function in (one_layer, lay_out)))
+        self.prepared: set[tuple[int, int, tuple[int, int]]] = set()
+        self._vocab_size = source.vocab_size
+        self._logits: dict[int, torch.Tensor] = {}
+
+    def logits_buffer(self, rows: int) -> torch.Tensor:
+        """[rows, vocab_size], which all passes with so many write to, one after the other."""
+        if rows not in self._logits:
+            self._logits[rows] = torch.zeros(rows, self._vocab_size, dtype=self.dtype, device=self.device)
+        return self._logits[rows]
 
 
 def numbers_of(work: Pass, shape: Shape) -> list[int]:
@@ -143,24 +170,24 @@ def lay_out(
 class Program:
     """A pass of one shape on a pool: recorded when it is first run, then replayed."""
 
-    def __init__(self, lm: GpuLM, pool: Pool, shape: Shape, example: Pass) -> None:
-        self._lm, self._pool, self.shape = lm, pool, shape
-        then, cuda = shape.then, lm.device.type == "cuda"
+    def __init__(self, runtime: Runtime, pool: Pool, shape: Shape, example: Pass) -> None:
+        self._runtime, self._pool, self.shape = runtime, pool, shape
+        then, cuda = shape.then, runtime.device.type == "cuda"
         targets = example.then.targets if isinstance(example.then, Propose) else None
-        self.targets = None if targets is None else targets.to(lm.device)
+        self.targets = None if targets is None else targets.to(runtime.device)
         self._caches = [kv[:, shape.row : shape.row + shape.sessions] for kv in pool.kv]
         width = shape.tokens + shape.window + FIELDS + NUMBERS
         self._host = torch.zeros(shape.sessions, width, dtype=torch.long, pin_memory=cuda)
-        self._numbers = self._host.to(lm.device, copy=True)
+        self._numbers = self._host.to(runtime.device, copy=True)
         self._copied = torch.cuda.Event() if cuda else None
         self._reply = self._host_reply = torch.empty(0)
         if then.what == "logits":
-            self._reply = lm.logits_buffer(shape.sessions * shape.rows)
+            self._reply = runtime.logits_buffer(shape.sessions * shape.rows)
         else:
-            per_session: tuple[int, ...] = (1 + shape.rows,)
+            per_session: tuple[int, ...] = (1 + shape.chosen,)
             if then.what == "propose":
                 per_session = (shape.rows + then.steps, gpu_choice.reply_width(then.kind))
-            self._reply = torch.zeros(shape.sessions, *per_session, dtype=torch.long, device=lm.device)
+            self._reply = torch.zeros(shape.sessions, *per_session, dtype=torch.long, device=runtime.device)
             self._host_reply = torch.zeros(self._reply.shape, dtype=torch.long, pin_memory=cuda)
         self._run: Any = None
 
@@ -197,29 +224,32 @@ class Program:
         return [gpu_choice.ranked(row) for row in rows]
 
     def _record(self) -> None:
-        lm = self._lm
-        fast = lm.compiled if self.shape.layers <= lm.prepared else None
-        self._run = lm.recorder.recorded(
-            lambda: self._pass(lm.plain), None if fast is None else lambda: self._pass(fast)
+        runtime = self._runtime
+        fast = runtime.compiled if self.shape.layers <= runtime.prepared else None
+        self._run = runtime.recorder.recorded(
+            lambda: self._pass(runtime.plain), None if fast is None else lambda: self._pass(fast)
         )
 
     # ---- what is recorded
 
     @torch.no_grad()
     def _pass(self, functions: Functions) -> None:
-        lm, shape, numbers = self._lm, self.shape, self._numbers
+        runtime, shape, numbers = self._runtime, self.shape, self._numbers
         at = shape.tokens + shape.window
-        ancestors, positions, slots, sees = functions.lay_out(numbers, shape, self._pool.padding, lm.decoder.windows)
+        ancestors, positions, slots, sees = functions.lay_out(
+            numbers, shape, self._pool.padding, runtime.decoder.windows
+        )
         states = self._layers(functions, numbers[:, : shape.tokens], positions, slots, sees)
         first = numbers[:, at + 3 : at + 4]
-        rows = first + torch.arange(shape.rows, device=lm.device)
+        rows = first + torch.arange(shape.rows, device=runtime.device)
         within = rows.clamp(max=shape.tokens - 1)  # [sessions, rows]
-        places = within + shape.tokens * torch.arange(shape.sessions, device=lm.device)[:, None]
-        logits = lm.decoder.logits(states[places.flatten()])
+        places = within + shape.tokens * torch.arange(shape.sessions, device=runtime.device)[:, None]
+        logits = runtime.decoder.logits(states[places.flatten()])
         if shape.then.what == "logits":
             self._reply.copy_(logits)
         elif shape.then.what == "walk":
-            self._walk(logits, within, ancestors, positions)
+            chosen = logits.view(*within.shape, -1)[:, : shape.chosen].flatten(0, 1)
+            self._walk(chosen, within[:, : shape.chosen], ancestors, positions)
         else:
             self._propose(functions, logits, positions.gather(1, within))
 
@@ -232,11 +262,11 @@ class Program:
         sees: Sequence[torch.Tensor],
     ) -> torch.Tensor:
         """States after the layers, [sessions * tokens, hidden]; ids, positions, slots: [sessions, tokens]."""
-        lm, view = self._lm, self.shape.view
+        runtime, view = self._runtime, self.shape.view
         places = positions.flatten()
-        masks = [mask_of(see, view, lm.decoder.sizes, lm.dtype) for see in sees]
+        masks = [mask_of(see, view, runtime.decoder.sizes, runtime.dtype) for see in sees]
         tokens = Tokens(self._pool.cos[places], self._pool.sin[places], self._slots(slots), masks)
-        return lm.decoder.forward(ids.flatten(), tokens, self._caches, view, functions.layer)
+        return runtime.decoder.forward(ids.flatten(), tokens, self._caches, view, functions.layer)
 
     def _slots(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Slots of the sessions, [sessions, any], as places in their caches."""
@@ -252,12 +282,12 @@ class Program:
         shape, numbers = self.shape, self._numbers
         at = shape.tokens + shape.window
         base, _, count, first = numbers[:, at : at + FIELDS, None].unbind(1)
-        sampling, kind = self._sampling(shape.rows), shape.then.kind
+        sampling, kind = self._sampling(shape.chosen), shape.then.kind
         noise = gpu_choice.noise(positions.gather(1, rows).flatten() + 1, sampling, kind, logits.shape[-1])
         chances = gpu_choice.scores(logits, sampling, kind, noise)
         best, choices = (each.view(rows.shape) for each in chances.max(-1))
         among = ancestors.gather(1, rows[:, :, None].expand(-1, -1, shape.window))
-        among = among.gather(2, rows[:, None].expand(-1, shape.rows, -1))
+        among = among.gather(2, rows[:, None].expand(-1, shape.chosen, -1))
         parents = numbers[:, shape.tokens : at].gather(1, rows) - first
         reply, accepted = gpu_choice.walk(
             numbers[:, : shape.tokens].gather(1, rows), parents, among, (count - first)[:, 0], choices, best.isfinite()
@@ -265,7 +295,7 @@ class Program:
         self._reply.copy_(reply)
         if shape.then.moves:
             start = base + first + 1
-            to = start + torch.arange(shape.rows - 1, device=numbers.device)
+            to = start + torch.arange(shape.chosen - 1, device=numbers.device)
             origin = start + gpu_choice.moves(accepted)
             target, source = (self._slots(each.clamp(max=self._pool.padding)) for each in (to, origin))
             for cache in self._caches:  # the right side is a copy
@@ -273,12 +303,12 @@ class Program:
 
     def _propose(self, functions: Functions, logits: torch.Tensor, positions: torch.Tensor) -> None:
         """positions: of the rows, [sessions, rows]. Where tokens are fed after them, there is one row."""
-        lm, shape, then, numbers = self._lm, self.shape, self.shape.then, self._numbers
+        runtime, shape, then, numbers = self._runtime, self.shape, self.shape.then, self._numbers
         at = shape.tokens + shape.window
         base, cached, count, _ = numbers[:, at : at + FIELDS, None].unbind(1)
 
         # All noise at once: it depends on positions alone.
-        after = torch.cat([positions + 1, positions[:, -1:] + 2 + torch.arange(then.steps, device=lm.device)], 1)
+        after = torch.cat([positions + 1, positions[:, -1:] + 2 + torch.arange(then.steps, device=runtime.device)], 1)
         noise = gpu_choice.noise(
             after.flatten(), self._sampling(after.shape[1]), then.kind, then.vocab_size, self.targets
         )
@@ -294,15 +324,15 @@ class Program:
             return gpu_choice.scores(logits, sampling, then.kind, own, self.targets, then.vocab_size)
 
         chances = [scores(logits, 0, shape.rows)]
-        slot = torch.arange(shape.view[0] * shape.view[1], device=lm.device)
+        slot = torch.arange(shape.view[0] * shape.view[1], device=runtime.device)
         end = base + cached + count
         for step in range(then.steps):
             ids = gpu_choice.best(chances[-1], then.kind, self.targets)[:, None]
             positions = positions + 1
             own = torch.where(count > 0, end + step, self._pool.padding).clamp(max=self._pool.padding)
-            sees = [(slot <= own) & (own - slot < (size or slot.numel())) for size in lm.decoder.windows]
+            sees = [(slot <= own) & (own - slot < (size or slot.numel())) for size in runtime.decoder.windows]
             sees = [torch.where(count > 0, see, slot == 0)[:, None] for see in sees]
             states = self._layers(functions, ids, positions.clamp(max=len(self._pool.cos) - 1), own, sees)
-            chances.append(scores(lm.decoder.logits(states), shape.rows + step, 1))
+            chances.append(scores(runtime.decoder.logits(states), shape.rows + step, 1))
         together = torch.cat([each.view(shape.sessions, -1, *each.shape[1:]) for each in chances], 1)
         self._reply.copy_(gpu_choice.rank(together.flatten(0, 1), then.kind, self.targets).view(self._reply.shape))

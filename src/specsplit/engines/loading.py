@@ -256,6 +256,10 @@ def _load_weightless(manifest: dict[str, Any], config: WorkerSettings, threads: 
         return NGramLM(fingerprint["vocab_size"], **settings), weights_sha256
     if parameters.model:
         folder, _ = model_behind(parameters.model)
+        if is_head(folder):
+            raise UserError(
+                f"{name}: the model that it asks, {folder}, reads hidden states of a target: name a plain one"
+            )
         other, _ = load_model(*resolve_model(Path(parameters.model)), config, threads)
         settings["model"], settings["outward"] = other, load_vocabulary(folder, None, other.vocab_size).outward
     return SuffixLM(fingerprint["vocab_size"], **settings), weights_sha256

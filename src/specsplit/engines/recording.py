@@ -33,6 +33,7 @@ class Recorder:
         self.device = device
         self.records = device.type == "cuda"
         self.compiles = self.records if compiles is None else compiles
+        self._worked = False  # A pass has been recorded.
         self._pool = torch.cuda.graph_pool_handle() if self.records else None
 
     def compiled(self, function: Function) -> Function:
@@ -44,7 +45,7 @@ class Recorder:
     def recorded(self, run: Run, compiled: Run | None = None) -> Run:
         """A function that does what `run` does. compiled: the same with functions of `compiled`, which is taken if it
         works. Either may be run here, several times."""
-        with _RECORDING, _without_detours(self.records):
+        with _RECORDING, _one_state(self.records):
             if compiled is not None and self.compiles:
                 try:
                     self._once(compiled)
@@ -54,16 +55,17 @@ class Recorder:
                     self.compiles = False
             if self.records:
                 try:
-                    return self._captured(run)
+                    run = self._captured(run)
+                    self._worked = True
                 except Exception as error:  # as of an operation that waits for the device
                     self._give_up("recorded as CUDA graphs", error)
-                    self.records = False
+                    self.records = self._worked  # a kind of pass may fail alone, but not the first
         return run
 
     def _give_up(self, how: str, error: Exception) -> None:
         if is_out_of_memory(error):
             raise error
-        log.warning("passes are not %s, and so slower: %s", how, told(error))
+        log.warning("a pass is not %s, and so slower: %s", how, told(error))
 
     def _once(self, run: Run) -> None:
         """Run on a stream of its own, as before a capture: libraries make their handles and workspaces at first use."""
@@ -86,17 +88,21 @@ class Recorder:
 
 
 @contextmanager
-def _without_detours(recording: bool) -> Iterator[None]:
-    """Record without what deterministic mode adds: sorting before writes to indices, and filling of fresh memory.
+def _one_state(recording: bool) -> Iterator[None]:
+    """Record in one state of PyTorch, whatever the thread: in another one, compiled functions would be compiled again.
 
-    No recorded pass adds up what it writes to one place, so it gives the same results every time without them.
+    Without deterministic mode, which adds sorting before writes to indices and the filling of fresh memory: no recorded
+    pass adds up what it writes to one place, so it gives the same results every time without them.
     """
-    enabled = recording and torch.are_deterministic_algorithms_enabled()
+    if not recording:
+        yield
+        return
+    threads, enabled = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    if enabled:
-        torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        if enabled:
-            torch.use_deterministic_algorithms(True, warn_only=warns)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)

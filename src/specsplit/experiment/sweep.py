@@ -11,7 +11,10 @@ from specsplit.settings.names import DEFAULT_DRAFT, gamma_order
 
 # Settings that every point of a sweep shares, with what they are where they decide nothing: the defaults of
 # OrchestratorConfig, which Snakemake cannot import.
-SHARED_DEFAULTS: dict[str, Any] = {"fan_out": 16, "top_k": 0, "top_p": 1.0, "sampling": "coupled", "jitter_ms": 0.0}
+SHARED_DEFAULTS: dict[str, Any] = {
+    **{"fan_out": 16, "top_k": 0, "top_p": 1.0, "sampling": "coupled", "jitter_ms": 0.0},
+    **{"hidden_states_form": "bfloat16", "hidden_states_project": "draft", "hidden_states_window": None},
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Point:
             "top_p": self.temperature > 0,
             "sampling": self.temperature > 0,
             "jitter_ms": True,
+            **dict.fromkeys(("hidden_states_form", "hidden_states_project", "hidden_states_window"), self.gamma != 0),
         }
         return {
             "gamma": self.gamma,
@@ -70,10 +74,14 @@ class Point:
             "draft_name": self.draft,
             # Each in the type of its default: 1 and 1.0 are one setting.
             **{
-                key: type(default)(shared[key]) if concerned[key] else default
+                key: _typed(shared[key], default) if concerned[key] else default
                 for key, default in SHARED_DEFAULTS.items()
             },
         }
+
+
+def _typed(value: Any, default: Any) -> Any:
+    return value if default is None else type(default)(value)
 
 
 def sweep_points(

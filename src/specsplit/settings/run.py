@@ -37,6 +37,7 @@ Milliseconds = Annotated[float, Field(ge=0)]
 Megabits = Annotated[float, Field(ge=0)]
 SamplingMethod = Literal["coupled", "rejection"]
 DraftFailure = Literal["reconnect", "target_alone", "fail"]
+StatesForm = Literal["bfloat16", "float32", "int8"]
 OnBadLine = Literal["stop", "skip"]
 DRAFT_NAME = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"
 SEVERAL = "; `specsplit bench` takes several: {} 1 3 5 or {} 1,3,5"
@@ -140,6 +141,28 @@ class OrchestratorConfig(AccessSettings):
         "Simulated bandwidth to the target worker in megabits (10^6) a second, each way: a message takes the time of "
         "its bytes, after the one before it; 0 is no limit.",
         example=100,
+    )
+    hidden_states_form: StatesForm = setting(
+        "bfloat16",
+        "Numbers in which the hidden states of the target go to a draft that reads them; int8 has a scale for each "
+        "position.",
+        example="int8",
+        note="bfloat16 | float32 | int8: the numbers that cross the network",
+    )
+    hidden_states_project: Literal["draft", "target"] = setting(
+        "draft",
+        "Which worker applies the draft's `fc`: `draft`, and the states of all its layers cross the network; or "
+        "`target`, and one vector a position does. Such a target worker has the setting hidden_states_draft.",
+        example="target",
+        note="draft | target: who applies fc; with target one vector a position crosses",
+    )
+    hidden_states_window: int | None = setting(
+        None,
+        "Positions at the end of a prompt whose hidden states are sent; the draft knows no more of the prompt. null: "
+        "all.",
+        example=256,
+        note="positions at the end of a prompt that are sent; null = all",
+        ge=1,
     )
     max_output_tokens: int = setting(128, "Most tokens generated for one request.", example=256, ge=1)
     max_rounds: int | None = setting(

@@ -165,6 +165,9 @@ class TargetWorkerConfig(WorkerSettings):
         example=True,
         note="run a target without the penalties of its generation_config.json; else it is refused",
     )
+    hidden_states_draft: Path | None = setting(
+        None, "Folder of a draft that reads hidden states, whose `fc` this worker is to apply (hidden_states_project)."
+    )
 
 
 class LaunchSettings(Settings):

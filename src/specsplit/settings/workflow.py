@@ -234,6 +234,13 @@ Workflow: type[BaseModel] = section(
         jitter_ms=same(Run, "jitter_ms"),
         bandwidth_mbit=axis("bandwidth_mbit", [0], [0, 100, 10], note="each way, by the bytes sent; 0 = no limit"),
     ),
+    hidden_states=section(
+        "What a draft that reads the target's hidden states is sent: docs/hidden-states.md.",
+        note="of a draft that reads the target's: docs/hidden-states.md",
+        form=same(Run, "hidden_states_form"),
+        project=same(Run, "hidden_states_project"),
+        window=same(Run, "hidden_states_window"),
+    ),
     faults=section(
         "What a run does when a worker fails.",
         note="what a run does when a worker fails",

@@ -3,6 +3,10 @@
 A session keeps every node that its model has computed, and the candidate tokens after it. A draft is grown from those;
 only new nodes cost a pass. So a draft for an outcome that was drafted ahead costs nothing, and accepted tokens are
 never computed again.
+
+A model that reads the target's hidden states reads accepted tokens a second time, with the true states in place of its
+own outputs. Where a draft that was made ahead came true, it does so only before it drafts ahead again, for that draft
+is in use. Its cache has no entry for tokens without a state before them.
 """
 
 from __future__ import annotations
@@ -70,7 +74,9 @@ class DraftState:
 class Drafter:
     """Makes drafts that continue `context` in one session, which it brings to that context at once.
 
-    abandoned: asked before every pass; once it is true, drafts end where they are.
+    abandoned: asked before every pass; once it is true, drafts end where they are. reads_states: the model reads hidden
+    states of the target; those that came are in `session.hidden`, and without them drafts are empty.
+    drafted_ahead: what was drafted ahead for this context is in use, so the draft is the same.
     """
 
     def __init__(
@@ -81,6 +87,9 @@ class Drafter:
         context: Sequence[int],
         settings: DraftSettings,
         abandoned: Callable[[], bool] = lambda: False,
+        *,
+        reads_states: bool = False,
+        drafted_ahead: bool = True,
     ) -> None:
         self.model = model
         self.vocabulary = vocabulary
@@ -88,14 +97,15 @@ class Drafter:
         self.context = list(context)
         self.settings = settings
         self.abandoned = abandoned
+        self.reads_states, self.drafted_ahead = reads_states, drafted_ahead
         if session.state is None:
             session.state = DraftState()
         self.state: DraftState = session.state
         self._move_to_context()
 
     def draft(self) -> TokenTree:
-        """The draft that follows the context; empty when the draft model cannot hold the context."""
-        if self.full:
+        """The draft that follows the context; empty when the draft model cannot read the context."""
+        if self.unreadable:
             return TokenTree()
         growth = self._growth(ROOT, self.settings.gamma, len(self.context))
         return self._run([growth], [ROOT])[0]
@@ -107,7 +117,10 @@ class Drafter:
         probability, as the draft model sees it, is that of its path and next token.
         full_acceptance: only the path of first choices and the likeliest token after it.
         """
-        place_to_node = None if self.full else self._feed_tree(tree)
+        hidden = self.session.hidden
+        if hidden is not None and not self.unreadable and hidden.true_length < len(self.state.ids):
+            self._read(self.state.ids, hidden.true_length, self.state.made_for)
+        place_to_node = None if self.unreadable else self._feed_tree(tree)
         if place_to_node is None:
             return []
         options = []
@@ -171,19 +184,25 @@ class Drafter:
         return [trees[i] for i in range(len(growths))]
 
     def _feed_tree(self, tree: TokenTree) -> dict[int, int] | None:
-        """Compute the new nodes of a draft, its leaves. Returns place in the draft -> node, without stop tokens."""
+        """Compute the new nodes of a draft: its leaves, or all where the context was read again. Returns place in the
+        draft -> node, without stop tokens."""
         nodes = {ROOT: ROOT}
-        leaves: list[tuple[int, ToFeed]] = []
-        for place, (token, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True)):
-            if parent not in nodes or token in self.settings.stop_token_ids:
-                continue
-            node = self.state.children.get((nodes[parent], token))
-            if node is None:
-                leaves.append((place, (nodes[parent], token, tree.log_probs[place])))
-            else:
-                nodes[place] = node
-        fed = self._feed([want for _, want in leaves])
-        return None if fed is None else nodes | dict(zip([place for place, _ in leaves], fed, strict=True))
+        while True:
+            new: list[tuple[int, ToFeed]] = []
+            for place, (token, parent) in enumerate(zip(tree.token_ids, tree.parents, strict=True)):
+                if place in nodes or parent not in nodes or token in self.settings.stop_token_ids:
+                    continue
+                node = self.state.children.get((nodes[parent], token))
+                if node is None:
+                    new.append((place, (nodes[parent], token, tree.log_probs[place])))
+                else:
+                    nodes[place] = node
+            fed = self._feed([want for _, want in new])
+            if fed is None:
+                return None
+            if not new:
+                return nodes
+            nodes |= dict(zip([place for place, _ in new], fed, strict=True))
 
     def _feed(self, wants: Sequence[ToFeed]) -> list[int] | None:
         """One pass over the new ones among the wanted nodes; None when the cache is full or the draft is abandoned."""
@@ -269,31 +288,51 @@ class Drafter:
             log.warning("the draft model overflows on a text: drafts end there, the text goes on")
             self._forget()
             self.session.cache.clean()
-        session, state, cache = self.session, self.state, self.session.cache
+        session, state, cache, hidden = self.session, self.state, self.session.cache, self.session.hidden
         ids = self.vocabulary.context(self.context)
+        if hidden is not None:
+            ids = ids[hidden.first + 1 :]
         made_for = (self.settings.sampling, self.settings.vocab_size)
-        self.full = len(ids) > cache.capacity  # in the draft's own tokens a text may be longer than in the target's
-        if self.full:
+        # In the draft's own tokens a text may be longer than in the target's.
+        self.unreadable = len(ids) > cache.capacity
+        if self.reads_states:
+            self.unreadable = self.unreadable or hidden is None or not hidden.covers(len(self.context))
+        if self.unreadable:
             session.tokens = list(self.context)
             cache.rollback(0)
+            if hidden is not None:
+                hidden.true_length = 0
             session.state = self.state = DraftState()
             return
         path = self._accepted_path(ids) if state.made_for == made_for else None
         # Set now, so that the session is consistent when something below fails.
         session.tokens, session.state = [], DraftState(ids=state.ids)
-        if path is not None and len(state.ids) + len(path) == len(ids):
-            self._keep_below(path, ids)
+        complete = path is not None and len(state.ids) + len(path) == len(ids)
+        if complete and (hidden is None or self.drafted_ahead or hidden.true_length == len(ids)):
+            self._keep_below(path or [], ids)
         else:
-            if path:
+            if path and hidden is None:
                 cache.keep(len(state.ids), path)
+                held = cache.length
             else:  # the last token is always computed: its logits are needed
                 same = takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], state.ids, strict=False))
-                cache.rollback(sum(1 for _ in same))
-            held = cache.length
-            session.state = self.state = state = DraftState(ids=ids[:held], made_for=made_for)
-            self._compute([ROOT], ids[held:])
-            state.ids = ids
+                held = sum(1 for _ in same)
+            self._read(ids, held if hidden is None else min(held, hidden.true_length), made_for)
         session.tokens = list(self.context)
+
+    def _read(self, ids: list[int], held: int, made_for: object) -> None:
+        """Have the context in the cache, which holds its first `held` tokens rightly."""
+        cache, hidden = self.session.cache, self.session.hidden
+        cache.rollback(held)
+        self.session.state = self.state = DraftState(ids=ids[:held], made_for=made_for)
+        if hidden is None:
+            self._compute([ROOT], ids[held:])
+        else:
+            hidden.true_length = held
+            logits = self.model.step(cache, ids[held:], states=hidden.of_entries(held, len(ids)))
+            hidden.true_length = len(ids)
+            self._learn([ROOT], logits[-1:])
+        self.state.ids = ids
 
     def _accepted_path(self, ids: list[int]) -> list[int] | None:
         """The nodes of the tokens after the old context, as far as they were drafted; None without that context."""

@@ -13,6 +13,7 @@ from specsplit.decoding.tree import MAX_TREE_NODES, TokenTree, TreeShape
 from specsplit.engines.suffix import SuffixCache
 from specsplit.models.vocabulary import Vocabulary
 from specsplit.rpc.codec import sampling_from_message, tree_to_message
+from specsplit.rpc.hidden_states import FORMS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.run import MAX_GAMMA
@@ -21,8 +22,10 @@ from specsplit.worker.batching import SharedModel
 from specsplit.worker.calls import Caller
 from specsplit.worker.draft import Drafter
 from specsplit.worker.inbox import Inbox
-from specsplit.worker.refusals import InvalidRequest, SessionLost
+from specsplit.worker.refusals import InvalidRequest, LimitReached, SessionLost
 from specsplit.worker.servicer import WorkerServicer
+from specsplit.worker.sessions import Session
+from specsplit.worker.states import MOST_PARTS, checked_states, collect
 
 MOST_MEMORY_NAME = 128
 MOST_FORCED = 2 * MAX_GAMMA + 1  # a draft, the token after it, and a draft ahead
@@ -44,6 +47,16 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         super().__init__(model, config, identity)
         self.vocabulary = vocabulary or Vocabulary(model.vocab_size)
         self.vocab_size = self.vocabulary.size
+        lm: Any = model.model
+        self.head = lm if hasattr(lm, "project") else None
+        if self.head is not None:
+            needed = pb.StatesNeeded(
+                layers=self.head.layers or (),
+                hidden_size=self.head.hidden_size,
+                vocab_size=self.vocab_size,
+                forms=FORMS,
+            )
+            self.states = {"states_needed": needed}
 
     def GenerateDrafts(
         self, request: pb.GenerateDraftsRequest, context: grpc.ServicerContext
@@ -58,8 +71,22 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         return self.guard_stream(requests, context, self._stream)
 
     def _stream(self, inbox: Inbox, caller: Caller) -> Iterator[pb.GenerateDraftsReply]:
+        earlier: list[pb.HiddenStates] = []
         for request, arrived in inbox:
             inbox.of_session(request.context.session_id, request.context.round)
+            if request.states_only:
+                earlier += self._states(request)
+                if len(earlier) > MOST_PARTS or sum(part.count for part in earlier) > self.max_context:
+                    raise LimitReached(
+                        f"over {MOST_PARTS} messages of hidden states, or {self.max_context} positions, wait for a "
+                        "draft to be asked for"
+                    )
+                continue
+            if earlier:
+                earlier += request.states
+                request.ClearField("states")
+                request.states.extend(earlier)
+                earlier = []
             settings = self._settings(request)
             reply, tree = self._generate(request, caller, settings, arrived)
             yield reply
@@ -77,11 +104,18 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
     ) -> tuple[pb.GenerateDraftsReply, TokenTree | None]:
         """The reply and its tree; None instead of the tree when the reply was given before."""
         made: list[TokenTree] = []
+        states = self._states(request)
+        request.ClearField("states")  # they are not what a request is told by when it is sent again
 
-        def work(session: Any, tokens: list[int]) -> TokenTree:
-            if isinstance(session.cache, SuffixCache):
-                session.cache.learn_in(f"{len(caller.owner)} {caller.owner} {request.memory}", request.prompt_tokens)
-            made.append(Drafter(self.model, self.vocabulary, session, tokens, settings).draft())
+        def work(session: Session, tokens: list[int]) -> TokenTree:
+            cache: Any = session.cache
+            if isinstance(cache, SuffixCache):
+                cache.learn_in(f"{len(caller.owner)} {caller.owner} {request.memory}", request.prompt_tokens)
+            if self.head is not None:
+                held = session.hidden if request.context.prefix_length else None
+                session.hidden = collect(held, states, self.head, self.max_context)
+            drafter = self._drafter(session, tokens, settings, drafted_ahead=request.drafted_ahead)
+            made.append(drafter.draft())
             return made[0]
 
         reply = self.answer(
@@ -112,7 +146,7 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
                 self.sessions.use(request.context, caller, new=False) as session,
                 self.model.timed(caller.gone) as watch,
             ):
-                outcomes = Drafter(self.model, self.vocabulary, session, session.tokens, settings, abandoned).ahead(
+                outcomes = self._drafter(session, session.tokens, settings, abandoned).ahead(
                     tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
                 )
         except SessionLost:  # the next request will say so
@@ -136,6 +170,22 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             drafted = sum(len(o.tree) for o in outcomes)
             self.spans.ahead(caller.parent, request.context.session_id, reply.round, reply.timings, drafted)
         return reply
+
+    def _drafter(
+        self, session: Session, context: list[int], settings: DraftSettings, *abandoned: Any, **more: Any
+    ) -> Drafter:
+        reads_states = self.head is not None
+        return Drafter(
+            self.model, self.vocabulary, session, context, settings, *abandoned, reads_states=reads_states, **more
+        )
+
+    def _states(self, request: pb.GenerateDraftsRequest) -> list[pb.HiddenStates]:
+        """The hidden states of a request. Raises InvalidRequest when they are not those that the model reads."""
+        if not request.states:
+            return []
+        if self.head is None:
+            raise InvalidRequest("states: the draft model of this worker reads no hidden states")
+        return checked_states(request.states, self.head, self.max_context)
 
     def _settings(self, request: pb.GenerateDraftsRequest) -> DraftSettings:
         """The settings of a request. Raises InvalidRequest or LimitReached."""

@@ -21,9 +21,11 @@ CACHE_SHARE = 0.5  # of free memory: passes need some too, and the other worker 
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def sessions_that_fit(config: WorkerSettings, model: LanguageModel, max_context: int) -> int:
-    """max_sessions, or as many as fit into memory. Raises UserError when none does."""
-    each = model.cache_bytes(max_context)
+def sessions_that_fit(config: WorkerSettings, model: LanguageModel, max_context: int, taps: int = 0) -> int:
+    """max_sessions, or as many as fit into memory. taps: layers whose hidden states a cache may keep. Raises UserError
+    when none does."""
+    each = model.cache_bytes(max_context, taps)
+    each += 4 * getattr(model, "state_size", 0) * max_context  # the states that a head was sent, in float32
     budget = config.cache_memory_mb * MIB if config.cache_memory_mb else int(CACHE_SHARE * free_memory(model.device))
     fitting = budget // max(each, 1)
     if fitting < 1:

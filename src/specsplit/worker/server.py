@@ -18,19 +18,20 @@ from grpc_reflection.v1alpha import reflection
 
 from specsplit import tracing
 from specsplit.engines.loading import check_model, load_model, target_tokenizer
+from specsplit.engines.projection import Projection
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint, describe_identity
 from specsplit.launch.environment import usable_cores
 from specsplit.launch.heartbeat import start_heartbeat
 from specsplit.launch.lease import Lease, lease_holder
-from specsplit.models.sources import resolve_model
+from specsplit.models.sources import model_folder, resolve_model
 from specsplit.models.tokenizer import pack_tokenizer
 from specsplit.models.vocabulary import load_vocabulary
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import ServerAccess, join_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.worker import DraftWorkerConfig, WorkerSettings
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.calls import OpenCalls
 from specsplit.worker.draft_service import DraftServicer
@@ -65,8 +66,13 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
     shared = SharedModel(model, threads, config.seed)
     if isinstance(config, DraftWorkerConfig):
         vocabulary = load_vocabulary(folder, target_tokenizer(config), model.vocab_size)
-        return DraftServicer(shared, config, identity, vocabulary)
-    servicer = TargetServicer(shared, config, identity)
+        drafts = DraftServicer(shared, config, identity, vocabulary)
+        if drafts.head is not None:
+            drafts.states["states_needed"].projection_sha256 = Projection(folder).projection_sha256
+        return drafts
+    head = config.hidden_states_draft if isinstance(config, TargetWorkerConfig) else None
+    projection = None if head is None else Projection(model_folder(head))
+    servicer = TargetServicer(shared, config, identity, projection)
     servicer.tokenizer_files = cache(partial(pack_tokenizer, folder))
     return servicer
 

@@ -55,8 +55,10 @@ class WorkerServicer:
     """
 
     role = ""
+    most_taps = 0  # layers whose hidden states a session may keep
     owner_of: Callable[[Any], str] = staticmethod(lambda metadata: "")
     tokenizer_files: Callable[[], Mapping[str, bytes]] = staticmethod(dict)
+    states: Mapping[str, Any] = {}  # what Describe says of hidden states
     metrics: Metrics | None = None
     spans: WorkerSpans | None = None
 
@@ -67,7 +69,7 @@ class WorkerServicer:
         self.identity = identity
         self.usage = UsageMeter(str(model.model.device))
         self.max_context = min(config.max_context, model.max_context)
-        sessions = sessions_that_fit(config, model.model, self.max_context)
+        sessions = sessions_that_fit(config, model.model, self.max_context, self.most_taps)
         if isinstance(model.model, GpuLM):
             model.model.prepare(self.max_context, sessions, drafts=self.role == "draft")
         self.limits = pb.Limits(
@@ -117,6 +119,7 @@ class WorkerServicer:
             },
             tokenizer_files=self.tokenizer_files() if request.with_tokenizer else {},
             limits=self.limits,
+            **self.states,
             **self.identity,
         )
 

@@ -28,7 +28,8 @@ class Session:
     """One text that is being generated.
 
     tokens: the context after the last round. cache: its keys and values, perhaps followed by tree nodes.
-    state: what the draft worker knows about them (`draft.DraftState`). held: the stream that opened it is open. peer:
+    state: what the draft worker knows about them (`draft.DraftState`). hidden: the target's hidden states that it was
+    sent (`states.ReceivedStates`). held: the stream that opened it is open. peer:
     whose it is. opened: when. cost_s: what its first round took, the whole context. pause_s: the longest between
     rounds.
     """
@@ -36,6 +37,7 @@ class Session:
     cache: KVCache
     tokens: list[int] = field(default_factory=list)
     state: Any = None
+    hidden: Any = None
     last_round: int = 0
     last_request: bytes = b""
     last_reply: Any = None
@@ -54,6 +56,11 @@ class Session:
         if self.pause_s is None:
             return IDLE_S
         return max(SHORT_IDLE_S, IDLE_GAPS * self.pause_s, self.cost_s)
+
+    def states(self) -> Any:
+        """Of a cache that keeps hidden states, a row for each token held."""
+        cache: Any = self.cache
+        return cache.states[: cache.length]
 
     def replay(self, round_number: int, request: bytes) -> Any:
         """The reply already given to the same request, or None when the round is new.

@@ -40,3 +40,13 @@ def verify_tree(
     cache.keep(len(context), verdict.path)
     session.tokens = [*context, *(tree.token_ids[node] for node in verdict.path)]
     return verdict
+
+
+def read_context(model: Steps, session: Session, context: Sequence[int], prefix_length: int) -> None:
+    """Run the context but for its last token, as `verify_tree` does, and verify nothing."""
+    cache = session.cache
+    cache.rollback(min(cache.length, prefix_length, len(context) - 1))
+    session.tokens = list(context[: cache.length])
+    if rest := context[cache.length : -1]:
+        model.step(cache, rest)
+    session.tokens = list(context[:-1])

@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grpc
 
 from specsplit.decoding.tree import TokenTree, TreeError, check_lengths
+from specsplit.decoding.verification import Verdict
 from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
+from specsplit.rpc.hidden_states import FORMS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
-from specsplit.settings.worker import TargetWorkerConfig
+from specsplit.settings.worker import TargetWorkerConfig, WorkerSettings
+from specsplit.worker.batching import SharedModel
 from specsplit.worker.calls import Caller
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest, LimitReached
 from specsplit.worker.servicer import WorkerServicer
-from specsplit.worker.target import verify_tree
+from specsplit.worker.sessions import Session
+from specsplit.worker.states import MOST_LAYERS, Projection, Wanted
+from specsplit.worker.target import read_context, verify_tree
 
 
 class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
-    """Serves one target model."""
+    """Serves one target model. projection: the `fc` of a draft, which it can apply to hidden states."""
 
     role = "target"
+    most_taps = MOST_LAYERS
     config: TargetWorkerConfig
 
+    def __init__(
+        self,
+        model: SharedModel,
+        config: WorkerSettings,
+        identity: Mapping[str, Any],
+        projection: Projection | None = None,
+    ) -> None:
+        super().__init__(model, config, identity)
+        self._projection = projection
+        lm: Any = model.model
+        self._layers: int = lm.num_layers if lm.taps else 0
+        if lm.taps:
+            given = pb.StatesGiven(num_layers=lm.num_layers, hidden_size=lm.hidden_size, forms=FORMS)
+            if projection is not None:
+                given.projection_sha256 = projection.projection_sha256
+            self.states = {"states_given": given}
+
     def VerifyDrafts(self, request: pb.VerifyDraftsRequest, context: grpc.ServicerContext) -> pb.VerifyDraftsReply:
-        return self.guard(context, request.context, lambda caller: self._verify(request, caller))
+        return self.guard(context, request.context, lambda caller: self._verify(request, caller, parts=False)[-1])
 
     def StreamVerify(
         self, requests: Iterator[pb.StreamVerifyRequest], context: grpc.ServicerContext
@@ -62,6 +86,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
         except ValueError as error:
             raise InvalidRequest(f"sampling: {error}") from error
         with self.sessions.use(request.context, caller) as session:
+            self._tap(session, None)
             for number in range(request.max_tokens):
                 began = time.perf_counter() if number else arrived
                 with self.model.timed(caller.gone) as watch:
@@ -92,13 +117,42 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             if request is None:
                 continue
             inbox.of_session(request.context.session_id, request.context.round)
-            reply = self._verify(request, caller, waiting_since)
-            last = request, reply
-            yield reply
+            replies = self._verify(request, caller, waiting_since)
+            last = request, replies[-1]
+            yield from replies
+
+    def _tap(self, session: Session, wanted: Wanted | None) -> None:
+        """Have the session's cache keep the hidden states that are wanted. A new session keeps none otherwise: its
+        cache may be that of an earlier one."""
+        if self._layers and (wanted is not None or not session.tokens):
+            session.cache.tap(() if wanted is None else wanted.layers)
+
+    def _wanted(self, request: pb.VerifyDraftsRequest) -> Wanted | None:
+        """The hidden states that a request asks for. Raises InvalidRequest."""
+        if not request.HasField("wanted_states"):
+            return None
+        if not self._layers:
+            raise InvalidRequest("wanted_states: the engine of this target worker cannot give hidden states")
+        context = request.context.prefix_length + len(request.context.new_tokens)
+        if request.wanted_states.only and request.tree.token_ids:
+            raise InvalidRequest("wanted_states.only: there is a tree, and nothing is verified")
+        return Wanted.of(
+            request.wanted_states,
+            num_layers=self._layers,
+            projection=self._projection,
+            context=context,
+        )
 
     def _verify(
-        self, request: pb.VerifyDraftsRequest, caller: Caller, arrived: float | None = None
-    ) -> pb.VerifyDraftsReply:
+        self,
+        request: pb.VerifyDraftsRequest,
+        caller: Caller,
+        arrived: float | None = None,
+        *,
+        parts: bool = True,
+    ) -> list[pb.VerifyDraftsReply]:
+        """The reply, and before it others with hidden states alone where they do not fit into one and `parts` says
+        that there may be several."""
         # Counts are checked before the tree is unpacked: a few megabytes of message would become many Python numbers.
         nodes = len(request.tree.token_ids)
         self.check_request(request.context, nodes)
@@ -117,20 +171,38 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             raise InvalidRequest(f"malformed tree: {error}") from error
         except ValueError as error:
             raise InvalidRequest(f"sampling: {error}") from error
-        return self.answer(
+        wanted = self._wanted(request)
+        states: list[pb.HiddenStates] = []
+
+        def work(session: Session, tokens: list[int]) -> Verdict | None:
+            verdict = None
+            self._tap(session, wanted)
+            if wanted is not None and request.wanted_states.only:
+                read_context(self.model, session, tokens, request.context.prefix_length)
+            else:
+                verdict = verify_tree(self.model, session, tokens, request.context.prefix_length, tree, sampling)
+            if wanted is not None:
+                states.extend(wanted.packed(session.states(), parts=parts))
+            return verdict
+
+        def reply_to(verdict: Verdict | None) -> pb.VerifyDraftsReply:
+            reply = pb.VerifyDraftsReply(states=states[-1] if states else None)
+            if verdict is not None:
+                reply.accepted_nodes.extend(verdict.path)
+                reply.accepted_tokens.extend(tree.token_ids[node] for node in verdict.path)
+                reply.next_token = verdict.next_token
+            return reply
+
+        reply = self.answer(
             request,
             caller,
-            lambda session, tokens: verify_tree(
-                self.model, session, tokens, request.context.prefix_length, tree, sampling
-            ),
-            lambda verdict: pb.VerifyDraftsReply(
-                accepted_nodes=verdict.path,
-                accepted_tokens=[tree.token_ids[node] for node in verdict.path],
-                next_token=verdict.next_token,
-            ),
-            lambda verdict: (tree.depth(), len(verdict.path)),
+            work,
+            reply_to,
+            lambda verdict: (tree.depth(), len(verdict.path)) if verdict else (0, 0),
             arrived,
         )
+        earlier = [pb.VerifyDraftsReply(round=reply.round, states=part, states_only=True) for part in states[:-1]]
+        return [*earlier, reply]
 
 
 def _next_round(
@@ -146,6 +218,11 @@ def _next_round(
     else:
         return None
     added = [*request.context.new_tokens, *accepted]
+    wanted = None
+    if request.HasField("wanted_states"):
+        wanted = pb.WantedStates()
+        wanted.CopyFrom(request.wanted_states)
+        wanted.first = request.context.prefix_length + len(added)
     return pb.VerifyDraftsRequest(
         context=pb.Context(
             session_id=request.context.session_id,
@@ -156,4 +233,5 @@ def _next_round(
         ),
         tree=outcome.tree,
         sampling=request.sampling,
+        wanted_states=wanted,
     )

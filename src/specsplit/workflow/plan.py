@@ -178,8 +178,12 @@ class Plan:
         auto = role == "draft" and self.role(role, label)["skip_layers"] == "auto"
         return [f"results/skip_layers/{self.worker_points[label].draft}.json"] if auto else []
 
-    def other_tokenizer(self, role: str, label: str) -> list[str]:
-        """The target's manifest when the draft is another model: it may have another tokenizer."""
+    def other_model(self, role: str, label: str) -> list[str]:
+        """The manifest of the other role's model, where a worker reads it as well: the target's when the draft is
+        another model, which may have another tokenizer; the draft's when the target applies its `fc`."""
+        if role == "target":
+            projects = self.config["hidden_states"]["project"] == "target" and "draft" in self.roles(label)
+            return [self.role_model("draft", label)] if projects else []
         return [self.target] if self.role_model(role, label) != self.target else []
 
     def models_of(self, labels: Iterable[str]) -> list[str]:
@@ -263,6 +267,7 @@ class Plan:
             "top_p": sampling["top_p"],
             "sampling": sampling["method"],
             "jitter_ms": self.config["network"]["jitter_ms"],
+            **{f"hidden_states_{key}": value for key, value in self.config["hidden_states"].items()},
         }
         workers: dict[str, Any] = {"start_workers": True}
         if self.config["workers"]["lifecycle"] == "workflow":
@@ -318,10 +323,11 @@ class Plan:
         }
         if role == "target":
             settings["ignore_model_settings"] = self.config["generation"]["ignore_model_settings"]
+            settings["hidden_states_draft"] = next((self.root + m for m in self.other_model(role, label)), None)
         if role == "draft":
             picked = self.layers_file(role, label)
             settings |= {"skip_layers_file": self.root + picked[0]} if picked else {"skip_layers": own["skip_layers"]}
-            other = self.other_tokenizer(role, label)
+            other = self.other_model(role, label)
             settings["target_tokenizer"] = self.root + self.target_folder if other else None
         return settings
 

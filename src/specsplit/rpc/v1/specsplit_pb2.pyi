@@ -70,8 +70,40 @@ class Timings(_message.Message):
     server_ms: float
     def __init__(self, queue_ms: _Optional[float] = ..., compute_ms: _Optional[float] = ..., server_ms: _Optional[float] = ...) -> None: ...
 
+class HiddenStates(_message.Message):
+    __slots__ = ("first", "count", "form", "data", "scales", "projected")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    FORM_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
+    PROJECTED_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    count: int
+    form: str
+    data: bytes
+    scales: bytes
+    projected: bool
+    def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ..., form: _Optional[str] = ..., data: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., projected: _Optional[bool] = ...) -> None: ...
+
+class WantedStates(_message.Message):
+    __slots__ = ("first", "layers", "form", "projected", "message_bytes", "only")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    FORM_FIELD_NUMBER: _ClassVar[int]
+    PROJECTED_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ONLY_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    form: str
+    projected: bool
+    message_bytes: int
+    only: bool
+    def __init__(self, first: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., form: _Optional[str] = ..., projected: _Optional[bool] = ..., message_bytes: _Optional[int] = ..., only: _Optional[bool] = ...) -> None: ...
+
 class GenerateDraftsRequest(_message.Message):
-    __slots__ = ("context", "max_draft_tokens", "branching", "stop_token_ids", "tree_nodes", "tree_width", "sampling", "vocab_size", "length_limit", "ahead", "forced", "memory", "prompt_tokens")
+    __slots__ = ("context", "max_draft_tokens", "branching", "stop_token_ids", "tree_nodes", "tree_width", "sampling", "vocab_size", "length_limit", "ahead", "forced", "memory", "prompt_tokens", "states", "states_only", "drafted_ahead")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BRANCHING_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +117,9 @@ class GenerateDraftsRequest(_message.Message):
     FORCED_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    STATES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_AHEAD_FIELD_NUMBER: _ClassVar[int]
     context: Context
     max_draft_tokens: int
     branching: _containers.RepeatedScalarFieldContainer[int]
@@ -98,7 +133,10 @@ class GenerateDraftsRequest(_message.Message):
     forced: Forced
     memory: str
     prompt_tokens: int
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., max_draft_tokens: _Optional[int] = ..., branching: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., tree_nodes: _Optional[int] = ..., tree_width: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., vocab_size: _Optional[int] = ..., length_limit: _Optional[int] = ..., ahead: _Optional[_Union[Ahead, _Mapping]] = ..., forced: _Optional[_Union[Forced, _Mapping]] = ..., memory: _Optional[str] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+    states: _containers.RepeatedCompositeFieldContainer[HiddenStates]
+    states_only: bool
+    drafted_ahead: bool
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., max_draft_tokens: _Optional[int] = ..., branching: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., tree_nodes: _Optional[int] = ..., tree_width: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., vocab_size: _Optional[int] = ..., length_limit: _Optional[int] = ..., ahead: _Optional[_Union[Ahead, _Mapping]] = ..., forced: _Optional[_Union[Forced, _Mapping]] = ..., memory: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., states: _Optional[_Iterable[_Union[HiddenStates, _Mapping]]] = ..., states_only: _Optional[bool] = ..., drafted_ahead: _Optional[bool] = ...) -> None: ...
 
 class Forced(_message.Message):
     __slots__ = ("tokens", "right")
@@ -143,14 +181,16 @@ class GenerateDraftsReply(_message.Message):
     def __init__(self, tree: _Optional[_Union[TokenTree, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., round: _Optional[int] = ..., is_ahead: _Optional[bool] = ..., outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
 
 class VerifyDraftsRequest(_message.Message):
-    __slots__ = ("context", "tree", "sampling")
+    __slots__ = ("context", "tree", "sampling", "wanted_states")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     TREE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    WANTED_STATES_FIELD_NUMBER: _ClassVar[int]
     context: Context
     tree: TokenTree
     sampling: Sampling
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., tree: _Optional[_Union[TokenTree, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    wanted_states: WantedStates
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., tree: _Optional[_Union[TokenTree, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., wanted_states: _Optional[_Union[WantedStates, _Mapping]] = ...) -> None: ...
 
 class Prepared(_message.Message):
     __slots__ = ("round", "outcomes")
@@ -169,18 +209,22 @@ class StreamVerifyRequest(_message.Message):
     def __init__(self, verify: _Optional[_Union[VerifyDraftsRequest, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ...) -> None: ...
 
 class VerifyDraftsReply(_message.Message):
-    __slots__ = ("accepted_nodes", "accepted_tokens", "next_token", "timings", "round")
+    __slots__ = ("accepted_nodes", "accepted_tokens", "next_token", "timings", "round", "states", "states_only")
     ACCEPTED_NODES_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEXT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    STATES_ONLY_FIELD_NUMBER: _ClassVar[int]
     accepted_nodes: _containers.RepeatedScalarFieldContainer[int]
     accepted_tokens: _containers.RepeatedScalarFieldContainer[int]
     next_token: int
     timings: Timings
     round: int
-    def __init__(self, accepted_nodes: _Optional[_Iterable[int]] = ..., accepted_tokens: _Optional[_Iterable[int]] = ..., next_token: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., round: _Optional[int] = ...) -> None: ...
+    states: HiddenStates
+    states_only: bool
+    def __init__(self, accepted_nodes: _Optional[_Iterable[int]] = ..., accepted_tokens: _Optional[_Iterable[int]] = ..., next_token: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., round: _Optional[int] = ..., states: _Optional[_Union[HiddenStates, _Mapping]] = ..., states_only: _Optional[bool] = ...) -> None: ...
 
 class StreamTextRequest(_message.Message):
     __slots__ = ("context", "sampling", "max_tokens", "stop_token_ids")
@@ -223,7 +267,7 @@ class DescribeRequest(_message.Message):
     def __init__(self, with_tokenizer: _Optional[bool] = ..., usage: _Optional[bool] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("role", "model", "version", "weights_sha256", "tokenizer_sha256", "parameters", "dtype", "device", "threads", "skip_layers", "vocab_size", "max_context", "eos_token_ids", "pid", "environment", "runtime", "tokenizer_files", "limits", "usage")
+    __slots__ = ("role", "model", "version", "weights_sha256", "tokenizer_sha256", "parameters", "dtype", "device", "threads", "skip_layers", "vocab_size", "max_context", "eos_token_ids", "pid", "environment", "runtime", "tokenizer_files", "limits", "usage", "states_needed", "states_given")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -264,6 +308,8 @@ class DescribeReply(_message.Message):
     TOKENIZER_FILES_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    STATES_NEEDED_FIELD_NUMBER: _ClassVar[int]
+    STATES_GIVEN_FIELD_NUMBER: _ClassVar[int]
     role: str
     model: str
     version: str
@@ -283,7 +329,35 @@ class DescribeReply(_message.Message):
     tokenizer_files: _containers.ScalarMap[str, bytes]
     limits: Limits
     usage: Usage
-    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., skip_layers: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pid: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., runtime: _Optional[_Mapping[str, str]] = ..., tokenizer_files: _Optional[_Mapping[str, bytes]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+    states_needed: StatesNeeded
+    states_given: StatesGiven
+    def __init__(self, role: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., tokenizer_sha256: _Optional[str] = ..., parameters: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., threads: _Optional[int] = ..., skip_layers: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., pid: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., runtime: _Optional[_Mapping[str, str]] = ..., tokenizer_files: _Optional[_Mapping[str, bytes]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., states_needed: _Optional[_Union[StatesNeeded, _Mapping]] = ..., states_given: _Optional[_Union[StatesGiven, _Mapping]] = ...) -> None: ...
+
+class StatesNeeded(_message.Message):
+    __slots__ = ("layers", "hidden_size", "vocab_size", "forms", "projection_sha256")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    FORMS_FIELD_NUMBER: _ClassVar[int]
+    PROJECTION_SHA256_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    hidden_size: int
+    vocab_size: int
+    forms: _containers.RepeatedScalarFieldContainer[str]
+    projection_sha256: str
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., hidden_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., forms: _Optional[_Iterable[str]] = ..., projection_sha256: _Optional[str] = ...) -> None: ...
+
+class StatesGiven(_message.Message):
+    __slots__ = ("num_layers", "hidden_size", "forms", "projection_sha256")
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    FORMS_FIELD_NUMBER: _ClassVar[int]
+    PROJECTION_SHA256_FIELD_NUMBER: _ClassVar[int]
+    num_layers: int
+    hidden_size: int
+    forms: _containers.RepeatedScalarFieldContainer[str]
+    projection_sha256: str
+    def __init__(self, num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., forms: _Optional[_Iterable[str]] = ..., projection_sha256: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("cpu_ms", "energy_j", "no_energy")
