@@ -19,18 +19,13 @@ if PLAN.dataset_flags:
             "specsplit fetch-dataset {params.flags} --output {output.prompts:q} > {log:q} 2>&1"
 
 
-def prompts_or_nothing(wildcards):
-    """The prompts; nothing when they are missing beside a finished output, which Snakemake would then take for current:
-    so the job runs, and says what is missing."""
-    made = os.path.exists(DATASET) or any(rule.is_producer(DATASET) for rule in workflow.rules)
-    return local(DATASET) if made or not os.path.exists(f"{ROOT}results/dataset/prompts.jsonl") else []
-
-
 rule prepare_dataset:
     """The slice of the prompts that is run, checked, with the token ids that the target gets, the same in every run; the
     manifest says which, from what, and what was not taken."""
     input:
-        prompts=prompts_or_nothing,
+        prompts=lambda wildcards: (
+            [] if files.lost(DATASET, f"{ROOT}results/dataset/prompts.jsonl", workflow.rules) else local(DATASET)
+        ),
         tokenizer=PLAN.target,
     output:
         prompts="results/dataset/prompts.jsonl",
