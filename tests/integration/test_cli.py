@@ -422,9 +422,20 @@ def test_a_benchmark_from_the_prompts_to_the_summary(
     before = (results / "requests.csv").read_bytes()
     assert specsplit("merge", "--results-dir", results).status == 0
     assert (results / "requests.csv").read_bytes() == before
-    shown = specsplit("analyze", "--results-dir", results, "--bootstrap-samples", 50, "--no-figures")
+    prices = ["--target-price", 2, "--draft-price", 1]
+    shown = specsplit("analyze", "--results-dir", results, "--bootstrap-samples", 50, "--no-figures", *prices)
     assert shown.status == 0
     summary = rows(results / "summary.csv")
+    for row in summary:  # what a token costs, on real links and of real processes
+        drafted = row["gamma"] != "0"
+        assert float(row["target_sent_bytes_per_token"]) > 1
+        assert (float(row["draft_received_bytes_per_token"]) > 1) == drafted
+        assert float(row["target_cpu_ms_per_token"]) > 0
+        assert (float(row["draft_cpu_ms_per_token"]) > 0) == drafted
+        hour = 3 if drafted else 2
+        assert float(row["price_per_million_tokens"]) * float(row["tokens_per_second"]) == pytest.approx(
+            hour * 1e6 / 3600
+        )
     assert {row["setup"] for row in summary} == {"workers", "target_streamed"}
     assert "colocated is not measured: the folder of the target worker's model is not known; say --target-model" in (
         done.stdout
@@ -449,6 +460,7 @@ def test_the_pair_in_one_process_is_that_of_the_workers(
         ("2", "colocated", "2"): 3,
     }
     assert {row["matches_gamma0"] for row in reference} == {"True"}
+    assert {row["target_sent_bytes"] for row in reference if row["setup"] == "colocated"} == {"0"}
     mine = {row["request_id"]: row["accepted_tokens"] for row in reference if row["gamma"] == "2"}
     theirs = {row["request_id"]: row["accepted_tokens"] for row in rows(results / "runs/gamma_2/requests.csv")}
     assert mine == theirs  # it drafts as the workers do

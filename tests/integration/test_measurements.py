@@ -7,12 +7,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from specsplit.cli.main import main
 from specsplit.errors import UserError
+from specsplit.experiment import openai_load
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.peers import Peer, PeerModel
 from specsplit.launch.environment import REQUIRED
@@ -132,6 +134,34 @@ def test_clients_at_once_get_the_texts_of_one(clients: list[str], tmp_path: Path
     assert list(summary["clients"]) == [1, 3, 1, 3]
     assert list(summary.loc[summary["clients"] == 1, "gain"]) == [1, 1]
     assert (tmp_path / "figures" / "capacity.svg").stat().st_size
+
+
+@pytest.mark.slow
+def test_the_server_under_a_load_client(folders: tuple[Path, Path], clients: list[str], tmp_path: Path) -> None:
+    table = tmp_path / "openai_load.csv"
+    load = ["--clients", "1", "2", "--gamma", "2", "--requests", "8", "--max-output-tokens", "24"]
+    main(["openai-load", *clients, "--output", str(table), *load])
+    rows = pd.read_csv(table)
+    assert list(rows["gamma"]) == [0, 0, 2, 2]
+    assert list(rows["clients"]) == [1, 2] * 2
+    assert (rows["requests"] == 8).all()
+    assert list(rows["gain"])[:2] == [1, 1]
+    assert (rows[["tokens_per_second", "ttft_ms_median", "tpot_ms_median", "gain"]] > 0).all(axis=None)
+    assert rows["acceptance_length"].isna().tolist() == [True, True, False, False]
+    assert rows["client"].str.startswith("llama-benchy ").all()
+
+
+def test_a_load_client_that_is_not_installed_is_told(
+    clients: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise openai_load.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(openai_load, "metadata", SimpleNamespace(**vars(openai_load.metadata) | {"version": version}))
+    with pytest.raises(SystemExit):
+        main(["openai-load", *clients, "--output", str(tmp_path / "openai_load.csv")])
+    assert "pip install 'specsplit[load]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_requests_that_arrive_at_a_rate_and_the_one_that_is_sustained(clients: list[str], tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ TARGETS = {
     "peers": "results/peers.csv",
     "benchmark_capacity": "results/capacity_requests.csv",
     "capacity": "results/capacity.csv",
+    "openai_load": "results/openai_load.csv",
     "profile": "results/profile.csv",
     "overhead": "results/overhead.csv",
     "context_curve": "results/context_curve.csv",

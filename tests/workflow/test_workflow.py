@@ -252,7 +252,7 @@ def test_timing_runs_take_every_core(finished):
     assert all("threads: 2" in job for job in benchmarks)
 
 
-BESIDE = "results/peers.csv results/capacity.csv results/context_curve.csv results/profile.csv"
+BESIDE = " ".join(f"results/{n}.csv" for n in ("peers", "capacity", "openai_load", "context_curve", "profile"))
 
 
 def settings_of(workspace, name, file):
@@ -267,6 +267,7 @@ def test_measurements_beside_the_sweep_are_planned(finished):
     workers = 7 + 3 + 3  # raced: gamma 0 and 3, 5 in two modes; many clients and contexts: gamma 0 and 3
     assert finished.planned(target=BESIDE) == {
         **{"race_peers": 1, "peers": 1, "benchmark_capacity": 1, "capacity": 1, "context_curve": 1, "profile": 1},
+        "openai_load": 1,
         "start_worker": workers + 2,
         "settings": 12,
         "operation": 12,
@@ -300,6 +301,7 @@ def test_measurements_beside_the_sweep(workspace):
     assert list(peers["contender"]) == ["gamma_0", "overlap_gamma_2", "hf_assisted", "hf_generate"]
     assert (peers["identical"] == 1).all()
     assert (pd.read_csv(results / "capacity.csv")["matches_single"] == 1).all()
+    assert list(pd.read_csv(results / "openai_load.csv")["gamma"]) == [0, 0, 2, 2]
     assert list(pd.read_csv(results / "context_curve.csv")["context_tokens"]) == [16, 64]
     assert set(pd.read_csv(results / "profile.csv")["phase"]) == {"prefill", "decode"}
     for name in ("peers", "capacity", "context_curve", "profile"):

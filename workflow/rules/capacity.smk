@@ -28,6 +28,33 @@ rule benchmark_capacity:
         " > {log:q} 2>&1"
 
 
+rule openai_load:
+    """`specsplit serve` on the same workers, under a load client from PyPI: gamma 0 and the draft lengths of `capacity`."""
+    input:
+        settings=settings_files("capacity"),
+        operation=operation_file("capacity"),
+        workers=settings_files(*PLAN.capacity),
+        endpoints=lambda wildcards: told(PLAN.endpoints_of, PLAN.capacity, workflow.non_local_exec),
+        prompts="results/dataset/prompts.jsonl",
+        models=PLAN.models_of(PLAN.capacity),
+        layers=PLAN.layers_of(PLAN.capacity),
+    output:
+        table=table_output("openai_load"),
+        run="results/openai_load_run.json",
+    log:
+        "results/logs/openai_load.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: EVERY_CORE
+    params:
+        folder=lambda wildcards, output: os.path.dirname(output.table),
+        code=code_of("openai-load", "serve"),
+    shell:
+        "specsplit openai-load --settings {input.settings:q} {input.operation:q}"
+        " --prompts {input.prompts:q} --output {output.table:q} --workers-dir {params.folder:q}/workers/capacity"
+        " > {log:q} 2>&1"
+
+
 rule capacity:
     """Throughput, latency and goodput against the number of clients: the table and the figure."""
     input:
@@ -48,6 +75,7 @@ rule capacity:
             **{limit: config["capacity"][limit] for limit in ("tpot_limit_ms", "ttft_limit_ms")},
             confidence=config["statistics"]["confidence"],
         ),
+        prices=PRICES,
         code=code_of("capacity-table"),
     shell:
-        "specsplit capacity-table --results-dir {params.folder:q} {params.settings} > {log:q} 2>&1"
+        "specsplit capacity-table --results-dir {params.folder:q} {params.settings} {params.prices} > {log:q} 2>&1"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame, Series
 
+from specsplit.analysis.costs import with_price
 from specsplit.analysis.drawing import doubling_axis, house_style, new_figure, save_figure, series_style, settle_layout
 from specsplit.analysis.reading import read_records
 from specsplit.analysis.statistics import paired_ratio_ci
@@ -17,7 +18,7 @@ from specsplit.experiment.capacity import GOOD_SHARE, LIMIT_FACTOR, CapacityReco
 from specsplit.experiment.columns import FAILED
 from specsplit.io import write_csv
 from specsplit.provenance.facts import beside_run, read_run
-from specsplit.settings.measure import CLOSED
+from specsplit.settings.measure import CLOSED, PriceSettings
 
 LOAD = ("arrivals", "clients", "rate")
 LEVEL = ("mode", "gamma", *LOAD)
@@ -215,13 +216,16 @@ def write_capacity(
     ttft_limit_ms: float | None = None,
     *,
     confidence: float = 0.95,
+    prices: PriceSettings | None = None,
 ) -> list[Path]:
-    """Summary and figure of `capacity_requests.csv`: `capacity.csv`, `figures/capacity.png` and .svg."""
+    """Summary, with the price of `with_price`, and figure of `capacity_requests.csv`: `capacity.csv`,
+    `figures/capacity.png` and .svg."""
     rows = results_dir / "capacity_requests.csv"
     requests = read_records(rows, CapacityRecord, "specsplit capacity")
     if beside_run(rows).is_file():
         read_run(beside_run(rows))
     summary = summarize_capacity(requests, tpot_limit_ms, ttft_limit_ms, confidence=confidence)
+    summary = with_price(summary, prices or PriceSettings())
     figures = draw_capacity(summary, results_dir / "figures" / "capacity.png")
     write_csv(summary, results_dir / "capacity.csv")
     return [results_dir / "capacity.csv", *figures]

@@ -20,6 +20,7 @@ BESIDE = {
     BY_CATEGORY: "By category of the prompts",
     "peers": "Beside other programs' decoding",
     "capacity": "Many clients at once",
+    "openai_load": "OpenAI's API under load",
     "profile": "Where the time of a round goes",
     "overhead": "A round beyond its models",
     "context_curve": "Cost of a token against its context",
@@ -72,6 +73,11 @@ CAPTIONS = {
         "is done, or requests that arrive at a rate. Tokens per second rise as long as the workers serve requests "
         "together, and each waits longer; goodput counts only requests whose first token and time per token (ITL) "
         "stay within the limits. Where drafting stops to pay, the target alone has the higher throughput."
+    ),
+    "openai_load": (
+        "`specsplit serve` under the load client llama-benchy: so many requests at once, and again when all of them "
+        "are written. Tokens per second are of all clients together, prompts included in the time; gain is that "
+        "over gamma 0 with as many clients. Prompts are drawn anew for each row, so rows are not paired."
     ),
     "profile": (
         "Where the time of a round goes: the models, waiting for other work, messages under way, the rest of the "

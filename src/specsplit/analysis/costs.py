@@ -15,10 +15,15 @@ PRICE = "price_per_million_tokens"
 
 
 def with_price(summary: DataFrame, prices: PriceSettings) -> DataFrame:
-    """The summary with what a million tokens cost, one text after the other: hours of the target's machine, and of the
-    draft worker's where a draft was made in a worker. Empty where a price is not known."""
+    """The summary with what a million tokens cost at `tokens_per_second`: hours of the target's machine, and of the
+    draft worker's where a draft was made in a worker. Empty where a price is not known.
+
+    summary: of texts one after the other, or of capacity, which has no setups.
+    """
     target, draft = (math.nan if price is None else price for price in (prices.target_price, prices.draft_price))
-    drafted = (summary["setup"] == WORKERS) & (summary["gamma"] != 0)
+    drafted = summary["gamma"] != 0
+    if "setup" in summary:
+        drafted &= summary["setup"] == WORKERS
     hour = drafted.map({True: target + draft, False: target})
     return summary.assign(**{PRICE: hour * 1e6 / 3600 / summary["tokens_per_second"]})
 

@@ -47,6 +47,8 @@ _COLUMNS = {
     "peers": "contender itl_ms_mean ttft_ms_median tokens_per_second latency_vs_* identical first_divergence reason",
     "capacity": "mode gamma clients rate tokens_per_second gain speedup_at_load itl_ms_median itl_ms_p99 "
     "ttft_ms_median total_latency_ms_p90 goodput_share goodput_tokens_per_second matches_single",
+    "openai_load": "gamma mode clients requests prompt_tokens output_tokens tokens_per_second gain ttft_ms_median "
+    "tpot_ms_median acceptance_length client",
     "profile": f"{' '.join(CONFIGURATION)} phase rounds tokens_per_round round_ms *_compute_ms *_queue_ms network_ms "
     "worker_ms orchestrator_ms hidden_ms ms_per_token",
     "context_curve": "gamma context_tokens ttft_ms_median itl_ms_median *_compute_ms_median tokens_per_round "

@@ -35,6 +35,7 @@ COMMANDS = {
     "profile": "where a round's time goes, from requests.csv and per_round.csv",
     "capacity": "tokens/s, latency and goodput with many clients at once",
     "capacity-table": "capacity.csv and its figure from capacity_requests.csv",
+    "openai-load": "specsplit serve under a load client from PyPI, gamma 0 beside other draft lengths",
     "peers-table": "peers.csv and its figure from peers_requests.csv",
     "context-curve": "what a token costs against the length of its context",
     "theory-check": "every pipeline mode with simulated models: measured time per token beside the formula's",

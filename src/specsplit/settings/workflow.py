@@ -396,7 +396,8 @@ Workflow: type[BaseModel] = section(
         gamma=same(AcceptanceSettings, "gamma"),
     ),
     prices=section(
-        "What an hour of each machine costs, for the price per million tokens in summary.csv; null is not known.",
+        "What an hour of each machine costs, for the price per million tokens in summary.csv and capacity.csv; null is "
+        "not known.",
         note="an hour of each machine, in any currency; null = not known",
         draft=same(PriceSettings, "draft_price"),
         target=same(PriceSettings, "target_price"),

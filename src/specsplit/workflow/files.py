@@ -33,7 +33,7 @@ BESIDE = {
         "context_curve": ["context_curve_run.json"],
         "theory_check": ["theory_check_run.json"],
     }.items()
-} | {"overhead": ["results/overhead.csv", "results/overhead_run.json"]}
+} | {name: [f"results/{name}.csv", f"results/{name}_run.json"] for name in ("overhead", "openai_load")}
 INPUT_KEYS = re.compile(r"dataset\.path|models\..*\.path")  # of files that Snakemake sees as inputs
 PATTERN = re.compile(r"[{}]|<[^<>]*>")  # its wildcards and path variables, which cannot be escaped
 UNUSABLE = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # control characters, half a character
