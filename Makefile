@@ -5,7 +5,7 @@
 # make lint      style, types, layers, workflow lint, generated files, documentation
 # make settings  what is made from the settings: schema, config/config.yaml, the table of its keys
 # make docs      the documentation as a site, build/docs
-# make rulegraph draw docs/rulegraph.svg again (needs graphviz)
+# make rulegraph draw docs/rulegraph.svg again
 PYTHON ?= python3.11
 CORES ?= 2
 # Where to look for PyTorch as well, as for its CPU build: make results TORCH_INDEX=URL
@@ -56,6 +56,7 @@ lint: docs
 	$(RUN) snakemake --lint
 	$(RUN) scripts/proto.sh --check
 	$(RUN) python scripts/settings.py --check
+	$(RUN) python scripts/rulegraph.py --check
 
 # Warnings, as of a link that leads nowhere, are errors.
 docs: .venv/installed-dev
@@ -71,7 +72,7 @@ proto: .venv/installed-dev
 
 # What depends on what, by rule. The dates of files and the names of runs are not in it.
 rulegraph: .venv/installed
-	$(RUN) snakemake --rulegraph dot all | dot -Tsvg -Nfontname=sans-serif | sed '/Config MD5/d' > docs/rulegraph.svg
+	$(RUN) python scripts/rulegraph.py
 
 clean:
 	rm -rf results .snakemake

@@ -92,6 +92,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse)
     except json.JSONDecodeError as error:
+        refuse_stand_in(path)
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
@@ -99,6 +100,16 @@ def read_json(path: Path) -> Any:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"JSON has no {constant}")  # Python would read NaN and Infinity
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raise UserError for a file that holds something else than it should: a Git LFS pointer, a web page."""
+    with path.open("rb") as file:
+        start = file.read(256).lstrip().lower()
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{path}: an HTML page (a login, an error, a preview), not the file itself; fetch the raw file")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

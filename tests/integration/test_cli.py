@@ -569,7 +569,8 @@ def test_bad_lines_are_skipped_aloud(specsplit: Command, bench: Sequence[object]
     flags = ["--prompts", prompts, "--only", "--gamma", 0, "--results-dir", tmp_path / "results"]
     assert f"{prompts}:2: the prompt is not text" in specsplit(*bench, *flags).error()
     shown = specsplit(*bench, *flags, "--on-bad-line", "skip")
-    assert (shown.status, shown.err) == (0, f"{prompts}:2: skipped: the prompt is not text\n")
+    reason = "the prompt is not text but a number; write it in quotes"
+    assert (shown.status, shown.err) == (0, f"{prompts}:2: skipped: {reason}\n")
 
 
 def test_stop_strings_of_a_run(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:

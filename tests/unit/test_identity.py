@@ -16,6 +16,7 @@ import transformers
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.loop import Model, speculate
 from specsplit.decoding.tree import TreeShape
+from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.numba import FusedLM, unsuitable
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
@@ -147,6 +148,7 @@ def test_greedy_text_is_that_of_generate(family: str) -> None:
     target, draft = CausalLM(model), CausalLM(noisy(made(family)))
     target.check_tree_attention()
     engines: dict[str, tuple[Model, Model]] = {"transformers": (target, draft)}
+    engines["graphs"] = GraphLM(model), GraphLM(noisy(made(family)))  # the buffers that a GPU records graphs on
     if unsuitable(target) is None:
         engines["fused"] = FusedLM(CausalLM(made(family)), 1), FusedLM(CausalLM(noisy(made(family))), 1)
 
@@ -158,10 +160,10 @@ def test_greedy_text_is_that_of_generate(family: str) -> None:
 
 
 def table() -> str:
-    lines = ["| models | what is special | `transformers` | `fused` |", "|---|---|---|---|"]
+    lines = ["| models | what is special | `transformers` | `graphs` | `fused` |", "|---|---|---|---|---|"]
     for family, (special, *_) in FAMILIES.items():
         fused = "no" if unsuitable(CausalLM(made(family))) else "yes"
-        lines.append(f"| {family} | {special} | yes | {fused} |")
+        lines.append(f"| {family} | {special} | yes | yes | {fused} |")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from specsplit.cli.main import main
 from specsplit.launch.environment import REQUIRED
+from specsplit.settings.configuration import SCHEMA
 from specsplit.settings.measure import CapacitySettings, ContextSettings
 from specsplit.settings.run import OrchestratorConfig
 from specsplit.settings.serve import ServeSettings
@@ -98,6 +99,22 @@ def test_strange_settings_files(specsplit: Run, content: str, tmp_path: Path) ->
     assert (status, "Traceback" in err, err.count("error: ")) == (2, False, 1), err
 
 
+def test_null_is_no_value_where_a_setting_may_have_none(specsplit: Run, tmp_path: Path) -> None:
+    """As in the configuration, in variables, and as the help of a flag says."""
+    (tmp_path / "p").write_text('{"prompt": "x"}')
+    outputs = ["--output", tmp_path / "o", "--manifest", tmp_path / "m"]
+    assert specsplit("prepare-dataset", "--source", tmp_path / "p", *outputs, "--limit", "null")[0] == 0
+    assert json.loads((tmp_path / "m").read_text())["limit"] is None
+    refused(specsplit("prepare-dataset", "--source", tmp_path / "p", *outputs, "--turns", "null"), "--turns = 'null'")
+
+
+def test_a_link_that_leads_to_itself(specsplit: Run, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    outputs = ["--output", tmp_path / "o", "--manifest", tmp_path / "m"]
+    refused(specsplit("prepare-dataset", "--source", tmp_path / "loop", *outputs), "Symlink loop")
+    refused(specsplit("prepare-model", "--local", tmp_path / "loop", "--output", tmp_path / "o"), "loop")
+
+
 # ---- model folders
 
 
@@ -119,6 +136,19 @@ def cut(file: str, size: int) -> Callable[[Path], None]:
 
 def write(file: str, content: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).write_text(content) and None
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1\n"
+
+
+def index(weight_map: Any) -> Callable[[Path], None]:
+    """Has an index of shards in place of the weights."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return change
 
 
 def poison(folder: Path) -> None:
@@ -143,6 +173,20 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list as generation_config": (write("generation_config.json", "[]"), "wanted a JSON object"),
     "a list as configuration": (write("config.json", "[1]"), "wanted a JSON object"),
     "a cut configuration": (cut("config.json", 20), "not valid JSON"),
+    "no layers": (edit("config.json", num_hidden_layers=0), "a model without layers"),
+    "another width": (edit("config.json", vocab_size=200), "config.json is not that of the weights"),
+    "an encoder and decoder": (edit("config.json", model_type="t5"), "no decoder-only language model"),
+    "pictures": (edit("config.json", model_type="clip"), "no decoder-only language model"),
+    "a recurrent state": (edit("config.json", model_type="mamba"), "recurrent state"),
+    "an LFS pointer as configuration": (write("config.json", LFS), "Git LFS pointer"),
+    "an LFS pointer as weights": (write("model.safetensors", LFS), "Git LFS pointer"),
+    "an LFS pointer as tokenizer": (write("tokenizer.json", LFS), "Git LFS pointer"),
+    "a page as weights": (write("model.safetensors", "<!DOCTYPE html><html>"), "an HTML page"),
+    "an index of what is not there": (index({"lm_head.weight": "nope.safetensors"}), "nope.safetensors is missing"),
+    "an index that leads out": (index({"lm_head.weight": "../x.safetensors"}), "not a .safetensors file beside it"),
+    "an index of numbers": (index({"lm_head.weight": 3}), "not a .safetensors file beside it"),
+    "a folder for weights": (index(None), "no weight_map"),
+    "a broken tokenizer_config": (write("tokenizer_config.json", "{"), "tokenizer"),
     "half-written weights": (cut("model.safetensors", 5000), "not a readable safetensors file"),
     "empty weights": (cut("model.safetensors", 0), "not a readable safetensors file"),
     "NaN weights": (poison, "not numbers"),
@@ -152,6 +196,9 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tokenizer of a strange kind": (edit("tokenizer.json", model={"type": "Odd"}), "tokenizer"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
 }
+
+
+AT_A_WORKER = ("NaN weights", "heads that do not divide", "another width")  # found when they are loaded
 
 
 @pytest.fixture
@@ -167,12 +214,20 @@ def test_spoilt_model_folders_at_a_worker(specsplit: Run, name: str, folder: Pat
     refused(specsplit("worker", "target", "--model", folder, "--port", 0, "--engine", "transformers"), said)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("NaN weights", "heads that do not divide")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in AT_A_WORKER])
 def test_spoilt_model_folders_at_prepare_model(specsplit: Run, name: str, folder: Path, tmp_path: Path) -> None:
     spoil, said = MODELS[name]
     spoil(folder)
     refused(specsplit("prepare-model", "--local", folder, "--output", tmp_path / "out"), said)
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_model_are_left_out_as_the_message_says(specsplit: Run, folder: Path, tmp_path: Path) -> None:
+    edit("generation_config.json", repetition_penalty=1.1, no_repeat_ngram_size=3)(folder)
+    words = ["prepare-model", "--local", folder, "--output", tmp_path / "out"]
+    refused(specsplit(*words), "--ignore-model-settings", "generation.ignore_model_settings")
+    assert specsplit(*words, "--ignore-model-settings")[0] == 0
+    assert "ignore_model_settings" in SCHEMA["properties"]["generation"]["properties"]
 
 
 TEMPLATES = {

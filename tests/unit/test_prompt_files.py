@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import math
 import re
@@ -9,6 +10,8 @@ import string
 from dataclasses import fields, replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 import zstandard
@@ -122,6 +125,12 @@ def test_spellings_that_people_use(tmp_path, row, expected):
     assert load_prompts(put(tmp_path / "p", json_lines([row])))[0] == [expected]
 
 
+def table_bytes(table):
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "prompts"),
     [
@@ -133,8 +142,18 @@ def test_spellings_that_people_use(tmp_path, row, expected):
         (b'{"features":[{"name":"prompt"}],"rows":[{"row_idx":0,"row":{"prompt":"a"}}]}', [("row-1", "a")]),
         (b'id,messages\n1,"[{""role"":""user"",""content"":""hi""}]"\n', [("1", "hi")]),
         (b'{\n"id":"x",\n"prompt":"a"\n}', [("x", "a")]),
+        (
+            b'{"prompt":"a"}\r\n{"prompt":"b"}\n{"prompt":"c"}\r{"prompt":"d"}',
+            [(f"line-{n + 1}", c) for n, c in enumerate("abcd")],
+        ),
+        (b"id,prompt,,\n1,a,,\n", [("1", "a")]),
+        (table_bytes(pyarrow.table({"prompt": [b"a"], "id": [b"1"]})), [("1", "a")]),
+        (
+            table_bytes(pyarrow.table({"prompt": pyarrow.array(["a"]).dictionary_encode(), "x": [[["y"]]]})),
+            [("row-1", "a")],
+        ),
+        (table_bytes(pyarrow.table({"prompt": pyarrow.array(["a"], pyarrow.large_string())})), [("row-1", "a")]),
     ],
-    ids=["Excel", "pipes", "one column", "marks within", "old Mac", "dataset viewer", "JSON in a cell", "one object"],
 )
 def test_other_files_that_people_have(tmp_path, content, prompts):
     assert [(p.id, p.prompt) for p in load_prompts(put(tmp_path / "p", content))[0]] == prompts
@@ -143,6 +162,7 @@ def test_other_files_that_people_have(tmp_path, content, prompts):
 # ---- what is named
 
 
+TWICE = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
 NAMED = [
     ("empty file", b"", "empty"),
     ("blank lines", b"\n \n", "empty"),
@@ -180,7 +200,7 @@ NAMED = [
     ("array cut in a string", b'[\n {"prompt": "a"},\n {"prom', "line 3, column \\d+: the JSON array is cut off"),
     ("no brackets", b'{"prompt": "a"},\n{"prompt": "b"}\n', ":1: the object ends with a comma .column 16.*brackets"),
     ("comma at the end", b'[\n{"prompt": "a"},\n]\n', "line 3, column 1: a comma before the end"),
-    ("comment in array", b'[\n// mine\n{"prompt": "a"}]', "line 2, column 1: a comment"),
+    ("comment in array", b'[\n// mine\n{"prompt": "a"}]', "line 2, column 1: .*a comment"),
     ("Python list", b"[{'prompt': 'a'}]", "line 1, column 3: not valid JSON.*single quotes"),
     ("Python dict", b"{'prompt': 'a'}", "Python dictionary"),
     ("object cut off", b'{\n "prompt": "a",\n "id": "b', "line 3, column 8: not valid JSON.*cut off"),
@@ -203,7 +223,32 @@ NAMED = [
     ("LZ4", b"\x04\x22\x4d\x18\x64\x40", "an LZ4 file; unpack it"),
     ("tar in gzip", gzip.compress(b"a" + bytes(256) + b"ustar\x0000" + bytes(300)), "tar archive.*unpack"),
     ("picture part", b'{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}', "part of type 'image_url'"),
-    ("no such column", b'{"prompt": 3}', "the prompt is not text"),
+    ("a number", b'{"prompt": 3}', "the prompt is not text but a number; write it in quotes"),
+    ("an object", b'{"prompt": {"a": 1}}', "the prompt is not text but an object"),
+    (
+        "comment in an object",
+        b'{\n  // mine\n  "prompt": "a"}',
+        "line 2, column 3.*a comment, which JSON does not have",
+    ),
+    ("comma in an object", b'{"prompt": "a",}', "comma before the end of the object"),
+    ("comma in an object of an array", b'[{"prompt": "a",}]', "comma before the end of the object"),
+    ("JSON5", b'{prompt: "a"}', "a key without quotes.*JSON5"),
+    ("Python words", b'{"prompt": "a", "id": None}', "a Python word: JSON has true"),
+    ("record separators", b'\x1e{"prompt":"a"}\n\x1e{"prompt":"b"}\n', "RFC 7464"),
+    ("Rich Text", b"{\\rtf1\\ansi hello}", "Rich Text Format"),
+    ("TOML", b'[[prompts]]\nprompt = "a"\n', "line 1: a TOML or INI file"),
+    ("YAML", b"- prompt: a\n- prompt: b\n", "line 1: a YAML file"),
+    ("Markdown", b"| id | prompt |\n|----|:-----|\n| 1 | a |\n", "line 1: a Markdown table"),
+    ("columns", b'{"id": ["1", "2"], "prompt": ["a", "b"]}', "object of columns.*records"),
+    ("columns of pandas", b'{"id": {"0": 1}, "prompt": {"0": "a"}}', "object of columns.*records"),
+    ("compressed too often", gzip.compress(gzip.compress(gzip.compress(gzip.compress(b"{}")))), "more than 3 times"),
+    ("backslashes", b'id,prompt\n1,"say \\"hi\\", ok"\n', "line 2: not CSV.*not doubled"),
+    ("key not in UTF-8", b'{"rows": [{"prompt": "a", "cat\x80": 1}]}', "not UTF-8 .byte [0-9]+ of the file"),
+    ("header alone", b"id,prompt\n", "CSV without a row"),
+    ("no rows", table_bytes(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())})), "Parquet without a row"),
+    ("no text", table_bytes(pyarrow.table({"prompt": [b"\xff\xfe"]})), "bytes that are not UTF-8"),
+    ("column of Parquet twice", table_bytes(TWICE), "the column 'prompt' stands twice"),
+    ("no columns", table_bytes(pyarrow.table({})), "Parquet without a row"),
 ]
 
 
@@ -221,6 +266,42 @@ def test_what_is_no_prompt_file_is_named_as_what_it_is(tmp_path, content, messag
         assert on_bad_line == "skip"
         assert prompts
         assert skipped
+
+
+# What a message about a file advises, and the file when that was done; flags in the message are given as they stand.
+ADVICE = [
+    (b'{"text": "Why?"}\n', r"--columns prompt=text", None),
+    (b"text\nWhy?\nHow?\n", r"--columns prompt=text", None),
+    (b"name,text\nx,Why?\ny,How?\n", r"--columns prompt=text", None),
+    (b'{"prompt": "a"}\n{"prompt": 3}\n', r"--on-bad-line skip", None),
+    (b'{"prompt": 3}\n', "write it in quotes", b'{"prompt": "3"}\n'),
+    ('{"prompt": "café"}\n'.encode("cp1252"), "iconv -f WINDOWS-1252 -t UTF-8", '{"prompt": "café"}\n'.encode()),
+    (b"{'prompt': 'a'}\n", "write it with json.dumps", json.dumps({"prompt": "a"}).encode()),
+    (b'{"prompt": "a"},\n{"prompt": "b"}\n', "put \\[ before the first", b'[{"prompt": "a"},\n{"prompt": "b"}\n]'),
+    (b'{"prompt": "a",}\n', "remove it", b'{"prompt": "a"}\n'),
+    (b'{prompt: "a"}\n', "write it in double quotes", b'{"prompt": "a"}\n'),
+    (b'\x1e{"prompt": "a"}\n', r"tr -d '\\036'", b'{"prompt": "a"}\n'),
+    (b"prompt,prompt\na,b\n", "rename one of them", b"prompt,other\na,b\n"),
+    (b'id,prompt\n1,"a \\"b\\", c"\n', "not doubled", b'id,prompt\n1,"a ""b"", c"\n'),
+    (b"prompt,id\na, b,1\n", "put texts with the separator in quotes", b'prompt,id\n"a, b",1\n'),
+    (b'{"prompt": ["a"], "id": ["1"]}', "write rows", b'[{"prompt": "a", "id": "1"}]'),
+    (b'{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}\n', "give each its own id", json_lines(ROWS)),
+    (gzip.compress(json_lines(ROWS))[:-20], "fetch it again", gzip.compress(json_lines(ROWS))),
+]
+
+
+@pytest.mark.parametrize(("content", "advice", "mended"), ADVICE, ids=[case[1] for case in ADVICE])
+def test_advice_that_is_followed_helps(tmp_path, capsys, content, advice, mended):
+    source = put(tmp_path / "p", content)
+    command = ["prepare-dataset", "--source", source, "--output", tmp_path / "o", "--manifest", tmp_path / "m"]
+    with pytest.raises(SystemExit):
+        main(list(map(str, command)))
+    found = re.search(advice, capsys.readouterr().err)
+    assert found
+    if mended is not None:
+        put(source, mended)
+    main([*map(str, command), *(found[0].split() if mended is None else [])])
+    assert load_prompts(tmp_path / "o")[0]
 
 
 def test_folders_and_missing_files(tmp_path):
@@ -257,7 +338,7 @@ def test_what_was_not_taken_is_counted(tmp_path):
     assert manifest["system_messages"] == 1
     assert manifest["generated_ids"] == 3
     assert manifest["columns_not_used"] == ["model", "conversations", "score"]
-    assert manifest["skipped"] == [{"line": 4, "reason": "the prompt is not text"}]
+    assert manifest["skipped"] == [{"line": 4, "reason": "the prompt is not text but a number; write it in quotes"}]
     assert [note["line"] for note in manifest["notes"]] == [2, 3]
     assert load_prompts(outputs["output"])[0][0].system == "Be brief."
 

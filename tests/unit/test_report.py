@@ -14,7 +14,7 @@ import pytest
 from specsplit.analysis.captions import CAPTIONS, FIGURES
 from specsplit.analysis.figures import draw_figures
 from specsplit.analysis.findings import find_best, lossless_sentence, summary_table, text_table
-from specsplit.analysis.report import write_report
+from specsplit.analysis.report import _chosen, write_report
 from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
 from specsplit.experiment.columns import ROUND_COLUMNS
@@ -225,3 +225,10 @@ def test_a_missing_figure_is_named(results: Path, tmp_path: Path) -> None:
             page(results, tmp_path / "report.html")
     finally:
         figure.write_bytes(kept)
+
+
+def test_the_name_of_a_synthetic_draft_is_never_left_out() -> None:
+    """What is the same in every row is, as a rule."""
+    columns = ["gamma", "mode", "draft"]
+    assert _chosen(columns, [["1", "sync", "draft"]], ["*"])[0] == ["gamma"]
+    assert _chosen(columns, [["1", "sync", "draft-synthetic-0.8"]], ["*"])[0] == ["gamma", "draft"]

@@ -373,6 +373,15 @@ def test_the_tested_versions_run_on_the_oldest_python_that_the_package_names() -
             assert SpecifierSet(wanted).contains(f"{oldest}.0"), (pin, wanted)
 
 
+def test_an_address_in_the_environment_is_checked_as_one_in_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECSPLIT_ORCH_TARGET_ADDRESS", "http://h:1")
+    with pytest.raises(UserError, match="SPECSPLIT_ORCH_TARGET_ADDRESS=http://h:1: wanted host:port"):
+        Plan(ELSEWHERE)
+    for address in ("h:1", "grpcs://h:1", "[::1]:50", "a b/target.json"):
+        monkeypatch.setenv("SPECSPLIT_ORCH_TARGET_ADDRESS", address)
+        assert Plan(ELSEWHERE).attached("target") == address
+
+
 def test_only_the_targets_own_generation_settings_matter() -> None:
     for ignored, flag in ((False, ""), (True, "--ignore-model-settings")):
         made = Plan({**ELSEWHERE, "generation": {"ignore_model_settings": ignored}})

@@ -208,6 +208,11 @@ def test_loading_twice_changes_nothing() -> None:
             "localhost",
             'workers.draft_address: "localhost"; wanted host:port, grpcs://host:port or a .json file, or null',
         ),
+        (
+            "workers.target_address",
+            "http://h:1",
+            'workers.target_address: "http://h:1"; wanted host:port, grpcs://host:port or a .json file, or null',
+        ),
         ("workers.session_ttl_s", math.nan, "workers.session_ttl_s: NaN; wanted a number > 0"),
         ("workers.session_ttl_s", math.inf, "workers.session_ttl_s: Infinity; wanted a number > 0"),
         ("statistics.confidence", 1, "statistics.confidence: 1; wanted a number > 0 and < 1"),

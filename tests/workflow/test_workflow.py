@@ -139,6 +139,10 @@ def also(*row):
             {"dataset": {"limit": 2}},
             {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
         ),
+        (  # the job says that it is not there
+            {"dataset": {"path": "misspelt.jsonl"}},
+            {"prepare_dataset": 1, "start_worker": 5, "benchmark": 3, "resolved_config": 1, **ANALYSIS},
+        ),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
 )

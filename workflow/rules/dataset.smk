@@ -23,7 +23,9 @@ rule prepare_dataset:
     """The slice of the prompts that is run, checked, with the token ids that the target gets, the same in every run; the
     manifest says which, from what, and what was not taken."""
     input:
-        prompts=lambda wildcards: local(DATASET),
+        prompts=lambda wildcards: (
+            [] if files.lost(DATASET, f"{ROOT}results/dataset/prompts.jsonl", workflow.rules) else local(DATASET)
+        ),
         tokenizer=PLAN.target,
     output:
         prompts="results/dataset/prompts.jsonl",
@@ -34,6 +36,7 @@ rule prepare_dataset:
     conda:
         "../../envs/specsplit.yaml"
     params:
+        source=DATASET,
         flags=flags(
             columns=json.dumps(config["dataset"]["columns"]),
             turns=config["dataset"]["turns"],
@@ -45,5 +48,5 @@ rule prepare_dataset:
         sha256=lambda wildcards: content_of([Path(DATASET)]),
         code=code_of("prepare-dataset"),
     shell:
-        "specsplit prepare-dataset --source {input.prompts:q} --tokenizer {input.tokenizer:q} --output {output.prompts:q}"
+        "specsplit prepare-dataset --source {params.source:q} --tokenizer {input.tokenizer:q} --output {output.prompts:q}"
         " --manifest {output.manifest:q} {params.flags} > {log:q} 2>&1"

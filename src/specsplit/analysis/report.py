@@ -40,6 +40,7 @@ from specsplit.io import csv_reader, read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import swept_drafts
 from specsplit.settings.measure import PriceSettings
+from specsplit.settings.names import SYNTHETIC
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
@@ -352,7 +353,8 @@ def _chosen(headings: list[str], rows: list[list[str]], patterns: Sequence[str])
     What is the same in every row and only tells configurations apart, as `tree`, is left out.
     """
     places = {name: place for place, name in enumerate(headings)}
-    constant = {name for name in CONFIGURATION[1:] if name in places and len({row[places[name]] for row in rows}) <= 1}
+    values = {name: {row[places[name]] for row in rows} for name in CONFIGURATION[1:] if name in places}
+    constant = {name for name, found in values.items() if len(found) <= 1 and not any(SYNTHETIC in v for v in found)}
     ends = {name for name in headings if name.endswith(("_ci_low", "_ci_high"))}
     names = [name for pattern in patterns for name in headings if fnmatchcase(name, pattern)]
     names = [name for name in dict.fromkeys(names) if name not in ends | constant]

@@ -122,7 +122,8 @@ def _end(args: argparse.Namespace, error: Exception) -> NoReturn:
         _drop_output()
     elif isinstance(error, UserError):
         message, status = str(error), error.exit_status
-    elif isinstance(error, OSError):  # no space, no permission; it names the file
+    # No space, no permission; it names the file. pathlib has no OSError for a link that leads to itself.
+    elif isinstance(error, OSError) or str(error).startswith("Symlink loop from"):
         message = str(error)
     elif isinstance(error, MemoryError):
         message, status = "out of memory: use a smaller model or context, or a machine with more", 1

@@ -6,6 +6,7 @@ verification, `new_cache` makes one.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.head_config import is_head
 from specsplit.models.sources import quietly
 from specsplit.models.vocabulary import read_reduced_map
+
+log = logging.getLogger(__name__)
 
 DTYPES = {
     "float32": torch.float32,
@@ -130,8 +133,13 @@ class CausalLM:
             raise UserError(unloadable(Path(str(model.config._name_or_path)), error)) from error
         if dtype == "int8":
             quantise_linears(model)
-        loaded = cls(model)
-        loaded.check_tree_attention()
+        try:
+            loaded = cls(model)
+            loaded.check_tree_attention()
+        except UserError:
+            raise
+        except Exception as error:  # a configuration that makes a model which cannot run
+            raise UserError(unloadable(Path(str(model.config._name_or_path)), error)) from error
         return loaded
 
     @torch.inference_mode()
@@ -275,7 +283,7 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
         model, mismatched = load_floats(folder, dtype), set()
     else:
         try:
-            # A reduced head would be reported as a mismatch; what is wrong with the weights is checked below.
+            # What is wrong with the weights is checked below.
             with quietly():
                 model, report = AutoModelForCausalLM.from_pretrained(
                     folder,
@@ -284,7 +292,7 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
                     use_safetensors=True,
                     trust_remote_code=False,
                     output_loading_info=True,
-                    ignore_mismatched_sizes=head_tokens is not None,
+                    ignore_mismatched_sizes=True,
                 )
         except Exception as error:  # whatever transformers meets in files that nobody here has seen
             raise UserError(unloadable(folder, error)) from error
@@ -294,6 +302,18 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
                 f"Fetch or convert the model again."
             )
         mismatched = {key for key, *_ in report["mismatched_keys"]}
+        if mismatched and head_tokens is None:
+            key, stored, wanted = sorted(report["mismatched_keys"])[0]
+            raise UserError(
+                f"{folder}: config.json is not that of the weights: {key} has the shape {tuple(stored)} there, and "
+                f"{tuple(wanted)} by config.json ({len(mismatched)} such). Fetch or convert the model again."
+            )
+        if unused := sorted(report["unexpected_keys"]):
+            log.warning(
+                "%s: %d tensors of the weights belong to no part of the model that config.json describes, and are not "
+                "used: %s, ...",
+                *(folder, len(unused), unused[0]),
+            )
     if head_tokens is not None:
         reduce_loaded(model, folder, head_tokens, mismatched)
     return model

@@ -9,7 +9,7 @@ import io
 import lzma
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ BINARIES = (
     (b"\xd0\xcf\x11\xe0", "a Microsoft Office document"),
     (b"FEA1", "a Feather file of version 1; write it again as Arrow"),
     (b"PARE", "an encrypted Parquet file"),
+    (b"\x1e{", "JSON with record separators (RFC 7464); take them out: tr -d '\\036'"),
+    (b"{\\rtf", "a document in Rich Text Format; save it as plain text"),
     (b"Obj\x01", "an Avro file"),
     (b"ORC", "an ORC file"),
     (b"\x80\x02", "a Python pickle, which can run code and is not read"),
@@ -78,9 +80,11 @@ def _folder_sha256(path: Path) -> str:
 
 def read_container(path: Path, content: bytes) -> tuple[str, bytes]:
     """What the file holds when unpacked: ("Parquet" | "Arrow" | "text", its bytes)."""
-    for _ in range(MOST_LAYERS):
+    for layer in range(MOST_LAYERS + 1):
         for magic, name, unpack in _COMPRESSIONS:
             if content.startswith(magic):
+                if layer == MOST_LAYERS:
+                    raise UserError(f"{path}: compressed more than {MOST_LAYERS} times; unpack it")
                 content = _unpack(path, content, name, unpack)
                 break
         else:
@@ -178,19 +182,30 @@ def arrow_rows(path: Path, kind: str, content: bytes) -> Iterator[dict[str, Any]
         raise UserError(f"{path}: a Parquet file that is cut off (truncated); fetch it again")
     try:
         if kind == "Parquet":
-            batches = import_module("pyarrow.parquet").ParquetFile(pyarrow.BufferReader(content)).iter_batches()
+            opened = import_module("pyarrow.parquet").ParquetFile(pyarrow.BufferReader(content))
+            names, batches = opened.schema_arrow.names, opened.iter_batches()
         elif content.startswith(b"ARROW1"):
             opened = pyarrow.ipc.open_file(pyarrow.BufferReader(content))
-            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+            names, batches = opened.schema.names, map(opened.get_batch, range(opened.num_record_batches))
         else:
             batches = pyarrow.ipc.open_stream(pyarrow.BufferReader(content))
+            names = batches.schema.names
+        refuse_repeated(path, names)
         rows = [row for batch in batches for row in batch.to_pylist()]
+    except UserError:
+        raise
     except Exception as error:  # pyarrow has many kinds, OSError and its own, for bytes that are not what they seem
         told = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(
             f"{path}: a {kind} file that is damaged or cut off (truncated): {told}; fetch it again"
         ) from None
     yield from rows
+
+
+def refuse_repeated(path: Path | str, names: Sequence[str]) -> None:
+    """Raise UserError for a column that stands twice: a row would keep the last one in silence."""
+    if repeated := next((name for name in names if name and names.count(name) > 1), None):
+        raise UserError(f"{path}: the column {repeated!r} stands twice; rename one of them")
 
 
 def folder_rows(path: Path) -> Iterator[dict[str, Any]]:

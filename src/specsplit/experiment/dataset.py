@@ -111,6 +111,8 @@ def read_prompt_file(
             f"{listed}{more}\nMend what is listed, or leave bad lines out with dataset.on_bad_line: skip "
             f"(--on-bad-line skip)."
         )
+    if not table.rows:
+        raise UserError(f"{path}: {table.format} without a row; give it a prompt")
     if not prompts:
         why = f"; the first bad {table.unit} is {skipped[0].line}: {skipped[0].reason}" if skipped else ""
         raise UserError(f"{path}: no usable prompt{why}. Each {table.unit} wants one of {FORMS}")

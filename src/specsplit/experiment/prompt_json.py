@@ -69,6 +69,22 @@ def _object_row(data: Any, line: int, notes: Sequence[str]) -> Row:
     return Row(line, data, notes=tuple(notes))
 
 
+def _mend(text: str, error: json.JSONDecodeError) -> str:
+    """What people write that JSON does not have, at the place of the error; empty where it is something else."""
+    rest, before = text[error.pos :], text[: error.pos].rstrip()
+    if rest.startswith(("//", "#", "/*")):
+        return "; a comment, which JSON does not have: remove it"
+    if rest.startswith("}") and before.endswith(","):
+        return "; a comma before the end of the object: remove it"
+    if rest.startswith("'"):
+        return "; single quotes: JSON has double ones"
+    if error.msg.startswith("Expecting property name") and (before.endswith(("{", ","))):
+        return "; a key without quotes, as JavaScript and JSON5 have them: write it in double quotes"
+    if rest.startswith(("True", "False", "None")):
+        return "; a Python word: JSON has true, false and null"
+    return ""
+
+
 def _explain_line(text: str, error: json.JSONDecodeError) -> str:
     start = text.lstrip()
     if start.startswith(("//", "#", "/*")):
@@ -79,7 +95,7 @@ def _explain_line(text: str, error: json.JSONDecodeError) -> str:
         return f"not valid JSON at column {error.colno} but a Python dictionary; write it with json.dumps"
     if start.startswith("{") and (error.pos >= len(text) or error.msg.startswith("Unterminated string")):
         return f"not valid JSON: {error.msg.removesuffix(' starting at')} at column {error.colno}; the line is cut off"
-    return f"not valid JSON: {error.msg} at column {error.colno}"
+    return f"not valid JSON: {error.msg} at column {error.colno}{_mend(text, error)}"
 
 
 def read_lines(path: Path, text: str, lines: Sequence[str]) -> Table:
@@ -117,9 +133,17 @@ def whole_object(path: Path, text: str) -> Table | None:
         lists = {"rows": lists["rows"]}
     if len(lists) == 1 and not {"prompt", "messages", "conversations", "conversation", "items"} & set(data):
         key, items = next(iter(lists.items()))
+        if problem := encoding_problem(text, "of the file"):
+            raise UserError(f"{path}: {problem}")
         # As the dataset viewer of the Hub answers: {"rows": [{"row": {...}}]}.
         found = [item["row"] if isinstance(item.get("row"), dict) else item for item in items]
         return Table(f"a JSON document with rows under {key!r}", "row", [Row(n, d) for n, d in enumerate(found, 1)])
+    sizes = {(type(value), len(value)) if isinstance(value, list | dict) else None for value in data.values()}
+    if "prompt" in data and len(data) > 1 and len(sizes) == 1 and None not in sizes:
+        raise UserError(
+            f"{path}: a JSON object of columns ({', '.join(map(repr, data))}), not of rows; write rows, as pandas does "
+            'with to_json(orient="records")'
+        )
     if "\n" not in text.strip():
         return None  # one line of JSON lines
     first = text[: text.index("{")].count("\n") + 1
@@ -146,7 +170,8 @@ def _read_several(path: Path, text: str, *, strict: bool) -> Table | None:
             if not strict or (not rows and text.count("\n", start, error.pos) == 0):
                 return None
             raise UserError(
-                f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}{_cut_off(text, error)}"
+                f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+                f"{_cut_off(text, error) or _mend(text, error)}"
             ) from None
         except (ValueError, RecursionError):
             return None
@@ -195,12 +220,9 @@ def read_array(path: Path, text: str) -> Table:
                 raise fail(error.pos, problem) from None
             if rows and text[start : start + 1] == "]":
                 raise fail(start, "a comma before the end of the JSON array; remove it") from None
-            if text[start : start + 2] == "//":
-                raise fail(start, "a comment, which JSON does not have; remove it") from None
             if error.pos >= len(text.rstrip()) or _cut_off(text, error):
                 raise fail(error.pos, "the JSON array is cut off (truncated) here; fetch the file again") from None
-            quotes = ", and single quotes: JSON has double ones" if text[error.pos] == "'" else ""
-            raise fail(error.pos, f"not valid JSON: {error.msg}{quotes}") from None
+            raise fail(error.pos, f"not valid JSON: {error.msg}{_mend(text, error)}") from None
         except RecursionError:
             raise fail(start, "not usable JSON: nested too deeply") from None
         except ValueError as error:

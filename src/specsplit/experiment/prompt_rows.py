@@ -12,13 +12,13 @@ import io
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.experiment.containers import arrow_rows, folder_rows, read_container, recognise_binary
+from specsplit.experiment.containers import arrow_rows, folder_rows, read_container, recognise_binary, refuse_repeated
 from specsplit.experiment.prompt_json import JSON_SPACE, parse_cell, parse_line, read_array, read_lines, whole_object
 from specsplit.experiment.prompt_table import Row, Table, encoding_problem
 
@@ -32,6 +32,12 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _PAGES = (("<!doctype html", "an HTML page"), ("<html", "an HTML page"), ("<?xml", "an XML document"))
+# How other kinds of text begin.
+_OTHERS = (
+    (re.compile(r"\[{1,2}[A-Za-z_][\w.-]*\]{1,2}\s*\n"), "a TOML or INI file"),
+    (re.compile(r"---\s*\n|- [A-Za-z_]\w*:\s"), "a YAML file"),
+    (re.compile(r"\|.*\|\s*\n\|[|\s:-]+\|"), "a Markdown table"),
+)
 
 
 def read_rows(path: Path, content: bytes | None, wanted: Sequence[str]) -> Table:
@@ -53,9 +59,15 @@ def _numbered(name: str, rows: Iterator[dict[str, Any]]) -> Table:
 
 
 def _checked(row: Row) -> Row:
-    """A NaN of Parquet or pandas is a missing value."""
+    """A NaN of Parquet or pandas is a missing value; texts in a column of bytes, as Spark writes them, are texts."""
     assert row.data is not None
-    data = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.data.items()}
+    data = dict(row.data)
+    for key, value in row.data.items():
+        if isinstance(value, float) and math.isnan(value):
+            data[key] = None
+        elif isinstance(value, bytes):
+            with suppress(UnicodeDecodeError):
+                data[key] = value.decode()
     return Row(row.line, data)
 
 
@@ -77,10 +89,13 @@ def _read_text(path: Path, content: bytes, wanted: Sequence[str]) -> Table:
                 f"{path}: {what}, not a table of prompts; a page was saved in place of the file behind it (a login, an "
                 "error, or a preview). Download the raw file"
             )
+    for begins, what in _OTHERS:
+        if begins.match(start):
+            raise UserError(f"{path}, line 1: {what}, not a table of prompts; give JSON lines, CSV, Parquet or Arrow")
     if start[0] == "[":
         return read_array(path, text)
-    if "\n" not in text and start[0] == "{":
-        text = text.replace("\r", "\n")  # line ends of old Macs; no JSON string holds one as it is
+    if start[0] == "{":
+        text = text.replace("\r\n", "\n").replace("\r", "\n")  # of old Macs, too; no JSON string holds one as it is
     lines = text.split("\n")
     if start[0] == "{" and (whole := whole_object(path, text)) is not None:
         return whole
@@ -148,8 +163,7 @@ def _read_csv(path: Path, text: str, wanted: Sequence[str]) -> Table:
             f"{path}, line 1: plain text, not a table: {_shorten(first)!r}. Give each prompt a line of JSON, as "
             '{"prompt": "..."}, or a CSV file whose first line has the column prompt'
         )
-    if repeated := [name for name, count in Counter(header).items() if count > 1]:
-        raise UserError(f"{path}, line 1: the column {repeated[0]!r} stands twice; rename one of them")
+    refuse_repeated(f"{path}, line 1", header)
     if not has_prompt:
         raise UserError(
             f"{path}, line 1: a CSV table with the columns {', '.join(map(repr, header))}: none holds prompts. Name "
@@ -164,8 +178,8 @@ def _read_csv(path: Path, text: str, wanted: Sequence[str]) -> Table:
             start = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {start}: not CSV: {error}; a quote that is opened there is not closed, or the file is cut "
-            "off (truncated)"
+            f"{path}, line {start}: not CSV: {error}; a quote that is opened there is not closed, one within a text "
+            'is not doubled (""), or the file is cut off (truncated)'
         ) from None
     return Table("TSV" if delimiter == "\t" else "CSV", "line", rows)
 

@@ -29,6 +29,7 @@ ROLES = {
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number"} | {
     list: "a list",
     dict: "an object",
+    bytes: "bytes that are not UTF-8",
 }
 COLUMNS = ("prompt", "id", "category", "system")
 
@@ -61,10 +62,12 @@ def read_conversation(data: Mapping[str, Any], columns: Mapping[str, str]) -> Co
     Raises RowError that says what is wrong with it.
     """
     names: dict[str, str] = {}
+    twice: list[tuple[str, str]] = []
     for spelled in data:
-        names.setdefault(spelled.lower(), spelled)  # the first of several spellings
+        if names.setdefault(spelled.lower(), spelled) != spelled:
+            twice.append((names[spelled.lower()], spelled))
     used: set[str] = set()
-    notes: list[str] = []
+    notes = [f"has {first!r} and {other!r}; {first!r} is taken" for first, other in twice if data[first] != data[other]]
 
     def take(part: str, known: Sequence[str]) -> tuple[str, Any]:
         """The column that the user named, or the first of the known ones that is there and not null."""
@@ -190,7 +193,7 @@ def _turns(key: str, value: Any) -> tuple[str | None, list[str], list[str | None
             raise RowError("'turns' is not a list with at least one turn")
         if key.lower() in CHAT_KEYS:
             raise RowError(f"{key!r} has no turn of a human")
-        raise RowError("the prompt is not text")
+        raise RowError(_no_text("prompt", value))
     if not any(isinstance(item, Mapping) for item in value):
         for number, item in enumerate(value, start=1):
             _check_text(item, f"turn {number}" if len(value) > 1 else "prompt")
@@ -244,9 +247,14 @@ def _content(content: Any) -> Any:
 
 def _check_text(text: Any, what: str = "prompt") -> None:
     if not isinstance(text, str):
-        raise RowError(f"the {what} is not text")
+        raise RowError(_no_text(what, text))
     if not text.strip():
         raise RowError(f"the {what} is empty")
+
+
+def _no_text(what: str, value: Any) -> str:
+    mend = "; write it in quotes" if isinstance(value, bool | int | float) else ""
+    return f"the {what} is not text but {_kind(value)}{mend}"
 
 
 def _kind(value: Any) -> str:

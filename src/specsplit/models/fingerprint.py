@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError, told
-from specsplit.io import combined_sha256, read_json, read_json_object, sha256_file
+from specsplit.io import combined_sha256, read_json, read_json_object, refuse_stand_in, sha256_file
 from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MAP_FILES, MODEL_FILES, TOKENIZER_FILES
 from specsplit.models.generation_settings import check_eos
 from specsplit.models.gguf_file import read_gguf
@@ -107,6 +107,24 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"{folder}: transformers cannot read its configuration: {told(error)}") from error
 
 
+def _check_architecture(folder: Path, config: Any) -> None:
+    """Refuse what no engine can run, before anything is loaded. Attention that strays is found when a worker loads."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{folder}: a model of type {config.model_type!r} is no decoder-only language model; choose one that "
+            "transformers loads as AutoModelForCausalLM"
+        )
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise UserError(f"{folder}: config.json describes a model without layers (num_hidden_layers)")
+    if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False):
+        raise UserError(
+            f"{folder}: a model of type {config.model_type!r} keeps a recurrent state, which cannot go back to the "
+            "accepted tokens; choose a decoder-only model with plain attention"
+        )
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that make up the weights: model.safetensors, else the shards named in its index, else model.gguf, else
     pytorch_model.bin of a head.
@@ -165,11 +183,16 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     sha256 = files or {}
     parameters, dtype = _count_parameters(weights)
     config = read_config(folder)
+    if not is_head(folder):
+        _check_architecture(folder, config)
     tokenizer_hash = ""
     if not is_head(folder) or has_tokenizer(folder):
         try:
             tokenizer_hash = tokenizer_sha256(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         except Exception as error:
+            for path in folder.iterdir():
+                if path.is_file() and matches(path.name, TOKENIZER_FILES):
+                    refuse_stand_in(path)
             raise UserError(f"{folder}: transformers cannot read its tokenizer: {told(error)}") from error
     text = config.get_text_config()
     return {
@@ -205,6 +228,7 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
                     header = tensors.get_slice(key)
                     counts[header.get_dtype()] += math.prod(header.get_shape())
         except (SafetensorError, OSError) as error:
+            refuse_stand_in(path)
             raise UserError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
     names = [DTYPE_NAMES.get(dtype, dtype.lower()) for dtype, _ in counts.most_common()]
     return counts.total(), "+".join(names)

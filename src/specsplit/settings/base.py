@@ -103,11 +103,15 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, flags: Mapping[str, Any] | None = None, file: Mapping[str, Any] | None = None) -> Self:
-        """Settings from flags (None = not given), the environment, the content of a settings file, defaults.
+        """Settings from flags (None = not given, `null` = None), the environment, the content of a settings file,
+        defaults.
 
         Raises UserError with a line for every mistake: the flag, the variable and what is wanted.
         """
         given = {field: value for field, value in (flags or {}).items() if value is not None}
+        for field in [field for field in given if field in cls.model_fields and given[field] == "null"]:
+            if type(None) in get_args(cls.model_fields[field].annotation):
+                given[field] = None
         try:
             return cls(**{**(file or {}), **cls.from_environment(), **given})
         except ValidationError as error:

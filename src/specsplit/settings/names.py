@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 
 AUTO = "auto"
 DEFAULT_DRAFT = "draft"  # name of a draft that has no other
+SYNTHETIC = "-synthetic-"  # in the name of one whose acceptance is forced
 REQUESTS_A_CLIENT = 4  # at least, or there is no time in which all clients are at work and none starts or ends
 
 
 def synthetic_name(draft: str, acceptance: float | None) -> str:
     """The name of a draft whose acceptance is forced; its own when it is not."""
-    mark = "" if acceptance is None else f"-synthetic-{acceptance:g}"
+    mark = "" if acceptance is None else f"{SYNTHETIC}{acceptance:g}"
     return draft if draft.endswith(mark) else draft + mark
 
 

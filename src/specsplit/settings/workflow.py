@@ -132,7 +132,7 @@ def address(role: str, example: str, note: str = "") -> Definition:
         example=example,
         note=note,
         schema={"title": "host:port, grpcs://host:port or a .json file"},
-        pattern=r"^(\S+:[0-9]{1,5}|.+\.json)$",
+        pattern=r"^((grpcs://)?[^\s/]+:[0-9]{1,5}|.+\.json)$",
     )
 
 

@@ -144,6 +144,13 @@ def _is(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def lost(path: str, output: str, rules: Iterable[Any]) -> bool:
+    """Whether a file of the user is missing beside a finished output. Snakemake would take that for current; without
+    the input the job runs, and says what is missing. rules: of Snakemake, one of which may make the file."""
+    made = any(rule.is_producer(path) for rule in rules)
+    return Path(output).exists() and not Path(path).exists() and not made
+
+
 def beside_the_sweep(root: str, targets: Iterable[str]) -> list[str]:
     """Tables, rows and figures of the measurements beside the sweep that are there, or that this call asks for.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from specsplit.workflow.files import dead_worker, flags, local_folder, model_inp
 
 ROLES = ["draft", "target"]
 MAX_GAMMA: int = SCHEMA["properties"]["gammas"]["items"]["maximum"]
+ADDRESS: str = SCHEMA["properties"]["workers"]["properties"]["target_address"]["pattern"]
 ACCESS = ("token_file", "tls_ca", "tls_cert", "tls_key", "insecure")
 
 
@@ -42,6 +44,12 @@ class Plan:
         self.config = config = load_pipeline_config(raw)
         refuse_unusable(config)
         self.root = root
+        for role in ROLES:
+            if (address := self.attached(role)) and not re.fullmatch(ADDRESS, address):
+                raise UserError(
+                    f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS={address}: wanted host:port, grpcs://host:port "
+                    "or a .json file"
+                )
         swept = swept_drafts(config)
         self.first_draft, first = first_draft(config)
         self.drafts = {self.first_draft: first, **swept}
