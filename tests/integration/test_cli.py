@@ -35,7 +35,7 @@ COMMANDS = (
     ["generate"], ["worker"], ["worker", "draft"], ["worker", "target"], ["start-worker"], ["start-worker", "draft"],
     ["start-worker", "target"], ["stop-worker"], ["bench"], ["merge"], ["analyze"], ["prepare-model"],
     ["prepare-dataset"], ["provenance"], ["provenance", "verify"], ["pick-layers"], ["report"], ["profile"],
-    ["capacity"], ["context-curve"], ["theory-check"], ["overhead"],
+    ["capacity"], ["context-curve"], ["states-cost"], ["theory-check"], ["overhead"],
     ["distill"], ["distill", "write-data"], ["distill", "train"], ["distill", "measure"], ["distill", "card"],
 )  # fmt: skip
 

@@ -101,7 +101,9 @@ def test_a_command_does_not_depend_on_everything() -> None:
     assert {"provenance/record_schema.json"} <= set(command_files("provenance record"))
 
 
-@pytest.mark.parametrize("command", ["bench", "race", "capacity", "context-curve", "theory-check", "overhead"])
+@pytest.mark.parametrize(
+    "command", ["bench", "race", "capacity", "context-curve", "states-cost", "theory-check", "overhead"]
+)
 def test_what_is_measured_with_workers_depends_on_theirs(command: str) -> None:
     assert set(command_files("worker")) <= set(command_files(command))
 

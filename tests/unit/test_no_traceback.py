@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from specsplit.cli.main import main
 from specsplit.launch.environment import REQUIRED
 from specsplit.settings.configuration import SCHEMA
-from specsplit.settings.measure import CapacitySettings, ContextSettings
+from specsplit.settings.measure import CapacitySettings, ContextSettings, StatesCostSettings
 from specsplit.settings.run import OrchestratorConfig
 from specsplit.settings.serve import ServeSettings
 from specsplit.settings.worker import DraftWorkerConfig, LaunchSettings, TargetWorkerConfig
@@ -64,6 +64,7 @@ COMMANDS = {
                      [LaunchSettings]),
     "capacity": (["capacity", "--prompts", "none", "--results-dir", "r"], [CapacitySettings]),
     "context-curve": (["context-curve", "--prompts", "none", "--output", "o.csv"], [ContextSettings]),
+    "states-cost": (["states-cost", "--prompts", "none", "--output", "o.csv"], [StatesCostSettings]),
 }  # fmt: skip
 STRANGE = ("inf", "-inf", "nan", "1e999", "-1", "99999999999999999999999999", "½", "", "[", "[1, null]", "{}", "null",
            "\udcff", "a,b", "0x10", "1_0")  # fmt: skip

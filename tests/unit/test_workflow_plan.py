@@ -28,7 +28,13 @@ from specsplit.launch.process import ProcessIdentity
 from specsplit.models.file_names import MODEL_FILES
 from specsplit.provenance.steps import COMMAND
 from specsplit.settings.distill import AcceptanceSettings, TrainingSettings, WritingSettings
-from specsplit.settings.measure import BenchSettings, CapacitySettings, ContextSettings, LayerSettings
+from specsplit.settings.measure import (
+    BenchSettings,
+    CapacitySettings,
+    ContextSettings,
+    LayerSettings,
+    StatesCostSettings,
+)
 from specsplit.settings.run import MAX_GAMMA, OrchestratorConfig
 from specsplit.settings.worker import ROLES, LaunchSettings
 from specsplit.workflow import files, plan, runs
@@ -77,6 +83,7 @@ SETTINGS = {
     "race": [OrchestratorConfig, BenchSettings],
     "capacity": [OrchestratorConfig, CapacitySettings],
     "context": [OrchestratorConfig, ContextSettings],
+    "states_cost": [OrchestratorConfig, StatesCostSettings],
     "layers": [LayerSettings],
     "distill/write_data": [WritingSettings],
     "distill/train": [TrainingSettings],

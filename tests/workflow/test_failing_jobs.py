@@ -45,6 +45,7 @@ TARGETS = {
     "profile": "results/profile.csv",
     "overhead": "results/overhead.csv",
     "context_curve": "results/context_curve.csv",
+    "hidden_states": "results/hidden_states.csv",
     "distill_write_data": "results/distill/default/data/manifest.json",
     "distill_train": "results/distill/default/loss.csv",
     "distill_measure": "results/distill/default/acceptance.csv",

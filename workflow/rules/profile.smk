@@ -1,4 +1,5 @@
-# Where the time goes: of the rounds of the sweep, of rounds whose models take none, and with the length of the context.
+# Where the time goes: of the rounds of the sweep, of rounds whose models take none, with the length of the context, and
+# with hidden states on the network.
 
 
 rule profile:
@@ -64,3 +65,30 @@ rule context_curve:
         "specsplit context-curve --settings {input.settings:q} {input.operation:q}"
         " --prompts {input.prompts:q} --output {output.table:q} --figure {output.figures[0]:q}"
         " --workers-dir {params.folder:q}/workers/context > {log:q} 2>&1"
+
+
+rule hidden_states:
+    """What it costs to ship hidden states to a draft that reads them: the table and the figure."""
+    input:
+        settings=settings_files("states_cost"),
+        operation=operation_file("states_cost"),
+        workers=settings_files(*PLAN.compared),
+        endpoints=lambda wildcards: told(PLAN.compared_endpoints, workflow.non_local_exec),
+        prompts="results/dataset/prompts.jsonl",
+        models=PLAN.models_of(PLAN.compared),
+    output:
+        table=table_output("hidden_states"),
+        run="results/hidden_states_run.json",
+        figures=["results/figures/hidden_states.png", figure_output("hidden_states")],
+    log:
+        "results/logs/hidden_states.log",
+    conda:
+        "../../envs/specsplit.yaml"
+    threads: EVERY_CORE
+    params:
+        folder=lambda wildcards, output: os.path.dirname(output.table),
+        code=code_of("states-cost"),
+    shell:
+        "specsplit states-cost --settings {input.settings:q} {input.operation:q}"
+        " --prompts {input.prompts:q} --output {output.table:q} --figure {output.figures[0]:q}"
+        " --workers-dir {params.folder:q}/workers/states_cost > {log:q} 2>&1"

@@ -24,6 +24,7 @@ BESIDE = {
     "profile": "Where the time of a round goes",
     "overhead": "A round beyond its models",
     "context_curve": "Cost of a token against its context",
+    "hidden_states": "What shipping hidden states costs",
     "theory_check": "Modes beside their formulas",
 }
 CAPTIONS = {
@@ -90,6 +91,12 @@ CAPTIONS = {
     "context_curve": (
         "What a token costs as its context grows. Relative to the shortest context: where the cost stays below the "
         "length, growth is less than linear."
+    ),
+    "hidden_states": (
+        "A head that reads the target's hidden states beside a draft that reads none, at simulated round trips "
+        "and bandwidths to the target: milliseconds per token of whole texts. Every position's states cross that "
+        "link once, those of the prompt with the first token, so a slow link holds the head up more than the "
+        "other draft. Below the black line the head is the faster one."
     ),
     "distill": (
         "A draft in training. Left, how far it is from its target, on texts that it learns from and on others; middle, "

@@ -76,7 +76,7 @@ def summarize_peers(
         row["tokens_per_second"] = 1e3 * tokens / latency if latency else math.nan
         for peer in peers:
             other = own[peer].loc[rows.index]
-            for what, ratio in (("itl", _itl_ratio), ("latency", _latency_ratio)):
+            for what, ratio in (("itl", _itl_ratio), ("latency", latency_ratio)):
                 found = ratio(rows, other, confidence) if name != peer else (1.0, 1.0, 1.0)
                 keys = (f"{what}_vs_{peer}{suffix}" for suffix in ("", "_ci_low", "_ci_high"))
                 row |= dict(zip(keys, found, strict=True))
@@ -106,7 +106,7 @@ def _itl_ratio(rows: DataFrame, other: DataFrame, confidence: float) -> tuple[fl
     return float(ours.sum() / theirs.sum()), *paired_ratio_ci(ours, ones, theirs, ones, confidence=confidence)
 
 
-def _latency_ratio(rows: DataFrame, other: DataFrame, confidence: float) -> tuple[float, float, float]:
+def latency_ratio(rows: DataFrame, other: DataFrame, confidence: float) -> tuple[float, float, float]:
     columns = [table[name] for table in (rows, other) for name in ("total_latency_ms", "generated_tokens")]
     ours, our_tokens, theirs, their_tokens = (float(column.sum()) for column in columns)
     if not (our_tokens and their_tokens and theirs):

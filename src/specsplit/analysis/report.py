@@ -33,6 +33,7 @@ from specsplit.analysis.findings import (
     summary_table,
 )
 from specsplit.analysis.series import check_beside
+from specsplit.analysis.states_table import states_sentences
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import read_tables, summarize
 from specsplit.errors import UserError
@@ -53,7 +54,11 @@ _COLUMNS = {
     "worker_ms orchestrator_ms hidden_ms ms_per_token",
     "context_curve": "gamma context_tokens ttft_ms_median itl_ms_median *_compute_ms_median tokens_per_round "
     "relative_length relative_cost",
+    "hidden_states": "draft project form window rtt_ms bandwidth_mbit target_received_bytes_per_* "
+    "draft_sent_bytes_per_* ttft_ms_median itl_ms_median ms_per_token acceptance_length lossless latency_vs_draft",
 }
+# What such a table says in words.
+_SENTENCES = {"capacity": capacity_sentences, "hidden_states": states_sentences}
 MOST_ROWS = 200  # of such a table; the file itself has the rest
 _UNKNOWN = "not recorded"
 
@@ -337,7 +342,7 @@ def _more_table(results_dir: Path, requests: DataFrame, name: str) -> dict[str, 
     return {
         "heading": BESIDE[name],
         "what": CAPTIONS[name],
-        "sentences": capacity_sentences(read_csv(path)) if name == "capacity" else [],
+        "sentences": _SENTENCES[name](read_csv(path)) if name in _SENTENCES else [],
         "headings": headings,
         "rows": rows[:MOST_ROWS],
         "left_out": len(rows) - MOST_ROWS,

@@ -38,6 +38,7 @@ COMMANDS = {
     "openai-load": "specsplit serve under a load client from PyPI, gamma 0 beside other draft lengths",
     "peers-table": "peers.csv and its figure from peers_requests.csv",
     "context-curve": "what a token costs against the length of its context",
+    "states-cost": "what it costs to ship the target's hidden states to a draft that reads them",
     "theory-check": "every pipeline mode with simulated models: measured time per token beside the formula's",
     "overhead": "what a round costs beyond model time: real workers on this machine, models that take no time",
     "prepare-model": "fetch a model, check it, and make a local folder of it",

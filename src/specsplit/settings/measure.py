@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from specsplit.decoding.theory import PipelineMode
 from specsplit.settings.base import Settings, setting
 from specsplit.settings.names import REQUESTS_A_CLIENT, too_few_requests
-from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MODES, Gamma, Milliseconds, OnBadLine
+from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MODES, Gamma, Megabits, Milliseconds, OnBadLine, StatesForm
 from specsplit.settings.worker import ComputeSettings, Dtype
 
 Positive = Annotated[int, Field(ge=1)]
@@ -257,6 +257,39 @@ class SimulatedTexts(Settings):
 
     tokens: int = setting(400, "Length of a text in tokens.", ge=2)
     texts: int = setting(2, "Texts at each point.", ge=1)
+
+
+class StatesCostSettings(WarmupSettings):
+    """A draft that reads the target's hidden states beside one that does not."""
+
+    gamma: DraftLength = setting(3, "Draft length of both, in mode sync.", example=2)
+    rtt_ms: list[Milliseconds] = setting(
+        [0.0, 10.0, 50.0], "Simulated round trips in milliseconds.", example=[0, 20], min_length=1
+    )
+    bandwidth_mbit: list[Megabits] = setting(
+        [10.0, 100.0, 1000.0, 0.0],
+        "Simulated bandwidths in megabits (10^6) a second, each way; 0 is no limit.",
+        example=[1, 10000],
+        note="each way; 0 = no limit",
+        min_length=1,
+    )
+    form: list[StatesForm] = setting(
+        ["bfloat16", "int8"], "Numbers in which the hidden states are sent.", example=["float32"], min_length=1
+    )
+    project: list[Literal["draft", "target"]] = setting(
+        ["draft", "target"],
+        "Which worker applies the head's `fc`: `draft` (three vectors a position cross) or `target` (one).",
+        example=["target"],
+        min_length=1,
+    )
+    window: list[Annotated[int, Field(ge=0)]] = setting(
+        [0],
+        "Positions at the end of a prompt whose hidden states are sent; 0 is all.",
+        example=[0, 32],
+        note="positions at the end of a prompt that are sent; 0 = all",
+        min_length=1,
+    )
+    output_tokens: int = setting(24, "Tokens of each text.", example=64, ge=2)
 
 
 class OverheadSettings(SimulatedTexts):

@@ -24,6 +24,7 @@ from specsplit.settings.measure import (
     PriceSettings,
     PromptSettings,
     StandardName,
+    StatesCostSettings,
     TokenSettings,
 )
 from specsplit.settings.models import (
@@ -50,7 +51,7 @@ Definition = Any  # (type, field), as create_model takes them
 Run = OrchestratorConfig
 UNIQUE = {"uniqueItems": True}
 ONE_OR_MORE = {**UNIQUE, "oneOrMore": True}  # a list that may be written as its only item
-(MODEL,), (DRAFT, *_) = EMBEDDED, SHIPPED_DRAFTS
+(MODEL,), (DRAFT, HEAD) = EMBEDDED, SHIPPED_DRAFTS
 SkipLayers = list[Layer] | Literal["auto"]
 
 
@@ -367,6 +368,22 @@ Workflow: type[BaseModel] = section(
         lengths=listed(ContextSettings, "length"),
         gammas=listed(ContextSettings, "gamma"),
         **keys(ContextSettings, "output_tokens", "texts"),
+    ),
+    states_cost=section(
+        "What it costs to ship hidden states to a draft that reads them: results/hidden_states.csv.",
+        note="what it costs to ship hidden states: results/hidden_states.csv",
+        draft=key(str, DRAFT, "The draft that reads none, a name from `models`.", example="my-draft"),
+        head=key(
+            str,
+            HEAD,
+            "The one that reads them, a name from `models`.",
+            example="my-head",
+            note="reads hidden states: docs/hidden-states.md",
+        ),
+        **{name: listed(StatesCostSettings, name) for name in ("rtt_ms", "bandwidth_mbit")},
+        **{name: listed(StatesCostSettings, name) for name in ("form", "project", "window")},
+        **keys(StatesCostSettings, "gamma", "output_tokens"),
+        limit=same(StatesCostSettings, "limit", default=6),
     ),
     distill=section(
         "A draft that the workflow makes from the target: results/distill/NAME. docs/distillation.md.",

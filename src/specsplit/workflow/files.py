@@ -31,6 +31,7 @@ BESIDE = {
         "capacity": ["capacity_requests.csv", "capacity_run.json"],
         "profile": [],
         "context_curve": ["context_curve_run.json"],
+        "hidden_states": ["hidden_states_run.json"],
         "theory_check": ["theory_check_run.json"],
     }.items()
 } | {name: [f"results/{name}.csv", f"results/{name}_run.json"] for name in ("overhead", "openai_load")}

@@ -22,6 +22,8 @@ from specsplit.settings.environment import FACTS, check_environment, refuse_over
 from specsplit.workflow.files import dead_worker, flags, local_folder, model_inputs, refuse_unusable
 
 ROLES = ["draft", "target"]
+COMPARED = ("draft", "head")  # the drafts of `states_cost`
+FIXED_LENGTH = ("max_output_tokens", "ignore_eos", "stop", "stop_token_ids")  # not of texts that all have one length
 MAX_GAMMA: int = SCHEMA["properties"]["gammas"]["items"]["maximum"]
 ADDRESS: str = SCHEMA["properties"]["workers"]["properties"]["target_address"]["pattern"]
 ACCESS = ("token_file", "tls_ca", "tls_cert", "tls_key", "insecure")
@@ -61,21 +63,37 @@ class Plan:
         self.raced = self._beside("race", [0, *raced["gammas"]], raced["mode"], raced["tree"])
         self.capacity = self._beside("capacity", config["capacity"]["gammas"], [config["capacity"]["mode"]])
         self.context = self._beside("context", config["context"]["gammas"])
-        self.worker_points = {**self.raced, **self.capacity, **self.context, **self.points}
+        compared = config["states_cost"]
+        known = all(compared[name] in config["models"] for name in COMPARED)
+        self.compared = self._beside("states_cost", [compared["gamma"]] if known else [], drafts=COMPARED)
+        self.worker_points = {**self.raced, **self.capacity, **self.context, **self.compared, **self.points}
         self.models = sorted({config["target"]["model"], *(draft["model"] for draft in self.drafts.values())})
         self.target_folder = _folder(config["target"]["model"])
         self.target = _manifest(config["target"]["model"])
         # Jobs that have a file of settings.
-        measured = ("race", "capacity", "context", "distill/write_data", "distill/train", "distill/measure")
+        measured = (
+            "race",
+            "capacity",
+            "context",
+            "states_cost",
+            "distill/write_data",
+            "distill/train",
+            "distill/measure",
+        )
         self.jobs = [*self.worker_points, *measured, *(f"layers/{draft}" for draft in self.drafts)]
         # One GPU for what runs its models in the job itself.
         on_gpu = config["workers"]["gpus"] or config["workers"]["device"].startswith("cuda")
         self.own_gpu = 1 if on_gpu else 0
 
     def _beside(
-        self, folder: str, gammas: list[Any], modes: Iterable[str] = ("sync",), trees: Iterable[str] = ("chain",)
+        self,
+        folder: str,
+        gammas: list[Any],
+        modes: Iterable[str] = ("sync",),
+        trees: Iterable[str] = ("chain",),
+        drafts: Iterable[str] = (),
     ) -> dict[str, Point]:
-        points = sweep_points(gammas, modes, trees, drafts=[self.first_draft])
+        points = sweep_points(gammas, modes, trees, drafts=drafts or [self.first_draft])
         return {f"{folder}/{point.label}": point for point in points}
 
     # ---- inputs from outside
@@ -167,7 +185,12 @@ class Plan:
 
     def role(self, role: str, label: str) -> Mapping[str, Any]:
         """The section of the configuration that a run's worker is made from."""
-        return self.config["target"] if role == "target" else self.drafts[self.worker_points[label].draft]
+        if role == "target":
+            return self.config["target"]
+        draft = self.worker_points[label].draft
+        if label in self.compared:
+            return {**self.config["draft"], "model": self.config["states_cost"][draft], "skip_layers": []}
+        return self.drafts[draft]
 
     def role_model(self, role: str, label: str) -> str:
         """The manifest of the model that a run's worker serves."""
@@ -182,6 +205,8 @@ class Plan:
         """The manifest of the other role's model, where a worker reads it as well: the target's when the draft is
         another model, which may have another tokenizer; the draft's when the target applies its `fc`."""
         if role == "target":
+            if label in self.compared:  # one target for both drafts
+                return [_manifest(self.config["states_cost"]["head"])]
             projects = self.config["hidden_states"]["project"] == "target" and "draft" in self.roles(label)
             return [self.role_model("draft", label)] if projects else []
         return [self.target] if self.role_model(role, label) != self.target else []
@@ -216,6 +241,17 @@ class Plan:
                 "without the executor"
             )
         return [f"results/workers/{label}/{role}.json" for label, role in pairs]
+
+    def compared_endpoints(self, cluster: bool) -> list[str]:
+        """`endpoints_of` for the drafts of `states_cost`. Raises UserError when one of them is not in `models`."""
+        models, own = self.config["models"], self.config["states_cost"]
+        for name in COMPARED:
+            if own[name] not in models:
+                raise UserError(
+                    f"states_cost.{name}: {own[name]} is not in models; known models: {', '.join(models)}. Name there "
+                    "a head that reads this target's hidden states, and a draft that does not (docs/hidden-states.md)"
+                )
+        return self.endpoints_of(self.compared, cluster)
 
     def run_endpoints(self, label: str, cluster: bool) -> list[str]:
         """Endpoint files that a run of the sweep waits for; none when its own job starts its workers."""
@@ -257,6 +293,9 @@ class Plan:
             text = self._text_part()
             kept = {key: text[key] for key in ("tokenizer", "seed", "use_chat_template")}
             return {**axes, "texts": own["texts"], "draft_name": self.first_draft, **kept, **self._access()}
+        if kind == "states_cost":
+            own = {key: value for key, value in config["states_cost"].items() if key not in COMPARED}
+            return {**own, **{key: value for key, value in self._text_part().items() if key not in FIXED_LENGTH}}
         return self._layers_part(rest) if kind == "layers" else self._distill_part(rest)
 
     def _sweep_part(self, label: str) -> dict[str, Any]:
