@@ -56,6 +56,7 @@ ELSEWHERE = {
         "made": {"source": "local", "path": "results/distill/default/draft"},
     },
     "target": {"model": "m"},
+    "states_cost": {"draft": "m", "head": "made"},
     "drafts": {"draft": {"model": "m", "skip_layers": "auto"}, "n": {"model": "n"}, "made": {"model": "made"}},
     "workers": {"token_file": "token", "tls_ca": "ca.pem"},
 }
@@ -121,6 +122,24 @@ def test_models_and_files_of_a_run() -> None:
     assert made.endpoints_of(["gamma_3"], cluster=False) == [f"results/workers/gamma_3/{r}.json" for r in ROLES]
     with pytest.raises(UserError, match=r"set workers\.lifecycle to job"):
         made.endpoints_of(["gamma_3"], cluster=True)
+
+
+def test_the_drafts_of_the_measurement_of_hidden_states_share_a_target() -> None:
+    made = Plan(ELSEWHERE)
+    draft, head = made.compared
+    assert (made.role_model("draft", draft), made.role_model("draft", head)) == tuple(
+        map(plan._manifest, ("m", "made"))
+    )
+    assert made.settings(draft, operates=False) != made.settings(head, operates=False)
+    targets = [json.loads(made.settings(label, operates=False))["target"] for label in (draft, head)]
+    assert targets[0] == targets[1]
+    assert targets[0]["hidden_states_draft"] == made.role_model("draft", head)
+    without = Plan({**ELSEWHERE, "states_cost": {"draft": "m"}})
+    assert without.compared == {}
+    with pytest.raises(
+        UserError, match=r"states_cost\.head: smollm2-hidden-states is not in models; known models: m, n"
+    ):
+        without.compared_endpoints(cluster=False)
 
 
 def test_with_a_prefix_every_path_of_the_workflow_has_it() -> None:

@@ -10,10 +10,14 @@ import zipfile
 
 import pandas as pd
 import pytest
+from transformers import AutoModelForCausalLM
 
 from specsplit.analysis.captions import FIGURES
 from specsplit.experiment.columns import REQUEST_COLUMNS
 from specsplit.io import sha256_file
+from tiny_heads import make_tiny_head, save_tiny_head
+
+from tiny_models import make_tokenizer
 
 ARCHIVE = "results/archive.zip"
 ANALYSIS = {"merge": 1, "figures": 1, "provenance": 1, "summary": 1}
@@ -252,7 +256,8 @@ def test_timing_runs_take_every_core(finished):
     assert all("threads: 2" in job for job in benchmarks)
 
 
-BESIDE = " ".join(f"results/{n}.csv" for n in ("peers", "capacity", "openai_load", "context_curve", "profile"))
+NAMES = ("peers", "capacity", "openai_load", "context_curve", "hidden_states", "profile")
+BESIDE = " ".join(f"results/{name}.csv" for name in NAMES)
 
 
 def settings_of(workspace, name, file):
@@ -264,13 +269,14 @@ def settings_of(workspace, name, file):
 
 
 def test_measurements_beside_the_sweep_are_planned(finished):
-    workers = 7 + 3 + 3  # raced: gamma 0 and 3, 5 in two modes; many clients and contexts: gamma 0 and 3
+    # Raced: gamma 0 and 3, 5 in two modes; many clients and contexts: gamma 0 and 3; hidden states: draft and head.
+    workers = 7 + 3 + 3 + 4
     assert finished.planned(target=BESIDE) == {
         **{"race_peers": 1, "peers": 1, "benchmark_capacity": 1, "capacity": 1, "context_curve": 1, "profile": 1},
-        "openai_load": 1,
+        **{"openai_load": 1, "hidden_states": 1},
         "start_worker": workers + 2,
-        "settings": 12,
-        "operation": 12,
+        "settings": 15,
+        "operation": 15,
     }
     told = {
         name: json.loads(settings_of(finished, name, file))
@@ -278,21 +284,27 @@ def test_measurements_beside_the_sweep_are_planned(finished):
             ("capacity/gamma_3", "operation"),
             ("context/gamma_0", "settings"),
             ("race/gamma_3", "operation"),
+            ("states_cost/draft-head_gamma_3", "settings"),
         )
     }
     assert told["capacity/gamma_3"]["target"]["max_sessions"] == 16
     assert told["context/gamma_0"]["target"]["max_context"] == 4192
+    assert told["states_cost/draft-head_gamma_3"]["target"]["hidden_states_draft"] == "resources/models/tiny/model.json"
     assert told["race/gamma_3"]["draft"]["max_sessions"] == 8
     assert finished.planned() == {}  # none of it is part of the main job
     specsplit(finished, "seal", "--output", "results/provenance/SHA256SUMS")  # without what `settings_of` has removed
 
 
 @pytest.mark.slow
-def test_measurements_beside_the_sweep(workspace):
+def test_measurements_beside_the_sweep(workspace, tmp_path_factory):
+    target = AutoModelForCausalLM.from_pretrained(workspace.config["models"]["tiny"]["path"], dtype="float32")
+    head = save_tiny_head(make_tiny_head(target), tmp_path_factory.mktemp("head"), make_tokenizer())
+    workspace.config["models"]["head"] = {"source": "local", "path": str(head)}
     workspace.config |= {
         "baselines": {"peers": ["generate", "assisted"], "gammas": [2], "mode": "overlap"},
         "capacity": {"clients": [3], "gammas": [2], "requests": 12},
         "context": {"lengths": [16, 64], "gammas": [0], "output_tokens": 8, "texts": 1},
+        "states_cost": {"draft": "tiny", "head": "head", "rtt_ms": [0], "bandwidth_mbit": [0, 10]},
         "repeats": 2,
     }
     workspace.run(target=BESIDE)
@@ -303,8 +315,11 @@ def test_measurements_beside_the_sweep(workspace):
     assert (pd.read_csv(results / "capacity.csv")["matches_single"] == 1).all()
     assert list(pd.read_csv(results / "openai_load.csv")["gamma"]) == [0, 0, 2, 2]
     assert list(pd.read_csv(results / "context_curve.csv")["context_tokens"]) == [16, 64]
+    shipped = pd.read_csv(results / "hidden_states.csv")
+    assert list(shipped["draft"]) == (["draft"] + ["head"] * 4) * 2
+    assert (shipped["lossless"] == 1).all()
     assert set(pd.read_csv(results / "profile.csv")["phase"]) == {"prefill", "decode"}
-    for name in ("peers", "capacity", "context_curve", "profile"):
+    for name in ("peers", "capacity", "context_curve", "hidden_states", "profile"):
         assert (results / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert workspace.planned(target=BESIDE) == {}
 

@@ -280,8 +280,8 @@ def _explain_unknown_key(path: str, key: str, siblings: Mapping[str, Any]) -> st
             f"a {source} model has {', '.join(siblings)} (Snakemake merges models of one name across files: "
             "give a model from another source a new name)"
         )
-    # The right key in the wrong section.
-    leaves = {dotted.rpartition(".")[2]: dotted for dotted in every if "<" not in dotted}
+    # The right key in the wrong section; of several sections the first.
+    leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(list(every)) if "<" not in dotted}
     if close := difflib.get_close_matches(key, leaves, n=1, cutoff=0.75):
         return line + f"did you mean {leaves[close[0]]}?"
     return line + f"known here: {', '.join(siblings)}"

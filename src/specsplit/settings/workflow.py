@@ -340,7 +340,7 @@ Workflow: type[BaseModel] = section(
         "every request. Gamma 0 is always one of ours; greedy, no simulated network.",
         note="ours beside Hugging Face's and llama.cpp's, in turn on every request",
         heading="Measurements that are not part of the main job: snakemake results/peers.csv results/capacity.csv "
-        "results/context_curve.csv",
+        "results/context_curve.csv results/hidden_states.csv",
         peers=listed(
             BenchSettings,
             "baseline",
