@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from specsplit.decoding.growth import DraftSettings
-from specsplit.decoding.loop import checked_pass
 from specsplit.decoding.sampling import GREEDY, NonFiniteLogits, Sampling
 from specsplit.decoding.tree import TokenTree, TreeShape
-from specsplit.decoding.verification import verify
+from specsplit.decoding.verification import checked_pass, verify
 from specsplit.engines import gpu_cache, gpu_passes, loading
 from specsplit.engines.gpu import SMALLEST_PASS, GpuLM
 from specsplit.engines.gpu_decoder import MOST_SPLIT, unsuitable

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from specsplit.decoding.growth import CANDIDATES, DraftSettings, grow
-from specsplit.decoding.sampling import Candidates, NonFiniteLogits, Sampling, candidates
+from specsplit.decoding.sampling import Candidates, Sampling, candidates
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.decoding.verification import Verdict, verify
+from specsplit.decoding.verification import Verdict, checked_pass
 
 NO_DRAFT = TokenTree()
 
@@ -120,30 +120,9 @@ def draft_tree(
         return tree
 
 
-def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
-    """Verify the draft. model: anything that has `Model.step`; with `verdict` as well, which does on the device what
-    `verify` does, where it `decides`. The cache holds a beginning of `text`, and `text` and the whole tree afterwards.
-
-    A drafted token may make the model overflow where the target alone would not go. So a pass with numbers that are not
-    finite is repeated without the draft. Raises NonFiniteLogits when they are those of the text itself; the cache is
-    as before then.
-    """
-    held = cache.length
-    try:
-        if getattr(model, "decides", False) and not sampling.uses_rejection:
-            verdict: Verdict = model.verdict(cache, text[held:], tree, sampling)
-            return verdict
-        return verify(tree, model.step(cache, text[held:], tree), len(text), sampling)
-    except NonFiniteLogits:
-        cache.rollback(held)
-        cache.clean()
-        if not len(tree):
-            raise
-        return checked_pass(model, cache, text, NO_DRAFT, sampling)
-
-
 def verify_tree(model: Model, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
-    """One pass of the target over the draft. The cache holds the text and the accepted tokens afterwards."""
+    """One pass of the target over the draft. The cache holds a beginning of the text, and the text and the accepted
+    tokens afterwards."""
     verdict = checked_pass(model, cache, text, tree, sampling)
     cache.keep(len(text), verdict.path)
     return verdict

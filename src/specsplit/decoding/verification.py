@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from specsplit.decoding.sampling import ACCEPTANCE, RESIDUAL, Sampling, check_chosen, choose, gumbel, log_probs, uniform
+from specsplit.decoding.sampling import (
+    ACCEPTANCE,
+    RESIDUAL,
+    NonFiniteLogits,
+    Sampling,
+    check_chosen,
+    choose,
+    gumbel,
+    log_probs,
+    uniform,
+)
 from specsplit.decoding.tree import ROOT, TokenTree
 
 
@@ -19,6 +30,29 @@ class Verdict:
 
     path: list[int]
     next_token: int
+
+
+def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
+    """Verify a draft in one pass. model: anything that has `loop.Model.step`; with `verdict` as well, which does on the
+    device what `verify` does, where it `decides`. The cache holds a beginning of `text`, and `text` and the whole tree
+    afterwards.
+
+    A drafted token may make the model overflow where the target alone would not go. So a pass with numbers that are not
+    finite is repeated without the draft. Raises NonFiniteLogits when they are those of the text itself; the cache is
+    as before then.
+    """
+    held = cache.length
+    try:
+        if getattr(model, "decides", False) and not sampling.uses_rejection:
+            verdict: Verdict = model.verdict(cache, text[held:], tree, sampling)
+            return verdict
+        return verify(tree, model.step(cache, text[held:], tree), len(text), sampling)
+    except NonFiniteLogits:
+        cache.rollback(held)
+        cache.clean()
+        if not len(tree):
+            raise
+        return checked_pass(model, cache, text, TokenTree(), sampling)
 
 
 def verify(tree: TokenTree, logits: torch.Tensor, position: int, sampling: Sampling) -> Verdict:

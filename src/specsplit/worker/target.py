@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from specsplit.decoding.loop import checked_pass
 from specsplit.decoding.sampling import GREEDY, NonFiniteLogits, Sampling
 from specsplit.decoding.tree import TokenTree
-from specsplit.decoding.verification import Verdict
+from specsplit.decoding.verification import Verdict, checked_pass
 from specsplit.worker.refusals import NotFinite
 from specsplit.worker.sessions import Session
 
