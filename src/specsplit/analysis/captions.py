@@ -95,8 +95,8 @@ CAPTIONS = {
     "hidden_states": (
         "A head that reads the target's hidden states beside a draft that reads none, at simulated round trips "
         "and bandwidths to the target: milliseconds per token of whole texts. The states of every position cross "
-        "that link once, those of the prompt right after the first token, so a slow link holds the head up more "
-        "than the other draft. Where its line is below the black one, the head is faster."
+        "that link once, those of the prompt in the reply with the first token, so a slow link holds the head up "
+        "more than the other draft. Where its line is below the black one, the head is faster."
     ),
     "distill": (
         "A draft in training. Left, how far it is from its target, on texts that it learns from and on others; middle, "

@@ -11,6 +11,7 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, series_style, settle_layout
 from specsplit.analysis.peers_table import latency_ratio
+from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import quantiles
 from specsplit.client.result import LINK_BYTES
 
@@ -18,6 +19,7 @@ KIND = ["draft", "project", "form", "window"]
 NETWORK = ["rtt_ms", "bandwidth_mbit"]
 DRAFT = "draft"  # the one that reads no states
 WIDTH_IN, HEIGHT_IN = 6.8, 2.9
+STYLES = 6  # of `series_style` that differ
 
 
 def summarize_states_cost(texts: DataFrame, *, confidence: float = 0.95) -> DataFrame:
@@ -68,7 +70,7 @@ def states_sentences(table: DataFrame) -> list[str]:
         f"{_range(draft['acceptance_length'])}.",
     ]
     if known.empty:
-        return [*said, f"With {texts} prompts no ratio has an interval, so neither draft is called the faster one."]
+        return [*said, f"No ratio has an interval (prompts: {texts}; it takes {MIN_PROMPTS}), so no winner is named."]
     said.append(
         f"In {wins} of {len(known)} cases (a way to ship the states at one network, {texts} prompts each) the head is "
         f"faster than the other draft, in {losses} slower, in {len(known) - wins - losses} the interval holds both."
@@ -104,12 +106,17 @@ def _bandwidth(mbit: float) -> str:
 
 def _name(project: Any, form: Any, window: Any) -> str:
     vectors = "one vector" if project == "target" else "three vectors"
-    return f"{vectors} in {form}" + (f" of the last {window:.0f} positions" if window else "")
+    return f"{vectors} in {form}" + (f" of the last {window:.0f}" if window else "")
 
 
 def _range(values: Series) -> str:
     low, high = f"{values.min():.2f}", f"{values.max():.2f}"
     return low if low == high else f"{low} to {high}"
+
+
+def _style(place: int) -> dict[str, Any]:
+    """Of more lines than there are colours the later ones are dashed."""
+    return {**series_style(place), "linestyle": "--" if place >= STYLES else "-"}
 
 
 def draw_states_cost(table: DataFrame, path: Path) -> list[Path]:
@@ -125,10 +132,11 @@ def draw_states_cost(table: DataFrame, path: Path) -> list[Path]:
                 name = "reads no states" if kind[0] == DRAFT else _name(*kind[1:])
                 places = [ticks.index(mbit) for mbit in own["bandwidth_mbit"]]
                 line = sorted(zip(places, own["ms_per_token"], strict=True))
-                axes.plot(*zip(*line, strict=True), label=name, **series_style(place))
+                axes.plot(*zip(*line, strict=True), label=name, **_style(place))
             axes.set(title=f"RTT {rtt_ms:g} ms", xlabel="Mbit/s each way", ylim=(0, 1.1 * table["ms_per_token"].max()))
             axes.set_xticks(range(len(ticks)), [f"{mbit:g}" if mbit else "no limit" for mbit in ticks])
         panels[0].set_ylabel("ms per token")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3 if len(names) <= STYLES else 2)
         settle_layout(figure)
         return save_figure(figure, path, {"Title": "Time per token with hidden states on the network"})
