@@ -14,6 +14,7 @@ import pytest
 from specsplit.analysis.states_table import draw_states_cost, states_sentences
 from specsplit.cli.main import main
 from specsplit.launch.environment import REQUIRED
+from specsplit.provenance.facts import beside_facts, read_run
 from tiny_heads import make_tiny_head, save_tiny_head
 
 from grpc_fixtures import Reference, noisy_copy, serving
@@ -76,7 +77,10 @@ def test_bytes_are_those_on_paper(clients: list[str], tmp_path: Path) -> None:
         assert received[own & windowed].max() < 0.7 * received[own & whole].min()
         sent = rows["draft_sent_bytes_per_token"] * rows["generated_tokens"]
         assert (sent[own & whole] > 0.7 * positions * size).all()
-    assert json.loads((tmp_path / "hidden_states_run.json").read_text())["ours"]
+    facts = beside_facts(read_run(tmp_path / "hidden_states_run.json"))
+    assert {fact.partition(": ")[0] for fact in facts if " worker" in fact.partition(": ")[0]} == {
+        *("target worker", "draft worker states_cost.draft", "draft worker states_cost.head")  # not the sweep's draft
+    }
     assert figure.stat().st_size
     assert not list(tmp_path.glob("*.jsonl"))
 

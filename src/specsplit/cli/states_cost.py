@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.cli.plan import connected_configs, describe_texts, load_codec, read_prompts
     from specsplit.client.handshake import connected_pair
     from specsplit.experiment.runner import encode_prompts
-    from specsplit.experiment.states_cost import HEAD, StatesRecord, measure_states_cost
+    from specsplit.experiment.states_cost import DRAFT, HEAD, StatesRecord, measure_states_cost
     from specsplit.io import write_csv
     from specsplit.provenance.closure import code_sha256
     from specsplit.provenance.facts import beside_run
@@ -72,8 +72,16 @@ def run(args: argparse.Namespace) -> None:
     requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=room, raisable=raisable)
     workers = [worker for _, _, found in pairs for worker in found]
     run = describe_here() | describe_texts(args.prompts, codec, config, workers)
-    for name in ("max_output_tokens", "ignore_eos", *NO_NETWORK):  # of these texts, whatever those of the sweep are
+    # Of these texts and drafts, whatever those of the sweep are.
+    for name in ("max_output_tokens", "ignore_eos", "stop", "stop_token_ids", *NO_NETWORK):
         run["orchestrator"].pop(name, None)
+    run["ours"] = {
+        name: {
+            "workers": {worker["role"]: worker for worker in found},
+            "orchestrator": run["orchestrator"] | {"draft_name": f"states_cost.{name}"},
+        }
+        for name, (_, _, found) in zip((DRAFT, HEAD), pairs, strict=True)
+    }
 
     def show(rows: list[StatesRecord]) -> None:
         first = rows[0]
