@@ -7,12 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("SPECSPLIT_LEASE_PID", None)
 
 from tiny_models import make_tiny_model, make_tokenizer
+
+# How long an example takes says nothing about it, and differs on a busy machine.
+hypothesis.settings.register_profile("any time", deadline=None)
+hypothesis.settings.load_profile("any time")
 
 
 @pytest.fixture(scope="session")

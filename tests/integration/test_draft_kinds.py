@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from specsplit.client.pipeline import TextWriter
-from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
-from specsplit.distill.training import Trainer
+from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary
+from specsplit.distill.training import DraftLearner, Trainer
 from specsplit.distill.writing import Writer
 from specsplit.engines.transformers import CausalLM
 from specsplit.models.sources import prepare_model
@@ -54,9 +54,9 @@ def distilled(folder: Path, copy: Path) -> Path:
     texts = writer.batch(0).texts
     settings = TrainingSettings.load({"vocab_size": VOCAB // 2, "batch_size": 4, "validation_texts": 2, "epochs": 2})
     tokens = pick_vocabulary(settings, texts, target, top_k=8)
-    trainer = Trainer(build_draft(target, pick_layers(settings, target.num_layers), tokens), texts, tokens, settings)
-    trainer.run()
-    save_draft(trainer.model, tokens, "float32", folder, copy)
+    learner = DraftLearner(build_draft(target, pick_layers(settings, target.num_layers), tokens), tokens)
+    Trainer(learner, texts, settings).run()
+    learner.save("float32", folder, copy)
     return copy
 
 

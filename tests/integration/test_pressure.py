@@ -100,6 +100,7 @@ def test_who_finds_all_sessions_taken_waits_in_line(models: dict[str, Path], mod
             assert wait_until(lambda worker=worker: len(worker.servicer.sessions._spare) == 2)
 
 
+@pytest.mark.slow
 def test_every_client_gets_on_while_others_write_for_long(models: dict[str, Path]) -> None:
     """Four texts, one session on each worker: each has its turn long before any of them is done."""
     with workers(models, max_sessions=1, session_slice_s=0.1, max_context=2048) as (draft, target):

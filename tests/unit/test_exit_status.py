@@ -16,6 +16,7 @@ from specsplit.experiment.peers import Peer, PeerProcess
 
 CODE = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins without it
 import specsplit.cli.merge as command
 from specsplit import errors
 from specsplit.cli.main import main

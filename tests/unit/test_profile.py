@@ -12,10 +12,9 @@ from specsplit.analysis.context_figure import draw_context_curve, summarize_cont
 from specsplit.analysis.profile import PARTS, bar_label, draw_profile, profile, round_parts, summarize_overhead
 from specsplit.client.result import Round
 from specsplit.experiment.context_curve import ContextText
-from specsplit.settings.axes import CONFIGURATION
+from specsplit.settings.axes import CONFIGURATION, PLAIN
 
-SETTINGS = ("sync", "chain", "draft", "coupled", 0.0, 0, 1.0, 0.0, 0.0)
-PLAIN: dict[str, Any] = {**dict(zip(CONFIGURATION[1:], SETTINGS, strict=True)), "request_id": "a", "repeat": 1}
+ROW: dict[str, Any] = {**PLAIN, "request_id": "a", "repeat": 1}
 
 
 def a_round(number: int, arrived: float, draft: tuple[float, ...], verify: tuple[float, ...], network: float) -> Round:
@@ -32,7 +31,7 @@ ROUNDS = [
 
 
 def frame(gamma: int = 3, **about: Any) -> pd.DataFrame:
-    return pd.DataFrame([{**PLAIN, "gamma": gamma, **about, **asdict(row)} for row in ROUNDS])
+    return pd.DataFrame([{**ROW, "gamma": gamma, **about, **asdict(row)} for row in ROUNDS])
 
 
 def test_parts_add_up_to_the_time_between_arrivals() -> None:
@@ -96,7 +95,7 @@ def test_cost_is_relative_to_the_shortest_context(tmp_path) -> None:
 def test_no_two_configurations_have_one_label() -> None:
     """Every column that tells configurations apart, the draft among them, is in the label where it varies."""
     others = {"draft": "small", "mode": "overlap", "tree": "3x2", "sampling": "rejection", "temperature": 0.7}
-    others |= {"top_k": 5, "top_p": 0.9, "rtt_ms": 14.0, "jitter_ms": 2.0, "series": 2}
+    others |= {"top_k": 5, "top_p": 0.9, "rtt_ms": 14.0, "jitter_ms": 2.0, "bandwidth_mbit": 100.0, "series": 2}
     plain = {**PLAIN, "gamma": 4, "series": 1}
     assert set(others) == {*CONFIGURATION[1:], "series"}
     rows = pd.DataFrame([plain, *({**plain, name: value} for name, value in others.items())])
