@@ -198,6 +198,7 @@ def test_what_measurements_with_simulated_models_load(shop: Shop) -> None:
         assert {"worker/server.py", "engines/synthetic.py"} <= loaded
 
 
+@pytest.mark.slow
 def test_what_the_making_of_drafts_loads(shop: Shop, models: tuple[Path, Path]) -> None:
     target = ("--target", models[0])
     draft = ("--draft", "draft")

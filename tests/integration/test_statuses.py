@@ -28,6 +28,7 @@ from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.run import OrchestratorConfig
 
 from grpc_fixtures import Worker, serving
+from waiting import wait_until
 
 Code = grpc.StatusCode
 PROMPT = [65, 66, 67]
@@ -247,8 +248,10 @@ def crowded(worker: Worker, calls: int) -> Iterator[str]:
 
 def test_over_grpcs_own_bound_texts_and_connections_wait(target: Worker) -> None:
     expected = write(target.address).output_tokens
+    assert wait_until(lambda: not len(target.servicer.open_calls))
     with crowded(target, 1) as address, grpc.insecure_channel(address) as channel:
         silent = pb_grpc.TargetServiceStub(channel).StreamVerify(_nothing(over := threading.Event()))
+        assert wait_until(lambda: len(target.servicer.open_calls) == 1)
         with pytest.raises(WorkerError, match="RESOURCE_EXHAUSTED: Concurrent RPC limit exceeded!"):
             connect("target", address, timeout_s=0.3)
         threading.Timer(0.5, over.set).start()

@@ -70,7 +70,7 @@ STRANGE = ("inf", "-inf", "nan", "1e999", "-1", "99999999999999999999999999", "Â
            "\udcff", "a,b", "0x10", "1_0")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "serve" else n for n in COMMANDS])
 def test_strange_values_of_every_flag(specsplit: Run, name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     words, classes = COMMANDS[name]

@@ -134,7 +134,7 @@ def written_alone(model: Model, start: list[int], position: int, length: int, sa
     return text
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(trees(), kinds, st.integers(0, 1000), st.integers(0, 4096), st.integers(0, 4))
 def test_coupled_text_is_what_the_target_writes_alone(
     tree: TokenTree, sampling: Sampling, seed: int, position: int, planted: int
