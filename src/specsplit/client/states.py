@@ -38,14 +38,9 @@ class PassedStates:
         all again. only: verify nothing."""
         window = self._config.hidden_states_window
         first = max(length - only - (window or length), 0) if self._end < 0 else self._end
-        return pb.WantedStates(
-            first=first,
-            layers=self._wanted.layers,
-            form=self._wanted.form,
-            projected=self._wanted.projected,
-            message_bytes=self._wanted.message_bytes,
-            only=only,
-        )
+        wanted = pb.WantedStates(first=first, only=only)
+        wanted.MergeFrom(self._wanted)
+        return wanted
 
     def lacking(self, length: int) -> bool:
         """Whether a draft for a text of `length` tokens needs states that nobody has asked for."""
@@ -80,7 +75,7 @@ def check_states(draft: pb.DescribeReply, target: pb.DescribeReply, config: Orch
             f"{pair} gives none: its worker is of an older version, or its engine cannot (use engine transformers or "
             "fused, and a target with weights)"
         )
-    last = max([*needed.layers, *(() if needed.layers else (2,))])
+    last = max(needed.layers, default=2)
     mismatches = [
         (
             needed.hidden_size != given.hidden_size,
