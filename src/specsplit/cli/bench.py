@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specsplit.cli.flags import add_setting_flags, settings_part
-from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
+from specsplit.cli.measuring import add_prompts_flag, add_workers_dir_flag
 from specsplit.cli.worker_flags import add_gpus_flag
 from specsplit.errors import UserError
 from specsplit.settings.measure import BenchSettings
