@@ -6,11 +6,9 @@ from dataclasses import asdict
 from itertools import product
 from typing import Any
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.decoding.theory import PipelineMode
 from specsplit.experiment.theory_check import simulated_workers
 from specsplit.experiment.transport import bare_round_trip_ms
-from specsplit.rpc.credentials import Access
 from specsplit.settings.measure import OverheadSettings
 from specsplit.settings.run import OrchestratorConfig
 
@@ -26,11 +24,7 @@ def measure_overhead(settings: OverheadSettings) -> list[dict[str, Any]]:
     """
     points: list[tuple[PipelineMode, int]] = [("sync", 0), *product(settings.mode, settings.gamma)]
     rows = []
-    ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
-    with (
-        simulated_workers(ACCEPTANCE, draft_ms=0.0, verify_ms=0.0) as (draft, target),
-        TextWriter(draft, target, access=ours) as writer,
-    ):
+    with simulated_workers(ACCEPTANCE, draft_ms=0.0, verify_ms=0.0) as writer:
         bare_ms = bare_round_trip_ms(0.0, repeats=500)
         for text in range(-1, settings.texts):  # -1: the warm-up
             for mode, gamma in points:

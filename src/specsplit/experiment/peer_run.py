@@ -14,6 +14,7 @@ from specsplit.experiment.llama_cpp import LlamaCpp
 from specsplit.experiment.peer_fit import GivenModel, check_models, why_left_out
 from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, race
 from specsplit.experiment.peers import LLAMA_CPP, Peer, PeerModel, PeerProcess
+from specsplit.experiment.records import deciding
 from specsplit.experiment.runner import encode_prompts, worker_identity
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.fingerprint import gguf_weights
@@ -146,7 +147,7 @@ def _deciding(ours: Sequence[Ours]) -> dict[str, Any]:
     decides = {}
     for contender in ours:
         workers = {role: worker_identity(worker) for role, worker in _describe(contender)["workers"].items()}
-        settings = contender.config.model_dump(mode="json", exclude=contender.config.operating())
+        settings = deciding(contender.config)
         decides[contender.label] = {"settings": settings, "workers": workers}
     return decides
 

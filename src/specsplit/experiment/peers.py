@@ -94,6 +94,11 @@ class PeerText:
         return self.arrived_ms[-1]
 
     @property
+    def first(self) -> int:
+        """How many tokens came first, at ttft_ms."""
+        return min(self.chunks[0], len(self.output_tokens))
+
+    @property
     def rounds(self) -> int:
         return len(self.chunks) if self.passes is None else self.passes
 

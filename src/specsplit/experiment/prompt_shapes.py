@@ -56,7 +56,7 @@ class Conversation:
 
 
 def read_conversation(data: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
-    """The conversation of a row. columns: the names that the user gave to `prompt`, `id`, `category` or `system`; `a.b` is inside `a`.
+    """The conversation of a row. columns: names that the user gave to prompt, id, category, system; a.b is inside a.
 
     Raises RowError that says what is wrong with it.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,3 +30,10 @@ def writing_rows(path: Path, record: type[Any]) -> Iterator[Callable[[Any], None
             file.flush()
 
         yield write
+
+
+def write_rows(path: Path, record: type[Any], rows: Iterable[Any]) -> None:
+    """Write a table of all of these rows; record: their dataclass."""
+    with writing_rows(path, record) as write:
+        for row in rows:
+            write(row)
