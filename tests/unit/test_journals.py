@@ -123,9 +123,8 @@ def run_race(output: Path, **options: Any) -> list[dict[str, str]]:
     gammas = options.pop("gammas", (0, 4))
     configs = [OrchestratorConfig(gamma=gamma, max_output_tokens=4) for gamma in gammas]
     ours = [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
-    peers: Any = [Peer("generate")]
     hugging_face: Any = HuggingFace()
-    race(REQUESTS, ours, peers, hugging_face, output, warmup=0, repeats=2, **options)
+    race(REQUESTS, ours, {Peer("generate"): hugging_face}, hugging_face, output, warmup=0, repeats=2, **options)
     with output.open(newline="") as file:
         return list(csv.DictReader(file))
 

@@ -85,7 +85,8 @@ def raced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         configs = [OrchestratorConfig(gamma=gamma, max_output_tokens=3) for gamma in (0, 4)]
         ours = [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
         output = tmp_path / "peers_requests.csv"
-        race(REQUESTS, ours, [Peer("generate")], FakeHuggingFace(log), output, **options)  # type: ignore[arg-type]
+        hugging_face: Any = FakeHuggingFace(log)
+        race(REQUESTS, ours, {Peer("generate"): hugging_face}, hugging_face, output, **options)
         with output.open(newline="") as file:
             return log, list(csv.DictReader(file))
 

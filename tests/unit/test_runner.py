@@ -43,6 +43,7 @@ class Words:
     """A codec whose tokens are numbers."""
 
     sha256 = "f" * 64
+    has_template = False
 
     def encode(self, prompt: str, *, use_chat_template: bool) -> list[int]:
         return [int(word) for word in prompt.split()]

@@ -73,11 +73,10 @@ _Write = Callable[[Request], PeerText]
 def race(
     requests: Sequence[Request],
     ours: Sequence[Ours],
-    peers: Sequence[Peer],
+    peers: Mapping[Peer, PeerProcess],
     hugging_face: HuggingFace,
     output: Path,
     *,
-    others: Mapping[Peer, PeerProcess] | None = None,
     warmup: int,
     repeats: int,
     decides: Mapping[str, Any] | None = None,
@@ -88,8 +87,8 @@ def race(
     decides: what else the rows depend on, as models and code. What is in the journal of an earlier attempt with the
     same ones is not measured again; with a gamma that learns from text to text (auto) it is.
 
-    ours: the first one is REFERENCE. others: the processes of peers that Hugging Face does not run. warmup: requests
-        that each contender runs before, in no table.
+    ours: the first one is REFERENCE. peers: each with its process. warmup: requests that each contender runs before, in
+        no table.
     The order of the contenders moves on by one with each request, so that none always follows the same one.
     """
     if ours[0].label != REFERENCE:
@@ -99,8 +98,7 @@ def race(
         contenders: dict[str, tuple[str, _Write]] = {
             contender.label: ("specsplit", _our_writer(contender, stack)) for contender in ours
         }
-        for peer in peers:
-            process = (others or {}).get(peer, hugging_face)
+        for peer, process in peers.items():
             contenders[peer.label] = peer.engine, _peer_writer(peer, process, ours[0].config, ours[0].target, limit)
         labels = list(contenders)
         expected: dict[str, list[int]] = {}

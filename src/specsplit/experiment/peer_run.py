@@ -74,28 +74,24 @@ def run_race(
     requests = encode_prompts(prompts, codec, chat=ours[0].config.use_chat_template, limit=limit)
     threads = ours[0].target.description.threads
     with ExitStack() as stack:
-        running: list[Peer] = []
-        others: dict[Peer, PeerProcess] = {}
+        running: dict[Peer, PeerProcess] = {}
         models = {role: _as_served(role, model, ours) for role, model in given.items()}
         target, drafting = models["target"], any(p.kind == "assisted" for p in peers if p not in left_out)
         assert target is not None
         on_start(f"loading the models of the peers, {threads} threads ...")
         hugging_face = stack.enter_context(HuggingFace(target, models["draft"] if drafting else None, threads))
         for peer in peers:
-            if peer not in left_out and peer.engine == LLAMA_CPP:
-                draft = given["draft"] if peer.wants_draft else None
-                files = gguf_weights(target.folder), gguf_weights(draft.folder) if draft else None
-                assert files[0] is not None
+            if peer not in left_out:
                 try:
-                    others[peer] = stack.enter_context(LlamaCpp(peer, files[0], files[1], threads, limit))
-                except (
-                    UserError
-                ) as error:  # a wheel that does not fit the machine, a type of weights that it does not read
+                    running[peer] = (
+                        hugging_face
+                        if peer.engine != LLAMA_CPP
+                        else stack.enter_context(_llama_cpp(peer, given, threads, limit))
+                    )
+                except UserError as error:  # a wheel that does not fit the machine, a type of weights it does not read
                     left_out[peer] = str(error)
             if peer in left_out:
                 on_start(f"{peer.label} is left out: {left_out[peer]}")
-            else:
-                running.append(peer)
         run: dict[str, Any] = {
             "schema_version": 1,
             **describe_here(),
@@ -105,10 +101,10 @@ def run_race(
             "settle_s": SETTLE_S,
             "ours": {contender.label: _describe(contender) for contender in ours},
             "hugging_face": {
-                "peers": [p.label for p in running if p not in others],
+                "peers": [peer.label for peer, process in running.items() if process is hugging_face],
                 **hugging_face.description,
             },
-            "llama_cpp": {peer.label: process.description for peer, process in others.items()},
+            "llama_cpp": {p.label: running[p].description for p in running if running[p] is not hugging_face},
             "left_out": {peer.label: {"engine": peer.engine, "reason": reason} for peer, reason in left_out.items()},
             "tokenizer_sha256": codec.sha256,
         }
@@ -122,7 +118,6 @@ def run_race(
             running,
             hugging_face,
             table,
-            others=others,
             warmup=settings.warmup,
             repeats=settings.repeats,
             decides=decides,
@@ -130,6 +125,15 @@ def run_race(
         )
     write_run(beside_run(table), {**run, "finished": utc_now()}, [table])
     return table
+
+
+def _llama_cpp(peer: Peer, given: Mapping[str, GivenModel | None], threads: int, context: int) -> LlamaCpp:
+    files = [
+        None if model is None else gguf_weights(model.folder)
+        for model in (given["target"], given["draft"] if peer.wants_draft else None)
+    ]
+    assert files[0] is not None
+    return LlamaCpp(peer, files[0], files[1], threads, context)
 
 
 def _as_served(role: str, model: GivenModel | None, ours: Sequence[Ours]) -> PeerModel | None:

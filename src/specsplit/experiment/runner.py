@@ -19,9 +19,8 @@ from typing import Any
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
-from specsplit.client.text import OnTokens
 from specsplit.errors import RunError, UserError, WorkerError
-from specsplit.experiment.baselines import Beside, Contender
+from specsplit.experiment.baselines import Beside, Contender, contenders
 from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord
 from specsplit.experiment.journal import JOURNAL, Journal
 from specsplit.experiment.prompt import Prompt
@@ -221,23 +220,10 @@ def _measure(
     descriptions = {c.role: c.description for c in (draft, target) if c}
     access = Access.of(config)
     with TextWriter(draft.address if draft else None, target.address, descriptions, access=access) as writer:
-
-        def stops() -> OnTokens | None:
-            return stops_at(codec, config.stop)
-
-        def write(request: Request) -> SpeculativeResult:
-            own = request_config(config, request)
-            on_tokens = stops()
-            return writer.write(
-                request.token_ids, own, on_tokens=on_tokens, controller=controller, request_id=request.id
-            )
-
-        contenders = [Contender(WORKERS, config, write)]
-        if beside is not None:
-            contenders += beside.contenders(config, writer, stops)
+        taking_turns = contenders(config, writer, lambda: stops_at(codec, config.stop), controller, beside)
         first_turns = [replace(request, repeat=0) for request in requests if request.previous is None]
         for request in islice(cycle(first_turns), warmup):
-            for contender in contenders:
+            for contender in taking_turns:
                 contender.write(request)
         if controller is not None and learnt is not None:
             controller.restore(learnt)
@@ -246,26 +232,29 @@ def _measure(
                 request = _with_text_so_far(request, entries, codec, config, target.description.max_context)
             except UserError as failure:
                 error = WorkerError(str(failure), code="FAILED_PRECONDITION")
-                record = _record(contenders[0], request, SpeculativeResult(), error)
+                record = _record(taking_turns[0], request, SpeculativeResult(), error)
                 learnt = controller.state() if controller else None
                 yield Entry(record, [], _output(record, [], codec, config), controller=learnt)
                 continue
-            shift = number % len(contenders)
+            shift = number % len(taking_turns)
             written, spent = {}, {}
             meter.spent()
-            for place in [*range(shift, len(contenders)), *range(shift)]:
-                written[place] = _write(contenders[place], request)
+            for place in [*range(shift, len(taking_turns)), *range(shift)]:
+                written[place] = _write(taking_turns[place], request)
                 spent[place] = meter.spent()
             rows = [
                 replace(_record(contender, request, *written[place]), **spent[place])
-                for place, contender in enumerate(contenders)
+                for place, contender in enumerate(taking_turns)
             ]
             result = written[0][0]
             yield Entry(
                 rows[0],
                 round_records(request, result, config),
                 _output(rows[0], result.output_tokens, codec, config),
-                [ReferenceRecord(**vars(row), setup=c.setup) for row, c in zip(rows[1:], contenders[1:], strict=True)],
+                [
+                    ReferenceRecord(**vars(row), setup=c.setup)
+                    for row, c in zip(rows[1:], taking_turns[1:], strict=True)
+                ],
                 controller.state() if controller else None,
             )
 
