@@ -28,8 +28,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.cli.plan import at_gammas, connect
+    from specsplit.experiment.columns import writing_rows
     from specsplit.experiment.openai_load import LoadRow, client_version, measure_openai_load
-    from specsplit.experiment.rows import writing_rows
     from specsplit.models.sources import tokenizer_folder
 
     client_version()

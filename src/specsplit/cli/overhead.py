@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from specsplit.analysis.profile import summarize_overhead
-    from specsplit.experiment.overhead import measure_overhead
+    from specsplit.experiment.theory_check import measure_overhead
     from specsplit.launch.lease import hold_lease
     from specsplit.provenance.run_file import describe_here
 

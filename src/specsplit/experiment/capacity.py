@@ -18,18 +18,18 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.text import OnTokens
 from specsplit.errors import WorkerError
-from specsplit.experiment.arrivals import arrival_times
-from specsplit.experiment.columns import FAILED, OK, RequestRecord
+from specsplit.experiment.columns import FAILED, OK, RequestRecord, writing_rows
 from specsplit.experiment.journal import journal_beside
 from specsplit.experiment.records import Request, deciding, gamma_controller, repeated, request_config, request_record
-from specsplit.experiment.rows import writing_rows
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import Access
-from specsplit.settings.measure import CLOSED, CapacitySettings
+from specsplit.settings.measure import CLOSED, ArrivalPattern, CapacitySettings
 from specsplit.settings.run import OrchestratorConfig
 
 WARM_UP_TOKENS = 8
@@ -231,6 +231,23 @@ async def _open_loop(
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
             tasks.append(group.create_task(writer.write(request, number, due_ms=at * 1e3)))
     return [task.result() for task in tasks]
+
+
+def arrival_times(count: int, rate: float, pattern: ArrivalPattern, burstiness: float, seed: int) -> list[float]:
+    """Seconds from the first of `count` requests to each of them, ascending; the first is 0.
+
+    rate: mean requests per second. pattern: gaps that are all alike (`constant`), exponential (`poisson`) or from a
+    gamma distribution of shape `burstiness` (`gamma`: below 1 in bursts, 1 as poisson, above 1 more even), as in the
+    load generators of vLLM and AIPerf. The same arguments give the same times.
+    """
+    draws = np.random.default_rng(seed)
+    if pattern == "constant":
+        gaps = np.ones(count - 1)
+    elif pattern == "poisson":
+        gaps = draws.exponential(size=count - 1)
+    else:
+        gaps = draws.gamma(burstiness, 1 / burstiness, size=count - 1)
+    return [0.0, *(np.cumsum(gaps) / rate).tolist()]
 
 
 class _Writer:

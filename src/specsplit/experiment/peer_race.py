@@ -13,11 +13,11 @@ from typing import Any
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.decoding.measures import per_token_ms
+from specsplit.experiment.columns import writing_rows
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.journal import journal_beside
 from specsplit.experiment.peers import Peer, PeerProcess, PeerText
 from specsplit.experiment.records import Request, gamma_controller, repeated, request_config, tokens_sha256
-from specsplit.experiment.rows import writing_rows
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.settings.run import OrchestratorConfig

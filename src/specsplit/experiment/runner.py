@@ -21,7 +21,7 @@ from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.errors import RunError, UserError, WorkerError
 from specsplit.experiment.baselines import Beside, Contender, contenders
-from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord
+from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord, write_rows
 from specsplit.experiment.journal import JOURNAL, Journal
 from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.prompt_tokens import later_turn_tokens, prompt_tokens
@@ -33,7 +33,6 @@ from specsplit.experiment.records import (
     request_record,
     round_records,
 )
-from specsplit.experiment.rows import write_rows
 from specsplit.experiment.usage import Meter
 from specsplit.io import combined_sha256, json_sha256, replace_file
 from specsplit.launch.endpoint import description_dict

@@ -1,4 +1,4 @@
-"""Simulated models behind real workers, every pipeline mode: measured time per token beside the formula's.
+"""Simulated models behind real workers: measured time per token beside the formula's, and rounds of no model time.
 
 The time of the models and how often they agree are given, so the difference between measurement and formula is the cost
 of the system itself.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
@@ -23,8 +24,10 @@ from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import own_workers, start_worker
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access
-from specsplit.settings.measure import SimulationSettings
+from specsplit.settings.measure import OverheadSettings, SimulationSettings
 from specsplit.settings.run import MODES, OrchestratorConfig
+
+ACCEPTANCE = 0.8  # of the drafts whose overhead is measured
 
 
 @dataclass(frozen=True)
@@ -139,3 +142,26 @@ def _row(
         hit_rate=sum(hits) / len(hits) if hits else None,
         lossless=[result.output_tokens for result in results] == alone,
     )
+
+
+def measure_overhead(settings: OverheadSettings) -> list[dict[str, Any]]:
+    """The rounds of the texts in each mode at each gamma, and of the target alone (gamma 0).
+
+    A row a round: mode, gamma, text, the fields of `Round`, and bare_grpc_ms: the median of a message of about that
+    size and its answer with gRPC and nothing else, measured just before. The points take turns text by text, after
+    a first text each that is not counted.
+    """
+    points: list[tuple[PipelineMode, int]] = [("sync", 0), *product(settings.mode, settings.gamma)]
+    rows = []
+    with simulated_workers(ACCEPTANCE, draft_ms=0.0, verify_ms=0.0) as writer:
+        bare_ms = bare_round_trip_ms(0.0, repeats=500)
+        for text in range(-1, settings.texts):  # -1: the warm-up
+            for mode, gamma in points:
+                config = OrchestratorConfig.load(
+                    {"mode": mode, "gamma": gamma, "max_output_tokens": settings.tokens, "temperature": 0.0}
+                )
+                result = writer.write([65 + max(text, 0), 66, 67], config)
+                if text >= 0:
+                    about = {"mode": mode, "gamma": gamma, "text": text, "bare_grpc_ms": bare_ms}
+                    rows += [{**about, **asdict(row)} for row in result.rounds]
+    return sorted(rows, key=lambda row: points.index((row["mode"], row["gamma"])))
