@@ -11,15 +11,13 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.decoding.measures import per_token_ms
 from specsplit.experiment.columns import writing_rows
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.journal import journal_beside
 from specsplit.experiment.peers import Peer, PeerProcess, PeerText
-from specsplit.experiment.records import Request, gamma_controller, repeated, request_config, tokens_sha256
+from specsplit.experiment.records import Request, gamma_controller, repeated, request_config, text_writer, tokens_sha256
 from specsplit.rpc.connection import Connection
-from specsplit.rpc.credentials import Access
 from specsplit.settings.run import OrchestratorConfig
 
 SETTLE_S = 0.25  # between turns: threads that wait actively go to sleep (Intel's OpenMP after 0.2 s)
@@ -163,11 +161,8 @@ def _take_turn(
 
 
 def _our_writer(contender: Ours, stack: ExitStack) -> _Write:
-    draft, config = contender.draft, contender.config
-    writer = stack.enter_context(
-        TextWriter(draft.address if draft else None, contender.target.address, access=Access.of(config))
-    )
-    controller = gamma_controller(config)
+    config = contender.config
+    writer, controller = stack.enter_context(text_writer(config)), gamma_controller(config)
 
     def write(request: Request) -> PeerText:
         own = request_config(config, request)

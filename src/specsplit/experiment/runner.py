@@ -27,6 +27,7 @@ from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.prompt_tokens import later_turn_tokens, prompt_tokens
 from specsplit.experiment.records import (
     Request,
+    deciding,
     gamma_controller,
     repeated,
     request_config,
@@ -119,7 +120,7 @@ def run_requests(
     run["energy"] = meter.told()
     sampler = GpuSampler()
     plan = repeated(requests, repeats)
-    with Journal(run_dir / JOURNAL, _what_decides(run, requests), resume=resume) as journal:
+    with Journal(run_dir / JOURNAL, _what_decides(run, requests, config), resume=resume) as journal:
         for name in (*TABLES, "run.json"):
             (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
         every = [Entry.read(content) for content in journal.contents]
@@ -341,14 +342,12 @@ def worker_identity(worker: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "limits": {name: limit for name, limit in limits.items() if name not in _LIMITS_OPERATION}}
 
 
-def _what_decides(run: Mapping[str, Any], requests: Sequence[Request]) -> dict[str, Any]:
+def _what_decides(run: Mapping[str, Any], requests: Sequence[Request], config: OrchestratorConfig) -> dict[str, Any]:
     """The settings that the rows of one run share: those of another run with the same ones may stand beside them."""
-    operates = OrchestratorConfig.operating()
-    workers = {role: worker_identity(worker) for role, worker in run["workers"].items()}
     return {
         "requests_sha256": json_sha256([_identity(request) for request in requests]),
-        "orchestrator": {key: value for key, value in run["orchestrator"].items() if key not in operates},
-        "workers": workers,
+        "orchestrator": deciding(config),
+        "workers": {role: worker_identity(worker) for role, worker in run["workers"].items()},
         **{key: run[key] for key in ("repeats", "warmup_requests", "tokenizer_sha256", "machine", "environment")},
         **{key: run[key] for key in ("software_sha256", "run_code_sha256", "beside")},
     }
