@@ -19,10 +19,11 @@ from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.errors import UserError
 from specsplit.experiment import llama_cpp
-from specsplit.experiment.peer_fit import GivenModel, check_models, why_left_out
 from specsplit.experiment.peer_race import Ours, PeerRecord, race
+from specsplit.experiment.peer_run import GivenModel, check_models, why_left_out
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request
+from specsplit.settings.measure import BenchSettings
 from specsplit.settings.run import OrchestratorConfig
 
 REQUESTS = [Request("a", "chat", [5, 6]), Request("b", "code", [7])]
@@ -46,8 +47,8 @@ def test_peers_have_names(text: str, label: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "assisted-0", "assisted-x", "generate-5", "beam", "llama.cpp-5", "llama"])
 def test_other_peers_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="none of generate, assisted, assisted-N, prompt-lookup"):
-        Peer.parse(text)
+    with pytest.raises(UserError, match="--baseline = .*should match"):
+        BenchSettings.load({"baseline": [text]})
 
 
 class FakeHuggingFace:
