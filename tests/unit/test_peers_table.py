@@ -47,7 +47,7 @@ def test_peers_have_names(text: str, label: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "assisted-0", "assisted-x", "generate-5", "beam", "llama.cpp-5", "llama"])
 def test_other_peers_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match="--baseline = .*should match"):
+    with pytest.raises(UserError, match=r"--baseline = .*should match"):
         BenchSettings.load({"baseline": [text]})
 
 

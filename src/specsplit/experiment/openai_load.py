@@ -95,7 +95,7 @@ def measure_openai_load(
     """
     version = client_version()
     alone: dict[int, float] = {}
-    with TemporaryDirectory() as folder, _book(book, Path(folder)) as book_url:
+    with TemporaryDirectory() as folder, _book(book, Path(folder) / "book") as book_url:
         for config in configs:
             with _server(config, max(clients), Path(folder)) as url:
                 for number in clients:
@@ -153,7 +153,8 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 @contextmanager
 def _book(text: str, folder: Path) -> Iterator[str]:
-    """The address of the text, in a file in `folder`, on a server of our own."""
+    """The address of the text, which a server of our own has in `folder`, where nothing else may be."""
+    folder.mkdir()
     (folder / "book.txt").write_text(text, encoding="utf-8")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
