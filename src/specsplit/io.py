@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,16 +29,25 @@ _LOCK = ".lock"
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
-    So a reader sees the old file or the new one, never a part. Makes the folder when it is missing.
+    So a reader sees the old file or the new one, never a part. Makes the folder when it is missing. Of a link what it
+    leads to is replaced. Raises UserError for what cannot be written, and for what is no file, as /dev/null.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: a folder, pipe or device, which no file replaces; name another")
     # In the same folder: a rename is atomic within one file system only.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(path.parent)):
+            raise
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -79,23 +89,65 @@ def replace_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None
             file.write(content.encode() if isinstance(content, str) else content)
 
 
+def check_openable(path: Path) -> None:
+    """Raise UserError for a path that is no file which can be read to its end: a link to nothing, a folder, a pipe with
+    a name, which waits for whoever writes to it, a device; or one that may not be read.
+
+    The pipes of a shell, as /dev/stdin and <(...), have both ends open and pass.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        link = f"a link to {path.readlink()}, which is not there; bring that file as well" if path.is_symlink() else ""
+        raise UserError(f"{path}: {link or 'no such file'}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    pipe = stat.S_ISFIFO(mode) and not os.path.realpath(path).startswith("/proc/")
+    device = stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and path.name in ("zero", "random", "urandom", "full"))
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: a folder, where a file is wanted")
+    if pipe or device or stat.S_ISSOCK(mode):
+        raise UserError(f"{path}: a pipe, device or socket, where a file is wanted")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: no permission to read it; change that (chmod), or name another")
+
+
+def children(folder: Path) -> list[Path]:
+    """What is in a folder. Raises UserError when it may not be listed."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be read: {error.strerror or error}") from None
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises UserError that names the file, and the line when it is malformed."""
+    check_openable(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
+        if text.startswith("\ufeff"):
+            raise UserError(f"{path}: begins with a byte order mark; save it as UTF-8 without one") from None
         refuse_stand_in(path)
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key with two values, of which Python would take the last."""
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data and data[key] != value:
+            raise ValueError(f"the key {key!r} stands twice with different values; keep one of them")
+        data[key] = value
+    return data
 
 
 def _refuse(constant: str) -> None:

@@ -310,7 +310,7 @@ def test_folders_and_missing_files(tmp_path):
     put(tmp_path / "data" / "train.jsonl", b"")
     with pytest.raises(UserError, match=r"a folder.*holds train\.jsonl.*Name the file"):
         load_prompts(tmp_path / "data")
-    with pytest.raises(UserError, match=r"No such file.*dataset\.path"):
+    with pytest.raises(UserError, match=r"no such file.*dataset\.path"):
         load_prompts(tmp_path / "none")
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from specsplit.errors import UserError
-from specsplit.io import refuse_overwriting
+from specsplit.io import check_openable, refuse_overwriting
 
 # Flags that name a file to write, in some command.
 WRITTEN = {"output", "manifest", "figure", "losses", "rounds", "report", "checkpoint", "worker_log", "endpoint_file"}
@@ -14,7 +14,8 @@ TABLES = ("requests.csv", "per_round.csv", "peers_requests.csv", "capacity_reque
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Raise UserError when a flag for a file to write names the file of another flag, or a table of --results-dir."""
+    """Raise UserError when a flag for a file to write names the file of another flag, or a table of --results-dir; and
+    when one names what no command can open, as a pipe that nobody writes to."""
     paths = {
         f"--{name.replace('_', '-')}": value if isinstance(value, list) else [value]
         for name, value in vars(args).items()
@@ -24,6 +25,8 @@ def check_paths(args: argparse.Namespace) -> None:
     results = getattr(args, "results_dir", None)
     tables = [(results / name).resolve() for name in TABLES] if results is not None else []
     for flag, path in ((flag, path) for flag, several in paths.items() for path in several):
+        if path.exists() and not path.is_dir():
+            check_openable(path)
         if flag not in written:
             refuse_overwriting(written, {flag: path})
         if path.resolve() in tables:

@@ -161,6 +161,7 @@ class CausalLM:
             cache = self.new_cache(1 + len(tree))
             self.step(cache, [first])
             found = self.step(cache, (), tree)[-1].double()
+            check_finite(found, self.model)
             same = bool(torch.cosine_similarity(expected, found, dim=0) > limit)
         except UserError:
             raise
@@ -308,7 +309,13 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
                 f"{folder}: config.json is not that of the weights: {key} has the shape {tuple(stored)} there, and "
                 f"{tuple(wanted)} by config.json ({len(mismatched)} such). Fetch or convert the model again."
             )
-        if unused := sorted(report["unexpected_keys"]):
+        unused = sorted(report["unexpected_keys"])
+        if missed := [name for name in unused if _left_out(model, name)]:
+            raise UserError(
+                f"{folder}: config.json is not that of the weights: they hold {missed[0]}, which the model of config.json "
+                f"leaves out ({len(missed)} such). Fetch or convert the model again."
+            )
+        if unused:
             log.warning(
                 "%s: %d tensors of the weights belong to no part of the model that config.json describes, and are not "
                 "used: %s, ...",
@@ -319,14 +326,30 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def _left_out(model: nn.Module, name: str) -> bool:
+    """Whether a tensor of the weights is of a module of the model that has a place for it, which the configuration
+    leaves empty: the bias of a linear layer, or a layer beyond the last. Layers for the prediction of several tokens
+    stand there too, and are of no use here."""
+    within: Any = model
+    for part in name.split("."):
+        if isinstance(within, nn.ModuleList) and part.isdigit() and int(part) >= len(within):
+            more = getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0
+            return int(part) >= len(within) + more
+        if not hasattr(within, part):
+            return False
+        within = getattr(within, part)
+    return within is None
+
+
 def check_finite(logits: torch.Tensor, model: Any) -> None:
     """Raise UserError for logits that are not numbers: no token is the likeliest then."""
     if not bool(torch.isfinite(logits).all()):
         dtype = str(model.dtype).removeprefix("torch.")
-        other = "bfloat16" if dtype == "float16" else "float32"
+        other = {"float16": "bfloat16", "bfloat16": "float32"}.get(dtype)
+        why, mend = (f", or too large for dtype {dtype}", f", or use dtype {other}") if other else ("", "")
         raise UserError(
-            f"the logits of {type(model).__name__} are not numbers (NaN or infinite): its weights are damaged, or too "
-            f"large for dtype {dtype}. Fetch the model again, or use dtype {other}."
+            f"the logits of {type(model).__name__} are not numbers (NaN or infinite): its weights or its config.json are "
+            f"damaged{why}. Fetch the model again{mend}."
         )
 
 

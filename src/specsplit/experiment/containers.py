@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import io
 import lzma
-import stat
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.io import combined_sha256, sha256_file
+from specsplit.io import check_openable, children, combined_sha256, sha256_file
 
 MOST_UNPACKED_BYTES, PART_BYTES = 4 << 30, 1 << 24
 MOST_LAYERS = 3  # of compression
@@ -52,17 +51,13 @@ def read_source(path: Path) -> tuple[bytes | None, str]:
     Raises UserError for what is neither.
     """
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        if path.is_dir():
             return None, _folder_sha256(path)
-        endless = stat.S_ISCHR(mode) and path.name in ("zero", "random", "urandom")
-        if endless or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
-            raise UserError(f"{path}: a device, not a file; set dataset.path (--prompts) to a file of prompts")
+        check_openable(path)
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror or error}; set dataset.path (--prompts) to a file of prompts"
-        ) from None
+    except (OSError, UserError) as error:
+        why = str(error) if isinstance(error, UserError) else f"{path}: {error.strerror or error}"
+        raise UserError(f"{why}; set dataset.path (--prompts) to a file of prompts") from None
     return content, hashlib.sha256(content).hexdigest()
 
 
@@ -70,7 +65,7 @@ def _folder_sha256(path: Path) -> str:
     if any((path / name).is_file() for name in SAVED_DATASET):
         files = {file.relative_to(path).as_posix(): sha256_file(file) for file in path.rglob("*") if file.is_file()}
         return combined_sha256(files)
-    names = sorted(child.name for child in path.iterdir() if child.is_file())
+    names = [child.name for child in children(path) if child.is_file()]
     holds = f"; it holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "; it is empty"
     raise UserError(f"{path}: a folder, not a file of prompts{holds}. Name the file in it")
 

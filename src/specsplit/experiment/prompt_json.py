@@ -10,6 +10,7 @@ from typing import Any
 
 from specsplit.errors import UserError
 from specsplit.experiment.prompt_table import JSON_LINES, Row, Table, encoding_problem, shorten, undecodable
+from specsplit.io import unique_keys
 
 JSON_SPACE = " \t\n\r"
 MOST_DIGITS = 1000
@@ -28,21 +29,12 @@ def _parse(text: str, start: int | None = None) -> tuple[Any, int, tuple[str, ..
         notes[f"holds {name}, which JSON does not have; write null"] = None
         return float(name.replace("Infinity", "inf"))
 
-    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=constant, parse_int=_whole_number)
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=constant, parse_int=_whole_number)
     try:
         data, end = (decoder.decode(text), len(text)) if start is None else decoder.raw_decode(text, start)
     except RecursionError:
         raise ValueError("not usable JSON: nested too deeply") from None
     return data, end, tuple(notes)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in data and data[key] != value:
-            raise ValueError(f"the key {key!r} stands twice with different values; keep one of them")
-        data[key] = value
-    return data
 
 
 def _whole_number(text: str) -> int:

@@ -9,20 +9,51 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError, told
-from specsplit.io import combined_sha256, read_json, read_json_object, refuse_stand_in, sha256_file
-from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MAP_FILES, MODEL_FILES, TOKENIZER_FILES
+from specsplit.io import (
+    check_openable,
+    children,
+    combined_sha256,
+    read_json,
+    read_json_object,
+    refuse_stand_in,
+    sha256_file,
+)
+from specsplit.models.file_names import (
+    GGUF_FILE,
+    HEAD_WEIGHTS,
+    MAP_FILES,
+    MODEL_FILES,
+    TOKENIZER_EXTRAS,
+    TOKENIZER_FILES,
+)
 from specsplit.models.generation_settings import check_eos
 from specsplit.models.gguf_file import read_gguf
 from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
 
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What a folder holds in place of weights, and what to do about it.
+NO_WEIGHTS = (
+    (("*.incomplete", "*.part", "*.aria2", "*.crdownload"), "is a download that was not finished; fetch the model again"),
+    (("adapter_*",), "is of an adapter (LoRA), not a whole model; merge it into its base model (merge_and_unload of peft) "
+     "and save that"),
+    (("model-*-of-*.safetensors",), "is a shard without its index; fetch model.safetensors.index.json as well"),
+    (("*.gguf",), "is a GGUF file; convert it once: "
+     'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+     "[C.from_pretrained('{folder}', gguf_file='{name}').save_pretrained('{folder}') for C in (M, T)]\""),
+    (("*.safetensors",), "is not the name of weights in Hugging Face layout, model.safetensors"),
+    (("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.tflite"), "is of another framework; save the model as safetensors"),
+)
+LAYER_COUNT = re.compile(r"(num|n)(_\w+)?_layers?")
+MOST_LAYERS = 2048  # lists of so many are made when a configuration is read
+MOST_UNSTORED = 4  # times the stored numbers: a reduced output head is stored smaller than the configuration says
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 
@@ -57,23 +88,41 @@ def check_model_folder(folder: Path) -> None:
             f"{folder}: no such folder; prepare the model first, or name a folder with config.json, weights "
             "and a tokenizer"
         )
+    _check_files(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json, so not a model in Hugging Face layout")
+        raise UserError(f"{folder}: no config.json, so not a model in Hugging Face layout{_in_place_of_weights(folder)}")
     weight_files(folder)
     if not is_head(folder):
         check_tokenizer(folder)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError for a file of a model that cannot be opened: libraries would go on without it, or wait for it."""
+    for path in children(folder):
+        if matches(path.name, (*MODEL_FILES, HEAD_WEIGHTS)):
+            check_openable(path)
+
+
+def _in_place_of_weights(folder: Path) -> str:
+    """What the folder holds that is no model, for a message."""
+    names = [path.name for path in children(folder)]
+    for patterns, what in NO_WEIGHTS:
+        if name := next((name for name in names if matches(name, patterns)), None):
+            return f": {name} {what.format(folder=folder, name=name)}"
+    return ""
 
 
 def check_tokenizer(folder: Path) -> None:
     """Raise UserError unless `folder` holds a tokenizer."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; prepare the model first")
+    _check_files(folder)
     if not has_tokenizer(folder):
         raise UserError(f"{folder}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any(matches(path.name, TOKENIZER_FILES) for path in folder.iterdir())
+    return any(matches(path.name, TOKENIZER_FILES) for path in children(folder))
 
 
 def read_config(folder: Path) -> Any:
@@ -101,15 +150,28 @@ def read_config(folder: Path) -> Any:
             f"{folder}: the weights are quantised ({method}), which is not run here; take the model as it was before, "
             "or a GGUF file of it, and quantise by the worker's dtype: int8"
         )
+    for key, value in _entries(stored):
+        if LAYER_COUNT.fullmatch(key) and type(value) is int and value > MOST_LAYERS:
+            raise UserError(f"{folder}: config.json describes a model of {value} layers ({key}), and none has so many")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever it meets in a file that nobody here has seen
         raise UserError(f"{folder}: transformers cannot read its configuration: {told(error)}") from error
 
 
-def _check_architecture(folder: Path, config: Any) -> None:
-    """Refuse what no engine can run, before anything is loaded. Attention that strays is found when a worker loads."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def _entries(stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys with their values, those of objects within it included."""
+    for key, value in stored.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _entries(value)
+
+
+def _check_architecture(folder: Path, config: Any, parameters: int) -> str:
+    """The class that runs the model. Refuses what no engine can run, before anything is loaded; attention that strays is
+    found when a worker loads. parameters: numbers in the weights."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
@@ -123,6 +185,32 @@ def _check_architecture(folder: Path, config: Any) -> None:
             f"{folder}: a model of type {config.model_type!r} keeps a recurrent state, which cannot go back to the "
             "accepted tokens; choose a decoder-only model with plain attention"
         )
+    if other := [name for name in config.architectures or () if re.search("For(Seq|Token|Multiple|Quest)", str(name))]:
+        raise UserError(f"{folder}: config.json names {other[0]}, which writes no text; choose a causal language model")
+    try:
+        with torch.device("meta"):  # shapes alone, without memory
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        described = sum(parameter.numel() for parameter in model.parameters())
+        limit = _max_context(config)
+    except Exception as error:  # whatever a configuration that nobody here has seen leads to
+        raise UserError(
+            f"{folder}: transformers cannot make the model that config.json describes: {told(error)}"
+        ) from error
+    if limit is not None and limit < 1:
+        raise UserError(f"{folder}: config.json describes a model for {limit} tokens (max_position_embeddings)")
+    if described > MOST_UNSTORED * parameters:
+        raise UserError(
+            f"{folder}: config.json is not that of the weights: it describes {described:.3g} parameters, and they hold "
+            f"{parameters:.3g}. Fetch or convert the model again."
+        )
+    return type(model).__name__
+
+
+def _max_context(config: Any) -> int | None:
+    """None when the model states no limit. GPT-2 and its kin call it n_positions."""
+    text = config.get_text_config()
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    return getattr(text, "n_positions", None) if limit is None else limit
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -148,14 +236,16 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / GGUF_FILE]
     if (folder / HEAD_WEIGHTS).is_file() and is_head(folder):
         return [folder / HEAD_WEIGHTS]
-    if pickled := sorted(path.name for path in folder.iterdir() if matches(path.name, PICKLED_WEIGHTS)):
+    pickled = sorted(path.name for path in children(folder) if matches(path.name, PICKLED_WEIGHTS))
+    if pickled and not matches(pickled[0], ("adapter_*",)):
         raise UserError(
             f"{folder}: the weights are pickled ({pickled[0]}); only safetensors is read, for a pickle can "
             "run code. If you trust them, convert once: "
             'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
-    raise UserError(f"{folder}: no weights; expected model.safetensors, or its shards and their index")
+    found = _in_place_of_weights(folder) or "; expected model.safetensors, or its shards and their index"
+    raise UserError(f"{folder}: no weights{found}")
 
 
 def gguf_weights(folder: Path) -> Path | None:
@@ -183,27 +273,25 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     sha256 = files or {}
     parameters, dtype = _count_parameters(weights)
     config = read_config(folder)
-    if not is_head(folder):
-        _check_architecture(folder, config)
+    head = is_head(folder)
+    architecture = config.architectures[0] if head else _check_architecture(folder, config, parameters)
     tokenizer_hash = ""
-    if not is_head(folder) or has_tokenizer(folder):
+    if not head or has_tokenizer(folder):
         try:
             tokenizer_hash = tokenizer_sha256(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         except Exception as error:
             for path in folder.iterdir():
-                if path.is_file() and matches(path.name, TOKENIZER_FILES):
-                    refuse_stand_in(path)
+                if path.is_file() and matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)):
+                    read_json(path) if path.suffix == ".json" else refuse_stand_in(path)
             raise UserError(f"{folder}: transformers cannot read its tokenizer: {told(error)}") from error
-    text = config.get_text_config()
     return {
         "weights_sha256": combined_sha256({f.name: sha256.get(f.name) or sha256_file(f) for f in hashed}),
         "tokenizer_sha256": tokenizer_hash,
         "parameters": parameters,
         "dtype": dtype,
-        "architecture": (config.architectures or [config.model_type])[0],
-        "vocab_size": text.vocab_size,
-        # GPT-2 and its kin call it n_positions.
-        "max_context": getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None),
+        "architecture": architecture,
+        "vocab_size": config.get_text_config().vocab_size,
+        "max_context": _max_context(config),
     }
 
 
@@ -230,5 +318,10 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
         except (SafetensorError, OSError) as error:
             refuse_stand_in(path)
             raise UserError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
+    if whole := [dtype for dtype, _ in counts.most_common(1) if dtype.startswith(("I", "U"))]:
+        raise UserError(
+            f"{weights[0]}: most of the weights are whole numbers ({whole[0]}), as quantised ones are, which are not run "
+            "here; take the model as it was before"
+        )
     names = [DTYPE_NAMES.get(dtype, dtype.lower()) for dtype, _ in counts.most_common()]
     return counts.total(), "+".join(names)
