@@ -215,7 +215,7 @@ NAMED = [
     ("other keys", b'{"text": "Why is the sky blue?"}', "none of the keys prompt.*there are 'text'.*prompt: text"),
     ("an error", b'{"error": "Repository not found"}', "error message of a server.*Repository not found"),
     ("one column", b"text\nWhy?\nHow?\n", "the one column 'text'.*prompt=text"),
-    ("texts", b'["a", "b"]', "not a JSON object but str; write"),
+    ("texts", b'["a", "b"]', "not a JSON object but text; write"),
     ("Shift-JIS", '{"prompt":"こんにちは"}'.encode("shift-jis"), r"not UTF-8 \(byte 12 .*from its encoding"),
     ("cut in a character", '{"prompt":"café'.encode()[:-1], "cut off .truncated. within a character"),
     ("cut line", b'{"prompt":"a', ":1: not valid JSON: Unterminated string at column 11; the line is cut off"),
@@ -310,7 +310,7 @@ def test_folders_and_missing_files(tmp_path):
     put(tmp_path / "data" / "train.jsonl", b"")
     with pytest.raises(UserError, match=r"a folder.*holds train\.jsonl.*Name the file"):
         load_prompts(tmp_path / "data")
-    with pytest.raises(UserError, match=r"no such file.*dataset\.path"):
+    with pytest.raises(UserError, match=r"No such file.*dataset\.path"):
         load_prompts(tmp_path / "none")
 
 

@@ -415,3 +415,26 @@ def test_only_the_targets_own_generation_settings_matter() -> None:
         assert made.model_settings_flag("made") == "--ignore-model-settings"
         for label, settings in ((label, made.settings(label, operates=False)) for label in made.points):
             assert f'"ignore_model_settings": {str(ignored).lower()}' in settings, label
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gammas: [1]\ngammas: [2]", "line 2: gammas: stands twice (before in line 1)"),
+        ("dataset: {limit: 1, limit: 2}", "line 1: limit: stands twice"),
+        ("a:\n  - b: 1\n    b: 2", "line 3: b: stands twice"),
+        ("gammas: [010]", "line 1: 010 is 8 in YAML"),
+        ("gammas: [1:30]", "line 1: 1:30 is 90 in YAML"),
+        ("a: &x {b: 0, c: 10}\nd: {<<: *x}\ne: {<<: *x, b: '010'}", None),
+        ("", None),
+        ("a: [", None),
+    ],
+)
+def test_what_yaml_takes_for_something_else_is_told(tmp_path: Path, text: str, said: str | None) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    if said is None:
+        files.check_yaml(path)
+        return
+    with pytest.raises(UserError, match=re.escape(f"{path}, {said}")):
+        files.check_yaml(path)

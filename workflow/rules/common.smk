@@ -43,6 +43,8 @@ def told(function, *arguments, **more):
 
 # What a module's prefix puts before the paths of inputs and outputs, for those in settings and parameters.
 ROOT = str(workflow.modifier.modify_path("results")).removesuffix("results")
+for file in workflow.configfiles:
+    told(files.check_yaml, Path(file))
 PLAN = told(planning.Plan, config, ROOT)
 config = PLAN.config  # checked, with every key
 DATASET = PLAN.dataset(PROJECT)

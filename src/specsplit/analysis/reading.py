@@ -49,7 +49,9 @@ def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
             lines = [(reader.line_num, cells) for cells in reader if cells]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {made_by}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a CSV table: {error}; {made_by}") from None
     if not header:
         raise UserError(f"{path}: is empty; {made_by}")

@@ -125,7 +125,8 @@ def _end(args: argparse.Namespace, error: Exception) -> NoReturn:
         message, status = str(error), error.exit_status
     # No space, no permission; it names the file. pathlib has no OSError for a link that leads to itself.
     elif isinstance(error, OSError) or str(error).startswith("Symlink loop from"):
-        message = str(error)
+        named = isinstance(error, OSError) and error.filename and not error.filename2
+        message = f"{error.filename}: {error.strerror}" if named else str(error)
     elif isinstance(error, MemoryError):
         message, status = "out of memory: use a smaller model or context, or a machine with more", 1
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from specsplit.errors import UserError
@@ -22,6 +23,8 @@ def check_paths(args: argparse.Namespace) -> None:
         if isinstance(value, Path) or (isinstance(value, list) and value and all(isinstance(p, Path) for p in value))
     }
     written = {flag: path for flag, (path, *_) in paths.items() if flag[2:].replace("-", "_") in WRITTEN}
+    for flag, path in written.items():
+        _check_writable(flag, path)
     results = getattr(args, "results_dir", None)
     tables = [(results / name).resolve() for name in TABLES] if results is not None else []
     for flag, path in ((flag, path) for flag, several in paths.items() for path in several):
@@ -32,3 +35,14 @@ def check_paths(args: argparse.Namespace) -> None:
         if path.resolve() in tables:
             raise UserError(f"{flag} {path}: a table of --results-dir {results}; name another file")
     refuse_overwriting(written, {})
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    """Before a command works for something that it cannot write at the end."""
+    parent = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
+    if not parent.is_dir():
+        raise UserError(f"{flag} {path}: {parent} is a file, not a folder; name another")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{flag} {path}: no permission to write in {parent}; change that (chmod), or name another folder"
+        )

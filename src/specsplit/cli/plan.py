@@ -15,7 +15,6 @@ from specsplit.errors import UserError
 from specsplit.experiment.dataset import read_prompt_file, select_prompts, tell
 from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.sweep import SHARED_DEFAULTS, Point, sweep_points
-from specsplit.io import sha256_file
 from specsplit.settings.measure import BenchSettings, PromptSettings
 from specsplit.settings.run import OrchestratorConfig, SweepSettings
 
@@ -59,9 +58,9 @@ def plan_bench(args: argparse.Namespace) -> Plan:
     shared = {key: getattr(config, key) for key in SHARED_DEFAULTS}
     # Every point is checked before the first one is run.
     configs = {point: load_settings(OrchestratorConfig, args, **point.settings(shared)) for point in points}
-    prompts = read_prompts(args.prompts, bench)
+    prompts, read = read_prompts(args.prompts, bench)
     encode_prompts(prompts, codec, chat=config.use_chat_template, limit=sys.maxsize)
-    inputs = {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts), "count": len(prompts)}}
+    inputs = {"prompts": {**read, "count": len(prompts)}}
     return Plan(config, bench, points, configs, prompts, codec, inputs)
 
 
@@ -122,14 +121,14 @@ def connect(
         with connected_pair(addressed[-1], codec.sha256) as pair:
             workers.append({worker.role: worker.description for worker in pair if worker is not None})
     limit, raisable = min(text_limit(*pair.values()) for pair in workers)
-    prompts = read_prompts(args.prompts, settings)
+    prompts, read = read_prompts(args.prompts, settings)
     requests = encode_prompts(prompts, codec, chat=configs[0].use_chat_template, limit=limit - room, raisable=raisable)
     ours = {
         str(number): {"workers": {role: worker_identity(description_dict(told)) for role, told in pair.items()}}
         for number, pair in enumerate(workers)
     }
     run = describe_here() | {
-        "inputs": {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts)}},
+        "inputs": {"prompts": read},
         "tokenizer_sha256": codec.sha256,
         "orchestrator": configs[0].model_dump(mode="json", exclude=set(own)),
         "ours": ours,
@@ -157,11 +156,14 @@ def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: 
     return config.model_copy(update=found)
 
 
-def read_prompts(path: Path, settings: PromptSettings) -> list[Prompt]:
-    """The prompts of a file that the settings take; what was not taken is told on standard error."""
+def read_prompts(path: Path, settings: PromptSettings) -> tuple[list[Prompt], dict[str, str]]:
+    """The prompts of a file that the settings take, and its path and hash; what was not taken is told on standard error.
+
+    The hash is of what was read: the pipe of a shell can be read once.
+    """
     file = read_prompt_file(path, settings.on_bad_line, settings.columns, settings.turns)
     for line in file.skipped:
         print(f"{path}:{line.line}: skipped: {line.reason}", file=sys.stderr)
     for said in tell(path, [], file.facts):
         print(said, file=sys.stderr)
-    return select_prompts(file.prompts, settings.limit)
+    return select_prompts(file.prompts, settings.limit), {"path": str(path), "sha256": file.source_sha256}

@@ -312,8 +312,8 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
         unused = sorted(report["unexpected_keys"])
         if missed := [name for name in unused if _left_out(model, name)]:
             raise UserError(
-                f"{folder}: config.json is not that of the weights: they hold {missed[0]}, which the model of config.json "
-                f"leaves out ({len(missed)} such). Fetch or convert the model again."
+                f"{folder}: config.json is not that of the weights: they hold {missed[0]}, which the model described "
+                f"there leaves out ({len(missed)} such). Fetch or convert the model again."
             )
         if unused:
             log.warning(
@@ -348,7 +348,7 @@ def check_finite(logits: torch.Tensor, model: Any) -> None:
         other = {"float16": "bfloat16", "bfloat16": "float32"}.get(dtype)
         why, mend = (f", or too large for dtype {dtype}", f", or use dtype {other}") if other else ("", "")
         raise UserError(
-            f"the logits of {type(model).__name__} are not numbers (NaN or infinite): its weights or its config.json are "
+            f"the logits of {type(model).__name__} are not numbers (NaN or infinite): its weights or config.json are "
             f"damaged{why}. Fetch the model again{mend}."
         )
 

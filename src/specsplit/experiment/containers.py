@@ -23,6 +23,9 @@ SAVED_DATASET = ("state.json", "dataset_dict.json")
 BINARIES = (
     (b"PK\x03\x04", "a ZIP archive (or a spreadsheet, .xlsx); unpack it, or save the sheet as CSV"),
     (b"PK\x05\x06", "an empty ZIP archive"),
+    (b"LZIP", "an lzip file; unpack it"),
+    (b"\x1f\x9d", "a .Z file (compress); unpack it"),
+    (b"\x89HDF", "an HDF5 file"),
     (b"Rar!", "a RAR archive; unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive; unpack it"),
     (b"\x04\x22\x4d\x18", "an LZ4 file; unpack it"),
@@ -53,11 +56,13 @@ def read_source(path: Path) -> tuple[bytes | None, str]:
     try:
         if path.is_dir():
             return None, _folder_sha256(path)
-        check_openable(path)
+        if path.exists():
+            check_openable(path)
         content = path.read_bytes()
-    except (OSError, UserError) as error:
-        why = str(error) if isinstance(error, UserError) else f"{path}: {error.strerror or error}"
-        raise UserError(f"{why}; set dataset.path (--prompts) to a file of prompts") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}; set dataset.path (--prompts) to a file of prompts"
+        ) from None
     return content, hashlib.sha256(content).hexdigest()
 
 
@@ -120,8 +125,10 @@ def _open_zstandard(file: io.BytesIO) -> Any:
 _COMPRESSIONS: tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...] = (
     (b"\x1f\x8b", "gzip", lambda file: gzip.GzipFile(fileobj=file)),
     (b"\x28\xb5\x2f\xfd", "Zstandard", _open_zstandard),
+    (b"\x50\x2a\x4d\x18", "Zstandard", _open_zstandard),  # of pzstd
     (b"BZh", "bzip2", bz2.BZ2File),
     (b"\xfd7zXZ\x00", "xz", lzma.LZMAFile),
+    (b"\x5d\x00\x00", "lzma", lzma.LZMAFile),
 )
 
 
@@ -153,7 +160,7 @@ def arrow_rows(path: Path, kind: str, content: bytes) -> list[dict[str, Any]]:
             batches = pyarrow.ipc.open_stream(pyarrow.BufferReader(content))
             names = batches.schema.names
         refuse_repeated(path, names)
-        return [row for batch in batches for row in batch.to_pylist()]
+        return [row for batch in batches for row in _rows_of(path, batch)]
     except UserError:
         raise
     except Exception as error:  # pyarrow has many kinds, OSError and its own, for bytes that are not what they seem
@@ -161,6 +168,20 @@ def arrow_rows(path: Path, kind: str, content: bytes) -> list[dict[str, Any]]:
         raise UserError(
             f"{path}: a {kind} file that is damaged or cut off (truncated): {told}; fetch it again"
         ) from None
+
+
+def _rows_of(path: Path, batch: Any) -> list[dict[str, Any]]:
+    columns = {}
+    for name in batch.schema.names:
+        try:
+            columns[name] = batch.column(name).to_pylist()
+        except (ValueError, OverflowError, LookupError) as error:  # a date that Python does not have, a strange zone
+            kind = batch.schema.field(name).type
+            raise UserError(
+                f"{path}: the column {name!r} ({kind}) holds what Python has no value for ({error}); write the file "
+                "again without it, or with it as text"
+            ) from None
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def refuse_repeated(path: Path | str, names: Sequence[str]) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.experiment.prompt_table import JSON_LINES, Row, Table, encoding_problem, shorten, undecodable
+from specsplit.experiment.prompt_table import JSON_LINES, Row, Table, encoding_problem, kind_of, shorten, undecodable
 from specsplit.io import unique_keys
 
 JSON_SPACE = " \t\n\r"
 MOST_DIGITS = 1000
 _NO_SPACE = re.compile(f"[^{JSON_SPACE}]")
+_ROW_KEYS = {"prompt", "messages", "conversations", "conversation", "items"}
+_SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 _ERROR_KEYS = {"error", "message", "detail", "details", "status", "statusCode", "documentation_url", "code"}
 
 
@@ -46,7 +48,7 @@ def _whole_number(text: str) -> int:
 def _row(data: Any, line: int, notes: tuple[str, ...]) -> Row:
     if not isinstance(data, dict):
         mend = '; write {"prompt": "..."}' if isinstance(data, str) else ""
-        return Row(line, None, f"not a JSON object but {type(data).__name__}{mend}")
+        return Row(line, None, f"not a JSON object but {kind_of(data)}{mend}")
     return Row(line, data, notes=notes)
 
 
@@ -108,6 +110,10 @@ def _mend(text: str, error: json.JSONDecodeError) -> str:
         return "; a comment, which JSON does not have: remove it"
     if rest.startswith("}") and before.endswith(","):
         return "; a comma before the end of the object: remove it"
+    if rest.startswith(("\u201c", "\u201d", "\u2018", "\u2019")):
+        return "; typographic quotes: JSON has straight ones"
+    if error.msg.startswith("Invalid control character"):
+        return "; write a tab as \\t, and the end of a line as \\n"
     if rest.startswith("'"):
         return "; single quotes: JSON has double ones"
     if error.msg.startswith("Expecting property name") and (before.endswith(("{", ","))):
@@ -127,7 +133,7 @@ def _explain_line(text: str, error: json.JSONDecodeError) -> str:
         return f"not valid JSON at column {error.colno} but a Python dictionary; write it with json.dumps"
     if start.startswith("{") and (error.pos >= len(text) or error.msg.startswith("Unterminated string")):
         return f"not valid JSON: {error.msg.removesuffix(' starting at')} at column {error.colno}; the line is cut off"
-    return f"not valid JSON: {error.msg} at column {error.colno}{_mend(text, error)}"
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}{_mend(text, error)}"
 
 
 def read_lines(path: Path, text: str, lines: Sequence[str]) -> Table:
@@ -163,7 +169,12 @@ def whole_object(path: Path, text: str) -> Table | None:
     lists = {key: value for key, value in data.items() if _is_rows(value)}
     if "rows" in lists:
         lists = {"rows": lists["rows"]}
-    if len(lists) == 1 and not {"prompt", "messages", "conversations", "conversation", "items"} & set(data):
+    is_row = bool(_ROW_KEYS & {key.lower() for key in data})
+    if len(lists) > 1 and set(data) <= _SPLITS:
+        raise UserError(
+            f"{path}: a JSON object of several splits ({', '.join(map(repr, lists))}); write one to a file of its own"
+        )
+    if len(lists) == 1 and not is_row:
         key, items = next(iter(lists.items()))
         if problem := encoding_problem(text, "of the file"):
             raise UserError(f"{path}: {problem}")

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specsplit.experiment.prompt_table import shorten
+from specsplit.experiment.prompt_json import parse_cell
+from specsplit.experiment.prompt_table import kind_of, shorten
 
 ID_KEYS = (
     *("id", "question_id", "prompt_id", "task_id", "custom_id"),
@@ -27,11 +28,6 @@ ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), HUMAN),
     **dict.fromkeys(("system", "developer"), SYSTEM),
     **dict.fromkeys(("gpt", "assistant", "bot", "model", "chatgpt", "bing", "bard"), ASSISTANT),
-}
-_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number"} | {
-    list: "a list",
-    dict: "an object",
-    bytes: "bytes that are not UTF-8",
 }
 
 
@@ -89,6 +85,7 @@ def read_conversation(data: Mapping[str, Any], columns: Mapping[str, str]) -> Co
     system, turns, others = _turns(key, value)
     if system is None:
         name, system = take("system", SYSTEM_KEYS)
+        system = _content(system)
         if system is not None and not isinstance(system, str):
             raise RowError(f"{name!r} is not text")
     _, prompt_id = take("id", ID_KEYS)
@@ -123,6 +120,8 @@ def _inside(data: Mapping[str, Any], name: str) -> Any:
 def _no_prompt(data: Mapping[str, Any], names: Mapping[str, str]) -> str:
     if null := [names[key] for key in PROMPT_KEYS if key in names]:
         return f"the prompt is not text: {null[0]!r} is null"
+    if not data:
+        return "an empty object; give it a prompt"
     likely = next((names[key] for key in LIKELY_KEYS if key in names), None)
     if likely is None:
         likely = next((key for key, value in data.items() if isinstance(value, str) and len(value) > 20), "COLUMN")
@@ -177,11 +176,14 @@ def _turns(key: str, value: Any) -> tuple[str | None, list[str], int]:
     if isinstance(value, str) and key.lower() not in CHAT_KEYS:
         _check_text(value)
         return None, [value], 0
+    if isinstance(value, str):
+        value = parse_cell(value)  # as some tables have it
     if not isinstance(value, list) or not value:
         if key.lower() == "turns":
             raise RowError("'turns' is not a list with at least one turn")
         if key.lower() in CHAT_KEYS:
-            raise RowError(f"{key!r} has no turn of a human")
+            why = "has no turn of a human" if value == [] else f"is not a list of messages but {kind_of(value)}"
+            raise RowError(f"{key!r} {why}")
         raise RowError(_no_text("prompt", value))
     if not any(isinstance(item, Mapping) for item in value):
         for number, item in enumerate(value, start=1):
@@ -210,7 +212,7 @@ def _turns(key: str, value: Any) -> tuple[str | None, list[str], int]:
 def _message(message: Any) -> tuple[str, Any, Any]:
     """(role in our words, content, role as it is written)"""
     if not isinstance(message, Mapping):
-        return "", None, _kind(message)
+        return "", None, kind_of(message)
     role = next((message[key] for key in ("role", "from", "user", "speaker") if message.get(key) is not None), "none")
     content = next((message[key] for key in ("content", "value", "text") if message.get(key) is not None), None)
     return ROLES.get(role.strip().lower(), "") if isinstance(role, str) else "", content, role
@@ -224,7 +226,7 @@ def _content(content: Any) -> Any:
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
-            kind = part.get("type", "unknown") if isinstance(part, Mapping) else _kind(part)
+            kind = part.get("type", "unknown") if isinstance(part, Mapping) else kind_of(part)
             raise RowError(f"a message has a part of type {kind!r}, which is not text")
         texts.append(text)
     return "\n".join(texts)
@@ -239,11 +241,7 @@ def _check_text(text: Any, what: str = "prompt") -> None:
 
 def _no_text(what: str, value: Any) -> str:
     mend = "; write it in quotes" if isinstance(value, bool | int | float) else ""
-    return f"the {what} is not text but {_kind(value)}{mend}"
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), type(value).__name__)
+    return f"the {what} is not text but {kind_of(value)}{mend}"
 
 
 def _text_of(key: str, value: Any) -> str | None:

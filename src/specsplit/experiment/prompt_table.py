@@ -40,6 +40,18 @@ def shorten(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+_KINDS = {str: "text", type(None): "null", bool: "true or false", int: "a number", float: "a number"} | {
+    list: "a list",
+    dict: "an object",
+    bytes: "bytes that are not UTF-8",
+}
+
+
+def kind_of(value: Any) -> str:
+    """The kind of a value of JSON, in words."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
 def undecodable(text: str) -> int | None:
     """The place of the first byte that `_decode` could not read."""
     try:

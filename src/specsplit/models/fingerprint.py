@@ -41,13 +41,22 @@ from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What a folder holds in place of weights, and what to do about it.
 NO_WEIGHTS = (
-    (("*.incomplete", "*.part", "*.aria2", "*.crdownload"), "is a download that was not finished; fetch the model again"),
-    (("adapter_*",), "is of an adapter (LoRA), not a whole model; merge it into its base model (merge_and_unload of peft) "
-     "and save that"),
+    (
+        ("*.incomplete", "*.part", "*.aria2", "*.crdownload"),
+        "is a download that was not finished; fetch the model again",
+    ),
+    (
+        ("adapter_*",),
+        "is of an adapter (LoRA), not a whole model; merge it into its base model (merge_and_unload of peft) "
+        "and save that",
+    ),
     (("model-*-of-*.safetensors",), "is a shard without its index; fetch model.safetensors.index.json as well"),
-    (("*.gguf",), "is a GGUF file; convert it once: "
-     'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-     "[C.from_pretrained('{folder}', gguf_file='{name}').save_pretrained('{folder}') for C in (M, T)]\""),
+    (
+        ("*.gguf",),
+        "is a GGUF file; convert it once: "
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        "[C.from_pretrained('{folder}', gguf_file='{name}').save_pretrained('{folder}') for C in (M, T)]\"",
+    ),
     (("*.safetensors",), "is not the name of weights in Hugging Face layout, model.safetensors"),
     (("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.tflite"), "is of another framework; save the model as safetensors"),
 )
@@ -90,7 +99,9 @@ def check_model_folder(folder: Path) -> None:
         )
     _check_files(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json, so not a model in Hugging Face layout{_in_place_of_weights(folder)}")
+        raise UserError(
+            f"{folder}: no config.json, so not a model in Hugging Face layout{_in_place_of_weights(folder)}"
+        )
     weight_files(folder)
     if not is_head(folder):
         check_tokenizer(folder)
@@ -168,8 +179,8 @@ def _entries(stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_architecture(folder: Path, config: Any, parameters: int) -> str:
-    """The class that runs the model. Refuses what no engine can run, before anything is loaded; attention that strays is
-    found when a worker loads. parameters: numbers in the weights."""
+    """The class that runs the model. Refuses what no engine can run, before anything is loaded; attention that strays
+    is found when a worker loads. parameters: numbers in the weights."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -320,8 +331,8 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
             raise UserError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
     if whole := [dtype for dtype, _ in counts.most_common(1) if dtype.startswith(("I", "U"))]:
         raise UserError(
-            f"{weights[0]}: most of the weights are whole numbers ({whole[0]}), as quantised ones are, which are not run "
-            "here; take the model as it was before"
+            f"{weights[0]}: most of the weights are whole numbers ({whole[0]}), as quantised ones are, which are not "
+            "run here; take the model as it was before"
         )
     names = [DTYPE_NAMES.get(dtype, dtype.lower()) for dtype, _ in counts.most_common()]
     return counts.total(), "+".join(names)

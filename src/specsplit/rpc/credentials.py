@@ -22,6 +22,7 @@ from typing import Any, Self
 import grpc
 
 from specsplit.errors import UserError
+from specsplit.io import check_openable
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.access import AccessSettings
@@ -250,9 +251,12 @@ def _authorities(config: AccessSettings) -> bytes | None:
 
 def _read(config: AccessSettings, setting: str) -> bytes:
     path: Path = getattr(config, setting)
+    named = " / ".join([config.flag(setting), *config.variables(setting)])
     try:
+        if path.exists():
+            check_openable(path)
         return path.read_bytes()
+    except UserError as error:
+        raise UserError(f"{named}: {error}") from None
     except OSError as error:
-        raise UserError(
-            f"{' / '.join([config.flag(setting), *config.variables(setting)])}: {path}: {error.strerror or error}"
-        ) from None
+        raise UserError(f"{named}: {path}: {error.strerror or error}") from None

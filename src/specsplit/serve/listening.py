@@ -6,6 +6,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from specsplit.errors import UserError
+from specsplit.io import check_openable
 from specsplit.rpc.credentials import is_loopback, join_address
 from specsplit.settings.serve import ServeSettings
 
@@ -15,6 +16,7 @@ def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
     reach without a key, or with one that anybody on the way can read, unless `insecure` is set."""
     keys: list[str] = []
     if settings.api_key_file is not None:
+        check_openable(settings.api_key_file)
         try:
             keys = [line.strip() for line in settings.api_key_file.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:

@@ -16,6 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from specsplit.errors import UserError
 from specsplit.launch.heartbeat import silent
 from specsplit.launch.process import ProcessIdentity
@@ -37,12 +39,45 @@ BESIDE = {
 } | {name: [f"results/{name}.csv", f"results/{name}_run.json"] for name in ("overhead", "openai_load")}
 INPUT_KEYS = re.compile(r"dataset\.path|models\..*\.path")  # of files that Snakemake sees as inputs
 PATTERN = re.compile(r"[{}]|<[^<>]*>")  # its wildcards and path variables, which cannot be escaped
+OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+)")
+MERGE = "tag:yaml.org,2002:merge"
 UNUSABLE = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")  # control characters, half a character
 # Keys that name a file or a folder; `models.NAME.path` as well.
 PATH_KEYS = (
     "dataset.path",
     *(f"workers.{key}" for key in ("token_file", "tls_ca", "tls_cert", "tls_key", "draft_address", "target_address")),
 )
+
+
+def check_yaml(path: Path) -> None:
+    """Raise UserError for what YAML takes without a word for something else than what stands there: of a key that stands
+    twice the last value, a number with a leading zero as octal, one with colons as of base 60. Of what is no YAML,
+    Snakemake tells."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    if lines := list(_misread(root)):
+        raise UserError("\n".join(f"{path}, line {line}: {why}" for line, why in sorted(lines)))
+
+
+def _misread(node: Any) -> Iterator[tuple[int, str]]:
+    line = node.start_mark.line + 1 if node is not None else 0
+    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and OTHER_BASE.fullmatch(node.value):
+        value = yaml.safe_load(node.value)
+        yield line, f"{node.value} is {value} in YAML; write {value}, or in quotes, if it is no number"
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _misread(item)
+    elif isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            at = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                if key.value in seen:
+                    yield at, f"{key.value}: stands twice (before in line {seen[key.value]}); keep one of them"
+                seen.setdefault(key.value, at)
+            yield from _misread(value)
 
 
 def refuse_unusable(config: Mapping[str, Any]) -> None:
