@@ -108,7 +108,7 @@ def check_openable(path: Path) -> None:
         raise UserError(f"{path}: a folder, where a file is wanted")
     if pipe or device or stat.S_ISSOCK(mode):
         raise UserError(f"{path}: a pipe, device or socket, where a file is wanted")
-    if not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK, effective_ids=True):
         raise UserError(f"{path}: no permission to read it; change that (chmod), or name another")
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
 import random
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +120,93 @@ def test_a_link_that_leads_to_itself(specsplit: Run, tmp_path: Path) -> None:
     refused(specsplit("prepare-model", "--local", tmp_path / "loop", "--output", tmp_path / "o"), "loop")
 
 
+# ---- files of a kind that no command can open, and permissions
+
+
+@pytest.mark.parametrize("flag", ["--source", "--settings", "--output", "--manifest"])
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(specsplit: Run, flag: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "p").write_text('{"prompt": "x"}')
+    flags = {"--source": "p", "--output": "o", "--manifest": "m", flag: "pipe"}
+    words = [word for name, file in flags.items() for word in (name, tmp_path / file)]
+    refused(specsplit("prepare-dataset", *words), "pipe: a pipe, device or socket, where a file is wanted")
+
+
+def test_what_a_shell_pipes_in_is_read(specsplit: Run, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b'{"prompt": "x"}\n')
+    os.close(writing)
+    words = ["--source", f"/dev/fd/{reading}", "--output", tmp_path / "o", "--manifest", tmp_path / "m"]
+    assert specsplit("prepare-dataset", *words) == (0, "")
+    os.close(reading)
+
+
+def test_a_device_is_never_replaced_by_a_file(specsplit: Run, tmp_path: Path) -> None:
+    (tmp_path / "p").write_text('{"prompt": "x"}')
+    (tmp_path / "link").symlink_to("/dev/null")
+    words = ["prepare-dataset", "--source", tmp_path / "p", "--manifest", tmp_path / "m", "--output"]
+    refused(specsplit(*words, tmp_path / "link"), "/dev/null: a folder, pipe or device, which no file replaces")
+    assert Path("/dev/null").is_char_device()
+    (tmp_path / "other").symlink_to("made")
+    assert specsplit(*words, tmp_path / "other") == (0, "")
+    assert (tmp_path / "made").is_file()
+    assert (tmp_path / "other").is_symlink()
+
+
+@contextmanager
+def as_a_user() -> Iterator[None]:
+    """Permissions hold within: root may otherwise read and write everything (capabilities 1 and 2 of Linux)."""
+    header, data = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    get, put = {"x86_64": (125, 126)}.get(platform.machine(), (90, 91))
+    assert call(get, header, data) == 0
+    before = data.raw
+    effective, *rest = struct.unpack("6I", before)
+    assert call(put, header, ctypes.create_string_buffer(struct.pack("6I", effective & ~0b110, *rest))) == 0
+    try:
+        yield
+    finally:
+        assert call(put, header, ctypes.create_string_buffer(before)) == 0
+
+
+FORBIDDEN = [
+    ("prepare-dataset --source secret --output o --manifest m", "secret: no permission to read it"),
+    ("prepare-dataset --source shut/p --output o --manifest m", "shut/p: Permission denied"),
+    ("prepare-dataset --source shut --output o --manifest m", "shut: Permission denied"),
+    ("prepare-dataset --source p --output fixed/o --manifest m", "--output fixed/o: no permission to write in"),
+    ("prepare-dataset --source p --output fixed/new/o --manifest m", "no permission to write in"),
+    ("prepare-dataset --source p --output p/o --manifest m", "is a file, not a folder"),
+    ("prepare-dataset --source p --settings secret --output o --manifest m", "secret: no permission to read it"),
+    ("prepare-model --local model --output o", "model/tokenizer.json: no permission to read it"),
+    ("prepare-model --local shut --output o", "shut: the folder cannot be read: Permission denied"),
+    ("prepare-model --synthetic --output fixed/o", "no permission to write in"),
+    ("worker target --model model --port 0", "model/tokenizer.json: no permission to read it"),
+    ("start-worker target --model p --endpoint-file fixed/e --worker-log l", "--endpoint-file fixed/e: no permission"),
+    ("start-worker target --model p --endpoint-file e --worker-log fixed/l", "--worker-log fixed/l: no permission"),
+    ("serve --api-key-file secret --tokenizer model", "secret: no permission to read it"),
+    ("analyze --results-dir shut", "shut/requests.csv: cannot be read: Permission denied"),
+    ("merge --results-dir shut", "Permission denied"),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), FORBIDDEN, ids=lambda value: value.partition(" --")[0])
+def test_what_may_not_be_read_or_written_is_named(
+    specsplit: Run, command: str, said: str, folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("p").write_text('{"prompt": "x"}')
+    Path("secret").write_text("{}")
+    for made in ("shut", "fixed"):
+        Path(made).mkdir()
+    for closed, mode in {"secret": 0, "model/tokenizer.json": 0, "shut": 0, "fixed": 0o555}.items():
+        Path(closed).chmod(mode)
+    with as_a_user():
+        outcome = specsplit(*command.split())
+    for made in ("shut", "fixed"):
+        Path(made).chmod(0o755)
+    refused(outcome, said)
+
+
 # ---- model folders
 
 
@@ -150,6 +241,35 @@ def index(weight_map: Any) -> Callable[[Path], None]:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
     return change
+
+
+def stored(more: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    """Has these tensors as well."""
+
+    def change(folder: Path) -> None:
+        save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def retyped(dtype: torch.dtype) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        weights = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def renamed(file: str, other: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).rename(folder / other) and None
+
+
+def linked(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink() or (folder / file).symlink_to("../blobs/none")
+
+
+def piped(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / file).unlink() or os.mkfifo(folder / file)
 
 
 def poison(folder: Path) -> None:
@@ -195,11 +315,42 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "an empty tokenizer": (cut("tokenizer.json", 0), "tokenizer"),
     "a tokenizer that is a list": (write("tokenizer.json", "[]"), "tokenizer"),
     "a tokenizer of a strange kind": (edit("tokenizer.json", model={"type": "Odd"}), "tokenizer"),
+    "many layers": (edit("config.json", num_hidden_layers=10**9), "a model of 1000000000 layers (num_hidden_layers)"),
+    "many layers within": (
+        edit("config.json", text_config={"n_layer": 10**9}),
+        "a model of 1000000000 layers (n_layer)",
+    ),
+    **{
+        f"a huge {key}": (
+            edit("config.json", **{key: 10**size}),
+            "config.json is not that of the weights: it describes",
+        )
+        for key, size in {"hidden_size": 9, "vocab_size": 12, "intermediate_size": 9, "head_dim": 9}.items()
+    },
+    "no positions": (edit("config.json", max_position_embeddings=0), "a model for 0 tokens"),
+    "a strange activation": (edit("config.json", hidden_act="zap"), "cannot make the model that config.json describes"),
+    "an object within": (edit("config.json", text_config={"x": 1}), "cannot make the model that config.json describes"),
+    "a classifier": (edit("config.json", architectures=["LlamaForSequenceClassification"]), "which writes no text"),
+    "a key twice": (write("config.json", '{"vocab_size": 3, "vocab_size": 4}'), "'vocab_size' stands twice"),
+    "a byte order mark": (write("tokenizer.json", "\ufeff{}"), "tokenizer.json: begins with a byte order mark"),
+    "a cut file of added tokens": (write("added_tokens.json", "[1"), "added_tokens.json, line 1"),
+    "whole numbers": (retyped(torch.int8), "whole numbers (I8)"),
+    "fewer layers": (edit("config.json", num_hidden_layers=2), "they hold model.layers.2."),
+    "a bias too many": (stored({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), "they hold model.layers.0."),
+    "an adapter": (renamed("model.safetensors", "adapter_model.safetensors"), "of an adapter (LoRA)"),
+    "an unfinished download": (renamed("model.safetensors", "model.safetensors.incomplete"), "was not finished"),
+    "a shard alone": (renamed("model.safetensors", "model-00001-of-00002.safetensors"), "a shard without its index"),
+    "a GGUF file of another name": (renamed("model.safetensors", "m-q4.gguf"), "m-q4.gguf is a GGUF file; convert it"),
+    **{
+        f"{file}, a link to nothing": (linked(file), f"{file}: a link to ../blobs/none, which is not there")
+        for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json")
+    },
+    "a pipe": (piped("generation_config.json"), "generation_config.json: a pipe, device or socket"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
 }
 
 
-AT_A_WORKER = ("NaN weights", "heads that do not divide", "another width")  # found when they are loaded
+AT_A_WORKER = ("NaN weights", "another width", "fewer layers", "a bias too many")  # found when they are loaded
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import math
 import re
 import string
@@ -147,6 +148,9 @@ def table_bytes(table):
         ),
         (b"id,prompt,,\n1,a,,\n", [("1", "a")]),
         (table_bytes(pyarrow.table({"prompt": [b"a"], "id": [b"1"]})), [("1", "a")]),
+        (json_lines([{"messages": json.dumps([{"role": "user", "content": "a"}])}]), [("line-1", "a")]),
+        (b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zstandard.compress(b'{"prompt":"a"}'), [("line-1", "a")]),
+        (lzma.compress(b'{"prompt":"a"}', format=lzma.FORMAT_ALONE), [("line-1", "a")]),
         (
             table_bytes(pyarrow.table({"prompt": pyarrow.array(["a"]).dictionary_encode(), "x": [[["y"]]]})),
             [("row-1", "a")],
@@ -162,6 +166,7 @@ def test_other_files_that_people_have(tmp_path, content, prompts):
 
 
 TWICE = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+FAR = pyarrow.table({"prompt": ["a"], "at": pyarrow.array([1 << 60], pyarrow.timestamp("ms"))})
 NAMED = [
     ("empty file", b"", "empty"),
     ("blank lines", b"\n \n", "empty"),
@@ -224,6 +229,13 @@ NAMED = [
     ("picture part", b'{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}', "part of type 'image_url'"),
     ("a number", b'{"prompt": 3}', "the prompt is not text but a number; write it in quotes"),
     ("an object", b'{"prompt": {"a": 1}}', "the prompt is not text but an object"),
+    ("typographic quotes", "{“prompt”: “a”}".encode(), "typographic quotes: JSON has straight ones"),
+    ("a tab in a text", b'{"prompt":"a\tb"}', "Invalid control character at column 13; write a tab as"),
+    ("messages that are an object", b'{"messages":{"role":"user"}}', "'messages' is not a list of messages but an obj"),
+    ("an empty object", b"{}\n{}\n", "an empty object"),
+    ("splits", b'{"train":[{"prompt":"a"}],"test":[{"prompt":"b"}]}', "several splits .'train', 'test'"),
+    ("a date beyond Python's", table_bytes(FAR), "the column 'at' .timestamp.ms.. holds what Python has no value for"),
+    ("compress", b"\x1f\x9d\x90abc", "a .Z file"),
     (
         "comment in an object",
         b'{\n  // mine\n  "prompt": "a"}',

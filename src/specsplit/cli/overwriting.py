@@ -42,7 +42,7 @@ def _check_writable(flag: str, path: Path) -> None:
     parent = next(folder for folder in Path(os.path.realpath(path)).parents if folder.exists())
     if not parent.is_dir():
         raise UserError(f"{flag} {path}: {parent} is a file, not a folder; name another")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
         raise UserError(
             f"{flag} {path}: no permission to write in {parent}; change that (chmod), or name another folder"
         )

@@ -157,9 +157,9 @@ def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: 
 
 
 def read_prompts(path: Path, settings: PromptSettings) -> tuple[list[Prompt], dict[str, str]]:
-    """The prompts of a file that the settings take, and its path and hash; what was not taken is told on standard error.
+    """The prompts of a file that the settings take, and its path and hash; what was not taken is told on stderr.
 
-    The hash is of what was read: the pipe of a shell can be read once.
+    The hash is of what was read, for the pipe of a shell can be read once.
     """
     file = read_prompt_file(path, settings.on_bad_line, settings.columns, settings.turns)
     for line in file.skipped:

@@ -50,9 +50,9 @@ PATH_KEYS = (
 
 
 def check_yaml(path: Path) -> None:
-    """Raise UserError for what YAML takes without a word for something else than what stands there: of a key that stands
-    twice the last value, a number with a leading zero as octal, one with colons as of base 60. Of what is no YAML,
-    Snakemake tells."""
+    """Raise UserError for what YAML takes without a word for something else than what stands there: of a key that
+    stands twice the last value, a number with a leading zero as octal, one with colons as of base 60. Of what is no
+    YAML, Snakemake tells."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):
