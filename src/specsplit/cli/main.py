@@ -123,10 +123,11 @@ def _end(args: argparse.Namespace, error: Exception) -> NoReturn:
         _drop_output()
     elif isinstance(error, UserError):
         message, status = str(error), error.exit_status
-    # No space, no permission; it names the file. pathlib has no OSError for a link that leads to itself.
-    elif isinstance(error, OSError) or str(error).startswith("Symlink loop from"):
-        named = isinstance(error, OSError) and error.filename and not error.filename2
+    elif isinstance(error, OSError):  # no space, no permission
+        named = error.filename is not None and error.filename2 is None
         message = f"{error.filename}: {error.strerror}" if named else str(error)
+    elif str(error).startswith("Symlink loop from"):  # for which pathlib has no OSError
+        message = str(error)
     elif isinstance(error, MemoryError):
         message, status = "out of memory: use a smaller model or context, or a machine with more", 1
     else:

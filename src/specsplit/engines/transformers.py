@@ -326,7 +326,7 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _left_out(model: nn.Module, name: str) -> bool:
+def _left_out(model: Any, name: str) -> bool:
     """Whether a tensor of the weights is of a module of the model that has a place for it, which the configuration
     leaves empty: the bias of a linear layer, or a layer beyond the last. Layers for the prediction of several tokens
     stand there too, and are of no use here."""
