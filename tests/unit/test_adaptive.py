@@ -13,6 +13,7 @@ import pytest
 
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.growth import CANDIDATES, grow
+from specsplit.decoding.lookup import LOOKUP
 from specsplit.decoding.sampling import Candidates
 from specsplit.decoding.theory import (
     best_gamma,
@@ -113,6 +114,52 @@ def test_rounds_without_times_teach_acceptance_alone():
         controller.observe(gamma=4, drafted=4, accepted=4, verified_tokens=5)
     assert controller.alpha > before
     assert controller.choose(8) == 4  # nothing is known of the times yet
+
+
+@pytest.mark.parametrize(("looked_up", "right", "drafts"), [(0.5, 0.9, True), (0.5, 0.1, False)])
+def test_lookups_and_the_model_are_priced_each_for_itself(looked_up: float, right: float, drafts: bool) -> None:
+    """The model is right in 30 %, and takes as long as the target: it is not asked, whatever the lookups are worth."""
+    chance, controller, asked = random.Random(0), GammaController("sync", 8), []
+    for number in range(600):
+        found = chance.random() < looked_up
+        gamma = controller.of_lookups.choose(8) if found else 0
+        source = LOOKUP if gamma else ""
+        gamma = gamma or controller.choose(8)
+        accepted = 0
+        while accepted < gamma and chance.random() < (right if source else 0.3):
+            accepted += 1
+        draft_ms = 0.02 if source else 10.0 * gamma
+        network_ms = 3.0 if gamma and not source else 1.0
+        verify_ms = 10.0 + 2 * gamma
+        times = {"draft_ms": draft_ms, "verify_ms": verify_ms, "network_ms": network_ms, "first": number == 0}
+        controller.observe(
+            gamma=gamma, drafted=gamma, accepted=accepted, verified_tokens=gamma + 1, source=source, **times
+        )
+        asked.append((source, gamma, found))
+    late = asked[200:]
+    assert sum(gamma > 0 for source, gamma, _ in late if not source) < 0.1 * len(late)
+    taken = sum(source == LOOKUP for source, _, _ in late) / sum(found for *_, found in late)
+    assert taken > 0.95 if drafts else taken < 0.2
+    later = GammaController("sync", 8)
+    later.restore(json.loads(json.dumps(controller.state())))
+    assert later.state() == controller.state()
+
+
+def test_a_round_that_asks_no_draft_worker_is_not_priced_with_its_network() -> None:
+    """Gamma 1 brings 1.5 tokens in 16 ms, gamma 0 one in 10.3: what a draft worker adds to a round is not in that."""
+    chance, controller = random.Random(0), GammaController("sync", 8)
+    chosen = []
+    for number in range(400):
+        gamma = controller.choose(8)
+        accepted = 0
+        while accepted < gamma and chance.random() < 0.5:
+            accepted += 1
+        times = {"draft_ms": gamma * 0.5, "verify_ms": 10.0 + gamma, "network_ms": 4.5 if gamma else 0.3}
+        controller.observe(
+            gamma=gamma, drafted=gamma, accepted=accepted, verified_tokens=gamma + 1, first=number == 0, **times
+        )
+        chosen.append(gamma)
+    assert sum(gamma > 0 for gamma in chosen[100:]) < 40
 
 
 # ---- trees, against a simulated pair of models: a pass takes so many ms and so many more for each token

@@ -330,7 +330,7 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
     expected += [f"acceptance_length{part}" for part in ("", "_ci_low", "_ci_high", "_mean")]
     expected += [f"draft_acceptance_rate{part}" for part in ("", "_ci_low", "_ci_high")]
-    expected += [f"draft_share_{source}" for source in ("session", "global", "model", "none")]
+    expected += [f"draft_share_{source}" for source in ("session", "global", "lookup", "model", "none")]
     expected += [f"{name}_{i}" for name in ("acceptance_at", "joint_acceptance_at") for i in (1, 2, 3)]
     expected += [f"rounds_accepting_{i}" for i in range(4)]
     expected += ["lossless", "lossless_compared", "reference_ms_per_token", "reference_drift"]

@@ -145,6 +145,9 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
     pairs = [("Target", _model(config["target"], models))]
     for name, own in drafts.items():
         pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(own, models)))
+        if lookup := own["lookup"]:
+            asks = f"where the last {lookup} tokens occurred in the text before, what followed is drafted instead"
+            pairs.append((f"Prompt lookup: {name}", asks))
         if (acceptance := own.get("acceptance")) is not None:
             pairs.append(
                 (

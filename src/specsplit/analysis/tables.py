@@ -253,7 +253,7 @@ def summarize(
         nothing was drafted, as at gamma 0.
     draft_acceptance_rate, _ci_low, _ci_high
         accepted / drafted tokens over all requests together.
-    draft_share_session, _global, _model, _none
+    draft_share_session, _global, _lookup, _model, _none
         of the rounds in which a draft that learns was asked: share whose draft began with what was found in the text
         itself, in earlier texts, with what another model said, and that had none. Empty for other drafts.
     acceptance_at_1 .. acceptance_at_K, K = the largest gamma, or depth drafted at gamma auto

@@ -19,6 +19,8 @@ class Options(TypedDict, total=False):
 
     gamma: depth of a draft, or "auto": chosen in every round from what was measured; 0 = the target alone.
     tree: shape of a draft: "chain", "3x2" (children per level), "dynamic-16x4" (nodes, nodes fed in a pass).
+    lookup: prompt lookup: where the last so many tokens of the text, or more, occurred in it before, what followed them
+    is the draft, and no model is asked; 0 = none. It works without a draft model as well.
     mode: "sync", "overlap" or "lookahead": what is drafted while the target verifies.
     fan_out: outcomes of a verification that lookahead prepares drafts for.
     temperature: 0 = greedy. top_k: 0 = all tokens. top_p: 1 = all tokens.
@@ -34,6 +36,7 @@ class Options(TypedDict, total=False):
 
     gamma: int | Literal["auto"]
     tree: str
+    lookup: int
     mode: Literal["sync", "overlap", "lookahead"]
     fan_out: int
     temperature: float

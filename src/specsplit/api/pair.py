@@ -347,15 +347,16 @@ def _model(given: str | Path | Model) -> Model:
 
 
 def _configured(given: Mapping[str, Any], options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
-    """The settings of a pair; without a draft gamma is 0, unless it is asked to be more."""
+    """The settings of a pair; with nothing to draft from, gamma is 0, unless it is asked to be more."""
     base = OrchestratorConfig.load({name: value for name, value in given.items() if value is not None})
-    return _with_options(base, options if has_draft else {"gamma": 0, **options}, has_draft=has_draft)
+    drafts = has_draft or options.get("lookup", base.lookup)
+    return _with_options(base, options if drafts else {"gamma": 0, **options}, has_draft=has_draft)
 
 
 def _with_options(config: OrchestratorConfig, options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
     config = with_options(config, options)
-    if config.gamma and not has_draft:
-        raise OptionError(f"gamma={config.gamma!r}: this pair has no draft model; name one, or gamma=0")
+    if config.gamma and not has_draft and not config.lookup:
+        raise OptionError(f"gamma={config.gamma!r}: this pair has no draft model; name one, or lookup=2, or gamma=0")
     return config
 
 

@@ -3,7 +3,8 @@
 The prompt goes to the target and, once that has a session for it, to the draft worker. The first round verifies no
 draft, so the first token comes as soon as from the target alone, and the draft worker reads the prompt meanwhile. The
 first round after a failure is done likewise. A draft that reads the target's hidden states (`client/states.py`) gets
-the text with them, after that round.
+the text with them, after that round. Where the end of the text occurred in it before, prompt lookup (`lookup` of the
+settings) drafts what followed, and the draft worker is not asked in that round.
 `overlap` drafts round N + 1 while round N is verified, guessing that all is accepted and which token comes next.
 `lookahead` drafts for the likeliest outcomes and sends these drafts on to the target, which starts the next
 verification by itself when one fits, so there is no round trip between the two. A wrong guess costs the pass that is
@@ -35,6 +36,7 @@ from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.growth import CHAIN
+from specsplit.decoding.lookup import LOOKUP, Lookup
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message
@@ -58,7 +60,8 @@ async def run_speculative_loop_async(
 ) -> SpeculativeResult:
     """Write one text with speculative decoding in the mode of the configuration.
 
-    draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.gamma is 0.
+    draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.gamma is 0, and where config.lookup
+        is the only draft.
     target_stub: a TargetServiceStub on a grpc.aio channel. on_tokens: called with each round's new tokens.
     controller: chooses gamma when it is `auto`, and remembers from text to text; default: a new one.
     identities: role -> what the worker there said of itself before; filled here, and another worker is refused.
@@ -94,7 +97,7 @@ async def _write(
 ) -> SpeculativeResult:
     target_info = await describe(recovery, "target", target_stub)
     draft_info = None
-    if config.gamma:
+    if config.gamma and draft_stub is not None:
         with suppress(WithoutDraft):
             draft_info = await describe(recovery, "draft", draft_stub)
     if draft_info is not None:
@@ -158,6 +161,7 @@ class _Pipeline:
         self.config = text.config
         self.controller = controller
         self.states = states
+        self.lookup = Lookup(text.config.lookup) if text.config.lookup else None
         self._stubs = dict(stubs)
         self._streams: dict[str, Stream] = {}
         self._traffic = {"draft": Traffic(), "target": Traffic()}
@@ -242,9 +246,11 @@ class _Pipeline:
                 if self.states is None:
                     self._reading = asyncio.ensure_future(self._read_by_draft())
             else:
-                gamma, hidden_ms = self._choose(), 0.0
-                tree, ahead = TokenTree(), None
-                if gamma > 0:
+                tree, ahead, hidden_ms = self._look_up(), None, 0.0
+                gamma = len(tree) or self._choose()
+                if len(tree):
+                    asked = time.perf_counter()
+                elif gamma > 0:
                     await self._fetch_states()
                     ahead = await self._ask_draft(gamma)
                     drafted = await self._draft_reply(is_ahead=False)
@@ -276,7 +282,7 @@ class _Pipeline:
                 draft_exposed_ms=exposed_ms,
                 draft_hidden_ms=unseen_ms,
                 **self._take_traffic(),
-                draft_source=tree.source,
+                draft_source=tree.source or ("model" if self.lookup and len(tree) else ""),
             )
             self.text.take(accepted, verdict.next_token, measured)
             self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
@@ -327,19 +333,31 @@ class _Pipeline:
         return length + len(outcome.tree.token_ids) <= self.text.limit
 
     def _choose(self) -> int:
-        room = self.text.room()
-        if self.controller is None:
+        return self._gamma(self.text.room(), self.controller)
+
+    def _gamma(self, room: int, controller: GammaController | None) -> int:
+        if controller is None:
             return room
-        return self.controller.choose(room) if self._advised is None else min(self._advised, room)
+        return controller.choose(room) if self._advised is None else min(self._advised, room)
+
+    def _look_up(self) -> TokenTree:
+        """A draft from the text itself; empty where its end did not occur in it before, or that does not pay."""
+        if self.lookup is None or not self.config.gamma:
+            return TokenTree()
+        gamma = self._gamma(self.text.target_room(), self.controller and self.controller.of_lookups)
+        return self.lookup.draft(
+            self.text.tokens, gamma, self.text.known_stop_ids, certain=self.text.sampling.uses_rejection
+        )
 
     def _observe(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
         if self.controller is not None:
             self.controller.observe(
+                source=tree.source,
                 gamma=measured.gamma_asked,
                 drafted=measured.drafted,
                 accepted=measured.accepted,
                 verified_tokens=measured.tree_nodes + 1,
-                draft_ms=measured.draft_compute_ms,
+                draft_ms=measured.draft_wall_ms if tree.source == LOOKUP else measured.draft_compute_ms,
                 verify_ms=measured.verify_compute_ms,
                 network_ms=measured.network_ms,
                 hit=None if measured.speculation == "none" else measured.speculation == "hit",

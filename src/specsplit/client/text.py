@@ -74,15 +74,18 @@ class Text:
     def room(self, ahead: int = 0) -> int:
         """The deepest draft that makes sense after `ahead` more tokens: the last token is always the target's own; 0
         when the draft worker cannot hold it, or cannot read the text."""
-        length = len(self.tokens) + ahead
-        gamma = min(self.limits.gamma, self.length_limit - length - 1)
+        length, gamma = len(self.tokens) + ahead, self.target_room(ahead)
         # Models with one tokenizer may pad their vocabularies differently: a draft cannot read every token.
         if not self._draft_vocab or max(self.tokens) >= self._draft_vocab:
             return 0
         shape = self.limits.shape
         while gamma > 0 and length + shape.size(gamma) > self._draft_limit:
             gamma -= 1
-        return max(gamma, 0)
+        return gamma
+
+    def target_room(self, ahead: int = 0) -> int:
+        """As `room`, of a draft that no worker makes."""
+        return max(0, min(self.limits.gamma, self.length_limit - len(self.tokens) - ahead - 1))
 
     def forced(self, count: int) -> Forced:
         """The next `count` tokens of the text that is known beforehand, where acceptance is forced."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any, Literal
 
+from specsplit.decoding.lookup import LOOKUP
 from specsplit.decoding.theory import PipelineMode, lookahead_round_ms, round_ms
 from specsplit.decoding.tree import TreeShape
 from specsplit.decoding.tree_plan import Plan, plans
@@ -132,26 +133,35 @@ class GammaController:
         self._tried: dict[int, tuple[float, float]] = {}  # by width: drafted among so many siblings, and accepted
         self._brought = self._expected = 0.0  # accepted tokens, and those that the plan promised
         self._draft, self._ahead, self._verify = _Cost(), _Cost(), _Cost()
-        self._network_ms = _Typical()
+        self._network_ms, self._target_network_ms = _Typical(), _Typical()  # with a draft from a worker, and without
         self._hits = self._hits_expected = 0.0
         self._idle_rounds = 0
         self._pause, self._probe = FIRST_PAUSE, 1
+        self._of_lookups: GammaController | None = None
         self._drafts = 0
         self._undrafted = 0  # rounds since the last draft
         self._alone: Literal["unknown", "next", "known"] = "unknown"  # the time of a round without a draft
+
+    @property
+    def of_lookups(self) -> GammaController:
+        """What chooses how much is drafted by prompt lookup, which takes no time of a worker."""
+        if self._of_lookups is None:
+            self._of_lookups = GammaController("sync", self.limit)
+        return self._of_lookups
 
     def state(self) -> dict[str, Any]:
         """All that it has learnt, as JSON can hold it."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str)}
         costs = {name: value.state() for name, value in vars(self).items() if isinstance(value, _Typical | _Cost)}
-        return {**plain, **costs, "_tried": [[width, *counts] for width, counts in self._tried.items()]}
+        lookups = {} if self._of_lookups is None else {"of_lookups": self._of_lookups.state()}
+        return {**plain, **costs, **lookups, "_tried": [[width, *counts] for width, counts in self._tried.items()]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
         for name, value in state.items():
             if name == "_tried":
                 self._tried = {width: (tried, won) for width, tried, won in value}
-            elif isinstance(value, list):
+            elif isinstance(value, list | Mapping):
                 getattr(self, name).restore(value)
             else:
                 setattr(self, name, value)
@@ -191,6 +201,7 @@ class GammaController:
         hit: bool | None = None,
         first: bool = False,
         ranks: Sequence[tuple[int, int]] | None = None,
+        source: str = "",
     ) -> None:
         """Learn from a round.
 
@@ -198,7 +209,34 @@ class GammaController:
         draft_ms, verify_ms: of the models alone; network_ms: what else the round waited.
         hit: whether the draft had been made ahead; None when that was not tried. first: a round in which a worker read
         a prompt or a whole text, whose times are not typical. ranks: as `tree_plan.ranks`; needed of dynamic trees.
+        source: LOOKUP when the text itself was the draft.
         """
+        verified: dict[str, Any] = {"verified_tokens": verified_tokens, "verify_ms": verify_ms, "first": first}
+        draft: dict[str, Any] = {"gamma": gamma, "drafted": drafted, "draft_ms": draft_ms}
+        brought: dict[str, Any] = {"accepted": accepted, "network_ms": network_ms}
+        if source == LOOKUP:
+            self.of_lookups._learn(**verified, **draft, **brought)
+            self._learn(**verified, **brought)
+            return
+        self._learn(**verified, **draft, **brought, hit=hit, ranks=ranks)
+        if self._of_lookups is not None:
+            self._of_lookups._learn(**verified, network_ms=None if drafted else network_ms)
+
+    def _learn(
+        self,
+        *,
+        verified_tokens: int,
+        verify_ms: float,
+        first: bool,
+        gamma: int = 0,
+        drafted: int = 0,
+        accepted: int = 0,
+        draft_ms: float = 0.0,
+        network_ms: float | None,
+        hit: bool | None = None,
+        ranks: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """As `observe`, of a round in which this source made the draft, or none did. network_ms: None = not its own."""
         plan = self._plans()[min(gamma, self.limit) if self.shape.nodes else min(drafted, self.limit)]
         surprise = accepted == drafted and accepted >= 2 * (self._tokens(min(drafted, self.limit)) - 1)
         if drafted:
@@ -216,9 +254,9 @@ class GammaController:
                 self._ahead.add(*self._ahead_work(plan), draft_ms)
             elif drafted and draft_ms:  # it read what was written meanwhile as well
                 self._draft.add(plan.passes, plan.fed + self._undrafted, draft_ms)
-            if not hit:
-                self._network_ms.add(network_ms)
-        self._undrafted = 0 if drafted else self._undrafted + 1
+            if not hit and network_ms is not None:
+                (self._network_ms if drafted else self._target_network_ms).add(network_ms)
+        self._undrafted = 0 if drafted else self._undrafted + accepted + 1
         probed = self._gamma == 0 and drafted > 0
         if probed and surprise:
             self._pause = FIRST_PAUSE // 2  # doubled where it does not pay yet
@@ -266,9 +304,11 @@ class GammaController:
 
     def _round_ms(self, gamma: int) -> float:
         plan = self._plans()[gamma]
-        verify_ms, network_ms = self._verify.at(1, plan.verified), self._network_ms.value or 0.0
+        verify_ms, asking = self._verify.at(1, plan.verified), self._network_ms.value
+        alone = self._target_network_ms.value
         if gamma == 0:
-            return verify_ms + network_ms
+            return verify_ms + (asking or 0.0 if alone is None else alone)
+        network_ms = alone or 0.0 if asking is None else asking
         ahead_work = self._ahead_work(plan)
         draft_ms = (self._draft or self._ahead).at(plan.passes, plan.fed) / gamma
         ahead_ms = (self._ahead or self._draft).at(*ahead_work) / (gamma + 1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from specsplit.decoding.sampling import Candidates, Sampling, candidates
 from specsplit.errors import UserError
 from specsplit.io import read_json
 from specsplit.models.file_names import MAP_FILES
@@ -65,6 +67,12 @@ class Vocabulary:
         """[rows, draft vocabulary] -> [rows, size], -inf for tokens that the draft cannot say."""
         return logits
 
+    def candidates(
+        self, logits: torch.Tensor, positions: Sequence[int], sampling: Sampling, count: int, *, below: int
+    ) -> list[Candidates]:
+        """As `sampling.candidates` of what `outward` makes of the draft's logits, of tokens below `below`."""
+        return candidates(self.outward(logits)[:, :below], positions, sampling, count)
+
 
 class ReducedVocabulary(Vocabulary):
     """A draft that reads every token of the target but can say only some: its output head has fewer rows.
@@ -76,6 +84,16 @@ class ReducedVocabulary(Vocabulary):
     def __init__(self, draft_to_target: Sequence[int], size: int) -> None:
         super().__init__(size)
         self.targets: torch.Tensor = torch.tensor(list(draft_to_target), dtype=torch.long)
+        self._tokens = list(draft_to_target)
+
+    def candidates(
+        self, logits: torch.Tensor, positions: Sequence[int], sampling: Sampling, count: int, *, below: int
+    ) -> list[Candidates]:
+        """As Vocabulary.candidates; greedy ones are found among the few tokens that the draft can say."""
+        if not sampling.greedy or below <= max(self._tokens):
+            return super().candidates(logits, positions, sampling, count, below=below)
+        found = candidates(logits, positions, sampling, count)
+        return [replace(each, token_ids=[self._tokens[row] for row in each.token_ids]) for each in found]
 
     def outward(self, logits: torch.Tensor) -> torch.Tensor:
         self.targets = self.targets.to(logits.device)

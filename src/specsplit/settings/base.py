@@ -28,6 +28,7 @@ def setting(
     example: Any = None,
     note: str = "",
     heading: str = "",
+    shipped: Any = None,
     operates: bool = False,
     verbatim: bool = False,
     schema: Mapping[str, Any] | None = None,
@@ -37,11 +38,18 @@ def setting(
 
     description: sentences, for --help and config/README.md. example: a value that is not the default.
     note: what stands beside the key in config/config.yaml; heading: the comment above it.
+    shipped: what it has there, when that is not the default.
     operates: it decides how a process is operated, not what it computes; a change of it reruns nothing.
     verbatim: strings of its list are taken as they are, commas and white space included.
     schema: more of its JSON Schema. limits: of pydantic.Field (ge, lt, pattern, min_length, ...).
     """
-    extra: dict[str, Any] = {"note": note, "heading": heading, "operates": operates, "verbatim": verbatim}
+    extra: dict[str, Any] = {
+        "note": note,
+        "heading": heading,
+        "shipped": shipped,
+        "operates": operates,
+        "verbatim": verbatim,
+    }
     extra = {**(schema or {}), **{key: value for key, value in extra.items() if value}}
     examples = None if example is None else [example]
     return Field(default, description=description, examples=examples, json_schema_extra=extra or None, **limits)

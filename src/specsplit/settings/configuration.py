@@ -22,7 +22,7 @@ from jsonschema.validators import extend
 
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
-from specsplit.settings.names import DEFAULT_DRAFT, gamma_order, synthetic_name, too_few_requests
+from specsplit.settings.names import DEFAULT_DRAFT, gamma_order, lookup_name, synthetic_name, too_few_requests
 
 LOOKUPS = {"ngram": "ngram", "suffix": "match"}  # source: what the keys min_ and max_ are of
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
@@ -85,17 +85,25 @@ def fetched_path(dataset: Mapping[str, Any]) -> str | None:
 
 
 def swept_drafts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every draft of the sweep by its name, each with all keys of `draft`; without `drafts` that one alone."""
-    drafts = {
-        name: {**config["draft"], **changes} for name, changes in (config["drafts"] or {DEFAULT_DRAFT: {}}).items()
-    }
-    return {synthetic_name(name, draft.get("acceptance")): draft for name, draft in drafts.items()}
+    """Every draft of the sweep by its name, each with all keys of `draft` and one value of `lookup`; without `drafts`
+    that one alone."""
+    drafts = {}
+    for name, own in named_drafts(config).items():
+        forced = own.get("acceptance")
+        for lookup in [0] if forced is not None else own.get("lookup", [0]):
+            drafts[lookup_name(synthetic_name(name, forced), lookup)] = {**own, "lookup": lookup}
+    return drafts
+
+
+def named_drafts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """As `drafts` has them, each with all keys of `draft`; without `drafts` that one alone."""
+    return {name: {**config["draft"], **changes} for name, changes in (config["drafts"] or {DEFAULT_DRAFT: {}}).items()}
 
 
 def first_draft(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name and the keys of the first draft as it is, its acceptance not forced."""
-    name, draft = next(iter(config["drafts"] or {DEFAULT_DRAFT: {}})), next(iter(swept_drafts(config).values()))
-    return name, {**draft, "acceptance": None}
+    """The name and the keys of the first draft as it is, its acceptance not forced and without prompt lookup."""
+    name, draft = next(iter(named_drafts(config).items()))
+    return name, {**draft, "acceptance": None, "lookup": 0}
 
 
 def schema_keys() -> dict[str, dict[str, Any]]:
@@ -329,7 +337,7 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _check_dataset(config["dataset"])
     models = config["models"]
     paths = [f"drafts.{name}" for name in config["drafts"]] or ["draft"]
-    drafts = dict(zip(paths, swept_drafts(config).values(), strict=True))
+    drafts = dict(zip(paths, named_drafts(config).values(), strict=True))
     for path, own in {"target": config["target"], **drafts}.items():
         name = own["model"]
         if name not in models:

@@ -11,7 +11,7 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.decoding.tree import TreeShape
 from specsplit.settings.access import AccessSettings
 from specsplit.settings.base import Settings, setting
-from specsplit.settings.names import DEFAULT_DRAFT, synthetic_name
+from specsplit.settings.names import DEFAULT_DRAFT, lookup_name, synthetic_name
 
 MODES = get_args(PipelineMode)
 MAX_GAMMA = 64
@@ -93,6 +93,16 @@ class OrchestratorConfig(AccessSettings):
         note="0.8: forced, synthetic: each drafted token is right with this probability; null: as the draft is",
         ge=0,
         le=1,
+    )
+    lookup: int = setting(
+        0,
+        "Prompt lookup: where the last so many tokens of a text, or more, occurred in it before, what followed them is "
+        "the draft of at most gamma tokens, and the draft worker is not asked, which saves its time. 0: off. With it a "
+        "draft is called NAME-lookupN in every table.",
+        example=2,
+        note="prompt lookup before the model is asked: tokens at the end of a text that must have occurred; 0 = off",
+        ge=0,
+        le=16,
     )
     fan_out: int = setting(
         16,
@@ -246,8 +256,14 @@ class OrchestratorConfig(AccessSettings):
         if self.draft_acceptance is not None:
             if self.sampling == "rejection" and self.temperature:
                 raise ValueError("draft_acceptance needs a text that is known beforehand: use sampling coupled")
+            if self.lookup:
+                raise ValueError(
+                    "draft_acceptance says how often drafts are right, but with lookup the text drafts too: drop one"
+                )
             if self.gamma:
                 self.draft_name = synthetic_name(self.draft_name, self.draft_acceptance)
+        elif self.gamma:
+            self.draft_name = lookup_name(self.draft_name, self.lookup)
         return self
 
     @property

@@ -82,7 +82,9 @@ def same(source: type[BaseModel], field: str, type_: Any = None, **changes: Any)
     """A key that is a setting of a process. changes: what is not as there."""
     info = source.model_fields[field]
     extra = extra_of(info)
-    told: dict[str, Any] = {name: extra.pop(name) for name in ("note", "heading", "operates") if name in extra}
+    told: dict[str, Any] = {
+        name: extra.pop(name) for name in ("note", "heading", "shipped", "operates") if name in extra
+    }
     example = info.examples[0] if info.examples else None
     given: dict[str, Any] = {
         "default": info.default,
@@ -149,6 +151,7 @@ NamedDraft: Any = section(
     dtype=other("dtype", type_of(DraftWorkerConfig, "dtype"), "int8"),
     skip_layers=other("skip_layers", SkipLayers, [13, 14], schema=UNIQUE),
     acceptance=other("acceptance", Annotated[float, Field(ge=0, le=1)], 0.8),
+    lookup=other("lookup", list[Annotated[int, Field(ge=0, le=16)]], [2], schema=ONE_OR_MORE, min_length=1),
     skip_count=other("skip_count", type_of(LayerSettings, "skip_count"), 4),
 )[0]
 
@@ -164,7 +167,7 @@ Workflow: type[BaseModel] = section(
     "",
     gammas=axis(
         "gamma",
-        [0, 1, 2, 3, 4, 6, "auto"],
+        [0, 1, 2, 3, "auto"],
         [1, 8],
         " 0 is added when missing and the list is sorted: speedup is against gamma 0.",
         schema=UNIQUE,
@@ -287,6 +290,14 @@ Workflow: type[BaseModel] = section(
             schema=UNIQUE,
         ),
         acceptance=same(Run, "draft_acceptance"),
+        lookup=axis(
+            "lookup",
+            [0],
+            [2],
+            " A draft whose acceptance is forced has none.",
+            note="prompt lookup before the model is asked, by so many tokens; 0 = none; several values are swept",
+            shipped=[0, 2],
+        ),
         skip_count=same(LayerSettings, "skip_count"),
         calibration_prompts=same(LayerSettings, "limit"),
     ),

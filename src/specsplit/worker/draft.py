@@ -258,12 +258,14 @@ class Drafter:
 
     def _learn(self, nodes: Sequence[int], logits: torch.Tensor) -> None:
         """Keep the candidates after computed nodes; logits: [len(nodes), vocabulary of the draft]."""
-        logits = self.vocabulary.outward(logits)[:, : self.settings.vocab_size]
-        if self.settings.forced.tokens:
-            logits = self._force(nodes, logits)
+        sampling, below = self.settings.sampling, self.settings.vocab_size
         depths = [0 if node == ROOT else self.state.depths[node] for node in nodes]
         positions = [len(self.context) + depth for depth in depths]
-        found = candidates(logits, positions, self.settings.sampling, CANDIDATES)
+        if self.settings.forced.tokens:
+            logits = self._force(nodes, self.vocabulary.outward(logits)[:, :below])
+            found = candidates(logits, positions, sampling, CANDIDATES)
+        else:
+            found = self.vocabulary.candidates(logits, positions, sampling, CANDIDATES, below=below)
         self.state.candidates.update(zip(nodes, found, strict=True))
         if not all(each.token_ids for each in found) and bool((logits.isnan() | logits.isposinf()).any()):
             self.state.overflowed = True

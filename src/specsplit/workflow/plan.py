@@ -317,6 +317,7 @@ class Plan:
             "repeats": self.config["repeats"],
             "setups": self.config["setups"],
             "draft_acceptance": self.drafts[point.draft]["acceptance"] if point.gamma else None,
+            "lookup": self.drafts[point.draft]["lookup"] if point.gamma else 0,
             **self._text_part(),
             **workers,
         }
