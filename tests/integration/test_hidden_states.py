@@ -116,6 +116,9 @@ def test_the_text_is_that_of_the_target_alone(pair: tuple[Worker, Worker], mode:
         for gamma in (5, "auto"):
             result = write(pair, PROMPTS[0], mode=mode, tree=tree, gamma=gamma, **sampling)
             assert result.output_tokens == alone, (tree, gamma)
+    looked_up = write(pair, PROMPTS[0] * 2, mode=mode, lookup=1, **sampling)
+    assert looked_up.output_tokens == write(pair, PROMPTS[0] * 2, gamma=0, **sampling).output_tokens
+    assert {"lookup", "model"} <= {r.draft_source for r in looked_up.rounds}
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
