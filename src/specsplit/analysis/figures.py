@@ -125,13 +125,7 @@ def _draw_alone(
 
 
 def _draw_panels(
-    figure: Figure,
-    title: str,
-    plot: Plot,
-    panels: list[Panel],
-    curves: list[Curve],
-    confidence: float,
-    omitted: str,
+    figure: Figure, title: str, plot: Plot, panels: list[Panel], curves: list[Curve], confidence: float, omitted: str
 ) -> None:
     """Small panels beside each other on the same axes, with one legend below them."""
     columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3

@@ -17,15 +17,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame, Series
 
-from specsplit.analysis.configurations import (
-    NETWORK,
-    conditions_of,
-    configuration_of,
-    ratio,
-    row_of,
-    sort_rows,
-    tuples,
-)
+from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, ratio, row_of, sort_rows, tuples
 from specsplit.analysis.reading import listed, read_csv_file
 from specsplit.analysis.series import series_of
 from specsplit.analysis.statistics import paired_ratio_ci

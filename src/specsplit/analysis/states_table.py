@@ -67,7 +67,7 @@ def states_sentences(table: DataFrame) -> list[str]:
         f"A token takes {draft[bytes_per_token].mean():,.0f} bytes from the target with the draft that reads no hidden "
         f"states, and {head[bytes_per_token].min():,.0f} to {head[bytes_per_token].max():,.0f} with the head. Its "
         f"acceptance length is {_range(head['acceptance_length'])}, the other draft's "
-        f"{_range(draft['acceptance_length'])}.",
+        f"{_range(draft['acceptance_length'])}."
     ]
     if known.empty:
         return [*said, f"No ratio has an interval (prompts: {texts}; it takes {MIN_PROMPTS}), so no winner is named."]

@@ -194,12 +194,7 @@ def compare_panel(
 
 
 def summarize(
-    requests: DataFrame,
-    rounds: DataFrame,
-    *,
-    confidence: float = 0.95,
-    bootstrap_samples: int = 10_000,
-    seed: int = 0,
+    requests: DataFrame, rounds: DataFrame, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
 ) -> DataFrame:
     """One row a configuration, in their order, from the tables of `merge_runs` or `read_tables`.
 

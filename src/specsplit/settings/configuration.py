@@ -29,8 +29,7 @@ SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config
 
 # YAML has .nan and .inf, which no range check catches and JSON cannot hold.
 _TYPES = Draft202012Validator.TYPE_CHECKER.redefine(
-    "number",
-    lambda _, value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+    "number", lambda _, value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 )
 _Validator = extend(Draft202012Validator, type_checker=_TYPES)
 _NOUNS = {

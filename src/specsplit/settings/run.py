@@ -198,9 +198,7 @@ class OrchestratorConfig(AccessSettings):
     )
     max_context: int | None = setting(None, "Longest text, prompt included; null: what the target can hold.", ge=2)
     tls_name: str | None = setting(
-        None,
-        "Name in a worker's certificate, where it is not that of the address, as behind a tunnel.",
-        operates=True,
+        None, "Name in a worker's certificate, where it is not that of the address, as behind a tunnel.", operates=True
     )
     connect_timeout_s: float = setting(10.0, "Seconds to wait for a worker to answer.", operates=True, gt=0)
     rpc_timeout_s: float = setting(

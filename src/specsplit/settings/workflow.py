@@ -269,12 +269,7 @@ Workflow: type[BaseModel] = section(
     ),
     draft=section(
         "The small model, which guesses ahead.",
-        model=key(
-            str,
-            DRAFT,
-            "A name from `models`. Of another tokenizer, tokens that both have.",
-            example="my-draft",
-        ),
+        model=key(str, DRAFT, "A name from `models`. Of another tokenizer, tokens that both have.", example="my-draft"),
         dtype=same(DraftWorkerConfig, "dtype"),
         skip_layers=same(
             DraftWorkerConfig,
