@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from pandas import DataFrame, Series
@@ -60,8 +59,3 @@ def sort_rows(table: DataFrame) -> DataFrame:
     }
     order = DataFrame(ranks).reset_index(drop=True).sort_values(list(ranks), kind="stable").index
     return table.iloc[order].reset_index(drop=True)
-
-
-def ratio(top: float, bottom: float) -> float:
-    """NaN where there is nothing to divide by."""
-    return float(top / bottom) if bottom else math.nan

@@ -12,7 +12,7 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.configurations import configuration_of, keys_of
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, settle_layout
-from specsplit.analysis.tables import quantiles
+from specsplit.analysis.measures import quantiles
 from specsplit.experiment.sweep import Point
 
 # Part of a round -> what a figure calls it, and its colour.

@@ -32,10 +32,11 @@ from specsplit.analysis.findings import (
     round_trip_sentences,
     summary_table,
 )
+from specsplit.analysis.merging import read_tables
 from specsplit.analysis.series import check_beside
 from specsplit.analysis.states_table import states_sentences
 from specsplit.analysis.statistics import MIN_PROMPTS
-from specsplit.analysis.tables import read_tables, summarize
+from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
 from specsplit.io import csv_reader, read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION

@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
         summary_table,
         text_table,
     )
-    from specsplit.analysis.tables import read_tables, summarize
+    from specsplit.analysis.merging import read_tables
+    from specsplit.analysis.tables import summarize
     from specsplit.io import write_csv
 
     settings = load_settings(IntervalSettings, args).model_dump()

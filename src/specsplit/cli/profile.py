@@ -12,8 +12,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.configurations import keys_of
+    from specsplit.analysis.merging import read_tables
     from specsplit.analysis.profile import PARTS, draw_profile, profile
-    from specsplit.analysis.tables import comparable, read_tables
+    from specsplit.analysis.tables import comparable
     from specsplit.io import write_csv
 
     table = profile(comparable(*read_tables(args.results_dir))[1])
