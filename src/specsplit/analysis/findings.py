@@ -14,6 +14,7 @@ from typing import Any
 from pandas import DataFrame, Series, concat, isna
 
 from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, keys_of, row_of
+from specsplit.analysis.costs import cost_sentences
 from specsplit.analysis.curves import in_words, split_panels, three_digits
 from specsplit.analysis.references import BASES, GAMMA0, MOST_DRIFT, PAIR, STREAM
 from specsplit.analysis.statistics import MIN_PROMPTS
@@ -171,6 +172,18 @@ def find_best(
             )
         )
     return findings
+
+
+def conclusions(summary: DataFrame, confidence: float) -> dict[str, list[str]]:
+    """What the summary says beside the best configuration: topic -> sentences; topics with nothing to say are empty."""
+    topics = {
+        "Round trips": round_trip_sentences(summary, confidence),
+        "Machine": [drift_sentence(summary)],
+        "Cost": cost_sentences(summary),
+        "Lossless": [lossless_sentence(summary)],
+        "Faults": [faults_sentence(summary)],
+    }
+    return {topic: [sentence for sentence in sentences if sentence] for topic, sentences in topics.items()}
 
 
 def round_trip_sentences(summary: DataFrame, confidence: float) -> list[str]:

@@ -25,7 +25,7 @@ def interval_columns(name: str, interval: tuple[float, float], kind: str = "ci")
 
 
 def paired_columns(
-    name: str, num_a: Series, den_a: ArrayLike, num_b: Series, den_b: ArrayLike, confidence: float
+    name: str, num_a: ArrayLike, den_a: ArrayLike, num_b: ArrayLike, den_b: ArrayLike, confidence: float
 ) -> dict[str, float]:
     """NAME, (sum num_a / sum den_a) / (sum num_b / sum den_b) over the same prompts, and its interval.
 

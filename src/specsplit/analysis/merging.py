@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from pandas import DataFrame, Series
 
@@ -121,6 +122,7 @@ def _counted_again(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, D
     names = [*keys_of(requests), "request_id", "repeat"]
     requests, rounds = requests.copy(), rounds.copy()
     own = dict(list(rounds.sort_values("round").groupby(tuples(rounds[names]), sort=False)))
+    index: Any
     for index, key in tuples(requests[requests["verifications"].isna()][names]).items():
         request, mine = requests.loc[index], own.get(key)
         if mine is None:

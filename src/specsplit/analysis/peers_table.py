@@ -104,8 +104,8 @@ def _itl_columns(name: str, rows: DataFrame, other: DataFrame, confidence: float
 
 def latency_columns(name: str, rows: DataFrame, other: DataFrame, confidence: float) -> dict[str, float]:
     """NAME: milliseconds per token of the texts in `rows`, divided by those of the same texts in `other`."""
-    columns = (table[column] for table in (rows, other) for column in ("total_latency_ms", "generated_tokens"))
-    return paired_columns(name, *columns, confidence)
+    ours, theirs = (table[["total_latency_ms", "generated_tokens"]].to_numpy(float).T for table in (rows, other))
+    return paired_columns(name, *ours, *theirs, confidence)
 
 
 def _joint_intervals(own: dict[str, DataFrame], peer: str, settings: dict[str, Any]) -> dict[str, tuple[float, float]]:

@@ -156,17 +156,17 @@ def with_references(requests: DataFrame, reference: DataFrame | None = None) -> 
     elsewhere = dict(zip(places[alone.index], turns[alone.index], strict=True))
     for base in BASES:
         rows = measured.get(base, requests[:0])
-        found = turns.where(requests["paired"], places.map(elsewhere)) if base == GAMMA0 else turns
+        turn = turns.where(requests["paired"], places.map(elsewhere)) if base == GAMMA0 else turns
         for unit, column in (("ms", "total_latency_ms"), ("tokens", "generated_tokens")):
             values = dict(zip(tuples(rows[_TURN]), rows[column], strict=True))
-            requests[f"{base}_{unit}"] = found.map(values).astype(float)
+            requests[f"{base}_{unit}"] = turn.map(values).astype(float)
     texts = requests[:0] if reference is None else reference
     matches = texts["matches_gamma0"].astype("boolean")
     counts = {"compared": matches.notna(), "same": matches.fillna(False), "failed": texts["status"] != OK}
     ours = requests["setup"] == WORKERS
     for name, counted in counts.items():
-        found = counted.astype(int).groupby(tuples(texts[_TURN])).sum() if len(texts) else {}
-        requests[f"beside_{name}"] = turns.where(ours).map(dict(found)).fillna(0).astype(int)
+        found = dict(counted.astype(int).groupby(tuples(texts[_TURN])).sum()) if len(texts) else {}
+        requests[f"beside_{name}"] = turns.where(ours).map(found).fillna(0).astype(int)
     return requests
 
 

@@ -153,3 +153,9 @@ class SuffixParameters(ModelSource):
         if self.min_match > self.max_match:
             raise ValueError(f"min_match {self.min_match} is above max_match {self.max_match}")
         return self
+
+
+SOURCES: dict[str, type[ModelSource]] = {
+    model.model_fields["source"].default: model
+    for model in (PypiSource, HuggingFaceSource, LocalSource, SyntheticParameters, NGramParameters, SuffixParameters)
+}
