@@ -124,7 +124,7 @@ class Finding:
 
 
 def find_best(
-    requests: DataFrame, rounds: DataFrame, summary: DataFrame, *, confidence: float, bootstrap_samples: int, seed: int
+    requests: DataFrame, rounds: DataFrame, summary: DataFrame, *, confidence: float, **settings: Any
 ) -> list[Finding]:
     """One finding for each way to choose tokens and network, in the order of `summary`.
 
@@ -133,7 +133,6 @@ def find_best(
     alone, with its 1, is among them. Intervals and ties are those of `compare_panel`: with equal configurations one is
     called faster, or one pair told apart, in at most 1 - confidence of experiments.
     """
-    settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
     every = int(requests["request_id"].nunique())
@@ -149,7 +148,7 @@ def find_best(
         rated = rows[rows[gain].notna()]
         best = rated.iloc[int(rated[gain].argmax())] if len(rated) else rows.iloc[0]
         ranked = rows[drafting[rows.index]].sort_values(gain, ascending=False, kind="stable", na_position="last")
-        order, found = compare_panel(panel.requests, base, **settings)
+        order, found = compare_panel(panel.requests, base, confidence=confidence, **settings)
         places = {configuration: place for place, configuration in enumerate(order)}
         place_of = {index: places[key] for index, key in configuration_of(rows, row_of(rows)).items() if key in places}
         tied = []

@@ -104,8 +104,8 @@ def _itl_columns(name: str, rows: DataFrame, other: DataFrame, confidence: float
 
 def latency_columns(name: str, rows: DataFrame, other: DataFrame, confidence: float) -> dict[str, float]:
     """NAME: milliseconds per token of the texts in `rows`, divided by those of the same texts in `other`."""
-    ours, theirs = (table[["total_latency_ms", "generated_tokens"]].to_numpy(float).T for table in (rows, other))
-    return paired_columns(name, *ours, *theirs, confidence)
+    ours, tokens = rows["total_latency_ms"], rows["generated_tokens"]
+    return paired_columns(name, ours, tokens, other["total_latency_ms"], other["generated_tokens"], confidence)
 
 
 def _joint_intervals(own: dict[str, DataFrame], peer: str, settings: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -122,9 +122,7 @@ def _joint_intervals(own: dict[str, DataFrame], peer: str, settings: dict[str, A
     return {name: (1 / high, 1 / low if low else math.inf) for name, (low, high) in speedups.items()}
 
 
-def write_peers(
-    results_dir: Path, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
-) -> list[Path]:
+def write_peers(results_dir: Path, *, confidence: float = 0.95, **settings: Any) -> list[Path]:
     """Summary and figure of `peers_requests.csv`: `peers.csv`, `figures/peers.png` and .svg; returns the paths.
 
     Who could not be raced is in `peers_run.json`, where it was written by this version.
@@ -132,8 +130,7 @@ def write_peers(
     requests = read_records(results_dir / "peers_requests.csv", PeerRecord, "specsplit bench --baseline")
     run = results_dir / "peers_run.json"
     left_out = read_run(run).get("left_out") if run.is_file() else None
-    settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
-    summary = summarize_peers(requests, left_out, **settings)
+    summary = summarize_peers(requests, left_out, confidence=confidence, **settings)
     figures = draw_peers(requests, summary, results_dir / "figures" / "peers.png", confidence=confidence)
     write_csv(summary, results_dir / "peers.csv")
     return [results_dir / "peers.csv", *figures]

@@ -22,16 +22,8 @@ from pandas import DataFrame, read_csv
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
-from specsplit.analysis.costs import cost_sentences, with_price
-from specsplit.analysis.findings import (
-    compared_sentence,
-    drift_sentence,
-    faults_sentence,
-    find_best,
-    lossless_sentence,
-    round_trip_sentences,
-    summary_table,
-)
+from specsplit.analysis.costs import with_price
+from specsplit.analysis.findings import compared_sentence, conclusions, find_best, summary_table
 from specsplit.analysis.merging import read_tables
 from specsplit.analysis.series import check_beside
 from specsplit.analysis.states_table import states_sentences
@@ -62,38 +54,30 @@ _COLUMNS = {
 _SENTENCES = {"capacity": capacity_sentences, "hidden_states": states_sentences}
 MOST_ROWS = 200  # of such a table; the file itself has the rest
 _UNKNOWN = "not recorded"
+_KINDS = {".csv": "text/csv", ".json": "application/json", ".svg": "image/svg+xml"}
 
 
 def write_report(
-    results_dir: Path,
-    output: Path,
-    *,
-    confidence: float = 0.95,
-    bootstrap_samples: int = 10_000,
-    seed: int = 0,
-    prices: PriceSettings | None = None,
+    results_dir: Path, output: Path, *, prices: PriceSettings | None = None, confidence: float = 0.95, **settings: Any
 ) -> None:
     """Write the page from what lies in `results_dir`: tables, figures, record, and what was measured beside the sweep.
 
     prices: of `with_price`. The other arguments are those of `summarize`. Raises UserError when a table, a figure or
     the record is missing.
     """
-    settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
     requests, rounds = read_tables(results_dir)
-    summary = with_price(summarize(requests, rounds, **settings), prices or PriceSettings())
+    summary = summarize(requests, rounds, confidence=confidence, **settings)
+    summary = with_price(summary, prices or PriceSettings())
     record = read_json_object(results_dir / "provenance" / "provenance.json")
     headings, rows = summary_table(summary)
+    files = [results_dir / name for name in ("summary.csv", "requests.csv", "reference.csv", "provenance/config.json")]
     page = {
         "version": specsplit.__version__,
         "created": _moment(record.get("created")),
         "record": record,
-        "findings": find_best(requests, rounds, summary, **settings),
-        "round_trips": round_trip_sentences(summary, confidence),
-        "drift": drift_sentence(summary),
+        "findings": find_best(requests, rounds, summary, confidence=confidence, **settings),
+        "said": conclusions(summary, confidence),
         "left_out": _left_out(record),
-        "costs": cost_sentences(summary),
-        "lossless": lossless_sentence(summary),
-        "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
         "compared": compared_sentence(summary, int(requests["request_id"].nunique())),
         "least": MIN_PROMPTS,
@@ -110,20 +94,9 @@ def write_report(
             if name != "speculation" or summary["hit_rate"].notna().any()  # an empty one has nothing to see
         ],
         "more": [table for name in BESIDE if (table := _more_table(results_dir, requests, name))],
-        "checklist": record.get("checklist", []),
-        "made_by": record.get("workflow", {}).get("command"),
         "runs": [_run(run) for run in record.get("runs", [])],
         "config": json.dumps(record.get("config", {}), indent=2, ensure_ascii=False),
-        "files": [
-            (path.name, _data_uri(path, kind))
-            for path, kind in (
-                (results_dir / "summary.csv", "text/csv"),
-                (results_dir / "requests.csv", "text/csv"),
-                (results_dir / "reference.csv", "text/csv"),
-                (results_dir / "provenance" / "config.json", "application/json"),
-            )
-            if path.exists()
-        ],
+        "files": [(path.name, _data_uri(path)) for path in files if path.exists()],
     }
     environment = Environment(
         loader=PackageLoader("specsplit.analysis", ""),
@@ -317,13 +290,13 @@ def _moment(text: Any) -> str:
 def _figure(path: Path) -> Markup:
     """An <img> that holds the picture itself: an SVG of its own, whose ids and fonts touch no other."""
     return Markup('<img src="{}" alt="{}">').format(
-        _data_uri(path, "image/svg+xml"), f"Figure {path.stem}. {CAPTIONS.get(path.stem, '')}"
+        _data_uri(path), f"Figure {path.stem}. {CAPTIONS.get(path.stem, '')}"
     )
 
 
-def _data_uri(path: Path, kind: str) -> str:
+def _data_uri(path: Path) -> str:
     try:
-        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        return f"data:{_KINDS[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: {reason}; make it with the workflow or `specsplit analyze`") from None
@@ -348,7 +321,7 @@ def _more_table(results_dir: Path, requests: DataFrame, name: str) -> dict[str, 
         "rows": rows[:MOST_ROWS],
         "left_out": len(rows) - MOST_ROWS,
         "name": path.name,
-        "uri": _data_uri(path, "text/csv"),
+        "uri": _data_uri(path),
         "figure": _figure(figure) if figure.exists() else None,
     }
 

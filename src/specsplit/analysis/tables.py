@@ -28,7 +28,6 @@ from specsplit.analysis.measures import (
 )
 from specsplit.analysis.references import (
     BASES,
-    GAMMA0,
     is_base,
     lacks_reference,
     reference_columns,
@@ -76,7 +75,7 @@ def comparable(requests: DataFrame, rounds: DataFrame) -> tuple[DataFrame, DataF
 
 
 def compare_panel(
-    requests: DataFrame, base: str = GAMMA0, *, confidence: float, samples: int, seed: int
+    requests: DataFrame, base: str, *, confidence: float, bootstrap_samples: int, seed: int
 ) -> tuple[list[Any], Comparison | None]:
     """The configurations of one choice of tokens and network, and how they compare end to end with one of BASES.
 
@@ -107,7 +106,7 @@ def compare_panel(
         of_all("generated_tokens", tokens),
         base=(of_all(times, times), of_all(tokens, tokens)),
         confidence=confidence,
-        samples=samples,
+        samples=bootstrap_samples,
         seed=seed,
     )
     return order, found
@@ -198,6 +197,7 @@ def summarize(
     Raises UserError for impossible confidence or bootstrap_samples.
     """
     check_confidence(confidence)
+    settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
     requests = with_references(requests)
     shared, rounds = comparable(requests, rounds)
     numbers = [gamma for gamma in requests["gamma"] if gamma != AUTO]
@@ -206,7 +206,7 @@ def summarize(
     joint: dict[Any, dict[str, tuple[float, float]]] = {}
     for _, panel in shared.groupby(conditions_of(shared, *NETWORK), sort=False):
         for base in BASES:
-            order, found = compare_panel(panel, base, confidence=confidence, samples=bootstrap_samples, seed=seed)
+            order, found = compare_panel(panel, base, **settings)
             if found is not None:
                 for place, key in enumerate(order):
                     joint.setdefault(key, {})[base] = found.against_first(place)
