@@ -1,4 +1,5 @@
-"""Columns of a summary, each with its interval: quantiles, means, rates, and ratios of times on the same prompts."""
+"""Columns of a summary, each with its interval: quantiles, means, rates, and ratios of times on the same prompts; and
+the medians over repeats that they are of."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from pandas import DataFrame, Series
 
@@ -83,3 +85,20 @@ def draft_position(rounds: DataFrame, position: int) -> tuple[Series, Series]:
 def verifies_draft(rounds: DataFrame) -> Series:
     """Whether each round verified a draft, whatever of it counts as drafted."""
     return (rounds["tree_nodes"] > 0) | (rounds["drafted"] > 0)
+
+
+def median_over_repeats(table: DataFrame, key: Sequence[str], flag: str) -> DataFrame:
+    """One row for each combination of the columns `key`: the medians of what was measured over its repeats.
+
+    table: with a column `repeat`. What is no number is that of the first repeat; the truth value `flag` holds when it
+    does in every repeat, and is unknown when it is in one.
+    """
+    if table["repeat"].nunique() == 1:
+        return table
+    groups = table.groupby([table[name] for name in key], sort=False)
+    first = table[~table.duplicated(list(key))].copy()
+    for name in map(str, table.select_dtypes("number")):
+        if name not in (*key, "repeat"):
+            first[name] = groups[name].median().array
+    first[flag] = pd.array([own.all(skipna=False) for _, own in groups[flag]], dtype="boolean")
+    return first

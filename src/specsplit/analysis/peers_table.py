@@ -13,9 +13,8 @@ from pandas import DataFrame
 
 from specsplit.analysis.curves import BLUE, ORANGE
 from specsplit.analysis.drawing import GREY, house_style, new_figure, save_figure, settle_layout, spread
-from specsplit.analysis.measures import TIMES, metric_columns, paired_columns, ratio
+from specsplit.analysis.measures import TIMES, median_over_repeats, metric_columns, paired_columns, ratio
 from specsplit.analysis.reading import read_records
-from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import compare_jointly
 from specsplit.experiment.peer_race import PeerRecord
 from specsplit.io import write_csv

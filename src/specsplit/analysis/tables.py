@@ -20,6 +20,7 @@ from specsplit.analysis.measures import (
     TIMES,
     draft_position,
     interval_columns,
+    median_over_repeats,
     metric_columns,
     quantiles,
     rate_columns,
@@ -35,7 +36,6 @@ from specsplit.analysis.references import (
     with_drift,
     with_references,
 )
-from specsplit.analysis.repeats import median_over_repeats
 from specsplit.analysis.statistics import Comparison, check_confidence, compare_jointly, rate_ci
 from specsplit.client.result import LINK_BYTES, USAGE
 from specsplit.experiment.columns import FAILED, OK, SOURCES, WORKERS
