@@ -59,3 +59,8 @@ def sort_rows(table: DataFrame) -> DataFrame:
     }
     order = DataFrame(ranks).reset_index(drop=True).sort_values(list(ranks), kind="stable").index
     return table.iloc[order].reset_index(drop=True)
+
+
+def varied(table: DataFrame) -> list[str]:
+    """The names of the configuration that take several values in this sweep; gamma always."""
+    return [name for name in keys_of(table) if name == "gamma" or table[name].nunique() > 1]

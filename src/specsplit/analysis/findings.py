@@ -13,7 +13,7 @@ from typing import Any
 
 from pandas import DataFrame, Series, concat, isna
 
-from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, keys_of, row_of
+from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, row_of, varied
 from specsplit.analysis.costs import cost_sentences
 from specsplit.analysis.curves import in_words, split_panels, three_digits
 from specsplit.analysis.references import BASES, GAMMA0, MOST_DRIFT, PAIR, STREAM
@@ -324,11 +324,6 @@ def faults_sentence(summary: DataFrame) -> str:
             "(requests.csv, recovery_ms)."
         )
     return " ".join(parts)
-
-
-def varied(summary: DataFrame) -> list[str]:
-    """The names of the configuration that take several values in this sweep; gamma always."""
-    return [name for name in keys_of(summary) if name == "gamma" or summary[name].nunique() > 1]
 
 
 def name_of(row: Series, names: Sequence[str]) -> str:
