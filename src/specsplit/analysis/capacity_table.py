@@ -174,19 +174,14 @@ def _crossings(summary: DataFrame) -> list[str]:
             if loads.empty:
                 continue
             axis = "clients" if unit == "clients" else "rate"
-            told = []
+            verdicts: dict[str, list[str]] = {}
             rows: list[Any] = loads.sort_values(axis).to_dict("records")
             for row in rows:
                 low, high = row["speedup_at_load_ci_low"], row["speedup_at_load_ci_high"]
-                if math.isnan(low):
-                    verdict = "cannot be told from few prompts"
-                else:
-                    verdict = "pays" if low > 1 else "costs" if high < 1 else "makes no difference that can be told"
-                told.append((f"{row[axis]:.3g}", verdict, f"{row['speedup_at_load']:.2f}"))
-            parts = []
-            for verdict in dict.fromkeys(verdict for _, verdict, _ in told):
-                at = [f"{load} ({speedup})" for load, own_verdict, speedup in told if own_verdict == verdict]
-                parts.append(f"{verdict} at {', '.join(at)}")
+                verdict = "pays" if low > 1 else "costs" if high < 1 else "makes no difference that can be told"
+                verdict = "cannot be told from few prompts" if math.isnan(low) else verdict
+                verdicts.setdefault(verdict, []).append(f"{row[axis]:.3g} ({row['speedup_at_load']:.2f})")
+            parts = [f"{verdict} at {', '.join(at)}" for verdict, at in verdicts.items()]
             said.append(f"Drafting with gamma {gamma} ({mode}) {'; it '.join(parts)} {unit} (speedup at equal load).")
     return said
 

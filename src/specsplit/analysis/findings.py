@@ -234,13 +234,14 @@ def drift_sentence(summary: DataFrame) -> str:
     """How steady the machine was: the target alone, as each run measured it in turn with its own requests."""
     ours = summary[summary["setup"] == WORKERS]
     known = ours[ours["reference_ms_per_token"].notna()]
-    parts, worst = [], (0.0, 0.0, 0.0, 0)
-    for _, own in known.groupby(conditions_of(known, *NETWORK), sort=False):
-        low, high = own["reference_ms_per_token"].min(), own["reference_ms_per_token"].max()
-        if len(own) > 1 and (high / low - 1, len(own)) >= (worst[0], worst[3]):
-            worst = high / low - 1, low, high, len(own)
-    if worst[3]:
-        apart, low, high, runs = worst
+    parts = []
+    spans = [
+        (own.max() / own.min() - 1, len(own), own.min(), own.max())
+        for _, own in known.groupby(conditions_of(known, *NETWORK), sort=False)["reference_ms_per_token"]
+        if len(own) > 1
+    ]
+    if spans:
+        apart, runs, low, high = max(reversed(spans), key=lambda span: span[:2])
         if apart > MOST_DRIFT:
             parts.append("Warning: the machine was not steady.")
         parts.append(
