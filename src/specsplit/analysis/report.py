@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pandas import DataFrame, read_csv
+from pandas.errors import EmptyDataError
 
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
@@ -30,7 +31,7 @@ from specsplit.analysis.states_table import states_sentences
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
-from specsplit.io import csv_reader, read_json_object, replace_file
+from specsplit.io import read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import swept_drafts
 from specsplit.settings.measure import PriceSettings
@@ -307,11 +308,12 @@ def _more_table(results_dir: Path, requests: DataFrame, name: str) -> dict[str, 
     if not path.exists():
         return None
     check_beside(results_dir, requests, name)
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv_reader(file))
-    if not lines:
-        raise UserError(f"{path}: is empty; make it again, or delete it to have a report without it")
-    headings, rows = _chosen(lines[0], lines[1:], _COLUMNS.get(name, "*").split())
+    try:
+        table = read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:
+        why = "is empty" if isinstance(error, EmptyDataError) else f"cannot be read as a CSV table: {error}"
+        raise UserError(f"{path}: {why}; make it again, or delete it to have a report without it") from None
+    headings, rows = _chosen(table, _COLUMNS.get(name, "*").split())
     figure = results_dir / "figures" / f"{name}.svg"
     return {
         "heading": BESIDE[name],
@@ -326,27 +328,24 @@ def _more_table(results_dir: Path, requests: DataFrame, name: str) -> dict[str, 
     }
 
 
-def _chosen(headings: list[str], rows: list[list[str]], patterns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def _chosen(table: DataFrame, patterns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """The columns that match, in the order of the patterns, numbers shortened; intervals in brackets beside them.
 
-    What is the same in every row and only tells configurations apart, as `tree`, is left out.
+    table: of strings. What is the same in every row and only tells configurations apart, as `tree`, is left out.
     """
-    places = {name: place for place, name in enumerate(headings)}
-    values = {name: {row[places[name]] for row in rows} for name in CONFIGURATION[1:] if name in places}
-    constant = {name for name, found in values.items() if len(found) <= 1 and not any(SYNTHETIC in v for v in found)}
-    ends = {name for name in headings if name.endswith(("_ci_low", "_ci_high"))}
-    names = [name for pattern in patterns for name in headings if fnmatchcase(name, pattern)]
+    told = [name for name in CONFIGURATION[1:] if name in table]
+    constant = {name for name in told if table[name].nunique() <= 1 and not table[name].str.contains(SYNTHETIC).any()}
+    every = [str(name) for name in table]
+    ends = {name for name in every if name.endswith(("_ci_low", "_ci_high"))}
+    names = [name for pattern in patterns for name in every if fnmatchcase(name, pattern)]
     names = [name for name in dict.fromkeys(names) if name not in ends | constant]
+    shown = table.map(_short)
     columns = []
     for name in names:
-        stem = name.removesuffix("_mean")
-        low, high = places.get(f"{stem}_ci_low"), places.get(f"{stem}_ci_high")
-        cells = []
-        for row in rows:
-            cell = _short(row[places[name]]) or "-"
-            if low is not None and high is not None and row[low]:
-                cell += f" [{_short(row[low])}, {_short(row[high])}]"
-            cells.append(cell)
+        low, high = (f"{name.removesuffix('_mean')}_ci_{end}" for end in ("low", "high"))
+        cells = shown[name].replace("", "-")
+        if low in table and high in table:
+            cells += (" [" + shown[low] + ", " + shown[high] + "]").where(table[low] != "", "")
         columns.append(cells)
     headings = [name.removesuffix("_mean").replace("_", " ") for name in names]
     return headings, [list(cells) for cells in zip(*columns, strict=True)]
