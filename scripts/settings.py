@@ -33,7 +33,7 @@ FACTS = ROOT / "src/specsplit/settings/facts.json"
 README = ROOT / "config/README.md"
 CONFIG = ROOT / "config/config.yaml"
 BEGIN, END = "<!-- made by scripts/settings.py: begin -->", "<!-- made by scripts/settings.py: end -->"
-OURS = ("heading", "operates", "verbatim")  # of `setting`, and of no use to who reads the schema
+OURS = ("note", "heading", "operates", "verbatim")  # of `setting`, and of no use to who reads the schema
 ORDER = ("$schema", "title", "description", "plural", "type", "additionalProperties", "required")
 WIDTH = 120
 
@@ -133,7 +133,7 @@ def table(schema_keys, wanted):
 
 
 def config(flat):
-    """config/config.yaml: every key with its default, what it is beside it and its heading above it."""
+    """config/config.yaml: every key with its default, its note beside it and its heading above it."""
     lines = [
         "# What the workflow measures. Every key is explained in config/README.md.",
         "# Another file on top of this one: snakemake --cores 2 --configfile my.yaml -- results/summary.csv",
@@ -148,9 +148,9 @@ def config(flat):
         before = nested
         lines += comment(extra.get("heading"), "")
         if not nested:
-            lines.append(with_comment(f"{name}: {yaml(leaf['default'])}", leaf))
+            lines.append(f"{name}: {yaml(leaf['default'])}{beside(extra)}")
             continue
-        lines.append(with_comment(f"{name}:", leaf))
+        lines.append(f"{name}:{beside(extra)}")
         if "properties" not in leaf:  # the models
             sources = [branch["properties"]["source"]["const"] for branch in leaf["additionalProperties"]["oneOf"]]
             for model, keys in leaf["default"].items():
@@ -159,9 +159,9 @@ def config(flat):
                     lines.append(f"    {key}: {yaml(value)}{' # ' + ' | '.join(sources) if key == 'source' else ''}")
             continue
         for key, child in info.annotation.model_fields.items():
-            own = leaf["properties"][key]
-            lines += comment(extra_of(child).get("heading"), "  ")
-            lines.append(with_comment(f"  {key}: {yaml(own['default'])}", own))
+            extra = extra_of(child)
+            lines += comment(extra.get("heading"), "  ")
+            lines.append(f"  {key}: {yaml(leaf['properties'][key]['default'])}{beside(extra)}")
     return "\n".join(lines) + "\n"
 
 
@@ -169,13 +169,8 @@ def comment(text, indent):
     return textwrap.wrap(text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ") if text else []
 
 
-def with_comment(line, leaf):
-    """The line with the words that the key may be and the first sentence of its description, or as much as fits."""
-    words = " | ".join(leaf.get("enum", ()))
-    sentence = re.split(r"\.(?: |$)", leaf["description"].replace("`", ""))[0]
-    parts = (sentence, *(re.split(cut, sentence)[0] for cut in ("; ", ": ", r" \(", ", ")), "")
-    texts = (": ".join(filter(None, (words, part))) for part in parts)
-    return next((f"{line} # {text}" for text in texts if text and len(f"{line} # {text}") <= WIDTH), line)
+def beside(extra):
+    return f" # {extra['note']}" if extra.get("note") else ""
 
 
 def yaml(value):

@@ -15,6 +15,7 @@ class AccessSettings(Settings):
         "File with the bearer token that workers ask for; a worker takes any of several, one a line. Null: "
         "SPECSPLIT_TOKEN, or none.",
         example="secrets/token",
+        note="that workers ask for; null = SPECSPLIT_TOKEN, or none",
         heading="Of workers on other machines: docs/security.md. Files, relative to the working directory.",
         operates=True,
     )
@@ -23,6 +24,7 @@ class AccessSettings(Settings):
         "PEM file with the authority that the other side's certificate must be from; null trusts those of the system. "
         "A worker with it asks its clients for a certificate.",
         example="secrets/ca.pem",
+        note="authority of their certificates, at addresses as grpcs://gpu-1:50052",
         operates=True,
     )
     tls_cert: Path | None = setting(
@@ -30,6 +32,7 @@ class AccessSettings(Settings):
         "PEM file with our own certificate and those between it and the authority, for workers that ask for one "
         "(mutual TLS); with `tls_key`.",
         example="secrets/client.pem",
+        note="ours, for workers that ask for one",
         operates=True,
     )
     tls_key: Path | None = setting(
@@ -40,5 +43,6 @@ class AccessSettings(Settings):
         "Allow another address than loopback without TLS or without asking who calls, or a token to one without TLS: "
         "on a network that is trusted.",
         example=True,
+        note="true = send the token to other machines without TLS",
         operates=True,
     )

@@ -26,6 +26,7 @@ def setting(
     description: str,
     *,
     example: Any = None,
+    note: str = "",
     heading: str = "",
     operates: bool = False,
     verbatim: bool = False,
@@ -34,16 +35,16 @@ def setting(
 ) -> Any:
     """A pydantic field.
 
-    description: sentences, for --help and config/README.md; the first one, where it fits, stands beside the key in
-    config/config.yaml. example: a value that is not the default. heading: the comment above the key there.
+    description: sentences, for --help and config/README.md. example: a value that is not the default.
+    note: what stands beside the key in config/config.yaml; heading: the comment above it.
     operates: it decides how a process is operated, not what it computes; a change of it reruns nothing.
     verbatim: strings of its list are taken as they are, commas and white space included.
     schema: more of its JSON Schema. limits: of pydantic.Field (ge, lt, pattern, min_length, ...).
     """
-    extra: dict[str, Any] = {"heading": heading, "operates": operates, "verbatim": verbatim}
+    extra: dict[str, Any] = {"note": note, "heading": heading, "operates": operates, "verbatim": verbatim}
     extra = {**(schema or {}), **{key: value for key, value in extra.items() if value}}
     examples = None if example is None else [example]
-    return Field(default, description=description, examples=examples, json_schema_extra=extra, **limits)
+    return Field(default, description=description, examples=examples, json_schema_extra=extra or None, **limits)
 
 
 def extra_of(info: FieldInfo) -> dict[str, Any]:

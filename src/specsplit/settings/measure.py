@@ -43,6 +43,7 @@ class PromptSettings(Settings):
         "The columns of the file that hold `prompt`, `id`, `category` and `system` message, where they have other "
         "names than docs/prompts.md lists. On the command line: prompt=question,id=task_id. `a.b` is the key b of a.",
         example={"prompt": "question", "id": "task_id"},
+        note="{ prompt: question, id: task_id, category: subject }, where the file has names of its own",
         schema={"title": "a mapping of prompt, id, category, system to names of columns"},
     )
     turns: Literal["first", "all"] = setting(
@@ -50,14 +51,20 @@ class PromptSettings(Settings):
         "Of a conversation with several turns: `first` is the prompt, and the later ones are counted in the manifest; "
         "`all` makes each a request of its own, after the answers that the target wrote to those before it.",
         example="all",
+        note="first | all: each turn a request, after the target's own answers",
     )
     limit: int | None = setting(
-        None, "How many prompts: a stratified slice over the categories; null takes every prompt.", example=8, ge=1
+        None,
+        "How many prompts: a stratified slice over the categories; null takes every prompt.",
+        example=8,
+        note="a stratified slice over the categories; null = every prompt",
+        ge=1,
     )
     on_bad_line: OnBadLine = setting(
         "stop",
         "What a malformed line does: `stop` the run, or `skip` the line and list it in the manifest.",
         example="skip",
+        note="stop | skip (skipped lines are listed in the manifest)",
     )
 
     @field_validator("columns", mode="before")
@@ -86,6 +93,7 @@ class TokenSettings(Settings):
         "The date, or date and time, that a chat template is told that prints it (as Llama 3's does); null: when the "
         "prompts are prepared. The manifest records it.",
         example="2026-01-31",
+        note="that a chat template is told which prints it; null = when the prompts are prepared",
         schema={"title": "a date as 2026-01-31 or 2026-01-31T14:30"},
     )
 
@@ -98,7 +106,13 @@ class TokenSettings(Settings):
 
 
 class WarmupSettings(PromptSettings):
-    warmup: int = setting(1, "Requests run before the clock starts; they are in no table.", example=3, ge=0)
+    warmup: int = setting(
+        1,
+        "Requests run before the clock starts; they are in no table.",
+        example=3,
+        note="run before the clock starts, not in the tables",
+        ge=0,
+    )
 
 
 class BenchSettings(WarmupSettings):
@@ -108,6 +122,7 @@ class BenchSettings(WarmupSettings):
         1,
         "How often every request is measured; statistics take the median over the repeats of a request first.",
         example=3,
+        note="times that every request is measured; statistics take the median over them first",
         ge=1,
     )
     setups: list[Setup] = setting(
@@ -116,6 +131,7 @@ class BenchSettings(WarmupSettings):
         "`target_streamed` (the target worker decodes alone and streams its tokens) and `colocated` (the same models "
         "in one process, which takes their memory once more).",
         example=["target_streamed"],
+        note="measured in every run beside gamma 0; [] = neither",
     )
     start_workers: bool = setting(
         False, "Start the workers that `draft` and `target` of --settings describe for this call alone.", operates=True
@@ -127,6 +143,7 @@ class BenchSettings(WarmupSettings):
         "against llama.cpp (extra `peers`) alone, with the draft, with prompt lookup. A peer that cannot use the "
         "models is a row that says why.",
         example=["assisted-5"],
+        note="",
         min_length=1,
     )
 
@@ -145,18 +162,23 @@ class CapacitySettings(WarmupSettings):
         min_length=1,
     )
     rates: list[Annotated[float, Field(gt=0)]] = setting(
-        [], "Open loop: rates of requests per second that arrive whether or not others are done.", example=[0.5, 1, 2]
+        [],
+        "Open loop: rates of requests per second that arrive whether or not others are done.",
+        example=[0.5, 1, 2],
+        note="open loop: requests per second that arrive whether or not others are done",
     )
     arrivals: ArrivalPattern = setting(
         "poisson",
         "How requests of an open loop arrive: `constant`, `poisson`, or in bursts (`gamma`, with `burstiness`). Times "
         "follow from the seed.",
         example="constant",
+        note="constant | poisson | gamma (bursts)",
     )
     burstiness: float = setting(
         1.0,
         "Shape of the gaps between arrivals of pattern gamma: below 1 in bursts, 1 as poisson, above 1 more even.",
         example=0.25,
+        note="of gamma: below 1 in bursts, above 1 more even",
         gt=0,
     )
     saturation_steps: int = setting(
@@ -164,6 +186,7 @@ class CapacitySettings(WarmupSettings):
         "Bisection steps towards the rate from which on fewer than 9 of 10 requests keep the limits; 0 does not look "
         "for it. Each step measures all requests at one rate.",
         example=5,
+        note="bisection steps towards the rate that the workers just sustain; 0 = not looked for",
         ge=0,
         le=12,
     )
@@ -173,6 +196,7 @@ class CapacitySettings(WarmupSettings):
         64,
         "Requests at each load, the same ones, at least four a client; prompts are taken again when there are fewer.",
         example=128,
+        note="at each load, at least four a client",
         ge=REQUESTS_A_CLIENT,
     )
     tpot_limit_ms: float | None = setting(
@@ -180,6 +204,7 @@ class CapacitySettings(WarmupSettings):
         "Goodput counts the requests with at most this many milliseconds a token (ITL); null is twice the median of "
         "one client.",
         example=50,
+        note="for the goodput; null = twice the median of one client",
         gt=0,
     )
     ttft_limit_ms: float | None = setting(
@@ -187,6 +212,7 @@ class CapacitySettings(WarmupSettings):
         "Goodput counts the requests whose first token came within this many milliseconds of their arrival; null is "
         "twice the median of one client.",
         example=500,
+        note="for the goodput; null = twice the median of one client",
         gt=0,
     )
 
@@ -219,6 +245,7 @@ class MergeSettings(Settings):
         "Keep runs that do not belong together (other prompts, models, settings, machine or code) as series that are "
         "never compared, instead of refusing them.",
         example=True,
+        note="runs on other machines, code or prompts become series that are never compared; false refuses them",
     )
 
 
@@ -243,6 +270,7 @@ class StatesCostSettings(WarmupSettings):
         [10.0, 100.0, 1000.0, 0.0],
         "Simulated bandwidths in megabits (10^6) a second, each way; 0 is no limit.",
         example=[1, 10000],
+        note="each way; 0 = no limit",
         min_length=1,
     )
     form: list[StatesForm] = setting(
@@ -255,7 +283,11 @@ class StatesCostSettings(WarmupSettings):
         min_length=1,
     )
     window: list[Annotated[int, Field(ge=0)]] = setting(
-        [0], "Positions at the end of a prompt whose hidden states are sent; 0 is all.", example=[0, 32], min_length=1
+        [0],
+        "Positions at the end of a prompt whose hidden states are sent; 0 is all.",
+        example=[0, 32],
+        note="positions at the end of a prompt that are sent; 0 = all",
+        min_length=1,
     )
     output_tokens: int = setting(24, "Tokens of each text.", example=64, ge=2)
 
@@ -308,12 +340,15 @@ class LayerSettings(ComputeSettings):
 
     flags: ClassVar = {"skip_count": "--count"}
 
-    skip_count: int = setting(2, "Layers to leave out, where skip_layers is auto.", example=4, ge=1)
+    skip_count: int = setting(
+        2, "Layers to leave out, where skip_layers is auto.", example=4, note="with auto: layers to leave out", ge=1
+    )
     limit: int = setting(
         8,
         "With skip_layers auto: how many prompts the layers are chosen on. They are taken from those of the dataset "
         "that are not measured.",
         example=4,
+        note="with auto: prompts to choose them on, from those that are not measured",
         ge=1,
     )
     max_tokens: int = setting(48, "Tokens written for each prompt.", ge=1)

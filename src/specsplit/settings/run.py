@@ -59,6 +59,7 @@ class OrchestratorConfig(AccessSettings):
         "sync",
         "Pipeline mode: what is drafted while the target verifies. `sync` nothing; `overlap` the next draft, as if all "
         "will be accepted; `lookahead` drafts for the likeliest outcomes.",
+        note="sync | overlap | lookahead: what is drafted while the target verifies",
     )
     gamma: Gamma = setting(
         5,
@@ -67,8 +68,9 @@ class OrchestratorConfig(AccessSettings):
     )
     tree: Tree = setting(
         "chain",
-        "Shape of the draft: `chain`, `3x2` (children of each node by level) or `dynamic-16x4` (nodes, fed in a pass). "
-        "Below its levels each node of a static tree has one child; a dynamic one grows by probability.",
+        "Shape of the draft: `chain`; children of each node, level by level and one below (`3x2`); or grown by "
+        "probability, at most 16 nodes and 4 fed in a pass (`dynamic-16x4`).",
+        note="chain | 3x2 (children per level) | dynamic-16x4 (nodes, nodes fed in a pass)",
     )
     draft_name: str = setting(DEFAULT_DRAFT, "Name of the draft in tables and run folders.", pattern=DRAFT_NAME)
     draft_acceptance: float | None = setting(
@@ -78,15 +80,25 @@ class OrchestratorConfig(AccessSettings):
         "systems can be compared apart from the quality of a draft. It is called NAME-synthetic-P in every table. "
         "null: as the draft is.",
         example=0.8,
+        note="0.8: forced, synthetic: each drafted token is right with this probability; null: as the draft is",
         ge=0,
         le=1,
     )
     fan_out: int = setting(
-        16, "Outcomes of a verification that mode lookahead prepares drafts for.", example=4, ge=1, le=64
+        16,
+        "Outcomes of a verification that mode lookahead prepares drafts for.",
+        example=4,
+        note="outcomes of a verification that drafts are prepared for",
+        ge=1,
+        le=64,
     )
-    temperature: Temperature = setting(0.0, "Sampling temperature; 0 is greedy.")
+    temperature: Temperature = setting(0.0, "Sampling temperature; 0 is greedy.", note="0 = greedy")
     top_k: int = setting(
-        0, "Sample from the k likeliest tokens; 0 is from all. Greedy runs do not depend on it.", example=50, ge=0
+        0,
+        "Sample from the k likeliest tokens; 0 is from all. Greedy runs do not depend on it.",
+        example=50,
+        note="0 = all tokens",
+        ge=0,
     )
     top_p: float = setting(
         1.0,
@@ -100,6 +112,7 @@ class OrchestratorConfig(AccessSettings):
         "How sampled drafts are verified: `coupled` (the text is that of gamma 0, token for token) or `rejection` "
         "(right in distribution; not with a dynamic tree).",
         example="rejection",
+        note="coupled | rejection: how sampled drafts are verified",
     )
     memory: str = setting(
         "",
@@ -124,26 +137,36 @@ class OrchestratorConfig(AccessSettings):
         "Numbers in which the hidden states of the target go to a draft that reads them; int8 has a scale for each "
         "position.",
         example="int8",
+        note="bfloat16 | float32 | int8: the numbers that cross the network",
     )
     hidden_states_project: Literal["draft", "target"] = setting(
         "draft",
         "Which worker applies the draft's `fc`: `draft`, and the states of all its layers cross the network; or "
         "`target`, and one vector a position does. Such a target worker has the setting hidden_states_draft.",
         example="target",
+        note="draft | target: who applies fc; with target one vector a position crosses",
     )
     hidden_states_window: int | None = setting(
         None,
         "Positions at the end of a prompt whose hidden states are sent; the draft knows no more of the prompt. null: "
         "all.",
         example=256,
+        note="positions at the end of a prompt that are sent; null = all",
         ge=1,
     )
     max_output_tokens: int = setting(128, "Most tokens generated for one request.", example=256, ge=1)
     max_rounds: int | None = setting(
-        None, "Most draft and verify rounds of one request; null is no limit.", example=100, ge=1
+        None,
+        "Most draft and verify rounds of one request; null is no limit.",
+        example=100,
+        note="null = no limit",
+        ge=1,
     )
     use_chat_template: bool = setting(
-        True, "Wrap the prompt in the model's chat template, when the model has one.", example=False
+        True,
+        "Wrap the prompt in the model's chat template, when the model has one.",
+        example=False,
+        note="when the model has one",
     )
     ignore_eos: bool = setting(
         False,
@@ -151,10 +174,17 @@ class OrchestratorConfig(AccessSettings):
         example=True,
     )
     stop: list[Annotated[str, Field(min_length=1)]] = setting(
-        [], "Strings that end a text, which is cut off before them.", example=["\n\n", "Question:"], verbatim=True
+        [],
+        "Strings that end a text, which is cut off before them.",
+        example=["\n\n", "Question:"],
+        note="strings that end a text before them",
+        verbatim=True,
     )
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = setting(
-        None, "Tokens that end a text; null: those that the target names.", example=[2]
+        None,
+        "Tokens that end a text; null: those that the target names.",
+        example=[2],
+        note="null = those that the target names",
     )
     max_context: int | None = setting(None, "Longest text, prompt included; null: what the target can hold.", ge=2)
     tls_name: str | None = setting(
@@ -162,13 +192,19 @@ class OrchestratorConfig(AccessSettings):
     )
     connect_timeout_s: float = setting(10.0, "Seconds to wait for a worker to answer.", operates=True, gt=0)
     rpc_timeout_s: float = setting(
-        120.0, "Seconds after which a worker that does not answer has failed.", example=30, operates=True, gt=0
+        120.0,
+        "Seconds after which a worker that does not answer has failed.",
+        example=30,
+        note="after which a worker that does not answer has failed",
+        operates=True,
+        gt=0,
     )
     recovery_timeout_s: float = setting(
         60.0,
         "Seconds that a worker that failed gets to be back, or to have room; then the request failed, which is a row "
         "too. 0 gives up at once.",
         example=600,
+        note="that a worker gets to be back; then the request is a row that says failed",
         operates=True,
         ge=0,
     )
@@ -177,6 +213,7 @@ class OrchestratorConfig(AccessSettings):
         "When the draft worker fails: `reconnect` waits for it, `target_alone` lets the target finish the text, `fail` "
         "gives the request up. The target is always waited for.",
         example="target_alone",
+        note="reconnect | target_alone | fail",
         operates=True,
     )
     seed: int = setting(

@@ -25,9 +25,18 @@ WAITING_CALLS = 256  # that wait for one of max_calls, or for their client
 class ComputeSettings(Settings):
     """Where and with how many threads a model runs."""
 
-    device: Device = setting("auto", "Where the models run; `auto` takes a GPU when there is one.", example="cuda:0")
+    device: Device = setting(
+        "auto",
+        "Where the models run; `auto` takes a GPU when there is one.",
+        example="cuda:0",
+        note="auto | cpu | cuda | cuda:N",
+    )
     threads: int | None = setting(
-        None, "Compute threads, which decide the last bits on a CPU; null takes every core it may use.", example=2, ge=1
+        None,
+        "Compute threads, which decide the last bits on a CPU; null takes every core it may use.",
+        example=2,
+        note="compute threads of each worker; null = every core, or half of them where both compute at once",
+        ge=1,
     )
 
 
@@ -44,9 +53,14 @@ class WorkerSettings(AccessSettings, ComputeSettings):
         "graphs records the passes of any model as CUDA graphs, transformers runs any as it is; auto takes the fast "
         "one of the device where it can.",
         example="transformers",
+        note="auto | fused (Llama-type models on the CPU) | graphs (on a GPU) | transformers",
     )
     max_context: int = setting(
-        2048, "Tokens of KV cache a session: prompt, output and draft together.", example=4096, ge=16
+        2048,
+        "Tokens of KV cache a session: prompt, output and draft together.",
+        example=4096,
+        note="tokens of KV cache a session",
+        ge=16,
     )
     max_sessions: int = setting(
         8,
@@ -83,6 +97,7 @@ class WorkerSettings(AccessSettings, ComputeSettings):
         "MiB for the caches of a worker's sessions: fewer sessions are kept where they do not fit; null is half of "
         "what is free once the model is loaded.",
         example=4096,
+        note="for the caches of all sessions; null = half of what is free",
         operates=True,
         ge=1,
     )
@@ -125,6 +140,7 @@ class DraftWorkerConfig(WorkerSettings):
         "bfloat16",
         "Number format of its weights and its cache; `int8` is for the CPU: 8-bit weights, the rest bfloat16.",
         example="int8",
+        note="int8 as well, on the CPU",
     )
     skip_layers: list[Layer] = setting([], "Decoder layers to leave out, counted from 0: a cheaper, weaker draft.")
     skip_layers_file: Path | None = setting(None, "Instead of skip_layers: a file that `specsplit pick-layers` wrote.")
@@ -146,6 +162,7 @@ class TargetWorkerConfig(WorkerSettings):
         "Run a target whose generation_config.json has settings that would change greedy text (repetition_penalty, "
         "suppress_tokens, ...), without them; otherwise it is refused.",
         example=True,
+        note="run a target without the penalties of its generation_config.json; else it is refused",
     )
     hidden_states_draft: Path | None = setting(
         None, "Folder of a draft that reads hidden states, whose `fc` this worker is to apply (hidden_states_project)."

@@ -61,10 +61,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def section(description: str, *, heading: str = "", **keys: Definition) -> Definition:
+def section(description: str, *, note: str = "", heading: str = "", **keys: Definition) -> Definition:
     """A mapping of these keys."""
     made: Any = create_model("Section", __base__=Section, **keys)
-    return made, setting({}, description, heading=heading)
+    return made, setting({}, description, note=note, heading=heading)
 
 
 def key(type_: Any, default: Any, description: str, **more: Any) -> Definition:
@@ -82,7 +82,7 @@ def same(source: type[BaseModel], field: str, type_: Any = None, **changes: Any)
     """A key that is a setting of a process. changes: what is not as there."""
     info = source.model_fields[field]
     extra = extra_of(info)
-    told: dict[str, Any] = {name: extra.pop(name) for name in ("heading", "operates") if name in extra}
+    told: dict[str, Any] = {name: extra.pop(name) for name in ("note", "heading", "operates") if name in extra}
     example = info.examples[0] if info.examples else None
     given: dict[str, Any] = {
         "default": info.default,
@@ -124,13 +124,14 @@ def other(name: str, type_: Any, example: Any, **more: Any) -> Definition:
     return type_, setting(None, f"As `draft.{name}`, when it is another one.", example=example, **more)
 
 
-def address(role: str, example: str) -> Definition:
+def address(role: str, example: str, note: str = "") -> Definition:
     return key(
         str | None,
         None,
         f"A running {role} worker to attach to, never stopped: host:port, or a .json file with its `address`; null "
         "starts one.",
         example=example,
+        note=note,
         schema={"title": "host:port, grpcs://host:port or a .json file"},
         pattern=r"^((grpcs://)?[^\s/]+:[0-9]{1,5}|.+\.json)$",
     )
@@ -187,6 +188,7 @@ Workflow: type[BaseModel] = section(
             "A file of prompts: JSON lines, JSON, CSV, Parquet or Arrow, of any shape that docs/prompts.md lists; or a "
             "folder that `datasets` saved. Relative to the working directory.",
             example="data/my-prompts.jsonl",
+            note="JSON lines, JSON, CSV, Parquet, Arrow: docs/prompts.md",
             min_length=1,
         ),
         name=key(
@@ -194,6 +196,7 @@ Workflow: type[BaseModel] = section(
             None,
             "A standard set, fetched once, instead of `path`: docs/prompts.md.",
             example="spec-bench",
+            note=f"{' | '.join(get_args(StandardName))}, instead of path",
             pattern=f"^({'|'.join(get_args(StandardName))})$",
             schema={"title": f"one of {', '.join(get_args(StandardName))}"},
         ),
@@ -203,6 +206,7 @@ Workflow: type[BaseModel] = section(
             "A dataset of the Hugging Face Hub, fetched once, instead of `path`: its `id` (owner/name) and, where it "
             "has them, `config` and `split` (else the only one, or test), and `revision` (else main).",
             example={"id": "openai/gsm8k", "config": "main", "split": "test"},
+            note="{ id: owner/name, config: main, split: test, revision: COMMIT }, instead of path",
             schema={"title": "a mapping of id, config, split, revision"},
         ),
         **keys(PromptSettings, "columns", "turns"),
@@ -219,21 +223,24 @@ Workflow: type[BaseModel] = section(
     lookahead=section("Of mode lookahead.", fan_out=same(Run, "fan_out")),
     sampling=section(
         "How tokens are chosen.",
-        temperature=axis("temperature", [0], [0, 0.7]),
+        temperature=axis("temperature", [0], [0, 0.7], note="0 = greedy; several values are swept"),
         **keys(Run, "top_k", "top_p", method="sampling"),
     ),
     network=section(
         "A simulated network to the target worker, added by the client.",
-        rtt_ms=axis("rtt_ms", [0], [0, 14, 50]),
+        note="simulated, to the target worker",
+        rtt_ms=axis("rtt_ms", [0], [0, 14, 50], note="several values are swept"),
         jitter_ms=same(Run, "jitter_ms"),
-        bandwidth_mbit=axis("bandwidth_mbit", [0], [0, 100, 10]),
+        bandwidth_mbit=axis("bandwidth_mbit", [0], [0, 100, 10], note="each way, by the bytes sent; 0 = no limit"),
     ),
     hidden_states=section(
         "What a draft that reads the target's hidden states is sent: docs/hidden-states.md.",
+        note="of a draft that reads the target's: docs/hidden-states.md",
         **keys(Run, form="hidden_states_form", project="hidden_states_project", window="hidden_states_window"),
     ),
     faults=section(
         "What a run does when a worker fails.",
+        note="what a run does when a worker fails",
         **keys(Run, "on_draft_failure", "recovery_timeout_s", call_timeout_s="rpc_timeout_s"),
     ),
     **keys(BenchSettings, warmup_requests="warmup", repeats="repeats"),
@@ -265,6 +272,7 @@ Workflow: type[BaseModel] = section(
             description=f"{DraftWorkerConfig.model_fields['skip_layers'].description} `auto` looks for the layers "
             "whose loss changes the model least.",
             example=[13, 14],
+            note="e.g. [13, 14]: a cheaper, weaker draft; auto = look for the layers that matter least",
             schema=UNIQUE,
         ),
         **keys(Run, acceptance="draft_acceptance"),
@@ -275,6 +283,7 @@ Workflow: type[BaseModel] = section(
         {},
         "Drafts to sweep, by name. Each says what differs from `draft`, which is swept only when an entry is "
         "`draft: {}`. Empty: `draft` alone.",
+        note="several drafts, by name; each says what differs from draft: { int8: { dtype: int8 }, plain: {} }",
         schema={"title": "a mapping of names to drafts", "propertyNames": {"pattern": DRAFT_NAME}},
     ),
     workers=section(
@@ -285,6 +294,7 @@ Workflow: type[BaseModel] = section(
             "How long a worker that is started lives: `workflow` until the last run that shares it; `job` as long as "
             "its one run, inside that run's job, as a cluster needs it.",
             example="job",
+            note="workflow | job: in the job of each run, as on a cluster",
         ),
         **keys(WorkerSettings, "device", "engine"),
         gpus=key(
@@ -293,6 +303,7 @@ Workflow: type[BaseModel] = section(
             "GPUs that a run asks for, as Snakemake's resource `gpu`; they decide its CUDA_VISIBLE_DEVICES. 1 is "
             "shared by both workers, of 2 each has its own; 0 leaves the variable alone.",
             example=2,
+            note="GPUs that a run asks for, shared or one each; 0 = leave CUDA_VISIBLE_DEVICES alone",
             ge=0,
             le=2,
         ),
@@ -304,13 +315,18 @@ Workflow: type[BaseModel] = section(
         ),
         **keys(WorkerSettings, "max_context", "max_sessions", "cache_memory_mb", "session_ttl_s"),
         startup_timeout_s=same(LaunchSettings, "startup_timeout_s"),
-        draft_address=address("draft", "gpu-1.local:50051"),
+        draft_address=address(
+            "draft",
+            "gpu-1.local:50051",
+            note="host:port of a running worker, or a .json file that says it: attach to it, never stop it",
+        ),
         target_address=address("target", "grpcs://gpu-1.local:50052"),
         **keys(AccessSettings, "token_file", "tls_ca", "tls_cert", "tls_key", "insecure"),
     ),
     baselines=section(
         "The race of results/peers.csv: points of ours, Hugging Face's and llama.cpp's ways to decode, in turn on "
         "every request. Gamma 0 is always one of ours; greedy, no simulated network.",
+        note="ours beside Hugging Face's and llama.cpp's, in turn on every request",
         heading="Measurements that are not part of the main job: snakemake results/peers.csv results/capacity.csv "
         "results/context_curve.csv results/hidden_states.csv",
         peers=listed(
@@ -319,12 +335,13 @@ Workflow: type[BaseModel] = section(
             type_=list[Peer],
             default=["generate", "assisted", "prompt-lookup", "llama.cpp", "llama.cpp-prompt-lookup"],
         ),
-        gammas=several("gamma", [2, 3], "Draft lengths of ours.", ["auto"]),
-        mode=several("mode", ["sync", "overlap"], "Pipeline modes of ours.", ["lookahead"]),
-        tree=several("tree", ["chain"], "Shapes of our drafts.", ["3x2"]),
+        gammas=several("gamma", [2, 3], "Draft lengths of ours.", ["auto"], note="of ours; 0 is always there"),
+        mode=several("mode", ["sync", "overlap"], "Pipeline modes of ours.", ["lookahead"], note=""),
+        tree=several("tree", ["chain"], "Shapes of our drafts.", ["3x2"], note=""),
     ),
     capacity=section(
         "Many clients at once: results/capacity.csv.",
+        note="many clients at once",
         clients=listed(CapacitySettings, "clients"),
         gammas=listed(CapacitySettings, "gamma"),
         rates=same(CapacitySettings, "rates", schema=ONE_OR_MORE),
@@ -335,14 +352,22 @@ Workflow: type[BaseModel] = section(
     ),
     context=section(
         "Cost of a token against the length of its context: results/context_curve.csv.",
+        note="cost of a token against the length of its context",
         lengths=listed(ContextSettings, "length"),
         gammas=listed(ContextSettings, "gamma"),
         **keys(ContextSettings, "output_tokens", "texts"),
     ),
     states_cost=section(
         "What it costs to ship hidden states to a draft that reads them: results/hidden_states.csv.",
+        note="what it costs to ship hidden states: results/hidden_states.csv",
         draft=key(str, DRAFT, "The draft that reads none, a name from `models`.", example="my-draft"),
-        head=key(str, HEAD, "The one that reads them, a name from `models`.", example="my-head"),
+        head=key(
+            str,
+            HEAD,
+            "The one that reads them, a name from `models`.",
+            example="my-head",
+            note="reads hidden states: docs/hidden-states.md",
+        ),
         **{
             name: listed(StatesCostSettings, name) for name in ("rtt_ms", "bandwidth_mbit", "form", "project", "window")
         },
@@ -359,6 +384,7 @@ Workflow: type[BaseModel] = section(
             "Name of the recipe: its folder below results/distill. The draft is a local model with the path "
             "results/distill/NAME/draft.",
             example="two-layers",
+            note="its folder below results/distill",
             schema={"title": "a folder name"},
             pattern=DRAFT_NAME,
         ),
@@ -380,6 +406,7 @@ Workflow: type[BaseModel] = section(
     prices=section(
         "What an hour of each machine costs, for the price per million tokens in summary.csv and capacity.csv; null is "
         "not known.",
+        note="an hour of each machine, in any currency; null = not known",
         **keys(PriceSettings, draft="draft_price", target="target_price"),
     ),
     statistics=section(
