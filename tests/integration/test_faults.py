@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from specsplit.client import recovery
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.forced import forced
 from specsplit.models.sources import prepare_model

@@ -14,7 +14,8 @@ import grpc
 import pytest
 
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
+from specsplit.client.pipeline import run_speculative_loop_async
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.stream import Stream, Traffic
 from specsplit.errors import WorkerError

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_metrics import scraped
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.experiment.records import Request
 from specsplit.experiment.runner import run_requests

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import WorkerError

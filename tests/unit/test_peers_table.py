@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from specsplit.analysis.peers_table import summarize_peers, write_peers
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.errors import UserError
 from specsplit.experiment import llama_cpp

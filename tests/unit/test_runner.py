@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import Failure, Round, SpeculativeResult
 from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord

@@ -17,28 +17,23 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
-from specsplit.client.event_loop import event_loop
 from specsplit.client.network import simulated
-from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed, describe
-from specsplit.client.requests import draft_fields, verify_fields
+from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
 from specsplit.client.states import PassedStates, check_states
 from specsplit.client.stream import Stream, Traffic
-from specsplit.client.streamed import stream_target_async
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.growth import CHAIN
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.tree_plan import ranks
-from specsplit.rpc.codec import tree_from_message
-from specsplit.rpc.credentials import Access
+from specsplit.rpc.codec import sampling_to_message, tree_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
@@ -79,55 +74,43 @@ async def run_speculative_loop_async(
         known = [*prompt_ids, *alone.output_tokens]
     with text_span(config, request_id) as span:
         recovery = Recovery(config, {} if identities is None else identities, span)
-        return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller, known)
-
-
-async def _write(
-    recovery: Recovery,
-    draft_stub: Any,
-    target_stub: Any,
-    prompt_ids: Sequence[int],
-    config: OrchestratorConfig,
-    on_tokens: OnTokens | None,
-    controller: GammaController | None,
-    known: Sequence[int],
-) -> SpeculativeResult:
-    target_info = await describe(recovery, "target", target_stub)
-    draft_info = None
-    if config.gamma:
-        with suppress(WithoutDraft):
-            draft_info = await describe(recovery, "draft", draft_stub)
-    if draft_info is not None:
-        check_states(draft_info, target_info, config)
-    text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
-    text.limits.say()
-    text.known = known
-    stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
-    if config.gamma != "auto":
-        controller = None
-    elif controller is None:
-        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=text.limits.shape)
-    text.started = time.perf_counter()
-    states = None
-    if draft_info is not None and draft_info.HasField("states_needed"):
-        states = PassedStates(draft_info.states_needed, config, text.limits)
-    pipeline = _Pipeline(text, stubs, controller, states)
-    try:
-        while True:
-            try:
-                await pipeline.run()
-                return text.result
-            except WorkerFailed as error:
-                failed = error
-            await pipeline.close(failed.role)
-            try:
-                await describe(recovery, failed.role, stubs[failed.role], failed)
-                pipeline.renew(failed.role)
-            except WithoutDraft:
-                pipeline.drop_draft()
-    finally:
-        await pipeline.close("draft")
-        await pipeline.close("target")
+        target_info = await recovery.describe("target", target_stub)
+        draft_info = None
+        if config.gamma:
+            with suppress(WithoutDraft):
+                draft_info = await recovery.describe("draft", draft_stub)
+        if draft_info is not None:
+            check_states(draft_info, target_info, config)
+        text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+        text.limits.say()
+        text.known = known
+        stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
+        if config.gamma != "auto":
+            controller = None
+        elif controller is None:
+            shape = text.limits.shape
+            controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=shape)
+        text.started = time.perf_counter()
+        states = None
+        if draft_info is not None and draft_info.HasField("states_needed"):
+            states = PassedStates(draft_info.states_needed, config, text.limits)
+        pipeline = _Pipeline(text, stubs, controller, states)
+        try:
+            while True:
+                try:
+                    await pipeline.run()
+                    return text.result
+                except WorkerFailed as error:
+                    failed = error
+                await pipeline.close(failed.role)
+                try:
+                    await recovery.describe(failed.role, stubs[failed.role], failed)
+                    pipeline.renew(failed.role)
+                except WithoutDraft:
+                    pipeline.drop_draft()
+        finally:
+            await pipeline.close("draft")
+            await pipeline.close("target")
 
 
 @dataclass
@@ -148,11 +131,7 @@ class _Pipeline:
     """
 
     def __init__(
-        self,
-        text: Text,
-        stubs: Mapping[str, Any],
-        controller: GammaController | None,
-        states: PassedStates | None = None,
+        self, text: Text, stubs: Mapping[str, Any], controller: GammaController | None, states: PassedStates | None
     ) -> None:
         self.text = text
         self.config = text.config
@@ -234,7 +213,9 @@ class _Pipeline:
                     self.at_target.round += 1  # the target has begun it by itself
                 else:
                     await self._verify(tree)
-                ahead = await self._ask_ahead(min(gamma, self.text.room()))
+                # The worker has kept that draft, so asking for it costs no pass.
+                known = min(gamma, self.text.room())
+                ahead = await self._ask_draft(known, drafted_ahead=True) if known > 0 else None
             elif self._begins():
                 tree, gamma, hidden_ms = TokenTree(), 0, 0.0
                 self._unread = False
@@ -321,11 +302,6 @@ class _Pipeline:
         """
         return self._unread and not (self._began_at and self.text.sampling.uses_rejection)
 
-    def _fits(self, outcome: pb.Outcome) -> bool:
-        """Whether the target can hold the text with this outcome and the draft after it."""
-        length = len(self.text.tokens) + len(outcome.accepted_tokens) + 1
-        return length + len(outcome.tree.token_ids) <= self.text.limit
-
     def _choose(self) -> int:
         room = self.text.room()
         if self.controller is None:
@@ -356,7 +332,10 @@ class _Pipeline:
 
     async def _send_verify_request(self, tree: TokenTree, wanted: pb.WantedStates | None) -> None:
         context = self.at_target.context(self.text.tokens)
-        request = pb.VerifyDraftsRequest(context=context, wanted_states=wanted, **verify_fields(self.text, tree))
+        sampling = sampling_to_message(self.text.sampling)
+        request = pb.VerifyDraftsRequest(
+            context=context, wanted_states=wanted, tree=tree_to_message(tree), sampling=sampling
+        )
         await self.target.send(pb.StreamVerifyRequest(verify=request))
 
     async def _fetch_states(self) -> None:
@@ -380,7 +359,7 @@ class _Pipeline:
             if next_gamma > 0 and fan_out > 0:
                 ahead = _Ahead(next_gamma)
                 wanted = pb.Ahead(fan_out=1 if full else fan_out, max_draft_tokens=next_gamma, full_acceptance=full)
-        fields = draft_fields(self.text, gamma, self.text.limits.shape, wanted)
+        fields = self.text.draft_fields(gamma, self.text.limits.shape, wanted)
         await self._send_draft_request({**fields, "drafted_ahead": drafted_ahead})
         return ahead
 
@@ -390,7 +369,7 @@ class _Pipeline:
         if self.text.room(ahead=1) > 0 and self._choose() > 0:
             # Sessions are taken in one order by all: who waits in line for the target's holds none of the draft worker.
             await self.target.admitted()
-            await self._send_draft_request(draft_fields(self.text, 1, CHAIN))
+            await self._send_draft_request(self.text.draft_fields(1, CHAIN))
 
     async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:
         assert self.draft is not None
@@ -403,10 +382,6 @@ class _Pipeline:
                 await self.draft.send(request)
             states = self.states.rest()
         await self.draft.send(pb.GenerateDraftsRequest(context=context, states=states, **fields))
-
-    async def _ask_ahead(self, gamma: int) -> _Ahead | None:
-        """As `_ask_draft` for a text whose draft is here. The worker has kept that draft, so asking costs no pass."""
-        return await self._ask_draft(gamma, drafted_ahead=True) if gamma > 0 else None
 
     async def _draft_reply(self, *, is_ahead: bool) -> pb.GenerateDraftsReply:
         assert self.draft is not None
@@ -441,7 +416,8 @@ class _Pipeline:
             if drafts.done():
                 reply = drafts.result()
                 ahead.compute_ms = reply.timings.compute_ms
-                outcomes = [o for o in reply.outcomes if self._fits(o)]
+                room = self.text.limit - len(self.text.tokens) - 1  # for an outcome and the draft after it
+                outcomes = [o for o in reply.outcomes if len(o.accepted_tokens) + len(o.tree.token_ids) <= room]
                 ahead.trees = {(tuple(o.accepted_tokens), o.next_token): tree_from_message(o.tree) for o in outcomes}
                 if self.config.mode == "lookahead" and not verdict.done():
                     prepared = pb.Prepared(round=self.at_target.round, outcomes=outcomes)
@@ -452,81 +428,3 @@ class _Pipeline:
             for task in (verdict, drafts):
                 task.cancel()
             await asyncio.gather(verdict, drafts, return_exceptions=True)
-
-
-class TextWriter:
-    """Writes texts from synchronous code, over channels that stay. Use as a context manager.
-
-    draft: address of the draft worker, None when gamma is 0. access: how the client shows who it is.
-    identities: role -> what the worker there said of itself, by default before the first text; another model at that
-    address is refused from then on.
-    """
-
-    def __init__(
-        self,
-        draft: str | None,
-        target: str,
-        identities: Mapping[str, pb.DescribeReply] | None = None,
-        *,
-        access: Access | None = None,
-    ) -> None:
-        self._addresses = draft, target
-        self._identities = dict(identities or {})
-        self._access = access or Access()
-
-    def __enter__(self) -> Self:
-        self._channels = event_loop().run(self._open())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        event_loop().run(self._close())
-
-    def write(
-        self,
-        prompt_ids: Sequence[int],
-        config: OrchestratorConfig,
-        *,
-        on_tokens: OnTokens | None = None,
-        controller: GammaController | None = None,
-        request_id: str | None = None,
-    ) -> SpeculativeResult:
-        """As `run_speculative_loop_async`."""
-        draft, target = self._channels
-        return event_loop().run(
-            run_speculative_loop_async(
-                self._access.stub("draft", draft) if draft is not None else None,
-                self._access.stub("target", target),
-                prompt_ids,
-                config,
-                on_tokens=on_tokens,
-                controller=controller,
-                identities=self._identities,
-                request_id=request_id,
-            )
-        )
-
-    def stream_target(
-        self,
-        prompt_ids: Sequence[int],
-        config: OrchestratorConfig,
-        *,
-        on_tokens: OnTokens | None = None,
-        request_id: str | None = None,
-    ) -> SpeculativeResult:
-        """As `stream_target_async`: the target alone, which streams its tokens."""
-        stub = self._access.stub("target", self._channels[1])
-        return event_loop().run(
-            stream_target_async(
-                stub, prompt_ids, config, on_tokens=on_tokens, identities=self._identities, request_id=request_id
-            )
-        )
-
-    async def _open(self) -> list[grpc.aio.Channel | None]:
-        return [address and self._access.aio_channel(address) for address in self._addresses]
-
-    async def _close(self) -> None:
-        for channel in self._channels:
-            if channel is not None:
-                await channel.close()

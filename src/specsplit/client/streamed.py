@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specsplit.client.network import simulated, until
-from specsplit.client.recovery import Recovery, WorkerFailed, describe
+from specsplit.client.recovery import Recovery, WorkerFailed
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import text_span
 from specsplit.client.stream import Stream, Traffic
@@ -38,7 +38,7 @@ async def stream_target_async(
     """
     with text_span(config, request_id) as span:
         recovery = Recovery(config, {} if identities is None else identities, span)
-        info = await describe(recovery, "target", target_stub)
+        info = await recovery.describe("target", target_stub)
         text = recovery.begin(Text(prompt_ids, config, info, None, on_tokens))
         text.started = time.perf_counter()
         while True:
@@ -47,7 +47,7 @@ async def stream_target_async(
                 return text.result
             except WorkerFailed as error:
                 failed = error
-            await describe(recovery, failed.role, target_stub, failed)
+            await recovery.describe(failed.role, target_stub, failed)
 
 
 async def _stream(text: Text, target_stub: Any) -> None:
@@ -77,12 +77,6 @@ async def _stream(text: Text, target_stub: Any) -> None:
                 wall_ms, began = (now - began) * 1e3, now
                 measured = Round(
                     round=len(text.result.rounds) + 1,
-                    drafted=0,
-                    accepted=0,
-                    tree_nodes=0,
-                    draft_wall_ms=0.0,
-                    draft_compute_ms=0.0,
-                    draft_queue_ms=0.0,
                     verify_wall_ms=wall_ms,
                     verify_compute_ms=reply.timings.compute_ms,
                     verify_queue_ms=reply.timings.queue_ms,

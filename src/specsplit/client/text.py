@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from specsplit.client.limits import DraftLimits
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import TextSpan
-from specsplit.decoding.forced import Forced, forced
+from specsplit.decoding.forced import forced
 from specsplit.decoding.sampling import Sampling
+from specsplit.decoding.tree import TreeShape
 from specsplit.errors import PromptError
+from specsplit.rpc.codec import sampling_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
 
@@ -84,12 +87,31 @@ class Text:
             gamma -= 1
         return max(gamma, 0)
 
-    def forced(self, count: int) -> Forced:
+    def draft_fields(self, gamma: int, shape: TreeShape, ahead: pb.Ahead | None = None) -> dict[str, Any]:
+        """Every field of GenerateDraftsRequest but `context`."""
+        deepest = max(gamma, ahead.max_draft_tokens) if ahead is not None else gamma
+        return {
+            "max_draft_tokens": gamma,
+            "branching": shape.branching[:deepest],
+            "tree_nodes": shape.nodes,
+            "tree_width": shape.width if shape.nodes else 0,
+            "stop_token_ids": self.known_stop_ids,
+            "sampling": sampling_to_message(self.sampling),
+            "vocab_size": self.vocab_size,
+            "length_limit": self.length_limit,
+            "ahead": ahead,
+            "memory": self.config.memory,
+            "prompt_tokens": self.prompt_length,
+            "forced": self._forced(gamma + 1 + ahead.max_draft_tokens if ahead else gamma),
+        }
+
+    def _forced(self, count: int) -> pb.Forced | None:
         """The next `count` tokens of the text that is known beforehand, where acceptance is forced."""
         start, acceptance = len(self.tokens), self.config.draft_acceptance
-        if acceptance is None or self.known[:start] != self.tokens:
-            return Forced()
-        return forced(self.known[start : start + count], start, acceptance, self.config.seed)
+        if acceptance is None or self.known[:start] != self.tokens or len(self.known) == start:
+            return None
+        made = forced(self.known[start : start + count], start, acceptance, self.config.seed)
+        return pb.Forced(tokens=made.tokens, right=made.right)
 
     def drop_draft(self) -> None:
         """From here on the target writes alone."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from specsplit.api.pair import Pair
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS

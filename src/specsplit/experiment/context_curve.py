@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice, product
 from statistics import median
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.measures import tokens_per_round
 from specsplit.experiment.records import Request, request_record

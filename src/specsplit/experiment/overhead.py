@@ -6,7 +6,7 @@ from dataclasses import asdict
 from itertools import product
 from typing import Any
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.theory import PipelineMode
 from specsplit.experiment.theory_check import simulated_workers
 from specsplit.experiment.transport import bare_round_trip_ms

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.measures import per_token_ms
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.journal import Parts

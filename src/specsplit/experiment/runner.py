@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import specsplit
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
 from specsplit.decoding.adaptive import GammaController

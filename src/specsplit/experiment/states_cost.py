@@ -10,7 +10,7 @@ from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.experiment.columns import RequestRecord
 from specsplit.experiment.journal import Parts
 from specsplit.experiment.records import Request, request_config, request_record, tokens_sha256

@@ -36,7 +36,6 @@ def verify_tree(
         verdict = checked_pass(model, cache, context, tree, sampling)
     except NonFiniteLogits as error:
         raise NotFinite(str(error)) from error
-    cache.keep(len(context), verdict.path)
     session.tokens = [*context, *(tree.token_ids[node] for node in verdict.path)]
     return verdict
 
