@@ -15,9 +15,9 @@ import pytest
 
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
-from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.stream import Stream, Traffic
+from specsplit.client.writer import TextWriter
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access

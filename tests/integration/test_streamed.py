@@ -11,8 +11,8 @@ import grpc
 import pytest
 
 from specsplit.client import recovery
-from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import PromptError, WorkerError
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb

@@ -26,8 +26,8 @@ from specsplit.analysis.findings import (
 from specsplit.analysis.references import GAMMA0, REFERENCE, speedup_columns
 from specsplit.analysis.tables import merge_runs, read_tables, summarize
 from specsplit.cli.main import main
-from specsplit.client.writer import TextWriter
 from specsplit.client.result import Round, SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.baselines import Beside
 from specsplit.experiment.columns import COLOCATED, FAILED, STREAMED, WORKERS, ReferenceRecord, RequestRecord

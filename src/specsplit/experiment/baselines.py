@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from specsplit.api.pair import Pair
 from specsplit.client.event_loop import event_loop
-from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
+from specsplit.client.writer import TextWriter
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.records import Request, gamma_controller, request_config
 from specsplit.settings.names import DEFAULT_DRAFT

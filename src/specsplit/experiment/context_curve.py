@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice, product
 from statistics import median
 
-from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.measures import tokens_per_round
 from specsplit.experiment.records import Request, request_record
 from specsplit.rpc.credentials import Access

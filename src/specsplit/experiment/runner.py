@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import specsplit
-from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import RunError, UserError, WorkerError
 from specsplit.experiment.baselines import Beside, Contender

@@ -13,8 +13,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from specsplit.client.writer import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.measures import tokens_per_round
 from specsplit.decoding.theory import PipelineMode, expected_tokens
 from specsplit.decoding.tree_plan import tpot_ms
