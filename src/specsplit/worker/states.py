@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,31 +14,16 @@ from specsplit.rpc.hidden_states import FORMS, StatesError, check_states, pack_p
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.refusals import InvalidRequest, LimitReached
 
+if TYPE_CHECKING:
+    from specsplit.engines.hidden_states import HiddenStatesHead
+    from specsplit.engines.numba_head import FusedHead
+    from specsplit.engines.projection import Projection
+
+    Head = HiddenStatesHead | FusedHead
+
 log = logging.getLogger(__name__)
 MOST_LAYERS = 4  # whose states a target worker keeps; memory for as many is counted in each session
 MOST_PARTS = 32  # messages that the states of one reply are sent in: all of them may wait to be read
-
-
-class Projection(Protocol):
-    """The `fc` of a draft. layers: whose inputs it joins; None = those of EAGLE. projection_sha256: of
-    its weights."""
-
-    layers: tuple[int, ...] | None
-    projection_sha256: str
-
-    def project(self, raw: torch.Tensor) -> torch.Tensor:
-        """[n, layers * hidden_size] -> [n, width]."""
-        ...
-
-
-class Head(Protocol):
-    """A draft model that reads hidden states, as HiddenStatesHead documents it."""
-
-    layers: tuple[int, ...] | None
-    hidden_size: int
-    state_size: int
-
-    def project(self, raw: torch.Tensor) -> torch.Tensor: ...
 
 
 def row_size(head: Head, *, projected: bool) -> int:
@@ -57,7 +42,7 @@ class Wanted:
     message_bytes: int
 
     @classmethod
-    def of(cls, message: pb.WantedStates, *, num_layers: int, projection: Projection | None, context: int) -> Wanted:
+    def of(cls, message: pb.WantedStates, num_layers: int, projection: Projection | None, context: int) -> Wanted:
         """context: tokens of the request's context. Raises InvalidRequest."""
         layers = tuple(message.layers) or default_layers(num_layers)
         if len(layers) > MOST_LAYERS or not all(0 <= layer < num_layers for layer in layers):

@@ -12,7 +12,8 @@ import grpc
 from specsplit.decoding.shared_gamma import SharedGamma
 from specsplit.decoding.tree import TokenTree, TreeError, check_lengths
 from specsplit.decoding.verification import Verdict
-from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
+from specsplit.engines.projection import Projection
+from specsplit.rpc.codec import tokens_crc32, tree_from_message
 from specsplit.rpc.hidden_states import FORMS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
@@ -21,9 +22,9 @@ from specsplit.worker.batching import SharedModel
 from specsplit.worker.calls import Caller
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest, LimitReached
-from specsplit.worker.servicer import WorkerServicer
+from specsplit.worker.servicer import WorkerServicer, checked_sampling
 from specsplit.worker.sessions import Session
-from specsplit.worker.states import MOST_LAYERS, Projection, Wanted
+from specsplit.worker.states import MOST_LAYERS, Wanted
 from specsplit.worker.target import read_context, verify_tree
 
 
@@ -53,7 +54,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             self.states = {"states_given": given}
 
     def VerifyDrafts(self, request: pb.VerifyDraftsRequest, context: grpc.ServicerContext) -> pb.VerifyDraftsReply:
-        return self.guard(context, request.context, lambda caller: self._verify(request, caller, parts=False)[-1])
+        return self.guard(context, request, lambda caller: self._verify(request, caller, parts=False)[-1])
 
     def StreamVerify(
         self, requests: Iterator[pb.StreamVerifyRequest], context: grpc.ServicerContext
@@ -65,10 +66,9 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
 
     def _write(self, inbox: Inbox, caller: Caller) -> Iterator[pb.StreamTextReply]:
         """The text of one request, a reply a token. Each pass is timed and can be abandoned like that of a round."""
-        for request, _ in inbox:
+        for request, arrived in inbox:
             inbox.of_session(request.context.session_id, request.context.round)
-            yield from self._whole_text(request, inbox.arrived, caller)
-            return
+            yield from self._whole_text(request, arrived, caller)
 
     def _whole_text(
         self, request: pb.StreamTextRequest, arrived: float, caller: Caller
@@ -84,10 +84,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 f"a prompt of {len(tokens)} tokens and {request.max_tokens} more exceed the {self.max_context} that a "
                 "session of this worker can hold (max_context)"
             )
-        try:
-            sampling = sampling_from_message(request.sampling)
-        except ValueError as error:
-            raise InvalidRequest(f"sampling: {error}") from error
+        sampling = checked_sampling(request.sampling)
         with self.sessions.use(request.context, caller) as session:
             self._tap(session, None)
             for number in range(request.max_tokens):
@@ -136,15 +133,10 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             return None
         if not self._layers:
             raise InvalidRequest("wanted_states: the engine of this target worker cannot give hidden states")
-        context = request.context.prefix_length + len(request.context.new_tokens)
         if request.wanted_states.only and request.tree.token_ids:
             raise InvalidRequest("wanted_states.only: there is a tree, and nothing is verified")
-        return Wanted.of(
-            request.wanted_states,
-            num_layers=self._layers,
-            projection=self._projection,
-            context=context,
-        )
+        context = request.context.prefix_length + len(request.context.new_tokens)
+        return Wanted.of(request.wanted_states, self._layers, self._projection, context)
 
     def _verify(
         self,
@@ -167,13 +159,11 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 raise TreeError(f"a distribution has more tokens than the vocabulary of {self.vocab_size}")
             tree = tree_from_message(request.tree)
             tree.validate(vocab_size=self.model.vocab_size)
-            sampling = sampling_from_message(request.sampling)
+            sampling = checked_sampling(request.sampling)
             if sampling.uses_rejection:
                 tree.check_drawn()
         except TreeError as error:
             raise InvalidRequest(f"malformed tree: {error}") from error
-        except ValueError as error:
-            raise InvalidRequest(f"sampling: {error}") from error
         wanted = self._wanted(request)
         states: list[pb.HiddenStates] = []
 
