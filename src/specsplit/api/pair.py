@@ -306,7 +306,7 @@ class Pair:
     def _options(self, options: Mapping[str, Any]) -> OrchestratorConfig:
         if self._closed:
             raise UserError("this pair is closed: load or connect it again")
-        return _with_options(self._config, options, has_draft=self._draft is not None)
+        return with_options(self._config, options, has_draft=self._draft is not None)
 
     def _encode(self, prompt: Prompt, config: OrchestratorConfig) -> list[int]:
         if hasattr(prompt, "tolist"):  # an array or a tensor
@@ -349,14 +349,7 @@ def _model(given: str | Path | Model) -> Model:
 def _configured(given: Mapping[str, Any], options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
     """The settings of a pair; without a draft gamma is 0, unless it is asked to be more."""
     base = OrchestratorConfig.load({name: value for name, value in given.items() if value is not None})
-    return _with_options(base, options if has_draft else {"gamma": 0, **options}, has_draft=has_draft)
-
-
-def _with_options(config: OrchestratorConfig, options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
-    config = with_options(config, options)
-    if config.gamma and not has_draft:
-        raise OptionError(f"gamma={config.gamma!r}: this pair has no draft model; name one, or gamma=0")
-    return config
+    return with_options(base, options if has_draft else {"gamma": 0, **options}, has_draft=has_draft)
 
 
 def _servicer(role: str, config: WorkerSettings) -> WorkerServicer:
