@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from specsplit.decoding.sampling import GREEDY, NonFiniteLogits, Sampling
 from specsplit.decoding.shared_gamma import SharedGamma
 from specsplit.decoding.tree import TokenTree, TreeError, check_lengths
-from specsplit.decoding.verification import Verdict
+from specsplit.decoding.verification import Verdict, checked_pass
 from specsplit.engines.projection import Projection
 from specsplit.rpc.codec import tokens_crc32, tree_from_message
 from specsplit.rpc.hidden_states import FORMS
@@ -21,11 +22,13 @@ from specsplit.settings.worker import TargetWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.calls import Caller
 from specsplit.worker.inbox import Inbox
-from specsplit.worker.refusals import InvalidRequest, LimitReached
+from specsplit.worker.refusals import InvalidRequest, LimitReached, NotFinite
 from specsplit.worker.servicer import WorkerServicer, checked_sampling
 from specsplit.worker.sessions import Session
 from specsplit.worker.states import MOST_LAYERS, Wanted
-from specsplit.worker.target import read_context, verify_tree
+
+if TYPE_CHECKING:
+    from specsplit.engines.passes import Steps
 
 
 class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
@@ -171,7 +174,10 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             verdict = None
             self._tap(session, wanted)
             if wanted is not None and request.wanted_states.only:
-                read_context(self.model, session, tokens, request.context.prefix_length)
+                session.roll_back(tokens, request.context.prefix_length)
+                if rest := tokens[session.cache.length : -1]:
+                    self.model.step(session.cache, rest)
+                session.tokens = tokens[:-1]
             else:
                 verdict = verify_tree(self.model, session, tokens, request.context.prefix_length, tree, sampling)
             if wanted is not None:
@@ -209,6 +215,29 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
         if gamma != before:
             self.model.expect_all()
         return gamma
+
+
+def verify_tree(
+    model: Steps,
+    session: Session,
+    context: Sequence[int],
+    prefix_length: int,
+    tree: TokenTree,
+    sampling: Sampling = GREEDY,
+) -> Verdict:
+    """Decide which drafted tokens the target accepts, and its own next token.
+
+    context: the full context; the session holds its first `prefix_length` tokens. Afterwards the session holds the
+    context and the accepted tokens, in its token list and in its cache. A pass that fails leaves a consistent session.
+    Raises NotFinite when the target's own logits are not finite.
+    """
+    session.roll_back(context, prefix_length)
+    try:
+        verdict = checked_pass(model, session.cache, context, tree, sampling)
+    except NonFiniteLogits as error:
+        raise NotFinite(str(error)) from error
+    session.tokens = [*context, *(tree.token_ids[node] for node in verdict.path)]
+    return verdict
 
 
 def _next_round(
