@@ -27,7 +27,7 @@ from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
 from specsplit.client.states import PassedStates, check_states
-from specsplit.client.stream import Stream, Traffic
+from specsplit.client.stream import Spent, Stream
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.growth import CHAIN
@@ -139,11 +139,10 @@ class _Pipeline:
         self.states = states
         self._stubs = dict(stubs)
         self._streams: dict[str, Stream] = {}
-        self._traffic = {"draft": Traffic(), "target": Traffic()}
+        self._spent = Spent()
         self._reading: asyncio.Future[None] | None = None  # the request that `_read_by_draft` sends
         self.renew("draft")
         self.renew("target")
-        self._exposed_ms = self._hidden_ms = 0.0
         self._awaited = 0  # replies of the draft worker, at most
         self._advised: int | None = None  # gamma for all texts that share the target; None: this one is alone
 
@@ -152,8 +151,8 @@ class _Pipeline:
         return self._stream("target")
 
     @property
-    def draft(self) -> Stream | None:
-        return None if self._stubs["draft"] is None else self._stream("draft")
+    def draft(self) -> Stream:
+        return self._stream("draft")
 
     def renew(self, role: str) -> None:
         """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
@@ -194,7 +193,7 @@ class _Pipeline:
                 role,
                 call if self.text.span is None else self.text.span.carry(call),
                 timeout_s=config.rpc_timeout_s,
-                traffic=self._traffic[role],
+                spent=self._spent,
                 links=simulated(config) if role == "target" else None,
             )
         return self._streams[role]
@@ -233,7 +232,6 @@ class _Pipeline:
                     asked = time.perf_counter()
                 await self._verify(tree)
             verdict = await self._verdict(ahead)
-            exposed_ms, unseen_ms = self._take_draft_work()
             now = time.perf_counter()
             accepted = list(verdict.accepted_tokens)
             self._advised = verdict.gamma if verdict.HasField("gamma") else None
@@ -254,46 +252,28 @@ class _Pipeline:
                 network_ms=max(0.0, (now - began) * 1e3 - timings.server_ms - verdict.timings.server_ms),
                 speculation=speculation,
                 gamma_asked=gamma,
-                draft_exposed_ms=exposed_ms,
-                draft_hidden_ms=unseen_ms,
-                **self._take_traffic(),
+                **self._spent.take(),
                 draft_source=tree.source,
             )
             self.text.take(accepted, verdict.next_token, measured)
             self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
         await self._settle()
 
-    def _take_draft_work(self) -> tuple[float, float]:
-        """What the draft worker computed since the last call: while the text waited for it, and meanwhile."""
-        taken = self._exposed_ms, self._hidden_ms
-        self._exposed_ms = self._hidden_ms = 0.0
-        return taken
-
-    def _take_traffic(self) -> dict[str, int]:
-        return {name: count for role, own in self._traffic.items() for name, count in own.take(role).items()}
-
     def _count(self, reply: pb.GenerateDraftsReply, *, exposed: bool) -> None:
         self._awaited -= 1
-        if exposed:
-            self._exposed_ms += reply.timings.compute_ms
-        else:
-            self._hidden_ms += reply.timings.compute_ms
+        self._spent["draft_exposed_ms" if exposed else "draft_hidden_ms"] += reply.timings.compute_ms
 
     async def _settle(self) -> None:
         """Hear what the draft worker still spent on the text; it drops what it is at after its current pass."""
-        if self.draft is not None and self._awaited > 0:
+        if self._awaited > 0:
             with suppress(WorkerFailed, TimeoutError):  # the end of the stream is one as well
                 async with asyncio.timeout(SETTLE_S):
                     await self.draft.finish()
                     while True:
                         self._count(await self.draft.receive(), exposed=False)
-        rounds, (exposed_ms, hidden_ms) = self.text.result.rounds, self._take_draft_work()
-        rounds[-1] = replace(
-            rounds[-1],
-            draft_exposed_ms=rounds[-1].draft_exposed_ms + exposed_ms,
-            draft_hidden_ms=rounds[-1].draft_hidden_ms + hidden_ms,
-            **{name: getattr(rounds[-1], name) + count for name, count in self._take_traffic().items()},
-        )
+        rounds = self.text.result.rounds
+        more = {name: getattr(rounds[-1], name) + amount for name, amount in self._spent.take().items()}
+        rounds[-1] = replace(rounds[-1], **more)
 
     def _begins(self) -> bool:
         """Whether this round is to verify no draft, as one would delay its token: a worker has to read the text first.
@@ -372,7 +352,6 @@ class _Pipeline:
             await self._send_draft_request(self.text.draft_fields(1, CHAIN))
 
     async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:
-        assert self.draft is not None
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)
         self._awaited += 1 if fields["ahead"] is None else 2
@@ -384,7 +363,6 @@ class _Pipeline:
         await self.draft.send(pb.GenerateDraftsRequest(context=context, states=states, **fields))
 
     async def _draft_reply(self, *, is_ahead: bool) -> pb.GenerateDraftsReply:
-        assert self.draft is not None
         while True:
             reply = await self.draft.receive()
             waited_for = reply.round == self.at_draft.round and reply.is_ahead == is_ahead

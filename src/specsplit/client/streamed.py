@@ -15,7 +15,7 @@ from specsplit.client.network import simulated, until
 from specsplit.client.recovery import Recovery, WorkerFailed
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import text_span
-from specsplit.client.stream import Stream, Traffic
+from specsplit.client.stream import Spent, Stream
 from specsplit.client.text import OnTokens, Text
 from specsplit.rpc.codec import sampling_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -67,8 +67,9 @@ async def _stream(text: Text, target_stub: Any) -> None:
     links = simulated(config)
     if links:
         await until(links[0].due(request, began))
-    traffic = Traffic(sent=request.ByteSize())
-    stream = Stream("target", lambda: call(request), timeout_s=config.rpc_timeout_s, links=links, traffic=traffic)
+    spent = Spent()
+    spent["target_sent_bytes"] = request.ByteSize()
+    stream = Stream("target", lambda: call(request), timeout_s=config.rpc_timeout_s, links=links, spent=spent)
     try:
         while not text.finished:
             reply = await stream.receive()
@@ -81,7 +82,7 @@ async def _stream(text: Text, target_stub: Any) -> None:
                     verify_compute_ms=reply.timings.compute_ms,
                     verify_queue_ms=reply.timings.queue_ms,
                     network_ms=max(0.0, wall_ms - reply.timings.server_ms),
-                    **traffic.take("target"),
+                    **spent.take(),
                 )
                 text.take([], token, measured)
                 if text.finished:

@@ -53,9 +53,9 @@ class Shares:
             if not self._counts[key]:
                 del self._counts[key]
 
-    def of(self, peer: Peer) -> list[int]:
+    def of(self, peer: Peer) -> tuple[int, ...]:
         """By owner, address and connection; to be compared in this order."""
-        return [self._counts[key] for key in _keys(peer)]
+        return tuple(self._counts[key] for key in _keys(peer))
 
 
 def _keys(peer: Peer) -> list[tuple[str, ...]]:
