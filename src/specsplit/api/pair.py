@@ -272,10 +272,7 @@ class Pair:
                 text.cancel()
 
     async def _write(
-        self,
-        token_ids: list[int],
-        config: OrchestratorConfig,
-        on_tokens: OnTokens | None = None,
+        self, token_ids: list[int], config: OrchestratorConfig, on_tokens: OnTokens | None = None
     ) -> GeneratedText:
         if on_tokens is None and self.codec is not None:
             on_tokens = stops_at(self.codec, config.stop)

@@ -88,11 +88,7 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
                 yield from self._ahead(request, caller, settings, tree, inbox.waiting)
 
     def _generate(
-        self,
-        request: pb.GenerateDraftsRequest,
-        caller: Caller,
-        settings: DraftSettings,
-        arrived: float | None = None,
+        self, request: pb.GenerateDraftsRequest, caller: Caller, settings: DraftSettings, arrived: float | None = None
     ) -> tuple[pb.GenerateDraftsReply, TokenTree | None]:
         """The reply and its tree; None instead of the tree when the reply was given before."""
         made: list[TokenTree] = []
@@ -110,14 +106,10 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             made.append(drafter.draft())
             return made[0]
 
-        reply = self.answer(
-            request,
-            caller,
-            work,
-            lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)),
-            lambda tree: (len(tree), 0),
-            arrived,
-        )
+        def reply_to(tree: TokenTree) -> pb.GenerateDraftsReply:
+            return pb.GenerateDraftsReply(tree=tree_to_message(tree))
+
+        reply = self.answer(request, caller, work, reply_to, lambda tree: (len(tree), 0), arrived)
         if made and made[0].source and self.metrics is not None:
             self.metrics.looked_up(made[0].source)
         return reply, made[0] if made else None

@@ -278,11 +278,7 @@ class WorkerServicer:
         session = tracing.shown(session_id)
         about = f"session={session} round={round_number}"
         metadata = context.invocation_metadata()
-        fields = {
-            "session": session or None,
-            "round": round_number or None,
-            "trace_id": tracing.trace_id(metadata),
-        }
+        fields = {"session": session or None, "round": round_number or None, "trace_id": tracing.trace_id(metadata)}
         if is_out_of_memory(error):
             log.error("out of memory: %s %s", error, about, extra=fields)
             error = LimitReached("not enough memory on this worker for the request; lower max_context or max_sessions")

@@ -113,9 +113,8 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             if what is None:
                 raise InvalidRequest("a message of this stream is either verify or prepared")
             if what == "prepared":
-                if len(message.prepared.outcomes) > self.limits.fan_out:
-                    most = self.limits.fan_out
-                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {most}")
+                if (count := len(message.prepared.outcomes)) > self.limits.fan_out:
+                    raise InvalidRequest(f"{count} outcomes are more than {self.limits.fan_out}")
                 request, waiting_since = last and _next_round(*last, message.prepared), None
             if request is None:
                 continue
@@ -142,12 +141,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
         return Wanted.of(request.wanted_states, self._layers, self._projection, context)
 
     def _verify(
-        self,
-        request: pb.VerifyDraftsRequest,
-        caller: Caller,
-        arrived: float | None = None,
-        *,
-        parts: bool = True,
+        self, request: pb.VerifyDraftsRequest, caller: Caller, arrived: float | None = None, *, parts: bool = True
     ) -> list[pb.VerifyDraftsReply]:
         """The reply, and before it others with hidden states alone where they do not fit into one and `parts` says
         that there may be several."""
@@ -194,14 +188,10 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                     reply.gamma = gamma
             return reply
 
-        reply = self.answer(
-            request,
-            caller,
-            work,
-            reply_to,
-            lambda verdict: (tree.depth(), len(verdict.path)) if verdict else (0, 0),
-            arrived,
-        )
+        def count(verdict: Verdict | None) -> tuple[int, int]:
+            return (tree.depth(), len(verdict.path)) if verdict else (0, 0)
+
+        reply = self.answer(request, caller, work, reply_to, count, arrived)
         earlier = [pb.VerifyDraftsReply(round=reply.round, states=part, states_only=True) for part in states[:-1]]
         return [*earlier, reply]
 
@@ -244,29 +234,24 @@ def _next_round(
     request: pb.VerifyDraftsRequest, reply: pb.VerifyDraftsReply, prepared: pb.Prepared
 ) -> pb.VerifyDraftsRequest | None:
     """The request of the round after `request`, when a draft for its outcome was prepared; else None."""
-    if prepared.round != request.context.round:
+    context, accepted = request.context, list(reply.accepted_tokens)
+    fits = (o for o in prepared.outcomes if o.next_token == reply.next_token and list(o.accepted_tokens) == accepted)
+    outcome = next(fits, None)
+    if outcome is None or prepared.round != context.round:
         return None
-    accepted = list(reply.accepted_tokens)
-    for outcome in prepared.outcomes:
-        if outcome.next_token == reply.next_token and list(outcome.accepted_tokens) == accepted:
-            break
-    else:
-        return None
-    added = [*request.context.new_tokens, *accepted]
-    wanted = None
-    if request.HasField("wanted_states"):
-        wanted = pb.WantedStates()
-        wanted.CopyFrom(request.wanted_states)
-        wanted.first = request.context.prefix_length + len(added)
-    return pb.VerifyDraftsRequest(
+    added = [*context.new_tokens, *accepted]
+    following = pb.VerifyDraftsRequest(
         context=pb.Context(
-            session_id=request.context.session_id,
-            round=request.context.round + 1,
-            prefix_length=request.context.prefix_length + len(added),
-            prefix_crc32=tokens_crc32(added, request.context.prefix_crc32),
+            session_id=context.session_id,
+            round=context.round + 1,
+            prefix_length=context.prefix_length + len(added),
+            prefix_crc32=tokens_crc32(added, context.prefix_crc32),
             new_tokens=[reply.next_token],
         ),
         tree=outcome.tree,
         sampling=request.sampling,
-        wanted_states=wanted,
     )
+    if request.HasField("wanted_states"):
+        following.wanted_states.CopyFrom(request.wanted_states)
+        following.wanted_states.first = following.context.prefix_length
+    return following
