@@ -168,7 +168,7 @@ class Recovery:
     def _error(self, message: str, code: str) -> WorkerError:
         if self._text is None:
             return WorkerError(message, code=code)
-        self._text.stopped()
+        self._text.result.total_ms = (time.perf_counter() - self._text.started) * 1e3
         return WorkerError(message, code=code, result=self._text.result)
 
     def _left(self) -> float:

@@ -117,15 +117,13 @@ class Text:
         """From here on the target writes alone."""
         self._draft_vocab = 0
 
-    def stopped(self) -> None:
-        """Note that the text ends here, unfinished."""
-        self.result.total_ms = (time.perf_counter() - self.started) * 1e3
-
     def take(self, accepted: list[int], next_token: int, measured: Round) -> None:
         """Add what a round brought; sets result.finish_reason when the text ends with it."""
         result = self.result
-        self.tokens += [*accepted, next_token]
-        fresh, ended = _until_stop([*accepted, next_token], self.stop_ids)
+        new = [*accepted, next_token]
+        self.tokens += new
+        end = next((i for i, token in enumerate(new) if token in self.stop_ids), None)
+        fresh = new[:end]
         now_ms = (time.perf_counter() - self.started) * 1e3
         kept: int | None = None
         if fresh:
@@ -139,7 +137,7 @@ class Text:
             self.span.round(measured)
         if kept is not None:
             result.finish_reason = "stop"
-        elif ended:
+        elif end is not None:
             result.finish_reason = "eos"
         elif len(result.output_tokens) >= self.config.max_output_tokens:
             result.finish_reason = "length"
@@ -147,10 +145,3 @@ class Text:
             result.finish_reason = "context"
         elif self.config.max_rounds is not None and len(result.rounds) >= self.config.max_rounds:
             result.finish_reason = "max_rounds"
-
-
-def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> tuple[list[int], bool]:
-    for i, token in enumerate(tokens):
-        if token in stop_ids:
-            return tokens[:i], True
-    return tokens, False
