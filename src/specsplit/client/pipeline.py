@@ -33,7 +33,7 @@ from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.growth import CHAIN
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.tree_plan import ranks
-from specsplit.rpc.codec import sampling_to_message, tree_from_message, tree_to_message
+from specsplit.rpc.codec import tree_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
@@ -312,9 +312,8 @@ class _Pipeline:
 
     async def _send_verify_request(self, tree: TokenTree, wanted: pb.WantedStates | None) -> None:
         context = self.at_target.context(self.text.tokens)
-        sampling = sampling_to_message(self.text.sampling)
         request = pb.VerifyDraftsRequest(
-            context=context, wanted_states=wanted, tree=tree_to_message(tree), sampling=sampling
+            context=context, tree=tree_to_message(tree), sampling=self.text.sampling_message, wanted_states=wanted
         )
         await self.target.send(pb.StreamVerifyRequest(verify=request))
 

@@ -17,7 +17,6 @@ from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import text_span
 from specsplit.client.stream import Spent, Stream
 from specsplit.client.text import OnTokens, Text
-from specsplit.rpc.codec import sampling_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
 
@@ -58,7 +57,7 @@ async def _stream(text: Text, target_stub: Any) -> None:
         left = min(left, config.max_rounds - len(text.result.rounds))
     request = pb.StreamTextRequest(
         context=pb.Context(session_id=uuid.uuid4().hex, round=1, new_tokens=text.tokens),
-        sampling=sampling_to_message(text.sampling),
+        sampling=text.sampling_message,
         max_tokens=left,
         stop_token_ids=text.stop_ids,
     )

@@ -42,6 +42,9 @@ class Text:
         on_tokens: OnTokens | None = None,
     ) -> None:
         self.config = config
+        rejection = config.sampling == "rejection"
+        self.sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed, rejection)
+        self.sampling_message = sampling_to_message(self.sampling)
         self.limits = DraftLimits.of(config, target, draft)
         self.limit = self.limits.context
         self.vocab_size = target.vocab_size
@@ -69,11 +72,6 @@ class Text:
     def finished(self) -> bool:
         return bool(self.result.finish_reason)
 
-    @property
-    def sampling(self) -> Sampling:
-        c = self.config
-        return Sampling(c.temperature, c.top_k, c.top_p, c.seed, rejection=c.sampling == "rejection")
-
     def room(self, ahead: int = 0) -> int:
         """The deepest draft that makes sense after `ahead` more tokens: the last token is always the target's own; 0
         when the draft worker cannot hold it, or cannot read the text."""
@@ -96,7 +94,7 @@ class Text:
             "tree_nodes": shape.nodes,
             "tree_width": shape.width if shape.nodes else 0,
             "stop_token_ids": self.known_stop_ids,
-            "sampling": sampling_to_message(self.sampling),
+            "sampling": self.sampling_message,
             "vocab_size": self.vocab_size,
             "length_limit": self.length_limit,
             "ahead": ahead,

@@ -16,10 +16,10 @@ def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
     keys: list[str] = []
     if settings.api_key_file is not None:
         try:
-            keys = [line.strip() for line in settings.api_key_file.read_text(encoding="utf-8").splitlines()]
+            lines = settings.api_key_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--api-key-file {settings.api_key_file}: cannot be read: {error}") from None
-        keys = [key for key in keys if key]
+        keys = [line.strip() for line in lines if line.strip()]
         if not keys:
             raise UserError(f"--api-key-file {settings.api_key_file}: holds no key; write one a line")
     if (settings.certificate is None) != (settings.certificate_key is None):
