@@ -146,14 +146,6 @@ class _Pipeline:
         self._awaited = 0  # replies of the draft worker, at most
         self._advised: int | None = None  # gamma for all texts that share the target; None: this one is alone
 
-    @property
-    def target(self) -> Stream:
-        return self._stream("target")
-
-    @property
-    def draft(self) -> Stream:
-        return self._stream("draft")
-
     def renew(self, role: str) -> None:
         """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
         for a worker ends one that says nothing."""
@@ -169,16 +161,16 @@ class _Pipeline:
 
     async def close(self, role: str) -> None:
         """End the stream to a worker, and with it the worker's session."""
-        if role == "draft" and self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
-            self._reading = None
-        if role in self._streams:
-            await self._streams.pop(role).close()
         if role == "draft":
             # The target may have begun a round by itself, from what was prepared: the one after that is ours.
             self.at_target.round += 1
             self._awaited = 0
+            if self._reading is not None:
+                self._reading.cancel()
+                await asyncio.gather(self._reading, return_exceptions=True)
+                self._reading = None
+        if role in self._streams:
+            await self._streams.pop(role).close()
 
     def drop_draft(self) -> None:
         """From here on the target writes alone."""
@@ -268,9 +260,9 @@ class _Pipeline:
         if self._awaited > 0:
             with suppress(WorkerFailed, TimeoutError):  # the end of the stream is one as well
                 async with asyncio.timeout(SETTLE_S):
-                    await self.draft.finish()
+                    await self._stream("draft").finish()
                     while True:
-                        self._count(await self.draft.receive(), exposed=False)
+                        self._count(await self._stream("draft").receive(), exposed=False)
         rounds = self.text.result.rounds
         more = {name: getattr(rounds[-1], name) + amount for name, amount in self._spent.take().items()}
         rounds[-1] = replace(rounds[-1], **more)
@@ -304,24 +296,22 @@ class _Pipeline:
                 ranks=ranks(tree.parents, path),
             )
 
-    async def _verify(self, tree: TokenTree) -> None:
+    async def _verify(self, tree: TokenTree, *, only_states: bool = False) -> None:
         wanted = None
-        if self.states is not None and self.text.room(ahead=1) > 0:  # else no draft follows that could read them
-            wanted = self.states.wanted(len(self.text.tokens))
-        await self._send_verify_request(tree, wanted)
-
-    async def _send_verify_request(self, tree: TokenTree, wanted: pb.WantedStates | None) -> None:
+        # Without room no draft follows that could read them.
+        if self.states is not None and (only_states or self.text.room(ahead=1) > 0):
+            wanted = self.states.wanted(len(self.text.tokens), only=only_states)
         context = self.at_target.context(self.text.tokens)
         request = pb.VerifyDraftsRequest(
             context=context, tree=tree_to_message(tree), sampling=self.text.sampling_message, wanted_states=wanted
         )
-        await self.target.send(pb.StreamVerifyRequest(verify=request))
+        await self._stream("target").send(pb.StreamVerifyRequest(verify=request))
 
     async def _fetch_states(self) -> None:
         """Have the target send the hidden states that the draft needs and no round has brought: after a failure, where
         a round without a draft would cut the text elsewhere (`_begins`)."""
         if self.states is not None and self.states.lacking(len(self.text.tokens)):
-            await self._send_verify_request(TokenTree(), self.states.wanted(len(self.text.tokens), only=True))
+            await self._verify(TokenTree(), only_states=True)
             await self._target_reply()
             self.at_target.extend_to(self.text.tokens[:-1])
 
@@ -347,7 +337,7 @@ class _Pipeline:
         the least that can be asked."""
         if self.text.room(ahead=1) > 0 and self._choose() > 0:
             # Sessions are taken in one order by all: who waits in line for the target's holds none of the draft worker.
-            await self.target.admitted()
+            await self._stream("target").admitted()
             await self._send_draft_request(self.text.draft_fields(1, CHAIN))
 
     async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:
@@ -357,13 +347,13 @@ class _Pipeline:
         states: list[pb.HiddenStates] = []
         if self.states is not None:
             for request in self.states.requests(self.at_draft.id):
-                await self.draft.send(request)
+                await self._stream("draft").send(request)
             states = self.states.rest()
-        await self.draft.send(pb.GenerateDraftsRequest(context=context, states=states, **fields))
+        await self._stream("draft").send(pb.GenerateDraftsRequest(context=context, states=states, **fields))
 
     async def _draft_reply(self, *, is_ahead: bool) -> pb.GenerateDraftsReply:
         while True:
-            reply = await self.draft.receive()
+            reply = await self._stream("draft").receive()
             waited_for = reply.round == self.at_draft.round and reply.is_ahead == is_ahead
             self._count(reply, exposed=waited_for and not is_ahead)
             if waited_for:
@@ -371,7 +361,7 @@ class _Pipeline:
 
     async def _target_reply(self) -> pb.VerifyDraftsReply:
         while True:
-            reply = await self.target.receive()
+            reply = await self._stream("target").receive()
             if reply.round == self.at_target.round:
                 if self.states is not None:
                     self.states.take(reply)
@@ -398,7 +388,7 @@ class _Pipeline:
                 ahead.trees = {(tuple(o.accepted_tokens), o.next_token): tree_from_message(o.tree) for o in outcomes}
                 if self.config.mode == "lookahead" and not verdict.done():
                     prepared = pb.Prepared(round=self.at_target.round, outcomes=outcomes)
-                    await self.target.send(pb.StreamVerifyRequest(prepared=prepared))
+                    await self._stream("target").send(pb.StreamVerifyRequest(prepared=prepared))
                     ahead.sent = True
             return await verdict
         finally:
