@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from specsplit.models.head_config import default_layers
-from specsplit.rpc.hidden_states import FORMS, StatesError, check_states, pack_parts, row_bytes, unpack_states
+from specsplit.rpc.hidden_states import FORMS, StatesError, check_states, pack_states, row_bytes, unpack_states
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.refusals import InvalidRequest, LimitReached
 
@@ -69,16 +69,19 @@ class Wanted:
         rows = states[self.first :]
         if self.projection is not None:
             rows = self.projection.project(rows)
-        each, most = row_bytes(self.form, rows.shape[1]), (MOST_PARTS if parts else 1)
-        fitting = self.message_bytes // each * most if self.message_bytes else len(rows)
-        if len(rows) > fitting:
+        row, most = row_bytes(self.form, rows.shape[1]), (MOST_PARTS if parts else 1)
+        each = self.message_bytes // row if self.message_bytes else len(rows)
+        if len(rows) > each * most:
             raise LimitReached(
-                f"the hidden states of {len(rows)} positions take {len(rows) * each} bytes, and those of {fitting} "
+                f"the hidden states of {len(rows)} positions take {len(rows) * row} bytes, and those of {each * most} "
                 f"fit into {most} messages of {self.message_bytes}: set hidden_states_window, or have them projected "
                 "by the target or sent as int8"
             )
-        projected = self.projection is not None
-        return list(pack_parts(rows, self.first, self.form, projected=projected, most_bytes=self.message_bytes))
+        projected, each = self.projection is not None, max(each, 1)
+        return [
+            pack_states(rows[at : at + each], self.first + at, self.form, projected=projected)
+            for at in range(0, max(len(rows), 1), each)
+        ]
 
 
 class ReceivedStates:
