@@ -52,7 +52,7 @@ class WithoutDraft(Exception):
 def failure_of(role: str, code: grpc.StatusCode, details: str | None, metadata: Any) -> WorkerFailed:
     """What a gRPC status means. metadata: pairs that came with it, or None."""
     meant = meaning(code, details, metadata)
-    return WorkerFailed(role, meant.code.name, meant.details, meant.remedy, meant.after_s)
+    return WorkerFailed(role, meant.code.name, meant.details, meant.rule.remedy, meant.after_s)
 
 
 class Recovery:

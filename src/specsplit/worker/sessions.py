@@ -57,11 +57,6 @@ class Session:
             return IDLE_S
         return max(SHORT_IDLE_S, IDLE_GAPS * self.pause_s, self.cost_s)
 
-    def states(self) -> Any:
-        """Of a cache that keeps hidden states, a row for each token held."""
-        cache: Any = self.cache
-        return cache.states[: cache.length]
-
     def roll_back(self, context: Sequence[int], prefix_length: int) -> None:
         """Hold no more than the first `prefix_length` tokens of a context, and never its last: that one is computed."""
         self.cache.rollback(min(self.cache.length, prefix_length, len(context) - 1))
@@ -133,11 +128,6 @@ class SessionStore:
         """Sessions whose stream is open."""
         with self._lock:
             return sum(session.held for session in self._sessions.values())
-
-    @property
-    def waiting(self) -> int:
-        """Callers in line for a session."""
-        return len(self._line)
 
     @property
     def cache_bytes(self) -> int:

@@ -175,7 +175,8 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             else:
                 verdict = verify_tree(self.model, session, tokens, request.context.prefix_length, tree, sampling)
             if wanted is not None:
-                states.extend(wanted.packed(session.states(), parts=parts))
+                cache: Any = session.cache
+                states.extend(wanted.packed(cache.states[: cache.length], parts=parts))
             return verdict
 
         def reply_to(verdict: Verdict | None) -> pb.VerifyDraftsReply:
