@@ -60,6 +60,7 @@ def listen(app: Starlette, settings: ServeSettings) -> None:
         socket = server.config.bind_socket()
     except SystemExit:
         raise UserError(f"--port {settings.port} on {settings.host} cannot be had; choose another one") from None
+    socket.listen()  # so that who reads the line below can connect at once
     scheme = "http" if settings.certificate is None else "https"
     print(f"serving at {scheme}://{join_address(settings.host, socket.getsockname()[1])}/v1", flush=True)
     server.run(sockets=[socket])
