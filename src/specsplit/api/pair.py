@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias, Unpack, cast, overload
 
@@ -19,6 +19,7 @@ from specsplit.client.handshake import check_tokenizers, connected_pair
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
+from specsplit.client.writer import open_stubs
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import ModelError, OptionError, PromptError, UserError, WorkerError
 from specsplit.launch.environment import threads_beside_another, usable_cores
@@ -76,7 +77,7 @@ def in_process_pair(
     restore = _torch_settings()
     servicers: dict[str, WorkerServicer] = {}
 
-    async def close() -> None:
+    def close() -> None:
         for servicer in servicers.values():
             servicer.model.close()
         restore()
@@ -89,7 +90,7 @@ def in_process_pair(
         base = config or OrchestratorConfig(rpc_timeout_s=CALL_TIMEOUT_S)
         return Pair(stubs.get("draft"), stubs["target"], codec(), base, close, {**met, **identities})
     except BaseException:
-        event_loop().run(close())
+        close()
         raise
 
 
@@ -135,16 +136,7 @@ def over_grpc(config: OrchestratorConfig, codec: TextCodec | None, *, has_draft:
         if codec is None:
             codec = _received(target, config.connect_timeout_s)
 
-    async def open_channels() -> dict[str, grpc.aio.Channel]:
-        return {role: access.aio_channel(address) for role, address in addresses.items()}
-
-    channels = event_loop().run(open_channels())
-
-    async def close() -> None:
-        for channel in channels.values():
-            await channel.close()
-
-    stubs = {role: access.stub(role, channel) for role, channel in channels.items()}
+    stubs, close = open_stubs(addresses, access)
     return Pair(stubs.get("draft"), stubs["target"], codec, config, close, met, at_once)
 
 
@@ -162,7 +154,7 @@ class Pair:
         target: Any,
         codec: TextCodec | None,
         config: OrchestratorConfig,
-        close: Callable[[], Coroutine[Any, Any, None]],
+        close: Callable[[], None],
         identities: Mapping[str, pb.DescribeReply] | None = None,
         at_once: int = AT_ONCE,
     ) -> None:
@@ -241,7 +233,7 @@ class Pair:
         """Let go of the models or the connections. No text can be written afterwards."""
         if not self._closed:
             self._closed = True
-            event_loop().run(self._close())
+            self._close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import grpc
@@ -14,6 +14,21 @@ from specsplit.client.streamed import stream_target_async
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
+
+
+def open_stubs(addresses: Mapping[str, str], access: Access) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Stubs of workers for the client's event loop, and what closes their channels. addresses: role -> address."""
+
+    async def opened() -> dict[str, grpc.aio.Channel]:
+        return {role: access.aio_channel(address) for role, address in addresses.items()}
+
+    async def closed() -> None:
+        for channel in channels.values():
+            await channel.close()
+
+    channels = event_loop().run(opened())
+    stubs = {role: access.stub(role, channel) for role, channel in channels.items()}
+    return stubs, lambda: event_loop().run(closed())
 
 
 class TextWriter:
@@ -32,30 +47,24 @@ class TextWriter:
         *,
         access: Access | None = None,
     ) -> None:
-        self._addresses = draft, target
+        self._addresses = {"target": target} | ({} if draft is None else {"draft": draft})
         self._identities = dict(identities or {})
         self._access = access or Access()
 
     def __enter__(self) -> Self:
-        async def open_channels() -> list[grpc.aio.Channel | None]:
-            return [address and self._access.aio_channel(address) for address in self._addresses]
-
-        self._draft, self._target = event_loop().run(open_channels())
+        self._stubs, self._close = open_stubs(self._addresses, self._access)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for channel in (self._draft, self._target):
-            if channel is not None:
-                event_loop().run(channel.close())
+        self._close()
 
     def write(self, prompt_ids: Sequence[int], config: OrchestratorConfig, **options: Any) -> SpeculativeResult:
         """As `run_speculative_loop_async`, which has these options: on_tokens, controller, request_id."""
-        draft = None if self._draft is None else self._access.stub("draft", self._draft)
-        target = self._access.stub("target", self._target)
-        options["identities"] = self._identities
-        return event_loop().run(run_speculative_loop_async(draft, target, prompt_ids, config, **options))
+        stubs, options["identities"] = self._stubs, self._identities
+        text = run_speculative_loop_async(stubs.get("draft"), stubs["target"], prompt_ids, config, **options)
+        return event_loop().run(text)
 
     def stream_target(self, prompt_ids: Sequence[int], config: OrchestratorConfig, **options: Any) -> SpeculativeResult:
         """As `stream_target_async`: the target alone, which streams its tokens. options: on_tokens, request_id."""
-        target = self._access.stub("target", self._target)
-        return event_loop().run(stream_target_async(target, prompt_ids, config, identities=self._identities, **options))
+        options["identities"] = self._identities
+        return event_loop().run(stream_target_async(self._stubs["target"], prompt_ids, config, **options))
