@@ -261,7 +261,8 @@ class Pair:
             return await asyncio.gather(*texts)
         finally:
             for text in texts:  # when one failed, the others stop
-                text.cancel()
+                if not text.cancelling():  # a second time would break off the closing of its streams
+                    text.cancel()
 
     async def _write(
         self, token_ids: list[int], config: OrchestratorConfig, on_tokens: OnTokens | None = None
