@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from specsplit.analysis.merging import merge_runs, read_tables
 from specsplit.analysis.series import check_beside
-from specsplit.analysis.tables import merge_runs, read_tables, summarize
+from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
 from specsplit.io import read_json, write_csv, write_json
 from specsplit.provenance.facts import differences, run_facts, told_apart, told_facts

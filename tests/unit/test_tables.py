@@ -15,7 +15,9 @@ import pytest
 from specsplit.analysis.configurations import NETWORK
 from specsplit.analysis.costs import cost_sentences
 from specsplit.analysis.findings import faults_sentence, find_best
-from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize
+from specsplit.analysis.measures import TIMES
+from specsplit.analysis.merging import merge_runs, read_tables
+from specsplit.analysis.tables import METRICS, summarize
 from specsplit.client.result import LINK_BYTES, USAGE
 from specsplit.errors import UserError
 from specsplit.experiment.columns import LATER_COLUMNS, REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord

@@ -29,8 +29,7 @@ SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config
 
 # YAML has .nan and .inf, which no range check catches and JSON cannot hold.
 _TYPES = Draft202012Validator.TYPE_CHECKER.redefine(
-    "number",
-    lambda _, value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+    "number", lambda _, value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 )
 _Validator = extend(Draft202012Validator, type_checker=_TYPES)
 _NOUNS = {
@@ -193,15 +192,10 @@ def _complete(value: Any, schema: Mapping[str, Any]) -> Any:
         given = {str(key): item for key, item in value.items()}
         known = schema.get("properties", {})
         rest = schema.get("additionalProperties")
-        result = {}
-        for key, child in known.items():
-            if key in given:
-                result[key] = _complete(given.pop(key), child)
-            elif "default" in child:
-                result[key] = _complete(child["default"], child)
-        for key, item in given.items():
-            result[key] = _complete(item, rest if isinstance(rest, Mapping) else {})
-        return result
+        known_here = [key for key, child in known.items() if key in given or "default" in child]
+        values = {key: given[key] if key in given else known[key]["default"] for key in known_here} | given
+        other = rest if isinstance(rest, Mapping) else {}
+        return {key: _complete(item, known.get(key, other)) for key, item in values.items()}
     if isinstance(value, list | tuple):
         return [_complete(item, schema.get("items", {})) for item in value]
     return value

@@ -40,7 +40,6 @@ DraftFailure = Literal["reconnect", "target_alone", "fail"]
 StatesForm = Literal["bfloat16", "float32", "int8"]
 OnBadLine = Literal["stop", "skip"]
 DRAFT_NAME = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"
-SEVERAL = "; `specsplit bench` takes several: {} 1 3 5 or {} 1,3,5"
 
 
 class OrchestratorConfig(AccessSettings):
@@ -49,16 +48,7 @@ class OrchestratorConfig(AccessSettings):
     prefix = "SPECSPLIT_ORCH_"
     flags: ClassVar = {"draft_address": "--draft-addr", "target_address": "--target-addr"}
     other_variables: ClassVar = {"gamma": "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS"}
-    several: ClassVar = {
-        field: SEVERAL.format(flag, flag)
-        for field, flag in [
-            *(("gamma", "--gamma"), ("temperature", "--temperature"), ("rtt_ms", "--rtt-ms")),
-            ("bandwidth_mbit", "--bandwidth-mbit"),
-        ]
-    } | {
-        "mode": "; `specsplit bench` takes several: --mode sync overlap",
-        "tree": "; `specsplit bench` takes several: --tree chain 3x2",
-    }
+    swept: ClassVar = ("gamma", "mode", "tree", "temperature", "rtt_ms", "bandwidth_mbit")
 
     draft_address: str = setting(
         "127.0.0.1:50051", "Host:port of the draft worker; grpcs:// before it: TLS.", operates=True
@@ -198,9 +188,7 @@ class OrchestratorConfig(AccessSettings):
     )
     max_context: int | None = setting(None, "Longest text, prompt included; null: what the target can hold.", ge=2)
     tls_name: str | None = setting(
-        None,
-        "Name in a worker's certificate, where it is not that of the address, as behind a tunnel.",
-        operates=True,
+        None, "Name in a worker's certificate, where it is not that of the address, as behind a tunnel.", operates=True
     )
     connect_timeout_s: float = setting(10.0, "Seconds to wait for a worker to answer.", operates=True, gt=0)
     rpc_timeout_s: float = setting(
