@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary
 from specsplit.distill.training import DraftLearner, Trainer
 from specsplit.distill.writing import Writer

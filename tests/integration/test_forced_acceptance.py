@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.forced import forced
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb

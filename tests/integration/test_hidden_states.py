@@ -16,9 +16,10 @@ import torch
 import specsplit
 from specsplit.client import recovery, states
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
+from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.states import check_states
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.loop import speculate
 from specsplit.engines.hidden_states import HiddenStatesHead

@@ -12,8 +12,9 @@ import pytest
 
 from specsplit.client import recovery
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
+from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import LINK_BYTES, SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -173,7 +174,6 @@ def test_guesses_come_true_and_fail_and_change_nothing(
     result = write(draft, target, mode=mode, gamma=2, **settings)
     assert result.output_tokens == expected.output_tokens
     assert result.rounds[0].speculation == "none"
-    assert result.total_rounds == len(result.rounds)
     assert result.speculation_hits > 0
     assert result.speculation_misses > 0 or mode == "lookahead"
     assert result.speculation_hits + result.speculation_misses >= len(result.rounds) - 2
@@ -290,7 +290,7 @@ def test_a_text_ends_at_its_limits(simulated: tuple[Worker, Worker], mode: str, 
     full = write(draft, target, mode=mode, tree=tree, max_context=40, max_output_tokens=60)
     assert (full.output_tokens, full.finish_reason) == (expected[: 40 - len(PROMPT)], "context")
     cut = write(draft, target, mode=mode, tree=tree, max_rounds=3, max_output_tokens=60)
-    assert (cut.total_rounds, cut.finish_reason) == (3, "max_rounds")
+    assert (len(cut.rounds), cut.finish_reason) == (3, "max_rounds")
 
 
 @pytest.mark.parametrize("mode", AHEAD)

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.tree import TokenTree
 from specsplit.distill.acceptance import acceptance, measure
 from specsplit.engines.hidden_states import HiddenStatesHead

@@ -63,10 +63,8 @@ class Options(TypedDict, total=False):
 FIELDS = {"max_new_tokens": "max_output_tokens"}  # where the setting's name is another
 
 
-def with_options(config: OrchestratorConfig, options: Mapping[str, Any]) -> OrchestratorConfig:
+def with_options(config: OrchestratorConfig, options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
     """The settings with these options in place of their own. Raises OptionError that names the option."""
-    if not options:
-        return config
     for name in options:
         if name not in Options.__annotations__:
             close = difflib.get_close_matches(name, Options.__annotations__, n=1)
@@ -77,7 +75,11 @@ def with_options(config: OrchestratorConfig, options: Mapping[str, Any]) -> Orch
         given["stop"] = [given["stop"]] if isinstance(given["stop"], str) else list(given["stop"] or ())
     if given.get("stop_token_ids") is not None:
         given["stop_token_ids"] = list(given["stop_token_ids"])
-    return checked(OrchestratorConfig, {**config.model_dump(), **given})
+    if given:
+        config = checked(OrchestratorConfig, {**config.model_dump(), **given})
+    if config.gamma and not has_draft and not config.lookup:
+        raise OptionError(f"gamma={config.gamma!r}: this pair has no draft model; name one, or lookup=2, or gamma=0")
+    return config
 
 
 def checked(settings: type[S], values: Mapping[str, Any], of: str = "") -> S:

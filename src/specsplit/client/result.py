@@ -32,16 +32,16 @@ class Round:
     """
 
     round: int
-    drafted: int
-    accepted: int
-    tree_nodes: int
-    draft_wall_ms: float
-    draft_compute_ms: float
-    draft_queue_ms: float
-    verify_wall_ms: float
-    verify_compute_ms: float
-    verify_queue_ms: float
-    network_ms: float
+    drafted: int = 0
+    accepted: int = 0
+    tree_nodes: int = 0
+    draft_wall_ms: float = 0.0
+    draft_compute_ms: float = 0.0
+    draft_queue_ms: float = 0.0
+    verify_wall_ms: float = 0.0
+    verify_compute_ms: float = 0.0
+    verify_queue_ms: float = 0.0
+    network_ms: float = 0.0
     speculation: str = "none"
     gamma_asked: int = 0
     arrived_ms: float = 0.0
@@ -90,10 +90,6 @@ class SpeculativeResult:
     ttft_ms: float | None = None
     total_ms: float = 0.0
     failures: list[Failure] = field(default_factory=list)
-
-    @property
-    def total_rounds(self) -> int:
-        return len(self.rounds)
 
     @property
     def counted_rounds(self) -> list[Round]:
