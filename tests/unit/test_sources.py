@@ -40,6 +40,7 @@ from specsplit.models import fingerprint, sources
 from specsplit.models.fingerprint import fingerprint_model, hash_files, tokenizer_sha256
 from specsplit.models.sources import parse_model_id, prepare_model, resolve_model
 from specsplit.models.tokenizer import TextCodec
+from specsplit.models.wheel import download_wheel
 from specsplit.rpc.connection import connect
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig, WorkerSettings
 from specsplit.worker.server import WorkerServer, load_servicer
@@ -98,7 +99,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
                 archive.writestr(name, data)
         return path
 
-    monkeypatch.setattr(sources, "_download_wheel", download)
+    monkeypatch.setattr(sources, "download_wheel", download)
     return members
 
 
@@ -304,9 +305,9 @@ def test_pip_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
     slow.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
     slow.chmod(0o755)
     code = (
-        "import sys; from pathlib import Path; from specsplit.models import sources\n"
-        "sources.sys.executable = sys.argv[1]\n"
-        "sources._download_wheel('pkg', '1.0', Path('.'))\n"
+        "import sys; from pathlib import Path; from specsplit.models.wheel import download_wheel\n"
+        "sys.executable = sys.argv[1]\n"
+        "download_wheel('pkg', '1.0', Path('.'))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(slow)])
     try:
@@ -330,14 +331,14 @@ def test_pip_really_finds_a_wheel_in_a_folder_of_the_user(
         b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     )
     links = tmp_path / "links"
-    made = sources._download_wheel("specsplit_no_such_package", "1.0", links)
+    made = download_wheel("specsplit_no_such_package", "1.0", links)
     monkeypatch.undo()
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    found = sources._download_wheel("specsplit-no-such-package", "1.0", tmp_path / "got")
+    found = download_wheel("specsplit-no-such-package", "1.0", tmp_path / "got")
     assert found.read_bytes() == made.read_bytes()
     with pytest.raises(UserError, match=r"specsplit-no-such-package==2\.0"):
-        sources._download_wheel("specsplit-no-such-package", "2.0", tmp_path / "none")
+        download_wheel("specsplit-no-such-package", "2.0", tmp_path / "none")
 
 
 # ---- gguf

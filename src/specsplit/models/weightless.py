@@ -118,8 +118,12 @@ def fingerprint_weightless(parameters: SyntheticParameters | Lookup, folder: Pat
     else:
         architecture = "NGramLM" if isinstance(parameters, NGramParameters) else "SuffixLM"
         vocab_size = _vocab_size(parameters, codec.tokenizer)
-    if isinstance(parameters, SuffixParameters) and parameters.model:
-        _check_model_behind(parameters.model, codec.sha256, vocab_size)
+    if isinstance(parameters, SuffixParameters) and (path := parameters.model):
+        behind = model_behind(path)[1]
+        if behind["tokenizer_sha256"] != codec.sha256:
+            raise UserError(f"its model {path} has another tokenizer than the one whose tokens it speaks")
+        if behind["vocab_size"] < vocab_size:
+            raise UserError(f"its model {path} reads {behind['vocab_size']} tokens, and it speaks {vocab_size}")
     return {
         "weights_sha256": parameters_sha256(parameters),
         "tokenizer_sha256": codec.sha256,
@@ -129,14 +133,6 @@ def fingerprint_weightless(parameters: SyntheticParameters | Lookup, folder: Pat
         "vocab_size": vocab_size,
         "max_context": None,
     }
-
-
-def _check_model_behind(path: str, tokenizer_sha256: str, vocab_size: int) -> None:
-    _, found = model_behind(path)
-    if found["tokenizer_sha256"] != tokenizer_sha256:
-        raise UserError(f"its model {path} has another tokenizer than the one whose tokens it speaks")
-    if found["vocab_size"] < vocab_size:
-        raise UserError(f"its model {path} reads {found['vocab_size']} tokens, and it speaks {vocab_size}")
 
 
 def _vocab_size(parameters: Lookup, tokenizer: Any) -> int:

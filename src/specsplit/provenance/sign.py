@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, why
 from specsplit.io import replace_file
 from specsplit.provenance.folder import Experiment
 from specsplit.provenance.verify import verify
@@ -72,7 +72,7 @@ def _public_keys(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--signer {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--signer {path}: cannot be read: {why(error)}") from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys or not all(PUBLIC_KEY.fullmatch(key) for key in keys):
         raise UserError(f"--signer {path}: wanted public SSH keys, one a line, as in a .pub file")
