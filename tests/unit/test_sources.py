@@ -331,7 +331,7 @@ def test_pip_really_finds_a_wheel_in_a_folder_of_the_user(
         b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     )
     links = tmp_path / "links"
-    made = download_wheel("specsplit_no_such_package", "1.0", links)
+    made = sources.download_wheel("specsplit_no_such_package", "1.0", links)
     monkeypatch.undo()
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -812,7 +812,7 @@ def test_a_failure_leaves_the_old_model_and_no_litter(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for function in ("_extract_folder", "hash_files", "write_json"):
+    for function in ("extract", "hash_files", "write_json"):
         with monkeypatch.context() as patch:
             patch.setattr(sources, function, interrupted)
             with pytest.raises(KeyboardInterrupt):

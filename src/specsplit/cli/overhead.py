@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.profile import summarize_overhead
     from specsplit.experiment.overhead import measure_overhead
     from specsplit.io import write_csv
-    from specsplit.launch.lease import hold_lease
+    from specsplit.launch.heartbeat import hold_lease
     from specsplit.provenance.facts import beside_run
     from specsplit.provenance.run_file import describe_here, write_run
 

@@ -19,8 +19,7 @@ from specsplit.engines.reduced_vocabulary import reduce_vocabulary
 from specsplit.engines.transformers import DTYPES, CausalLM, drop_layers
 from specsplit.errors import UserError
 from specsplit.io import replace_file
-from specsplit.models.file_names import MAP_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES
-from specsplit.models.fingerprint import matches
+from specsplit.models.file_names import MAP_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
 from specsplit.settings.distill import TrainingSettings
 
 WEIGHTS = "model.safetensors"

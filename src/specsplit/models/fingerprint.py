@@ -11,13 +11,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError, told
 from specsplit.io import combined_sha256, read_json, read_json_object, refuse_stand_in, sha256_file
-from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MAP_FILES, MODEL_FILES, TOKENIZER_FILES
+from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MAP_FILES, MODEL_FILES, TOKENIZER_FILES, matches
 from specsplit.models.generation_settings import check_eos
 from specsplit.models.gguf_file import read_gguf
 from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
@@ -25,11 +24,6 @@ from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file name matches one of the patterns; a name with a folder in it matches none."""
-    return not {"/", "\\"} & set(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -20,14 +20,13 @@ from typing import Any
 
 from specsplit.errors import UserError
 from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
-from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES
+from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, matches
 from specsplit.models.fingerprint import (
     check_model_folder,
     check_tokenizer,
     file_patterns,
     fingerprint_model,
     hash_files,
-    matches,
 )
 from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (

@@ -11,8 +11,8 @@ from typing import Any
 
 from specsplit.errors import PromptError, UserError, told
 from specsplit.io import json_sha256, scratch_folder
-from specsplit.models.file_names import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES
-from specsplit.models.fingerprint import matches, tokenizer_sha256
+from specsplit.models.file_names import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
+from specsplit.models.fingerprint import tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 _DIRECTIVES = "aAbBcdDeFHIjmMpRSTuUVwWxXyYGzZ%"  # of strftime

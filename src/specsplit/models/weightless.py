@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object
-from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES
-from specsplit.models.fingerprint import check_tokenizer, fingerprint_model, matches, read_config
+from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
+from specsplit.models.fingerprint import check_tokenizer, fingerprint_model, read_config
 from specsplit.models.head_config import is_head
 from specsplit.settings.models import BYTES, NGramParameters, SuffixParameters, SyntheticParameters
 

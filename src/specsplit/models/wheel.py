@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.models.file_names import MODEL_FILES
-from specsplit.models.fingerprint import matches
+from specsplit.models.file_names import MODEL_FILES, matches
 
 DOWNLOAD_TIMEOUT_S = 3600
 PR_SET_PDEATHSIG = 1

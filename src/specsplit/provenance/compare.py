@@ -143,7 +143,7 @@ def _machine(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gpus(state: Mapping[str, Any]) -> dict[str, Any]:
-    cards = {i: {key: card[key] for key in KEPT_OF_GPU} for i, card in enumerate(state.get("gpus") or [])}
+    cards = {str(i): {key: card[key] for key in KEPT_OF_GPU} for i, card in enumerate(state.get("gpus") or [])}
     return {"cuda_version": state.get("cuda_version"), **cards}
 
 
