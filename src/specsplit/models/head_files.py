@@ -10,10 +10,9 @@ import torch
 
 from specsplit.errors import UserError
 from specsplit.models.file_names import GGUF_FILE
-from specsplit.models.fingerprint import weight_files
+from specsplit.models.fingerprint import read_tensors, weight_files
 from specsplit.models.gguf_file import read_gguf
 from specsplit.models.head_config import HeadConfig
-from specsplit.models.head_weights import read_tensors
 
 UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight", "t2d")  # t2d says again what d2t says
 EMBEDDING = "embed_tokens.weight"

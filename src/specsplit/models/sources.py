@@ -2,8 +2,8 @@
 
 Every source gives one folder with a manifest, `model.json`: where the weights are, where they came from, their hashes.
 Nothing is loaded before its hash is checked, no code of a model is run, and weights are read from safetensors or GGUF,
-never from pickles but for those of heads, by a reader of tensors alone (head_weights.py). The GGUF file of a Llama-type
-model is kept as it is; of other architectures it is converted once.
+never from pickles but for those of heads, by a reader of tensors alone (`fingerprint.read_tensors`). The GGUF file of a
+Llama-type model is kept as it is; of other architectures it is converted once.
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ def sign(experiment: Experiment, key: Path) -> Path:
     if differing := verify(experiment).differing:
         name, problem = next(iter(sorted(differing.items())))
         raise UserError(f"{experiment.shown}: {len(differing)} not as sealed, nothing was signed: {name}: {problem}")
-    assert experiment.signature is not None
     # By standard input: ssh-keygen would write beside the file, which is in a temporary folder for an archive.
     done = _ssh_keygen(["sign", "-f", str(key), "-n", NAMESPACE], experiment.at(experiment.seal), capture=False)
     if done.returncode:
@@ -49,7 +48,7 @@ def check_signature(experiment: Experiment, signer: Path | None) -> tuple[str, s
     """
     signature, seal = experiment.signature, experiment.at(experiment.seal)
     keys = _public_keys(signer) if signer is not None else []
-    if signature is None or not signature.is_file():
+    if not signature.is_file():
         return ("missing: the results are not signed" if keys else "", "")
     if not seal.is_file():
         return f"{experiment.seal}, of which it is, is missing", ""
