@@ -10,7 +10,9 @@ UserError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -28,6 +30,15 @@ def told(error: BaseException) -> str:
     """What an error of another library says, for a message: its class and its text, without more than a few lines."""
     text = "\n".join(str(error).strip().splitlines()[:8])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def naming(key: str, scratch: Path | None = None) -> Iterator[None]:
+    """Begin what a UserError says with a key of the configuration; a scratch folder means nothing to the reader."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).replace(f'{scratch}: ', '')}") from error
 
 
 def why(error: Exception) -> str:

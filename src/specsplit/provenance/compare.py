@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from specsplit.client.result import LINK_BYTES, USAGE
-from specsplit.errors import UserError, listed, shortened, why
+from specsplit.errors import UserError, listed, naming, shortened, why
 from specsplit.io import csv_reader
 from specsplit.provenance.facts import part_of
 from specsplit.provenance.folder import Experiment
@@ -69,10 +69,8 @@ def compare(a: Experiment, b: Experiment) -> list[Group]:
 
 def _read(experiment: Experiment) -> dict[str, Any]:
     record = experiment.record()
-    try:
+    with naming(experiment.shown):
         check_record(record)
-    except UserError as error:
-        raise UserError(f"{experiment.shown}: {error}") from None
     return record
 
 
