@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.io import utc_text
 
 FORMATS = ("text", "json")
 VARIABLE = "SPECSPLIT_LOG_FORMAT"
@@ -52,8 +51,9 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (UTC), level, logger, message, FIELDS where they are known, traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {
-            "time": utc_text(datetime.fromtimestamp(record.created, UTC)),
+            "time": when.replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),

@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint
-from specsplit.launch.heartbeat import LEASE_HOST, LEASE_PID
+from specsplit.launch.heartbeat import LEASE_FILE, LEASE_HOST, LEASE_PID
 from specsplit.launch.process import ProcessIdentity
 from specsplit.models.file_names import MODEL_FILES
 from specsplit.provenance.steps import COMMAND
@@ -306,7 +306,7 @@ def test_a_worker_that_a_killed_run_left_is_noticed(tmp_path: Path, endpoint: En
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in (LEASE_PID, LEASE_HOST, COMMAND):
+    for name in (LEASE_PID, LEASE_HOST, LEASE_FILE, COMMAND):
         monkeypatch.setenv(name, "")  # so that what a run sets is undone
         monkeypatch.delenv(name)
     return tmp_path / ".snakemake"
