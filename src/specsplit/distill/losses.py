@@ -52,15 +52,12 @@ class Learner(ABC):
     def evaluate(self, batch: Any) -> dict[str, tuple[float, int]]:
         """Sum and count of the columns of a validation. validation_loss: as `loss`. validation_agreement: of the next
         token; _2, _3 and so on: of the further ones, whatever was said before."""
-        found: dict[str, tuple[float, int]] = {"validation_loss": (0.0, 0)}
-        for name, weight, said in zip(
-            ("validation_agreement", *self.columns), self.weights, self.say(batch), strict=True
-        ):
-            loss, count = found["validation_loss"]
-            loss += weight * float(top_k_divergence(*said).double().sum())
-            found["validation_loss"] = loss, count or len(said[0])
-            found[name] = int(agreement(*said).sum()), len(said[0])
-        return found
+        said = self.say(batch)
+        losses = (float(top_k_divergence(*one).double().sum()) for one in said)
+        loss = sum(weight * one for weight, one in zip(self.weights, losses, strict=True))
+        names = ("validation_agreement", *self.columns)
+        agreed = {name: (int(agreement(*one).sum()), len(one[0])) for name, one in zip(names, said, strict=True)}
+        return {"validation_loss": (loss, len(said[0][0])), **agreed}
 
     @abstractmethod
     def collate(self, texts: Sequence[Text]) -> Any:
