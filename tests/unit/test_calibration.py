@@ -11,8 +11,7 @@ import pytest
 
 from specsplit.cli.main import main
 from specsplit.errors import UserError
-from specsplit.experiment.calibration import write_calibration_prompts
-from specsplit.experiment.dataset import load_prompts, prepare_dataset
+from specsplit.experiment.dataset import load_prompts, prepare_dataset, write_calibration_prompts
 
 
 def write_prompts(path: Path, prompts: list[dict[str, Any]]) -> Path:

@@ -12,8 +12,7 @@ import pytest
 
 from specsplit.analysis.capacity_table import capacity_sentences, draw_capacity, summarize_capacity
 from specsplit.errors import UserError
-from specsplit.experiment.arrivals import arrival_times
-from specsplit.experiment.capacity import CapacityRecord
+from specsplit.experiment.capacity import CapacityRecord, arrival_times
 from specsplit.settings.measure import CapacitySettings
 
 

@@ -185,7 +185,7 @@ def test_speed_bench_leaves_out_what_only_its_publishers_may_pass_on(tmp_path, m
         {"question_id": "q1", "category": "coding", "turns": ["Write it.", "Again."], **more},
         {"question_id": "q2", "category": "math", "turns": [f"{SPEED_BENCH_PLACEHOLDER} USING SPECDEC_BENCH"], **more},
     ]
-    monkeypatch.setattr(fetching, "_load_hub", lambda *args: (rows, "abc123"))
+    monkeypatch.setattr(fetching, "_load_hub", lambda *args: (rows, {"url": "", "revision": "abc123"}))
     facts = fetch_standard("speed-bench", tmp_path / "s.jsonl", tmp_path / "downloads")
     assert [(p.id, p.category, p.prompt) for p in load_prompts(tmp_path / "s.jsonl")[0]] == [
         ("q1", "coding", "Write it.")

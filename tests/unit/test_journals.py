@@ -18,7 +18,7 @@ from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import WorkerError
 from specsplit.experiment import capacity, peer_race
 from specsplit.experiment.capacity import CapacityRecord, measure_capacity
-from specsplit.experiment.journal import Parts
+from specsplit.experiment.journal import Journal
 from specsplit.experiment.peer_race import Ours, race
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request, request_record
@@ -123,9 +123,8 @@ def run_race(output: Path, **options: Any) -> list[dict[str, str]]:
     gammas = options.pop("gammas", (0, 4))
     configs = [OrchestratorConfig(gamma=gamma, max_output_tokens=4) for gamma in gammas]
     ours = [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
-    peers: Any = [Peer("generate")]
     hugging_face: Any = HuggingFace()
-    race(REQUESTS, ours, peers, hugging_face, output, warmup=0, repeats=2, **options)
+    race(REQUESTS, ours, {Peer("generate"): hugging_face}, hugging_face, output, warmup=0, repeats=2, **options)
     with output.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -163,11 +162,13 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
     def start(number: int | None) -> list[str]:
         seen: list[str] = []
 
-        def run(turns: Any, config: OrchestratorConfig, stops: Any, load: Any, settings: Any) -> list[CapacityRecord]:
+        def run(
+            requests: Any, config: OrchestratorConfig, stops: Any, load: Any, settings: Any
+        ) -> list[CapacityRecord]:
             seen.append(f"{config.gamma}: {load}")
             if len(seen) == number:
                 raise Killed
-            rows = [asdict(request_record(request, TWO_ROUNDS, config, repeat)) for request, repeat in turns]
+            rows = [asdict(request_record(request, TWO_ROUNDS, config)) for request in requests]
             place = {"client": 0, "started_ms": 1.0, "due_ms": 0.1 + len(seen)}
             return [CapacityRecord(**asdict(load), **place, **row) for row in rows]
 
@@ -210,13 +211,13 @@ def test_parts_are_measured_once(tmp_path: Path) -> None:
     def fail() -> None:
         raise AssertionError("measured again")
 
-    with Parts(tmp_path / "a.csv", {"x": 1}) as parts:
+    with Journal(tmp_path / "a.jsonl", {"x": 1}) as parts:
         assert parts.measured([1, "a"], lambda: [0.1]) == [0.1]
-    with Parts(tmp_path / "a.csv", {"x": 1}) as parts:
+    with Journal(tmp_path / "a.jsonl", {"x": 1}) as parts:
         assert parts.measured([1, "a"], fail) == [0.1]
         with pytest.raises(WorkerError):
             parts.measured([1, "b"], lambda: (_ for _ in ()).throw(WorkerError("gone")))
-    with Parts(tmp_path / "a.csv", {"x": 2}) as parts, pytest.raises(AssertionError):
+    with Journal(tmp_path / "a.jsonl", {"x": 2}) as parts, pytest.raises(AssertionError):
         parts.measured([1, "a"], fail)
 
 

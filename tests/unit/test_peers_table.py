@@ -19,10 +19,11 @@ from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.errors import UserError
 from specsplit.experiment import llama_cpp
-from specsplit.experiment.peer_fit import GivenModel, check_models, why_left_out
 from specsplit.experiment.peer_race import Ours, PeerRecord, race
+from specsplit.experiment.peer_run import GivenModel, check_models, why_left_out
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request
+from specsplit.settings.measure import BenchSettings
 from specsplit.settings.run import OrchestratorConfig
 
 REQUESTS = [Request("a", "chat", [5, 6]), Request("b", "code", [7])]
@@ -46,8 +47,8 @@ def test_peers_have_names(text: str, label: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "assisted-0", "assisted-x", "generate-5", "beam", "llama.cpp-5", "llama"])
 def test_other_peers_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="none of generate, assisted, assisted-N, prompt-lookup"):
-        Peer.parse(text)
+    with pytest.raises(UserError, match=r"--baseline = .*should match"):
+        BenchSettings.load({"baseline": [text]})
 
 
 class FakeHuggingFace:
@@ -85,7 +86,8 @@ def raced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         configs = [OrchestratorConfig(gamma=gamma, max_output_tokens=3) for gamma in (0, 4)]
         ours = [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
         output = tmp_path / "peers_requests.csv"
-        race(REQUESTS, ours, [Peer("generate")], FakeHuggingFace(log), output, **options)  # type: ignore[arg-type]
+        hugging_face: Any = FakeHuggingFace(log)
+        race(REQUESTS, ours, {Peer("generate"): hugging_face}, hugging_face, output, **options)
         with output.open(newline="") as file:
             return log, list(csv.DictReader(file))
 

@@ -22,7 +22,7 @@ from specsplit.analysis.reading import read_records
 from specsplit.cli.main import main
 from specsplit.errors import UserError
 from specsplit.experiment.capacity import CapacityRecord
-from specsplit.experiment.columns import RequestRecord, RoundRecord
+from specsplit.experiment.columns import RequestRecord, RoundRecord, writing_rows
 from specsplit.experiment.dataset import (
     Prompt,
     SkippedLine,
@@ -32,7 +32,6 @@ from specsplit.experiment.dataset import (
     write_prompts,
 )
 from specsplit.experiment.peer_race import PeerRecord
-from specsplit.experiment.rows import writing_rows
 from specsplit.io import csv_reader, refuse_overwriting, write_csv
 
 from prompt_files import FORMATS, documented_shapes, json_lines, parquet

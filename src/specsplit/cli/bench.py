@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specsplit.cli.flags import add_setting_flags, settings_part
-from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
+from specsplit.cli.measuring import add_prompts_flag, add_workers_dir_flag
 from specsplit.cli.worker_flags import add_gpus_flag
 from specsplit.errors import UserError
 from specsplit.settings.measure import BenchSettings
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         draft, target = stack.enter_context(connected_pair(first, plan.codec.sha256))
         limit, raisable = text_limit(target.description)
         workers = {c.role: c for c in (draft, target) if c is not None}
-        beside = stack.enter_context(_beside(args, plan.bench.setups, workers))
+        beside = _beside(args, plan.bench.setups, workers, stack)
         requests = encode_prompts(
             plan.prompts,
             plan.codec,
@@ -111,15 +111,15 @@ def run(args: argparse.Namespace) -> None:
         print(f"next: specsplit analyze --results-dir {args.results_dir}")
 
 
-@contextmanager
-def _beside(args: argparse.Namespace, setups: Sequence[str], workers: Mapping[str, Connection]) -> Iterator[Beside]:
+def _beside(
+    args: argparse.Namespace, setups: Sequence[str], workers: Mapping[str, Connection], stack: ExitStack
+) -> Beside:
     """What every run measures beside its own configuration; what cannot be is told on standard output."""
     from specsplit.api.pair import in_process_pair
     from specsplit.experiment.baselines import Beside
 
     if "colocated" not in setups:
-        yield Beside(setups)
-        return
+        return Beside(setups)
     settings = {role: _model_settings(args, role, worker.description) for role, worker in workers.items()}
     reason, pair = "", None
     for role, worker in workers.items():
@@ -133,12 +133,10 @@ def _beside(args: argparse.Namespace, setups: Sequence[str], workers: Mapping[st
             pair = in_process_pair(configs, {role: worker.description for role, worker in workers.items()})
         except (UserError, MemoryError, RuntimeError) as error:  # PyTorch's want of memory is a RuntimeError
             reason = f"the models cannot be loaded once more: {' '.join(str(error).split())}"
-    if pair is None:
-        print(f"colocated is not measured: {reason}", flush=True)
-        yield Beside([setup for setup in setups if setup != "colocated"], left_out={"colocated": reason})
-        return
-    with pair:
-        yield Beside(setups, pair)
+    if pair is not None:
+        return Beside(setups, stack.enter_context(pair))
+    print(f"colocated is not measured: {reason}", flush=True)
+    return Beside([setup for setup in setups if setup != "colocated"], left_out={"colocated": reason})
 
 
 def _model_settings(args: argparse.Namespace, role: str, worker: DescribeReply) -> dict[str, Any]:

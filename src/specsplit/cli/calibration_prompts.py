@@ -18,7 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.experiment.calibration import write_calibration_prompts
+    from specsplit.experiment.dataset import write_calibration_prompts
 
     settings = load_settings(PromptSettings, args)
     if settings.limit is None:

@@ -7,9 +7,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from specsplit import tracing
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.sweep_flags import add_prompts_flag, add_workers_dir_flag
+from specsplit.cli.measuring import add_prompts_flag, add_workers_dir_flag, leave
 from specsplit.errors import RunError
 from specsplit.settings.measure import CapacitySettings
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
@@ -26,23 +25,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.cli.plan import connected_configs, describe_texts, load_codec, read_prompts
+    from specsplit.cli.plan import at_gammas, connect
     from specsplit.experiment.capacity import CapacityRecord, Load, measure_capacity
     from specsplit.experiment.columns import FAILED
-    from specsplit.experiment.runner import encode_prompts
     from specsplit.models.tokenizer import stops_at
-    from specsplit.provenance.closure import code_sha256
-    from specsplit.provenance.facts import beside_run
-    from specsplit.provenance.run_file import describe_here, write_run
 
     settings = load_settings(CapacitySettings, args)
     greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, **NO_NETWORK}
     config = load_settings(OrchestratorConfig, args, **greedy)
-    tracing.wanted()  # tells at once what it lacks
-    codec = load_codec(config)
-    configs, (limit, raisable), workers = connected_configs(args, settings.gamma, config, codec)
-    prompts = read_prompts(args.prompts, settings)
-    requests = encode_prompts(prompts, codec, chat=config.use_chat_template, limit=limit, raisable=raisable)
+    found = connect(args, settings, at_gammas(config, settings.gamma))
     differing = 0
 
     def show(rows: list[CapacityRecord]) -> None:
@@ -60,12 +51,9 @@ def run(args: argparse.Namespace) -> None:
         )
 
     table = args.results_dir / "capacity_requests.csv"
-    run = describe_here() | describe_texts(args.prompts, codec, config, workers)
-    decides = {"workers": workers, "machine": run["machine"], "code": code_sha256("capacity")}
-    stops = partial(stops_at, codec, config.stop)
-    measure_capacity(requests, configs, stops, settings, table, decides=decides, on_level=show)
-    write_run(beside_run(table), run, [table])
-    print(table)
+    stops = partial(stops_at, found.codec, config.stop)
+    measure_capacity(found.requests, found.configs, stops, settings, table, decides=found.decides, on_level=show)
+    leave(table, found.run)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity
         for path in write_capacity(args.results_dir, settings.tpot_limit_ms, settings.ttft_limit_ms):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.cli.measuring import leave
 from specsplit.settings.measure import OverheadSettings
 
 
@@ -18,17 +19,13 @@ def run(args: argparse.Namespace) -> None:
     import pandas as pd
 
     from specsplit.analysis.profile import summarize_overhead
-    from specsplit.experiment.overhead import measure_overhead
-    from specsplit.io import write_csv
+    from specsplit.experiment.theory_check import measure_overhead
     from specsplit.launch.heartbeat import hold_lease
-    from specsplit.provenance.facts import beside_run
-    from specsplit.provenance.run_file import describe_here, write_run
+    from specsplit.provenance.run_file import describe_here
 
     settings = load_settings(OverheadSettings, args)
     hold_lease()
     run = describe_here()
     table = summarize_overhead(pd.DataFrame(measure_overhead(settings)))
-    write_csv(table, args.output)
-    write_run(beside_run(args.output), run, [args.output])
     print(table.to_string(index=False, float_format="{:.3f}".format))
-    print(args.output)
+    leave(args.output, run, table)

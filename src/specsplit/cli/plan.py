@@ -1,9 +1,10 @@
-"""What `specsplit bench` is about to run, checked before anything runs."""
+"""What `specsplit bench`, or a measurement beside a sweep, is about to run, checked before anything runs."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from specsplit.settings.measure import BenchSettings, PromptSettings
 from specsplit.settings.run import OrchestratorConfig, SweepSettings
 
 if TYPE_CHECKING:
+    from specsplit.experiment.records import Request
     from specsplit.models.tokenizer import TextCodec
+    from specsplit.rpc.v1.specsplit_pb2 import DescribeReply
 
 
 @dataclass(frozen=True)
@@ -72,39 +75,72 @@ def load_codec(config: OrchestratorConfig) -> TextCodec:
     return TextCodec.load(tokenizer_folder(config.tokenizer))
 
 
-def connected_configs(
-    args: argparse.Namespace, gammas: list[Any], config: OrchestratorConfig, codec: TextCodec
-) -> tuple[list[OrchestratorConfig], tuple[int, bool], list[dict[str, Any]]]:
-    """The settings at each gamma, with the addresses of workers that answered and fit together.
+@dataclass(frozen=True)
+class Connected:
+    """What a measurement beside a sweep runs: texts, and workers that answered and fit together.
 
-    Returns them with the longest text that all of these workers can hold (and whether a setting limits it), and with
-    what the workers are.
+    configs: with the addresses of their workers. workers: of each, what they say of themselves, by role. limit: tokens
+    of the longest text that all of them can hold. run: what the run file says of all this. decides: what of it decides
+    the rows.
+    """
+
+    codec: TextCodec
+    configs: list[OrchestratorConfig]
+    workers: list[dict[str, DescribeReply]]
+    limit: int
+    prompts: list[Prompt]
+    requests: list[Request]
+    run: dict[str, Any]
+    decides: dict[str, Any]
+
+
+def connect(
+    args: argparse.Namespace,
+    settings: PromptSettings,
+    configs: Sequence[OrchestratorConfig],
+    *,
+    room: int = 0,
+    own: Iterable[str] = (),
+) -> Connected:
+    """Connect to the workers of each of these settings, once, and encode the prompts.
+
+    room: tokens that a text needs beside its prompt. own: settings that the measurement has of its own, whatever those
+    of the sweep are. Raises UserError.
     """
     from specsplit.client.handshake import connected_pair, text_limit
-    from specsplit.experiment.runner import worker_identity
+    from specsplit.experiment.runner import encode_prompts, worker_identity
     from specsplit.launch.endpoint import description_dict
+    from specsplit.provenance.closure import code_sha256
+    from specsplit.provenance.run_file import describe_here
 
-    configs, limits, identities = [], [], []
-    for point in sweep_points(gammas, [config.mode], [config.tree], drafts=[config.draft_name]):
-        own = with_addresses(config.model_copy(update={"gamma": point.gamma}), args.workers_dir, point)
-        with connected_pair(own, codec.sha256) as workers:
-            descriptions = [worker.description for worker in workers if worker is not None]
-            limits.append(text_limit(*descriptions))
-            identities += [worker_identity(description_dict(description)) for description in descriptions]
-        configs.append(own)
-    return configs, min(limits), identities
-
-
-def describe_texts(
-    prompts: Path, codec: TextCodec, config: OrchestratorConfig, workers: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What the run file of a measurement beside a sweep says of its texts. workers: of `connected_configs`."""
-    return {
-        "inputs": {"prompts": {"path": str(prompts), "sha256": sha256_file(prompts)}},
-        "tokenizer_sha256": codec.sha256,
-        "orchestrator": config.model_dump(mode="json"),
-        "ours": {str(number): {"workers": {worker["role"]: worker}} for number, worker in enumerate(workers)},
+    tracing.wanted()  # tells at once what it lacks
+    codec = load_codec(configs[0])
+    addressed, workers = [], []
+    for config in configs:
+        (point,) = sweep_points([config.gamma], [config.mode], [config.tree], drafts=[config.draft_name])
+        addressed.append(with_addresses(config, args.workers_dir, point))
+        with connected_pair(addressed[-1], codec.sha256) as pair:
+            workers.append({worker.role: worker.description for worker in pair if worker is not None})
+    limit, raisable = min(text_limit(*pair.values()) for pair in workers)
+    prompts = read_prompts(args.prompts, settings)
+    requests = encode_prompts(prompts, codec, chat=configs[0].use_chat_template, limit=limit - room, raisable=raisable)
+    ours = {
+        str(number): {"workers": {role: worker_identity(description_dict(told)) for role, told in pair.items()}}
+        for number, pair in enumerate(workers)
     }
+    run = describe_here() | {
+        "inputs": {"prompts": {"path": str(args.prompts), "sha256": sha256_file(args.prompts)}},
+        "tokenizer_sha256": codec.sha256,
+        "orchestrator": configs[0].model_dump(mode="json", exclude=set(own)),
+        "ours": ours,
+    }
+    decides = {"workers": ours, "machine": run["machine"], "code": code_sha256(args.command)}
+    return Connected(codec, addressed, workers, limit, prompts, requests, run, decides)
+
+
+def at_gammas(config: OrchestratorConfig, gammas: Iterable[int | str]) -> list[OrchestratorConfig]:
+    """The settings at each of these gammas, once, as a sweep orders them."""
+    return [config.model_copy(update={"gamma": point.gamma}) for point in sweep_points(gammas)]
 
 
 def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: Point) -> OrchestratorConfig:

@@ -34,14 +34,10 @@ def run(args: argparse.Namespace) -> None:
     tokens = load_settings(TokenSettings, args)
     codec = None
     if args.tokenizer is not None:
-        from specsplit.models.fingerprint import check_tokenizer
-        from specsplit.models.sources import manifest_file, resolve_model
+        from specsplit.models.sources import tokenizer_folder
         from specsplit.models.tokenizer import TextCodec
 
-        # A folder without a manifest needs no weights here.
-        folder = resolve_model(args.tokenizer)[0] if manifest_file(args.tokenizer).is_file() else args.tokenizer
-        check_tokenizer(folder)
-        codec = TextCodec.load(folder)
+        codec = TextCodec.load(tokenizer_folder(args.tokenizer))
     manifest = prepare_dataset(
         args.source,
         args.output,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.sweep_flags import add_figure_flag
+from specsplit.cli.measuring import add_figure_flag, leave
 from specsplit.errors import UserError
 from specsplit.settings.measure import SimulationSettings
 
@@ -23,10 +23,8 @@ def run(args: argparse.Namespace) -> None:
 
     from specsplit.analysis.theory_figure import draw_theory_check
     from specsplit.experiment.theory_check import check_theory
-    from specsplit.io import write_csv
     from specsplit.launch.heartbeat import hold_lease
-    from specsplit.provenance.facts import beside_run
-    from specsplit.provenance.run_file import describe_here, write_run
+    from specsplit.provenance.run_file import describe_here
 
     settings = load_settings(SimulationSettings, args)
     hold_lease()
@@ -45,9 +43,4 @@ def run(args: argparse.Namespace) -> None:
 
     run = describe_here()
     table = pd.DataFrame(check_theory(settings, show))
-    write_csv(table, args.output)
-    write_run(beside_run(args.output), run, [args.output])
-    print(args.output)
-    if args.figure is not None:
-        for path in draw_theory_check(table, args.figure):
-            print(path)
+    leave(args.output, run, table, draw=draw_theory_check, figure=args.figure)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from specsplit.api.pair import Pair
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
+from specsplit.decoding.adaptive import GammaController
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.records import Request, gamma_controller, request_config
 from specsplit.settings.names import DEFAULT_DRAFT
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
+
+Write = Callable[[Request], SpeculativeResult]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Contender:
 
     setup: str
     config: OrchestratorConfig
-    write: Callable[[Request], SpeculativeResult]
+    write: Write
 
 
 @dataclass(frozen=True)
@@ -41,34 +45,39 @@ class Beside:
     pair: Pair | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
 
-    def contenders(
-        self, config: OrchestratorConfig, writer: TextWriter, stops: Callable[[], OnTokens | None]
-    ) -> list[Contender]:
-        """They, for a run with these settings. stops: makes what ends one text at a stop string."""
-        plain = {"gamma": 0, "mode": "sync", "tree": "chain", "draft_name": DEFAULT_DRAFT, "draft_acceptance": None}
-        alone = config.model_copy(update=plain)
-        found = []
-        if config.gamma != 0:
 
-            def through_workers(request: Request) -> SpeculativeResult:
-                return writer.write(request.token_ids, request_config(alone, request), on_tokens=stops())
+def contenders(
+    config: OrchestratorConfig,
+    writer: TextWriter,
+    stops: Callable[[], OnTokens | None],
+    controller: GammaController | None,
+    beside: Beside | None,
+) -> list[Contender]:
+    """The run's own configuration first, then what is measured beside it.
 
-            found.append(Contender(WORKERS, alone, through_workers))
-        if STREAMED in self.setups:
+    stops: makes what ends one text at a stop string. controller: of the run's own configuration.
+    """
 
-            def streamed(request: Request) -> SpeculativeResult:
-                return writer.stream_target(request.token_ids, request_config(alone, request), on_tokens=stops())
+    def each(write: Callable[..., SpeculativeResult], own: OrchestratorConfig, **more: Any) -> Write:
+        return lambda request: write(request.token_ids, request_config(own, request), on_tokens=stops(), **more)
 
-            found.append(Contender(STREAMED, alone, streamed))
-        if COLOCATED in self.setups and self.pair is not None:
-            pair, controller = self.pair, gamma_controller(config)
-            here = config.model_copy(update=NO_NETWORK)
+    def ours(request: Request) -> SpeculativeResult:
+        return each(writer.write, config, controller=controller, request_id=request.id)(request)
 
-            def write(request: Request) -> SpeculativeResult:
-                own = request_config(here, request)
-                return event_loop().run(
-                    pair.write_tokens(request.token_ids, own, on_tokens=stops(), controller=controller)
-                )
-
-            found.append(Contender(COLOCATED, config, write))
+    found = [Contender(WORKERS, config, ours)]
+    if beside is None:
         return found
+    plain = {"gamma": 0, "mode": "sync", "tree": "chain", "draft_name": DEFAULT_DRAFT, "draft_acceptance": None}
+    alone = config.model_copy(update=plain)
+    if config.gamma != 0:
+        found.append(Contender(WORKERS, alone, each(writer.write, alone)))
+    if STREAMED in beside.setups:
+        found.append(Contender(STREAMED, alone, each(writer.stream_target, alone)))
+    if COLOCATED in beside.setups and (pair := beside.pair) is not None:
+
+        def here(*text: Any, **more: Any) -> SpeculativeResult:
+            return event_loop().run(pair.write_tokens(*text, **more))
+
+        no_network = config.model_copy(update=NO_NETWORK)
+        found.append(Contender(COLOCATED, config, each(here, no_network, controller=gamma_controller(config))))
+    return found

@@ -14,22 +14,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.text import OnTokens
 from specsplit.errors import WorkerError
-from specsplit.experiment.arrivals import arrival_times
-from specsplit.experiment.columns import FAILED, OK, RequestRecord
-from specsplit.experiment.journal import Parts
-from specsplit.experiment.records import Request, gamma_controller, request_config, request_record
-from specsplit.experiment.rows import writing_rows
-from specsplit.io import json_sha256
+from specsplit.experiment.columns import FAILED, OK, RequestRecord, writing_rows
+from specsplit.experiment.journal import journal_beside
+from specsplit.experiment.records import Request, deciding, gamma_controller, repeated, request_config, request_record
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import Access
-from specsplit.settings.measure import CLOSED, CapacitySettings
+from specsplit.settings.measure import CLOSED, ArrivalPattern, CapacitySettings
 from specsplit.settings.run import OrchestratorConfig
 
 WARM_UP_TOKENS = 8
@@ -74,7 +74,6 @@ class CapacityRecord(RequestRecord, _Place):
 
 
 Level = list[CapacityRecord]
-Turns = Sequence[tuple[Request, int]]
 
 
 def measure_capacity(
@@ -95,20 +94,15 @@ def measure_capacity(
     again. on_level: gets the rows of a load. Raises WorkerError when a worker does not answer before a text has begun;
     a text that fails later is a row.
     """
-    turns = [(requests[i % len(requests)], 1 + i // len(requests)) for i in range(settings.requests)]
+    taken = repeated(requests, -(-settings.requests // len(requests)))[: settings.requests]
     first: Level = []  # one client alone at the first configuration
-    texts = json_sha256([[request.id, request.category, request.token_ids] for request in requests])
-    own = {
-        "settings": settings.model_dump(mode="json"),
-        "requests_sha256": texts,
-        "configs": list(map(_deciding, configs)),
-    }
-    with Parts(output, {**own, **(decides or {})}) as journal:
+    own = {"settings": settings.model_dump(mode="json"), "configs": list(map(deciding, configs)), **(decides or {})}
+    with journal_beside(output, requests, own) as journal:
         with writing_rows(output, CapacityRecord) as write:
             for number, config in enumerate(configs):
                 levels: list[Level] = []
                 for load in _loads(levels, first, settings):
-                    measure = partial(_measure, turns, config, stops, load, settings, (levels or [[]])[0])
+                    measure = partial(_measure, taken, config, stops, load, settings, (levels or [[]])[0])
                     rows = journal.measured([number, asdict(load)], measure)
                     level = [CapacityRecord(**row) for row in rows]
                     levels.append(level)
@@ -119,15 +113,16 @@ def measure_capacity(
         journal.remove()
 
 
-def _deciding(config: OrchestratorConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=config.operating())
-
-
 def _measure(
-    turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings, alone: Level
+    requests: Sequence[Request],
+    config: OrchestratorConfig,
+    stops: Stops,
+    load: Load,
+    settings: CapacitySettings,
+    alone: Level,
 ) -> list[dict[str, Any]]:
-    _warm_up(turns, config, stops, load, settings)
-    return [asdict(record) for record in _compared(_run(turns, config, stops, load, settings), alone)]
+    _warm_up(requests, config, stops, load, settings)
+    return [asdict(record) for record in _compared(_run(requests, config, stops, load, settings), alone)]
 
 
 def _loads(levels: list[Level], first: Level, settings: CapacitySettings) -> Iterator[Load]:
@@ -182,20 +177,24 @@ def _compared(level: Level, alone: Level) -> Level:
     return [replace(record, matches_single=matches(record)) for record in level]
 
 
-def _warm_up(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings) -> None:
+def _warm_up(
+    requests: Sequence[Request], config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings
+) -> None:
     """A few tokens of some requests by as many clients as there will be; of an open loop as many as are measured."""
     short = config.model_copy(update={"max_output_tokens": min(WARM_UP_TOKENS, config.max_output_tokens)})
     clients = load.clients or max(settings.clients)
-    some = [turns[i % len(turns)] for i in range(clients * settings.warmup)]
+    some = list(islice(cycle(requests), clients * settings.warmup))
     _run(some, short, stops, Load(CLOSED, clients, None), settings)
 
 
-def _run(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings) -> Level:
+def _run(
+    requests: Sequence[Request], config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings
+) -> Level:
     """The requests at one load, in the order of their starts."""
     writing = (
-        _closed_loop(turns, config, stops, load)
+        _closed_loop(requests, config, stops, load)
         if load.rate is None
-        else _open_loop(turns, config, stops, load, settings)
+        else _open_loop(requests, config, stops, load, settings)
     )
     try:
         records = event_loop().run(writing)
@@ -204,15 +203,15 @@ def _run(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, set
     return sorted(records, key=lambda record: record.started_ms)
 
 
-async def _closed_loop(turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load) -> Level:
-    waiting = deque(turns)
+async def _closed_loop(requests: Sequence[Request], config: OrchestratorConfig, stops: Stops, load: Load) -> Level:
+    waiting = deque(requests)
     records: Level = []
     began = time.perf_counter()
 
     async def client(number: int) -> None:
         async with _Writer(config, stops, load, began) as writer:
             while waiting:
-                records.append(await writer.write(*waiting.popleft(), number))
+                records.append(await writer.write(waiting.popleft(), number))
 
     async with asyncio.TaskGroup() as group:
         for number in range(load.clients):
@@ -221,17 +220,34 @@ async def _closed_loop(turns: Turns, config: OrchestratorConfig, stops: Stops, l
 
 
 async def _open_loop(
-    turns: Turns, config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings
+    requests: Sequence[Request], config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings
 ) -> Level:
     assert load.rate is not None
-    due = arrival_times(len(turns), load.rate, settings.arrivals, settings.burstiness, config.seed)
+    due = arrival_times(len(requests), load.rate, settings.arrivals, settings.burstiness, config.seed)
     began = time.perf_counter()
     async with _Writer(config, stops, load, began) as writer, asyncio.TaskGroup() as group:
         tasks = []
-        for number, ((request, repeat), at) in enumerate(zip(turns, due, strict=True)):
+        for number, (request, at) in enumerate(zip(requests, due, strict=True)):
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-            tasks.append(group.create_task(writer.write(request, repeat, number, due_ms=at * 1e3)))
+            tasks.append(group.create_task(writer.write(request, number, due_ms=at * 1e3)))
     return [task.result() for task in tasks]
+
+
+def arrival_times(count: int, rate: float, pattern: ArrivalPattern, burstiness: float, seed: int) -> list[float]:
+    """Seconds from the first of `count` requests to each of them, ascending; the first is 0.
+
+    rate: mean requests per second. pattern: gaps that are all alike (`constant`), exponential (`poisson`) or from a
+    gamma distribution of shape `burstiness` (`gamma`: below 1 in bursts, 1 as poisson, above 1 more even), as in the
+    load generators of vLLM and AIPerf. The same arguments give the same times.
+    """
+    draws = np.random.default_rng(seed)
+    if pattern == "constant":
+        gaps = np.ones(count - 1)
+    elif pattern == "poisson":
+        gaps = draws.exponential(size=count - 1)
+    else:
+        gaps = draws.gamma(burstiness, 1 / burstiness, size=count - 1)
+    return [0.0, *(np.cumsum(gaps) / rate).tolist()]
 
 
 class _Writer:
@@ -243,24 +259,23 @@ class _Writer:
         self._open = AsyncExitStack()
 
     async def __aenter__(self) -> _Writer:
-        access = Access.of(self._config)
-        # Clients of one process would share a connection otherwise; clients on different machines do not.
-        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-
-        async def stub(role: str, address: str) -> Any:
-            return access.stub(role, await self._open.enter_async_context(access.aio_channel(address, options)))
-
-        self._draft = await stub("draft", self._config.draft_address)
-        self._target = await stub("target", self._config.target_address)
+        self._draft = await self._stub("draft", self._config.draft_address)
+        self._target = await self._stub("target", self._config.target_address)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._open.aclose()
 
-    async def write(self, request: Request, repeat: int, client: int, *, due_ms: float | None = None) -> CapacityRecord:
+    async def _stub(self, role: str, address: str) -> Any:
+        # Clients of one process would share a connection otherwise; clients on different machines do not.
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        access = Access.of(self._config)
+        return access.stub(role, await self._open.enter_async_context(access.aio_channel(address, options)))
+
+    async def write(self, request: Request, client: int, *, due_ms: float | None = None) -> CapacityRecord:
         """One text and its row. Raises WorkerError when it failed before it had begun."""
         at_this_load = self._config.model_copy(update={"memory": f"{self._began:.3f}"})
-        own = request_config(at_this_load, replace(request, repeat=repeat))
+        own = request_config(at_this_load, request)
         started_ms = (time.perf_counter() - self._began) * 1e3
         error = None
         try:
@@ -278,10 +293,11 @@ class _Writer:
                 raise
             result, error = failure.result, failure
         queued = sum(r.draft_queue_ms + r.verify_queue_ms for r in result.rounds)
-        row = asdict(request_record(request, result, own, repeat, error))
-        place: dict[str, Any] = {
-            "client": client,
-            "started_ms": started_ms,
-            "due_ms": started_ms if due_ms is None else due_ms,
-        }
-        return CapacityRecord(**asdict(self._load), **place, queue_ms=queued, **row)
+        return CapacityRecord(
+            **vars(self._load),
+            client=client,
+            started_ms=started_ms,
+            due_ms=started_ms if due_ms is None else due_ms,
+            queue_ms=queued,
+            **vars(request_record(request, result, own, error)),
+        )

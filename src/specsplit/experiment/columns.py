@@ -1,13 +1,19 @@
-"""The columns of every table that a benchmark run writes.
+"""The columns of every table that a benchmark run writes, and how its rows are written.
 
 The first ten columns of `requests.csv` are a contract: their names and order do not change.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import csv
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from specsplit.client.result import LINK_BYTES, USAGE, Round
+from specsplit.io import CSV_ROW_END, RowEnds, replacing
 
 OK, FAILED = "ok", "failed"  # a request's status
 # How a text was written: by the loop with its workers; by the target worker alone, which streams its tokens; by the
@@ -131,3 +137,30 @@ LATER_COLUMNS = (
 )
 REQUEST_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RequestRecord))
 ROUND_COLUMNS: tuple[str, ...] = tuple(f.name for f in fields(RoundRecord))
+
+
+@contextmanager
+def writing_rows(path: Path, record: type[Any]) -> Iterator[Callable[[Any], None]]:
+    """A function that writes a row; the end of the block without an error makes the rows the table `path`.
+
+    record: the dataclass of the rows, whose fields are the columns. An old `path` is deleted at the start: a table is
+    of one measurement.
+    """
+    path.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        ends: Any = RowEnds(file)
+        table = csv.DictWriter(ends, [field.name for field in fields(record)], lineterminator=CSV_ROW_END)
+        table.writeheader()
+
+        def write(row: Any) -> None:
+            table.writerow(asdict(row))
+            file.flush()
+
+        yield write
+
+
+def write_rows(path: Path, record: type[Any], rows: Iterable[Any]) -> None:
+    """Write a table of all of these rows; record: their dataclass."""
+    with writing_rows(path, record) as write:
+        for row in rows:
+            write(row)

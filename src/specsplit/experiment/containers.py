@@ -9,7 +9,7 @@ import io
 import lzma
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from specsplit.errors import UserError
 from specsplit.io import combined_sha256, sha256_file
 
-MOST_UNPACKED_BYTES = 4 << 30
+MOST_UNPACKED_BYTES, PART_BYTES = 4 << 30, 1 << 24
 MOST_LAYERS = 3  # of compression
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 # First bytes of what people have in their folders of data, and no prompt file is.
@@ -42,10 +42,7 @@ BINARIES = (
     (b"{\\rtf", "a document in Rich Text Format; save it as plain text"),
     (b"Obj\x01", "an Avro file"),
     (b"ORC", "an ORC file"),
-    (b"\x80\x02", "a Python pickle, which can run code and is not read"),
-    (b"\x80\x03", "a Python pickle, which can run code and is not read"),
-    (b"\x80\x04", "a Python pickle, which can run code and is not read"),
-    (b"\x80\x05", "a Python pickle, which can run code and is not read"),
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a Python pickle, which can run code and is not read"),
 )
 
 
@@ -99,60 +96,18 @@ def read_container(path: Path, content: bytes) -> tuple[str, bytes]:
 
 
 def _unpack(path: Path, content: bytes, name: str, open_: Callable[[io.BytesIO], Any]) -> bytes:
+    unpacked = bytearray()
     try:
         with open_(io.BytesIO(content)) as file:
-            unpacked = file.read(MOST_UNPACKED_BYTES + 1)
+            while len(unpacked) <= MOST_UNPACKED_BYTES and (part := file.read(PART_BYTES)):
+                unpacked += part
     except EOFError:
         raise UserError(f"{path}: a {name} file that is cut off (truncated); fetch it again") from None
-    except UserError:
-        raise
-    except (OSError, zlib.error, lzma.LZMAError, ValueError, import_error()) as error:
+    except (OSError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise UserError(f"{path}: a damaged {name} file ({error}); fetch it again") from None
     if len(unpacked) > MOST_UNPACKED_BYTES:
         raise UserError(f"{path}: unpacks to over {MOST_UNPACKED_BYTES >> 30} GiB; give the part with the prompts")
     return bytes(unpacked)
-
-
-def import_error() -> type[Exception]:
-    """The error of zstandard, where it is installed."""
-    try:
-        error: type[Exception] = import_module("zstandard").ZstdError
-    except ImportError:
-        return OSError
-    return error
-
-
-class _Zstandard:
-    """A file whose end is checked: `zstandard` takes a truncated one for a short one."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        self._zstandard, self._content = needed("zstandard", ".zst files"), file.getvalue()
-
-    def __enter__(self) -> _Zstandard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def read(self, most: int) -> bytes:
-        parts, rest, size = [], self._content, 0
-        while rest and size < most:
-            unpacking = self._zstandard.ZstdDecompressor().decompressobj()
-            part = unpacking.decompress(rest)
-            if not unpacking.eof:
-                raise EOFError
-            parts.append(part)
-            size += len(part)
-            rest = unpacking.unused_data
-        return b"".join(parts)
-
-
-_COMPRESSIONS: tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...] = (
-    (b"\x1f\x8b", "gzip", lambda file: gzip.GzipFile(fileobj=file)),
-    (b"\x28\xb5\x2f\xfd", "Zstandard", _Zstandard),
-    (b"BZh", "bzip2", bz2.BZ2File),
-    (b"\xfd7zXZ\x00", "xz", lzma.LZMAFile),
-)
 
 
 def needed(module: str, what: str) -> Any:
@@ -161,6 +116,18 @@ def needed(module: str, what: str) -> Any:
         return import_module(module)
     except ImportError:
         raise UserError(f"{what} need the package {module}: pip install 'specsplit[data]'") from None
+
+
+def _open_zstandard(file: io.BytesIO) -> Any:
+    return needed("pyarrow", ".zst files").CompressedInputStream(file, "zstd")
+
+
+_COMPRESSIONS: tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...] = (
+    (b"\x1f\x8b", "gzip", lambda file: gzip.GzipFile(fileobj=file)),
+    (b"\x28\xb5\x2f\xfd", "Zstandard", _open_zstandard),
+    (b"BZh", "bzip2", bz2.BZ2File),
+    (b"\xfd7zXZ\x00", "xz", lzma.LZMAFile),
+)
 
 
 def recognise_binary(content: bytes) -> str | None:
@@ -175,7 +142,7 @@ def recognise_binary(content: bytes) -> str | None:
     return None
 
 
-def arrow_rows(path: Path, kind: str, content: bytes) -> Iterator[dict[str, Any]]:
+def arrow_rows(path: Path, kind: str, content: bytes) -> list[dict[str, Any]]:
     """The rows of a Parquet or Arrow file."""
     pyarrow = needed("pyarrow", f"{kind} files")
     if kind == "Parquet" and (len(content) < 12 or not content.endswith((b"PAR1", b"PARE"))):
@@ -191,7 +158,7 @@ def arrow_rows(path: Path, kind: str, content: bytes) -> Iterator[dict[str, Any]
             batches = pyarrow.ipc.open_stream(pyarrow.BufferReader(content))
             names = batches.schema.names
         refuse_repeated(path, names)
-        rows = [row for batch in batches for row in batch.to_pylist()]
+        return [row for batch in batches for row in batch.to_pylist()]
     except UserError:
         raise
     except Exception as error:  # pyarrow has many kinds, OSError and its own, for bytes that are not what they seem
@@ -199,7 +166,6 @@ def arrow_rows(path: Path, kind: str, content: bytes) -> Iterator[dict[str, Any]
         raise UserError(
             f"{path}: a {kind} file that is damaged or cut off (truncated): {told}; fetch it again"
         ) from None
-    yield from rows
 
 
 def refuse_repeated(path: Path | str, names: Sequence[str]) -> None:
@@ -208,7 +174,7 @@ def refuse_repeated(path: Path | str, names: Sequence[str]) -> None:
         raise UserError(f"{path}: the column {repeated!r} stands twice; rename one of them")
 
 
-def folder_rows(path: Path) -> Iterator[dict[str, Any]]:
+def folder_rows(path: Path) -> Iterable[dict[str, Any]]:
     """The rows of a folder that `Dataset.save_to_disk` wrote."""
     datasets = needed("datasets", "folders of saved datasets")
     try:
@@ -218,4 +184,4 @@ def folder_rows(path: Path) -> Iterator[dict[str, Any]]:
     if not hasattr(loaded, "features") or isinstance(loaded, dict):
         splits, first = ", ".join(loaded), path / next(iter(loaded))
         raise UserError(f"{path}: a saved dataset with the splits {splits}; name one of them: {first}")
-    yield from loaded
+    return loaded

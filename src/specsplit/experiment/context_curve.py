@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from itertools import cycle, islice, product
 from statistics import median
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.measures import tokens_per_round
-from specsplit.experiment.records import Request, request_record
-from specsplit.rpc.credentials import Access
+from specsplit.experiment.records import Request, request_record, text_writer
 from specsplit.settings.run import OrchestratorConfig
 
 
@@ -52,8 +50,7 @@ def measure_contexts(
     with ExitStack() as stack:
         writers = []
         for config in configs:
-            draft = config.draft_address if config.gamma else None
-            writer = stack.enter_context(TextWriter(draft, config.target_address, access=Access.of(config)))
+            writer = stack.enter_context(text_writer(config))
             writers.append((config, writer))
             writer.write(_context(requests, lengths[0], 0), config)
         rows = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from specsplit.experiment.fetching import fetched_facts
 from specsplit.experiment.prompt import Prompt as Prompt
 from specsplit.experiment.prompt_rows import read_rows
 from specsplit.experiment.prompt_shapes import (
-    COLUMNS,
     FORMS,
     PROMPT_KEYS,
     Conversation,
     RowError,
     read_conversation,
 )
-from specsplit.experiment.prompt_table import Row
+from specsplit.experiment.prompt_table import Row, shorten
 from specsplit.experiment.prompt_tokens import tokenize_prompts
 from specsplit.io import json_sha256, refuse_overwriting, replace_file, sha256_file, write_json
 from specsplit.models.tokenizer import TextCodec
@@ -68,9 +68,7 @@ def read_prompt_file(
     on_bad_line: "stop" raises UserError that lists the bad lines with number and reason; "skip" returns them.
     Duplicate ids, a missing file and a file without any usable prompt are always a UserError.
     """
-    if on_bad_line not in ("stop", "skip"):
-        raise UserError(f"dataset.on_bad_line (--on-bad-line) is {on_bad_line!r}: take stop or skip")
-    columns = check_columns(columns or {})
+    columns = columns or {}
     content, digest = read_source(path)
     table = read_rows(path, content, [columns["prompt"]] if "prompt" in columns else PROMPT_KEYS)
     prompts: list[Prompt] = []
@@ -92,14 +90,15 @@ def read_prompt_file(
             skipped.append(SkippedLine(row.line, str(error)))
             continue
         several = [prompt, *_later_turns(said, prompt)] if turns == "all" else [prompt]
-        if twice := next((each for each in several if each.id in line_of), None):
-            prompt = twice
+        if twice := next((each.id for each in several if each.id in line_of), None):
             raise UserError(
-                f"{at(row.line)}: id {_short(prompt.id)} stands in {table.unit} {line_of[prompt.id]} already; give "
+                f"{at(row.line)}: id {shorten(repr(twice), 80)} stands in {table.unit} {line_of[twice]} already; give "
                 "each its own id"
             )
         if prompt.after is not None and prompt.after not in line_of:
-            skipped.append(SkippedLine(row.line, f"'after' {_short(prompt.after)} is no id of an earlier prompt"))
+            skipped.append(
+                SkippedLine(row.line, f"'after' {shorten(repr(prompt.after), 80)} is no id of an earlier prompt")
+            )
             continue
         line_of |= {each.id: row.line for each in several}
         prompts += several
@@ -119,21 +118,6 @@ def read_prompt_file(
     return PromptFile(prompts, skipped, digest, table.unit, {"format": table.format, **_facts(read, turns)})
 
 
-def check_columns(columns: Mapping[Any, str]) -> dict[str, str]:
-    """The mapping, if its keys are parts of a prompt. Raises UserError."""
-    for part, name in columns.items():
-        if part not in COLUMNS or not name:
-            raise UserError(
-                f"dataset.columns (--columns): {part!r}: {name!r}; wanted the name of a column for one of "
-                f"{', '.join(COLUMNS)}"
-            )
-    return dict(columns)
-
-
-def _short(text: str) -> str:
-    return repr(text) if len(text) <= 80 else repr(text[:77]) + "..."
-
-
 def _prompt(said: Conversation, row: Row, generated_id: str) -> Prompt:
     prompt = Prompt(said.id or generated_id, said.category or "uncategorised", said.turns[0], said.system)
     assert row.data is not None
@@ -143,29 +127,23 @@ def _prompt(said: Conversation, row: Row, generated_id: str) -> Prompt:
             raise RowError("'token_ids' is not a list of token ids, which are whole numbers")
         return replace(prompt, token_ids=tuple(tokens), tokens_of=str(made_with))
     turn, after, date = (row.data.get(key) for key in ("turn", "after", "date"))
-    if type(turn) is int and turn > 1 and isinstance(after, str):  # as well
-        if date is not None and not _is_date(date):
-            raise RowError(f"'date' {date!r} is not a date")
-        return replace(prompt, turn=turn, after=after, date=date)
-    return prompt
-
-
-def _is_date(text: Any) -> bool:
+    if type(turn) is not int or turn < 2 or not isinstance(after, str):  # as well
+        return prompt
     try:
-        datetime.fromisoformat(text)
+        if date is not None:
+            datetime.fromisoformat(date)
     except (TypeError, ValueError):
-        return False
-    return True
+        raise RowError(f"'date' {date!r} is not a date") from None
+    return replace(prompt, turn=turn, after=after, date=date)
 
 
 def _later_turns(said: Conversation, first: Prompt) -> list[Prompt]:
     """The turns after the first, each after the one before it."""
-    ids = [first.id, *(f"{first.id}-turn-{number}" for number in range(2, len(said.turns) + 1))]
-    return [
-        Prompt(ids[number], first.category, text, turn=number + 1, after=ids[number - 1])
-        for number, text in enumerate(said.turns)
-        if number > 0
-    ]
+    later: list[Prompt] = []
+    for number, text in enumerate(said.turns[1:], start=2):
+        before = later[-1].id if later else first.id
+        later.append(Prompt(f"{first.id}-turn-{number}", first.category, text, turn=number, after=before))
+    return later
 
 
 def _facts(read: Sequence[tuple[Row, Conversation]], turns: str) -> dict[str, Any]:
@@ -216,20 +194,11 @@ def select_prompts(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]
     Always the same for the same file: categories in the order of their first prompt, prompts in file order, and
     the slice in file order as well.
     """
-    if limit is None:
-        return list(prompts)
-    if limit < 1:
-        raise UserError(f"dataset.limit (--limit) is {limit}: take at least one prompt, or null for all")
-    queues: dict[str, deque[str]] = {}
-    for prompt in prompts:
-        if prompt.after is None:
-            queues.setdefault(prompt.category, deque()).append(prompt.id)
-    count = min(limit, sum(map(len, queues.values())))
-    taken: set[str] = set()
-    while len(taken) < count:
-        for queue in queues.values():
-            if queue and len(taken) < limit:
-                taken.add(queue.popleft())
+    categories: dict[str, list[str]] = {}
+    for prompt in first_turns(prompts):
+        categories.setdefault(prompt.category, []).append(prompt.id)
+    in_turn = [one for several in zip_longest(*categories.values()) for one in several if one is not None]
+    taken = set(in_turn[:limit])
     chosen = []
     for prompt in prompts:
         if prompt.id in taken or prompt.after in taken:
@@ -303,3 +272,32 @@ def prepare_dataset(
     }
     write_json(manifest, content)
     return content
+
+
+def write_calibration_prompts(
+    source: Path,
+    measured: Path,
+    output: Path,
+    *,
+    limit: int,
+    on_bad_line: str,
+    columns: Mapping[Any, str] | None = None,
+) -> None:
+    """Write a stratified slice of `limit` prompts of `source` to `output` as JSONL, without those in `measured`.
+
+    A draft that was fitted to the prompts on which it is measured would look better than it is. A prompt counts as
+    measured when its id or its text is. on_bad_line, columns: as `read_prompt_file`.
+    Raises UserError when fewer than `limit` prompts are left.
+    """
+    taken, _ = load_prompts(measured)
+    excluded = {prompt.id for prompt in taken} | {prompt.prompt for prompt in taken}
+    refuse_overwriting({"the output": output}, {"the dataset": source, "the measured prompts": measured})
+    every = read_prompt_file(source, on_bad_line, columns).prompts
+    left = [prompt for prompt in every if not excluded & {prompt.id, prompt.prompt}]
+    if len(left) < limit:
+        raise UserError(
+            f"{source} has {len(every)} prompts, {len(every) - len(left)} of them measured: {len(left)} are left, "
+            f"but draft.calibration_prompts asks for {limit}. Lower it or dataset.limit, add prompts, or name the "
+            "layers in draft.skip_layers"
+        )
+    write_prompts(select_prompts(left, limit), output)

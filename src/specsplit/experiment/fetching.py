@@ -16,7 +16,6 @@ from specsplit.experiment.prompt_rows import read_rows
 from specsplit.experiment.prompt_shapes import PROMPT_KEYS, RowError, read_conversation
 from specsplit.experiment.standard_sets import STANDARD_SETS, StandardSet
 from specsplit.io import replace_file, replacing, sha256_file, write_json
-from specsplit.settings.names import did_you_mean
 
 TIMEOUT_S = 60
 
@@ -27,16 +26,10 @@ def fetch_standard(name: str, output: Path, downloads: Path) -> dict[str, Any]:
     Its file is taken from `downloads`/NAME, and fetched to there when it is missing. Returns what OUTPUT.json says.
     Raises UserError when it cannot be fetched, or is not the file that it should be.
     """
-    if name not in STANDARD_SETS:
-        raise UserError(
-            f"dataset.name (--name): {name}: no such set{did_you_mean(name, STANDARD_SETS)}. Sets: "
-            f"{', '.join(STANDARD_SETS)}"
-        )
     known = STANDARD_SETS[name]
     if known.hub:
         repo, config, split = known.hub
-        rows, revision = _load_hub(repo, config, split, known.revision, f"dataset.name {name}")
-        facts: dict[str, Any] = {"url": f"https://huggingface.co/datasets/{repo}", "revision": revision}
+        rows, facts = _load_hub(repo, config, split, known.revision, f"dataset.name {name}")
     else:
         file = _download(known, downloads / name)
         rows = [row.data for row in read_rows(file, read_source(file)[0], PROMPT_KEYS).rows if row.data is not None]
@@ -56,8 +49,7 @@ def fetch_hub(repo: str, config: str | None, split: str | None, revision: str | 
     repo: or a local folder of data files. revision: None takes main. Raises UserError.
     """
     rows, found = _load_hub(repo, config, split, revision, f"dataset.huggingface {repo}")
-    facts = {"name": repo, "config": config, "split": split, "url": f"https://huggingface.co/datasets/{repo}"}
-    return _write(output, rows, {**facts, "revision": found})
+    return _write(output, rows, {"name": repo, "config": config, "split": split, **found})
 
 
 def fetched_facts(source: Path, digest: str) -> dict[str, Any] | None:
@@ -132,8 +124,8 @@ def _download(known: StandardSet, folder: Path) -> Path:
 
 def _load_hub(
     repo: str, config: str | None, split: str | None, revision: str | None, key: str
-) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a dataset, and the commit that they are of ("" when the Hub does not say)."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a dataset, its url, and the commit that they are of (`revision`; "" when the Hub does not say)."""
     datasets = needed("datasets", f"{key}: datasets of the Hub")
     try:
         loaded = datasets.load_dataset(repo, config, split=split, revision=revision)
@@ -154,7 +146,7 @@ def _load_hub(
             "network: load it where there is one, write it with save_to_disk, bring the folder here and set "
             "dataset.path (--source) to it; for a gated one accept its terms and set HF_TOKEN"
         ) from None
-    return rows, _commit(repo, revision)
+    return rows, {"url": f"https://huggingface.co/datasets/{repo}", "revision": _commit(repo, revision)}
 
 
 def _commit(repo: str, revision: str | None) -> str:

@@ -17,7 +17,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -94,7 +95,7 @@ def measure_openai_load(
     """
     version = client_version()
     alone: dict[int, float] = {}
-    with TemporaryDirectory() as folder, _book(book) as book_url:
+    with TemporaryDirectory() as folder, _book(book, Path(folder) / "book") as book_url:
         for config in configs:
             with _server(config, max(clients), Path(folder)) as url:
                 for number in clients:
@@ -146,22 +147,16 @@ def measured_load(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None: ...
+
+
 @contextmanager
-def _book(text: str) -> Iterator[str]:
-    """The address of a server that answers everything with the text."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            data = text.encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain; charset=utf-8")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+def _book(text: str, folder: Path) -> Iterator[str]:
+    """The address of the text, which a server of our own has in `folder`, where nothing else may be."""
+    folder.mkdir()
+    (folder / "book.txt").write_text(text, encoding="utf-8")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/book.txt"

@@ -5,21 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.decoding.measures import per_token_ms
+from specsplit.experiment.columns import writing_rows
 from specsplit.experiment.hugging_face import HuggingFace
-from specsplit.experiment.journal import Parts
-from specsplit.experiment.peers import Peer, PeerProcess
-from specsplit.experiment.records import Request, gamma_controller, request_config, tokens_sha256
-from specsplit.experiment.rows import writing_rows
-from specsplit.io import json_sha256
+from specsplit.experiment.journal import journal_beside
+from specsplit.experiment.peers import Peer, PeerProcess, PeerText
+from specsplit.experiment.records import Request, gamma_controller, repeated, request_config, text_writer, tokens_sha256
 from specsplit.rpc.connection import Connection
-from specsplit.rpc.credentials import Access
 from specsplit.settings.run import OrchestratorConfig
 
 SETTLE_S = 0.25  # between turns: threads that wait actively go to sleep (Intel's OpenMP after 0.2 s)
@@ -67,29 +65,16 @@ class PeerRecord:
     output_sha256: str
 
 
-@dataclass(frozen=True)
-class _Text:
-    """A finished text of any engine. first: tokens that came first, at ttft_ms."""
-
-    tokens: list[int]
-    first: int
-    rounds: int
-    ttft_ms: float | None
-    total_ms: float
-    finish_reason: str
-
-
-_Write = Callable[[Request], _Text]
+_Write = Callable[[Request], PeerText]
 
 
 def race(
     requests: Sequence[Request],
     ours: Sequence[Ours],
-    peers: Sequence[Peer],
+    peers: Mapping[Peer, PeerProcess],
     hugging_face: HuggingFace,
     output: Path,
     *,
-    others: Mapping[Peer, PeerProcess] | None = None,
     warmup: int,
     repeats: int,
     decides: Mapping[str, Any] | None = None,
@@ -100,8 +85,8 @@ def race(
     decides: what else the rows depend on, as models and code. What is in the journal of an earlier attempt with the
     same ones is not measured again; with a gamma that learns from text to text (auto) it is.
 
-    ours: the first one is REFERENCE. others: the processes of peers that Hugging Face does not run. warmup: requests
-        that each contender runs before, in no table.
+    ours: the first one is REFERENCE. peers: each with its process. warmup: requests that each contender runs before, in
+        no table.
     The order of the contenders moves on by one with each request, so that none always follows the same one.
     """
     if ours[0].label != REFERENCE:
@@ -111,89 +96,79 @@ def race(
         contenders: dict[str, tuple[str, _Write]] = {
             contender.label: ("specsplit", _our_writer(contender, stack)) for contender in ours
         }
-        for peer in peers:
-            process = (others or {}).get(peer, hugging_face)
+        for peer, process in peers.items():
             contenders[peer.label] = peer.engine, _peer_writer(peer, process, ours[0].config, ours[0].target, limit)
         labels = list(contenders)
         expected: dict[str, list[int]] = {}
         learns = any(contender.config.gamma == "auto" for contender in ours)
-        texts = json_sha256([[request.id, request.category, request.token_ids] for request in requests])
-        own = {"contenders": labels, "warmup": warmup, "repeats": repeats, "requests_sha256": texts}
+        own = {"contenders": labels, "warmup": warmup, "repeats": repeats, **(decides or {})}
         for _, write in contenders.values():
-            for i in range(warmup):
-                write(requests[i % len(requests)])
-        journal = stack.enter_context(Parts(output, {**own, **(decides or {})}, resume=not learns))
+            for request in islice(cycle(requests), warmup):
+                write(request)
+        journal = stack.enter_context(journal_beside(output, requests, own, resume=not learns))
         with writing_rows(output, PeerRecord) as write_row:
-            for repeat in range(1, repeats + 1):
-                for number, request in enumerate(requests):
-                    shift = (number + repeat - 1) % len(labels)
-                    order = {label: contenders[label] for label in [*labels[shift:], *labels[:shift]]}
-                    right = expected.get(request.id)
-                    measure = partial(_take_turn, replace(request, repeat=repeat), repeat, order, right, hugging_face)
-                    turn = journal.measured([repeat, request.id], measure)
-                    expected.setdefault(request.id, turn["right"])
-                    for row in turn["rows"]:
-                        write_row(PeerRecord(**row))
-                        on_row(PeerRecord(**row))
+            for number, request in enumerate(repeated(requests, repeats)):
+                shift = (number % len(requests) + request.repeat - 1) % len(labels)
+                order = {label: contenders[label] for label in [*labels[shift:], *labels[:shift]]}
+                measure = partial(_take_turn, request, order, expected.get(request.id), hugging_face)
+                turn = journal.measured(request.key, measure)
+                expected.setdefault(request.id, turn["right"])
+                for row in turn["rows"]:
+                    write_row(PeerRecord(**row))
+                    on_row(PeerRecord(**row))
         journal.remove()
         return journal.attempts
 
 
 def _take_turn(
     request: Request,
-    repeat: int,
     contenders: Mapping[str, tuple[str, _Write]],
     right: list[int] | None,
     hugging_face: HuggingFace,
 ) -> dict[str, Any]:
     """The rows of one request by every contender in this order, and the text that is right: that of REFERENCE, where
     none is given."""
-    turn: dict[str, _Text] = {}
+    turn: dict[str, PeerText] = {}
     for label, (_, write) in contenders.items():
         time.sleep(SETTLE_S)
         turn[label] = write(request)
-    right = turn[REFERENCE].tokens if right is None else right
+    right = turn[REFERENCE].output_tokens if right is None else right
     rows = []
     for place, (label, text) in enumerate(turn.items(), start=1):
-        where = _divergence(text.tokens, right)
+        where = _divergence(text.output_tokens, right)
         record = PeerRecord(
             request_id=request.id,
             contender=label,
             engine=contenders[label][0],
-            repeat=repeat,
+            repeat=request.repeat,
             place=place,
             prompt_length=len(request.token_ids),
-            generated_tokens=len(text.tokens),
+            generated_tokens=len(text.output_tokens),
             ttft_ms=text.ttft_ms,
-            tpot_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.tokens)),
-            itl_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.tokens), text.first),
+            tpot_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.output_tokens)),
+            itl_ms=per_token_ms(text.total_ms, text.ttft_ms, len(text.output_tokens), text.first),
             total_latency_ms=text.total_ms,
             num_rounds=text.rounds,
             category=request.category,
             finish_reason=text.finish_reason,
             identical=where is None,
             first_divergence=where,
-            margin=_margin(hugging_face, request, text.tokens, right, where),
-            output_sha256=tokens_sha256(text.tokens),
+            margin=_margin(hugging_face, request, text.output_tokens, right, where),
+            output_sha256=tokens_sha256(text.output_tokens),
         )
         rows.append(asdict(record))
     return {"right": right, "rows": rows}
 
 
 def _our_writer(contender: Ours, stack: ExitStack) -> _Write:
-    draft, config = contender.draft, contender.config
-    writer = stack.enter_context(
-        TextWriter(draft.address if draft else None, contender.target.address, access=Access.of(config))
-    )
-    controller = gamma_controller(config)
+    config = contender.config
+    writer, controller = stack.enter_context(text_writer(config)), gamma_controller(config)
 
-    def write(request: Request) -> _Text:
+    def write(request: Request) -> PeerText:
         own = request_config(config, request)
         result = writer.write(request.token_ids, own, controller=controller, request_id=request.id)
-        first = min(result.rounds[0].accepted + 1, len(result.output_tokens))
-        return _Text(
-            result.output_tokens, first, len(result.rounds), result.ttft_ms, result.total_ms, result.finish_reason
-        )
+        chunks = [r.accepted + 1 for r in result.rounds]
+        return PeerText(result.output_tokens, result.finish_reason, chunks, [result.total_ms], result.ttft_ms)
 
     return write
 
@@ -206,11 +181,9 @@ def _peer_writer(
         named = config.stop_token_ids
         stop_ids = list(target.description.eos_token_ids) if named is None else named
 
-    def write(request: Request) -> _Text:
+    def write(request: Request) -> PeerText:
         max_tokens = min(config.max_output_tokens, limit - len(request.token_ids))
-        text = process.write(peer, request.token_ids, max_tokens=max_tokens, stop_ids=stop_ids)
-        first = min(text.chunks[0], len(text.output_tokens))
-        return _Text(text.output_tokens, first, text.rounds, text.ttft_ms, text.total_ms, text.finish_reason)
+        return process.write(peer, request.token_ids, max_tokens=max_tokens, stop_ids=stop_ids)
 
     return write
 

@@ -1,24 +1,29 @@
-"""A race from the models of the workers to its rows and its record: which peers, in which processes, on what."""
+"""A race from the models of the workers to its rows and its record: which peers can decode with them, and in what."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
+from specsplit.experiment import llama_cpp
 from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.llama_cpp import LlamaCpp
-from specsplit.experiment.peer_fit import GivenModel, check_models, why_left_out
 from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, race
 from specsplit.experiment.peers import LLAMA_CPP, Peer, PeerModel, PeerProcess
+from specsplit.experiment.records import deciding
 from specsplit.experiment.runner import encode_prompts, worker_identity
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.fingerprint import gguf_weights
+from specsplit.models.head_config import is_head
 from specsplit.models.sources import resolve_model
 from specsplit.models.tokenizer import TextCodec
+from specsplit.models.vocabulary import read_reduced_map
+from specsplit.models.weightless import is_weightless
 from specsplit.provenance.capture import utc_now
 from specsplit.provenance.closure import code_sha256
 from specsplit.provenance.facts import beside_run
@@ -73,28 +78,24 @@ def run_race(
     requests = encode_prompts(prompts, codec, chat=ours[0].config.use_chat_template, limit=limit)
     threads = ours[0].target.description.threads
     with ExitStack() as stack:
-        running: list[Peer] = []
-        others: dict[Peer, PeerProcess] = {}
+        running: dict[Peer, PeerProcess] = {}
         models = {role: _as_served(role, model, ours) for role, model in given.items()}
         target, drafting = models["target"], any(p.kind == "assisted" for p in peers if p not in left_out)
         assert target is not None
         on_start(f"loading the models of the peers, {threads} threads ...")
         hugging_face = stack.enter_context(HuggingFace(target, models["draft"] if drafting else None, threads))
         for peer in peers:
-            if peer not in left_out and peer.engine == LLAMA_CPP:
-                draft = given["draft"] if peer.wants_draft else None
-                files = gguf_weights(target.folder), gguf_weights(draft.folder) if draft else None
-                assert files[0] is not None
+            if peer not in left_out:
                 try:
-                    others[peer] = stack.enter_context(LlamaCpp(peer, files[0], files[1], threads, limit))
-                except (
-                    UserError
-                ) as error:  # a wheel that does not fit the machine, a type of weights that it does not read
+                    running[peer] = (
+                        hugging_face
+                        if peer.engine != LLAMA_CPP
+                        else stack.enter_context(_llama_cpp(peer, given, threads, limit))
+                    )
+                except UserError as error:  # a wheel that does not fit the machine, a type of weights it does not read
                     left_out[peer] = str(error)
             if peer in left_out:
                 on_start(f"{peer.label} is left out: {left_out[peer]}")
-            else:
-                running.append(peer)
         run: dict[str, Any] = {
             "schema_version": 1,
             **describe_here(),
@@ -104,10 +105,10 @@ def run_race(
             "settle_s": SETTLE_S,
             "ours": {contender.label: _describe(contender) for contender in ours},
             "hugging_face": {
-                "peers": [p.label for p in running if p not in others],
+                "peers": [peer.label for peer, process in running.items() if process is hugging_face],
                 **hugging_face.description,
             },
-            "llama_cpp": {peer.label: process.description for peer, process in others.items()},
+            "llama_cpp": {p.label: running[p].description for p in running if running[p] is not hugging_face},
             "left_out": {peer.label: {"engine": peer.engine, "reason": reason} for peer, reason in left_out.items()},
             "tokenizer_sha256": codec.sha256,
         }
@@ -121,7 +122,6 @@ def run_race(
             running,
             hugging_face,
             table,
-            others=others,
             warmup=settings.warmup,
             repeats=settings.repeats,
             decides=decides,
@@ -129,6 +129,15 @@ def run_race(
         )
     write_run(beside_run(table), {**run, "finished": utc_now()}, [table])
     return table
+
+
+def _llama_cpp(peer: Peer, given: Mapping[str, GivenModel | None], threads: int, context: int) -> LlamaCpp:
+    files = [
+        None if model is None else gguf_weights(model.folder)
+        for model in (given["target"], given["draft"] if peer.wants_draft else None)
+    ]
+    assert files[0] is not None
+    return LlamaCpp(peer, files[0], files[1], threads, context)
 
 
 def _as_served(role: str, model: GivenModel | None, ours: Sequence[Ours]) -> PeerModel | None:
@@ -146,7 +155,7 @@ def _deciding(ours: Sequence[Ours]) -> dict[str, Any]:
     decides = {}
     for contender in ours:
         workers = {role: worker_identity(worker) for role, worker in _describe(contender)["workers"].items()}
-        settings = contender.config.model_dump(mode="json", exclude=contender.config.operating())
+        settings = deciding(contender.config)
         decides[contender.label] = {"settings": settings, "workers": workers}
     return decides
 
@@ -157,3 +166,78 @@ def _describe(contender: Ours) -> dict[str, Any]:
         "orchestrator": contender.config.model_dump(mode="json"),
         "workers": {role: {"address": c.address, **description_dict(c.description)} for role, c in workers.items()},
     }
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """A model that peers are to run: where its weights are, and its manifest."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def weightless(self) -> bool:
+        return is_weightless(self.manifest["source"])
+
+
+def check_models(peers: Sequence[Peer], ours: Sequence[Ours], given: Mapping[str, GivenModel | None]) -> None:
+    """Refuse a race without the models that the workers serve.
+
+    given: of the folders given for the roles draft and target; None when none was given.
+    """
+    for role in ("target", "draft"):
+        if role == "draft" and not any(peer.wants_draft for peer in peers):
+            continue
+        model = given[role]
+        if model is None:
+            raise UserError(f"--{role}-model is missing: the folder of the {role} model, which the peers are to run")
+        if role == "target" and model.weightless:
+            raise UserError(
+                f"{model.name}, the target, has no weights that a peer could run: name a target with weights"
+            )
+        for connection in (contender.target if role == "target" else contender.draft for contender in ours):
+            if connection is None:
+                continue
+            served, own = connection.description.weights_sha256, model.manifest["fingerprint"]["weights_sha256"]
+            if served != own:
+                raise UserError(
+                    f"the {role} worker at {connection.address} serves other weights ({served[:12]}) than "
+                    f"--{role}-model has ({own[:12]}): a race is between the same models"
+                )
+    wanting = next((peer.kind for peer in peers if peer.wants_draft), None)
+    if wanting and not any(contender.draft for contender in ours):
+        raise UserError(f"--baseline {wanting}: give a gamma above 0 as well, for the draft of the workers is raced")
+
+
+def why_left_out(peer: Peer, ours: Sequence[Ours], given: Mapping[str, GivenModel | None]) -> str | None:
+    """Why a peer cannot decode with these models, which `check_models` has seen, in words; None when it can."""
+    target, draft = given["target"], given["draft"] if peer.wants_draft else None
+    assert target is not None
+    if peer.engine == LLAMA_CPP:
+        if not llama_cpp.installed():
+            return "the package xllamacpp is not installed: pip install 'specsplit[peers]'"
+        if (device := ours[0].target.description.device) != "cpu":
+            return f"the workers compute on {device}, and llama.cpp is raced on the CPU alone"
+        if gguf_weights(target.folder) is None:
+            return f"it wants a GGUF file, and {target.name}, the target, is none"
+    if draft is None:
+        return None
+    if draft.weightless:
+        return f"{draft.name}, the draft, has no weights that it could run"
+    if is_head(draft.folder):
+        return f"{draft.name}, the draft, reads the target's hidden states, which it does not hand over"
+    if read_reduced_map(draft.folder) is not None:
+        return f"{draft.name}, the draft, has an output head for a part of the vocabulary, which it does not know"
+    if draft.manifest["fingerprint"]["tokenizer_sha256"] != target.manifest["fingerprint"]["tokenizer_sha256"]:
+        return f"{draft.name}, the draft, has another tokenizer than the target, and it is raced with one alone"
+    if peer.engine == LLAMA_CPP:
+        if gguf_weights(draft.folder) is None:
+            return f"it wants a GGUF file, and {draft.name}, the draft, is none"
+        skipped = next((o.draft.description.skip_layers for o in ours if o.draft is not None), ())
+        if skipped:
+            return "it cannot leave out layers of the draft"
+    return None

@@ -41,13 +41,11 @@ class Peer:
 
     @classmethod
     def parse(cls, text: str) -> Peer:
-        """One of KINDS, or assisted-N for N drafted tokens. Raises ValueError."""
-        kind, _, number = text.partition("-")
+        """One of KINDS, or assisted-N for N drafted tokens, as the setting `baseline` has them."""
         if text in KINDS:
             return cls(text)
-        if kind == "assisted" and number.isdecimal() and int(number) > 0:
-            return cls(kind, int(number))
-        raise ValueError(f"{text!r} is none of {', '.join(KINDS).replace('assisted', 'assisted, assisted-N')}")
+        kind, _, number = text.partition("-")
+        return cls(kind, int(number))
 
     @property
     def label(self) -> str:
@@ -92,6 +90,11 @@ class PeerText:
     @property
     def total_ms(self) -> float:
         return self.arrived_ms[-1]
+
+    @property
+    def first(self) -> int:
+        """How many tokens came first, at ttft_ms."""
+        return min(self.chunks[0], len(self.output_tokens))
 
     @property
     def rounds(self) -> int:

@@ -24,7 +24,7 @@ class Bar:
         terminal = _terminal(terminal_fd) if self._lines else sys.stderr
         options |= {"total": total, "unit": unit, "unit_scale": total >= 10_000, "dynamic_ncols": True}
         self._bar: tqdm[Any] = tqdm(leave=not self._lines, file=terminal, disable=terminal is None, **options)
-        self._total = total
+        self._total, self._kept = total, 0
         self._began: tuple[int, float] | None = None  # the first call: work of an earlier process is no speed
 
     def __enter__(self) -> Self:
@@ -33,10 +33,10 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def to(self, count: int, said: str = "", *, show: bool = True) -> None:
-        """`count` of the total are done. said: what else there is to tell. show: in the log."""
-        self._bar.set_postfix_str(said, refresh=False)
-        self._bar.update(min(count, self._total) - self._bar.n)
+    def to(self, count: int, said: str = "", *, short: str | None = None, show: bool = True) -> None:
+        """`count` of the total are done. said: what else there is to tell; short: in the bar. show: in the log."""
+        self._bar.set_postfix_str(said if short is None else short, refresh=False)
+        self._bar.update(min(count, self._total) + self._kept - self._bar.n)
         now = time.monotonic()
         if self._began is None:
             self._began = (count, now)
@@ -59,13 +59,13 @@ class Progress(Bar):
         self._count = self._failed = self._tokens = 0
         self._busy_ms = 0.0
         self._started = time.monotonic()
+        self._began = (0, self._started)
 
     def __exit__(self, *_: object) -> None:
         super().__exit__()
         if self._count:
-            print(
-                f"{self._count} of {self._total} prompts in {_duration(self._elapsed())}: {self._speed()}", flush=True
-            )
+            took = _duration(time.monotonic() - self._started)
+            print(f"{self._count} of {self._total} prompts in {took}: {self._speed()}", flush=True)
         if self._failed:
             print(
                 f"{self._failed} failed: requests.csv says why; delete it and run again to try them again", flush=True
@@ -74,6 +74,7 @@ class Progress(Bar):
     def kept(self, count: int) -> None:
         """So many are there already, from an earlier run."""
         self._total -= count
+        self._kept += count
         self._bar.update(count)
         if count and self._lines:
             print(f"{count} done by an earlier run with the same settings are kept", flush=True)
@@ -86,17 +87,10 @@ class Progress(Bar):
         else:
             self._tokens += record.generated_tokens
             self._busy_ms += record.total_latency_ms
-            self._bar.set_postfix_str(f"gamma {record.gamma}, {self._speed()}", refresh=False)
             speed = record.generated_tokens / record.total_latency_ms * 1e3
-            left = self._elapsed() / self._count * (self._total - self._count)
-            said = f"{record.generated_tokens} tokens, {speed:.1f} tokens/s; {self._speed()} so far, "
-            said += f"about {_duration(left)} left"
-        self._bar.update()
-        if self._lines:
-            print(f"[{self._count}/{self._total}] gamma {record.gamma} {record.request_id}: {said}", flush=True)
-
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started
+            said = f"{record.generated_tokens} tokens, {speed:.1f} tokens/s; {self._speed()} so far"
+        point = f"gamma {record.gamma}"
+        self.to(self._count, f"{point} {record.request_id}: {said}", short=f"{point}, {self._speed()}")
 
     def _speed(self) -> str:
         return f"{self._tokens / self._busy_ms * 1e3:.1f} tokens/s" if self._busy_ms else "nothing finished"

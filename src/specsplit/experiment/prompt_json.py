@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.experiment.prompt_table import JSON_LINES, Row, Table, encoding_problem, undecodable
+from specsplit.experiment.prompt_table import JSON_LINES, Row, Table, encoding_problem, shorten, undecodable
 
 JSON_SPACE = " \t\n\r"
 MOST_DIGITS = 1000
+_NO_SPACE = re.compile(f"[^{JSON_SPACE}]")
 _ERROR_KEYS = {"error", "message", "detail", "details", "status", "statusCode", "documentation_url", "code"}
 
 
-class _Pairs:
-    """What the JSON parser meets that Python would take in silence."""
+def _parse(text: str, start: int | None = None) -> tuple[Any, int, tuple[str, ...]]:
+    """The JSON value that begins at `start`, or that is the whole text; where it ends; and what is worth a word.
 
-    def __init__(self) -> None:
-        self.notes: list[str] = []
+    Raises ValueError, for what Python would take in silence as well.
+    """
+    notes: dict[str, None] = {}
 
-    def decoder(self) -> json.JSONDecoder:
-        return json.JSONDecoder(object_pairs_hook=self.pairs, parse_constant=self.constant, parse_int=_whole_number)
-
-    def constant(self, name: str) -> float:
-        note = f"holds {name}, which JSON does not have; write null"
-        if note not in self.notes:
-            self.notes.append(note)
+    def constant(name: str) -> float:
+        notes[f"holds {name}, which JSON does not have; write null"] = None
         return float(name.replace("Infinity", "inf"))
 
-    @staticmethod
-    def pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        data: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in data and data[key] != value:
-                raise ValueError(f"the key {key!r} stands twice with different values; keep one of them")
-            data[key] = value
-        return data
+    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=constant, parse_int=_whole_number)
+    try:
+        data, end = (decoder.decode(text), len(text)) if start is None else decoder.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError("not usable JSON: nested too deeply") from None
+    return data, end, tuple(notes)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data and data[key] != value:
+            raise ValueError(f"the key {key!r} stands twice with different values; keep one of them")
+        data[key] = value
+    return data
 
 
 def _whole_number(text: str) -> int:
@@ -46,27 +51,62 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
+def _row(data: Any, line: int, notes: tuple[str, ...]) -> Row:
+    if not isinstance(data, dict):
+        mend = '; write {"prompt": "..."}' if isinstance(data, str) else ""
+        return Row(line, None, f"not a JSON object but {type(data).__name__}{mend}")
+    return Row(line, data, notes=notes)
+
+
 def parse_line(text: str, line: int = 1) -> Row:
     """The row of one line."""
     if problem := encoding_problem(text):
         return Row(line, None, problem)
-    pairs = _Pairs()
     try:
-        data = pairs.decoder().decode(text)
+        data, _, notes = _parse(text)
     except json.JSONDecodeError as error:
         return Row(line, None, _explain_line(text, error))
-    except RecursionError:
-        return Row(line, None, "not usable JSON: nested too deeply")
     except ValueError as error:
         return Row(line, None, str(error))
-    return _object_row(data, line, pairs.notes)
+    return _row(data, line, notes)
 
 
-def _object_row(data: Any, line: int, notes: Sequence[str]) -> Row:
-    if not isinstance(data, dict):
-        mend = '; write {"prompt": "..."}' if isinstance(data, str) else ""
-        return Row(line, None, f"not a JSON object but {type(data).__name__}{mend}")
-    return Row(line, data, notes=tuple(notes))
+def parse_cell(text: str) -> Any:
+    """The JSON in a cell of another table; the text itself where it is none."""
+    try:
+        return _parse(text)[0]
+    except ValueError:
+        return text
+
+
+class _Reader:
+    """Reads the values of a file one after another. place: of the next character; line: that it is in, from 1."""
+
+    def __init__(self, path: Path, text: str, place: int = 0) -> None:
+        self.path, self.text = path, text
+        self.place, self.line = 0, 1
+        self.go_to(place)
+
+    def go_to(self, place: int) -> None:
+        self.line += self.text.count("\n", self.place, place)
+        self.place = place
+
+    def sign(self) -> str:
+        """The next character that is no space; empty at the end."""
+        found = _NO_SPACE.search(self.text, self.place)
+        self.go_to(found.start() if found else len(self.text))
+        return self.text[self.place : self.place + 1]
+
+    def value(self) -> Row:
+        """The row of the value that begins here. Raises ValueError."""
+        data, end, notes = _parse(self.text, self.place)
+        row = _row(data, self.line, notes)
+        self.go_to(end)
+        return row
+
+    def refusal(self, place: int, why: str) -> UserError:
+        at = json.JSONDecodeError("", self.text, place)
+        return UserError(f"{self.path}, line {at.lineno}, column {at.colno}: {why}")
 
 
 def _mend(text: str, error: json.JSONDecodeError) -> str:
@@ -120,11 +160,11 @@ def read_lines(path: Path, text: str, lines: Sequence[str]) -> Table:
 def whole_object(path: Path, text: str) -> Table | None:
     """A file that is one JSON object: a row, or what its only list of objects holds."""
     try:
-        data = _Pairs().decoder().decode(text)
-    except (ValueError, RecursionError):
+        data = _parse(text)[0]
+    except ValueError:
         return None
     if data and set(data) <= _ERROR_KEYS:
-        told = _short(str(next(iter(data.values()))))
+        told = shorten(str(next(iter(data.values()))))
         raise UserError(
             f"{path}: the error message of a server, not a table of prompts: {told!r}; fetch the file again"
         )
@@ -157,26 +197,18 @@ def _is_rows(value: Any) -> bool:
 def _read_several(path: Path, text: str, *, strict: bool) -> Table | None:
     """Objects one after another, each over several lines. None when they are not that; strict: then say where."""
     rows: list[Row] = []
-    place, line = 0, 1
-    while True:
-        start = place + len(text[place:]) - len(text[place:].lstrip(JSON_SPACE))
-        line += text.count("\n", place, start)
-        if start == len(text):
-            return Table("JSON objects", "line", rows)
-        pairs = _Pairs()
+    reader = _Reader(path, text)
+    while reader.sign():
         try:
-            data, place = pairs.decoder().raw_decode(text, start)
+            rows.append(reader.value())
         except json.JSONDecodeError as error:
-            if not strict or (not rows and text.count("\n", start, error.pos) == 0):
+            if not strict or (not rows and "\n" not in text[reader.place : error.pos]):
                 return None
-            raise UserError(
-                f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-                f"{_cut_off(text, error) or _mend(text, error)}"
-            ) from None
-        except (ValueError, RecursionError):
+            why = _cut_off(text, error) or _mend(text, error)
+            raise reader.refusal(error.pos, f"not valid JSON: {error.msg}{why}") from None
+        except ValueError:
             return None
-        rows.append(_object_row(data, line, pairs.notes))
-        line += text.count("\n", start, place)
+    return Table("JSON objects", "line", rows)
 
 
 def _cut_off(text: str, error: json.JSONDecodeError) -> str:
@@ -190,72 +222,43 @@ def _cut_off(text: str, error: json.JSONDecodeError) -> str:
 def read_array(path: Path, text: str) -> Table:
     """A JSON array, item by item, so that each has its line. What breaks it is told of the file."""
     rows: list[Row] = []
-    place = text.index("[") + 1
-    line = text.count("\n", 0, place) + 1
-
-    def skip(place: int) -> int:
-        nonlocal line
-        start = place
-        while place < len(text) and text[place] in JSON_SPACE:
-            place += 1
-        line += text.count("\n", start, place)
-        return place
-
-    def fail(place: int, why: str) -> UserError:
-        column = place - text.rfind("\n", 0, place)
-        return UserError(f"{path}, line {line}, column {column}: {why}")
-
-    place = skip(place)
-    if text[place : place + 1] == "]":
+    reader = _Reader(path, text, text.index("[") + 1)
+    if reader.sign() == "]":
         raise UserError(f"{path}: an empty JSON array; give it a prompt")
-    while True:
-        pairs = _Pairs()
-        start = place
+    sign = ","
+    while sign == ",":
+        reader.sign()
+        start = reader.place
         try:
-            data, place = pairs.decoder().raw_decode(text, place)
-            row = _object_row(data, line, pairs.notes)
+            row = reader.value()
         except json.JSONDecodeError as error:
-            line += text.count("\n", start, error.pos)
-            if problem := encoding_problem(text[start : error.pos + 1], "of the item"):
-                raise fail(error.pos, problem) from None
-            if rows and text[start : start + 1] == "]":
-                raise fail(start, "a comma before the end of the JSON array; remove it") from None
-            if error.pos >= len(text.rstrip()) or _cut_off(text, error):
-                raise fail(error.pos, "the JSON array is cut off (truncated) here; fetch the file again") from None
-            raise fail(error.pos, f"not valid JSON: {error.msg}{_mend(text, error)}") from None
-        except RecursionError:
-            raise fail(start, "not usable JSON: nested too deeply") from None
+            raise reader.refusal(*_broken_item(text, start, error, first=not rows)) from None
         except ValueError as error:
-            raise fail(start, f"in this item: {error}") from None
-        if problem := encoding_problem(text[start:place], "of the item"):
-            row = Row(line, None, problem)
+            raise reader.refusal(start, f"in this item: {error}") from None
+        if problem := encoding_problem(text[start : reader.place], "of the item"):
+            row = Row(row.line, None, problem)
         rows.append(row)
-        line += text.count("\n", start, place)
-        place = skip(place)
-        sign = text[place : place + 1]
-        if sign == ",":
-            place = skip(place + 1)
-        elif sign == "]":
-            break
-        elif not sign:
-            raise fail(place, "the JSON array is cut off (truncated) here, without its closing ]; fetch the file again")
-        else:
-            raise fail(place, f"{sign!r} where a comma or the end of the JSON array is wanted")
-    place = skip(place + 1)
-    if place < len(text):
-        if all(row.data is None and not row.notes for row in rows) or text[place] == "[":
+        sign = reader.sign()
+        if sign not in ("", ",", "]"):
+            raise reader.refusal(reader.place, f"{sign!r} where a comma or the end of the JSON array is wanted")
+        reader.go_to(reader.place + len(sign))
+    if not sign:
+        why = "the JSON array is cut off (truncated) here, without its closing ]; fetch the file again"
+        raise reader.refusal(reader.place, why)
+    if sign := reader.sign():
+        if all(row.data is None and not row.notes for row in rows) or sign == "[":
             return read_lines(path, text, text.split("\n"))  # each line is a list
-        raise fail(place, f"{text[place : place + 20]!r} after the end of the JSON array")
+        rest = text[reader.place : reader.place + 20]
+        raise reader.refusal(reader.place, f"{rest!r} after the end of the JSON array")
     return Table("a JSON array", "line", rows)
 
 
-def parse_cell(text: str) -> Any:
-    """The JSON in a cell of another table; the text itself where it is none."""
-    try:
-        return _Pairs().decoder().decode(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+def _broken_item(text: str, start: int, error: json.JSONDecodeError, *, first: bool) -> tuple[int, str]:
+    """Where and why an item of an array cannot be read."""
+    if problem := encoding_problem(text[start : error.pos + 1], "of the item"):
+        return error.pos, problem
+    if not first and text[start : start + 1] == "]":
+        return start, "a comma before the end of the JSON array; remove it"
+    if error.pos >= len(text.rstrip()) or _cut_off(text, error):
+        return error.pos, "the JSON array is cut off (truncated) here; fetch the file again"
+    return error.pos, f"not valid JSON: {error.msg}{_mend(text, error)}"

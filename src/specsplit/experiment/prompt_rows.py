@@ -12,7 +12,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from specsplit.errors import UserError
 from specsplit.experiment.containers import arrow_rows, folder_rows, read_container, recognise_binary, refuse_repeated
 from specsplit.experiment.prompt_json import JSON_SPACE, parse_cell, parse_line, read_array, read_lines, whole_object
-from specsplit.experiment.prompt_table import Row, Table, encoding_problem
+from specsplit.experiment.prompt_table import Row, Table, encoding_problem, shorten
 
 ONE_COLUMN = "\x1f"  # the separator of a table that has none: its cells may hold commas
 # UTF-32 first: its mark begins as that of UTF-16 does.
@@ -50,11 +50,11 @@ def read_rows(path: Path, content: bytes | None, wanted: Sequence[str]) -> Table
         return _numbered("a saved dataset", folder_rows(path))
     kind, content = read_container(path, content)
     if kind in ("Parquet", "Arrow"):
-        return _numbered(f"{kind}", arrow_rows(path, kind, content))
+        return _numbered(kind, arrow_rows(path, kind, content))
     return _read_text(path, content, wanted)
 
 
-def _numbered(name: str, rows: Iterator[dict[str, Any]]) -> Table:
+def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Table:
     return Table(name, "row", [_checked(Row(number, data)) for number, data in enumerate(rows, start=1)])
 
 
@@ -160,7 +160,7 @@ def _read_csv(path: Path, text: str, wanted: Sequence[str]) -> Table:
         )
     if not has_prompt and (len(header) < 2 or not _is_regular(text, delimiter, len(header))):
         raise UserError(
-            f"{path}, line 1: plain text, not a table: {_shorten(first)!r}. Give each prompt a line of JSON, as "
+            f"{path}, line 1: plain text, not a table: {shorten(first)!r}. Give each prompt a line of JSON, as "
             '{"prompt": "..."}, or a CSV file whose first line has the column prompt'
         )
     refuse_repeated(f"{path}, line 1", header)
@@ -203,7 +203,3 @@ def _is_regular(text: str, delimiter: str, width: int) -> bool:
     except csv.Error:
         return False
     return len(rows) > 1 and all(len(row) == width for row in rows)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specsplit.experiment.prompt_table import shorten
+
 ID_KEYS = (
     *("id", "question_id", "prompt_id", "task_id", "custom_id"),
     *("conversation_id", "conversation_hash", "unique_id", "uuid", "uid"),
@@ -31,7 +33,6 @@ _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a 
     dict: "an object",
     bytes: "bytes that are not UTF-8",
 }
-COLUMNS = ("prompt", "id", "category", "system")
 
 
 class RowError(ValueError):
@@ -42,7 +43,6 @@ class RowError(ValueError):
 class Conversation:
     """What a row says. turns: of the human, one at least. used: the columns that something was taken from.
 
-    answers: of the assistant, after each turn, where the row has them (else None); they are prompts to nobody.
     others: messages that are no turn of the two and no system message before the first turn.
     """
 
@@ -50,36 +50,33 @@ class Conversation:
     category: str | None
     system: str | None
     turns: tuple[str, ...]
-    answers: tuple[str | None, ...]
     used: frozenset[str]
     others: int = 0
     notes: tuple[str, ...] = ()
 
 
 def read_conversation(data: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
-    """The conversation of a row. columns: the names that the user gave to some of COLUMNS; `a.b` is inside `a`.
+    """The conversation of a row. columns: names that the user gave to prompt, id, category, system; a.b is inside a.
 
     Raises RowError that says what is wrong with it.
     """
     names: dict[str, str] = {}
-    twice: list[tuple[str, str]] = []
+    notes: list[str] = []
     for spelled in data:
-        if names.setdefault(spelled.lower(), spelled) != spelled:
-            twice.append((names[spelled.lower()], spelled))
+        if (first := names.setdefault(spelled.lower(), spelled)) != spelled and data[first] != data[spelled]:
+            notes.append(f"has {first!r} and {spelled!r}; {first!r} is taken")
     used: set[str] = set()
-    notes = [f"has {first!r} and {other!r}; {first!r} is taken" for first, other in twice if data[first] != data[other]]
 
     def take(part: str, known: Sequence[str]) -> tuple[str, Any]:
         """The column that the user named, or the first of the known ones that is there and not null."""
-        if part in columns:
-            return columns[part], _inside(data, columns[part])
-        found = [names[key] for key in known if key in names and data[names[key]] is not None]
-        return (found[0], data[found[0]]) if found else ("", None)
+        name = next((names[key] for key in known if key in names and data[names[key]] is not None), "")
+        name = columns.get(part, name)
+        used.update({name.partition(".")[0]} - {""})
+        return name, _inside(data, name) if name else None
 
     key, value = take("prompt", PROMPT_KEYS)
     if key == "":
         raise RowError(_no_prompt(data, names))
-    used.add(key.partition(".")[0])
     if "prompt" not in columns:
         if key.lower() == "body":
             key, value = _body(key, value)
@@ -89,22 +86,18 @@ def read_conversation(data: Mapping[str, Any], columns: Mapping[str, str]) -> Co
         elif key.lower() == "instruction":
             value, more = _alpaca(value, data, names)
             used |= more
-    system, turns, answers, others = _turns(key, value)
+    system, turns, others = _turns(key, value)
     if system is None:
         name, system = take("system", SYSTEM_KEYS)
         if system is not None and not isinstance(system, str):
             raise RowError(f"{name!r} is not text")
-        used |= {name.partition(".")[0]} if system else set()
-    name, prompt_id = take("id", ID_KEYS)
-    used |= {name.partition(".")[0]} if name else set()
-    name, category = take("category", ("category",))
-    used |= {name.partition(".")[0]} if name else set()
+    _, prompt_id = take("id", ID_KEYS)
+    _, category = take("category", ("category",))
     conversation = Conversation(
         _text_of("id", prompt_id),
         _text_of("category", category),
         system if system and system.strip() else None,
         tuple(turns),
-        tuple(answers),
         frozenset(used),
         others,
         tuple(notes),
@@ -173,21 +166,17 @@ def _chat_beside(
 
 def _alpaca(value: Any, data: Mapping[str, Any], names: Mapping[str, str]) -> tuple[Any, set[str]]:
     """An instruction with its input (Alpaca) or context (Dolly), where it has one."""
-    used = set()
-    for name in ("input", "context"):
-        more = data[names[name]] if name in names else None
-        if isinstance(more, str) and more.strip() and isinstance(value, str):
-            value = f"{value}\n\n{more}"
-        if name in names:
-            used.add(names[name])
-    return value, used
+    found = [names[name] for name in ("input", "context") if name in names]
+    if isinstance(value, str):
+        value = "\n\n".join([value, *(more for name in found if isinstance(more := data[name], str) and more.strip())])
+    return value, set(found)
 
 
-def _turns(key: str, value: Any) -> tuple[str | None, list[str], list[str | None], int]:
-    """(system message, turns of the human, answers after each, other messages) of a text or a list of either kind."""
+def _turns(key: str, value: Any) -> tuple[str | None, list[str], int]:
+    """(system message, turns of the human, other messages) of a text or a list of either kind."""
     if isinstance(value, str) and key.lower() not in CHAT_KEYS:
         _check_text(value)
-        return None, [value], [None], 0
+        return None, [value], 0
     if not isinstance(value, list) or not value:
         if key.lower() == "turns":
             raise RowError("'turns' is not a list with at least one turn")
@@ -197,10 +186,9 @@ def _turns(key: str, value: Any) -> tuple[str | None, list[str], list[str | None
     if not any(isinstance(item, Mapping) for item in value):
         for number, item in enumerate(value, start=1):
             _check_text(item, f"turn {number}" if len(value) > 1 else "prompt")
-        return None, list(value), [None] * len(value), 0
+        return None, list(value), 0
     system: list[str] = []
     turns: list[str] = []
-    answers: list[str | None] = []
     others = 0
     for number, message in enumerate(value, start=1):
         role, content, _ = _message(message)
@@ -211,15 +199,12 @@ def _turns(key: str, value: Any) -> tuple[str | None, list[str], list[str | None
             text = _content(content)
             _check_text(text, "prompt" if not turns else f"message {number}")
             turns.append(text)
-            answers.append(None)
-        elif role == ASSISTANT and turns and answers[-1] is None and isinstance(text := _content(content), str):
-            answers[-1] = text
-        else:
+        elif role != ASSISTANT or not turns:
             others += 1
     if not turns:
         roles = dict.fromkeys(str(_message(message)[2])[:40] for message in value)
         raise RowError(f"{key!r} has no turn of a human (roles: {', '.join(roles)})")
-    return "\n\n".join(system) or None, turns, answers, others
+    return "\n\n".join(system) or None, turns, others
 
 
 def _message(message: Any) -> tuple[str, Any, Any]:
@@ -269,14 +254,10 @@ def _text_of(key: str, value: Any) -> str | None:
         value = int(value)  # pandas makes such floats of whole numbers in a column with gaps
     if isinstance(value, bool) or not isinstance(value, str | int):
         wanted = "text or a whole number" if key == "id" else "text"
-        raise RowError(f"{key} {_shorten(repr(value))} is not {wanted}")
+        raise RowError(f"{key} {shorten(repr(value))} is not {wanted}")
     if value == "":
         raise RowError(f"{key} '' is not text")
     return str(value)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_characters(conversation: Conversation) -> None:

@@ -35,6 +35,11 @@ class Table:
         return f"line-{row.line}" if self.format == JSON_LINES else f"row-{index + 1}"
 
 
+def shorten(text: str, most: int = 60) -> str:
+    """The text, or its beginning where it is longer than `most` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def undecodable(text: str) -> int | None:
     """The place of the first byte that `_decode` could not read."""
     try:

@@ -93,20 +93,17 @@ def _encode(
     before: the turns before. Without a template texts are put together, an empty line between two.
     """
     messages = [*before, {"role": "user", "content": prompt.prompt}]
+    system = [] if prompt.system is None else [{"role": "system", "content": prompt.system}]
     try:
-        if prompt.system is None and not before:
-            told = {} if date is None else {"date": date}
-            return codec.encode(prompt.prompt, use_chat_template=chat, **told), True
         if not (chat and codec.has_template):
             text = "\n\n".join(message["content"] for message in messages)
-            return codec.encode(text, use_chat_template=False), prompt.system is None
-        if prompt.system is None:
-            return codec.encode(messages, date=date), True
-        try:
-            ids = codec.encode([{"role": "system", "content": prompt.system}, *messages], date=date)
-        except PromptError:
-            return codec.encode(messages, date=date), False
-        return ids, ids != _try(messages, codec, date)
+            return codec.encode(text, use_chat_template=False), not system
+        whole = _try([*system, *messages], codec, date) if system else None
+        without = _try(messages, codec, date) if whole else codec.encode(messages, date=date)
+        if whole is None:
+            assert without is not None
+            return without, not system
+        return whole, whole != without
     except PromptError as error:
         raise PromptError(f"prompt {prompt.id[:80]!r}: {error}") from None
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import LINK_BYTES, SpeculativeResult
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms, verifications
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, SOURCES, RequestRecord, RoundRecord
 from specsplit.experiment.prompt import Prompt
+from specsplit.rpc.credentials import Access
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
 # Columns of requests.csv that are settings of the same name.
@@ -36,6 +38,11 @@ class Request:
     repeat: int = field(default=0, compare=False)
 
     @property
+    def key(self) -> tuple[int, str]:
+        """Which of a run's texts it is: its repeat and its id."""
+        return self.repeat, self.id
+
+    @property
     def turn(self) -> int:
         """Its place in a conversation, from 1."""
         return self.prompt.turn if self.prompt else 1
@@ -46,6 +53,22 @@ def request_config(config: OrchestratorConfig, request: Request) -> Orchestrator
     change it. A draft that learns does so from texts of the same repeat."""
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{request.id}".encode()).digest()[:4], "big")
     return config.model_copy(update={"seed": seed, "memory": f"{config.memory} {request.repeat}"})
+
+
+def repeated(requests: Sequence[Request], repeats: int) -> list[Request]:
+    """All of the requests, so many times."""
+    return [replace(request, repeat=repeat) for repeat in range(1, repeats + 1) for request in requests]
+
+
+def deciding(config: OrchestratorConfig) -> dict[str, Any]:
+    """The settings that decide texts and times, as JSON: without addresses, timeouts and the like."""
+    return config.model_dump(mode="json", exclude=config.operating())
+
+
+def text_writer(config: OrchestratorConfig) -> TextWriter:
+    """What writes texts through the workers that the settings name; through the target alone at gamma 0."""
+    draft = config.draft_address if config.gamma else None
+    return TextWriter(draft, config.target_address, access=Access.of(config))
 
 
 def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
@@ -60,20 +83,14 @@ def tokens_sha256(tokens: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
 
 
-def round_records(
-    request_id: str, result: SpeculativeResult, config: OrchestratorConfig, repeat: int = 1
-) -> list[RoundRecord]:
+def round_records(request: Request, result: SpeculativeResult, config: OrchestratorConfig) -> list[RoundRecord]:
     """The rows of `per_round.csv` of one finished text."""
-    rows = result.counted_rounds
-    return [RoundRecord(request_id=request_id, gamma=config.gamma, repeat=repeat, **asdict(row)) for row in rows]
+    about: dict[str, Any] = {"request_id": request.id, "gamma": config.gamma, "repeat": max(1, request.repeat)}
+    return [RoundRecord(**about, **asdict(row)) for row in result.counted_rounds]
 
 
 def request_record(
-    request: Request,
-    result: SpeculativeResult,
-    config: OrchestratorConfig,
-    repeat: int = 1,
-    error: WorkerError | None = None,
+    request: Request, result: SpeculativeResult, config: OrchestratorConfig, error: WorkerError | None = None
 ) -> RequestRecord:
     """The row of `requests.csv` of one text, finished or, with an error, as far as it came.
 
@@ -122,7 +139,7 @@ def request_record(
         draft_acceptance_rate=accepted / drafted if drafted and not error else None,
         turn=request.turn,
         **{name: sum(getattr(r, name) for r in rounds) for name in LINK_BYTES},
-        repeat=repeat,
+        repeat=max(1, request.repeat),
         status=FAILED if error else OK,
         error_code=error.code if error else "",
         error_message=" ".join(str(error).split()) if error else "",

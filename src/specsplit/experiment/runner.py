@@ -10,43 +10,40 @@ request is done. A request that fails is a row too, and stays in the journal to 
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import cycle, islice, product
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import specsplit
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
-from specsplit.client.text import OnTokens
-from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import RunError, UserError, WorkerError
-from specsplit.experiment.baselines import Beside, Contender
-from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord
-from specsplit.experiment.journal import Entry, Journal
+from specsplit.experiment.baselines import Beside, Contender, contenders
+from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord, write_rows
+from specsplit.experiment.journal import JOURNAL, Journal
 from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.prompt_tokens import later_turn_tokens, prompt_tokens
-from specsplit.experiment.records import Request, gamma_controller, request_config, request_record, round_records
-from specsplit.experiment.rows import writing_rows
+from specsplit.experiment.records import (
+    Request,
+    deciding,
+    gamma_controller,
+    repeated,
+    request_config,
+    request_record,
+    round_records,
+)
 from specsplit.experiment.usage import Meter
 from specsplit.io import combined_sha256, json_sha256, replace_file
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.tokenizer import TextCodec, cut_at_stop, stops_at
-from specsplit.provenance.capture import (
-    capture_environment,
-    capture_machine,
-    capture_software,
-    hash_tree,
-    utc_now,
-)
+from specsplit.provenance.capture import hash_tree, utc_now
 from specsplit.provenance.closure import PACKAGE, code_sha256
 from specsplit.provenance.git import capture_git
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
 from specsplit.provenance.redaction import redact_arguments
-from specsplit.provenance.run_file import write_run
+from specsplit.provenance.run_file import describe_here, write_run
 from specsplit.provenance.steps import workflow_command
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
@@ -118,127 +115,154 @@ def run_requests(
     resume: False forgets what an earlier run left. on_kept: gets the number of rows that are there already.
     on_done: called after each request. Raises WorkerError and UserError; then run.json holds the error and exit_code 1.
     """
-    gpu_before = capture_gpu()
     run = _describe_run(draft, target, codec, config, warmup, repeats, inputs or {}, origins or {}, beside)
     meter = Meter([c for c in (draft, target) if c])
     run["energy"] = meter.told()
     sampler = GpuSampler()
-    plan = list(product(range(1, repeats + 1), requests))
-    with Journal(run_dir, _what_decides(run, requests), resume=resume) as journal:
+    plan = repeated(requests, repeats)
+    with Journal(run_dir / JOURNAL, _what_decides(run, requests, config), resume=resume) as journal:
         for name in (*TABLES, "run.json"):
             (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
-        left = [turn for turn in plan if not _done(journal, turn)]
-        left.sort(key=lambda turn: _entry(journal, turn) is not None)  # what failed before comes last
+        every = [Entry.read(content) for content in journal.contents]
+        learnt = every[-1].controller if every else None
+        entries = {entry.key: entry for entry in every}
+        left = [request for request in plan if not _done(entries, request)]
+        left.sort(key=lambda request: request.key in entries)  # what failed before comes last
         kept = len(plan) - len(left)
         on_kept(kept)
 
         def end(code: int, error: str | None) -> None:
-            entries = [entry for turn in plan if (entry := _entry(journal, turn))]
-            failed = sum(entry.request.status == FAILED for entry in entries)
+            failed = sum(entry.request.status == FAILED for entry in entries.values())
             finished = {
                 "finished": utc_now(),
                 "exit_code": code,
                 "error": error,
                 "requests": {"planned": len(plan), OK: len(entries) - failed, FAILED: failed, "kept": kept},
                 "attempts": journal.attempts,
+                "gpu": {**run["gpu"], "after": capture_gpu(), "samples": sampler.samples},
             }
-            gpu = {"before": gpu_before, "after": capture_gpu(), "samples": sampler.samples}
-            write_run(run_dir / "run.json", {**run, **finished, "gpu": gpu}, [run_dir / name for name in TABLES])
+            write_run(run_dir / "run.json", {**run, **finished}, [run_dir / name for name in TABLES])
 
         try:
             with sampler:
-                controller = gamma_controller(config)
-                measuring = _measure(left, draft, target, codec, config, warmup, journal, beside, controller, meter)
-                for measured in measuring if left else ():
-                    journal.add(measured, controller.state() if controller else None)
-                    on_done(measured.request)
-            entries = [entry for turn in plan if (entry := _entry(journal, turn))]
-            _write_tables(entries, run_dir, with_reference=beside is not None)
+                measuring = _measure(left, draft, target, codec, config, warmup, entries, learnt, beside, meter)
+                for entry in measuring if left else ():
+                    journal.keep(entry.key, asdict(entry))
+                    entries[entry.key] = entry
+                    on_done(entry.request)
+            in_order = [entries[request.key] for request in plan]
+            _write_tables(in_order, run_dir, with_reference=beside is not None)
         except BaseException as error:
             end(1, str(error) if isinstance(error, UserError) else repr(error))
             raise
         end(0, None)
-        if all(_done(journal, turn) for turn in plan):
+        if all(_done(entries, request) for request in plan):
             journal.remove()
 
 
-Turn = tuple[int, Request]  # which repeat
+Key = tuple[int, str]  # repeat, request_id
 
 
-def _entry(journal: Journal, turn: Turn) -> Entry | None:
-    return journal.get((turn[0], turn[1].id))
+@dataclass(frozen=True)
+class Entry:
+    """A request that ended: its row, the rows of its rounds, its line of `outputs.jsonl`, and the rows of what was
+    measured in turn with it. They are kept together or not at all: what is compared was measured side by side.
+
+    controller: what the gamma controller had learnt by then; None where gamma is fixed.
+    """
+
+    request: RequestRecord
+    rounds: list[RoundRecord]
+    output: dict[str, Any]
+    reference: list[ReferenceRecord] = field(default_factory=list)
+    controller: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> Entry:
+        """One that a journal kept."""
+        return cls(
+            RequestRecord(**content["request"]),
+            [RoundRecord(**row) for row in content["rounds"]],
+            content["output"],
+            [ReferenceRecord(**row) for row in content["reference"]],
+            content["controller"],
+        )
+
+    @property
+    def key(self) -> Key:
+        return self.request.repeat, self.request.request_id
 
 
-def _done(journal: Journal, turn: Turn) -> bool:
-    entry = _entry(journal, turn)
+def _done(entries: Mapping[Key, Entry], request: Request) -> bool:
+    entry = entries.get(request.key)
     return entry is not None and all(row.status == OK for row in (entry.request, *entry.reference))
 
 
 def _measure(
-    turns: Sequence[Turn],
+    requests: Sequence[Request],
     draft: Connection | None,
     target: Connection,
     codec: TextCodec,
     config: OrchestratorConfig,
     warmup: int,
-    journal: Journal,
+    entries: Mapping[Key, Entry],
+    learnt: dict[str, Any] | None,
     beside: Beside | None,
-    controller: GammaController | None,
     meter: Meter,
 ) -> Iterator[Entry]:
-    """Run these requests, at least one, in order; each by every contender in turn. journal: has the answers before a
-    later turn, and what the controller had learnt from the rows that are kept.
+    """Run these requests, at least one, in order; each by every contender in turn.
 
-    The order of the contenders moves on by one with each request, so that none always follows the same one.
+    entries: of what is done, as it goes on: the answers before a later turn. learnt: what the gamma controller had from
+    those that are kept. The order of the contenders moves on by one with each request, so that none always follows the
+    same one.
     """
-    learnt = journal.controller
+    controller = gamma_controller(config)
     descriptions = {c.role: c.description for c in (draft, target) if c}
     access = Access.of(config)
     with TextWriter(draft.address if draft else None, target.address, descriptions, access=access) as writer:
-
-        def stops() -> OnTokens | None:
-            return stops_at(codec, config.stop)
-
-        def write(request: Request) -> SpeculativeResult:
-            own = request_config(config, request)
-            on_tokens = stops()
-            return writer.write(
-                request.token_ids, own, on_tokens=on_tokens, controller=controller, request_id=request.id
-            )
-
-        contenders = [Contender(WORKERS, config, write)]
-        if beside is not None:
-            contenders += beside.contenders(config, writer, stops)
-        first_turns = [turn for turn in turns if turn[1].previous is None]
-        for _, request in islice(cycle(first_turns), warmup):
-            for contender in contenders:
+        taking_turns = contenders(config, writer, lambda: stops_at(codec, config.stop), controller, beside)
+        first_turns = [replace(request, repeat=0) for request in requests if request.previous is None]
+        for request in islice(cycle(first_turns), warmup):
+            for contender in taking_turns:
                 contender.write(request)
         if controller is not None and learnt is not None:
             controller.restore(learnt)
-        for number, (repeat, request) in enumerate(turns):
-            own = request_config(config, request)
+        for number, request in enumerate(requests):
             try:
-                request = replace(request, repeat=repeat)
-                request = _with_text_so_far(request, repeat, journal, codec, config, target.description.max_context)
+                request = _with_text_so_far(request, entries, codec, config, target.description.max_context)
             except UserError as failure:
                 error = WorkerError(str(failure), code="FAILED_PRECONDITION")
-                record = request_record(request, SpeculativeResult(), own, repeat, error)
-                yield Entry(record, [], _output(record, [], codec, config))
+                record = _record(taking_turns[0], request, SpeculativeResult(), error)
+                learnt = controller.state() if controller else None
+                yield Entry(record, [], _output(record, [], codec, config), controller=learnt)
                 continue
-            shift = number % len(contenders)
+            shift = number % len(taking_turns)
             written, spent = {}, {}
             meter.spent()
-            for place in [*range(shift, len(contenders)), *range(shift)]:
-                written[place] = _write(contenders[place], request)
+            for place in [*range(shift, len(taking_turns)), *range(shift)]:
+                written[place] = _write(taking_turns[place], request)
                 spent[place] = meter.spent()
-            result, failed = written[0]
-            record = replace(request_record(request, result, own, repeat, failed), **spent[0])
-            reference = [
-                replace(_reference_record(contenders[place], request, *written[place], repeat), **spent[place])
-                for place in range(1, len(contenders))
+            rows = [
+                replace(_record(contender, request, *written[place]), **spent[place])
+                for place, contender in enumerate(taking_turns)
             ]
-            rounds = round_records(request.id, result, own, repeat)
-            yield Entry(record, rounds, _output(record, result.output_tokens, codec, config), reference)
+            result = written[0][0]
+            yield Entry(
+                rows[0],
+                round_records(request, result, config),
+                _output(rows[0], result.output_tokens, codec, config),
+                [
+                    ReferenceRecord(**vars(row), setup=c.setup)
+                    for row, c in zip(rows[1:], taking_turns[1:], strict=True)
+                ],
+                controller.state() if controller else None,
+            )
+
+
+def _record(
+    contender: Contender, request: Request, result: SpeculativeResult, error: WorkerError | None
+) -> RequestRecord:
+    return request_record(request, result, request_config(contender.config, request), error)
 
 
 def _output(
@@ -256,7 +280,7 @@ def _output(
 
 
 def _with_text_so_far(
-    request: Request, repeat: int, journal: Journal, codec: TextCodec, config: OrchestratorConfig, limit: int
+    request: Request, entries: Mapping[Key, Entry], codec: TextCodec, config: OrchestratorConfig, limit: int
 ) -> Request:
     """A later turn with its token ids, from the answers of this run.
 
@@ -267,7 +291,7 @@ def _with_text_so_far(
     before: list[tuple[Prompt, str]] = []
     previous: Request | None = request.previous
     while previous is not None and previous.prompt is not None:
-        entry = journal.get((repeat, previous.id))
+        entry = entries.get((request.repeat, previous.id))
         if entry is None or entry.request.status != OK:
             raise UserError(f"turn {previous.turn} of this conversation, {previous.id[:80]}, has no answer")
         before.insert(0, (previous.prompt, entry.output["text"]))
@@ -289,13 +313,6 @@ def _write(contender: Contender, request: Request) -> tuple[SpeculativeResult, W
         return failure.result, failure
 
 
-def _reference_record(
-    contender: Contender, request: Request, result: SpeculativeResult, error: WorkerError | None, repeat: int
-) -> ReferenceRecord:
-    record = request_record(request, result, request_config(contender.config, request), repeat, error)
-    return ReferenceRecord(**vars(record), setup=contender.setup)
-
-
 def _write_tables(entries: Sequence[Entry], run_dir: Path, *, with_reference: bool) -> None:
     """The tables of a run whose requests all ended. Raises UserError when every one failed."""
     if entries and all(entry.request.status == FAILED for entry in entries):
@@ -306,17 +323,10 @@ def _write_tables(entries: Sequence[Entry], run_dir: Path, *, with_reference: bo
         if all(row.status == FAILED for row in own):
             what = "gamma 0" if setup == WORKERS else f"{setup} (setups says what is measured)"
             raise RunError(f"every text of the reference {what} failed, the first one with: {own[0].error_message}")
-    with writing_rows(run_dir / "requests.csv", RequestRecord) as write:
-        for entry in entries:
-            write(entry.request)
-    with writing_rows(run_dir / "per_round.csv", RoundRecord) as write:
-        for entry in entries:
-            for row in entry.rounds:
-                write(row)
+    write_rows(run_dir / "requests.csv", RequestRecord, (entry.request for entry in entries))
+    write_rows(run_dir / "per_round.csv", RoundRecord, (row for entry in entries for row in entry.rounds))
     if with_reference:
-        with writing_rows(run_dir / "reference.csv", ReferenceRecord) as write:
-            for text in reference:
-                write(text)
+        write_rows(run_dir / "reference.csv", ReferenceRecord, reference)
     outputs = "".join(json.dumps(entry.output, ensure_ascii=False) + "\n" for entry in entries)
     replace_file(run_dir / "outputs.jsonl", outputs)
 
@@ -332,14 +342,12 @@ def worker_identity(worker: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "limits": {name: limit for name, limit in limits.items() if name not in _LIMITS_OPERATION}}
 
 
-def _what_decides(run: Mapping[str, Any], requests: Sequence[Request]) -> dict[str, Any]:
+def _what_decides(run: Mapping[str, Any], requests: Sequence[Request], config: OrchestratorConfig) -> dict[str, Any]:
     """The settings that the rows of one run share: those of another run with the same ones may stand beside them."""
-    operates = OrchestratorConfig.operating()
-    workers = {role: worker_identity(worker) for role, worker in run["workers"].items()}
     return {
         "requests_sha256": json_sha256([_identity(request) for request in requests]),
-        "orchestrator": {key: value for key, value in run["orchestrator"].items() if key not in operates},
-        "workers": workers,
+        "orchestrator": deciding(config),
+        "workers": {role: worker_identity(worker) for role, worker in run["workers"].items()},
         **{key: run[key] for key in ("repeats", "warmup_requests", "tokenizer_sha256", "machine", "environment")},
         **{key: run[key] for key in ("software_sha256", "run_code_sha256", "beside")},
     }
@@ -362,19 +370,17 @@ def _describe_run(
     origins: Mapping[str, Mapping[str, Any]],
     beside: Beside | None,
 ) -> dict[str, Any]:
-    argv = redact_arguments(["specsplit", *sys.argv[1:]])
     workers = {
         c.role: {"address": c.address, **origins.get(c.role, {}), **description_dict(c.description)}
         for c in (draft, target)
         if c
     }
-    source_files, software = hash_tree(PACKAGE), capture_software()
+    run = describe_here()
     return {
         "schema_version": RUN_SCHEMA_VERSION,
-        "command": shlex.join(argv),
-        "argv": argv,
+        **run,
+        "argv": redact_arguments(["specsplit", *sys.argv[1:]]),
         "workflow": workflow_command(),
-        "started": utc_now(),
         "gamma": config.gamma,
         "seeds": {
             "orchestrator": config.seed,
@@ -387,13 +393,8 @@ def _describe_run(
         "workers": workers,
         "inputs": inputs,
         "tokenizer_sha256": codec.sha256,
-        "machine": capture_machine(),
-        "environment": capture_environment(),
-        "software": software,
-        "software_sha256": software["sha256"],
-        "specsplit_version": specsplit.__version__,
-        "source_sha256": combined_sha256(source_files),
+        "software_sha256": run["software"]["sha256"],
+        "source_sha256": combined_sha256(hash_tree(PACKAGE)),
         "run_code_sha256": code_sha256("bench"),
-        "worker_code_sha256": code_sha256("worker"),
         "git": capture_git(PACKAGE),
     }

@@ -10,12 +10,9 @@ from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.experiment.columns import RequestRecord
-from specsplit.experiment.journal import Parts
-from specsplit.experiment.records import Request, request_config, request_record, tokens_sha256
-from specsplit.io import json_sha256
-from specsplit.rpc.credentials import Access
+from specsplit.experiment.journal import journal_beside
+from specsplit.experiment.records import Request, deciding, request_config, request_record, text_writer, tokens_sha256
 from specsplit.settings.measure import StatesCostSettings
 from specsplit.settings.run import OrchestratorConfig
 
@@ -64,16 +61,10 @@ def measure_states_cost(
     text of the target alone is written first, unmeasured.
     """
     ways = kinds(draft, head, settings)
-    configs = [config.model_dump(mode="json", exclude=config.operating()) for config, _ in ways]
-    texts = json_sha256([[request.id, request.token_ids] for request in requests])
-    own = {"settings": settings.model_dump(mode="json"), "requests_sha256": texts, "configs": configs}
-    with Parts(output, {**own, **(decides or {})}) as journal, ExitStack() as stack:
-        writers = {
-            config.draft_name: stack.enter_context(
-                TextWriter(config.draft_address, config.target_address, access=Access.of(config))
-            )
-            for config in (draft, head)
-        }
+    configs = [deciding(config) for config, _ in ways]
+    own = {"settings": settings.model_dump(mode="json"), "configs": configs, **(decides or {})}
+    with journal_beside(output, requests, own) as journal, ExitStack() as stack:
+        writers = {config.draft_name: stack.enter_context(text_writer(config)) for config in (draft, head)}
 
         def alone(request: Request) -> str:
             config = request_config(draft.model_copy(update={"gamma": 0}), request)

@@ -16,6 +16,8 @@ SHARED_DEFAULTS: dict[str, Any] = {
     **{"hidden_states_form": "bfloat16", "hidden_states_project": "draft", "hidden_states_window": None},
 }
 
+_AXES = ("gamma", "mode", "tree", "temperature", "rtt_ms", "bandwidth_mbit")
+
 
 @dataclass(frozen=True)
 class Point:
@@ -57,20 +59,12 @@ class Point:
         greedy decoding, fan_out outside lookahead), so that a change of it reruns only the points that it concerns.
         """
         concerned = {
-            "fan_out": self.mode == "lookahead",
-            "top_k": self.temperature > 0,
-            "top_p": self.temperature > 0,
-            "sampling": self.temperature > 0,
-            "jitter_ms": True,
+            **{"fan_out": self.mode == "lookahead", "jitter_ms": True},
+            **dict.fromkeys(("top_k", "top_p", "sampling"), self.temperature > 0),
             **dict.fromkeys(("hidden_states_form", "hidden_states_project", "hidden_states_window"), self.gamma != 0),
         }
         return {
-            "gamma": self.gamma,
-            "mode": self.mode,
-            "tree": self.tree,
-            "temperature": self.temperature,
-            "rtt_ms": self.rtt_ms,
-            "bandwidth_mbit": self.bandwidth_mbit,
+            **{name: getattr(self, name) for name in _AXES},
             "draft_name": self.draft,
             # Each in the type of its default: 1 and 1.0 are one setting.
             **{

@@ -1,4 +1,4 @@
-"""Simulated models behind real workers, every pipeline mode: measured time per token beside the formula's.
+"""Simulated models behind real workers: measured time per token beside the formula's, and rounds of no model time.
 
 The time of the models and how often they agree are given, so the difference between measurement and formula is the cost
 of the system itself.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
@@ -23,8 +24,10 @@ from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import own_workers, start_worker
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access
-from specsplit.settings.measure import SimulationSettings
+from specsplit.settings.measure import OverheadSettings, SimulationSettings
 from specsplit.settings.run import MODES, OrchestratorConfig
+
+ACCEPTANCE = 0.8  # of the drafts whose overhead is measured
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ class Check:
 
 
 @contextmanager
-def simulated_workers(acceptance: float, draft_ms: float, verify_ms: float, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Addresses of a draft and a target worker, processes of their own, for the time of the block.
+def simulated_workers(acceptance: float, draft_ms: float, verify_ms: float, seed: int = 0) -> Iterator[TextWriter]:
+    """What writes texts through a draft and a target worker, processes of their own, for the time of the block.
 
     acceptance: probability that a drafted token is right. draft_ms, verify_ms: milliseconds of a pass of each model.
     """
@@ -72,8 +75,12 @@ def simulated_workers(acceptance: float, draft_ms: float, verify_ms: float, seed
         settings = ["--model", str(model), "--port", "0", "--threads", "1", "--max-context", "8192"]
         return start_worker(role, settings, endpoint_file=endpoint_file, log_file=log_file, timeout_s=120.0)
 
-    with own_workers({role: partial(start, role) for role in models}) as workers:
-        yield workers["draft"].address, workers["target"].address
+    ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
+    with (
+        own_workers({role: partial(start, role) for role in models}) as workers,
+        TextWriter(workers["draft"].address, workers["target"].address, access=ours) as writer,
+    ):
+        yield writer
 
 
 def check_theory(simulation: SimulationSettings, on_row: Callable[[Check], None] = lambda row: None) -> list[Check]:
@@ -82,58 +89,48 @@ def check_theory(simulation: SimulationSettings, on_row: Callable[[Check], None]
     rows = []
     # A worker rests about as long as the other one works.
     bare_ms = bare_round_trip_ms(simulation.verify_ms / 2)
-    ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
     times = (simulation.acceptance, simulation.draft_ms, simulation.verify_ms)
-    with (
-        simulated_workers(*times, simulation.seed) as (draft, target),
-        TextWriter(draft, target, access=ours) as writer,
-    ):
+    points: list[tuple[PipelineMode, int | str]] = [("sync", 0), *product(MODES, simulation.gamma)]
+    with simulated_workers(*times, simulation.seed) as writer:
         for rtt_ms in simulation.rtt_ms:
             alone: list[list[int]] = []
-            points: list[tuple[PipelineMode, int | str]] = [
-                ("sync", 0),
-                *product(MODES, simulation.gamma),
-            ]
             for mode, gamma in points:
                 settings = {"mode": mode, "gamma": gamma, "fan_out": simulation.fan_out, "rtt_ms": rtt_ms}
                 config = OrchestratorConfig.load({**settings, "max_output_tokens": simulation.tokens})
                 controller = gamma_controller(config)
                 results = [writer.write(prompt, config, controller=controller) for prompt in prompts]
                 alone = alone or [result.output_tokens for result in results]
-                rows.append(_row(simulation, mode, gamma, rtt_ms, bare_ms, results, alone))
+                rows.append(_row(simulation, config, bare_ms, results, alone))
                 on_row(rows[-1])
     return rows
 
 
 def _row(
     simulation: SimulationSettings,
-    mode: PipelineMode,
-    gamma: int | str,
-    rtt_ms: float,
+    config: OrchestratorConfig,
     bare_ms: float,
     results: list[SpeculativeResult],
     alone: list[list[int]],
 ) -> Check:
-    s = simulation
     # Without the first round, which has no draft, and with a draft the second, whose draft could not be made ahead.
-    left_out = 2 if gamma else 1
+    left_out = 2 if config.gamma else 1
     rounds = [r for result in results for r in result.rounds[left_out:]]
     per_round = tokens_per_round(rounds)
     total_ms = sum(result.total_ms - result.rounds[left_out - 1].arrived_ms for result in results)
-    hits = [r.speculation == "hit" for r in rounds if r.speculation != "none"]
-    transport_ms = bare_ms * (2 if gamma else 1)  # the draft worker's and the target's
-    formula = expected = limit = None
-    if isinstance(gamma, int):
-        settings = (mode, gamma, s.acceptance, s.draft_ms, s.verify_ms)
-        formula = tpot_ms(*settings, rtt_ms, s.fan_out)
-        by_chance = expected_tokens(s.acceptance, gamma) / per_round
-        expected = by_chance * formula
-        limit = by_chance * tpot_ms(*settings, rtt_ms + transport_ms, s.fan_out)
     measured = total_ms / (per_round * len(rounds))
+    hits = [r.speculation == "hit" for r in rounds if r.speculation != "none"]
+    transport_ms = bare_ms * (2 if config.gamma else 1)  # the draft worker's and the target's
+    formula = expected = limit = None
+    if isinstance(config.gamma, int):
+        times = simulation.acceptance, simulation.draft_ms, simulation.verify_ms
+        by_formula = partial(tpot_ms, config.mode, config.gamma, *times, fan_out=simulation.fan_out)
+        by_chance = expected_tokens(simulation.acceptance, config.gamma) / per_round
+        formula = by_formula(rtt_ms=config.rtt_ms)
+        expected, limit = by_chance * formula, by_chance * by_formula(rtt_ms=config.rtt_ms + transport_ms)
     return Check(
-        mode=mode,
-        rtt_ms=rtt_ms,
-        gamma=gamma,
+        mode=config.mode,
+        rtt_ms=config.rtt_ms,
+        gamma=config.gamma,
         tpot_ms=measured,
         formula_ms=formula,
         expected_ms=expected,
@@ -145,3 +142,26 @@ def _row(
         hit_rate=sum(hits) / len(hits) if hits else None,
         lossless=[result.output_tokens for result in results] == alone,
     )
+
+
+def measure_overhead(settings: OverheadSettings) -> list[dict[str, Any]]:
+    """The rounds of the texts in each mode at each gamma, and of the target alone (gamma 0).
+
+    A row a round: mode, gamma, text, the fields of `Round`, and bare_grpc_ms: the median of a message of about that
+    size and its answer with gRPC and nothing else, measured just before. The points take turns text by text, after
+    a first text each that is not counted.
+    """
+    points: list[tuple[PipelineMode, int]] = [("sync", 0), *product(settings.mode, settings.gamma)]
+    rows = []
+    with simulated_workers(ACCEPTANCE, draft_ms=0.0, verify_ms=0.0) as writer:
+        bare_ms = bare_round_trip_ms(0.0, repeats=500)
+        for text in range(-1, settings.texts):  # -1: the warm-up
+            for mode, gamma in points:
+                config = OrchestratorConfig.load(
+                    {"mode": mode, "gamma": gamma, "max_output_tokens": settings.tokens, "temperature": 0.0}
+                )
+                result = writer.write([65 + max(text, 0), 66, 67], config)
+                if text >= 0:
+                    about = {"mode": mode, "gamma": gamma, "text": text, "bare_grpc_ms": bare_ms}
+                    rows += [{**about, **asdict(row)} for row in result.rounds]
+    return sorted(rows, key=lambda row: points.index((row["mode"], row["gamma"])))
