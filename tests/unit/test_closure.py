@@ -164,4 +164,7 @@ def test_it_needs_no_other_module() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split(" ", 1)[0] == "{'specsplit'}"
-    assert "['specsplit', 'specsplit.provenance', 'specsplit.provenance.closure']" in done.stdout
+    assert (
+        "['specsplit', 'specsplit.errors', 'specsplit.io', 'specsplit.provenance', 'specsplit.provenance.closure']"
+        in done.stdout
+    )
