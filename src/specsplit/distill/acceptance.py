@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from specsplit.analysis.statistics import rate_ci
-from specsplit.analysis.tables import draft_position
+from specsplit.analysis.measures import draft_position
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.loop import NO_DRAFT, speculate
 from specsplit.decoding.tree import TokenTree
