@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from specsplit.analysis.statistics import rate_ci
 from specsplit.analysis.measures import draft_position
+from specsplit.analysis.statistics import rate_ci
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.loop import NO_DRAFT, speculate
 from specsplit.decoding.tree import TokenTree
