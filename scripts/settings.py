@@ -3,7 +3,7 @@
 
 src/specsplit/settings/config_schema.json   the JSON Schema that the configuration is checked with
 config/README.md                            the table of every key, between its markers
-config/config.yaml                          every key with its default and its comment
+config/config.yaml                          every key with its comment, and its default or what is shipped
 workflow/schemas/config.schema.yaml         the same schema, where the Snakemake workflow catalog looks for it
 src/specsplit/settings/facts.json           facts about the settings, which Snakemake reads without pydantic
 """
@@ -33,7 +33,7 @@ FACTS = ROOT / "src/specsplit/settings/facts.json"
 README = ROOT / "config/README.md"
 CONFIG = ROOT / "config/config.yaml"
 BEGIN, END = "<!-- made by scripts/settings.py: begin -->", "<!-- made by scripts/settings.py: end -->"
-OURS = ("note", "heading", "operates", "verbatim")  # of `setting`, and of no use to who reads the schema
+OURS = ("note", "heading", "shipped", "operates", "verbatim")  # of `setting`, and of no use to who reads the schema
 ORDER = ("$schema", "title", "description", "plural", "type", "additionalProperties", "required")
 WIDTH = 120
 
@@ -133,7 +133,7 @@ def table(schema_keys, wanted):
 
 
 def config(flat):
-    """config/config.yaml: every key with its default, its note beside it and its heading above it."""
+    """config/config.yaml: every key, its note beside it and its heading above it."""
     lines = [
         "# What the workflow measures. Every key is explained in config/README.md.",
         "# Another file on top of this one: snakemake --cores 2 --configfile my.yaml -- results/summary.csv",
@@ -161,7 +161,8 @@ def config(flat):
         for key, child in info.annotation.model_fields.items():
             extra = extra_of(child)
             lines += comment(extra.get("heading"), "  ")
-            lines.append(f"  {key}: {yaml(leaf['properties'][key]['default'])}{beside(extra)}")
+            value = extra.get("shipped", leaf["properties"][key]["default"])
+            lines.append(f"  {key}: {yaml(value)}{beside(extra)}")
     return "\n".join(lines) + "\n"
 
 

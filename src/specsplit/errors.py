@@ -10,6 +10,9 @@ UserError
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -27,6 +30,32 @@ def told(error: BaseException) -> str:
     """What an error of another library says, for a message: its class and its text, without more than a few lines."""
     text = "\n".join(str(error).strip().splitlines()[:8])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def naming(key: str, scratch: Path | None = None) -> Iterator[None]:
+    """Begin what a UserError says with a key of the configuration; a scratch folder means nothing to the reader."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {str(error).replace(f'{scratch}: ', '')}") from error
+
+
+def why(error: Exception) -> str:
+    """What the system says of a file that cannot be read: `No such file or directory`."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def listed(items: Iterable[object], most: int = 5, apart: str = ", ") -> str:
+    """The first items, and how many more there are; apart: what stands between them."""
+    shown = list(map(str, items))
+    more = [f"and {len(shown) - most} more"] if len(shown) > most else []
+    return (apart if "\n" in apart else " ").join([apart.join(shown[:most]), *more])
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """The text, or its beginning and three dots when it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def is_out_of_memory(error: BaseException) -> bool:

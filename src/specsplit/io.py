@@ -1,4 +1,4 @@
-"""Files: reading and writing JSON, writing tables, replacing a file as a whole, content hashes."""
+"""Files: reading and writing JSON, writing tables, replacing a file as a whole, content hashes; times as text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from tempfile import gettempdir
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, why
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -128,7 +129,7 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read: {why(error)}") from None
     try:
         return json.loads(text, parse_constant=_refuse, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
@@ -231,6 +232,11 @@ def write_csv(frame: DataFrame, path: Path) -> None:
     text = StringIO()
     frame.to_csv(cast(Any, RowEnds(text)), index=False, float_format="%.10g", lineterminator=CSV_ROW_END)
     replace_file(path, text.getvalue())
+
+
+def utc_text(time: datetime, digits: str = "milliseconds") -> str:
+    """A time in UTC as ISO 8601: 2025-01-31T12:00:00.123Z. digits: as `datetime.isoformat` calls them."""
+    return time.isoformat(timespec=digits).replace("+00:00", "Z")
 
 
 def json_sha256(obj: Any) -> str:

@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from specsplit.client.pipeline import TextWriter
-from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary
-from specsplit.distill.training import DraftLearner, Trainer
+from specsplit.client.writer import TextWriter
+from specsplit.distill.draft import DraftLearner, build_draft, pick_layers, pick_vocabulary
+from specsplit.distill.training import Trainer
 from specsplit.distill.writing import Writer
 from specsplit.engines.transformers import CausalLM
 from specsplit.models.sources import prepare_model

@@ -13,7 +13,7 @@ from specsplit.engines.transformers import CausalLM
 from specsplit.models.vocabulary import Vocabulary
 from specsplit.worker.draft import Drafter
 from specsplit.worker.sessions import Session
-from specsplit.worker.target import verify_tree
+from specsplit.worker.target_service import verify_tree
 
 from tiny_models import ARCHITECTURES, make_tiny_model
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.forced import forced
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -115,3 +115,5 @@ def test_the_name_of_the_draft_says_that_it_is_synthetic() -> None:
     assert OrchestratorConfig(gamma=0, draft_acceptance=0.8).draft_name == "draft"
     with pytest.raises(ValueError, match="needs a text that is known beforehand"):
         OrchestratorConfig(draft_acceptance=0.8, sampling="rejection", temperature=1)
+    with pytest.raises(ValueError, match="with lookup the text drafts too"):
+        OrchestratorConfig(draft_acceptance=0.8, lookup=2)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.models.sources import prepare_model
 from specsplit.settings.run import OrchestratorConfig
 

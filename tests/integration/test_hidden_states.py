@@ -16,9 +16,10 @@ import torch
 import specsplit
 from specsplit.client import recovery, states
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
+from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.states import check_states
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.loop import speculate
 from specsplit.engines.hidden_states import HiddenStatesHead
@@ -116,6 +117,9 @@ def test_the_text_is_that_of_the_target_alone(pair: tuple[Worker, Worker], mode:
         for gamma in (5, "auto"):
             result = write(pair, PROMPTS[0], mode=mode, tree=tree, gamma=gamma, **sampling)
             assert result.output_tokens == alone, (tree, gamma)
+    looked_up = write(pair, PROMPTS[0] * 2, mode=mode, lookup=1, **sampling)
+    assert looked_up.output_tokens == write(pair, PROMPTS[0] * 2, gamma=0, **sampling).output_tokens
+    assert {"lookup", "model"} <= {r.draft_source for r in looked_up.rounds}
 
 
 @pytest.mark.parametrize("mode", MODES[1:])

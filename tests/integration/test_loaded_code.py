@@ -17,7 +17,7 @@ import yaml
 
 from specsplit.io import write_json
 from specsplit.launch.environment import REQUIRED
-from specsplit.launch.lease import hold_lease
+from specsplit.launch.heartbeat import hold_lease
 from specsplit.provenance.closure import PACKAGE, command_files
 from specsplit.settings.configuration import load_pipeline_config
 

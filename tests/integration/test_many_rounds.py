@@ -14,7 +14,7 @@ from specsplit.engines.synthetic import SyntheticLM
 from specsplit.models.vocabulary import Vocabulary
 from specsplit.worker.draft import Drafter
 from specsplit.worker.sessions import Session
-from specsplit.worker.target import verify_tree
+from specsplit.worker.target_service import verify_tree
 
 DRAFT, TARGET = SyntheticLM(acceptance=0.8, seed=1), SyntheticLM(seed=1)
 VOCABULARY = Vocabulary(TARGET.vocab_size)

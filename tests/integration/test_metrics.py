@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -53,7 +53,7 @@ def test_metrics_count_what_happened(tiny_model_folder: Callable[..., Path]) -> 
             with pytest.raises(grpc.RpcError):
                 target.stub.VerifyDrafts(verify_request(tokens), timeout=20)
         seen, drafts = scraped(target), scraped(draft)
-    rounds = result.total_rounds
+    rounds = len(result.rounds)
     assert seen["specsplit_rounds_total"] == rounds + 1
     assert seen["specsplit_drafted_tokens_total"] == sum(r.drafted for r in result.rounds)
     assert seen["specsplit_accepted_tokens_total"] == sum(r.accepted for r in result.rounds)

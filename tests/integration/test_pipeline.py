@@ -12,8 +12,9 @@ import pytest
 
 from specsplit.client import recovery
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
+from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import LINK_BYTES, SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -123,6 +124,37 @@ def test_rejection_sampling_is_reproducible_and_drafts_are_accepted(
     assert sum(r.accepted for r in first.rounds) > 0
 
 
+@pytest.mark.parametrize("has_draft", [True, False])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_with_prompt_lookup_the_text_is_that_of_the_target_alone(
+    pair: tuple[Worker, Worker, Reference], temperature: float, has_draft: bool
+) -> None:
+    draft, target, _ = pair
+    settings = {"temperature": temperature, "seed": 5, "max_output_tokens": 48, "max_context": 120}
+    prompt = PROMPT * 3
+    expected = write(None, target, prompt, gamma=0, **settings).output_tokens
+    rounds = []
+    with TextWriter(draft.address if has_draft else None, target.address) as writer:
+        for mode in MODES:
+            for gamma in (1, 4, "auto"):
+                more = {"mode": mode, "gamma": gamma, "lookup": 1, "ignore_eos": True}
+                result = writer.write(prompt, OrchestratorConfig(**settings, **more))
+                assert result.output_tokens == expected, (mode, gamma)
+                rounds += result.rounds
+    looked_up = [r for r in rounds if r.draft_source == "lookup"]
+    assert len(looked_up) > 20
+    assert all(r.draft_compute_ms == 0 and r.drafted for r in looked_up)
+    assert any(r.draft_source == "model" for r in rounds) == has_draft
+
+
+def test_rejection_sampling_with_prompt_lookup_is_reproducible(pair: tuple[Worker, Worker, Reference]) -> None:
+    draft, target, _ = pair
+    settings = {"sampling": "rejection", "temperature": 1.0, "lookup": 1, "seed": 3}
+    first = write(draft, target, PROMPT * 3, **settings)
+    assert write(draft, target, PROMPT * 3, **settings).output_tokens == first.output_tokens
+    assert {"lookup", "model"} <= {r.draft_source for r in first.rounds}
+
+
 def test_top_k_of_one_is_greedy(pair: tuple[Worker, Worker, Reference]) -> None:
     draft, target, reference = pair
     for sampling in ("coupled", "rejection"):
@@ -142,7 +174,6 @@ def test_guesses_come_true_and_fail_and_change_nothing(
     result = write(draft, target, mode=mode, gamma=2, **settings)
     assert result.output_tokens == expected.output_tokens
     assert result.rounds[0].speculation == "none"
-    assert result.total_rounds == len(result.rounds)
     assert result.speculation_hits > 0
     assert result.speculation_misses > 0 or mode == "lookahead"
     assert result.speculation_hits + result.speculation_misses >= len(result.rounds) - 2
@@ -259,7 +290,7 @@ def test_a_text_ends_at_its_limits(simulated: tuple[Worker, Worker], mode: str, 
     full = write(draft, target, mode=mode, tree=tree, max_context=40, max_output_tokens=60)
     assert (full.output_tokens, full.finish_reason) == (expected[: 40 - len(PROMPT)], "context")
     cut = write(draft, target, mode=mode, tree=tree, max_rounds=3, max_output_tokens=60)
-    assert (cut.total_rounds, cut.finish_reason) == (3, "max_rounds")
+    assert (len(cut.rounds), cut.finish_reason) == (3, "max_rounds")
 
 
 @pytest.mark.parametrize("mode", AHEAD)

@@ -14,9 +14,10 @@ import grpc
 import pytest
 
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
+from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
-from specsplit.client.stream import Stream, Traffic
+from specsplit.client.stream import Spent, Stream
+from specsplit.client.writer import TextWriter
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.credentials import Access
@@ -377,7 +378,7 @@ def test_everyone_who_asks_a_broken_stream_learns_that_it_is() -> None:
             return ()
 
     async def ask_twice() -> list[str]:
-        stream = Stream("draft", Broken, timeout_s=5.0, traffic=Traffic())
+        stream = Stream("draft", Broken, timeout_s=5.0, spent=Spent())
         found = await asyncio.gather(stream.receive(), stream.receive(), return_exceptions=True)
         await stream.close()
         return [str(each) for each in found]

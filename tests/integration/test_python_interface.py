@@ -227,6 +227,9 @@ def test_a_target_alone(folders: dict[str, Path], expected: Any) -> None:
         assert (text.token_ids, len(text.rounds)) == (expected(PROMPT), LENGTH)
         with pytest.raises(specsplit.OptionError, match="gamma=3: this pair has no draft model"):
             pair.generate(PROMPT, gamma=3)
+        looked_up = pair.generate(PROMPT, gamma=3, lookup=1)
+        assert looked_up == text
+        assert any(r.draft_source == "lookup" for r in looked_up.rounds)
 
 
 def test_how_each_model_runs_can_be_said(folders: dict[str, Path], loaded: specsplit.Pair) -> None:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.tree import TokenTree
 from specsplit.distill.acceptance import acceptance, measure
 from specsplit.engines.hidden_states import HiddenStatesHead
@@ -25,7 +25,7 @@ from specsplit.engines.transformers import CausalLM, library_model
 from specsplit.experiment.dataset import load_prompts, select_prompts
 from specsplit.experiment.llama_cpp import LlamaCpp
 from specsplit.experiment.peers import Peer
-from specsplit.launch.lease import hold_lease
+from specsplit.launch.heartbeat import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.sources import resolve_model

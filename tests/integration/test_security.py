@@ -15,7 +15,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from specsplit.client.handshake import connected_pair
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.errors import WorkerError
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import attach_worker

@@ -17,8 +17,9 @@ import pytest
 
 from specsplit.client import recovery
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
+from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import WorkerError
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.connection import connect
@@ -227,7 +228,7 @@ def test_the_http_status_of_a_proxy_is_final_or_not(target: Worker, status: int,
     with http_proxy(status, target.address, times=1) as address, grpc.insecure_channel(address) as channel:
         error: Any = pb_grpc.TargetServiceStub(channel).Describe.future(pb.DescribeRequest(), timeout=10).exception()
     found = meaning(error.code(), error.details(), error.trailing_metadata())
-    assert (found.remedy, found.after_s) == (remedy, 0.0), (error.code(), error.details())
+    assert (found.rule.remedy, found.after_s) == (remedy, 0.0), (error.code(), error.details())
 
 
 # ---- gRPC's own bound, for real

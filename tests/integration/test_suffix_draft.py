@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from test_metrics import scraped
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.experiment.records import Request
 from specsplit.experiment.runner import run_requests
 from specsplit.models.sources import prepare_model

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from specsplit.cli.main import main
-from specsplit.decoding.theory import expected_tokens, tpot_ms
+from specsplit.decoding.theory import expected_tokens
+from specsplit.decoding.tree_plan import tpot_ms
 from specsplit.experiment import theory_check
 from specsplit.experiment.transport import bare_round_trip_ms
 from specsplit.settings.measure import SimulationSettings

@@ -23,7 +23,7 @@ from opentelemetry.trace import StatusCode
 from specsplit import tracing
 from specsplit.cli import main as cli
 from specsplit.client import event_loop as client_loop
-from specsplit.client.pipeline import TextWriter
+from specsplit.client.writer import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb

@@ -21,7 +21,7 @@ import pytest
 
 from specsplit.errors import UserError, WorkerError
 from specsplit.launch.endpoint import Endpoint
-from specsplit.launch.lease import LEASE_HOST, LEASE_PID
+from specsplit.launch.heartbeat import LEASE_HOST, LEASE_PID
 from specsplit.launch.start import attach_worker, start_worker, stop_worker
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb

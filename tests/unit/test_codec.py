@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from specsplit.rpc.codec import (
     tree_from_message,
     tree_to_message,
 )
-from specsplit.rpc.hidden_states import FORMS, StatesError, pack_parts, pack_states, row_bytes, unpack_states
+from specsplit.rpc.hidden_states import FORMS, StatesError, pack_states, row_bytes, unpack_states
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.worker.refusals import LimitReached
+from specsplit.worker.states import Wanted
 
 TREES = [
     TokenTree(),
@@ -145,13 +148,15 @@ def test_rows_that_are_not_finite_are_still_so_at_the_other_end(form: str, bad: 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_hidden_states_are_sent_in_parts_that_fit(form: str) -> None:
-    rows = torch.randn(7, 4)
-    parts = list(pack_parts(rows, 5, form, most_bytes=3 * row_bytes(form, 4) + 1))
+    rows = torch.randn(12, 4)  # of a whole text, of which the last 7 are wanted
+    wanted = Wanted(5, (0,), form, None, message_bytes=3 * row_bytes(form, 4) + 1)
+    parts = wanted.packed(rows, parts=True)
     assert [(part.first, part.count) for part in parts] == [(5, 3), (8, 3), (11, 1)]
-    whole = unpack_states(pack_states(rows, 5, form), 4)
+    whole = unpack_states(pack_states(rows[5:], 5, form), 4)
     assert torch.equal(torch.cat([unpack_states(part, 4) for part in parts]), whole)
-    assert [part.count for part in pack_parts(rows[:2], 5, form, most_bytes=1)] == [1, 1]
-    assert [part.count for part in pack_parts(rows, 5, form)] == [7]
+    with pytest.raises(LimitReached, match="of 7 positions"):
+        wanted.packed(rows, parts=False)
+    assert [part.count for part in replace(wanted, message_bytes=0).packed(rows, parts=False)] == [7]
 
 
 @pytest.mark.parametrize(

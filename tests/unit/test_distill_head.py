@@ -105,7 +105,7 @@ def test_the_head_is_trained_as_it_drafts(target: Path, written: Any, tmp_path: 
     texts = sorted(written[1], key=lambda text: -text.answered)[:2]
     batch = learner.collate(texts)
     with torch.no_grad():
-        unrolled = [logits.float() for logits, _, _ in learner._unrolled(batch)]
+        unrolled = [logits.float() for logits, _, _ in learner.say(batch)]
     learner.save("float32", target, tmp_path)
     head = HiddenStatesHead.load(tmp_path, device="cpu", target=target)
     places = [0] * settings.unroll_steps

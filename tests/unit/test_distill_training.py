@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary
+from specsplit.distill.draft import DraftLearner, build_draft, pick_layers, pick_vocabulary
 from specsplit.distill.shards import Text
-from specsplit.distill.training import DraftLearner, Row, Trainer, collate, hash_recipe, learning_rate, split_texts
+from specsplit.distill.training import Row, Trainer, hash_recipe, learning_rate, split_texts
 from specsplit.distill.writing import Writer
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.transformers import CausalLM
@@ -172,8 +172,8 @@ def test_what_a_draft_cannot_be_made_of(tiny_model: Callable[..., Any], target: 
 # ---- training
 
 
-def test_a_batch_points_at_the_tokens_before_the_answers(texts: list[Text]) -> None:
-    batch = collate(texts[:3], None, torch.device("cpu"))
+def test_a_batch_points_at_the_tokens_before_the_answers(target: Path, texts: list[Text]) -> None:
+    batch = make(target, texts, settings())[0].learner.collate(texts[:3])
     flat = batch.ids.flatten().tolist()
     expected = [text.tokens[i].item() for text in texts[:3] for i in range(text.answer - 1, len(text.tokens) - 1)]
     assert [flat[place] for place in batch.places] == expected

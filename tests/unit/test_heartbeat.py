@@ -11,8 +11,8 @@ import pytest
 
 from specsplit.launch import heartbeat
 from specsplit.launch.endpoint import Endpoint
-from specsplit.launch.heartbeat import Pulse, silent, start_heartbeat
-from specsplit.launch.lease import LEASE_FILE, LEASE_HOST, LEASE_PID, Lease, hold_lease, lease_holder
+from specsplit.launch.heartbeat import LEASE_FILE, LEASE_HOST, LEASE_PID, Pulse, hold_lease, silent, start_heartbeat
+from specsplit.launch.lease import Lease, lease_holder
 from specsplit.launch.process import ProcessIdentity
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.workflow.files import dead_worker

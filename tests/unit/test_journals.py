@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import WorkerError
 from specsplit.experiment import capacity, peer_race

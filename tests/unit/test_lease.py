@@ -11,15 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from specsplit.launch.lease import (
-    LEASE_HOST,
-    LEASE_PID,
-    Lease,
-    ProcessIdentity,
-    hold_lease,
-    lease_holder,
-    user_lock,
-)
+from specsplit.launch.heartbeat import LEASE_HOST, LEASE_PID, hold_lease
+from specsplit.launch.lease import Lease, ProcessIdentity, lease_holder, user_lock
 
 ME = ProcessIdentity(os.getpid(), psutil.Process().create_time())
 

@@ -11,10 +11,10 @@ from specsplit.api.in_process import InProcessStub
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.decoding.growth import DraftSettings
-from specsplit.decoding.loop import NO_DRAFT, speculate, verify_tree
+from specsplit.decoding.loop import NO_DRAFT, speculate
 from specsplit.decoding.sampling import GREEDY, NonFiniteLogits, Sampling, candidates, choose
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.decoding.verification import verify
+from specsplit.decoding.verification import checked_pass, verify
 from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.gpu import GpuLM
 from specsplit.engines.numba import FusedLM
@@ -85,11 +85,11 @@ def test_a_text_that_overflows_leaves_the_next_ones_as_they_are(engine, sampling
     expected = alone(engine, PROMPT, sampling)
     cache = engine.new_cache(64)
     with pytest.raises(NonFiniteLogits):
-        verify_tree(engine, cache, [*PROMPT, BAD, 8], NO_DRAFT, sampling)
+        checked_pass(engine, cache, [*PROMPT, BAD, 8], NO_DRAFT, sampling)
     assert cache.length == 0
     text = list(PROMPT)  # the same cache, as sessions of a worker have it one after another
     while len(text) < len(PROMPT) + LENGTH:
-        text.append(verify_tree(engine, cache, text, NO_DRAFT, sampling).next_token)
+        text.append(checked_pass(engine, cache, text, NO_DRAFT, sampling).next_token)
     assert text[len(PROMPT) :] == expected
     del cache  # its buffers go to the next one
     assert alone(engine, PROMPT, sampling) == expected
@@ -102,7 +102,7 @@ def test_a_drafted_token_that_overflows_does_not_change_the_text(engine, samplin
     while len(text) < len(PROMPT) + LENGTH:
         following = expected[len(text) - len(PROMPT)]
         tree = TokenTree([BAD, following, BAD], [ROOT, ROOT, 1], [-1.0, -1.0, -1.0])
-        verdict = verify_tree(engine, cache, text, tree, sampling)
+        verdict = checked_pass(engine, cache, text, tree, sampling)
         text += [*(tree.token_ids[node] for node in verdict.path), verdict.next_token]
     assert text[len(PROMPT) :][:LENGTH] == expected[:LENGTH]
 

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 from specsplit.analysis.peers_table import summarize_peers, write_peers
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import Round, SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import UserError
 from specsplit.experiment import llama_cpp
 from specsplit.experiment.peer_race import Ours, PeerRecord, race

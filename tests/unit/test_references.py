@@ -23,11 +23,12 @@ from specsplit.analysis.findings import (
     round_trip_sentences,
     summary_table,
 )
+from specsplit.analysis.merging import merge_runs, read_tables
 from specsplit.analysis.references import GAMMA0, REFERENCE, speedup_columns
-from specsplit.analysis.tables import merge_runs, read_tables, summarize
+from specsplit.analysis.tables import summarize
 from specsplit.cli.main import main
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import Round, SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.baselines import Beside
 from specsplit.experiment.columns import COLOCATED, FAILED, STREAMED, WORKERS, ReferenceRecord, RequestRecord

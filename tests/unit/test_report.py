@@ -230,5 +230,8 @@ def test_a_missing_figure_is_named(results: Path, tmp_path: Path) -> None:
 def test_the_name_of_a_synthetic_draft_is_never_left_out() -> None:
     """What is the same in every row is, as a rule."""
     columns = ["gamma", "mode", "draft"]
-    assert _chosen(columns, [["1", "sync", "draft"]], ["*"])[0] == ["gamma"]
-    assert _chosen(columns, [["1", "sync", "draft-synthetic-0.8"]], ["*"])[0] == ["gamma", "draft"]
+    assert _chosen(pd.DataFrame([["1", "sync", "draft"]], columns=columns), ["*"])[0] == ["gamma"]
+    assert _chosen(pd.DataFrame([["1", "sync", "draft-synthetic-0.8"]], columns=columns), ["*"])[0] == [
+        "gamma",
+        "draft",
+    ]

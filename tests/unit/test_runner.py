@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import Failure, Round, SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import UserError, WorkerError
 from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord
 from specsplit.experiment.dataset import Prompt

@@ -212,7 +212,7 @@ def test_a_place_is_given_away_while_a_session_is_waited_for(make_store: Callabl
     with store.use(opening("a"), Caller(peer=B)):
         thread = threading.Thread(target=lambda: store.use(opening("b"), caller).__enter__())
         thread.start()
-        assert wait_until(lambda: store.waiting == 1)
+        assert wait_until(lambda: len(store._line) == 1)
         assert places._taken == 0
     thread.join(10)
     assert places._taken == 1

@@ -15,7 +15,9 @@ import pytest
 from specsplit.analysis.configurations import NETWORK
 from specsplit.analysis.costs import cost_sentences
 from specsplit.analysis.findings import faults_sentence, find_best
-from specsplit.analysis.tables import METRICS, TIMES, merge_runs, read_tables, summarize
+from specsplit.analysis.measures import TIMES
+from specsplit.analysis.merging import merge_runs, read_tables
+from specsplit.analysis.tables import METRICS, summarize
 from specsplit.client.result import LINK_BYTES, USAGE
 from specsplit.errors import UserError
 from specsplit.experiment.columns import LATER_COLUMNS, REQUEST_COLUMNS, ROUND_COLUMNS, RequestRecord, RoundRecord
@@ -330,7 +332,7 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     expected += ["hit_rate", "hit_rate_ci_low", "hit_rate_ci_high"]
     expected += [f"acceptance_length{part}" for part in ("", "_ci_low", "_ci_high", "_mean")]
     expected += [f"draft_acceptance_rate{part}" for part in ("", "_ci_low", "_ci_high")]
-    expected += [f"draft_share_{source}" for source in ("session", "global", "model", "none")]
+    expected += [f"draft_share_{source}" for source in ("session", "global", "lookup", "model", "none")]
     expected += [f"{name}_{i}" for name in ("acceptance_at", "joint_acceptance_at") for i in (1, 2, 3)]
     expected += [f"rounds_accepting_{i}" for i in range(4)]
     expected += ["lossless", "lossless_compared", "reference_ms_per_token", "reference_drift"]

@@ -6,16 +6,9 @@ import random
 
 import pytest
 
-from specsplit.decoding.theory import (
-    best_gamma,
-    expected_tokens,
-    fan_out_per_depth,
-    hit_probability,
-    lookahead_round_ms,
-    mode_hit_probability,
-    round_ms,
-    tpot_ms,
-)
+from specsplit.decoding.theory import expected_tokens, round_ms
+from specsplit.decoding.tree import TreeShape
+from specsplit.decoding.tree_plan import hit_probability, plans, tpot_ms
 
 
 @pytest.mark.parametrize(
@@ -52,23 +45,26 @@ def test_formulas_against_simulated_rounds(alpha, gamma):
     outcomes = simulate(alpha, gamma, n)
     assert sum(a + 1 for a, _ in outcomes) / n == pytest.approx(expected_tokens(alpha, gamma), rel=0.02)
     whole = sum(a == gamma and r == 1 for a, r in outcomes) / n
-    assert whole == pytest.approx(mode_hit_probability("overlap", alpha, gamma), abs=0.01)
+    plan = plans(TreeShape(), alpha, gamma, 8)[gamma]
+    assert whole == pytest.approx(hit_probability("overlap", alpha, gamma, plan), abs=0.01)
+    # What the fan-out is spent on: the likeliest outcomes, rank 1 being drafted already.
+    ranked = sorted(
+        (-(alpha ** (accepted + 1)) * (1 - alpha) ** (rank - 1), accepted, rank)
+        for accepted in range(gamma + 1)
+        for rank in range(2 if accepted < gamma else 1, 30)
+    )
     for fan_out in (1, 4, 8, 20):
-        # The candidates that the fan-out spends at each depth are its likeliest, rank 1 being drafted already.
-        spent = fan_out_per_depth(alpha, gamma, fan_out)
-        assert sum(spent) == fan_out
-        hits = sum(r - (a < gamma) <= spent[a] for a, r in outcomes) / n
-        assert hits == pytest.approx(hit_probability(alpha, gamma, fan_out), abs=0.01)
+        likeliest = {(accepted, rank) for _, accepted, rank in ranked[:fan_out]}
+        hits = sum(outcome in likeliest for outcome in outcomes) / n
+        assert hits == pytest.approx(plans(TreeShape(), alpha, gamma, fan_out)[gamma].hit, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("rtt", "sync", "overlap", "lookahead"), [(0, 12.1, 11.1, 7.2), (14, 15.6, 14.7, 8.9), (50, 24.0, 23.3, 17.8)]
-)
-def test_the_worked_example(rtt, sync, overlap, lookahead):
-    """alpha .8, 3 ms a drafted token, 30 ms a verification, best gamma, lookahead hits 9 of 10."""
-    for mode, expected, hit in (("sync", sync, None), ("overlap", overlap, None), ("lookahead", lookahead, 0.9)):
-        gamma = best_gamma(mode, 0.8, 3, 30, rtt, 20, hit=hit, plain=True)
-        assert tpot_ms(mode, gamma, 0.8, 3, 30, rtt, hit=hit, plain=True) == pytest.approx(expected, abs=0.06)
+@pytest.mark.parametrize(("rtt", "sync", "overlap"), [(0, 12.1, 11.1), (14, 15.6, 14.7), (50, 24.0, 23.3)])
+def test_the_worked_example(rtt, sync, overlap):
+    """alpha .8, 3 ms a drafted token, 30 ms a verification, best gamma."""
+    for mode, expected in (("sync", sync), ("overlap", overlap)):
+        assert min(tpot_ms(mode, gamma, 0.8, 3, 30, rtt) for gamma in range(21)) == pytest.approx(expected, abs=0.06)
+    assert tpot_ms("sync", 1, 0.5, 40, 30) > tpot_ms("sync", 0, 0.5, 40, 30)  # a draft as slow as the target
 
 
 @pytest.mark.parametrize("hit", [0.0, 0.3, 0.9, 1.0])
@@ -86,18 +82,4 @@ def test_lookahead_rounds_against_simulated_ones(hit, gamma, rtt):
         else:
             begun = now + rtt + gamma * draft
             earlier, now = None, begun + verify
-    assert now / rounds == pytest.approx(lookahead_round_ms(gamma, draft, verify, rtt, hit), rel=0.02)
-
-
-def test_best_gamma_is_the_best():
-    for mode in ("sync", "overlap", "lookahead"):
-        for alpha in (0.3, 0.8, 0.97):
-            costs = [tpot_ms(mode, g, alpha, 3, lambda n: 25 + n, 14) for g in range(17)]
-            assert best_gamma(mode, alpha, 3, lambda n: 25 + n, 14) == costs.index(min(costs))
-    assert best_gamma("sync", 0.5, 40, 30) == 0  # a draft as slow as the target
-
-
-def test_impossible_arguments_are_refused():
-    for bad in (lambda: expected_tokens(1.5, 3), lambda: expected_tokens(0.5, -1), lambda: round_ms("fast", 1, 1, 1)):
-        with pytest.raises(ValueError, match=r"alpha|gamma|mode"):
-            bad()
+    assert now / rounds == pytest.approx(round_ms("lookahead", gamma, draft, verify, rtt, hit), rel=0.02)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import Round, SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import PromptError, UserError, WorkerError
 from specsplit.experiment.dataset import Prompt, prepare_dataset, read_prompt_file, select_prompts, write_prompts
 from specsplit.experiment.prompt_tokens import tokenize_prompts

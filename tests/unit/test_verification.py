@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from specsplit.decoding.sampling import GREEDY, Sampling, candidates, choose, log_probs
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.decoding.verification import Verdict, verify, verify_greedy, verify_rejection
+from specsplit.decoding.verification import Verdict, follow, verify, verify_rejection
 
 from test_tree import VOCAB, path_tokens, trees
 
@@ -41,6 +41,17 @@ def one_hot(*tokens: int) -> torch.Tensor:
     return rows
 
 
+def walk(tree: TokenTree, tokens: list[int]) -> list[int]:
+    """Nodes of the longest path from the root that spells a prefix of `tokens`."""
+    path: list[int] = []
+    for token in tokens:
+        below = [i for i, parent in enumerate(tree.parents) if parent == (path[-1] if path else ROOT)]
+        if not (found := [i for i in below if tree.token_ids[i] == token]):
+            break
+        path += found[:1]
+    return path
+
+
 def emitted(tree: TokenTree, verdict: Verdict) -> list[int]:
     return [*(tree.token_ids[node] for node in verdict.path), verdict.next_token]
 
@@ -53,7 +64,7 @@ def test_greedy_against_the_definition(tree: TokenTree, data: st.DataObject) -> 
     """Accepted + next token is what the target emits alone, as far as the tree goes; found here by brute force."""
     context_choice = data.draw(st.integers(0, VOCAB - 1))
     choices = data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=len(tree), max_size=len(tree)))
-    verdict = verify_greedy(tree, context_choice, choices)
+    verdict = follow(tree, lambda node, _: context_choice if node == ROOT else choices[node])
 
     def accepted(node: int) -> bool:
         parent = tree.parents[node]
@@ -70,7 +81,7 @@ def test_temperature_0_is_greedy_whatever_else_is_said(tree: TokenTree, seed: in
     logits = rows_of(model_of(seed), tree)
     choices = logits.argmax(-1).tolist()
     sampling = Sampling(temperature=0.0, top_k=2, top_p=0.5, seed=seed, rejection=rejection)
-    assert verify(tree, logits, 5, sampling) == verify_greedy(tree, choices[0], choices[1:])
+    assert verify(tree, logits, 5, sampling) == follow(tree, lambda node, _: choices[node + 1])
 
 
 # ---- every method
@@ -82,11 +93,6 @@ def test_each_node_needs_a_row_of_logits(sampling: Sampling) -> None:
     for rows in (0, 2, 4):
         with pytest.raises(ValueError, match=f"2 nodes need 3 rows of logits, got {rows}"):
             verify(tree, torch.zeros(rows, VOCAB), 0, sampling)
-
-
-def test_each_node_needs_a_choice() -> None:
-    with pytest.raises(ValueError, match="2 nodes need 2 choices, got 1"):
-        verify_greedy(TokenTree.chain([1, 2]), 1, [2])
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8), Sampling(0.8, rejection=True)], ids=str)
@@ -143,13 +149,13 @@ def test_coupled_text_is_what_the_target_writes_alone(
     model = model_of(seed)
     alone = written_alone(model, [], position, 20, sampling)
     for depth in range(planted):
-        path = tree.walk(alone[: depth + 1])
+        path = walk(tree, alone[: depth + 1])
         if len(path) == depth:
             tree.add(alone[depth], path[-1] if path else ROOT, -1.0)
     verdict = verify(tree, rows_of(model, tree), position, sampling)
     text = emitted(tree, verdict)
     assert text == alone[: len(text)]
-    assert verdict.path == tree.walk(alone)
+    assert verdict.path == walk(tree, alone)
     assert len(verdict.path) >= planted
 
 

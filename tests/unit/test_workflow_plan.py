@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 
 from specsplit.errors import UserError
 from specsplit.launch.endpoint import Endpoint
-from specsplit.launch.lease import LEASE_HOST, LEASE_PID
+from specsplit.launch.heartbeat import LEASE_FILE, LEASE_HOST, LEASE_PID
 from specsplit.launch.process import ProcessIdentity
 from specsplit.models.file_names import MODEL_FILES
 from specsplit.provenance.steps import COMMAND
@@ -107,7 +107,6 @@ def test_the_settings_of_every_job_are_known_and_in_the_file_where_they_belong(j
 
 def test_what_is_written_twice_is_the_same() -> None:
     assert plan.MAX_GAMMA == MAX_GAMMA
-    assert (runs.LEASE_PID, runs.LEASE_HOST) == (LEASE_PID, LEASE_HOST)
 
 
 def test_models_and_files_of_a_run() -> None:
@@ -307,7 +306,7 @@ def test_a_worker_that_a_killed_run_left_is_noticed(tmp_path: Path, endpoint: En
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in (LEASE_PID, LEASE_HOST, COMMAND):
+    for name in (LEASE_PID, LEASE_HOST, LEASE_FILE, COMMAND):
         monkeypatch.setenv(name, "")  # so that what a run sets is undone
         monkeypatch.delenv(name)
     return tmp_path / ".snakemake"

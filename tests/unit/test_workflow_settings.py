@@ -371,10 +371,21 @@ def test_an_ngram_model_is_no_target_and_its_range_is_in_order() -> None:
 # ---- drafts by name
 
 
+def test_each_value_of_lookup_makes_a_draft_and_forced_ones_have_none() -> None:
+    raw = {"draft": {"lookup": [2, 0]}, "drafts": {"own": {}, "plain": {"lookup": 0}, "p": {"acceptance": 0.5}}}
+    drafts = swept_drafts(load_pipeline_config(raw))
+    assert {name: draft["lookup"] for name, draft in drafts.items()} == {
+        "own-lookup2": 2,
+        "own": 0,
+        "plain": 0,
+        "p-synthetic-0.5": 0,
+    }
+
+
 def test_drafts_have_what_draft_has_and_what_they_change() -> None:
     raw = {"draft": {"dtype": "int8"}, "drafts": {"draft": {}, "less": {"skip_layers": "[13,14]"}}}
     drafts = swept_drafts(load_pipeline_config(raw))
-    assert drafts["draft"] == load_pipeline_config(raw)["draft"]
+    assert drafts["draft"] == {**load_pipeline_config(raw)["draft"], "lookup": 0}
     assert drafts["less"] == {**drafts["draft"], "skip_layers": [13, 14]}
     assert list(swept_drafts(load_pipeline_config({}))) == ["draft"]
 
@@ -419,8 +430,15 @@ def test_what_is_made_from_the_settings_is_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
+SHIPPED = {"draft.lookup": [0, 2]}  # in config/config.yaml, and not the default
+
+
 def test_config_file_holds_every_key_with_its_default() -> None:
     raw = yaml.safe_load((CONFIG / "config.yaml").read_text(encoding="utf-8"))
+    for key, value in SHIPPED.items():
+        section, _, name = key.rpartition(".")
+        assert lookup(raw, key) == value != leaf_keys()[key]["default"]
+        lookup(raw, section)[name] = leaf_keys()[key]["default"]
     for key, schema in leaf_keys().items():
         if not key.startswith(("models.", "drafts.")):
             assert lookup(raw, key) == schema["default"], key

@@ -4,14 +4,9 @@
 rule race_peers:
     """The rows of the race. All workers and the processes of the peers are loaded, and one of them computes."""
     input:
-        settings=settings_files("race"),
-        operation=operation_file("race"),
-        workers=settings_files(*PLAN.raced),
-        endpoints=lambda wildcards: told(PLAN.endpoints_of, PLAN.raced, workflow.non_local_exec),
-        prompts="results/dataset/prompts.jsonl",
+        **measured_with("race", PLAN.raced),
         target=PLAN.target,
         draft=f"resources/models/{PLAN.drafts[PLAN.first_draft]['model']}/model.json",
-        layers=PLAN.layers_of(PLAN.raced),
     output:
         requests="results/peers_requests.csv",
         run="results/peers_run.json",

@@ -4,13 +4,7 @@
 rule benchmark_capacity:
     """The rows of the requests of many clients."""
     input:
-        settings=settings_files("capacity"),
-        operation=operation_file("capacity"),
-        workers=settings_files(*PLAN.capacity),
-        endpoints=lambda wildcards: told(PLAN.endpoints_of, PLAN.capacity, workflow.non_local_exec),
-        prompts="results/dataset/prompts.jsonl",
-        models=PLAN.models_of(PLAN.capacity),
-        layers=PLAN.layers_of(PLAN.capacity),
+        **measured_with("capacity", PLAN.capacity),
     output:
         requests="results/capacity_requests.csv",
         run="results/capacity_run.json",
@@ -31,13 +25,7 @@ rule benchmark_capacity:
 rule openai_load:
     """`specsplit serve` on the same workers, under a load client from PyPI: gamma 0 and the draft lengths of `capacity`."""
     input:
-        settings=settings_files("capacity"),
-        operation=operation_file("capacity"),
-        workers=settings_files(*PLAN.capacity),
-        endpoints=lambda wildcards: told(PLAN.endpoints_of, PLAN.capacity, workflow.non_local_exec),
-        prompts="results/dataset/prompts.jsonl",
-        models=PLAN.models_of(PLAN.capacity),
-        layers=PLAN.layers_of(PLAN.capacity),
+        **measured_with("capacity", PLAN.capacity),
     output:
         table=table_output("openai_load"),
         run="results/openai_load_run.json",

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 # The folder of the project, whichever Snakefile of it was called.
@@ -90,6 +91,20 @@ def settings_files(*jobs):
 def operation_file(job):
     """Input of a job: the file with how it is operated, whose change reruns nothing."""
     return ancient(f"results/settings/{job}/operation.json")
+
+
+def measured_with(job, points, endpoints=None):
+    """Inputs of a measurement beside the sweep: settings, prompts, and the workers of its points with what they serve."""
+    endpoints = endpoints or partial(PLAN.endpoints_of, points)
+    return {
+        "settings": settings_files(job),
+        "operation": operation_file(job),
+        "workers": settings_files(*points),
+        "endpoints": lambda wildcards: told(endpoints, workflow.non_local_exec),
+        "prompts": "results/dataset/prompts.jsonl",
+        "models": PLAN.models_of(points),
+        "layers": PLAN.layers_of(points),
+    }
 
 
 def content_of(paths):

@@ -42,13 +42,7 @@ rule overhead:
 rule context_curve:
     """What a token costs against the length of its context: the table and the figure."""
     input:
-        settings=settings_files("context"),
-        operation=operation_file("context"),
-        workers=settings_files(*PLAN.context),
-        endpoints=lambda wildcards: told(PLAN.endpoints_of, PLAN.context, workflow.non_local_exec),
-        prompts="results/dataset/prompts.jsonl",
-        models=PLAN.models_of(PLAN.context),
-        layers=PLAN.layers_of(PLAN.context),
+        **measured_with("context", PLAN.context),
     output:
         table=table_output("context_curve"),
         run="results/context_curve_run.json",
@@ -70,12 +64,7 @@ rule context_curve:
 rule hidden_states:
     """What it costs to ship hidden states to a draft that reads them: the table and the figure."""
     input:
-        settings=settings_files("states_cost"),
-        operation=operation_file("states_cost"),
-        workers=settings_files(*PLAN.compared),
-        endpoints=lambda wildcards: told(PLAN.compared_endpoints, workflow.non_local_exec),
-        prompts="results/dataset/prompts.jsonl",
-        models=PLAN.models_of(PLAN.compared),
+        **measured_with("states_cost", PLAN.compared, PLAN.compared_endpoints),
     output:
         table=table_output("hidden_states"),
         run="results/hidden_states_run.json",

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame, concat
 
-from specsplit.analysis.configurations import configuration_of, ratio, row_of
+from specsplit.analysis.configurations import configuration_of, row_of
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, series_style, settle_layout
-from specsplit.analysis.tables import comparable, summarize, verifies_draft
+from specsplit.analysis.measures import ratio, verifies_draft
+from specsplit.analysis.tables import comparable, summarize
 from specsplit.experiment.columns import WORKERS
 from specsplit.settings.axes import PLAIN
 

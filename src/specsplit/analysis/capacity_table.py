@@ -11,9 +11,8 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.costs import with_price
 from specsplit.analysis.drawing import doubling_axis, house_style, new_figure, save_figure, series_style, settle_layout
+from specsplit.analysis.measures import interval_columns, paired_columns, quantiles
 from specsplit.analysis.reading import read_records
-from specsplit.analysis.statistics import paired_ratio_ci
-from specsplit.analysis.tables import quantiles
 from specsplit.experiment.capacity import GOOD_SHARE, LIMIT_FACTOR, CapacityRecord
 from specsplit.experiment.columns import FAILED
 from specsplit.io import write_csv
@@ -147,17 +146,14 @@ def _work(own: DataFrame, alone: DataFrame) -> float:
 
 
 def _speedup(own: DataFrame, target: DataFrame | None, confidence: float) -> dict[str, float]:
-    names = [f"speedup_at_load{part}" for part in ("", "_ci_low", "_ci_high")]
+    name = "speedup_at_load"
     if target is None:
-        return dict.fromkeys(names, math.nan)
+        return {name: math.nan, **interval_columns(name, (math.nan, math.nan))}
     sides = [table[table["status"] != FAILED].set_index(TEXT)["total_latency_ms"] for table in (target, own)]
     both = sides[0].index.intersection(sides[1].index)
-    theirs, ours = (side.loc[both].groupby(level="request_id").sum().to_numpy(float) for side in sides)
-    if not len(both) or not ours.sum():
-        return dict.fromkeys(names, math.nan)
-    ones = np.ones_like(ours)
-    interval = paired_ratio_ci(theirs, ones, ours, ones, confidence=confidence)
-    return dict(zip(names, (float(theirs.sum() / ours.sum()), *interval), strict=True))
+    theirs, ours = (side.loc[both].groupby(level="request_id").sum() for side in sides)
+    ones = np.ones(len(ours))
+    return paired_columns(name, theirs, ones, ours, ones, confidence)
 
 
 def capacity_sentences(summary: DataFrame) -> list[str]:
@@ -178,19 +174,14 @@ def _crossings(summary: DataFrame) -> list[str]:
             if loads.empty:
                 continue
             axis = "clients" if unit == "clients" else "rate"
-            told = []
+            verdicts: dict[str, list[str]] = {}
             rows: list[Any] = loads.sort_values(axis).to_dict("records")
             for row in rows:
                 low, high = row["speedup_at_load_ci_low"], row["speedup_at_load_ci_high"]
-                if math.isnan(low):
-                    verdict = "cannot be told from few prompts"
-                else:
-                    verdict = "pays" if low > 1 else "costs" if high < 1 else "makes no difference that can be told"
-                told.append((f"{row[axis]:.3g}", verdict, f"{row['speedup_at_load']:.2f}"))
-            parts = []
-            for verdict in dict.fromkeys(verdict for _, verdict, _ in told):
-                at = [f"{load} ({speedup})" for load, own_verdict, speedup in told if own_verdict == verdict]
-                parts.append(f"{verdict} at {', '.join(at)}")
+                verdict = "pays" if low > 1 else "costs" if high < 1 else "makes no difference that can be told"
+                verdict = "cannot be told from few prompts" if math.isnan(low) else verdict
+                verdicts.setdefault(verdict, []).append(f"{row[axis]:.3g} ({row['speedup_at_load']:.2f})")
+            parts = [f"{verdict} at {', '.join(at)}" for verdict, at in verdicts.items()]
             said.append(f"Drafting with gamma {gamma} ({mode}) {'; it '.join(parts)} {unit} (speedup at equal load).")
     return said
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from pandas import DataFrame, Series
@@ -62,6 +61,6 @@ def sort_rows(table: DataFrame) -> DataFrame:
     return table.iloc[order].reset_index(drop=True)
 
 
-def ratio(top: float, bottom: float) -> float:
-    """NaN where there is nothing to divide by."""
-    return float(top / bottom) if bottom else math.nan
+def varied(table: DataFrame) -> list[str]:
+    """The names of the configuration that take several values in this sweep; gamma always."""
+    return [name for name in keys_of(table) if name == "gamma" or table[name].nunique() > 1]

@@ -8,7 +8,7 @@ from typing import Any
 from pandas import DataFrame
 
 from specsplit.analysis.drawing import doubling_axis, house_style, new_figure, save_figure, series_style, settle_layout
-from specsplit.analysis.tables import quantiles
+from specsplit.analysis.measures import quantiles
 from specsplit.settings.names import gamma_order
 
 WIDTH_IN, HEIGHT_IN = 6.8, 2.6

@@ -20,8 +20,8 @@ from matplotlib.lines import Line2D
 from pandas import DataFrame, Series
 
 from specsplit.analysis.curves import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, Curve, Panel, three_digits
+from specsplit.analysis.measures import draft_position
 from specsplit.analysis.statistics import rate_ci
-from specsplit.analysis.tables import draft_position
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.io import replace_file
 from specsplit.settings.names import AUTO

@@ -57,13 +57,7 @@ _PLOTS = {
 
 
 def draw_figures(
-    requests: DataFrame,
-    rounds: DataFrame,
-    out_dir: Path,
-    *,
-    confidence: float = 0.95,
-    bootstrap_samples: int = 10_000,
-    seed: int = 0,
+    requests: DataFrame, rounds: DataFrame, out_dir: Path, *, confidence: float = 0.95, **settings: Any
 ) -> list[Path]:
     """Draw every figure of FIGURES, and the one by category, as .png (200 dpi) and .svg in `out_dir`; return the paths.
 
@@ -71,7 +65,7 @@ def draw_figures(
     `summarize`. A figure without data says why instead of being left out. The same input gives the same
     bytes. Raises UserError as `summarize`.
     """
-    summary = summarize(requests, rounds, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
+    summary = summarize(requests, rounds, confidence=confidence, **settings)
     summary = summary.rename(columns={"hit_rate": "hit_rate_mean"})
     everything = requests, rounds
     requests, rounds = comparable(requests, rounds)
@@ -96,7 +90,7 @@ def draw_figures(
             settle_layout(figure)
             metadata = {"Title": f"{FIGURES[name]} against draft length"}
             paths += save_figure(figure, Path(out_dir) / f"{name}.png", metadata)
-    table = summarize_by_category(*everything, confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed)
+    table = summarize_by_category(*everything, confidence=confidence, **settings)
     return [*paths, *draw_by_category(table, Path(out_dir) / f"{BY_CATEGORY}.png")]
 
 
@@ -125,13 +119,7 @@ def _draw_alone(
 
 
 def _draw_panels(
-    figure: Figure,
-    title: str,
-    plot: Plot,
-    panels: list[Panel],
-    curves: list[Curve],
-    confidence: float,
-    omitted: str,
+    figure: Figure, title: str, plot: Plot, panels: list[Panel], curves: list[Curve], confidence: float, omitted: str
 ) -> None:
     """Small panels beside each other on the same axes, with one legend below them."""
     columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3

@@ -13,7 +13,8 @@ from typing import Any
 
 from pandas import DataFrame, Series, concat, isna
 
-from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, keys_of, row_of
+from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, row_of, varied
+from specsplit.analysis.costs import cost_sentences
 from specsplit.analysis.curves import in_words, split_panels, three_digits
 from specsplit.analysis.references import BASES, GAMMA0, MOST_DRIFT, PAIR, STREAM
 from specsplit.analysis.statistics import MIN_PROMPTS
@@ -123,7 +124,7 @@ class Finding:
 
 
 def find_best(
-    requests: DataFrame, rounds: DataFrame, summary: DataFrame, *, confidence: float, bootstrap_samples: int, seed: int
+    requests: DataFrame, rounds: DataFrame, summary: DataFrame, *, confidence: float, **settings: Any
 ) -> list[Finding]:
     """One finding for each way to choose tokens and network, in the order of `summary`.
 
@@ -132,7 +133,6 @@ def find_best(
     alone, with its 1, is among them. Intervals and ties are those of `compare_panel`: with equal configurations one is
     called faster, or one pair told apart, in at most 1 - confidence of experiments.
     """
-    settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
     every = int(requests["request_id"].nunique())
@@ -148,7 +148,7 @@ def find_best(
         rated = rows[rows[gain].notna()]
         best = rated.iloc[int(rated[gain].argmax())] if len(rated) else rows.iloc[0]
         ranked = rows[drafting[rows.index]].sort_values(gain, ascending=False, kind="stable", na_position="last")
-        order, found = compare_panel(panel.requests, base, **settings)
+        order, found = compare_panel(panel.requests, base, confidence=confidence, **settings)
         places = {configuration: place for place, configuration in enumerate(order)}
         place_of = {index: places[key] for index, key in configuration_of(rows, row_of(rows)).items() if key in places}
         tied = []
@@ -171,6 +171,18 @@ def find_best(
             )
         )
     return findings
+
+
+def conclusions(summary: DataFrame, confidence: float) -> dict[str, list[str]]:
+    """What the summary says beside the best configuration: topic -> sentences; topics with nothing to say are empty."""
+    topics = {
+        "Round trips": round_trip_sentences(summary, confidence),
+        "Machine": [drift_sentence(summary)],
+        "Cost": cost_sentences(summary),
+        "Lossless": [lossless_sentence(summary)],
+        "Faults": [faults_sentence(summary)],
+    }
+    return {topic: [sentence for sentence in sentences if sentence] for topic, sentences in topics.items()}
 
 
 def round_trip_sentences(summary: DataFrame, confidence: float) -> list[str]:
@@ -222,13 +234,14 @@ def drift_sentence(summary: DataFrame) -> str:
     """How steady the machine was: the target alone, as each run measured it in turn with its own requests."""
     ours = summary[summary["setup"] == WORKERS]
     known = ours[ours["reference_ms_per_token"].notna()]
-    parts, worst = [], (0.0, 0.0, 0.0, 0)
-    for _, own in known.groupby(conditions_of(known, *NETWORK), sort=False):
-        low, high = own["reference_ms_per_token"].min(), own["reference_ms_per_token"].max()
-        if len(own) > 1 and (high / low - 1, len(own)) >= (worst[0], worst[3]):
-            worst = high / low - 1, low, high, len(own)
-    if worst[3]:
-        apart, low, high, runs = worst
+    parts = []
+    spans = [
+        (own.max() / own.min() - 1, len(own), own.min(), own.max())
+        for _, own in known.groupby(conditions_of(known, *NETWORK), sort=False)["reference_ms_per_token"]
+        if len(own) > 1
+    ]
+    if spans:
+        apart, runs, low, high = max(reversed(spans), key=lambda span: span[:2])
         if apart > MOST_DRIFT:
             parts.append("Warning: the machine was not steady.")
         parts.append(
@@ -312,11 +325,6 @@ def faults_sentence(summary: DataFrame) -> str:
             "(requests.csv, recovery_ms)."
         )
     return " ".join(parts)
-
-
-def varied(summary: DataFrame) -> list[str]:
-    """The names of the configuration that take several values in this sweep; gamma always."""
-    return [name for name in keys_of(summary) if name == "gamma" or summary[name].nunique() > 1]
 
 
 def name_of(row: Series, names: Sequence[str]) -> str:

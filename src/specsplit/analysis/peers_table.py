@@ -13,10 +13,9 @@ from pandas import DataFrame
 
 from specsplit.analysis.curves import BLUE, ORANGE
 from specsplit.analysis.drawing import GREY, house_style, new_figure, save_figure, settle_layout, spread
+from specsplit.analysis.measures import TIMES, median_over_repeats, metric_columns, paired_columns, ratio
 from specsplit.analysis.reading import read_records
-from specsplit.analysis.repeats import median_over_repeats
-from specsplit.analysis.statistics import compare_jointly, paired_ratio_ci
-from specsplit.analysis.tables import TIMES, metric_columns
+from specsplit.analysis.statistics import compare_jointly
 from specsplit.experiment.peer_race import PeerRecord
 from specsplit.io import write_csv
 from specsplit.provenance.facts import read_run
@@ -73,13 +72,12 @@ def summarize_peers(
         for metric in TIMES:
             row |= metric_columns(rows[metric], metric, confidence)
         row["tokens_per_round"] = tokens / rows["num_rounds"].sum()
-        row["tokens_per_second"] = 1e3 * tokens / latency if latency else math.nan
+        row["tokens_per_second"] = ratio(1e3 * tokens, latency)
         for peer in peers:
             other = own[peer].loc[rows.index]
-            for what, ratio in (("itl", _itl_ratio), ("latency", latency_ratio)):
-                found = ratio(rows, other, confidence) if name != peer else (1.0, 1.0, 1.0)
-                keys = (f"{what}_vs_{peer}{suffix}" for suffix in ("", "_ci_low", "_ci_high"))
-                row |= dict(zip(keys, found, strict=True))
+            for what, columns in (("itl", _itl_columns), ("latency", latency_columns)):
+                found = columns(f"{what}_vs_{peer}", rows, other, confidence)
+                row |= dict.fromkeys(found, 1.0) if name == peer else found
             row[f"latency_joint_low_{peer}"], row[f"latency_joint_high_{peer}"] = joint[peer][name]
         row["identical"] = rows["identical"].mean()
         row["first_divergence"] = requests.loc[requests["contender"] == name, "first_divergence"].min()
@@ -96,22 +94,17 @@ def _rank(name: str) -> tuple[bool, int, str]:
     return (name != "gamma_0", int(number) if number.isdecimal() else 99, name)
 
 
-def _itl_ratio(rows: DataFrame, other: DataFrame, confidence: float) -> tuple[float, float, float]:
+def _itl_columns(name: str, rows: DataFrame, other: DataFrame, confidence: float) -> dict[str, float]:
     """Over the requests that have a time per token on both sides: one of a single burst has none."""
-    both = rows["itl_ms"].notna().to_numpy() & other["itl_ms"].notna().to_numpy()
-    ours, theirs = rows["itl_ms"].to_numpy(float)[both], other["itl_ms"].to_numpy(float)[both]
-    if not theirs.sum():
-        return math.nan, math.nan, math.nan
-    ones = np.ones_like(ours)
-    return float(ours.sum() / theirs.sum()), *paired_ratio_ci(ours, ones, theirs, ones, confidence=confidence)
+    both = rows["itl_ms"].notna() & other["itl_ms"].notna()
+    ones = np.ones(int(both.sum()))
+    return paired_columns(name, rows.loc[both, "itl_ms"], ones, other.loc[both, "itl_ms"], ones, confidence)
 
 
-def latency_ratio(rows: DataFrame, other: DataFrame, confidence: float) -> tuple[float, float, float]:
-    columns = [table[name] for table in (rows, other) for name in ("total_latency_ms", "generated_tokens")]
-    ours, our_tokens, theirs, their_tokens = (float(column.sum()) for column in columns)
-    if not (our_tokens and their_tokens and theirs):
-        return math.nan, math.nan, math.nan
-    return (ours / our_tokens) / (theirs / their_tokens), *paired_ratio_ci(*columns, confidence=confidence)
+def latency_columns(name: str, rows: DataFrame, other: DataFrame, confidence: float) -> dict[str, float]:
+    """NAME: milliseconds per token of the texts in `rows`, divided by those of the same texts in `other`."""
+    ours, tokens = rows["total_latency_ms"], rows["generated_tokens"]
+    return paired_columns(name, ours, tokens, other["total_latency_ms"], other["generated_tokens"], confidence)
 
 
 def _joint_intervals(own: dict[str, DataFrame], peer: str, settings: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -128,9 +121,7 @@ def _joint_intervals(own: dict[str, DataFrame], peer: str, settings: dict[str, A
     return {name: (1 / high, 1 / low if low else math.inf) for name, (low, high) in speedups.items()}
 
 
-def write_peers(
-    results_dir: Path, *, confidence: float = 0.95, bootstrap_samples: int = 10_000, seed: int = 0
-) -> list[Path]:
+def write_peers(results_dir: Path, *, confidence: float = 0.95, **settings: Any) -> list[Path]:
     """Summary and figure of `peers_requests.csv`: `peers.csv`, `figures/peers.png` and .svg; returns the paths.
 
     Who could not be raced is in `peers_run.json`, where it was written by this version.
@@ -138,8 +129,7 @@ def write_peers(
     requests = read_records(results_dir / "peers_requests.csv", PeerRecord, "specsplit bench --baseline")
     run = results_dir / "peers_run.json"
     left_out = read_run(run).get("left_out") if run.is_file() else None
-    settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
-    summary = summarize_peers(requests, left_out, **settings)
+    summary = summarize_peers(requests, left_out, confidence=confidence, **settings)
     figures = draw_peers(requests, summary, results_dir / "figures" / "peers.png", confidence=confidence)
     write_csv(summary, results_dir / "peers.csv")
     return [results_dir / "peers.csv", *figures]

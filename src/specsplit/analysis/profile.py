@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from pandas import DataFrame, Series
 
-from specsplit.analysis.configurations import configuration_of, keys_of
+from specsplit.analysis.configurations import configuration_of, keys_of, varied
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, settle_layout
-from specsplit.analysis.tables import quantiles
+from specsplit.analysis.measures import quantiles
+from specsplit.analysis.merging import read_tables
+from specsplit.analysis.tables import comparable
 from specsplit.experiment.sweep import Point
+from specsplit.io import write_csv
 
 # Part of a round -> what a figure calls it, and its colour.
 PARTS = {
@@ -83,8 +86,8 @@ def profile(rounds: DataFrame) -> DataFrame:
 def draw_profile(table: DataFrame, path: Path) -> list[Path]:
     """Draw the decode rows of `profile`, stacked bars of a round and of a token, as `path` .png and .svg."""
     table = table[table["phase"] == "decode"].reset_index(drop=True)
-    varied = [name for name in keys_of(table) if name in _SHOWN or table[name].nunique() > 1]
-    names = [bar_label(row, varied) for _, row in table.iterrows()][:MOST_BARS]
+    told = [name for name in keys_of(table) if name in _SHOWN or table[name].nunique() > 1]
+    names = [bar_label(row, told) for _, row in table.iterrows()][:MOST_BARS]
     shown = table.iloc[: len(names)]
     with house_style():
         figure = new_figure(WIDTH_IN, ROW_IN * len(names) + 1.3)
@@ -107,9 +110,18 @@ def draw_profile(table: DataFrame, path: Path) -> list[Path]:
         return save_figure(figure, path, {"Title": "Where a round's time goes"})
 
 
-def bar_label(row: Series, varied: Sequence[str]) -> str:
+def write_profile(results_dir: Path) -> tuple[list[Path], DataFrame]:
+    """`profile.csv` and its figure from the tables of a sweep; the paths, and the means that a person reads first."""
+    table = profile(comparable(*read_tables(results_dir))[1])
+    figures = draw_profile(table, results_dir / "figures" / "profile.png")
+    write_csv(table, results_dir / "profile.csv")
+    shown = table.loc[table["phase"] == "decode", [*varied(table), "rounds", "round_ms", *PARTS, "ms_per_token"]]
+    return [*figures, results_dir / "profile.csv"], shown
+
+
+def bar_label(row: Series, told: Sequence[str]) -> str:
     """What a configuration is called: its run folder, with what else varies: no two configurations have one label."""
-    others = [f"{name} {row[name]}" for name in varied if name not in _SHOWN]
+    others = [f"{name} {row[name]}" for name in told if name not in _SHOWN]
     return ", ".join([Point(**{name: row[name] for name in _SHOWN}).label, *others])
 
 

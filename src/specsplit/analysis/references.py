@@ -8,7 +8,6 @@ differs between runs says how much that was.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,18 +16,10 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame, Series
 
-from specsplit.analysis.configurations import (
-    NETWORK,
-    conditions_of,
-    configuration_of,
-    ratio,
-    row_of,
-    sort_rows,
-    tuples,
-)
+from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, row_of, sort_rows, tuples
+from specsplit.analysis.measures import interval_columns, paired_columns, ratio
 from specsplit.analysis.reading import listed, read_csv_file
 from specsplit.analysis.series import series_of
-from specsplit.analysis.statistics import paired_ratio_ci
 from specsplit.errors import UserError
 from specsplit.experiment.columns import COLOCATED, OK, STREAMED, WORKERS, ReferenceRecord
 from specsplit.settings.axes import SERIES
@@ -144,49 +135,39 @@ def with_references(requests: DataFrame, reference: DataFrame | None = None) -> 
     if "setup" in requests:
         return requests
     requests = requests.assign(setup=WORKERS, run=configuration_of(requests))
-    beside: dict[str, dict[Any, tuple[float, float]]] = {
-        base: _measured(requests[requests["gamma"] == 0]) if base == GAMMA0 else {} for base in BASES
-    }
-    texts = requests[:0]
+    measured = {GAMMA0: requests[requests["gamma"] == 0]}
     if reference is not None and len(reference):
         own = reference.drop(columns=list(_RUN.values())).rename(columns=_RUN)
         reference = reference.assign(run=configuration_of(own))
-        stray = set(tuples(reference[_TURN])) - set(tuples(requests[_TURN]))
-        if stray:
+        if stray := set(tuples(reference[_TURN])) - set(tuples(requests[_TURN])):
             names = listed(sorted(str(key[1]) for key in stray))
             raise UserError(f"{REFERENCE}: has requests that requests.csv lacks: {names}; merge the runs again")
-        texts = reference
         for base, setup in _SETUPS.items():
-            beside[base] |= _measured(reference[reference["setup"] == setup])
-        requests = pd.concat([requests, _baseline_rows(requests, reference)], ignore_index=True)
+            beside = reference[reference["setup"] == setup]
+            measured[base] = pd.concat([measured[base], beside]) if base in measured else beside
+        requests = pd.concat([requests, _baseline_rows(requests, reference)])
     requests = requests.reset_index(drop=True)
-    runs = {key[0] for key in beside[GAMMA0]}
-    requests["paired"] = [run in runs for run in requests["run"]]
+    turns = tuples(requests[_TURN])
+    measured = {base: rows[rows["status"] == OK] for base, rows in measured.items()}
+    requests["paired"] = requests["run"].isin(set(measured[GAMMA0]["run"]))
+    # Of a run without a gamma 0 of its own, that of the sweep.
     places = tuples(requests[_TURN[1:]].assign(conditions=conditions_of(requests, *NETWORK)))
     alone = requests[(requests["gamma"] == 0) & (requests["setup"] == WORKERS)]
-    elsewhere = dict(zip(places[alone.index], (beside[GAMMA0].get(key) for key in tuples(alone[_TURN])), strict=True))
-    for base, found in beside.items():
-        pairs = [
-            elsewhere.get(place) if base == GAMMA0 and not paired else found.get(key)
-            for key, place, paired in zip(tuples(requests[_TURN]), places, requests["paired"], strict=True)
-        ]
-        for number, unit in enumerate(("ms", "tokens")):
-            requests[f"{base}_{unit}"] = [math.nan if pair is None else float(pair[number]) for pair in pairs]
-    counts: dict[str, Counter[Any]] = {"compared": Counter(), "same": Counter(), "failed": Counter()}
-    for key, matches, status in zip(tuples(texts[_TURN]), texts["matches_gamma0"], texts["status"], strict=True):
-        counts["compared"][key] += not pd.isna(matches)
-        counts["same"][key] += not pd.isna(matches) and bool(matches)
-        counts["failed"][key] += status != OK
-    keys = tuples(requests[_TURN]).where(requests["setup"] == WORKERS)
-    return requests.assign(**{f"beside_{name}": [found[key] for key in keys] for name, found in counts.items()})
-
-
-def _measured(rows: DataFrame) -> dict[Any, tuple[float, float]]:
-    """Milliseconds and tokens of the texts that did not fail, by run, request and repeat."""
-    rows = rows[rows["status"] == OK]
-    return dict(
-        zip(tuples(rows[_TURN]), zip(rows["total_latency_ms"], rows["generated_tokens"], strict=True), strict=True)
-    )
+    elsewhere = dict(zip(places[alone.index], turns[alone.index], strict=True))
+    for base in BASES:
+        rows = measured.get(base, requests[:0])
+        turn = turns.where(requests["paired"], places.map(elsewhere)) if base == GAMMA0 else turns
+        for unit, column in (("ms", "total_latency_ms"), ("tokens", "generated_tokens")):
+            values = dict(zip(tuples(rows[_TURN]), rows[column], strict=True))
+            requests[f"{base}_{unit}"] = turn.map(values).astype(float)
+    texts = requests[:0] if reference is None else reference
+    matches = texts["matches_gamma0"].astype("boolean")
+    counts = {"compared": matches.notna(), "same": matches.fillna(False), "failed": texts["status"] != OK}
+    ours = requests["setup"] == WORKERS
+    for name, counted in counts.items():
+        found = dict(counted.astype(int).groupby(tuples(texts[_TURN])).sum()) if len(texts) else {}
+        requests[f"beside_{name}"] = turns.where(ours).map(found).fillna(0).astype(int)
+    return requests
 
 
 def _baseline_rows(requests: DataFrame, reference: DataFrame) -> DataFrame:
@@ -196,9 +177,7 @@ def _baseline_rows(requests: DataFrame, reference: DataFrame) -> DataFrame:
     for _, own in streamed.groupby(conditions_of(streamed, *NETWORK), sort=False):
         of_gamma0 = own[own["run_gamma"] == 0]
         run = (of_gamma0 if len(of_gamma0) else own)["run"].iloc[0]
-        chosen |= Series(own["run"].map(lambda other, run=run: other == run), index=own.index).reindex(
-            chosen.index, fill_value=False
-        )
+        chosen |= (reference["setup"] == STREAMED) & reference["run"].isin([run])
     rows = reference[chosen]
     ok = (rows["status"] == OK).groupby(configuration_of(rows, row_of(rows)), sort=False).transform("any")
     return rows.loc[ok.astype(bool), list(requests)]
@@ -227,18 +206,12 @@ def speedup_columns(
     joint: base -> the interval that holds for all rows at once. itself: the row is the base, so its speedup is 1.
     """
     name, times, tokens = BASES[base], own[f"{base}_ms"], own[f"{base}_tokens"]
-    speedup, low, high = math.nan, math.nan, math.nan
-    if not own.empty and times.notna().all():
-        if itself:
-            speedup, low, high = 1.0, 1.0, 1.0
-        else:
-            columns = [times, tokens, own["total_latency_ms"], own["generated_tokens"]]
-            base_ms, base_tokens, our_ms, our_tokens = (column.sum() for column in columns)
-            speedup = ratio(ratio(base_ms, base_tokens), ratio(our_ms, our_tokens))
-            low, high = paired_ratio_ci(*columns, confidence=confidence)
-    ends = joint.get(base, (math.nan, math.nan)) if own["setup"].eq(WORKERS).all() else (math.nan, math.nan)
-    row = {name: speedup, f"{name}_ci_low": low, f"{name}_ci_high": high}
-    return {**row, f"{name}_joint_low": ends[0], f"{name}_joint_high": ends[1]}
+    if itself and times.notna().all() and len(own):
+        row = {name: 1.0, **interval_columns(name, (1.0, 1.0))}
+    else:
+        row = paired_columns(name, times, tokens, own["total_latency_ms"], own["generated_tokens"], confidence)
+    held = joint.get(base) if own["setup"].eq(WORKERS).all() else None
+    return row | interval_columns(name, held or (math.nan, math.nan), "joint")
 
 
 def reference_columns(all_own: DataFrame, own: DataFrame) -> dict[str, float]:

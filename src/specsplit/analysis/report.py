@@ -18,26 +18,20 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pandas import DataFrame, read_csv
+from pandas.errors import EmptyDataError
 
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
-from specsplit.analysis.costs import cost_sentences, with_price
-from specsplit.analysis.findings import (
-    compared_sentence,
-    drift_sentence,
-    faults_sentence,
-    find_best,
-    lossless_sentence,
-    round_trip_sentences,
-    summary_table,
-)
+from specsplit.analysis.costs import with_price
+from specsplit.analysis.findings import compared_sentence, conclusions, find_best, summary_table
+from specsplit.analysis.merging import read_tables
 from specsplit.analysis.series import check_beside
 from specsplit.analysis.states_table import states_sentences
 from specsplit.analysis.statistics import MIN_PROMPTS
-from specsplit.analysis.tables import read_tables, summarize
+from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
-from specsplit.io import csv_reader, read_json_object, replace_file
+from specsplit.io import read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import swept_drafts
 from specsplit.settings.measure import PriceSettings
@@ -61,38 +55,30 @@ _COLUMNS = {
 _SENTENCES = {"capacity": capacity_sentences, "hidden_states": states_sentences}
 MOST_ROWS = 200  # of such a table; the file itself has the rest
 _UNKNOWN = "not recorded"
+_KINDS = {".csv": "text/csv", ".json": "application/json", ".svg": "image/svg+xml"}
 
 
 def write_report(
-    results_dir: Path,
-    output: Path,
-    *,
-    confidence: float = 0.95,
-    bootstrap_samples: int = 10_000,
-    seed: int = 0,
-    prices: PriceSettings | None = None,
+    results_dir: Path, output: Path, *, prices: PriceSettings | None = None, confidence: float = 0.95, **settings: Any
 ) -> None:
     """Write the page from what lies in `results_dir`: tables, figures, record, and what was measured beside the sweep.
 
     prices: of `with_price`. The other arguments are those of `summarize`. Raises UserError when a table, a figure or
     the record is missing.
     """
-    settings: dict[str, Any] = {"confidence": confidence, "bootstrap_samples": bootstrap_samples, "seed": seed}
     requests, rounds = read_tables(results_dir)
-    summary = with_price(summarize(requests, rounds, **settings), prices or PriceSettings())
+    summary = summarize(requests, rounds, confidence=confidence, **settings)
+    summary = with_price(summary, prices or PriceSettings())
     record = read_json_object(results_dir / "provenance" / "provenance.json")
     headings, rows = summary_table(summary)
+    files = [results_dir / name for name in ("summary.csv", "requests.csv", "reference.csv", "provenance/config.json")]
     page = {
         "version": specsplit.__version__,
         "created": _moment(record.get("created")),
         "record": record,
-        "findings": find_best(requests, rounds, summary, **settings),
-        "round_trips": round_trip_sentences(summary, confidence),
-        "drift": drift_sentence(summary),
+        "findings": find_best(requests, rounds, summary, confidence=confidence, **settings),
+        "said": conclusions(summary, confidence),
         "left_out": _left_out(record),
-        "costs": cost_sentences(summary),
-        "lossless": lossless_sentence(summary),
-        "faults": faults_sentence(summary) or "No: every request finished, and no worker failed.",
         "confidence": f"{100 * confidence:g} %",
         "compared": compared_sentence(summary, int(requests["request_id"].nunique())),
         "least": MIN_PROMPTS,
@@ -109,20 +95,9 @@ def write_report(
             if name != "speculation" or summary["hit_rate"].notna().any()  # an empty one has nothing to see
         ],
         "more": [table for name in BESIDE if (table := _more_table(results_dir, requests, name))],
-        "checklist": record.get("checklist", []),
-        "made_by": record.get("workflow", {}).get("command"),
         "runs": [_run(run) for run in record.get("runs", [])],
         "config": json.dumps(record.get("config", {}), indent=2, ensure_ascii=False),
-        "files": [
-            (path.name, _data_uri(path, kind))
-            for path, kind in (
-                (results_dir / "summary.csv", "text/csv"),
-                (results_dir / "requests.csv", "text/csv"),
-                (results_dir / "reference.csv", "text/csv"),
-                (results_dir / "provenance" / "config.json", "application/json"),
-            )
-            if path.exists()
-        ],
+        "files": [(path.name, _data_uri(path)) for path in files if path.exists()],
     }
     environment = Environment(
         loader=PackageLoader("specsplit.analysis", ""),
@@ -145,6 +120,9 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
     pairs = [("Target", _model(config["target"], models))]
     for name, own in drafts.items():
         pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(own, models)))
+        if lookup := own["lookup"]:
+            asks = f"where the last {lookup} tokens occurred in the text before, what followed is drafted instead"
+            pairs.append((f"Prompt lookup: {name}", asks))
         if (acceptance := own.get("acceptance")) is not None:
             pairs.append(
                 (
@@ -316,13 +294,13 @@ def _moment(text: Any) -> str:
 def _figure(path: Path) -> Markup:
     """An <img> that holds the picture itself: an SVG of its own, whose ids and fonts touch no other."""
     return Markup('<img src="{}" alt="{}">').format(
-        _data_uri(path, "image/svg+xml"), f"Figure {path.stem}. {CAPTIONS.get(path.stem, '')}"
+        _data_uri(path), f"Figure {path.stem}. {CAPTIONS.get(path.stem, '')}"
     )
 
 
-def _data_uri(path: Path, kind: str) -> str:
+def _data_uri(path: Path) -> str:
     try:
-        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        return f"data:{_KINDS[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: {reason}; make it with the workflow or `specsplit analyze`") from None
@@ -333,11 +311,12 @@ def _more_table(results_dir: Path, requests: DataFrame, name: str) -> dict[str, 
     if not path.exists():
         return None
     check_beside(results_dir, requests, name)
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv_reader(file))
-    if not lines:
-        raise UserError(f"{path}: is empty; make it again, or delete it to have a report without it")
-    headings, rows = _chosen(lines[0], lines[1:], _COLUMNS.get(name, "*").split())
+    try:
+        table = read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:
+        why = "is empty" if isinstance(error, EmptyDataError) else f"cannot be read as a CSV table: {error}"
+        raise UserError(f"{path}: {why}; make it again, or delete it to have a report without it") from None
+    headings, rows = _chosen(table, _COLUMNS.get(name, "*").split())
     figure = results_dir / "figures" / f"{name}.svg"
     return {
         "heading": BESIDE[name],
@@ -347,32 +326,29 @@ def _more_table(results_dir: Path, requests: DataFrame, name: str) -> dict[str, 
         "rows": rows[:MOST_ROWS],
         "left_out": len(rows) - MOST_ROWS,
         "name": path.name,
-        "uri": _data_uri(path, "text/csv"),
+        "uri": _data_uri(path),
         "figure": _figure(figure) if figure.exists() else None,
     }
 
 
-def _chosen(headings: list[str], rows: list[list[str]], patterns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def _chosen(table: DataFrame, patterns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """The columns that match, in the order of the patterns, numbers shortened; intervals in brackets beside them.
 
-    What is the same in every row and only tells configurations apart, as `tree`, is left out.
+    table: of strings. What is the same in every row and only tells configurations apart, as `tree`, is left out.
     """
-    places = {name: place for place, name in enumerate(headings)}
-    values = {name: {row[places[name]] for row in rows} for name in CONFIGURATION[1:] if name in places}
-    constant = {name for name, found in values.items() if len(found) <= 1 and not any(SYNTHETIC in v for v in found)}
-    ends = {name for name in headings if name.endswith(("_ci_low", "_ci_high"))}
-    names = [name for pattern in patterns for name in headings if fnmatchcase(name, pattern)]
+    told = [name for name in CONFIGURATION[1:] if name in table]
+    constant = {name for name in told if table[name].nunique() <= 1 and not table[name].str.contains(SYNTHETIC).any()}
+    every = [str(name) for name in table]
+    ends = {name for name in every if name.endswith(("_ci_low", "_ci_high"))}
+    names = [name for pattern in patterns for name in every if fnmatchcase(name, pattern)]
     names = [name for name in dict.fromkeys(names) if name not in ends | constant]
+    shown = table.map(_short)
     columns = []
     for name in names:
-        stem = name.removesuffix("_mean")
-        low, high = places.get(f"{stem}_ci_low"), places.get(f"{stem}_ci_high")
-        cells = []
-        for row in rows:
-            cell = _short(row[places[name]]) or "-"
-            if low is not None and high is not None and row[low]:
-                cell += f" [{_short(row[low])}, {_short(row[high])}]"
-            cells.append(cell)
+        low, high = (f"{name.removesuffix('_mean')}_ci_{end}" for end in ("low", "high"))
+        cells = shown[name].replace("", "-")
+        if low in table and high in table:
+            cells += (" [" + shown[low] + ", " + shown[high] + "]").where(table[low] != "", "")
         columns.append(cells)
     headings = [name.removesuffix("_mean").replace("_", " ") for name in names]
     return headings, [list(cells) for cells in zip(*columns, strict=True)]

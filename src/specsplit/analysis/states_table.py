@@ -10,9 +10,9 @@ from typing import Any
 from pandas import DataFrame, Series
 
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, series_style, settle_layout
-from specsplit.analysis.peers_table import latency_ratio
+from specsplit.analysis.measures import quantiles
+from specsplit.analysis.peers_table import latency_columns
 from specsplit.analysis.statistics import MIN_PROMPTS
-from specsplit.analysis.tables import quantiles
 from specsplit.client.result import LINK_BYTES
 
 KIND = ["draft", "project", "form", "window"]
@@ -48,8 +48,7 @@ def summarize_states_cost(texts: DataFrame, *, confidence: float = 0.95) -> Data
         row["acceptance_length"] = 1 + own["accepted_tokens"].sum() / max(1, own["verifications"].sum())
         row["lossless"] = own["lossless"].mean()
         base.setdefault(network, own)  # the draft is the first kind of each
-        found = latency_ratio(own, base[network].loc[own.index], confidence)
-        row |= dict(zip((f"latency_vs_draft{end}" for end in ("", "_ci_low", "_ci_high")), found, strict=True))
+        row |= latency_columns("latency_vs_draft", own, base[network].loc[own.index], confidence)
         rows.append(row)
     return DataFrame(rows).astype({"window": "Int64"})
 
@@ -67,7 +66,7 @@ def states_sentences(table: DataFrame) -> list[str]:
         f"A token takes {draft[bytes_per_token].mean():,.0f} bytes from the target with the draft that reads no hidden "
         f"states, and {head[bytes_per_token].min():,.0f} to {head[bytes_per_token].max():,.0f} with the head. Its "
         f"acceptance length is {_range(head['acceptance_length'])}, the other draft's "
-        f"{_range(draft['acceptance_length'])}.",
+        f"{_range(draft['acceptance_length'])}."
     ]
     if known.empty:
         return [*said, f"No ratio has an interval (prompts: {texts}; it takes {MIN_PROMPTS}), so no winner is named."]

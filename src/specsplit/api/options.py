@@ -19,6 +19,8 @@ class Options(TypedDict, total=False):
 
     gamma: depth of a draft, or "auto": chosen in every round from what was measured; 0 = the target alone.
     tree: shape of a draft: "chain", "3x2" (children per level), "dynamic-16x4" (nodes, nodes fed in a pass).
+    lookup: prompt lookup: where the last so many tokens of the text, or more, occurred in it before, what followed them
+    is the draft, and no model is asked; 0 = none. It works without a draft model as well.
     mode: "sync", "overlap" or "lookahead": what is drafted while the target verifies.
     fan_out: outcomes of a verification that lookahead prepares drafts for.
     temperature: 0 = greedy. top_k: 0 = all tokens. top_p: 1 = all tokens.
@@ -34,6 +36,7 @@ class Options(TypedDict, total=False):
 
     gamma: int | Literal["auto"]
     tree: str
+    lookup: int
     mode: Literal["sync", "overlap", "lookahead"]
     fan_out: int
     temperature: float
@@ -60,10 +63,8 @@ class Options(TypedDict, total=False):
 FIELDS = {"max_new_tokens": "max_output_tokens"}  # where the setting's name is another
 
 
-def with_options(config: OrchestratorConfig, options: Mapping[str, Any]) -> OrchestratorConfig:
+def with_options(config: OrchestratorConfig, options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
     """The settings with these options in place of their own. Raises OptionError that names the option."""
-    if not options:
-        return config
     for name in options:
         if name not in Options.__annotations__:
             close = difflib.get_close_matches(name, Options.__annotations__, n=1)
@@ -74,7 +75,11 @@ def with_options(config: OrchestratorConfig, options: Mapping[str, Any]) -> Orch
         given["stop"] = [given["stop"]] if isinstance(given["stop"], str) else list(given["stop"] or ())
     if given.get("stop_token_ids") is not None:
         given["stop_token_ids"] = list(given["stop_token_ids"])
-    return checked(OrchestratorConfig, {**config.model_dump(), **given})
+    if given:
+        config = checked(OrchestratorConfig, {**config.model_dump(), **given})
+    if config.gamma and not has_draft and not config.lookup:
+        raise OptionError(f"gamma={config.gamma!r}: this pair has no draft model; name one, or lookup=2, or gamma=0")
+    return config
 
 
 def checked(settings: type[S], values: Mapping[str, Any], of: str = "") -> S:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias, Unpack, cast, overload
 
@@ -19,6 +19,7 @@ from specsplit.client.handshake import check_tokenizers, connected_pair
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
+from specsplit.client.writer import open_stubs
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import ModelError, OptionError, PromptError, UserError, WorkerError
 from specsplit.launch.environment import threads_beside_another, usable_cores
@@ -76,7 +77,7 @@ def in_process_pair(
     restore = _torch_settings()
     servicers: dict[str, WorkerServicer] = {}
 
-    async def close() -> None:
+    def close() -> None:
         for servicer in servicers.values():
             servicer.model.close()
         restore()
@@ -89,7 +90,7 @@ def in_process_pair(
         base = config or OrchestratorConfig(rpc_timeout_s=CALL_TIMEOUT_S)
         return Pair(stubs.get("draft"), stubs["target"], codec(), base, close, {**met, **identities})
     except BaseException:
-        event_loop().run(close())
+        close()
         raise
 
 
@@ -135,16 +136,7 @@ def over_grpc(config: OrchestratorConfig, codec: TextCodec | None, *, has_draft:
         if codec is None:
             codec = _received(target, config.connect_timeout_s)
 
-    async def open_channels() -> dict[str, grpc.aio.Channel]:
-        return {role: access.aio_channel(address) for role, address in addresses.items()}
-
-    channels = event_loop().run(open_channels())
-
-    async def close() -> None:
-        for channel in channels.values():
-            await channel.close()
-
-    stubs = {role: access.stub(role, channel) for role, channel in channels.items()}
+    stubs, close = open_stubs(addresses, access)
     return Pair(stubs.get("draft"), stubs["target"], codec, config, close, met, at_once)
 
 
@@ -162,7 +154,7 @@ class Pair:
         target: Any,
         codec: TextCodec | None,
         config: OrchestratorConfig,
-        close: Callable[[], Coroutine[Any, Any, None]],
+        close: Callable[[], None],
         identities: Mapping[str, pb.DescribeReply] | None = None,
         at_once: int = AT_ONCE,
     ) -> None:
@@ -241,7 +233,7 @@ class Pair:
         """Let go of the models or the connections. No text can be written afterwards."""
         if not self._closed:
             self._closed = True
-            event_loop().run(self._close())
+            self._close()
 
     def __enter__(self) -> Self:
         return self
@@ -269,13 +261,11 @@ class Pair:
             return await asyncio.gather(*texts)
         finally:
             for text in texts:  # when one failed, the others stop
-                text.cancel()
+                if not text.cancelling():  # a second time would break off the closing of its streams
+                    text.cancel()
 
     async def _write(
-        self,
-        token_ids: list[int],
-        config: OrchestratorConfig,
-        on_tokens: OnTokens | None = None,
+        self, token_ids: list[int], config: OrchestratorConfig, on_tokens: OnTokens | None = None
     ) -> GeneratedText:
         if on_tokens is None and self.codec is not None:
             on_tokens = stops_at(self.codec, config.stop)
@@ -306,7 +296,7 @@ class Pair:
     def _options(self, options: Mapping[str, Any]) -> OrchestratorConfig:
         if self._closed:
             raise UserError("this pair is closed: load or connect it again")
-        return _with_options(self._config, options, has_draft=self._draft is not None)
+        return with_options(self._config, options, has_draft=self._draft is not None)
 
     def _encode(self, prompt: Prompt, config: OrchestratorConfig) -> list[int]:
         if hasattr(prompt, "tolist"):  # an array or a tensor
@@ -347,16 +337,10 @@ def _model(given: str | Path | Model) -> Model:
 
 
 def _configured(given: Mapping[str, Any], options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
-    """The settings of a pair; without a draft gamma is 0, unless it is asked to be more."""
+    """The settings of a pair; with nothing to draft from, gamma is 0, unless it is asked to be more."""
     base = OrchestratorConfig.load({name: value for name, value in given.items() if value is not None})
-    return _with_options(base, options if has_draft else {"gamma": 0, **options}, has_draft=has_draft)
-
-
-def _with_options(config: OrchestratorConfig, options: Mapping[str, Any], *, has_draft: bool) -> OrchestratorConfig:
-    config = with_options(config, options)
-    if config.gamma and not has_draft:
-        raise OptionError(f"gamma={config.gamma!r}: this pair has no draft model; name one, or gamma=0")
-    return config
+    drafts = has_draft or options.get("lookup", base.lookup)
+    return with_options(base, options if drafts else {"gamma": 0, **options}, has_draft=has_draft)
 
 
 def _servicer(role: str, config: WorkerSettings) -> WorkerServicer:

@@ -19,31 +19,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.by_category import summarize_by_category
     from specsplit.analysis.captions import BY_CATEGORY
-    from specsplit.analysis.costs import cost_sentences, with_price
-    from specsplit.analysis.findings import (
-        drift_sentence,
-        faults_sentence,
-        find_best,
-        lossless_sentence,
-        round_trip_sentences,
-        summary_table,
-        text_table,
-    )
-    from specsplit.analysis.tables import read_tables, summarize
+    from specsplit.analysis.costs import with_price
+    from specsplit.analysis.findings import conclusions, find_best, summary_table, text_table
+    from specsplit.analysis.merging import read_tables
+    from specsplit.analysis.tables import summarize
     from specsplit.io import write_csv
 
     settings = load_settings(IntervalSettings, args).model_dump()
     requests, rounds = read_tables(args.results_dir)
     summary = with_price(summarize(requests, rounds, **settings), load_settings(PriceSettings, args))
-    write_csv(summary, args.results_dir / "summary.csv")
-    write_csv(summarize_by_category(requests, rounds, **settings), args.results_dir / f"{BY_CATEGORY}.csv")
+    tables = {"summary": summary, BY_CATEGORY: summarize_by_category(requests, rounds, **settings)}
+    for name, table in tables.items():
+        write_csv(table, args.results_dir / f"{name}.csv")
     if not args.no_figures:
         from specsplit.analysis.figures import draw_figures
 
         for path in draw_figures(requests, rounds, args.results_dir / "figures", **settings):
             print(path)
-    print(args.results_dir / "summary.csv")
-    print(args.results_dir / f"{BY_CATEGORY}.csv")
+    for name in tables:
+        print(args.results_dir / f"{name}.csv")
     count = requests["request_id"].nunique()
     prompts = "1 prompt" if count == 1 else f"{count} prompts"
     print(f"\n{prompts}; [{100 * settings['confidence']:g} % interval]; γ = 0 is the target alone\n")
@@ -51,13 +45,9 @@ def run(args: argparse.Namespace) -> None:
     print()
     for finding in find_best(requests, rounds, summary, **settings):
         print(f"{finding.where or 'Best'}:", *finding.sentences())
-    for sentence in round_trip_sentences(summary, settings["confidence"]):
-        print("Round trips:", sentence)
-    print("Machine:", drift_sentence(summary))
-    for sentence in cost_sentences(summary):
-        print("Cost:", sentence)
-    print("Lossless:", lossless := lossless_sentence(summary))
-    if faults := faults_sentence(summary):
-        print("Faults:", faults)
+    said = conclusions(summary, settings["confidence"])
+    for topic, sentences in said.items():
+        for sentence in sentences:
+            print(f"{topic}: {sentence}")
     if (summary["lossless"] < 1).any():
-        raise RunError(f"texts differ. Lossless: {lossless}")
+        raise RunError(f"texts differ. Lossless: {said['Lossless'][0]}")

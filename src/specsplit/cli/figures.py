@@ -16,7 +16,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.figures import draw_figures
-    from specsplit.analysis.tables import read_tables
+    from specsplit.analysis.merging import read_tables
 
     settings = load_settings(IntervalSettings, args).model_dump()
     for path in draw_figures(*read_tables(args.results_dir), args.results_dir / "figures", **settings):

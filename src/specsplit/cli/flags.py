@@ -45,20 +45,18 @@ def add_setting_flags(
             if field in seen:
                 continue
             seen.add(field)
-            flag = settings.flag(field)
             default = info.get_default(call_default_factory=True)
             text = (info.description or "").replace("%", "%%")
             if isinstance(default, list):
                 default = " ".join(map(str, default))
             if default not in (None, ""):
                 text += f" (default: {default})"
-            options: dict[str, Any] = {"dest": field, "default": None, "help": text}
+            kind: dict[str, Any] = {"metavar": field.rpartition("_")[2].upper()}
             if info.annotation is bool:
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+                kind = {"action": argparse.BooleanOptionalAction}
             elif is_list(info.annotation):
-                group.add_argument(flag, nargs="*", metavar=field.rpartition("_")[2].upper(), **options)
-            else:
-                group.add_argument(flag, metavar=field.rpartition("_")[2].upper(), **options)
+                kind["nargs"] = "*"
+            group.add_argument(settings.flag(field), dest=field, default=None, help=text, **kind)
 
 
 def settings_part(args: argparse.Namespace, part: str) -> dict[str, Any]:

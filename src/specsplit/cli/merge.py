@@ -17,8 +17,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from specsplit.analysis.merging import merge_runs
     from specsplit.analysis.references import REFERENCE, merged_references
-    from specsplit.analysis.tables import merge_runs
     from specsplit.io import write_csv
 
     run_dirs = args.run_dirs or sorted((args.results_dir / "runs").glob("*"))

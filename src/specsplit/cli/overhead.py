@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
 
     from specsplit.analysis.profile import summarize_overhead
     from specsplit.experiment.theory_check import measure_overhead
-    from specsplit.launch.lease import hold_lease
+    from specsplit.launch.heartbeat import hold_lease
     from specsplit.provenance.run_file import describe_here
 
     settings = load_settings(OverheadSettings, args)

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
 
     from specsplit.analysis.theory_figure import draw_theory_check
     from specsplit.experiment.theory_check import check_theory
-    from specsplit.launch.lease import hold_lease
+    from specsplit.launch.heartbeat import hold_lease
     from specsplit.provenance.run_file import describe_here
 
     settings = load_settings(SimulationSettings, args)

@@ -30,16 +30,12 @@ def connected_pair(
         drafter = None
         if config.gamma if draft is None else draft:
             drafter = stack.enter_context(connect("draft", config.draft_address, **options))
-        check_tokenizers(
-            {
-                **({} if tokenizer_sha256 is None else {"--tokenizer": tokenizer_sha256}),
-                **{
-                    f"the {c.role} worker ({c.description.model})": c.description.tokenizer_sha256
-                    for c in (drafter, target)
-                    if c is not None
-                },
-            }
-        )
+        named = {} if tokenizer_sha256 is None else {"--tokenizer": tokenizer_sha256}
+        for worker in (drafter, target):
+            if worker is not None:
+                about = worker.description
+                named[f"the {worker.role} worker ({about.model})"] = about.tokenizer_sha256
+        check_tokenizers(named)
         if drafter is not None:
             check_states(drafter.description, target.description, config)
         yield drafter, target

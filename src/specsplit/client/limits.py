@@ -25,7 +25,7 @@ INTEGER, NUMBER, REST = 5, 4, 1024
 class DraftLimits:
     """What a draft of one text may be at most.
 
-    shape: that of the settings, or a narrower one. gamma: its depth. nodes: of a tree. outcomes: to draft ahead for.
+    shape: that of the settings, or a narrower one. gamma: its depth. outcomes: to draft ahead for.
     stop_tokens: as many are told to the draft worker, so that it drafts nothing after them. context: longest text.
     states_bytes: of hidden states in a message.
     shortened: what had to be smaller than the settings say, a sentence each.
@@ -33,7 +33,6 @@ class DraftLimits:
 
     shape: TreeShape
     gamma: int
-    nodes: int
     outcomes: int
     stop_tokens: int
     context: int
@@ -81,7 +80,7 @@ class DraftLimits:
             shortened.append(f"drafts have {gamma} tokens at most, as tree {shape}, instead of {asked}")
         said = tuple(shortened) if draft is not None else ()
         states_bytes = bytes_left - REST - INTEGER * context
-        return cls(shape, gamma, nodes, outcomes, stop_tokens, context, states_bytes, said, message_nodes)
+        return cls(shape, gamma, outcomes, stop_tokens, context, states_bytes, said, message_nodes)
 
     def fan_out(self, gamma: int) -> int:
         """Outcomes whose drafts of this depth fit into one message."""

@@ -3,7 +3,8 @@
 The prompt goes to the target and, once that has a session for it, to the draft worker. The first round verifies no
 draft, so the first token comes as soon as from the target alone, and the draft worker reads the prompt meanwhile. The
 first round after a failure is done likewise. A draft that reads the target's hidden states (`client/states.py`) gets
-the text with them, after that round.
+the text with them, after that round. Where the end of the text occurred in it before, prompt lookup (`lookup` of the
+settings) drafts what followed, and the draft worker is not asked in that round.
 `overlap` drafts round N + 1 while round N is verified, guessing that all is accepted and which token comes next.
 `lookahead` drafts for the likeliest outcomes and sends these drafts on to the target, which starts the next
 verification by itself when one fits, so there is no round trip between the two. A wrong guess costs the pass that is
@@ -17,28 +18,24 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
-from specsplit.client.event_loop import event_loop
 from specsplit.client.network import simulated
-from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed, describe
-from specsplit.client.requests import draft_fields, verify_fields
+from specsplit.client.recovery import Recovery, WithoutDraft, WorkerFailed
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
 from specsplit.client.states import PassedStates, check_states
-from specsplit.client.stream import Stream, Traffic
-from specsplit.client.streamed import stream_target_async
+from specsplit.client.stream import Spent, Stream
 from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.growth import CHAIN
+from specsplit.decoding.lookup import LOOKUP, Lookup
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.tree_plan import ranks
-from specsplit.rpc.codec import tree_from_message
-from specsplit.rpc.credentials import Access
+from specsplit.rpc.codec import tree_from_message, tree_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
@@ -58,7 +55,8 @@ async def run_speculative_loop_async(
 ) -> SpeculativeResult:
     """Write one text with speculative decoding in the mode of the configuration.
 
-    draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.gamma is 0.
+    draft_stub: a DraftServiceStub on a grpc.aio channel; may be None when config.gamma is 0, and where config.lookup
+        is the only draft.
     target_stub: a TargetServiceStub on a grpc.aio channel. on_tokens: called with each round's new tokens.
     controller: chooses gamma when it is `auto`, and remembers from text to text; default: a new one.
     identities: role -> what the worker there said of itself before; filled here, and another worker is refused.
@@ -79,55 +77,43 @@ async def run_speculative_loop_async(
         known = [*prompt_ids, *alone.output_tokens]
     with text_span(config, request_id) as span:
         recovery = Recovery(config, {} if identities is None else identities, span)
-        return await _write(recovery, draft_stub, target_stub, prompt_ids, config, on_tokens, controller, known)
-
-
-async def _write(
-    recovery: Recovery,
-    draft_stub: Any,
-    target_stub: Any,
-    prompt_ids: Sequence[int],
-    config: OrchestratorConfig,
-    on_tokens: OnTokens | None,
-    controller: GammaController | None,
-    known: Sequence[int],
-) -> SpeculativeResult:
-    target_info = await describe(recovery, "target", target_stub)
-    draft_info = None
-    if config.gamma:
-        with suppress(WithoutDraft):
-            draft_info = await describe(recovery, "draft", draft_stub)
-    if draft_info is not None:
-        check_states(draft_info, target_info, config)
-    text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
-    text.limits.say()
-    text.known = known
-    stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
-    if config.gamma != "auto":
-        controller = None
-    elif controller is None:
-        controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=text.limits.shape)
-    text.started = time.perf_counter()
-    states = None
-    if draft_info is not None and draft_info.HasField("states_needed"):
-        states = PassedStates(draft_info.states_needed, config, text.limits)
-    pipeline = _Pipeline(text, stubs, controller, states)
-    try:
-        while True:
-            try:
-                await pipeline.run()
-                return text.result
-            except WorkerFailed as error:
-                failed = error
-            await pipeline.close(failed.role)
-            try:
-                await describe(recovery, failed.role, stubs[failed.role], failed)
-                pipeline.renew(failed.role)
-            except WithoutDraft:
-                pipeline.drop_draft()
-    finally:
-        await pipeline.close("draft")
-        await pipeline.close("target")
+        target_info = await recovery.describe("target", target_stub)
+        draft_info = None
+        if config.gamma and draft_stub is not None:
+            with suppress(WithoutDraft):
+                draft_info = await recovery.describe("draft", draft_stub)
+        if draft_info is not None:
+            check_states(draft_info, target_info, config)
+        text = recovery.begin(Text(prompt_ids, config, target_info, draft_info, on_tokens))
+        text.limits.say()
+        text.known = known
+        stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
+        if config.gamma != "auto":
+            controller = None
+        elif controller is None:
+            shape = text.limits.shape
+            controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=shape)
+        text.started = time.perf_counter()
+        states = None
+        if draft_info is not None and draft_info.HasField("states_needed"):
+            states = PassedStates(draft_info.states_needed, config, text.limits)
+        pipeline = _Pipeline(text, stubs, controller, states)
+        try:
+            while True:
+                try:
+                    await pipeline.run()
+                    return text.result
+                except WorkerFailed as error:
+                    failed = error
+                await pipeline.close(failed.role)
+                try:
+                    await recovery.describe(failed.role, stubs[failed.role], failed)
+                    pipeline.renew(failed.role)
+                except WithoutDraft:
+                    pipeline.drop_draft()
+        finally:
+            await pipeline.close("draft")
+            await pipeline.close("target")
 
 
 @dataclass
@@ -148,33 +134,21 @@ class _Pipeline:
     """
 
     def __init__(
-        self,
-        text: Text,
-        stubs: Mapping[str, Any],
-        controller: GammaController | None,
-        states: PassedStates | None = None,
+        self, text: Text, stubs: Mapping[str, Any], controller: GammaController | None, states: PassedStates | None
     ) -> None:
         self.text = text
         self.config = text.config
         self.controller = controller
         self.states = states
+        self.lookup = Lookup(text.config.lookup) if text.config.lookup else None
         self._stubs = dict(stubs)
         self._streams: dict[str, Stream] = {}
-        self._traffic = {"draft": Traffic(), "target": Traffic()}
+        self._spent = Spent()
         self._reading: asyncio.Future[None] | None = None  # the request that `_read_by_draft` sends
         self.renew("draft")
         self.renew("target")
-        self._exposed_ms = self._hidden_ms = 0.0
         self._awaited = 0  # replies of the draft worker, at most
         self._advised: int | None = None  # gamma for all texts that share the target; None: this one is alone
-
-    @property
-    def target(self) -> Stream:
-        return self._stream("target")
-
-    @property
-    def draft(self) -> Stream | None:
-        return None if self._stubs["draft"] is None else self._stream("draft")
 
     def renew(self, role: str) -> None:
         """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
@@ -191,16 +165,16 @@ class _Pipeline:
 
     async def close(self, role: str) -> None:
         """End the stream to a worker, and with it the worker's session."""
-        if role == "draft" and self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
-            self._reading = None
-        if role in self._streams:
-            await self._streams.pop(role).close()
         if role == "draft":
             # The target may have begun a round by itself, from what was prepared: the one after that is ours.
             self.at_target.round += 1
             self._awaited = 0
+            if self._reading is not None:
+                self._reading.cancel()
+                await asyncio.gather(self._reading, return_exceptions=True)
+                self._reading = None
+        if role in self._streams:
+            await self._streams.pop(role).close()
 
     def drop_draft(self) -> None:
         """From here on the target writes alone."""
@@ -215,7 +189,7 @@ class _Pipeline:
                 role,
                 call if self.text.span is None else self.text.span.carry(call),
                 timeout_s=config.rpc_timeout_s,
-                traffic=self._traffic[role],
+                spent=self._spent,
                 links=simulated(config) if role == "target" else None,
             )
         return self._streams[role]
@@ -234,7 +208,9 @@ class _Pipeline:
                     self.at_target.round += 1  # the target has begun it by itself
                 else:
                     await self._verify(tree)
-                ahead = await self._ask_ahead(min(gamma, self.text.room()))
+                # The worker has kept that draft, so asking for it costs no pass.
+                known = min(gamma, self.text.room())
+                ahead = await self._ask_draft(known, drafted_ahead=True) if known > 0 else None
             elif self._begins():
                 tree, gamma, hidden_ms = TokenTree(), 0, 0.0
                 self._unread = False
@@ -242,9 +218,11 @@ class _Pipeline:
                 if self.states is None:
                     self._reading = asyncio.ensure_future(self._read_by_draft())
             else:
-                gamma, hidden_ms = self._choose(), 0.0
-                tree, ahead = TokenTree(), None
-                if gamma > 0:
+                tree, ahead, hidden_ms = self._look_up(), None, 0.0
+                gamma = len(tree) or self._choose()
+                if len(tree):
+                    asked = time.perf_counter()
+                elif gamma > 0:
                     await self._fetch_states()
                     ahead = await self._ask_draft(gamma)
                     drafted = await self._draft_reply(is_ahead=False)
@@ -252,7 +230,6 @@ class _Pipeline:
                     asked = time.perf_counter()
                 await self._verify(tree)
             verdict = await self._verdict(ahead)
-            exposed_ms, unseen_ms = self._take_draft_work()
             now = time.perf_counter()
             accepted = list(verdict.accepted_tokens)
             self._advised = verdict.gamma if verdict.HasField("gamma") else None
@@ -273,46 +250,28 @@ class _Pipeline:
                 network_ms=max(0.0, (now - began) * 1e3 - timings.server_ms - verdict.timings.server_ms),
                 speculation=speculation,
                 gamma_asked=gamma,
-                draft_exposed_ms=exposed_ms,
-                draft_hidden_ms=unseen_ms,
-                **self._take_traffic(),
-                draft_source=tree.source,
+                **self._spent.take(),
+                draft_source=tree.source or ("model" if self.lookup and len(tree) else ""),
             )
             self.text.take(accepted, verdict.next_token, measured)
             self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
         await self._settle()
 
-    def _take_draft_work(self) -> tuple[float, float]:
-        """What the draft worker computed since the last call: while the text waited for it, and meanwhile."""
-        taken = self._exposed_ms, self._hidden_ms
-        self._exposed_ms = self._hidden_ms = 0.0
-        return taken
-
-    def _take_traffic(self) -> dict[str, int]:
-        return {name: count for role, own in self._traffic.items() for name, count in own.take(role).items()}
-
     def _count(self, reply: pb.GenerateDraftsReply, *, exposed: bool) -> None:
         self._awaited -= 1
-        if exposed:
-            self._exposed_ms += reply.timings.compute_ms
-        else:
-            self._hidden_ms += reply.timings.compute_ms
+        self._spent["draft_exposed_ms" if exposed else "draft_hidden_ms"] += reply.timings.compute_ms
 
     async def _settle(self) -> None:
         """Hear what the draft worker still spent on the text; it drops what it is at after its current pass."""
-        if self.draft is not None and self._awaited > 0:
+        if self._awaited > 0:
             with suppress(WorkerFailed, TimeoutError):  # the end of the stream is one as well
                 async with asyncio.timeout(SETTLE_S):
-                    await self.draft.finish()
+                    await self._stream("draft").finish()
                     while True:
-                        self._count(await self.draft.receive(), exposed=False)
-        rounds, (exposed_ms, hidden_ms) = self.text.result.rounds, self._take_draft_work()
-        rounds[-1] = replace(
-            rounds[-1],
-            draft_exposed_ms=rounds[-1].draft_exposed_ms + exposed_ms,
-            draft_hidden_ms=rounds[-1].draft_hidden_ms + hidden_ms,
-            **{name: getattr(rounds[-1], name) + count for name, count in self._take_traffic().items()},
-        )
+                        self._count(await self._stream("draft").receive(), exposed=False)
+        rounds = self.text.result.rounds
+        more = {name: getattr(rounds[-1], name) + amount for name, amount in self._spent.take().items()}
+        rounds[-1] = replace(rounds[-1], **more)
 
     def _begins(self) -> bool:
         """Whether this round is to verify no draft, as one would delay its token: a worker has to read the text first.
@@ -321,25 +280,32 @@ class _Pipeline:
         """
         return self._unread and not (self._began_at and self.text.sampling.uses_rejection)
 
-    def _fits(self, outcome: pb.Outcome) -> bool:
-        """Whether the target can hold the text with this outcome and the draft after it."""
-        length = len(self.text.tokens) + len(outcome.accepted_tokens) + 1
-        return length + len(outcome.tree.token_ids) <= self.text.limit
-
     def _choose(self) -> int:
-        room = self.text.room()
-        if self.controller is None:
+        return self._gamma(self.text.room(), self.controller)
+
+    def _gamma(self, room: int, controller: GammaController | None) -> int:
+        if controller is None:
             return room
-        return self.controller.choose(room) if self._advised is None else min(self._advised, room)
+        return controller.choose(room) if self._advised is None else min(self._advised, room)
+
+    def _look_up(self) -> TokenTree:
+        """A draft from the text itself; empty where its end did not occur in it before, or that does not pay."""
+        if self.lookup is None or not self.config.gamma:
+            return TokenTree()
+        gamma = self._gamma(self.text.target_room(), self.controller and self.controller.of_lookups)
+        return self.lookup.draft(
+            self.text.tokens, gamma, self.text.known_stop_ids, certain=self.text.sampling.uses_rejection
+        )
 
     def _observe(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
         if self.controller is not None:
             self.controller.observe(
+                source=tree.source,
                 gamma=measured.gamma_asked,
                 drafted=measured.drafted,
                 accepted=measured.accepted,
                 verified_tokens=measured.tree_nodes + 1,
-                draft_ms=measured.draft_compute_ms,
+                draft_ms=measured.draft_wall_ms if tree.source == LOOKUP else measured.draft_compute_ms,
                 verify_ms=measured.verify_compute_ms,
                 network_ms=measured.network_ms,
                 hit=None if measured.speculation == "none" else measured.speculation == "hit",
@@ -348,22 +314,22 @@ class _Pipeline:
                 ranks=ranks(tree.parents, path),
             )
 
-    async def _verify(self, tree: TokenTree) -> None:
+    async def _verify(self, tree: TokenTree, *, only_states: bool = False) -> None:
         wanted = None
-        if self.states is not None and self.text.room(ahead=1) > 0:  # else no draft follows that could read them
-            wanted = self.states.wanted(len(self.text.tokens))
-        await self._send_verify_request(tree, wanted)
-
-    async def _send_verify_request(self, tree: TokenTree, wanted: pb.WantedStates | None) -> None:
+        # Without room no draft follows that could read them.
+        if self.states is not None and (only_states or self.text.room(ahead=1) > 0):
+            wanted = self.states.wanted(len(self.text.tokens), only=only_states)
         context = self.at_target.context(self.text.tokens)
-        request = pb.VerifyDraftsRequest(context=context, wanted_states=wanted, **verify_fields(self.text, tree))
-        await self.target.send(pb.StreamVerifyRequest(verify=request))
+        request = pb.VerifyDraftsRequest(
+            context=context, tree=tree_to_message(tree), sampling=self.text.sampling_message, wanted_states=wanted
+        )
+        await self._stream("target").send(pb.StreamVerifyRequest(verify=request))
 
     async def _fetch_states(self) -> None:
         """Have the target send the hidden states that the draft needs and no round has brought: after a failure, where
         a round without a draft would cut the text elsewhere (`_begins`)."""
         if self.states is not None and self.states.lacking(len(self.text.tokens)):
-            await self._send_verify_request(TokenTree(), self.states.wanted(len(self.text.tokens), only=True))
+            await self._verify(TokenTree(), only_states=True)
             await self._target_reply()
             self.at_target.extend_to(self.text.tokens[:-1])
 
@@ -380,7 +346,7 @@ class _Pipeline:
             if next_gamma > 0 and fan_out > 0:
                 ahead = _Ahead(next_gamma)
                 wanted = pb.Ahead(fan_out=1 if full else fan_out, max_draft_tokens=next_gamma, full_acceptance=full)
-        fields = draft_fields(self.text, gamma, self.text.limits.shape, wanted)
+        fields = self.text.draft_fields(gamma, self.text.limits.shape, wanted)
         await self._send_draft_request({**fields, "drafted_ahead": drafted_ahead})
         return ahead
 
@@ -389,29 +355,23 @@ class _Pipeline:
         the least that can be asked."""
         if self.text.room(ahead=1) > 0 and self._choose() > 0:
             # Sessions are taken in one order by all: who waits in line for the target's holds none of the draft worker.
-            await self.target.admitted()
-            await self._send_draft_request(draft_fields(self.text, 1, CHAIN))
+            await self._stream("target").admitted()
+            await self._send_draft_request(self.text.draft_fields(1, CHAIN))
 
     async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:
-        assert self.draft is not None
         context = self.at_draft.context(self.text.tokens)
         self.at_draft.extend_to(self.text.tokens)
         self._awaited += 1 if fields["ahead"] is None else 2
         states: list[pb.HiddenStates] = []
         if self.states is not None:
             for request in self.states.requests(self.at_draft.id):
-                await self.draft.send(request)
+                await self._stream("draft").send(request)
             states = self.states.rest()
-        await self.draft.send(pb.GenerateDraftsRequest(context=context, states=states, **fields))
-
-    async def _ask_ahead(self, gamma: int) -> _Ahead | None:
-        """As `_ask_draft` for a text whose draft is here. The worker has kept that draft, so asking costs no pass."""
-        return await self._ask_draft(gamma, drafted_ahead=True) if gamma > 0 else None
+        await self._stream("draft").send(pb.GenerateDraftsRequest(context=context, states=states, **fields))
 
     async def _draft_reply(self, *, is_ahead: bool) -> pb.GenerateDraftsReply:
-        assert self.draft is not None
         while True:
-            reply = await self.draft.receive()
+            reply = await self._stream("draft").receive()
             waited_for = reply.round == self.at_draft.round and reply.is_ahead == is_ahead
             self._count(reply, exposed=waited_for and not is_ahead)
             if waited_for:
@@ -419,7 +379,7 @@ class _Pipeline:
 
     async def _target_reply(self) -> pb.VerifyDraftsReply:
         while True:
-            reply = await self.target.receive()
+            reply = await self._stream("target").receive()
             if reply.round == self.at_target.round:
                 if self.states is not None:
                     self.states.take(reply)
@@ -441,92 +401,15 @@ class _Pipeline:
             if drafts.done():
                 reply = drafts.result()
                 ahead.compute_ms = reply.timings.compute_ms
-                outcomes = [o for o in reply.outcomes if self._fits(o)]
+                room = self.text.limit - len(self.text.tokens) - 1  # for an outcome and the draft after it
+                outcomes = [o for o in reply.outcomes if len(o.accepted_tokens) + len(o.tree.token_ids) <= room]
                 ahead.trees = {(tuple(o.accepted_tokens), o.next_token): tree_from_message(o.tree) for o in outcomes}
                 if self.config.mode == "lookahead" and not verdict.done():
                     prepared = pb.Prepared(round=self.at_target.round, outcomes=outcomes)
-                    await self.target.send(pb.StreamVerifyRequest(prepared=prepared))
+                    await self._stream("target").send(pb.StreamVerifyRequest(prepared=prepared))
                     ahead.sent = True
             return await verdict
         finally:
             for task in (verdict, drafts):
                 task.cancel()
             await asyncio.gather(verdict, drafts, return_exceptions=True)
-
-
-class TextWriter:
-    """Writes texts from synchronous code, over channels that stay. Use as a context manager.
-
-    draft: address of the draft worker, None when gamma is 0. access: how the client shows who it is.
-    identities: role -> what the worker there said of itself, by default before the first text; another model at that
-    address is refused from then on.
-    """
-
-    def __init__(
-        self,
-        draft: str | None,
-        target: str,
-        identities: Mapping[str, pb.DescribeReply] | None = None,
-        *,
-        access: Access | None = None,
-    ) -> None:
-        self._addresses = draft, target
-        self._identities = dict(identities or {})
-        self._access = access or Access()
-
-    def __enter__(self) -> Self:
-        self._channels = event_loop().run(self._open())
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        event_loop().run(self._close())
-
-    def write(
-        self,
-        prompt_ids: Sequence[int],
-        config: OrchestratorConfig,
-        *,
-        on_tokens: OnTokens | None = None,
-        controller: GammaController | None = None,
-        request_id: str | None = None,
-    ) -> SpeculativeResult:
-        """As `run_speculative_loop_async`."""
-        draft, target = self._channels
-        return event_loop().run(
-            run_speculative_loop_async(
-                self._access.stub("draft", draft) if draft is not None else None,
-                self._access.stub("target", target),
-                prompt_ids,
-                config,
-                on_tokens=on_tokens,
-                controller=controller,
-                identities=self._identities,
-                request_id=request_id,
-            )
-        )
-
-    def stream_target(
-        self,
-        prompt_ids: Sequence[int],
-        config: OrchestratorConfig,
-        *,
-        on_tokens: OnTokens | None = None,
-        request_id: str | None = None,
-    ) -> SpeculativeResult:
-        """As `stream_target_async`: the target alone, which streams its tokens."""
-        stub = self._access.stub("target", self._channels[1])
-        return event_loop().run(
-            stream_target_async(
-                stub, prompt_ids, config, on_tokens=on_tokens, identities=self._identities, request_id=request_id
-            )
-        )
-
-    async def _open(self) -> list[grpc.aio.Channel | None]:
-        return [address and self._access.aio_channel(address) for address in self._addresses]
-
-    async def _close(self) -> None:
-        for channel in self._channels:
-            if channel is not None:
-                await channel.close()

@@ -52,7 +52,7 @@ class WithoutDraft(Exception):
 def failure_of(role: str, code: grpc.StatusCode, details: str | None, metadata: Any) -> WorkerFailed:
     """What a gRPC status means. metadata: pairs that came with it, or None."""
     meant = meaning(code, details, metadata)
-    return WorkerFailed(role, meant.code.name, meant.details, meant.remedy, meant.after_s)
+    return WorkerFailed(role, meant.code.name, meant.details, meant.rule.remedy, meant.after_s)
 
 
 class Recovery:
@@ -84,12 +84,30 @@ class Recovery:
             self.span.begin(len(text.tokens), text.result)
         return text
 
-    def timeout_s(self, *, again: bool) -> float:
-        """The longest wait for a worker to say what it is."""
-        left = self._left() if again else self._config.connect_timeout_s
-        return max(LAST_CHANCE_S, min(self._config.connect_timeout_s, left))
+    async def describe(self, role: str, stub: Any, failed: WorkerFailed | None = None) -> pb.DescribeReply:
+        """What the worker behind a stub says of itself, waited for and asked again.
 
-    def wait_s(self, failed: WorkerFailed) -> float:
+        failed: how it failed just now. Raises WithoutDraft, and WorkerError when there is no hope or another worker.
+        """
+        while True:
+            timeout_s = self._config.connect_timeout_s
+            if failed is not None:
+                await asyncio.sleep(self._wait_s(failed))
+                timeout_s = max(LAST_CHANCE_S, min(timeout_s, self._left()))
+            try:
+                request = pb.DescribeRequest()
+                worker = await stub.Describe(request, timeout=timeout_s, wait_for_ready=failed is not None)
+                break
+            except grpc.aio.AioRpcError as error:
+                failed = failure_of(role, error.code(), error.details(), error.trailing_metadata())
+        if failed is not None:
+            failure = self._failures[-1]
+            failure.lost_ms = (time.monotonic() - self._noticed) * 1e3
+            if self.span is not None:
+                self.span.event("worker back", worker=failure.worker, round=failure.round, lost_ms=failure.lost_ms)
+        return self._met(role, worker)
+
+    def _wait_s(self, failed: WorkerFailed) -> float:
         """Seconds to wait before the next try. Raises WithoutDraft, or WorkerError when there is none."""
         now = time.monotonic()
         rounds = len(self._text.result.rounds) if self._text else 0
@@ -97,7 +115,10 @@ class Recovery:
             self._rounds, self._began, self._tries, self._losses = rounds, now, 0, 0
         self._tries += 1
         self._losses += failed.remedy == "resend"
-        self._note(failed, rounds + 1)
+        last = self._failures[-1] if self._failures else None
+        if last is None or (last.worker, last.round) != (failed.role, rounds + 1):  # one for all tries in a round
+            self._failures.append(Failure(failed.role, rounds + 1, failed.code, failed.details))
+            self._noticed = time.monotonic()
         if self.span is not None:
             self.span.event("worker failed", worker=failed.role, round=rounds + 1, code=failed.code)
         policy = self._config.on_draft_failure if failed.role == "draft" else "reconnect"
@@ -108,19 +129,17 @@ class Recovery:
                 self.span.event("target alone", round=rounds + 1)
             log.warning("%s; the target finishes the text alone", failed)
             raise WithoutDraft
-        hopeless = failed.remedy == "none" or (failed.remedy == "resend" and not lost_session)
-        if hopeless or (policy == "fail" and not lost_session) or self._left() <= 0:
-            raise self.give_up(failed)
+        if self._left() <= 0 or (not lost_session and (failed.remedy != "wait" or policy == "fail")):
+            raise self._give_up(failed)
         # A session that went to another client is no fault.
-        log.log(
-            logging.INFO if lost_session else logging.WARNING, "%s; opening a new session with the whole text", failed
-        )
+        level = logging.INFO if lost_session else logging.WARNING
+        log.log(level, "%s; opening a new session with the whole text", failed)
         if lost_session:
             return 0.0
         wait = min(FIRST_WAIT_S * 2 ** (self._tries - 1), LONGEST_WAIT_S)
         return min(max(wait * random.uniform(0.5, 1.0), failed.after_s), self._left())
 
-    def give_up(self, failed: WorkerFailed) -> WorkerError:
+    def _give_up(self, failed: WorkerFailed) -> WorkerError:
         """The error that ends the text; it has the text so far."""
         first = self._failures[-1]
         first.action = "gave_up"
@@ -134,10 +153,10 @@ class Recovery:
         code = failed.code if failed.remedy == "none" else first.code  # what cannot be mended is the reason
         return self._error(f"{failed.role} worker {what}: {said}", code)
 
-    def met(self, role: str, worker: pb.DescribeReply) -> pb.DescribeReply:
-        """Take what a worker says of itself. Raises WorkerError when another one was there before."""
+    def _met(self, role: str, worker: pb.DescribeReply) -> pb.DescribeReply:
+        """`worker`. Raises WorkerError when another one was there before."""
         before = self._identities.setdefault(role, worker)
-        pairs = [(name, _plain(getattr(before, name)), _plain(getattr(worker, name))) for name in _IDENTITY]
+        pairs = [(name, getattr(before, name), getattr(worker, name)) for name in _IDENTITY]
         if changed := [f"{name} {now} instead of {then}" for name, then, now in pairs if then != now]:
             raise self._error(
                 f"another {role} worker answers now: {'; '.join(changed)}. Start the one that was there before, "
@@ -149,46 +168,8 @@ class Recovery:
     def _error(self, message: str, code: str) -> WorkerError:
         if self._text is None:
             return WorkerError(message, code=code)
-        self._text.stopped()
+        self._text.result.total_ms = (time.perf_counter() - self._text.started) * 1e3
         return WorkerError(message, code=code, result=self._text.result)
-
-    def resumed(self) -> None:
-        """Note that the worker is back."""
-        failure = self._failures[-1]
-        failure.lost_ms = (time.monotonic() - self._noticed) * 1e3
-        if self.span is not None:
-            self.span.event("worker back", worker=failure.worker, round=failure.round, lost_ms=failure.lost_ms)
 
     def _left(self) -> float:
         return self._began + self._config.recovery_timeout_s - time.monotonic()
-
-    def _note(self, failed: WorkerFailed, number: int) -> None:
-        """One entry for all tries of one worker in one round."""
-        last = self._failures[-1] if self._failures else None
-        if last is None or (last.worker, last.round) != (failed.role, number):
-            self._failures.append(Failure(failed.role, number, failed.code, failed.details))
-            self._noticed = time.monotonic()
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int) else list(value)
-
-
-async def describe(recovery: Recovery, role: str, stub: Any, failed: WorkerFailed | None = None) -> pb.DescribeReply:
-    """What the worker behind a stub says of itself, waited for and asked again as `recovery` says.
-
-    failed: how it failed just now. Raises WorkerError and WithoutDraft.
-    """
-    while True:
-        again = failed is not None
-        if failed is not None:
-            await asyncio.sleep(recovery.wait_s(failed))
-        try:
-            timeout_s = recovery.timeout_s(again=again)
-            worker = await stub.Describe(pb.DescribeRequest(), timeout=timeout_s, wait_for_ready=again)
-        except grpc.aio.AioRpcError as error:
-            failed = failure_of(role, error.code(), error.details(), error.trailing_metadata())
-            continue
-        if again:
-            recovery.resumed()
-        return recovery.met(role, worker)

@@ -27,20 +27,21 @@ class Round:
         this round: what the round waited for, and what went on meanwhile, of use or not (drafts ahead that missed).
     *_sent_bytes, *_received_bytes: serialized messages that went to that worker and came from it since the round
         before, without the headers of gRPC; 0 within one process.
-    draft_source: of a draft that learns: session | global | model | none; empty for others, and without a draft.
+    draft_source: of a draft that learns: session | global | model | none; with prompt lookup: lookup | model; else
+        empty, as without a draft.
     """
 
     round: int
-    drafted: int
-    accepted: int
-    tree_nodes: int
-    draft_wall_ms: float
-    draft_compute_ms: float
-    draft_queue_ms: float
-    verify_wall_ms: float
-    verify_compute_ms: float
-    verify_queue_ms: float
-    network_ms: float
+    drafted: int = 0
+    accepted: int = 0
+    tree_nodes: int = 0
+    draft_wall_ms: float = 0.0
+    draft_compute_ms: float = 0.0
+    draft_queue_ms: float = 0.0
+    verify_wall_ms: float = 0.0
+    verify_compute_ms: float = 0.0
+    verify_queue_ms: float = 0.0
+    network_ms: float = 0.0
     speculation: str = "none"
     gamma_asked: int = 0
     arrived_ms: float = 0.0
@@ -89,10 +90,6 @@ class SpeculativeResult:
     ttft_ms: float | None = None
     total_ms: float = 0.0
     failures: list[Failure] = field(default_factory=list)
-
-    @property
-    def total_rounds(self) -> int:
-        return len(self.rounds)
 
     @property
     def counted_rounds(self) -> list[Round]:

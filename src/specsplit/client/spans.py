@@ -21,16 +21,10 @@ class TextSpan:
 
     def __init__(self, tracer: Tracer, config: OrchestratorConfig, request_id: str | None) -> None:
         self._tracer = tracer
-        attributes: dict[str, Any] = {
-            "specsplit.gamma": str(config.gamma),
-            "specsplit.mode": config.mode,
-            "specsplit.tree": config.tree,
-        }
+        self.span: Span = tracer.start_span("text")
+        self._set(gamma=str(config.gamma), mode=config.mode, tree=config.tree)
         if request_id is not None:
-            attributes["specsplit.request_id"] = request_id.encode(
-                "utf-8", "replace"
-            ).decode()  # no halves of surrogate pairs
-        self.span: Span = tracer.start_span("text", attributes=attributes)
+            self._set(request_id=request_id.encode("utf-8", "replace").decode())  # no halves of surrogate pairs
         self._metadata = tracing.metadata_of(self.span)
         self._result: SpeculativeResult | None = None
 
@@ -41,8 +35,11 @@ class TextSpan:
 
     def begin(self, prompt_tokens: int, result: SpeculativeResult) -> None:
         """Note the prompt's length, and the result that is filled from now on."""
-        self.span.set_attribute("specsplit.prompt_tokens", prompt_tokens)
+        self._set(prompt_tokens=prompt_tokens)
         self._result = result
+
+    def _set(self, **attributes: str | int | float) -> None:
+        self.span.set_attributes({f"specsplit.{key}": value for key, value in attributes.items()})
 
     def event(self, name: str, **attributes: str | int | float) -> None:
         self.span.add_event(name, {f"specsplit.{key}": value for key, value in attributes.items()})
@@ -68,9 +65,8 @@ class TextSpan:
 
     def end(self, error: BaseException | None) -> None:
         if self._result is not None:
-            self.span.set_attribute("specsplit.generated_tokens", len(self._result.output_tokens))
-            self.span.set_attribute("specsplit.rounds", len(self._result.rounds))
-            self.span.set_attribute("specsplit.finish_reason", self._result.finish_reason)
+            written, rounds = len(self._result.output_tokens), len(self._result.rounds)
+            self._set(generated_tokens=written, rounds=rounds, finish_reason=self._result.finish_reason)
         if error is not None:
             code = getattr(error, "code", None)  # of a WorkerError
             tracing.mark_failed(self.span, code if code and isinstance(code, str) else type(error).__name__, error)

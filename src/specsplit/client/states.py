@@ -76,15 +76,14 @@ def check_states(draft: pb.DescribeReply, target: pb.DescribeReply, config: Orch
             "fused, and a target with weights)"
         )
     last = max(needed.layers, default=2)
-    mismatches = [
-        (
-            needed.hidden_size != given.hidden_size,
-            f"has states of {given.hidden_size} numbers, not {needed.hidden_size}",
-        ),
-        (needed.vocab_size > target.vocab_size, f"has {target.vocab_size} tokens, fewer than its {needed.vocab_size}"),
-        (last >= given.num_layers, f"has {given.num_layers} layers, and none numbered {last}"),
-    ]
-    if wrong := [what for differs, what in mismatches if differs]:
+    wrong = []
+    if needed.hidden_size != given.hidden_size:
+        wrong.append(f"has states of {given.hidden_size} numbers, not {needed.hidden_size}")
+    if needed.vocab_size > target.vocab_size:
+        wrong.append(f"has {target.vocab_size} tokens, fewer than its {needed.vocab_size}")
+    if last >= given.num_layers:
+        wrong.append(f"has {given.num_layers} layers, and none numbered {last}")
+    if wrong:
         raise UserError(f"{pair} {'; it '.join(wrong)}: it is not the target that this draft was made for")
     form = config.hidden_states_form
     for worker, forms in ((draft, needed.forms), (target, given.forms)):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -15,17 +15,19 @@ from specsplit.client.network import Links, until
 from specsplit.client.recovery import WorkerFailed, failure_of
 
 
-@dataclass
-class Traffic:
-    """Serialized bytes of the messages on a link. Within one process none is serialized, so none is counted."""
+class Spent(defaultdict[str, Any]):
+    """What was spent on a text since it was last taken, by the names that a Round has for it.
 
-    sent: int = 0
-    received: int = 0
+    Bytes are those of serialized messages. Within one process none is serialized, so none is counted.
+    """
 
-    def take(self, role: str) -> dict[str, Any]:
-        """The fields of a Round that say it, and begin anew."""
-        taken = {f"{role}_sent_bytes": self.sent, f"{role}_received_bytes": self.received}
-        self.sent = self.received = 0
+    def __init__(self) -> None:
+        super().__init__(int)
+
+    def take(self) -> dict[str, Any]:
+        """All of it, and begin anew."""
+        taken = dict(self)
+        self.clear()
         return taken
 
 
@@ -33,23 +35,17 @@ class Stream:
     """Messages to and from one worker, in order.
 
     rpc: a stream method of a grpc.aio stub. timeout_s: the longest wait for a message. links: a simulated network; a
-    late message holds up none that goes the other way. traffic: where bytes are counted.
+    late message holds up none that goes the other way. spent: where bytes are counted.
     """
 
     def __init__(
-        self,
-        name: str,
-        rpc: Callable[[], Any],
-        *,
-        timeout_s: float,
-        traffic: Traffic,
-        links: Links | None = None,
+        self, name: str, rpc: Callable[[], Any], *, timeout_s: float, spent: Spent, links: Links | None = None
     ) -> None:
         self.name = name
         self._call = rpc()
         self._timeout_s = timeout_s
         self._links = links
-        self._traffic = None if getattr(self._call, "in_process", False) else traffic
+        self._spent = None if getattr(self._call, "in_process", False) else spent
         self._inbox: asyncio.Queue[tuple[float, Any]] = asyncio.Queue()
         self._outbox: asyncio.Queue[tuple[float, Any]] = asyncio.Queue()
         self._tasks = [asyncio.create_task(self._read())]
@@ -99,8 +95,8 @@ class Stream:
     async def _read(self) -> None:
         try:
             while (message := await self._call.read()) is not grpc.aio.EOF:
-                if self._traffic is not None:
-                    self._traffic.received += message.ByteSize()
+                if self._spent is not None:
+                    self._spent[f"{self.name}_received_bytes"] += message.ByteSize()
                 due = self._links[1].due(message, time.perf_counter()) if self._links else 0.0
                 self._inbox.put_nowait((due, message))
         except grpc.aio.AioRpcError:
@@ -120,5 +116,5 @@ class Stream:
     async def _put(self, message: Any) -> None:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader has the reason
             await self._call.write(message)
-            if self._traffic is not None:
-                self._traffic.sent += message.ByteSize()
+            if self._spent is not None:
+                self._spent[f"{self.name}_sent_bytes"] += message.ByteSize()

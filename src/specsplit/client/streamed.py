@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from specsplit.client.network import simulated, until
-from specsplit.client.recovery import Recovery, WorkerFailed, describe
+from specsplit.client.recovery import Recovery, WorkerFailed
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import text_span
-from specsplit.client.stream import Stream, Traffic
+from specsplit.client.stream import Spent, Stream
 from specsplit.client.text import OnTokens, Text
-from specsplit.rpc.codec import sampling_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
 
@@ -38,7 +37,7 @@ async def stream_target_async(
     """
     with text_span(config, request_id) as span:
         recovery = Recovery(config, {} if identities is None else identities, span)
-        info = await describe(recovery, "target", target_stub)
+        info = await recovery.describe("target", target_stub)
         text = recovery.begin(Text(prompt_ids, config, info, None, on_tokens))
         text.started = time.perf_counter()
         while True:
@@ -47,7 +46,7 @@ async def stream_target_async(
                 return text.result
             except WorkerFailed as error:
                 failed = error
-            await describe(recovery, failed.role, target_stub, failed)
+            await recovery.describe(failed.role, target_stub, failed)
 
 
 async def _stream(text: Text, target_stub: Any) -> None:
@@ -58,7 +57,7 @@ async def _stream(text: Text, target_stub: Any) -> None:
         left = min(left, config.max_rounds - len(text.result.rounds))
     request = pb.StreamTextRequest(
         context=pb.Context(session_id=uuid.uuid4().hex, round=1, new_tokens=text.tokens),
-        sampling=sampling_to_message(text.sampling),
+        sampling=text.sampling_message,
         max_tokens=left,
         stop_token_ids=text.stop_ids,
     )
@@ -67,8 +66,9 @@ async def _stream(text: Text, target_stub: Any) -> None:
     links = simulated(config)
     if links:
         await until(links[0].due(request, began))
-    traffic = Traffic(sent=request.ByteSize())
-    stream = Stream("target", lambda: call(request), timeout_s=config.rpc_timeout_s, links=links, traffic=traffic)
+    spent = Spent()
+    spent["target_sent_bytes"] = request.ByteSize()
+    stream = Stream("target", lambda: call(request), timeout_s=config.rpc_timeout_s, links=links, spent=spent)
     try:
         while not text.finished:
             reply = await stream.receive()
@@ -77,17 +77,11 @@ async def _stream(text: Text, target_stub: Any) -> None:
                 wall_ms, began = (now - began) * 1e3, now
                 measured = Round(
                     round=len(text.result.rounds) + 1,
-                    drafted=0,
-                    accepted=0,
-                    tree_nodes=0,
-                    draft_wall_ms=0.0,
-                    draft_compute_ms=0.0,
-                    draft_queue_ms=0.0,
                     verify_wall_ms=wall_ms,
                     verify_compute_ms=reply.timings.compute_ms,
                     verify_queue_ms=reply.timings.queue_ms,
                     network_ms=max(0.0, wall_ms - reply.timings.server_ms),
-                    **traffic.take("target"),
+                    **spent.take(),
                 )
                 text.take([], token, measured)
                 if text.finished:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from specsplit.client.limits import DraftLimits
 from specsplit.client.result import Round, SpeculativeResult
 from specsplit.client.spans import TextSpan
-from specsplit.decoding.forced import Forced, forced
+from specsplit.decoding.forced import forced
 from specsplit.decoding.sampling import Sampling
+from specsplit.decoding.tree import TreeShape
 from specsplit.errors import PromptError
+from specsplit.rpc.codec import sampling_to_message
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
 
@@ -39,6 +42,9 @@ class Text:
         on_tokens: OnTokens | None = None,
     ) -> None:
         self.config = config
+        rejection = config.sampling == "rejection"
+        self.sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed, rejection)
+        self.sampling_message = sampling_to_message(self.sampling)
         self.limits = DraftLimits.of(config, target, draft)
         self.limit = self.limits.context
         self.vocab_size = target.vocab_size
@@ -66,44 +72,59 @@ class Text:
     def finished(self) -> bool:
         return bool(self.result.finish_reason)
 
-    @property
-    def sampling(self) -> Sampling:
-        c = self.config
-        return Sampling(c.temperature, c.top_k, c.top_p, c.seed, rejection=c.sampling == "rejection")
-
     def room(self, ahead: int = 0) -> int:
         """The deepest draft that makes sense after `ahead` more tokens: the last token is always the target's own; 0
         when the draft worker cannot hold it, or cannot read the text."""
-        length = len(self.tokens) + ahead
-        gamma = min(self.limits.gamma, self.length_limit - length - 1)
+        length, gamma = len(self.tokens) + ahead, self.target_room(ahead)
         # Models with one tokenizer may pad their vocabularies differently: a draft cannot read every token.
         if not self._draft_vocab or max(self.tokens) >= self._draft_vocab:
             return 0
         shape = self.limits.shape
         while gamma > 0 and length + shape.size(gamma) > self._draft_limit:
             gamma -= 1
-        return max(gamma, 0)
+        return gamma
 
-    def forced(self, count: int) -> Forced:
+    def target_room(self, ahead: int = 0) -> int:
+        """As `room`, of a draft that no worker makes."""
+        return max(0, min(self.limits.gamma, self.length_limit - len(self.tokens) - ahead - 1))
+
+    def draft_fields(self, gamma: int, shape: TreeShape, ahead: pb.Ahead | None = None) -> dict[str, Any]:
+        """Every field of GenerateDraftsRequest but `context`."""
+        deepest = max(gamma, ahead.max_draft_tokens) if ahead is not None else gamma
+        return {
+            "max_draft_tokens": gamma,
+            "branching": shape.branching[:deepest],
+            "tree_nodes": shape.nodes,
+            "tree_width": shape.width if shape.nodes else 0,
+            "stop_token_ids": self.known_stop_ids,
+            "sampling": self.sampling_message,
+            "vocab_size": self.vocab_size,
+            "length_limit": self.length_limit,
+            "ahead": ahead,
+            "memory": self.config.memory,
+            "prompt_tokens": self.prompt_length,
+            "forced": self._forced(gamma + 1 + ahead.max_draft_tokens if ahead else gamma),
+        }
+
+    def _forced(self, count: int) -> pb.Forced | None:
         """The next `count` tokens of the text that is known beforehand, where acceptance is forced."""
         start, acceptance = len(self.tokens), self.config.draft_acceptance
-        if acceptance is None or self.known[:start] != self.tokens:
-            return Forced()
-        return forced(self.known[start : start + count], start, acceptance, self.config.seed)
+        if acceptance is None or self.known[:start] != self.tokens or len(self.known) == start:
+            return None
+        made = forced(self.known[start : start + count], start, acceptance, self.config.seed)
+        return pb.Forced(tokens=made.tokens, right=made.right)
 
     def drop_draft(self) -> None:
         """From here on the target writes alone."""
         self._draft_vocab = 0
 
-    def stopped(self) -> None:
-        """Note that the text ends here, unfinished."""
-        self.result.total_ms = (time.perf_counter() - self.started) * 1e3
-
     def take(self, accepted: list[int], next_token: int, measured: Round) -> None:
         """Add what a round brought; sets result.finish_reason when the text ends with it."""
         result = self.result
-        self.tokens += [*accepted, next_token]
-        fresh, ended = _until_stop([*accepted, next_token], self.stop_ids)
+        new = [*accepted, next_token]
+        self.tokens += new
+        end = next((i for i, token in enumerate(new) if token in self.stop_ids), None)
+        fresh = new[:end]
         now_ms = (time.perf_counter() - self.started) * 1e3
         kept: int | None = None
         if fresh:
@@ -117,7 +138,7 @@ class Text:
             self.span.round(measured)
         if kept is not None:
             result.finish_reason = "stop"
-        elif ended:
+        elif end is not None:
             result.finish_reason = "eos"
         elif len(result.output_tokens) >= self.config.max_output_tokens:
             result.finish_reason = "length"
@@ -125,10 +146,3 @@ class Text:
             result.finish_reason = "context"
         elif self.config.max_rounds is not None and len(result.rounds) >= self.config.max_rounds:
             result.finish_reason = "max_rounds"
-
-
-def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> tuple[list[int], bool]:
-    for i, token in enumerate(tokens):
-        if token in stop_ids:
-            return tokens[:i], True
-    return tokens, False

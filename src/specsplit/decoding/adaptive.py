@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any, Literal
 
-from specsplit.decoding.theory import PipelineMode, lookahead_round_ms, round_ms
+from specsplit.decoding.lookup import LOOKUP
+from specsplit.decoding.theory import PipelineMode, round_ms
 from specsplit.decoding.tree import TreeShape
-from specsplit.decoding.tree_plan import Plan, plans
+from specsplit.decoding.tree_plan import Plan, hit_probability, plans
 
 DECAY = 0.99  # weight of a drafted round against the one after it: about 100 are remembered
 PRIOR_ALPHA, PRIOR_WEIGHT = 0.7, 3.0  # as many drafted tokens as PRIOR_WEIGHT says, accepted at that rate
@@ -24,31 +25,17 @@ FADE = 0.998  # weight of a kind of pass that was not seen in a round
 FADED = 0.02
 
 
-class _Typical:
-    """The mean of the last times, without those that are not typical."""
+class _Times(deque[float]):
+    """The last times of one kind."""
 
-    def __init__(self) -> None:
-        self._values: deque[float] = deque(maxlen=REMEMBERED)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def add(self, value: float) -> None:
-        self._values.append(value)
-
-    def state(self) -> list[float]:
-        return list(self._values)
-
-    def restore(self, state: Sequence[float]) -> None:
-        self._values.clear()
-        self._values.extend(state)
+    def __init__(self, values: Iterable[float] = ()) -> None:
+        super().__init__(values, REMEMBERED)
 
     @property
-    def value(self) -> float | None:
-        if not self._values:
-            return None
-        most = UNTYPICAL * median(self._values)
-        return fmean(value for value in self._values if value <= most)
+    def typical(self) -> float:
+        """Their mean, without those that are not typical; 0 without any."""
+        most = UNTYPICAL * median(self or [0.0])
+        return fmean([value for value in self if value <= most] or [0.0])
 
 
 class _Cost:
@@ -58,50 +45,39 @@ class _Cost:
     always does not push out what is known of the others. Where one was seen often, its own mean counts.
     """
 
-    def __init__(self) -> None:
-        self._seen: dict[tuple[float, float], _Typical] = {}
-        self._faded: dict[tuple[float, float], float] = {}
-        self._fit = 0.0, 0.0
+    def __init__(self, rows: Iterable[Sequence[Any]] = ()) -> None:
+        """rows: what iterating over another one gave."""
+        # By kind: the weight that is left, and the times.
+        self._seen = {(passes, tokens): (weight, _Times(times)) for passes, tokens, weight, times in rows}
+        self._fit = self._fitted()
 
     def __bool__(self) -> bool:
         return bool(self._seen)
 
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter([[*kind, weight, list(times)] for kind, (weight, times) in self._seen.items()])
+
     def add(self, passes: float, tokens: float, ms: float) -> None:
         kind = passes, tokens
-        self._faded = {k: FADE * weight for k, weight in self._faded.items()} | {kind: 1.0}
-        for faded in [k for k, weight in self._faded.items() if weight < FADED]:
-            del self._faded[faded], self._seen[faded]
-        self._seen.setdefault(kind, _Typical()).add(ms)
-        self._fit = self._fitted()
-
-    def state(self) -> list[list[Any]]:
-        return [[*kind, self._faded[kind], seen.state()] for kind, seen in self._seen.items()]
-
-    def restore(self, state: Sequence[Sequence[Any]]) -> None:
-        self._seen.clear()
-        self._faded.clear()
-        for passes, tokens, faded, values in state:
-            seen = self._seen[passes, tokens] = _Typical()
-            seen.restore(values)
-            self._faded[passes, tokens] = faded
+        _, times = self._seen.get(kind, (1.0, _Times()))
+        times.append(ms)
+        faded = {k: (FADE * weight, seen) for k, (weight, seen) in self._seen.items()} | {kind: (1.0, times)}
+        self._seen = {k: (weight, seen) for k, (weight, seen) in faded.items() if weight >= FADED}
         self._fit = self._fitted()
 
     def at(self, passes: float, tokens: float) -> float:
         a, b = self._fit
         fitted = a * passes + b * tokens
-        own = self._seen.get((passes, tokens))
-        if own is None or own.value is None:
-            return fitted
-        trust = self._faded[passes, tokens] * len(own) / (len(own) + 4)
-        return trust * own.value + (1 - trust) * fitted
+        weight, own = self._seen.get((passes, tokens), (0.0, _Times()))
+        trust = weight * len(own) / (len(own) + 4)
+        return trust * own.typical + (1 - trust) * fitted
 
     def _fitted(self) -> tuple[float, float]:
         xx = xz = zz = xy = zy = 0.0
-        for kind, typical in self._seen.items():
-            ms = typical.value
-            if not ms:
+        for kind, (weight, times) in self._seen.items():
+            if not (ms := times.typical):
                 continue
-            weight, x, z = self._faded[kind] * len(typical), kind[0] / ms, kind[1] / ms
+            weight, x, z = weight * len(times), kind[0] / ms, kind[1] / ms
             xx, xz, zz = xx + weight * x * x, xz + weight * x * z, zz + weight * z * z
             xy, zy = xy + weight * x, zy + weight * z
         by_passes = (xy / xx if xx else 0.0), 0.0
@@ -132,51 +108,50 @@ class GammaController:
         self._tried: dict[int, tuple[float, float]] = {}  # by width: drafted among so many siblings, and accepted
         self._brought = self._expected = 0.0  # accepted tokens, and those that the plan promised
         self._draft, self._ahead, self._verify = _Cost(), _Cost(), _Cost()
-        self._network_ms = _Typical()
+        self._network_ms, self._target_network_ms = _Times(), _Times()  # with a draft from a worker, and without
         self._hits = self._hits_expected = 0.0
         self._idle_rounds = 0
         self._pause, self._probe = FIRST_PAUSE, 1
+        self._of_lookups: GammaController | None = None
         self._drafts = 0
         self._undrafted = 0  # rounds since the last draft
         self._alone: Literal["unknown", "next", "known"] = "unknown"  # the time of a round without a draft
 
+    @property
+    def of_lookups(self) -> GammaController:
+        """What chooses how much is drafted by prompt lookup, which takes no time of a worker."""
+        if self._of_lookups is None:
+            self._of_lookups = GammaController("sync", self.limit)
+        return self._of_lookups
+
     def state(self) -> dict[str, Any]:
         """All that it has learnt, as JSON can hold it."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str)}
-        costs = {name: value.state() for name, value in vars(self).items() if isinstance(value, _Typical | _Cost)}
-        return {**plain, **costs, "_tried": [[width, *counts] for width, counts in self._tried.items()]}
+        costs = {name: list(value) for name, value in vars(self).items() if isinstance(value, _Times | _Cost)}
+        lookups = {} if self._of_lookups is None else {"of_lookups": self._of_lookups.state()}
+        return {**plain, **costs, **lookups, "_tried": [[width, *counts] for width, counts in self._tried.items()]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
         for name, value in state.items():
-            if name == "_tried":
-                self._tried = {width: (tried, won) for width, tried, won in value}
-            elif isinstance(value, list):
-                getattr(self, name).restore(value)
-            else:
-                setattr(self, name, value)
+            if name == "of_lookups":
+                self.of_lookups.restore(value)
+                continue
+            made = type(getattr(self, name))
+            setattr(self, name, made(value) if issubclass(made, _Times | _Cost) else value)
+        self._tried = {width: (tried, won) for width, tried, won in state["_tried"]}
 
     @property
     def alpha(self) -> float:
         """The probability that the draft's first choice is accepted, as estimated so far."""
-        if 1 in self._tried or not self._tried:
-            tried, accepted = self._tried.get(1, (0.0, 0.0))
-            return (accepted + PRIOR_ALPHA * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
-        width = max(self._tried, key=lambda width: self._tried[width])
-        tried, accepted = self._tried[width]
-        among = (accepted + _among(PRIOR_ALPHA, width) * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
-        return 1 - (1 - among) ** (1 / width)
+        width = 1 if 1 in self._tried else max(self._tried, key=self._tried.__getitem__, default=1)
+        return 1 - (1 - self._won(width, PRIOR_ALPHA)) ** (1 / width)
 
     def choose(self, room: int) -> int:
         """Gamma of the next round, at most `room`; 0 = do not draft."""
-        limit = min(room, self.limit)
-        if limit < 1 or self._alone == "next":
+        if self._alone == "next" or (self._gamma == 0 and self._idle_rounds < self._pause):
             return 0
-        if self._gamma == 0:
-            if self._idle_rounds < self._pause:
-                return 0
-            return min(self._probe, limit)
-        return min(self._gamma, limit)
+        return max(min(self._gamma or self._probe, room, self.limit), 0)
 
     def observe(
         self,
@@ -191,6 +166,7 @@ class GammaController:
         hit: bool | None = None,
         first: bool = False,
         ranks: Sequence[tuple[int, int]] | None = None,
+        source: str = "",
     ) -> None:
         """Learn from a round.
 
@@ -198,7 +174,34 @@ class GammaController:
         draft_ms, verify_ms: of the models alone; network_ms: what else the round waited.
         hit: whether the draft had been made ahead; None when that was not tried. first: a round in which a worker read
         a prompt or a whole text, whose times are not typical. ranks: as `tree_plan.ranks`; needed of dynamic trees.
+        source: LOOKUP when the text itself was the draft.
         """
+        verified: dict[str, Any] = {"verified_tokens": verified_tokens, "verify_ms": verify_ms, "first": first}
+        draft: dict[str, Any] = {"gamma": gamma, "drafted": drafted, "draft_ms": draft_ms}
+        brought: dict[str, Any] = {"accepted": accepted, "network_ms": network_ms}
+        if source == LOOKUP:
+            self.of_lookups._learn(**verified, **draft, **brought)
+            self._learn(**verified, **brought)
+            return
+        self._learn(**verified, **draft, **brought, hit=hit, ranks=ranks)
+        if self._of_lookups is not None:
+            self._of_lookups._learn(**verified, network_ms=None if drafted else network_ms)
+
+    def _learn(
+        self,
+        *,
+        verified_tokens: int,
+        verify_ms: float,
+        first: bool,
+        gamma: int = 0,
+        drafted: int = 0,
+        accepted: int = 0,
+        draft_ms: float = 0.0,
+        network_ms: float | None,
+        hit: bool | None = None,
+        ranks: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """As `observe`, of a round in which this source made the draft, or none did. network_ms: None = not its own."""
         plan = self._plans()[min(gamma, self.limit) if self.shape.nodes else min(drafted, self.limit)]
         surprise = accepted == drafted and accepted >= 2 * (self._tokens(min(drafted, self.limit)) - 1)
         if drafted:
@@ -207,18 +210,18 @@ class GammaController:
         if hit is not None and self.mode != "sync":
             self._hits = DECAY * self._hits + hit
             self._hits_expected = DECAY * self._hits_expected + self._hit_by_formula(min(max(gamma, 1), self.limit))
-        if not first:
-            if verify_ms:
-                self._verify.add(1, verified_tokens, verify_ms)
-                if self._alone != "known":
-                    self._alone = "next" if verified_tokens > 1 else "known"
-            if drafted and draft_ms and hit:
+        if not first and verify_ms:
+            self._verify.add(1, verified_tokens, verify_ms)
+            if self._alone != "known":
+                self._alone = "next" if verified_tokens > 1 else "known"
+        if not first and drafted and draft_ms:
+            if hit:
                 self._ahead.add(*self._ahead_work(plan), draft_ms)
-            elif drafted and draft_ms:  # it read what was written meanwhile as well
+            else:  # it read what was written meanwhile as well
                 self._draft.add(plan.passes, plan.fed + self._undrafted, draft_ms)
-            if not hit:
-                self._network_ms.add(network_ms)
-        self._undrafted = 0 if drafted else self._undrafted + 1
+        if not first and not hit and network_ms is not None:
+            (self._network_ms if drafted else self._target_network_ms).append(network_ms)
+        self._undrafted = 0 if drafted else self._undrafted + accepted + 1
         probed = self._gamma == 0 and drafted > 0
         if probed and surprise:
             self._pause = FIRST_PAUSE // 2  # doubled where it does not pay yet
@@ -266,16 +269,14 @@ class GammaController:
 
     def _round_ms(self, gamma: int) -> float:
         plan = self._plans()[gamma]
-        verify_ms, network_ms = self._verify.at(1, plan.verified), self._network_ms.value or 0.0
+        verify_ms, asking, alone = self._verify.at(1, plan.verified), self._network_ms, self._target_network_ms
         if gamma == 0:
-            return verify_ms + network_ms
+            return verify_ms + (alone or asking).typical
+        network_ms = (asking or alone).typical
         ahead_work = self._ahead_work(plan)
         draft_ms = (self._draft or self._ahead).at(plan.passes, plan.fed) / gamma
         ahead_ms = (self._ahead or self._draft).at(*ahead_work) / (gamma + 1)
-        hit = self._hit(gamma)
-        if self.mode == "lookahead":
-            return lookahead_round_ms(gamma, draft_ms, verify_ms, network_ms, hit, ahead_ms=ahead_ms)
-        return round_ms(self.mode, gamma, draft_ms, verify_ms, network_ms, hit, ahead_ms=ahead_ms)
+        return round_ms(self.mode, gamma, draft_ms, verify_ms, network_ms, self._hit(gamma), ahead_ms=ahead_ms)
 
     def _tokens(self, gamma: int) -> float:
         """Expected of a round: by what each width brings; of dynamic shapes by the plan and what came so far."""
@@ -283,11 +284,14 @@ class GammaController:
             return 1 + (self._plans()[gamma].tokens - 1) * (self._brought + 10) / (self._expected + 10)
         alpha, tokens, reached = self.alpha, 1.0, 1.0
         for depth in range(gamma):
-            width = self.shape.children(depth)
-            tried, won = self._tried.get(width, (0.0, 0.0))
-            reached *= (won + _among(alpha, width) * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
+            reached *= self._won(self.shape.children(depth), alpha)
             tokens += reached
         return tokens
+
+    def _won(self, width: int, alpha: float) -> float:
+        """How often the target's token is among the draft's first `width`, which `alpha` gives a first idea of."""
+        tried, won = self._tried.get(width, (0.0, 0.0))
+        return (won + (1 - (1 - alpha) ** width) * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
 
     def _ahead_work(self, plan: Plan) -> tuple[int, int]:
         """Passes and tokens of drafting ahead: the leaves of the draft, then a draft for each outcome."""
@@ -296,21 +300,12 @@ class GammaController:
 
     def _hit(self, gamma: int) -> float:
         """The formula's hit probability, corrected by how it did so far."""
-        if self.mode == "sync" or gamma == 0:
-            return 0.0
         correction = (self._hits + 2) / (self._hits_expected + 2)
         return min(1.0, self._hit_by_formula(gamma) * correction)
 
     def _hit_by_formula(self, gamma: int) -> float:
-        if self.mode == "overlap":
-            return self.alpha ** (gamma + 1)
-        return self._plans()[gamma].hit
+        return hit_probability(self.mode, self.alpha, gamma, self._plans()[gamma])
 
     def _plans(self) -> tuple[Plan, ...]:
         # The plans of an alpha are remembered, so it is rounded; they take long to make.
         return plans(self.shape, round(self.alpha, 2), self.limit, self.fan_out)
-
-
-def _among(alpha: float, width: int) -> float:
-    """Probability that the target's token is among the draft's first `width`."""
-    return 1 - (1 - alpha) ** width

@@ -47,16 +47,8 @@ def grow(
     candidates: of every node that has been fed; the caller adds those of the nodes that it sends. Nothing is drafted
     after a stop token. Drafts for rejection sampling carry the distributions of their nodes.
     """
-    if gamma < 1:
-        return _nothing()
-    if shape.nodes:
-        return _grow_best_first(shape, gamma, start, candidates, stop_token_ids)
-    return _grow_levels(shape, gamma, start, candidates, stop_token_ids)
-
-
-def _nothing() -> Growth:
-    return TokenTree()
-    yield []  # makes it a generator
+    each = _grow_best_first if shape.nodes and gamma > 0 else _grow_levels
+    return each(shape, gamma, start, candidates, stop_token_ids)
 
 
 def _grow_levels(
@@ -92,9 +84,8 @@ def _grow_best_first(
     all candidates are the draft (EAGLE-2, Li et al. 2024)."""
     # A candidate: (-log-probability of its path, its number), so that a heap gives the likeliest, first come first.
     found: list[tuple[float, int]] = []
-    what: list[
-        tuple[int, int, int, float, int]
-    ] = []  # by number: parent's number, node fed before, token, log p, depth
+    # By number: parent's number, node fed before, token, log p, depth.
+    what: list[tuple[int, int, int, float, int]] = []
     heap: list[tuple[float, int]] = []
 
     def offer(parent: int, node: int, cost: float, depth: int) -> None:

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 
 from specsplit.decoding.growth import CANDIDATES, DraftSettings, grow
-from specsplit.decoding.sampling import Candidates, Sampling, candidates
+from specsplit.decoding.sampling import Candidates, candidates
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.decoding.verification import Verdict, checked_pass
+from specsplit.decoding.verification import checked_pass
 
 NO_DRAFT = TokenTree()
 
@@ -56,7 +56,6 @@ def speculate(
 
     draft: reads and writes the target's token ids; None = the target alone. One that reads the target's hidden states
     has `layers`, whose inputs the target's cache then keeps, and `project`, which joins them.
-    asked: gamma, shape, sampling, stop tokens.
     The text is the target's own: token for token (greedy, coupled sampling), or in distribution (rejection sampling).
     """
     text = list(prompt)
@@ -73,7 +72,7 @@ def speculate(
         if draft and len(text) > len(prompt):
             states = head.project(at_target.states[at_draft.length : len(text) - 1]) if head else None
             tree = draft_tree(draft, at_draft, text, asked, states)
-        verdict = verify_tree(target, at_target, text, tree, asked.sampling)
+        verdict = checked_pass(target, at_target, text, tree, asked.sampling)
         tokens = [*(tree.token_ids[node] for node in verdict.path), verdict.next_token]
         end = next((i for i, token in enumerate(tokens) if token in asked.stop_token_ids), len(tokens))
         text += tokens[: end + 1]
@@ -107,22 +106,14 @@ def draft_tree(
     read = text[1 if given else 0 :]
     learn([ROOT], model.step(cache, read[cache.length :], **given)[-1:])
     growth = grow(asked.shape, gamma, ROOT, found, asked.stop_token_ids)
+    nodes: list[int] | None = None
     try:
-        wanted = next(growth)
         while True:
+            wanted = growth.send(nodes)  # None begins it
             nodes = [fed.add(token, parent, log_prob) for parent, token, log_prob in wanted]
             depth.update((node, depth[fed.parents[node]] + 1) for node in nodes)
             learn(nodes, model.step(cache, (), fed, nodes[0]))
-            wanted = growth.send(nodes)
     except StopIteration as grown:
         cache.rollback(len(read))
         tree: TokenTree = grown.value
         return tree
-
-
-def verify_tree(model: Model, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
-    """One pass of the target over the draft. The cache holds a beginning of the text, and the text and the accepted
-    tokens afterwards."""
-    verdict = checked_pass(model, cache, text, tree, sampling)
-    cache.keep(len(text), verdict.path)
-    return verdict

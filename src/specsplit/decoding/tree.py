@@ -78,33 +78,16 @@ class TokenTree:
         """Length of the longest path: the most tokens that one round can accept. 0 for the empty tree."""
         return max(self.depths(), default=0)
 
-    def walk(self, tokens: Sequence[int]) -> list[int]:
-        """Nodes of the longest path from the root that spells a prefix of `tokens`."""
-        children = {
-            (parent, token): i for i, (parent, token) in enumerate(zip(self.parents, self.token_ids, strict=True))
-        }
-        path: list[int] = []
-        for token in tokens:
-            node = children.get((path[-1] if path else ROOT, token))
-            if node is None:
-                break
-            path.append(node)
-        return path
-
-    def validate(self, vocab_size: int | None = None, max_nodes: int | None = None) -> None:
+    def validate(self, vocab_size: int) -> None:
         """Raise TreeError unless the arrays form a tree: equal lengths, parents before children, token ids
         inside the vocabulary, finite log-probabilities of at most 0, no token twice under one parent."""
         n = len(self.token_ids)
         check_lengths(n, len(self.parents), len(self.log_probs))
-        if max_nodes is not None and n > max_nodes:
-            raise TreeError(f"tree has {n} nodes, the limit is {max_nodes}")
         seen: set[tuple[int, int]] = set()
         for i, (token, parent, log_prob) in enumerate(zip(self.token_ids, self.parents, self.log_probs, strict=True)):
             if not ROOT <= parent < i:
                 raise TreeError(f"node {i}: parent {parent} is not -1 or an earlier node")
-            if token < 0:
-                raise TreeError(f"node {i}: token id {token} is negative")
-            if vocab_size is not None and token >= vocab_size:
+            if not 0 <= token < vocab_size:
                 raise TreeError(f"node {i}: token id {token} is outside the vocabulary of {vocab_size}")
             if not (math.isfinite(log_prob) and log_prob <= 0.0):
                 raise TreeError(f"node {i}: log-probability {log_prob} is not a finite number of at most 0")
@@ -116,7 +99,7 @@ class TokenTree:
                 raise TreeError(f"distribution of node {node}: there is no such node")
             if not tokens or len(tokens) != len(probabilities) or len(set(tokens)) != len(tokens):
                 raise TreeError(f"distribution of node {node}: wants different tokens, each with a probability")
-            if min(tokens) < 0 or (vocab_size is not None and max(tokens) >= vocab_size):
+            if min(tokens) < 0 or max(tokens) >= vocab_size:
                 raise TreeError(f"distribution of node {node}: a token is outside the vocabulary of {vocab_size}")
             if not all(math.isfinite(p) and p > 0 for p in probabilities):
                 raise TreeError(f"distribution of node {node}: a probability is not a finite number above 0")

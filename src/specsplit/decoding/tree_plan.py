@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from specsplit.decoding.growth import CANDIDATES
+from specsplit.decoding.theory import PipelineMode, round_ms
 from specsplit.decoding.tree import ROOT, TreeShape
 
 
@@ -23,8 +24,9 @@ class Plan:
 
     passes: of the draft model; fed: tokens of these passes, of which the first reads one. verified: tokens of the
     target's pass, the last one of the text among them. tokens: expected of a round, the target's own among them.
-    hit: probability that the verification ends as one of the likeliest outcomes. leaves: nodes that drafting ahead
-    has yet to feed.
+    hit: probability that the verification ends as one of the likeliest outcomes: (k tokens accepted, the target's own
+    token has rank r), where rank 1 is drafted unless k is the whole depth. leaves: nodes that drafting ahead has yet to
+    feed.
     """
 
     passes: int
@@ -39,6 +41,32 @@ class Plan:
 def plans(shape: TreeShape, alpha: float, limit: int, fan_out: int) -> tuple[Plan, ...]:
     """Plans of the depths 0 to `limit`; fan_out: outcomes that lookahead drafts for."""
     return tuple((_best_first if shape.nodes else _levels)(shape, alpha, limit, fan_out))
+
+
+def hit_probability(mode: PipelineMode, alpha: float, gamma: int, plan: Plan) -> float:
+    """Probability that what a mode drafts ahead of the draft of `plan` can be used."""
+    if mode == "sync" or gamma == 0:
+        return 0.0
+    return alpha ** (gamma + 1) if mode == "overlap" else plan.hit
+
+
+def tpot_ms(
+    mode: PipelineMode,
+    gamma: int,
+    alpha: float,
+    draft_ms: float,
+    verify_ms: float,
+    rtt_ms: float = 0.0,
+    fan_out: int = 8,
+) -> float:
+    """Time per output token of chains in the long run: expected time of a round by its expected tokens.
+
+    The ratio of the expectations is right whether or not hits and accepted tokens go together, since both are sums
+    over the same rounds.
+    """
+    plan = plans(TreeShape(), alpha, gamma, fan_out)[gamma]
+    hit = hit_probability(mode, alpha, gamma, plan)
+    return round_ms(mode, gamma, draft_ms, verify_ms, rtt_ms, hit) / plan.tokens
 
 
 def _levels(shape: TreeShape, alpha: float, limit: int, fan_out: int) -> Iterable[Plan]:

@@ -34,8 +34,8 @@ class Verdict:
 
 def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
     """Verify a draft in one pass. model: anything that has `loop.Model.step`; with `verdict` as well, which does on the
-    device what `verify` does, where it `decides`. The cache holds a beginning of `text`, and `text` and the whole tree
-    afterwards.
+    device what `verify` does, where it `decides`. The cache holds a beginning of `text`, and `text` and the accepted
+    tokens afterwards.
 
     A drafted token may make the model overflow where the target alone would not go. So a pass with numbers that are not
     finite is repeated without the draft. Raises NonFiniteLogits when they are those of the text itself; the cache is
@@ -45,14 +45,16 @@ def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, s
     try:
         if getattr(model, "decides", False) and not sampling.uses_rejection:
             verdict: Verdict = model.verdict(cache, text[held:], tree, sampling)
-            return verdict
-        return verify(tree, model.step(cache, text[held:], tree), len(text), sampling)
+        else:
+            verdict = verify(tree, model.step(cache, text[held:], tree), len(text), sampling)
     except NonFiniteLogits:
         cache.rollback(held)
         cache.clean()
         if not len(tree):
             raise
         return checked_pass(model, cache, text, TokenTree(), sampling)
+    cache.keep(len(text), verdict.path)
+    return verdict
 
 
 def verify(tree: TokenTree, logits: torch.Tensor, position: int, sampling: Sampling) -> Verdict:
@@ -64,44 +66,36 @@ def verify(tree: TokenTree, logits: torch.Tensor, position: int, sampling: Sampl
     """
     if len(logits) != 1 + len(tree):
         raise ValueError(f"{len(tree)} nodes need {1 + len(tree)} rows of logits, got {len(logits)}")
-    if sampling.greedy:
-        tokens = logits.argmax(-1)
-        best = logits.gather(-1, tokens[:, None])[:, 0]
-        choices, scores = torch.stack([tokens.double(), best.double()]).tolist()  # one transfer from the device
-        verdict = verify_greedy(tree, int(choices[0]), [int(choice) for choice in choices[1:]])
-        for depth, node in enumerate([ROOT, *verdict.path]):
-            check_chosen(scores[node + 1], position + depth)
-        return verdict
-    if sampling.rejection:
+    if sampling.uses_rejection:
         return verify_rejection(tree, logits, position, sampling)
-    depths = [0, *tree.depths()]
-    return _follow(tree, lambda node: choose(logits[node + 1], position + depths[node + 1], sampling))
+    if not sampling.greedy:
+        return follow(tree, lambda node, depth: choose(logits[node + 1], position + depth, sampling))
+    tokens = logits.argmax(-1)
+    best = logits.gather(-1, tokens[:, None])[:, 0]
+    choices, scores = torch.stack([tokens.double(), best.double()]).tolist()  # one transfer from the device
+
+    def choice_after(node: int, depth: int) -> int:
+        check_chosen(scores[node + 1], position + depth)
+        return int(choices[node + 1])
+
+    return follow(tree, choice_after)
 
 
-def verify_greedy(tree: TokenTree, context_choice: int, node_choices: Sequence[int]) -> Verdict:
-    """Follow the target's greedy choices down the tree as far as a drafted token agrees.
+def follow(tree: TokenTree, choice_after: Callable[[int, int], int]) -> Verdict:
+    """Follow the target's own choices down the tree as far as a drafted token agrees.
 
-    context_choice: the target's most likely token after the context.
-    node_choices[i]: its most likely token after node i, so n entries for n nodes.
-
+    choice_after(node, depth): its choice after a node, ROOT for the context; asked for nodes on the path alone.
     The accepted tokens plus `next_token` are exactly what the target alone would emit (Leviathan et al. 2023 at
     temperature 0; SpecInfer, Miao et al. 2024, for trees).
     """
-    if len(node_choices) != len(tree):
-        raise ValueError(f"{len(tree)} nodes need {len(tree)} choices, got {len(node_choices)}")
-    return _follow(tree, lambda node: context_choice if node == ROOT else node_choices[node])
-
-
-def _follow(tree: TokenTree, choice_after: Callable[[int], int]) -> Verdict:
-    """The path along the target's own choices; choice_after(node) is asked for nodes on the path alone."""
     children: dict[tuple[int, int], int] = {}
     for i, (parent, token) in enumerate(zip(tree.parents, tree.token_ids, strict=True)):
         children.setdefault((parent, token), i)
     path: list[int] = []
-    choice = choice_after(ROOT)
+    choice = choice_after(ROOT, 0)
     while (child := children.get((path[-1] if path else ROOT, choice))) is not None:
         path.append(child)
-        choice = choice_after(child)
+        choice = choice_after(child, len(path))
     return Verdict(path, choice)
 
 

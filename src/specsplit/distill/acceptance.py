@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from specsplit.analysis.measures import draft_position
 from specsplit.analysis.statistics import rate_ci
 from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.loop import NO_DRAFT, speculate
@@ -62,8 +63,7 @@ def acceptance(rounds: pd.DataFrame, *, confidence: float) -> pd.DataFrame:
     """
     found = []
     for position in range(1, int(rounds["drafted"].max() if len(rounds) else 0) + 1):
-        reached = (rounds["drafted"] >= position) & (rounds["accepted"] >= position - 1)
-        kept = reached & (rounds["accepted"] >= position)
+        reached, kept = draft_position(rounds, position)
         if not reached.any():
             break
         by_request = pd.DataFrame({"id": rounds["request_id"], "reached": reached, "kept": kept}).groupby("id").sum()

@@ -1,23 +1,25 @@
-"""The draft as a model: made of the target's own parts, and saved in a folder that is loaded like any other."""
+"""The draft of the target's own parts: made, judged while it learns, saved in a folder like that of any model."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from specsplit.distill.losses import Judged, Learner, autocast, to_draft_rows
 from specsplit.distill.shards import Text, frequent_tokens, replace_tensors
 from specsplit.engines.architectures import LLAMA_TYPE
 from specsplit.engines.reduced_vocabulary import reduce_vocabulary
 from specsplit.engines.transformers import DTYPES, CausalLM, drop_layers
 from specsplit.errors import UserError
 from specsplit.io import replace_file
-from specsplit.models.file_names import MAP_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES
-from specsplit.models.fingerprint import matches
+from specsplit.models.file_names import MAP_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
 from specsplit.settings.distill import TrainingSettings
 
 WEIGHTS = "model.safetensors"
@@ -71,21 +73,70 @@ def build_draft(target: CausalLM, layers: Sequence[int], tokens: Sequence[int] |
     return model.float()
 
 
-def save_draft(model: Any, tokens: Sequence[int] | None, dtype: str, target_folder: Path, folder: Path) -> None:
-    """Write weights, configuration, map and the target's tokenizer files into `folder`, the weights last.
+@dataclass(frozen=True)
+class Batch:
+    """ids: [texts, length], padded at the right. places: of the flattened ids, those after which an answer's token
+    comes. rows, log_probs: [places, k], the target's likeliest tokens there, as rows of the draft's head."""
 
-    What is there of an earlier draft is replaced. The same model gives the same bytes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS, *MAP_FILES):
-        (folder / name).unlink(missing_ok=True)
-    copy_tokenizer(target_folder, folder)
-    model.config.dtype = DTYPES[dtype]
-    model.config.save_pretrained(folder)
-    if tokens is not None:
-        replace_file(folder / MAP_FILES[0], json.dumps(list(tokens)) + "\n")
-    weights = {name: p.detach().to("cpu", DTYPES[dtype]).contiguous() for name, p in model.named_parameters()}
-    replace_tensors(folder / WEIGHTS, weights, {"format": "pt"})
+    ids: torch.Tensor
+    places: torch.Tensor
+    rows: torch.Tensor
+    log_probs: torch.Tensor
+
+
+class DraftLearner(Learner):
+    """A draft of the target's own layers: `model` (HF, float32, its vocabulary reduced to `tokens` or whole)."""
+
+    def __init__(self, model: Any, tokens: Sequence[int] | None) -> None:
+        super().__init__(dict(model.named_parameters()), tokens, model.config.get_text_config().vocab_size)
+        self.model, self._tokens = model.eval(), tokens  # no dropout, whatever the target was trained with
+
+    def collate(self, texts: Sequence[Text]) -> Batch:
+        length = max(len(text.tokens) for text in texts)
+        ids = torch.zeros(len(texts), length, dtype=torch.long)
+        places = []
+        for i, text in enumerate(texts):
+            ids[i, : len(text.tokens)] = text.tokens
+            places.append(torch.arange(text.answer - 1, len(text.tokens) - 1) + i * length)
+        rows = to_draft_rows(torch.cat([text.top_ids for text in texts]).long(), self._row_of)
+        log_probs = torch.cat([text.top_log_probs for text in texts]).float()
+        parts = (ids, torch.cat(places), rows, log_probs)
+        return Batch(*(part.to(self.device, non_blocking=True) for part in parts))
+
+    def say(self, batch: Batch) -> list[Judged]:
+        with autocast(self.device):
+            hidden = self.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+            logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[batch.places])
+        return [(logits, batch.rows, batch.log_probs)]
+
+    def save(self, dtype: str, target_folder: Path, folder: Path) -> None:
+        """Write weights, configuration, map and the target's tokenizer files, the weights last.
+
+        What is there of an earlier draft is replaced. The same model gives the same bytes.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, *MAP_FILES):
+            (folder / name).unlink(missing_ok=True)
+        copy_tokenizer(target_folder, folder)
+        self.model.config.dtype = DTYPES[dtype]
+        self.model.config.save_pretrained(folder)
+        if self._tokens is not None:
+            replace_file(folder / MAP_FILES[0], json.dumps(list(self._tokens)) + "\n")
+        weights = {name: p.detach().to("cpu", DTYPES[dtype]).contiguous() for name, p in self.parameters.items()}
+        replace_tensors(folder / WEIGHTS, weights, {"format": "pt"})
+
+
+def make_draft(
+    target: CausalLM,
+    texts: Sequence[Text],
+    manifest: Mapping[str, Any],
+    settings: TrainingSettings,
+    device: torch.device,
+) -> tuple[DraftLearner, list[int], list[int] | None]:
+    """The draft to be trained, made of the target, which is used up; its layers, and the tokens of its head."""
+    layers = pick_layers(settings, target.num_layers)
+    tokens = pick_vocabulary(settings, texts, target, manifest["settings"]["top_k"])
+    return DraftLearner(build_draft(target, layers, tokens).to(device), tokens), layers, tokens
 
 
 def copy_tokenizer(target_folder: Path, folder: Path) -> None:

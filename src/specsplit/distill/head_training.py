@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from specsplit.distill.draft import WEIGHTS, copy_tokenizer, pick_vocabulary
-from specsplit.distill.losses import to_draft_rows, top_k_divergence
+from specsplit.distill.losses import Judged, Learner, autocast, to_draft_rows
 from specsplit.distill.shards import Text
-from specsplit.distill.training import autocast, judge, rows_of
 from specsplit.engines.head_module import HeadModule, save_head
 from specsplit.engines.transformers import DTYPES, CausalLM
 from specsplit.errors import UserError
@@ -88,7 +87,7 @@ class HeadBatch:
     log_probs: torch.Tensor
 
 
-class HeadLearner:
+class HeadLearner(Learner):
     """Trains everything of `head` but the embedding. steps: that it is unrolled over.
 
     While it learns, the target's states are divided by their size, layer by layer, so that all are learnt from at the
@@ -96,13 +95,11 @@ class HeadLearner:
     """
 
     def __init__(self, head: HeadModule, texts: Sequence[Text], tokens: Sequence[int] | None, steps: int) -> None:
-        self.head, self.steps = head.eval(), steps
+        self.head = head.eval()
         head.embed_tokens.requires_grad_(False)
-        self.device = head.fc.weight.device
-        self.parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
-        self.columns = tuple(f"validation_agreement_{step}" for step in range(2, steps + 1))
-        self._row_of = rows_of(tokens, head.config.layer.vocab_size)
-        self._weights = [DECAY**step / sum(DECAY**other for other in range(steps)) for step in range(steps)]
+        parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
+        weights = [DECAY**step / sum(DECAY**other for other in range(steps)) for step in range(steps)]
+        super().__init__(parameters, tokens, head.config.layer.vocab_size, weights)
         sizes = torch.stack([_of(text)[1:].float().square().mean((0, 2)) for text in texts[:SCALED_BY]])
         scale = sizes.mean(0).clamp(min=1e-12).rsqrt()
         self._scale = scale.repeat_interleave(head.config.target_hidden_size).to(self.device)
@@ -136,42 +133,15 @@ class HeadLearner:
         parts = (ids, states, base.clamp(max=length - 1), torch.tensor(answered), rows, log_probs)
         return HeadBatch(*(part.to(self.device, non_blocking=True) for part in parts))
 
-    def loss(self, batch: HeadBatch) -> torch.Tensor:
-        """Over all steps, weighted."""
-        losses = [
-            weight * top_k_divergence(logits, rows, log_probs).sum()
-            for weight, (logits, rows, log_probs) in zip(self._weights, self._unrolled(batch), strict=True)
-        ]
-        return torch.stack(losses).sum()
-
-    def evaluate(self, batch: HeadBatch) -> dict[str, tuple[float, int]]:
-        """validation_loss: as `loss`. validation_agreement: at the first step; _2, _3 and so on: at the further ones,
-        at all places of the text, whatever was said at those before."""
-        found: dict[str, tuple[float, int]] = {}
-        loss, total = 0.0, int(batch.answered.sum())
-        for number, (weight, judged) in enumerate(zip(self._weights, self._unrolled(batch), strict=True), start=1):
-            own = judge(*judged)
-            loss += weight * own["validation_loss"][0]
-            found["validation_agreement" + (f"_{number}" if number > 1 else "")] = own["validation_agreement"]
-        return {"validation_loss": (loss, total), **found}
-
-    def _unrolled(self, batch: HeadBatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of every step the logits [places, rows of the head] and what the target says there."""
+    def say(self, batch: HeadBatch) -> list[Judged]:
+        said = []
         with autocast(self.device):
-            return [
-                (
-                    self.head.logits(outputs[:, : there.shape[1]][there]),
-                    batch.rows[:, step:][there],
-                    batch.log_probs[:, step:][there],
-                )
-                for step, outputs in enumerate(self._outputs(batch))
-                if (there := self._there(batch, step)) is not None
-            ]
-
-    def _there(self, batch: HeadBatch, step: int) -> torch.Tensor:
-        """Rows whose token of this step is in the text, [texts, rows - step]."""
-        place = torch.arange(step, batch.base.shape[1], device=self.device)
-        return place < batch.answered[:, None]
+            for step, outputs in enumerate(self._outputs(batch)):
+                # Rows whose token of this step is in the text, [texts, rows - step].
+                there = torch.arange(step, batch.base.shape[1], device=self.device) < batch.answered[:, None]
+                logits = self.head.logits(outputs[:, : there.shape[1]][there])
+                said.append((logits, batch.rows[:, step:][there], batch.log_probs[:, step:][there]))
+        return said
 
     def _outputs(self, batch: HeadBatch) -> list[torch.Tensor]:
         """The head's outputs at each step, [texts, rows, hidden]."""
@@ -187,7 +157,7 @@ class HeadLearner:
         states = states.gather(1, base[:, :, None].expand(-1, -1, states.shape[2]))
         own: list[tuple[torch.Tensor, torch.Tensor]] = []
         outputs: list[torch.Tensor] = []
-        for step in range(self.steps):
+        for step in range(len(self.weights)):
             if step:
                 place = (base + step).clamp(max=length - 1)
                 embedded = self.head.embed_tokens(batch.ids.gather(1, place))
@@ -210,9 +180,8 @@ def _attend(
     queries: [texts, heads, rows, dim]. keys, values: [texts, kv_heads, length, dim]. own: keys and values of the
     earlier steps, [texts, kv_heads, rows, dim]. Returns [texts, heads, rows, dim].
     """
-    grouped = (
-        queries.unflatten(1, (keys.shape[1], -1)) * queries.shape[-1] ** -0.5
-    )  # [texts, kv_heads, group, rows, dim]
+    # [texts, kv_heads, group, rows, dim]
+    grouped = queries.unflatten(1, (keys.shape[1], -1)) * queries.shape[-1] ** -0.5
     scores = (grouped.flatten(2, 3) @ keys.transpose(2, 3)).unflatten(2, grouped.shape[2:4])
     scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
     drafted = [(grouped * key[:, :, None]).sum(-1, keepdim=True) for key, _ in own]

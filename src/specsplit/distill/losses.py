@@ -2,11 +2,80 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from specsplit.distill.shards import Text
+
 TINY = 1e-30  # of a probability: its logarithm stays finite
+
+
+Judged = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # the arguments of top_k_divergence
+
+
+class Learner(ABC):
+    """What is trained, and how a batch of texts is judged: by the draft's next token, or by several of them in a row.
+
+    parameters: those that are trained, float32, by name; tied ones once. tokens: of the output head, None = all of
+    `vocab_size`. weights: of each token's loss.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        tokens: Sequence[int] | None,
+        vocab_size: int,
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
+        self.parameters = parameters
+        self.device = next(iter(parameters.values())).device
+        self.weights = weights
+        self._row_of: torch.Tensor | None = None  # of every token of the target, -1 where the head has none
+        if tokens is not None:
+            self._row_of = torch.full((vocab_size,), -1)
+            self._row_of[list(tokens)] = torch.arange(len(tokens))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the loss curve, beside those that each has."""
+        return tuple(f"validation_agreement_{number}" for number in range(2, len(self.weights) + 1))
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The sum over all tokens of answers, nats."""
+        judged = zip(self.weights, self.say(batch), strict=True)
+        return torch.stack([weight * top_k_divergence(*said).sum() for weight, said in judged]).sum()
+
+    def evaluate(self, batch: Any) -> dict[str, tuple[float, int]]:
+        """Sum and count of the columns of a validation. validation_loss: as `loss`. validation_agreement: of the next
+        token; _2, _3 and so on: of the further ones, whatever was said before."""
+        said = self.say(batch)
+        losses = (float(top_k_divergence(*one).double().sum()) for one in said)
+        loss = sum(weight * one for weight, one in zip(self.weights, losses, strict=True))
+        names = ("validation_agreement", *self.columns)
+        agreed = {name: (int(agreement(*one).sum()), len(one[0])) for name, one in zip(names, said, strict=True)}
+        return {"validation_loss": (loss, len(said[0][0])), **agreed}
+
+    @abstractmethod
+    def collate(self, texts: Sequence[Text]) -> Any:
+        """A batch, on the device."""
+
+    @abstractmethod
+    def say(self, batch: Any) -> list[Judged]:
+        """For each of the tokens the logits [places, rows of the head], and what the target says there."""
+
+    @abstractmethod
+    def save(self, dtype: str, target_folder: Path, folder: Path) -> None:
+        """Write the model folder. Not to be trained on after that."""
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the processor multiplies it. Not cached: threads share the weights, but not their copies."""
+    fast = device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
 def to_draft_rows(top_ids: torch.Tensor, row_of: torch.Tensor | None) -> torch.Tensor:

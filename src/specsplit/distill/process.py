@@ -1,13 +1,16 @@
-"""What every step of the distillation needs: a process that computes the same every time, and its target."""
+"""What every step of the distillation needs: a process that computes the same every time, its target, its machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specsplit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def prepare_process(seed: int, threads: int | None) -> None:
@@ -35,6 +38,32 @@ def find_target(path: Path) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"--target {path} is a {manifest['source']['source']} model; a draft is made of weights")
     known = ("weights_sha256", "tokenizer_sha256", "vocab_size")
     return folder, {"model": manifest["name"], **{key: manifest["fingerprint"][key] for key in known}}
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """What a model card says of the machine: {name, device, threads, torch, transformers}.
+
+    name: of the GPU, or of the processor with its threads.
+    """
+    import torch
+    import transformers
+
+    from specsplit.launch.environment import usable_cores
+    from specsplit.launch.host import cpu_model
+
+    threads = torch.get_num_threads()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu = cpu_model() or "a processor that does not say its name"
+        name = f"{cpu}, {threads} threads of {usable_cores()} cores, no GPU"
+    return {
+        "name": name,
+        "device": device.type,
+        "threads": threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 @contextmanager

@@ -84,12 +84,8 @@ def read_shard(path: Path) -> list[Text]:
         tensors = load_file(path)
         lengths, answers = tensors["lengths"].tolist(), tensors["answers"].tolist()
         counts = [length - answer for length, answer in zip(lengths, answers, strict=True)]
-        parts = [
-            tensors["tokens"].split(lengths),
-            answers,
-            tensors["top_ids"].split(counts),
-            tensors["top_log_probs"].split(counts),
-        ]
+        of_answers = [tensors[name].split(counts) for name in ("top_ids", "top_log_probs")]
+        parts = [tensors["tokens"].split(lengths), answers, *of_answers]
         if "states" in tensors:  # mapped, so that their memory is the page cache's
             parts.append(tensors["states"].split([length - 1 for length in lengths]))
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
@@ -99,14 +95,9 @@ def read_shard(path: Path) -> list[Text]:
 
 def write_manifest(folder: Path, shards: Sequence[dict[str, Any]], about: dict[str, Any]) -> dict[str, Any]:
     """Write `manifest.json` of the shards, each {file, sha256, texts, tokens, answer_tokens}; returns it."""
-    manifest = {
-        **about,
-        "data_sha256": combined_sha256({shard["file"]: shard["sha256"] for shard in shards}),
-        "texts": sum(shard["texts"] for shard in shards),
-        "tokens": sum(shard["tokens"] for shard in shards),
-        "answer_tokens": sum(shard["answer_tokens"] for shard in shards),
-        "shards": list(shards),
-    }
+    digest = combined_sha256({shard["file"]: shard["sha256"] for shard in shards})
+    counts = {key: sum(shard[key] for shard in shards) for key in ("texts", "tokens", "answer_tokens")}
+    manifest = {**about, "data_sha256": digest, **counts, "shards": list(shards)}
     write_json(folder / MANIFEST, manifest)
     return manifest
 

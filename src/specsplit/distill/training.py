@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from specsplit.distill.draft import build_draft, pick_layers, pick_vocabulary, save_draft
-from specsplit.distill.losses import agreement, to_draft_rows, top_k_divergence
+from specsplit.distill.losses import Learner
 from specsplit.distill.shards import HEADER, Text, batches, replace_tensors
 from specsplit.distill.team import Team
-from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.io import json_sha256
 from specsplit.settings.distill import TrainingSettings
@@ -31,41 +28,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 LOSS_COLUMNS = ("step", "tokens", "learning_rate", "loss", "grad_norm", "validation_loss", "validation_agreement")
 Row = dict[str, Any]  # of LOSS_COLUMNS, those that are known
 AHEAD = 2  # batches that are made ready beside the training
-
-
-class Learner(Protocol):
-    """What is trained, and how a batch of texts is judged.
-
-    parameters: those that are trained, float32, by name; tied ones once. columns: of the loss curve, beside
-    LOSS_COLUMNS.
-    """
-
-    device: torch.device
-    parameters: dict[str, torch.nn.Parameter]
-    columns: tuple[str, ...]
-
-    def collate(self, texts: Sequence[Text]) -> Any:
-        """A batch, on the device."""
-
-    def loss(self, batch: Any) -> torch.Tensor:
-        """The sum over all tokens of answers, nats."""
-
-    def evaluate(self, batch: Any) -> dict[str, tuple[float, int]]:
-        """Columns of a validation: sum and count of each."""
-
-    def save(self, dtype: str, target_folder: Path, folder: Path) -> None:
-        """Write the model folder. Not to be trained on after that."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """ids: [texts, length], padded at the right. places: of the flattened ids, those after which an answer's token
-    comes. rows, log_probs: [places, k], the target's likeliest tokens there, as rows of the draft's head."""
-
-    ids: torch.Tensor
-    places: torch.Tensor
-    rows: torch.Tensor
-    log_probs: torch.Tensor
 
 
 def split_texts(texts: Sequence[Text], validation: int, seed: int) -> tuple[list[Text], list[Text]]:
@@ -78,19 +40,6 @@ def split_texts(texts: Sequence[Text], validation: int, seed: int) -> tuple[list
     order = np.random.default_rng([seed, len(texts)]).permutation(len(texts)).tolist()
     held = set(order[:validation])
     return [t for i, t in enumerate(texts) if i not in held], [t for i, t in enumerate(texts) if i in held]
-
-
-def collate(texts: Sequence[Text], row_of: torch.Tensor | None, device: torch.device) -> Batch:
-    """A batch of texts on a device. row_of: as of losses.to_draft_rows."""
-    length = max(len(text.tokens) for text in texts)
-    ids = torch.zeros(len(texts), length, dtype=torch.long)
-    places = []
-    for i, text in enumerate(texts):
-        ids[i, : len(text.tokens)] = text.tokens
-        places.append(torch.arange(text.answer - 1, len(text.tokens) - 1) + i * length)
-    rows = to_draft_rows(torch.cat([text.top_ids for text in texts]).long(), row_of)
-    log_probs = torch.cat([text.top_log_probs for text in texts]).float()
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in (ids, torch.cat(places), rows, log_probs)))
 
 
 def learning_rate(step: int, steps: int, settings: TrainingSettings) -> float:
@@ -110,72 +59,6 @@ def hash_recipe(
     """
     decides = settings.model_dump(exclude={"device", "draft_dtype", "checkpoint_every"})
     return json_sha256({"settings": decides, "data": data_sha256, "target": target, "hardware": hardware, "code": code})
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the processor multiplies it. Not cached: threads share the weights, but not their copies."""
-    fast = device.type == "cuda" or bool(torch.cpu._is_avx512_bf16_supported())
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
-
-
-class DraftLearner:
-    """A draft of the target's own layers: `model` (HF, float32, its vocabulary reduced to `tokens` or whole)."""
-
-    columns: tuple[str, ...] = ()
-
-    def __init__(self, model: Any, tokens: Sequence[int] | None) -> None:
-        self.model, self._tokens = model.eval(), tokens  # no dropout, whatever the target was trained with
-        self.device: torch.device = next(model.parameters()).device
-        self.parameters = dict(model.named_parameters())
-        self._row_of = rows_of(tokens, model.config.get_text_config().vocab_size)
-
-    def collate(self, texts: Sequence[Text]) -> Batch:
-        return collate(texts, self._row_of, self.device)
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        return top_k_divergence(self._logits(batch), batch.rows, batch.log_probs).sum()
-
-    def evaluate(self, batch: Batch) -> dict[str, tuple[float, int]]:
-        return judge(self._logits(batch), batch.rows, batch.log_probs)
-
-    def save(self, dtype: str, target_folder: Path, folder: Path) -> None:
-        save_draft(self.model, self._tokens, dtype, target_folder, folder)
-
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        """[places, rows of the head]"""
-        with autocast(self.device):
-            hidden = self.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
-            logits: torch.Tensor = self.model.get_output_embeddings()(hidden.flatten(0, 1)[batch.places])
-            return logits
-
-
-def make_draft(
-    target: CausalLM,
-    texts: Sequence[Text],
-    manifest: Mapping[str, Any],
-    settings: TrainingSettings,
-    device: torch.device,
-) -> tuple[DraftLearner, list[int], list[int] | None]:
-    """The draft to be trained, made of the target, which is used up; its layers, and the tokens of its head."""
-    layers = pick_layers(settings, target.num_layers)
-    tokens = pick_vocabulary(settings, texts, target, manifest["settings"]["top_k"])
-    return DraftLearner(build_draft(target, layers, tokens).to(device), tokens), layers, tokens
-
-
-def rows_of(tokens: Sequence[int] | None, vocab_size: int) -> torch.Tensor | None:
-    """The row of every token of the target in a head of `tokens`, -1 without one; None = a head of all."""
-    if tokens is None:
-        return None
-    rows = torch.full((vocab_size,), -1)
-    rows[list(tokens)] = torch.arange(len(tokens))
-    return rows
-
-
-def judge(logits: torch.Tensor, rows: torch.Tensor, log_probs: torch.Tensor) -> dict[str, tuple[float, int]]:
-    """Divergence and share of the same likeliest tokens, as Learner.evaluate. Arguments as of top_k_divergence."""
-    divergence = float(top_k_divergence(logits, rows, log_probs).double().sum())
-    same = int(agreement(logits, rows, log_probs).sum())
-    return {"validation_loss": (divergence, len(logits)), "validation_agreement": (same, len(logits))}
 
 
 class Trainer:
@@ -202,14 +85,8 @@ class Trainer:
         self._parameters = learner.parameters
         matrices = [p for p in self._parameters.values() if p.dim() > 1]
         vectors = [p for p in self._parameters.values() if p.dim() <= 1]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=settings.learning_rate,
-            betas=BETAS,
-        )
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS)
         self._team = Team(learner.device)
         self._recipe, self._checkpoint = recipe_sha256, checkpoint
         self.steps = sum(1 for epoch in range(settings.epochs) for _ in self._epoch(epoch))
@@ -249,18 +126,17 @@ class Trainer:
     def evaluate(self) -> Row:
         """On the texts that are not trained on: mean divergence, nats, and share of positions at which the likeliest
         tokens agree."""
-        size, totals, counts = self.settings.batch_size, Counter[str](), Counter[str]()
-        texts = sorted(self.validation_texts, key=lambda text: len(text.tokens))
+        size, texts = self.settings.batch_size, sorted(self.validation_texts, key=lambda text: len(text.tokens))
 
         @torch.no_grad()
         def judge(part: Sequence[Text]) -> dict[str, tuple[float, int]]:
             return self.learner.evaluate(self.learner.collate(part))
 
-        for found in self._team.map(judge, [texts[start : start + size] for start in range(0, len(texts), size)]):
-            for name, (total, count) in found.items():
-                totals[name] += total  # type: ignore[assignment]
-                counts[name] += count
-        return {name: totals[name] / counts[name] for name in totals if counts[name]}
+        found = self._team.map(judge, [texts[start : start + size] for start in range(0, len(texts), size)])
+        sums = {
+            name: [sum(column) for column in zip(*(part[name] for part in found), strict=True)] for name in found[0]
+        }
+        return {name: total / count for name, (total, count) in sums.items() if count}
 
     def _epoch(self, epoch: int) -> Iterator[list[int]]:
         return batches(self._lengths, self.settings.batch_size, self.settings.seed, epoch)
@@ -311,13 +187,7 @@ class Trainer:
         results = self._team.map(differentiate, parts)
         loss, norm = self._team.map(update, [results])[0]
         self.learnt += answered
-        return {
-            "step": self.step,
-            "tokens": self.learnt,
-            "learning_rate": rate,
-            "loss": loss,
-            "grad_norm": norm,
-        }
+        return {"step": self.step, "tokens": self.learnt, "learning_rate": rate, "loss": loss, "grad_norm": norm}
 
     def _note(self, row: Row, on_step: Callable[[Row], None]) -> None:
         self.rows.append(row)

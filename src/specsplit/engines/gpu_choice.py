@@ -160,7 +160,7 @@ def walk(
     choices: torch.Tensor,
     finite: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The path along the target's own choices (verification.verify_greedy), of several trees at once.
+    """The path along the target's own choices (verification.follow), of several trees at once.
 
     Row 0 of a tree is the end of its context, row i its node i - 1. tokens, parents (rows), choices, finite: [trees,
     rows]; ancestors: bool [trees, rows, rows], each row's own included; count: rows that a tree has, [trees].

@@ -12,9 +12,9 @@ from typing import Any
 
 from specsplit.api.pair import Pair
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.adaptive import GammaController
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.records import Request, gamma_controller, request_config

@@ -21,7 +21,7 @@ OK, FAILED = "ok", "failed"  # a request's status
 WORKERS, STREAMED, COLOCATED = "workers", "target_streamed", "colocated"
 
 # Where the draft of a round came from, and the column that counts such rounds.
-SOURCES = tuple((name, f"drafts_from_{name}") for name in ("session", "global", "model", "none"))
+SOURCES = tuple((name, f"drafts_from_{name}") for name in ("session", "global", "lookup", "model", "none"))
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,12 @@ class RequestRecord:
     draft_cpu_ms: float | None = None
     target_cpu_ms: float | None = None
     energy_j: float | None = None
-    # Of a draft that learns (source suffix): rounds whose draft began with what was found in the text itself, or in
-    # earlier texts, or with what another model said, and rounds without a draft since nothing was found.
+    # Of a draft that learns (source suffix) and with prompt lookup: rounds whose draft began with what the worker found
+    # in the text itself, or in earlier texts, with what lookup found, or with what the model said, and rounds without a
+    # draft since nothing was found.
     drafts_from_session: int | None = None
     drafts_from_global: int | None = None
+    drafts_from_lookup: int | None = None
     drafts_from_model: int | None = None
     drafts_from_none: int | None = None
 

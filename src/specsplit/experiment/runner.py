@@ -17,8 +17,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.errors import RunError, UserError, WorkerError
 from specsplit.experiment.baselines import Beside, Contender, contenders
 from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord, write_rows

@@ -14,10 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from specsplit.client.pipeline import TextWriter
 from specsplit.client.result import SpeculativeResult
+from specsplit.client.writer import TextWriter
 from specsplit.decoding.measures import tokens_per_round
-from specsplit.decoding.theory import PipelineMode, expected_tokens, tpot_ms
+from specsplit.decoding.theory import PipelineMode, expected_tokens
+from specsplit.decoding.tree_plan import tpot_ms
 from specsplit.experiment.records import gamma_controller
 from specsplit.experiment.transport import bare_round_trip_ms
 from specsplit.launch.endpoint import Endpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,8 @@ def worker_origin(address: str) -> dict[str, Any]:
     What is not known, as of a worker that was attached to, is null.
     """
     if address.endswith(".json"):
-        try:
+        with suppress(UserError):  # an address written by hand
             return Endpoint.read(Path(address)).origin()
-        except UserError:
-            pass  # an address written by hand
     return {"attached": True, "host": None, "process_started": None, "log": None, "reason": ATTACHED}
 
 
@@ -87,18 +86,19 @@ class Endpoint:
     ) -> Endpoint:
         """The endpoint of this process. When it listens on every address, its host name is the one to use."""
         me = ProcessIdentity.of(os.getpid())
+        assert me is not None  # it runs
         near = holder if isinstance(holder, ProcessIdentity) else None
         reached = socket.gethostname() if host in EVERY_ADDRESS else host
         return cls(
             address=f"{TLS_SCHEME if tls else ''}{join_address(reached, port)}",
             attached=False,
             host=socket.gethostname(),
-            pid=os.getpid(),
-            started=me.started if me else None,
+            pid=me.pid,
+            started=me.started,
             holder_pid=near.pid if near else None,
             holder_started=near.started if near else None,
             worker=description_dict(description),
-            birth=me.birth if me else "",
+            birth=me.birth,
             holder_birth=near.birth if near else "",
             heartbeat=str(heartbeat.absolute()) if heartbeat else None,
         )
@@ -111,9 +111,8 @@ class Endpoint:
     @classmethod
     def read(cls, path: Path) -> Endpoint:
         """Read an endpoint file; UserError when it is missing or is not one."""
-        data = read_json(path)
         try:
-            return cls(**data)
+            return cls(**read_json(path))
         except TypeError as error:
             message = f"{path} is not an endpoint file: {error}. Delete it and start the worker again."
             raise UserError(message) from error
@@ -125,11 +124,9 @@ class Endpoint:
     @staticmethod
     def remove(path: Path, *, pid: int) -> None:
         """Delete the file if it is (still) that of process `pid`."""
-        try:
+        with suppress(UserError):  # gone, or not ours
             if Endpoint.read(path).pid == pid:
                 path.unlink(missing_ok=True)
-        except UserError:
-            pass  # gone, or not ours
 
     def process(self) -> ProcessIdentity | None:
         """The worker's process when it is one of this machine."""
@@ -151,10 +148,8 @@ class Endpoint:
     def stale(self) -> bool:
         """True when the worker is known to be gone, or about to go because its holder is."""
         process = self.process()
-        if process is None:
-            return False
-        if not process.alive():
-            return True
+        if process is None or not process.alive():
+            return process is not None
         holder = ProcessIdentity(self.holder_pid or 0, self.holder_started or -1.0, self.holder_birth)
         return self.holder_pid is not None and not holder.alive()
 

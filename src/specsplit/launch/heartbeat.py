@@ -7,12 +7,16 @@ not agree, and may be set.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+# Whose process a worker is started for, where that process is, as its number means nothing on another host, and its
+# heartbeat, for other hosts.
+LEASE_PID, LEASE_HOST, LEASE_FILE = "SPECSPLIT_LEASE_PID", "SPECSPLIT_LEASE_HOST", "SPECSPLIT_LEASE_FILE"
 BEAT_S = 1.0
 SILENT_S = 15.0  # without a beat: the process is gone, or its host, or the way to the folder
 
@@ -28,6 +32,13 @@ def start_heartbeat(file: Path) -> threading.Event:
 
     threading.Thread(target=beat, name="heartbeat", daemon=True).start()
     return over
+
+
+def hold_lease(heartbeat: Path | None = None) -> None:
+    """Let what this process starts from now on end with it. heartbeat: its file, for workers on other hosts."""
+    os.environ.update({LEASE_PID: str(os.getpid()), LEASE_HOST: socket.gethostname()})
+    if heartbeat is not None:
+        os.environ[LEASE_FILE] = str(heartbeat.absolute())
 
 
 class Pulse:

@@ -12,6 +12,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from specsplit.errors import why
 from specsplit.launch.environment import usable_cores
 
 
@@ -23,16 +24,19 @@ def run_tool(command: Sequence[str], timeout_s: float, status: int = 0) -> tuple
     name = command[0]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
-    except FileNotFoundError:
-        return None, f"{name}: command not found"
     except subprocess.TimeoutExpired:
         return None, f"{name}: no answer within {timeout_s:g} s"
     except OSError as error:
-        return None, f"{name}: {error.strerror or error}"
+        return None, tool_missing(name, error)
     if done.returncode != status:
         message = " ".join((done.stderr.strip() or done.stdout.strip() or "no message").split())
         return None, f"{name}: exit status {done.returncode}: {message[:300]}"
     return done.stdout, None
+
+
+def tool_missing(name: str, error: OSError) -> str:
+    """Why a program could not be started."""
+    return f"{name}: {'command not found' if isinstance(error, FileNotFoundError) else why(error)}"
 
 
 def os_name() -> str:

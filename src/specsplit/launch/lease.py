@@ -15,12 +15,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from specsplit.launch.heartbeat import Pulse
+from specsplit.launch.heartbeat import LEASE_FILE, LEASE_HOST, LEASE_PID, Pulse
 from specsplit.launch.process import ProcessIdentity
 
-LEASE_PID = "SPECSPLIT_LEASE_PID"
-LEASE_HOST = "SPECSPLIT_LEASE_HOST"  # where that process is: its number means nothing on another host
-LEASE_FILE = "SPECSPLIT_LEASE_FILE"  # its heartbeat, for other hosts
 STARTER_PID = "SPECSPLIT_STARTER_PID"  # the process that waits until a worker serves
 
 
@@ -33,13 +30,6 @@ class RemoteHolder:
 
     def alive(self) -> bool:
         return self.pulse.beats()
-
-
-def hold_lease(heartbeat: Path | None = None) -> None:
-    """Let what this process starts from now on end with it. heartbeat: its file, for workers on other hosts."""
-    os.environ.update({LEASE_PID: str(os.getpid()), LEASE_HOST: socket.gethostname()})
-    if heartbeat is not None:
-        os.environ[LEASE_FILE] = str(heartbeat.absolute())
 
 
 def lease_holder() -> ProcessIdentity | RemoteHolder | None:

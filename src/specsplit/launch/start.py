@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, scratch_folder
 from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.launch.environment import COMMAND, deterministic_environment
-from specsplit.launch.lease import STARTER_PID, hold_lease, user_lock
+from specsplit.launch.heartbeat import hold_lease
+from specsplit.launch.lease import STARTER_PID, user_lock
 from specsplit.models.sources import resolve_model
 from specsplit.rpc.connection import OPEN, connect
 from specsplit.rpc.credentials import Access
@@ -69,14 +71,11 @@ def start_worker(
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while not endpoint_file.exists():
-            if process.poll() is not None:
-                tail = _tail(log_file, log_start, kept=keeps_log)
-                raise UserError(f"the {role} worker ended with status {process.returncode}:\n{tail}")
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"the {role} worker did not serve within {timeout_s:g} s (workers.startup_timeout_s):\n"
-                    f"{_tail(log_file, log_start, kept=keeps_log)}"
-                )
+            problem = f"ended with status {process.returncode}" if process.poll() is not None else ""
+            if not problem and time.monotonic() > deadline:
+                problem = f"did not serve within {timeout_s:g} s (workers.startup_timeout_s)"
+            if problem:
+                raise UserError(f"the {role} worker {problem}:\n{_tail(log_file, log_start, kept=keeps_log)}")
             time.sleep(POLL_S)
     except BaseException:
         process.terminate()
@@ -113,14 +112,8 @@ def share_worker(
         if endpoint is None or endpoint.stale():
             users.unlink(missing_ok=True)
             arguments = [*worker_args, "--users-file", str(users)]
-            endpoint = start_worker(
-                role,
-                arguments,
-                endpoint_file=own_file,
-                log_file=log_file,
-                timeout_s=timeout_s,
-                cuda_devices=cuda_devices,
-            )
+            how: dict[str, Any] = {"log_file": log_file, "timeout_s": timeout_s, "cuda_devices": cuda_devices}
+            endpoint = start_worker(role, arguments, endpoint_file=own_file, **how)
         with users.open("a", encoding="utf-8") as file:
             file.write(f"{endpoint_file.absolute()}\n")
         endpoint = replace(endpoint, shared=True, log=str(log_file))

@@ -1,6 +1,9 @@
-"""The files that make a model, by name. No imports: the workflow reads it while Snakemake parses."""
+"""The files that make a model, by name. The standard library alone: the workflow reads it while Snakemake parses."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 GGUF_FILE = "model.gguf"
 # The only files taken from a source: no Python code, and no pickles, which run code when they are loaded.
@@ -19,3 +22,8 @@ HEAD_WEIGHTS = "pytorch_model.bin"
 # Of a draft with a reduced vocabulary: the target token of every row of its output head (models/vocabulary.py).
 MAP_FILES = ("draft_to_target.json", "draft_to_target.safetensors")
 MODEL_FILES = CONFIG_FILES + WEIGHT_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS + MAP_FILES
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file name matches one of the patterns; a name with a folder in it matches none."""
+    return not {"/", "\\"} & set(name) and any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -12,9 +12,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specsplit.errors import UserError, told
 from specsplit.io import (
@@ -33,10 +32,14 @@ from specsplit.models.file_names import (
     MODEL_FILES,
     TOKENIZER_EXTRAS,
     TOKENIZER_FILES,
+    matches,
 )
 from specsplit.models.generation_settings import check_eos
 from specsplit.models.gguf_file import read_gguf
 from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
+
+if TYPE_CHECKING:
+    import torch
 
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What a folder holds in place of weights, and what to do about it.
@@ -65,11 +68,6 @@ MOST_LAYERS = 2048  # lists of so many are made when a configuration is read
 MOST_UNSTORED = 4  # times the stored numbers: a reduced output head is stored smaller than the configuration says
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
-
-
-def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file name matches one of the patterns; a name with a folder in it matches none."""
-    return not {"/", "\\"} & set(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -259,6 +257,29 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: no weights{found}")
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a head's file of weights by name; those of safetensors are mapped and not read yet.
+
+    pytorch_model.bin, as the original checkpoints are, is read by a reader of tensors alone, without running code.
+    Raises UserError.
+    """
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: the weights cannot be read: {told(error)}; fetch the head again") from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise UserError(f"{path}: wanted tensors by name")
+    return found
+
+
 def gguf_weights(folder: Path) -> Path | None:
     """The GGUF file with the weights of a model folder; None when they are in safetensors."""
     files = weight_files(folder)
@@ -317,9 +338,9 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
             file = read_gguf(path)
             return file.parameters, "+".join(DTYPE_NAMES.get(kind, kind) for kind in file.types)
         if path.name == HEAD_WEIGHTS:
-            from specsplit.models.head_weights import count_numbers
-
-            counts += count_numbers(path)
+            for key, tensor in read_tensors(path).items():
+                if key not in HEAD_MAPS:
+                    counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
             continue
         try:
             with safe_open(path, framework="numpy") as tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, shortened
 from specsplit.io import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -35,8 +35,7 @@ def text_changing_settings(folder: Path) -> dict[str, Any]:
 
     known = vars(GenerationConfig()).keys()
     neutral = {**GenerationConfig._get_default_generation_params(), **NEUTRAL}
-    own = folder / GENERATION_CONFIG
-    path = own if own.is_file() else folder / "config.json"
+    path = _settings_file(folder)
     given = read_json_object(path) if path.is_file() else {}
     return {
         name: value
@@ -49,19 +48,22 @@ def text_changing_settings(folder: Path) -> dict[str, Any]:
     }
 
 
+def _settings_file(folder: Path) -> Path:
+    own = folder / GENERATION_CONFIG
+    return own if own.is_file() else folder / "config.json"
+
+
 def refuse_model_settings(folder: Path, how: str) -> None:
     """Refuse a target whose own generation settings would change its greedy text: they are not applied.
 
     how: what the user gives to ignore them. Raises UserError that names each.
     """
     if found := text_changing_settings(folder):
-        own = folder / GENERATION_CONFIG
-        path = own if own.is_file() else folder / "config.json"
-        listed = ", ".join(f"{name} {_shown(value)}" for name, value in found.items())
+        listed = ", ".join(f"{name} {shortened(str(value))}" for name, value in found.items())
+        stop = "; strings that end a text: generation.stop, or --stop" if "stop_strings" in found else ""
         raise UserError(
-            f"{path} sets {listed}, which would change the greedy text and is not applied here. To go on without, so "
-            f"that the text is that of the model alone, {how}"
-            + ("; strings that end a text: generation.stop, or --stop" if "stop_strings" in found else "")
+            f"{_settings_file(folder)} sets {listed}, which would change the greedy text and is not applied here. To "
+            f"go on without, so that the text is that of the model alone, {how}{stop}"
         )
 
 
@@ -75,8 +77,3 @@ def check_eos(folder: Path) -> None:
                 raise UserError(
                     f"{path}: eos_token_id: {wrong[0]!r} is not the id of a token; give the number of the token"
                 )
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

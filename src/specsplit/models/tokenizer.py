@@ -11,8 +11,8 @@ from typing import Any
 
 from specsplit.errors import PromptError, UserError, told
 from specsplit.io import json_sha256, scratch_folder
-from specsplit.models.file_names import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES
-from specsplit.models.fingerprint import matches, tokenizer_sha256
+from specsplit.models.file_names import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
+from specsplit.models.fingerprint import tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 _DIRECTIVES = "aAbBcdDeFHIjmMpRSTuUVwWxXyYGzZ%"  # of strftime
@@ -58,18 +58,18 @@ class TextCodec:
         return json_sha256([self.sha256, self.tokenizer.chat_template if chat else None])
 
     @classmethod
-    def load(cls, folder: Path) -> TextCodec:
-        """Load the tokenizer of a local model folder; UserError when there is none."""
-        try:
-            return cls._read(folder)
-        except Exception as error:  # whatever transformers meets in files that nobody here has seen
-            raise UserError(f"{folder} does not hold a tokenizer that can be loaded: {_why(error)}") from error
-
-    @classmethod
-    def _read(cls, folder: Path) -> TextCodec:
+    def load(cls, folder: Path, problem: str = "") -> TextCodec:
+        """Load the tokenizer of a local model folder; UserError when there is none. problem: how its message begins."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        try:
+            return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        except Exception as error:  # whatever transformers meets in files that nobody here has seen
+            reason = told(error)
+            if "trust_remote_code" in str(error):
+                reason = "it needs Python code of its own, which is not run here; choose a model with a tokenizer.json"
+            problem = problem or f"{folder} does not hold a tokenizer that can be loaded"
+            raise UserError(f"{problem}: {reason}") from error
 
     @classmethod
     def unpack(cls, files: Mapping[str, bytes]) -> TextCodec:
@@ -86,10 +86,7 @@ class TextCodec:
                 if not unpacking.eof:
                     raise UserError(f"{name} of a tokenizer is cut off, or larger than {MOST_UNPACKED_BYTES} bytes")
                 Path(folder, name).write_bytes(data)
-            try:
-                return cls._read(folder)
-            except Exception as error:
-                raise UserError(f"a tokenizer cannot be loaded: {_why(error)}") from error
+            return cls.load(folder, "a tokenizer cannot be loaded")
 
     def encode(
         self,
@@ -130,12 +127,6 @@ class TextCodec:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-
-def _why(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it needs Python code of its own, which is not run here; choose a model with a tokenizer.json"
-    return told(error)
 
 
 class TextStream:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,13 @@ import numpy as np
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from specsplit.decoding.sampling import Candidates, Sampling, candidates
 from specsplit.errors import UserError
 from specsplit.io import read_json
 from specsplit.models.file_names import MAP_FILES
 from specsplit.models.fingerprint import has_tokenizer, read_config
 from specsplit.models.head_config import is_head, read_head_config
-from specsplit.models.head_files import read_head_tokens
+from specsplit.models.head_files import head_tensors, head_tokens
 from specsplit.models.tokenizer import TextCodec
 
 OVERLAP = 64  # tokens at the end of a text that are encoded again with those after them
@@ -65,6 +67,12 @@ class Vocabulary:
         """[rows, draft vocabulary] -> [rows, size], -inf for tokens that the draft cannot say."""
         return logits
 
+    def candidates(
+        self, logits: torch.Tensor, positions: Sequence[int], sampling: Sampling, count: int, *, below: int
+    ) -> list[Candidates]:
+        """As `sampling.candidates` of what `outward` makes of the draft's logits, of tokens below `below`."""
+        return candidates(self.outward(logits)[:, :below], positions, sampling, count)
+
 
 class ReducedVocabulary(Vocabulary):
     """A draft that reads every token of the target but can say only some: its output head has fewer rows.
@@ -76,6 +84,16 @@ class ReducedVocabulary(Vocabulary):
     def __init__(self, draft_to_target: Sequence[int], size: int) -> None:
         super().__init__(size)
         self.targets: torch.Tensor = torch.tensor(list(draft_to_target), dtype=torch.long)
+        self._tokens = list(draft_to_target)
+
+    def candidates(
+        self, logits: torch.Tensor, positions: Sequence[int], sampling: Sampling, count: int, *, below: int
+    ) -> list[Candidates]:
+        """As Vocabulary.candidates; greedy ones are found among the few tokens that the draft can say."""
+        if not sampling.greedy or below <= max(self._tokens):
+            return super().candidates(logits, positions, sampling, count, below=below)
+        found = candidates(logits, positions, sampling, count)
+        return [replace(each, token_ids=[self._tokens[row] for row in each.token_ids]) for each in found]
 
     def outward(self, logits: torch.Tensor) -> torch.Tensor:
         self.targets = self.targets.to(logits.device)
@@ -229,7 +247,7 @@ def read_reduced_map(folder: Path) -> list[int] | None:
     from safetensors.numpy import load_file
 
     if is_head(folder):
-        return read_head_tokens(read_head_config(folder), folder)
+        return head_tokens(read_head_config(folder), head_tensors(folder), folder)
     paths = [folder / name for name in MAP_FILES if (folder / name).is_file()]
     if not paths:
         return None

@@ -13,30 +13,37 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, naming
 from specsplit.io import json_sha256, read_json_object
-from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES
-from specsplit.models.fingerprint import check_tokenizer, fingerprint_model, matches, read_config
+from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
+from specsplit.models.fingerprint import check_tokenizer, fingerprint_model, read_config
 from specsplit.models.head_config import is_head
-from specsplit.settings.models import BYTES, NGramParameters, SuffixParameters, SyntheticParameters
+from specsplit.settings.models import (
+    BYTES,
+    HuggingFaceSource,
+    LocalSource,
+    NGramParameters,
+    PypiSource,
+    SuffixParameters,
+    SyntheticParameters,
+)
 
 Lookup = NGramParameters | SuffixParameters
-KINDS: dict[str, type[SyntheticParameters] | type[NGramParameters] | type[SuffixParameters]] = {
-    "synthetic": SyntheticParameters,
-    "ngram": NGramParameters,
-    "suffix": SuffixParameters,
-}
+WEIGHTLESS = {"synthetic": SyntheticParameters, "ngram": NGramParameters, "suffix": SuffixParameters}
+SOURCES = {"pypi": PypiSource, "huggingface": HuggingFaceSource, "local": LocalSource, **WEIGHTLESS}
 
 
 def is_weightless(spec: Mapping[str, Any]) -> bool:
     """Whether a source spec (an entry of `models`, or `source` of a manifest) is one of these."""
-    return spec.get("source") in KINDS
+    return spec.get("source") in WEIGHTLESS
 
 
-def parse_parameters(spec: Mapping[str, Any], name: str) -> SyntheticParameters | Lookup:
-    """The parameters of a weightless spec, defaults filled in. UserError with a line for each mistake."""
+def parse_parameters(spec: Mapping[str, Any], name: str) -> Any:
+    """A source spec as one of SOURCES, defaults filled in. UserError with a line for each mistake."""
+    if (source := spec.get("source")) not in SOURCES:
+        raise UserError(f"models.{name}.source: {source!r} is not one of {', '.join(SOURCES)}")
     try:
-        return KINDS[spec["source"]](**spec)
+        return SOURCES[source](**spec)
     except ValidationError as error:
         lines = [
             f"{'.'.join(['models', name, *map(str, problem['loc'])])}: {problem['msg'].removeprefix('Value error, ')}"
@@ -70,10 +77,8 @@ def write_tokenizer(parameters: SyntheticParameters | Lookup, name: str, folder:
         byte_tokenizer(parameters.vocab_size).save_pretrained(folder)
         return
     source, _ = described(parameters.tokenizer)
-    try:
+    with naming(f"models.{name}.tokenizer"):
         check_tokenizer(source)
-    except UserError as error:
-        raise UserError(f"models.{name}.tokenizer: {error}") from None
     # config.json as well: for some tokenizers, the kind is told only there.
     for path in sorted(source.iterdir()):
         if matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS, "config.json")):
@@ -118,8 +123,12 @@ def fingerprint_weightless(parameters: SyntheticParameters | Lookup, folder: Pat
     else:
         architecture = "NGramLM" if isinstance(parameters, NGramParameters) else "SuffixLM"
         vocab_size = _vocab_size(parameters, codec.tokenizer)
-    if isinstance(parameters, SuffixParameters) and parameters.model:
-        _check_model_behind(parameters.model, codec.sha256, vocab_size)
+    if isinstance(parameters, SuffixParameters) and (path := parameters.model):
+        behind = model_behind(path)[1]
+        if behind["tokenizer_sha256"] != codec.sha256:
+            raise UserError(f"its model {path} has another tokenizer than the one whose tokens it speaks")
+        if behind["vocab_size"] < vocab_size:
+            raise UserError(f"its model {path} reads {behind['vocab_size']} tokens, and it speaks {vocab_size}")
     return {
         "weights_sha256": parameters_sha256(parameters),
         "tokenizer_sha256": codec.sha256,
@@ -129,14 +138,6 @@ def fingerprint_weightless(parameters: SyntheticParameters | Lookup, folder: Pat
         "vocab_size": vocab_size,
         "max_context": None,
     }
-
-
-def _check_model_behind(path: str, tokenizer_sha256: str, vocab_size: int) -> None:
-    _, found = model_behind(path)
-    if found["tokenizer_sha256"] != tokenizer_sha256:
-        raise UserError(f"its model {path} has another tokenizer than the one whose tokens it speaks")
-    if found["vocab_size"] < vocab_size:
-        raise UserError(f"its model {path} reads {found['vocab_size']} tokens, and it speaks {vocab_size}")
 
 
 def _vocab_size(parameters: Lookup, tokenizer: Any) -> int:

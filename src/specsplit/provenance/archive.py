@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import specsplit
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed, why
 from specsplit.io import read_json_object, replacing
 from specsplit.provenance.capture import WORKFLOW_FILES, hash_tree
 from specsplit.provenance.crate import build_crate
@@ -85,9 +85,8 @@ def _refuse_other_code(record: Mapping[str, Any], root: Path) -> None:
     then |= record["workflow_files"]
     changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
     if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(
-            f"changed since the record was made: {', '.join(changed[:5])}{more}. Make it again: "
+            f"changed since the record was made: {listed(changed)}. Make it again: "
             f"snakemake --cores N --forcerun provenance -- {RESULTS}/archive.zip"
         )
 
@@ -100,9 +99,7 @@ def _refuse_unsealed(content: Mapping[str, bytes], root: Path) -> None:
     changed = [name for name, data in content.items() if sealed.get(name, _digest(data)) != _digest(data)]
     logs = f"{RESULTS}/logs/"  # which go on with every job
     if changed := sorted(name for name in changed if not name.startswith(logs)):
-        raise UserError(
-            f"changed since the results were sealed: {', '.join(changed[:5])}; make them again with the workflow"
-        )
+        raise UserError(f"changed since the results were sealed: {listed(changed)}; make them again with the workflow")
 
 
 def _digest(data: bytes) -> str:
@@ -113,7 +110,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; make it again with the workflow") from None
+        raise UserError(f"{path}: {why(error)}; make it again with the workflow") from None
 
 
 def _refuse_secrets(name: str, data: bytes) -> None:

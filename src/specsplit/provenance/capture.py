@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 
 import specsplit
-from specsplit.io import json_sha256, sha256_file
+from specsplit.errors import why
+from specsplit.io import json_sha256, sha256_file, utc_text
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 from specsplit.launch.host import cpu_model, installed_packages, normalised, os_name
 
@@ -30,7 +31,7 @@ WORKFLOW_FILES = ("Snakefile", "workflow/**/*", "profiles/**/*", "envs/*", "pypr
 
 def utc_now() -> str:
     """The time now, as ISO 8601 in UTC: 2025-01-31T12:00:00.123456Z."""
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return utc_text(datetime.now(UTC), "microseconds")
 
 
 # ---- the machine
@@ -60,10 +61,10 @@ def capture_machine() -> dict[str, Any]:
     )
 
 
-def with_reason(captured: dict[str, Any], why: str) -> dict[str, Any]:
+def with_reason(captured: dict[str, Any], reason: str) -> dict[str, Any]:
     """`captured` with a `reason` that names its nulls; null when there are none."""
     missing = [key for key, value in captured.items() if value is None]
-    return {**captured, "reason": f"{', '.join(missing)}: {why}" if missing else None}
+    return {**captured, "reason": f"{', '.join(missing)}: {reason}" if missing else None}
 
 
 def _torch() -> dict[str, Any]:
@@ -108,8 +109,7 @@ def capture_lock(root: Path, packages: Mapping[str, str]) -> dict[str, Any]:
     try:
         text = (root / LOCK).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        return {"path": LOCK.as_posix(), "sha256": None, "differs": None, "reason": f"{LOCK}: {why}"}
+        return {"path": LOCK.as_posix(), "sha256": None, "differs": None, "reason": f"{LOCK}: {why(error)}"}
     locked = {normalised(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)}
     differs = {
         name: {"installed": packages[name], "locked": version}

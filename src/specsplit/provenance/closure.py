@@ -11,20 +11,22 @@ on. Not followed are
 
 A file beside a module that is no Python, and that the module names, is read by it: a template, a schema.
 
-Snakemake calls this while it parses the rules, so it imports nothing but the standard library.
+Snakemake calls this while it parses the rules, so it needs nothing but the standard library.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+from specsplit.io import combined_sha256, sha256_file
+
 PACKAGE = Path(__file__).parents[1]
 # Who connects to a worker has results that the worker's code decides as well, in a process of its own.
 OTHER_PROCESSES = {"rpc/connection.py": "worker"}
+_sha256 = cache(sha256_file)
 
 
 def command_files(*commands: str, package: Path = PACKAGE, scripts: Iterable[Path] = ()) -> list[str]:
@@ -46,12 +48,7 @@ def command_files(*commands: str, package: Path = PACKAGE, scripts: Iterable[Pat
 def code_sha256(*commands: str, package: Path = PACKAGE, scripts: Iterable[Path] = ()) -> str:
     """One hash over the names and contents of `command_files`."""
     files = command_files(*commands, package=package, scripts=scripts)
-    return hashlib.sha256("".join(f"{_sha256(package / file)}  {file}\n" for file in files).encode()).hexdigest()
-
-
-@cache
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return combined_sha256({file: _sha256(package / file) for file in files})
 
 
 def _command_files(package: Path, command: str) -> list[Path]:

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from specsplit.client.result import LINK_BYTES, USAGE
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed, naming, shortened, why
 from specsplit.io import csv_reader
+from specsplit.provenance.facts import part_of
 from specsplit.provenance.folder import Experiment
 from specsplit.provenance.record import check_record
 from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 
 # Columns of requests.csv that a clock decides; all others follow from the inputs.
 TIMES = (
-    "ttft_ms",
-    "tpot_ms",
-    "total_network_idle_ms",
-    "total_latency_ms",
-    "network_idle_fraction",
-    "draft_compute_ms",
-    "draft_exposed_ms",
-    "draft_hidden_ms",
-    "target_compute_ms",
-    "itl_ms",
-    "recovery_ms",
+    *("ttft_ms", "tpot_ms", "total_network_idle_ms", "total_latency_ms", "network_idle_fraction"),
+    *("draft_compute_ms", "draft_exposed_ms", "draft_hidden_ms", "target_compute_ms", "itl_ms", "recovery_ms"),
     *LINK_BYTES,  # of drafts ahead, which may come too late
     *USAGE,
 )
-SHOWN = 60  # characters of a value
+KEPT_OF_MODEL = ("source", "pinned", "revision", "upstream_sha256", "fingerprint", "files")
+KEPT_OF_WORKER = ("host", "device", "threads", "environment", "runtime")
+KEPT_OF_GPU = ("name", "uuid", "driver_version", "memory_total_mib")
 
 
 @dataclass
@@ -53,35 +48,29 @@ def compare(a: Experiment, b: Experiment) -> list[Group]:
 
     Raises UserError when a record or a table is missing or malformed.
     """
-    records = _read(a), _read(b)
-    record = records[0]
-    commit, models = str(record["git"]["commit"])[:12], [str(model.get("name")) for model in record["models"]]
-    same = {
-        "config": f"sha256 {record['config_sha256'][:12]}",
-        "code": f"commit {commit}, {len(record['source_files'])} source files",
-        "model": ", ".join(models),
-        "data": f"{record['dataset'].get('count')} prompts",
-        "machine": f"{record['machine']['hostname']}, {record['machine']['cpu_model']}",
-    }
-    # An unpacked archive has no commit; its files are compared all the same.
-    with_commit = all(record["git"]["commit"] for record in records)
-    facts: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-        "config": lambda record: _flat(record["config"]),
-        "code": lambda record: (_commit(record) if with_commit else {}) | _code(record),
-        "model": _models,
-        "data": lambda record: _flat(record["dataset"]),
-        "machine": _machine,
-    }
-    groups = [Group(name, same[name], _lines(*map(facts[name], records))) for name in facts]
-    return [*groups, _results(a, b)]
+    first, second = records = _read(a), _read(b)
+    commit, models = str(first["git"]["commit"])[:12], [str(model.get("name")) for model in first["models"]]
+    code, other_code = _code(first), _code(second)
+    if all(record["git"]["commit"] for record in records):  # an unpacked archive has none
+        code, other_code = _commit(first) | code, _commit(second) | other_code
+    return [
+        Group("config", f"sha256 {first['config_sha256'][:12]}", _lines(*(_flat(r["config"]) for r in records))),
+        Group("code", f"commit {commit}, {len(first['source_files'])} source files", _lines(code, other_code)),
+        Group("model", ", ".join(models), _lines(*map(_models, records))),
+        Group("data", f"{first['dataset'].get('count')} prompts", _lines(*(_flat(r["dataset"]) for r in records))),
+        Group(
+            "machine",
+            f"{first['machine']['hostname']}, {first['machine']['cpu_model']}",
+            _lines(*map(_machine, records)),
+        ),
+        _results(a, b),
+    ]
 
 
 def _read(experiment: Experiment) -> dict[str, Any]:
     record = experiment.record()
-    try:
+    with naming(experiment.shown):
         check_record(record)
-    except UserError as error:
-        raise UserError(f"{experiment.shown}: {error}") from None
     return record
 
 
@@ -97,23 +86,17 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _lines(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for key in dict.fromkeys((*a, *b)):
-        if key not in b:
-            lines.append(f"{key}: {_shown(a[key])} -> gone")
-        elif key not in a:
-            lines.append(f"{key}: new: {_shown(b[key])}")
-        elif a[key] != b[key]:
-            lines.append(f"{key}: {_shown(a[key])} -> {_shown(b[key])}")
-    return lines
+    def line(key: str) -> str:
+        if key not in a:
+            return f"{key}: new: {_shown(b[key])}"
+        return f"{key}: {_shown(a[key])} -> {_shown(b[key]) if key in b else 'gone'}"
+
+    return [line(key) for key in dict.fromkeys((*a, *b)) if (key in a) != (key in b) or a[key] != b[key]]
 
 
 def _shown(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = " ".join(text.split())
-    if len(text) == 64 and all(letter in "0123456789abcdef" for letter in text):
-        return text[:12]
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else shortened(" ".join(text.split()))
 
 
 def _commit(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,37 +120,29 @@ def _label(run: Mapping[str, Any]) -> str:
 
 
 def _models(record: Mapping[str, Any]) -> dict[str, Any]:
-    models: dict[str, Any] = {}
-    for model in record["models"]:
-        kept = {
-            key: model.get(key) for key in ("source", "pinned", "revision", "upstream_sha256", "fingerprint", "files")
-        }
-        models |= _flat(kept, str(model.get("name")))
-    return models
+    return _flat({str(model.get("name")): {key: model.get(key) for key in KEPT_OF_MODEL} for model in record["models"]})
 
 
 def _machine(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the runs ran on; not process numbers, addresses, clocks and power, which differ between any two runs."""
-    facts = _flat(record["machine"])
-    facts |= _gpus(record["gpu"], "gpu")
+    facts = {**record["machine"], "gpu": _gpus(record["gpu"])}
     for run in record["runs"]:
-        label = _label(run)
-        facts |= _flat(run.get("environment") or {}, label)
-        facts[f"{label}.cores of the workflow"] = (run.get("workflow") or {}).get("cores")
-        facts |= _flat(run.get("machine") or {}, label)
-        facts |= _gpus((run.get("gpu") or {}).get("before") or {}, f"{label}.gpu")
-        for role, worker in (run.get("workers") or {}).items():
-            kept = {key: worker.get(key) for key in ("host", "device", "threads", "environment", "runtime")}
-            facts |= _flat(kept, f"{label}.{role} worker")
-    return facts
+        facts[_label(run)] = {
+            **part_of(run, "environment"),
+            "cores of the workflow": part_of(run, "workflow").get("cores"),
+            **part_of(run, "machine"),
+            "gpu": _gpus(part_of(run, "gpu", "before")),
+            **{
+                f"{role} worker": {key: worker.get(key) for key in KEPT_OF_WORKER}
+                for role, worker in part_of(run, "workers").items()
+            },
+        }
+    return _flat(facts)
 
 
-def _gpus(state: Mapping[str, Any], name: str) -> dict[str, Any]:
-    facts = {f"{name}.cuda_version": state.get("cuda_version")}
-    for i, gpu in enumerate(state.get("gpus") or []):
-        for key in ("name", "uuid", "driver_version", "memory_total_mib"):
-            facts[f"{name}.{i}.{key}"] = gpu[key]
-    return facts
+def _gpus(state: Mapping[str, Any]) -> dict[str, Any]:
+    cards = {str(i): {key: card[key] for key in KEPT_OF_GPU} for i, card in enumerate(state.get("gpus") or [])}
+    return {"cuda_version": state.get("cuda_version"), **cards}
 
 
 # ---- the results
@@ -192,9 +167,8 @@ def _results(a: Experiment, b: Experiment) -> Group:
                 changed[key[:-1], column].append(key[-1])
     for (point, column), requests in changed.items():
         what = "text" if column == "output_sha256" else column
-        more = ", ..." if len(requests) > 3 else ""
         group.differences.append(
-            f"{_point(point)}: {what} of {len(requests)} request(s) differs: {', '.join(requests[:3])}{more}"
+            f"{_point(point)}: {what} of {len(requests)} request(s) differs: {listed(requests, 3)}"
         )
     for point in dict.fromkeys(key[:-1] for key in shared):
         keys = [key for key in shared if key[:-1] == point]
@@ -212,7 +186,7 @@ def _requests(experiment: Experiment) -> dict[tuple[str, ...], dict[str, str]]:
             names, *cells = list(csv_reader(file)) or [[]]
             rows = [dict(zip(names, row, strict=False)) for row in cells]
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise UserError(f"{path}: {why(error)}") from None
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV table: {error}; make it again") from None
     missing = {*CONFIGURATION, *TIMES, "request_id", "output_sha256"} - set(rows[0] if rows else ())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed, shortened
 from specsplit.io import json_sha256, read_json_object, sha256_file
 from specsplit.settings.axes import SWEPT
 from specsplit.settings.run import OrchestratorConfig
@@ -30,7 +30,7 @@ TOLD = ("host", "kernel")  # of `runtime`
 # Each job has its own, or the number of threads decides it, which is compared.
 CODE = ("run_code_sha256", "worker_code_sha256", "specsplit_version")
 VARIABLES = ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
-SHOWN = 80  # characters of a value
+OF_DRAFT = ("draft_acceptance", "lookup")  # settings that each draft has for itself
 # What a measurement beside a sweep has of its own: how many prompts and repeats, threads and room of its workers, and
 # other settings than those of the texts.
 OWN = re.compile(
@@ -47,11 +47,7 @@ class Difference:
     values: Mapping[str, Sequence[str]]
 
     def __str__(self) -> str:
-        told = []
-        for value, runs in self.values.items():
-            shown = value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
-            more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-            told.append(f"{shown} ({', '.join(runs[:3])}{more})")
+        told = [f"{shortened(value, 80)} ({listed(runs, 3)})" for value, runs in self.values.items()]
         return f"{self.fact}: {', '.join(told)}"
 
 
@@ -86,32 +82,34 @@ def read_facts(run_dir: Path) -> dict[str, Any]:
 
 def run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """Fact -> value of one run. What a run of an earlier version does not tell is left out."""
-    settings = _part(run, "orchestrator")
+    settings = part_of(run, "orchestrator")
     mode, draft = settings.get("mode", "sync"), settings.get("draft_name", "draft")
-    facts: dict[str, Any] = {f"prompts: {key}": _part(run, "inputs", "prompts").get(key) for key in ("sha256", "count")}
+    facts: dict[str, Any] = {
+        f"prompts: {key}": part_of(run, "inputs", "prompts").get(key) for key in ("sha256", "count")
+    }
     facts["tokenizer"] = run.get("tokenizer_sha256")
     facts |= {f"code: {key}": run.get(key) for key in CODE}
     facts |= {key: run.get(key) for key in ("repeats", "warmup_requests")}
-    left_out = {*SWEPT, *OrchestratorConfig.operating(), "fan_out", "draft_acceptance"}
+    left_out = {*SWEPT, *OrchestratorConfig.operating(), "fan_out", *OF_DRAFT}
     facts |= {f"setting {key}": value for key, value in settings.items() if key not in left_out}
     if settings.get("gamma"):  # each draft has its own
         of_draft = "" if draft == "draft" else f" of {draft}"
-        facts[f"setting draft_acceptance{of_draft}"] = settings.get("draft_acceptance")
+        facts |= {f"setting {key}{of_draft}": settings[key] for key in OF_DRAFT if key in settings}
     if mode == "lookahead":
         facts["setting fan_out"] = settings.get("fan_out")
-    facts |= {f"machine: {key}": _part(run, "machine").get(key) for key in MACHINE}
-    facts |= _gpu_facts(_part(run, "gpu", "before"))
-    facts |= {f"variable {key}": _part(run, "environment").get(key) for key in VARIABLES if run.get("environment")}
-    facts |= _package_facts("package", _part(run, "software").get("packages"))
-    for role, worker in _part(run, "workers").items():
+    facts |= {f"machine: {key}": part_of(run, "machine").get(key) for key in MACHINE}
+    facts |= _gpu_facts(part_of(run, "gpu", "before"))
+    facts |= {f"variable {key}": part_of(run, "environment").get(key) for key in VARIABLES if run.get("environment")}
+    facts |= _package_facts("package", part_of(run, "software").get("packages"))
+    for role, worker in part_of(run, "workers").items():
         name = f"{role} worker" if role == "target" or draft == "draft" else f"{role} worker {draft}"
         facts |= {f"{name}: {key}": worker.get(key) for key in WORKER}
         # Workers that compute at once share the cores.
         facts[f"{name}: threads in mode {mode}"] = worker.get("threads")
         if role == "draft":
             facts[f"{name}: skip_layers"] = worker.get("skip_layers")
-        facts |= {f"{name}: {key}": value for key, value in _part(worker, "runtime").items() if key not in TOLD}
-        facts |= {f"{name}: {key}": _part(worker, "environment").get(key) for key in VARIABLES}
+        facts |= {f"{name}: {key}": value for key, value in part_of(worker, "runtime").items() if key not in TOLD}
+        facts |= {f"{name}: {key}": part_of(worker, "environment").get(key) for key in VARIABLES}
         facts |= _package_facts(f"{name}: package", worker.get("packages"))
     # A null may be a setting (no limit); elsewhere it is what was not known.
     return {key: value for key, value in facts.items() if value is not None or key.startswith("setting ")}
@@ -125,11 +123,11 @@ def beside_facts(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def told_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of runs where it differs, and refused nowhere: names of hosts, all other packages."""
-    machine = _part(run, "machine")
+    machine = part_of(run, "machine")
     told: dict[str, Any] = {"host": machine.get("hostname"), "kernel": machine.get("kernel")}
-    told |= {f"package {name}": version for name, version in (_part(run, "software").get("packages") or {}).items()}
-    for role, worker in _part(run, "workers").items():
-        told[f"{role} worker: host"] = _part(worker, "runtime").get("host")
+    told |= {f"package {name}": version for name, version in (part_of(run, "software").get("packages") or {}).items()}
+    for role, worker in part_of(run, "workers").items():
+        told[f"{role} worker: host"] = part_of(worker, "runtime").get("host")
         packages = worker.get("packages") or {}
         told |= {f"{role} worker: package {name}": version for name, version in packages.items()}
     return {key: value for key, value in told.items() if value is not None}
@@ -166,9 +164,8 @@ def refuse_differences(runs: Mapping[str, Mapping[str, Any]], mend: str) -> None
     """Raise UserError that names what runs do not agree on, both values and the runs. mend: what to do about it."""
     found = differences(runs)
     if found:
-        listed = "\n".join(f"  {difference}" for difference in found[:10])
-        more = f"\n  and {len(found) - 10} more" if len(found) > 10 else ""
-        raise UserError(f"these runs do not belong together; they differ in\n{listed}{more}\n{mend}")
+        differing = listed(found, 10, "\n  ")
+        raise UserError(f"these runs do not belong together; they differ in\n  {differing}\n{mend}")
 
 
 def _gpu_facts(gpu: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +182,8 @@ def _package_facts(name: str, packages: Mapping[str, str] | None) -> dict[str, A
     return {f"{name} {package}": packages.get(package, "none") for package in PACKAGES} if packages else {}
 
 
-def _part(of: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+def part_of(of: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """What is under these keys, one in the other; empty where one is missing or null."""
     for key in keys:
         of = of.get(key) or {}
     return of

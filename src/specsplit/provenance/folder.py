@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +33,7 @@ class Experiment:
 
     root: the project's folder or an unpacked archive. results: its results, wherever they were moved to. shown: what
     the user called it. damaged: files of an archive that could not be unpacked as they are, with the reason. archived:
-    it is an archive. signature: the file with the signature of its seal, where there is one.
+    it is an archive; packed: the file that it was unpacked from.
     """
 
     root: Path
@@ -41,7 +41,7 @@ class Experiment:
     shown: str
     damaged: Mapping[str, str] = field(default_factory=dict)
     archived: bool = False
-    signature: Path | None = None
+    packed: Path | None = None
 
     def at(self, recorded: str) -> Path:
         """Where a recorded path is: relative to the project's folder, or absolute."""
@@ -52,6 +52,12 @@ class Experiment:
     def seal(self) -> str:
         """The list of hashes that a signature is of: it vouches, through other lists, for every file."""
         return ARCHIVE_SUMS if self.archived else SEAL
+
+    @property
+    def signature(self) -> Path:
+        """Where the signature of the seal is, if there is one."""
+        signed = self.packed or self.at(self.seal)
+        return signed.with_name(f"{signed.name}.sig")
 
     def record(self) -> dict[str, Any]:
         return read_json_object(self.at(RECORD))
@@ -67,9 +73,7 @@ def open_experiment(path: Path) -> Iterator[Experiment]:
     if path.is_file() and path.suffix == ".zip":
         with TemporaryDirectory(prefix="specsplit-") as scratch:
             folder = Path(scratch).resolve()
-            damaged = _unpack(path, folder)
-            signature = path.with_name(f"{path.name}.sig")
-            yield Experiment(folder, folder / RESULTS, str(path), damaged, archived=True, signature=signature)
+            yield Experiment(folder, folder / RESULTS, str(path), _unpack(path, folder), archived=True, packed=path)
     else:
         yield _find(path.resolve().parents[1] if path.name == Path(RECORD).name else path, str(path))
 
@@ -81,26 +85,15 @@ def _find(folder: Path, shown: str) -> Experiment:
     witnesses = (RECORD, SEAL, MANIFEST)
     archived = any((root / name).is_file() for name in (ARCHIVE_SUMS, CRATE))
     if archived or any((root / name).is_file() for name in witnesses):
-        archived = archived or _lists_a_project(root)
-        return _with_signature(Experiment(root, root / RESULTS, shown, archived=archived))
+        with suppress(UserError, OSError):  # the hashes of an archive are of more than results
+            archived = archived or any(not name.startswith(f"{RESULTS}/") for name in read_sums(root / SEAL))
+        return Experiment(root, root / RESULTS, shown, archived=archived)
     if any((root / Path(name).relative_to(RESULTS)).is_file() for name in witnesses):
-        return _with_signature(Experiment(root.parent, root, shown))
+        return Experiment(root.parent, root, shown)
     raise UserError(
         f"{shown}: has neither {RECORD} nor {Path(RECORD).relative_to(RESULTS)}. Name a results folder, an unpacked "
         "archive or archive.zip; `snakemake --cores N results/summary.csv` makes the record"
     )
-
-
-def _lists_a_project(root: Path) -> bool:
-    """Whether the hashes are of an archive: they are of more than results then."""
-    with suppress(UserError, OSError):
-        return any(not name.startswith(f"{RESULTS}/") for name in read_sums(root / SEAL))
-    return False
-
-
-def _with_signature(experiment: Experiment) -> Experiment:
-    seal = experiment.at(experiment.seal)
-    return replace(experiment, signature=seal.with_name(f"{seal.name}.sig"))
 
 
 def _unpack(archive: Path, folder: Path) -> dict[str, str]:

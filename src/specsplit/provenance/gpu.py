@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from specsplit.launch.host import run_tool
+from specsplit.io import utc_text
+from specsplit.launch.host import run_tool, tool_missing
 
 # nvidia-smi's name for each column, and ours.
 GPU_COLUMNS = {
@@ -93,8 +94,7 @@ class GpuSampler:
                 text=True,
             )
         except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            self.samples["reason"] = f"nvidia-smi: {'command not found' if missing else error.strerror or error}"
+            self.samples["reason"] = tool_missing("nvidia-smi", error)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -127,7 +127,6 @@ class GpuSampler:
 def _utc_time(text: str) -> str | None:
     """nvidia-smi writes the local time: 2025/01/31 13:00:00.123."""
     try:
-        time = datetime.strptime(text.strip(), "%Y/%m/%d %H:%M:%S.%f").astimezone(UTC)
+        return utc_text(datetime.strptime(text.strip(), "%Y/%m/%d %H:%M:%S.%f").astimezone(UTC))
     except ValueError:
         return None
-    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed, why
 from specsplit.io import combined_sha256, json_sha256, read_json_object, sha256_file
 from specsplit.provenance.capture import (
     WORKFLOW_FILES,
@@ -32,7 +32,6 @@ from specsplit.provenance.steps import read_steps, workflow_command
 
 SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).with_name("record_schema.json")
-LISTED_PROBLEMS = 10
 # Why a manifest of a model has a null.
 MODEL_REASONS = {
     "revision": "only a repository has revisions",
@@ -115,14 +114,13 @@ def check_record(record: Mapping[str, Any]) -> None:
             f"a record of version {version}, not {SCHEMA_VERSION}: make it again with "
             "snakemake --cores N --forcerun provenance -- results/summary.csv"
         )
-    problems = []
-    for error in _validator().iter_errors(record):
-        place = ".".join(map(str, error.absolute_path)) or "the record"
-        problems.append(f"{place}: {error.message[:200]}")
+    problems = [
+        f"{'.'.join(map(str, error.absolute_path)) or 'the record'}: {error.message[:200]}"
+        for error in _validator().iter_errors(record)
+    ]
     if problems:
-        more = f"\n... and {len(problems) - LISTED_PROBLEMS} more" if len(problems) > LISTED_PROBLEMS else ""
-        listed = "\n".join(problems[:LISTED_PROBLEMS])
-        raise UserError(f"not a provenance record of version {SCHEMA_VERSION}:\n{listed}{more}")
+        shown = listed(problems, 10, "\n")
+        raise UserError(f"not a provenance record of version {SCHEMA_VERSION}:\n{shown}")
 
 
 @cache
@@ -139,7 +137,7 @@ def _file_entry(path: Path, root: Path) -> dict[str, Any]:
     try:
         return {"path": _relative(path, root), "sha256": sha256_file(path), "bytes": path.stat().st_size}
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; make it again with the workflow") from None
+        raise UserError(f"{path}: {why(error)}; make it again with the workflow") from None
 
 
 def _explain_model(manifest: Mapping[str, Any]) -> dict[str, Any]:

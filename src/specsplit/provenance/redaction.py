@@ -95,12 +95,12 @@ def without_places(value: Any, root: Path) -> Any:
         return {key: without_places(item, root) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_places(item, root) for item in value]
-    if not isinstance(value, str) or "/" not in value:
-        return value
-    for folder, short in ((root.absolute(), "."), (root.resolve(), "."), (Path.home(), "~")):
-        if folder != Path(folder.anchor):
-            value = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}(?=/|$|[\s:;,'\"])", short, value)
-    return re.sub(r"(?<![\w.~/-])\./(?=[\w.])", "", value)
+    if isinstance(value, str) and "/" in value:
+        for folder, short in ((root.absolute(), "."), (root.resolve(), "."), (Path.home(), "~")):
+            if folder != Path(folder.anchor):
+                value = re.sub(rf"(?<![\w.~/-]){re.escape(str(folder))}(?=/|$|[\s:;,'\"])", short, value)
+        value = re.sub(r"(?<![\w.~/-])\./(?=[\w.])", "", value)
+    return value
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed, why
 from specsplit.io import json_sha256, read_json_object, replace_file, sha256_file
 from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RESULTS, SEAL, list_files, read_sums, write_sums
 from specsplit.provenance.steps import read_made, read_outputs, workflow_started
@@ -23,7 +23,6 @@ SIGNATURES = (f"{SEAL}.sig", f"{ARCHIVE}.sig", f"{ARCHIVE_SUMS}.sig")
 # What no list of this module has. MANIFEST is in SEAL, and all of them are in the SHA256SUMS of an archive.
 UNSEALED = (SEAL, MANIFEST, ARCHIVE, ARCHIVE_SUMS, CRATE, *SIGNATURES)
 WORKER_END_S = 10.0
-SHOWN = 5  # names in a message
 # What jobs leave beside the outputs that their rules name.
 UNLOGGED = (f"{RESULTS}/logs/workers/", f"{RESULTS}/distill/")
 
@@ -51,7 +50,7 @@ def seal_results(results: Path, required: Iterable[Path] = (), *, add: bool = Fa
         except ValueError:
             raise UserError(f"{path!s:.200}: is no plain file with a plain name; take it out of the results") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+            raise UserError(f"{path}: cannot be read: {why(error)}") from None
     kept = _kept(results) if add else None
     if kept is None and workflow_started() is not None:
         _refuse_edited(sums, results.parent)
@@ -72,10 +71,9 @@ def _refuse_edited(now: Mapping[str, str], root: Path) -> None:
         f"{name} (rule {made[name][0]})" for name, digest in now.items() if made.get(name, ("", digest))[1] != digest
     ]
     if edited:
-        more = f" and {len(edited) - SHOWN} more" if len(edited) > SHOWN else ""
         raise UserError(
-            f"not sealed: changed since the workflow made them: {', '.join(edited[:SHOWN])}{more}. Put back what was "
-            "there, or delete these files, and the workflow makes them again"
+            f"not sealed: changed since the workflow made them: {listed(edited)}. Put back what was there, or delete "
+            "these files, and the workflow makes them again"
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, why
 from specsplit.io import replace_file
 from specsplit.provenance.folder import Experiment
 from specsplit.provenance.verify import verify
@@ -32,7 +32,6 @@ def sign(experiment: Experiment, key: Path) -> Path:
     if differing := verify(experiment).differing:
         name, problem = next(iter(sorted(differing.items())))
         raise UserError(f"{experiment.shown}: {len(differing)} not as sealed, nothing was signed: {name}: {problem}")
-    assert experiment.signature is not None
     # By standard input: ssh-keygen would write beside the file, which is in a temporary folder for an archive.
     done = _ssh_keygen(["sign", "-f", str(key), "-n", NAMESPACE], experiment.at(experiment.seal), capture=False)
     if done.returncode:
@@ -49,7 +48,7 @@ def check_signature(experiment: Experiment, signer: Path | None) -> tuple[str, s
     """
     signature, seal = experiment.signature, experiment.at(experiment.seal)
     keys = _public_keys(signer) if signer is not None else []
-    if signature is None or not signature.is_file():
+    if not signature.is_file():
         return ("missing: the results are not signed" if keys else "", "")
     if not seal.is_file():
         return f"{experiment.seal}, of which it is, is missing", ""
@@ -72,7 +71,7 @@ def _public_keys(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--signer {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"--signer {path}: cannot be read: {why(error)}") from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys or not all(PUBLIC_KEY.fullmatch(key) for key in keys):
         raise UserError(f"--signer {path}: wanted public SSH keys, one a line, as in a .pub file")

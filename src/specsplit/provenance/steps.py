@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from specsplit.io import sha256_file
+from specsplit.io import sha256_file, utc_text
 from specsplit.provenance.redaction import redact_arguments, redact_text
 
 COMMAND = "SPECSPLIT_WORKFLOW_COMMAND"
@@ -173,4 +173,4 @@ def _plain(name: str) -> str:
 
 
 def _utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return utc_text(datetime.fromtimestamp(seconds, UTC))

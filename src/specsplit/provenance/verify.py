@@ -9,13 +9,14 @@ were changed with it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, why
 from specsplit.io import combined_sha256, json_sha256, read_json, read_json_object, sha256_file
 from specsplit.provenance.folder import (
     ARCHIVE_SUMS,
@@ -91,10 +92,9 @@ class _Verification:
         lists = self._trusted(self._read_lists())
         self._check_lists(lists)
         self._check_folders_and_links()
-        if self.record is None or RECORD in self.verdict.differing:
-            if RECORD in self.verdict.differing:
-                self.verdict.notes.append(f"{RECORD} is not what was sealed: the hashes in it were not used")
-        else:
+        if RECORD in self.verdict.differing:
+            self.verdict.notes.append(f"{RECORD} is not what was sealed: the hashes in it were not used")
+        elif self.record is not None:
             self._check_record(self.record)
         if not self.experiment.archived:
             self._check_archive()
@@ -120,66 +120,49 @@ class _Verification:
     def _sha256(self, file: str) -> str | None:
         path = self.experiment.at(file)
         try:
-            return (
-                sha256_file(path)
-                if path.is_file()
-                else "is no plain file"
-                if path.exists() or path.is_symlink()
-                else None
-            )
+            if path.is_file():
+                return sha256_file(path)
+            return "is no plain file" if path.exists() or path.is_symlink() else None
         except OSError as error:
-            return f"cannot be read: {error.strerror or error}"
+            return f"cannot be read: {why(error)}"
 
     def _read_record(self) -> dict[str, Any] | None:
-        if not self.experiment.at(RECORD).is_file():  # reading a pipe would wait for ever
-            self.blame(RECORD, "missing")
-            return None
         try:
-            return self.experiment.record()
+            if self.experiment.at(RECORD).is_file():  # reading a pipe would wait for ever
+                return self.experiment.record()
+            self.blame(RECORD, "missing")
         except UserError as error:
             self.blame(RECORD, str(error))
-            return None
+        return None
 
     # ---- the lists
 
     def _read_lists(self) -> list[_List]:
         """The lists that can be read, those first that vouch for others."""
-        archived = self.experiment.archived
-        sums = self._read(SEAL, read_sums)
-        manifest = self._read(MANIFEST, read_manifest)
-        former = self.record is not None and "witnesses" not in self.record
-        self.former = former and MANIFEST not in (sums or {}) and manifest is None
-        self.manifest = manifest
-        own = self.own_list(SEAL, sums, {ARCHIVE_SUMS, CRATE, SEAL})
-        own |= self.own_list(MANIFEST, manifest and manifest["files"], {ARCHIVE_SUMS, CRATE, SEAL, MANIFEST})
-        if archived:
-            crate = self._read(CRATE, lambda path: _crate_hashes(read_json_object(path)))
-            root = self._read(ARCHIVE_SUMS, read_sums)
-            own |= self.own_list(CRATE, crate, {ARCHIVE_SUMS, CRATE})
-            own |= self.own_list(ARCHIVE_SUMS, root, {ARCHIVE_SUMS}, whole=True)
-        expected = [*((ARCHIVE_SUMS, CRATE) if archived else ()), SEAL, *(() if self.former else (MANIFEST,))]
-        for name in expected:
-            if not self.experiment.at(name).is_file():
+        names = [name for name in READERS if self.experiment.archived or name in (SEAL, MANIFEST)]
+        read = {name: content for name in names if (content := self._read(name)) is not None}
+        self.manifest = read.get(MANIFEST)
+        old = self.record is not None and "witnesses" not in self.record
+        self.former = old and MANIFEST not in read.get(SEAL, {}) and self.manifest is None
+        for name in names:
+            if not self.experiment.at(name).is_file() and not (name == MANIFEST and self.former):
                 self.blame(name, "missing: nothing can take its place")
-        return [own[name] for name in (ARCHIVE_SUMS, CRATE, SEAL, MANIFEST) if name in own]
+        omits, lists = {*SIGNATURES, ARCHIVE}, []
+        for name in READERS:
+            omits.add(name)
+            if name in read:
+                files = read[name]["files"] if name == MANIFEST else read[name]
+                lists.append(_List(name, files, frozenset(omits), name == ARCHIVE_SUMS or not self.former))
+        return lists
 
-    def own_list(
-        self, name: str, files: Mapping[str, str] | None, omits: set[str], whole: bool | None = None
-    ) -> dict[str, _List]:
-        if files is None:
-            return {}
-        whole = not self.former if whole is None else whole
-        return {name: _List(name, files, frozenset({*omits, *SIGNATURES, ARCHIVE}), whole)}
-
-    def _read(self, name: str, read: Any) -> Any:
+    def _read(self, name: str) -> Any:
         path = self.experiment.at(name)
-        if not path.is_file():
-            return None
-        try:
-            return read(path)
-        except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
-            self.blame(name, str(error))
-            return None
+        if path.is_file():
+            try:
+                return READERS[name](path)
+            except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
+                self.blame(name, str(error))
+        return None
 
     def _trusted(self, lists: list[_List]) -> list[_List]:
         """Without those that are not as all lists before them say."""
@@ -236,8 +219,9 @@ class _Verification:
     def _check_folders_and_links(self) -> None:
         if self.former:
             return
-        whole = self.manifest if self.manifest is not None and MANIFEST not in self.verdict.differing else None
-        listed: Mapping[str, Any] = whole or {"folders": (), "links": {}}
+        listed: Mapping[str, Any] = {"folders": (), "links": {}}
+        if self.manifest is not None and MANIFEST not in self.verdict.differing:
+            listed = self.manifest
         for folder in sorted(self.empty - set(listed["folders"]), key=_shown):
             if not any(file.startswith(f"{folder}/") for file in self.verdict.differing):  # whose files are gone
                 self.blame(f"{_shown(folder)}/", "an empty folder that was added")
@@ -293,27 +277,21 @@ class _Verification:
             self._check_files(f"the files of model {name} are", f"{folder}/", files, f"{RECORD}, model {name},")
 
     def _check_config(self, record: Mapping[str, Any]) -> None:
-        if not self.experiment.at(CONFIG).is_file():
-            self.blame(CONFIG, "missing")
-        elif CONFIG not in self.verdict.differing:
-            try:
-                same = read_json(self.experiment.at(CONFIG)) == record["config"]
-            except UserError as error:
-                self.blame(CONFIG, str(error))
-                return
-            self.verdict.checked.add(CONFIG)
-            if not same:
+        if CONFIG in self.verdict.differing:
+            return
+        self.verdict.checked.add(CONFIG)
+        try:
+            if not self.experiment.at(CONFIG).is_file():
+                self.blame(CONFIG, "missing")
+            elif read_json(self.experiment.at(CONFIG)) != record["config"]:
                 self.blame(CONFIG, f"is not the configuration in {RECORD}")
+        except UserError as error:
+            self.blame(CONFIG, str(error))
 
     def _check_patch(self, record: Mapping[str, Any]) -> None:
         expected = record["git"]["changes"]["sha256"]
-        if expected is None or PATCH in self.verdict.differing:
-            return
-        found = self.sha256(PATCH)
-        if found == expected:
-            self.verdict.checked.add(PATCH)
-        else:
-            self.blame(PATCH, f"missing; {RECORD} has its content" if found is None else f"is not the diff in {RECORD}")
+        if expected is not None and PATCH not in self.verdict.differing:
+            self.compare(PATCH, expected, RECORD)
 
     def _check_files(self, what: str, prefix: str, files: Mapping[str, str], witness: str) -> None:
         """Files that are not part of the results, so that they may all be elsewhere."""
@@ -325,17 +303,17 @@ class _Verification:
 
 
 def _contradictions(record: Mapping[str, Any]) -> Iterator[str]:
-    computed = {
-        "config_sha256": json_sha256(record["config"]),
-        "source_sha256": combined_sha256(record["source_files"]),
-        "run_code_sha256": combined_sha256(_run_code(record)),
-        "workflow_sha256": combined_sha256(record["workflow_files"]),
+    software = record["software"]
+    hashes = {
+        "config_sha256": (record["config_sha256"], json_sha256(record["config"])),
+        "source_sha256": (record["source_sha256"], combined_sha256(record["source_files"])),
+        "run_code_sha256": (record["run_code_sha256"], combined_sha256(_run_code(record))),
+        "workflow_sha256": (record["workflow_sha256"], combined_sha256(record["workflow_files"])),
+        "software.sha256": (software["sha256"], json_sha256(software["packages"])),
     }
-    for key, value in computed.items():
-        if record[key] != value:
-            yield f"{key} is {record[key][:12]}..., but its content gives {value[:12]}..."
-    if record["software"]["sha256"] != json_sha256(record["software"]["packages"]):
-        yield "software.sha256 is not the hash of software.packages"
+    for key, (recorded, computed) in hashes.items():
+        if recorded != computed:
+            yield f"{key} is {recorded[:12]}..., but its content gives {computed[:12]}..."
 
 
 def _run_code(record: Mapping[str, Any]) -> dict[str, str]:
@@ -346,10 +324,20 @@ def _run_code(record: Mapping[str, Any]) -> dict[str, str]:
     return {name: sha for name, sha in files.items() if any(f"{name}/".startswith(f"{p}/") for p in FORMER_RUN_CODE)}
 
 
-def _crate_hashes(crate: Mapping[str, Any]) -> dict[str, str]:
+def _crate_hashes(path: Path) -> dict[str, str]:
     # Models have one too: of their weights, which are elsewhere.
-    files = [entity for entity in crate["@graph"] if "sha256" in entity and not entity["@id"].startswith("#")]
+    graph = read_json_object(path)["@graph"]
+    files = [entity for entity in graph if "sha256" in entity and not entity["@id"].startswith("#")]
     return {unquote(entity["@id"]): entity["sha256"] for entity in files}
+
+
+# The lists of hashes: each vouches for those after it.
+READERS: dict[str, Callable[[Path], Any]] = {
+    ARCHIVE_SUMS: read_sums,
+    CRATE: _crate_hashes,
+    SEAL: read_sums,
+    MANIFEST: read_manifest,
+}
 
 
 def _shown(name: str) -> str:

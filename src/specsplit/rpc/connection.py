@@ -85,7 +85,7 @@ def _describe(stub: Any, timeout_s: float) -> pb.DescribeReply:
         except grpc.RpcError as error:
             meant = meaning(error.code(), error.details(), error.trailing_metadata())
             pause_s = max(POLL_S, meant.after_s)
-            if meant.remedy != "wait" or _failed_handshake(error) or time.monotonic() + pause_s > deadline:
+            if meant.rule.remedy != "wait" or _failed_handshake(error) or time.monotonic() + pause_s > deadline:
                 raise
         time.sleep(pause_s)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import get_args
 
 import numpy as np
@@ -42,15 +41,6 @@ def pack_states(rows: torch.Tensor, first: int, form: str, *, projected: bool = 
     numbers = (packed.view(torch.int16) if form == "bfloat16" else packed).numpy()
     data = numbers.astype(layout, copy=False).tobytes()
     return pb.HiddenStates(first=first, count=len(rows), form=form, data=data, scales=scales, projected=projected)
-
-
-def pack_parts(
-    rows: torch.Tensor, first: int, form: str, *, projected: bool = False, most_bytes: int = 0
-) -> Iterator[pb.HiddenStates]:
-    """As `pack_states`, in messages of at most `most_bytes` bytes of rows, each of one row at least; 0: in one."""
-    each = max(most_bytes // row_bytes(form, rows.shape[1]), 1) if most_bytes else max(len(rows), 1)
-    for at in range(0, max(len(rows), 1), each):
-        yield pack_states(rows[at : at + each], first + at, form, projected=projected)
 
 
 def check_states(message: pb.HiddenStates, width: int) -> None:

@@ -86,10 +86,6 @@ class Meaning:
     details: str
     after_s: float = 0.0
 
-    @property
-    def remedy(self) -> Remedy:
-        return self.rule.remedy
-
 
 def meaning(code: Code, details: str | None, metadata: Any = None) -> Meaning:
     """What a status means. metadata: pairs that came with it, or None."""

@@ -6,7 +6,8 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -59,8 +60,8 @@ class _Server:
 
     def application(self) -> Starlette:
         routes = [
-            Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
-            Route("/v1/completions", self._guarded(self._completion), methods=["POST"]),
+            Route("/v1/chat/completions", self._guarded(partial(self._answer, ChatBody)), methods=["POST"]),
+            Route("/v1/completions", self._guarded(partial(self._answer, CompletionBody)), methods=["POST"]),
             Route("/v1/models", self._guarded(self._models)),
             Route("/v1/models/{model:path}", self._guarded(self._one_model)),
             Route("/health", self._health),
@@ -69,12 +70,6 @@ class _Server:
         return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _unexpected})
 
     # ---- routes
-
-    async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, ChatBody, chat=True)
-
-    async def _completion(self, request: Request) -> Response:
-        return await self._answer(request, CompletionBody, chat=False)
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._about()]})
@@ -99,39 +94,26 @@ class _Server:
 
     # ---- one text
 
-    async def _answer(self, request: Request, kind: type[Body], *, chat: bool) -> Response:
+    async def _answer(self, kind: type[Body], request: Request) -> Response:
         body = read_body(await _data(request), kind)
         self._check_model(body.model)
         prompt, options = body.prompt_of(), {"max_new_tokens": self._max_context, **body.options()}
-        reply = Reply(self._model, chat=chat)
-        place = self._place()
-        await _unless_gone(request, place.__aenter__())
-        release: Callable[[], Awaitable[Any]] = lambda: place.__aexit__(None, None, None)  # noqa: E731
-        try:
+        reply = Reply(self._model, chat=kind is ChatBody)
+        async with AsyncExitStack() as held:
+            await _unless_gone(request, held.enter_async_context(self._place()))
             # Encoding a long prompt takes its time, which other requests are not to wait for.
             stream = await asyncio.to_thread(lambda: self._pair.stream(prompt, **options))
-        except BaseException:
-            await release()
-            raise
-        if not body.stream:
-            try:
+            held.callback(stream.close)
+            if not body.stream:
                 await _unless_gone(request, _drain(stream))
                 self._counters.written(stream.text)
                 return JSONResponse(reply.whole(stream.text, self._gamma))
-            finally:
-                stream.close()
-                await release()
-        try:
             # A text that cannot begin is an error with a status, not one within a stream.
             first = await _unless_gone(request, anext(stream, None))
-        except BaseException:
-            stream.close()
-            await release()
-            raise
-        return _Events(self._events(body, reply, stream, first), stream, release)
+            return _Events(self._events(body, reply, stream, first), held.pop_all())
 
     async def _events(self, body: Body, reply: Reply, stream: GeneratedStream, first: str | None) -> AsyncIterator[str]:
-        wanted = body.usage_wanted
+        wanted = bool(body.stream_options and body.stream_options.include_usage)
         try:
             yield reply.piece(first or "", first=True, with_usage=wanted)
             async for piece in stream:
@@ -154,21 +136,16 @@ class _Server:
         if self._running.locked() and self._waiting >= self._settings.max_waiting:
             raise ApiError(429, "too many requests at once; send it again in a moment", code="overloaded")
         self._waiting += 1
-        self._show()
+        with self._counters.waiting.track_inprogress():
+            try:
+                await self._running.acquire()
+            finally:
+                self._waiting -= 1
         try:
-            await self._running.acquire()
-        finally:
-            self._waiting -= 1
-        self._counters.running.inc()
-        self._show()
-        try:
-            yield
+            with self._counters.running.track_inprogress():
+                yield
         finally:
             self._running.release()
-            self._counters.running.dec()
-
-    def _show(self) -> None:
-        self._counters.waiting.set(self._waiting)
 
     # ---- who may call
 
@@ -205,22 +182,17 @@ class _Server:
 class _Events(StreamingResponse):
     """Server-sent events; the text stops and its place is free when the client goes, in whatever state."""
 
-    def __init__(
-        self, events: AsyncIterator[str], stream: GeneratedStream, release: Callable[[], Awaitable[Any]]
-    ) -> None:
+    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._stream, self._release = stream, release
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def never() -> Any:
             await asyncio.Event().wait()
 
-        try:
+        async with self._held:
             with suppress(_Gone, OSError):
                 await _race(super().__call__(scope, never, send), receive)
-        finally:
-            self._stream.close()
-            await self._release()
 
 
 async def _drain(stream: GeneratedStream) -> None:

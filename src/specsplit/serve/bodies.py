@@ -77,11 +77,6 @@ class Body(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    @property
-    def usage_wanted(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
     def tokens_limit(self) -> int | None:
         return self.max_tokens
 
@@ -112,7 +107,7 @@ class ChatBody(Body):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     def tokens_limit(self) -> int | None:
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        return self.max_completion_tokens or self.max_tokens
 
     def prompt_of(self) -> list[dict[str, str]]:
         return [message.plain() for message in self.messages]
@@ -124,7 +119,7 @@ class CompletionBody(Body):
     prompt: str | list[int] | list[str] | list[list[int]]
 
     def tokens_limit(self) -> int | None:
-        return 16 if self.max_tokens is None else self.max_tokens
+        return self.max_tokens or 16
 
     def prompt_of(self) -> str | list[int]:
         prompt: Any = self.prompt

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from specsplit.api.generated import GeneratedText
 from specsplit.decoding.measures import per_token_ms, verifications
 from specsplit.serve.replies import FINISH
 
+T = TypeVar("T", Counter, Gauge, Histogram)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
@@ -16,35 +20,25 @@ class Counters:
         self._registry = CollectorRegistry()
         self._model = model
 
-        def count(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"vllm:{name}", text, ["model_name", *labels], registry=self._registry)
+        def made(kind: type[T], name: str, text: str, *labels: str, **more: Any) -> T:
+            metric = kind(f"vllm:{name}", text, ["model_name", *labels], registry=self._registry, **more)
+            return metric if labels else metric.labels(model)
 
-        def seconds(name: str, text: str) -> Histogram:
-            return Histogram(f"vllm:{name}", text, ["model_name"], buckets=SECONDS, registry=self._registry).labels(
-                model
-            )
-
-        self._drafts = count("spec_decode_num_drafts", "Verifications of a draft").labels(model)
-        self._drafted = count("spec_decode_num_draft_tokens", "Drafted tokens").labels(model)
-        self._accepted = count("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted").labels(model)
-        self._positions = count(
-            "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by position in the draft", "position"
-        )
-        self._prompt = count("prompt_tokens", "Tokens of prompts").labels(model)
-        self._written = count("generation_tokens", "Tokens written").labels(model)
+        count, gauge, seconds = partial(made, Counter), partial(made, Gauge), partial(made, Histogram, buckets=SECONDS)
+        self._drafts = count("spec_decode_num_drafts", "Verifications of a draft")
+        self._drafted = count("spec_decode_num_draft_tokens", "Drafted tokens")
+        self._accepted = count("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted")
+        by_position = "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by position in the draft"
+        self._positions = count(*by_position, "position")
+        self._prompt = count("prompt_tokens", "Tokens of prompts")
+        self._written = count("generation_tokens", "Tokens written")
         self._done = count("request_success", "Texts that were finished", "finished_reason")
         self._failed = count("request_failure", "Requests that ended with an error, by HTTP status", "status")
         self._ttft = seconds("time_to_first_token_seconds", "Time to the first token")
         self._tpot = seconds("request_time_per_output_token_seconds", "Time per token after the first, by request")
         self._latency = seconds("e2e_request_latency_seconds", "Time of a whole text")
-        gauges = [
-            Gauge(f"vllm:{name}", text, ["model_name"], registry=self._registry).labels(model)
-            for name, text in (
-                ("num_requests_running", "Texts that are being written"),
-                ("num_requests_waiting", "Requests that wait for a place"),
-            )
-        ]
-        self.running, self.waiting = gauges
+        self.running = gauge("num_requests_running", "Texts that are being written")
+        self.waiting = gauge("num_requests_waiting", "Requests that wait for a place")
 
     def written(self, text: GeneratedText) -> None:
         """Count a finished text."""

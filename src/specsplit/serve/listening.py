@@ -18,10 +18,10 @@ def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
     if settings.api_key_file is not None:
         check_openable(settings.api_key_file)
         try:
-            keys = [line.strip() for line in settings.api_key_file.read_text(encoding="utf-8").splitlines()]
+            lines = settings.api_key_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--api-key-file {settings.api_key_file}: cannot be read: {error}") from None
-        keys = [key for key in keys if key]
+        keys = [line.strip() for line in lines if line.strip()]
         if not keys:
             raise UserError(f"--api-key-file {settings.api_key_file}: holds no key; write one a line")
     if (settings.certificate is None) != (settings.certificate_key is None):
@@ -62,6 +62,7 @@ def listen(app: Starlette, settings: ServeSettings) -> None:
         socket = server.config.bind_socket()
     except SystemExit:
         raise UserError(f"--port {settings.port} on {settings.host} cannot be had; choose another one") from None
+    socket.listen()  # so that who reads the line below can connect at once
     scheme = "http" if settings.certificate is None else "https"
     print(f"serving at {scheme}://{join_address(settings.host, socket.getsockname()[1])}/v1", flush=True)
     server.run(sockets=[socket])

@@ -13,7 +13,7 @@ from collections import Counter
 from typing import Any
 
 from specsplit.api.generated import GeneratedText
-from specsplit.decoding.measures import acceptance_length, verifications
+from specsplit.decoding.measures import acceptance_length
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "max_rounds": "length"}
 
@@ -29,9 +29,9 @@ def metrics(text: GeneratedText, gamma: int | str) -> dict[str, Any] | None:
     acceptance_histogram: entry k counts the verifications that accepted k tokens.
     """
     verified = [r for r in text.rounds if r.tree_nodes or r.drafted]
-    drafted, accepted = sum(r.drafted for r in verified), sum(r.accepted for r in verified)
     if not verified:
         return None
+    drafted, accepted = sum(r.drafted for r in verified), sum(r.accepted for r in verified)
     counts = Counter(r.accepted for r in verified)
     deepest = max(r.gamma_asked or r.drafted for r in verified)
     return {
@@ -39,7 +39,7 @@ def metrics(text: GeneratedText, gamma: int | str) -> dict[str, Any] | None:
             "mean_acceptance_length": acceptance_length(text.rounds),
             "draft_acceptance_rate": accepted / drafted if drafted else 0.0,
             "acceptance_histogram": [counts[k] for k in range(max(deepest, *counts) + 1)],
-            "num_spec_steps": verifications(text.rounds),
+            "num_spec_steps": len(verified),
             "num_accepted_draft_tokens": accepted,
             "num_draft_tokens": drafted,
             "num_spec_tokens": gamma if isinstance(gamma, int) else deepest,

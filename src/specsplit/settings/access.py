@@ -36,10 +36,7 @@ class AccessSettings(Settings):
         operates=True,
     )
     tls_key: Path | None = setting(
-        None,
-        "PEM file with the key of that certificate, unencrypted.",
-        example="secrets/client.key",
-        operates=True,
+        None, "PEM file with the key of that certificate, unencrypted.", example="secrets/client.key", operates=True
     )
     insecure: bool = setting(
         False,

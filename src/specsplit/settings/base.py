@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,6 +28,7 @@ def setting(
     example: Any = None,
     note: str = "",
     heading: str = "",
+    shipped: Any = None,
     operates: bool = False,
     verbatim: bool = False,
     schema: Mapping[str, Any] | None = None,
@@ -37,11 +38,18 @@ def setting(
 
     description: sentences, for --help and config/README.md. example: a value that is not the default.
     note: what stands beside the key in config/config.yaml; heading: the comment above it.
+    shipped: what it has there, when that is not the default.
     operates: it decides how a process is operated, not what it computes; a change of it reruns nothing.
     verbatim: strings of its list are taken as they are, commas and white space included.
     schema: more of its JSON Schema. limits: of pydantic.Field (ge, lt, pattern, min_length, ...).
     """
-    extra: dict[str, Any] = {"note": note, "heading": heading, "operates": operates, "verbatim": verbatim}
+    extra: dict[str, Any] = {
+        "note": note,
+        "heading": heading,
+        "shipped": shipped,
+        "operates": operates,
+        "verbatim": verbatim,
+    }
     extra = {**(schema or {}), **{key: value for key, value in extra.items() if value}}
     examples = None if example is None else [example]
     return Field(default, description=description, examples=examples, json_schema_extra=extra or None, **limits)
@@ -64,7 +72,7 @@ class Settings(BaseModel):
     prefix: ClassVar[str] = ""  # of its variables: SPECSPLIT_<ROLE>_; none: it has no variables
     flags: ClassVar[Mapping[str, str]] = {}  # field -> its flag, where that is not the field's own name
     other_variables: ClassVar[Mapping[str, str]] = {}  # field -> a second variable that means the same
-    several: ClassVar[Mapping[str, str]] = {}  # field of one value -> how several are given
+    swept: ClassVar[Sequence[str]] = ()  # fields of one value of which `specsplit bench` takes several
 
     @classmethod
     def flag(cls, field: str) -> str:
@@ -118,10 +126,9 @@ class Settings(BaseModel):
             problems: dict[str, tuple[Any, list[str]]] = {}
             for problem in error.errors():  # a union has one for each of its members
                 field = str(problem["loc"][0]) if problem["loc"] else ""
-                value = (
-                    problem["input"] if len(problem["loc"]) < 2 or not field else _value(field, given, file, problem)
-                )
-                problems.setdefault(field, (value, []))[1].append(problem["msg"])
+                # The whole value, also where one item of it is wrong.
+                whole = {**(file or {}), **given} if len(problem["loc"]) > 1 else {}
+                problems.setdefault(field, (whole.get(field, problem["input"]), []))[1].append(problem["msg"])
             lines = [cls._explain(field, value, messages) for field, (value, messages) in problems.items()]
             raise UserError("\n".join(lines)) from error
 
@@ -135,7 +142,8 @@ class Settings(BaseModel):
         used = [name for name in cls.variables(field) if os.environ.get(name) == value] or cls.variables(field)[:1]
         hint = ""
         if isinstance(value, str) and "," in value and not is_list(cls.model_fields[field].annotation):
-            hint = f" (one value here{cls.several.get(field, '')})"
+            several = f"; `specsplit bench` takes several: {cls.flag(field)} {value.replace(',', ' ')}"
+            hint = f" (one value here{several if field in cls.swept else ''})"
         return f"{' / '.join([cls.flag(field), *used])} = {value!r}: {told}{hint}"
 
     @model_validator(mode="before")
@@ -163,8 +171,3 @@ class Settings(BaseModel):
             words = [item.split(",") if isinstance(item, str) else [item] for item in value]
             return [word.strip() if isinstance(word, str) else word for item in words for word in item]
         return value
-
-
-def _value(field: str, given: Mapping[str, Any], file: Mapping[str, Any] | None, problem: Any) -> Any:
-    """The whole value of a field of which one item is wrong."""
-    return given.get(field, (file or {}).get(field, problem["input"]))

@@ -22,15 +22,14 @@ from jsonschema.validators import extend
 
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
-from specsplit.settings.names import DEFAULT_DRAFT, gamma_order, synthetic_name, too_few_requests
+from specsplit.settings.names import DEFAULT_DRAFT, gamma_order, lookup_name, synthetic_name, too_few_requests
 
 LOOKUPS = {"ngram": "ngram", "suffix": "match"}  # source: what the keys min_ and max_ are of
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
 
 # YAML has .nan and .inf, which no range check catches and JSON cannot hold.
 _TYPES = Draft202012Validator.TYPE_CHECKER.redefine(
-    "number",
-    lambda _, value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+    "number", lambda _, value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 )
 _Validator = extend(Draft202012Validator, type_checker=_TYPES)
 _NOUNS = {
@@ -85,17 +84,25 @@ def fetched_path(dataset: Mapping[str, Any]) -> str | None:
 
 
 def swept_drafts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every draft of the sweep by its name, each with all keys of `draft`; without `drafts` that one alone."""
-    drafts = {
-        name: {**config["draft"], **changes} for name, changes in (config["drafts"] or {DEFAULT_DRAFT: {}}).items()
-    }
-    return {synthetic_name(name, draft.get("acceptance")): draft for name, draft in drafts.items()}
+    """Every draft of the sweep by its name, each with all keys of `draft` and one value of `lookup`; without `drafts`
+    that one alone."""
+    drafts = {}
+    for name, own in named_drafts(config).items():
+        forced = own.get("acceptance")
+        for lookup in [0] if forced is not None else own.get("lookup", [0]):
+            drafts[lookup_name(synthetic_name(name, forced), lookup)] = {**own, "lookup": lookup}
+    return drafts
+
+
+def named_drafts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """As `drafts` has them, each with all keys of `draft`; without `drafts` that one alone."""
+    return {name: {**config["draft"], **changes} for name, changes in (config["drafts"] or {DEFAULT_DRAFT: {}}).items()}
 
 
 def first_draft(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name and the keys of the first draft as it is, its acceptance not forced."""
-    name, draft = next(iter(config["drafts"] or {DEFAULT_DRAFT: {}})), next(iter(swept_drafts(config).values()))
-    return name, {**draft, "acceptance": None}
+    """The name and the keys of the first draft as it is, its acceptance not forced and without prompt lookup."""
+    name, draft = next(iter(named_drafts(config).items()))
+    return name, {**draft, "acceptance": None, "lookup": 0}
 
 
 def schema_keys() -> dict[str, dict[str, Any]]:
@@ -193,15 +200,10 @@ def _complete(value: Any, schema: Mapping[str, Any]) -> Any:
         given = {str(key): item for key, item in value.items()}
         known = schema.get("properties", {})
         rest = schema.get("additionalProperties")
-        result = {}
-        for key, child in known.items():
-            if key in given:
-                result[key] = _complete(given.pop(key), child)
-            elif "default" in child:
-                result[key] = _complete(child["default"], child)
-        for key, item in given.items():
-            result[key] = _complete(item, rest if isinstance(rest, Mapping) else {})
-        return result
+        known_here = [key for key, child in known.items() if key in given or "default" in child]
+        values = {key: given[key] if key in given else known[key]["default"] for key in known_here} | given
+        other = rest if isinstance(rest, Mapping) else {}
+        return {key: _complete(item, known.get(key, other)) for key, item in values.items()}
     if isinstance(value, list | tuple):
         return [_complete(item, schema.get("items", {})) for item in value]
     return value
@@ -329,7 +331,7 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _check_dataset(config["dataset"])
     models = config["models"]
     paths = [f"drafts.{name}" for name in config["drafts"]] or ["draft"]
-    drafts = dict(zip(paths, swept_drafts(config).values(), strict=True))
+    drafts = dict(zip(paths, named_drafts(config).values(), strict=True))
     for path, own in {"target": config["target"], **drafts}.items():
         name = own["model"]
         if name not in models:

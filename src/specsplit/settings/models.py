@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -101,35 +101,41 @@ class SyntheticParameters(ModelSource):
     vocab_size: int = setting(BYTES, "synthetic: tokens, 256 bytes included.", ge=BYTES, le=1 << 20)
 
 
-TOKENIZER = setting(
-    ...,
-    "ngram, suffix: name of the model in `models` whose tokens it speaks, the target's as a rule.",
-    example="my-target",
-)
+class LookupParameters(ModelSource):
+    """What a model without weights that looks tokens up is made of."""
+
+    unit: ClassVar[str]  # what its keys min_ and max_ are of
+    source: str
+    tokenizer: Text = setting(
+        ...,
+        "ngram, suffix: name of the model in `models` whose tokens it speaks, the target's as a rule.",
+        example="my-target",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        least, most = (getattr(self, f"{end}_{self.unit}") for end in ("min", "max"))
+        if least > most:
+            raise ValueError(f"min_{self.unit} {least} is above max_{self.unit} {most}")
+        return self
 
 
-class NGramParameters(ModelSource):
+class NGramParameters(LookupParameters):
     """What an NGramLM is made of."""
 
+    unit = "ngram"
     source: Literal["ngram"] = "ngram"
-    tokenizer: Text = TOKENIZER
     max_ngram: int = setting(
         3, "ngram: longest run of last tokens that is looked up earlier in the text.", example=4, ge=1
     )
     min_ngram: int = setting(1, "ngram: shortest run that still counts as found; at most max_ngram.", example=2, ge=1)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_ngram > self.max_ngram:
-            raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
-        return self
 
-
-class SuffixParameters(ModelSource):
+class SuffixParameters(LookupParameters):
     """What a SuffixLM is made of."""
 
+    unit = "match"
     source: Literal["suffix"] = "suffix"
-    tokenizer: Text = TOKENIZER
     model: Text | None = setting(
         None,
         "suffix: name of the model in `models` that drafts where no suffix is found that likely goes on as before; "
@@ -148,8 +154,8 @@ class SuffixParameters(ModelSource):
         le=1 << 24,
     )
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_match > self.max_match:
-            raise ValueError(f"min_match {self.min_match} is above max_match {self.max_match}")
-        return self
+
+SOURCES: dict[str, type[ModelSource]] = {
+    model.model_fields["source"].default: model
+    for model in (PypiSource, HuggingFaceSource, LocalSource, SyntheticParameters, NGramParameters, SuffixParameters)
+}

@@ -17,6 +17,12 @@ def synthetic_name(draft: str, acceptance: float | None) -> str:
     return draft if draft.endswith(mark) else draft + mark
 
 
+def lookup_name(draft: str, lookup: int) -> str:
+    """The name of a draft that prompt lookup is tried before; its own without."""
+    mark = f"-lookup{lookup}" if lookup else ""
+    return draft if draft.endswith(mark) else draft + mark
+
+
 def gamma_order(gamma: int | str) -> float:
     """Sorts draft lengths: numbers first, then `auto`."""
     return float("inf") if gamma == AUTO else float(gamma)

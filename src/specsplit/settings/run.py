@@ -11,7 +11,7 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.decoding.tree import TreeShape
 from specsplit.settings.access import AccessSettings
 from specsplit.settings.base import Settings, setting
-from specsplit.settings.names import DEFAULT_DRAFT, synthetic_name
+from specsplit.settings.names import DEFAULT_DRAFT, lookup_name, synthetic_name
 
 MODES = get_args(PipelineMode)
 MAX_GAMMA = 64
@@ -40,7 +40,6 @@ DraftFailure = Literal["reconnect", "target_alone", "fail"]
 StatesForm = Literal["bfloat16", "float32", "int8"]
 OnBadLine = Literal["stop", "skip"]
 DRAFT_NAME = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"
-SEVERAL = "; `specsplit bench` takes several: {} 1 3 5 or {} 1,3,5"
 
 
 class OrchestratorConfig(AccessSettings):
@@ -49,16 +48,7 @@ class OrchestratorConfig(AccessSettings):
     prefix = "SPECSPLIT_ORCH_"
     flags: ClassVar = {"draft_address": "--draft-addr", "target_address": "--target-addr"}
     other_variables: ClassVar = {"gamma": "SPECSPLIT_ORCH_MAX_DRAFT_TOKENS"}
-    several: ClassVar = {
-        field: SEVERAL.format(flag, flag)
-        for field, flag in [
-            *(("gamma", "--gamma"), ("temperature", "--temperature"), ("rtt_ms", "--rtt-ms")),
-            ("bandwidth_mbit", "--bandwidth-mbit"),
-        ]
-    } | {
-        "mode": "; `specsplit bench` takes several: --mode sync overlap",
-        "tree": "; `specsplit bench` takes several: --tree chain 3x2",
-    }
+    swept: ClassVar = ("gamma", "mode", "tree", "temperature", "rtt_ms", "bandwidth_mbit")
 
     draft_address: str = setting(
         "127.0.0.1:50051", "Host:port of the draft worker; grpcs:// before it: TLS.", operates=True
@@ -93,6 +83,16 @@ class OrchestratorConfig(AccessSettings):
         note="0.8: forced, synthetic: each drafted token is right with this probability; null: as the draft is",
         ge=0,
         le=1,
+    )
+    lookup: int = setting(
+        0,
+        "Prompt lookup: where the last so many tokens of a text, or more, occurred in it before, what followed them is "
+        "the draft of at most gamma tokens, and the draft worker is not asked, which saves its time. 0: off. With it a "
+        "draft is called NAME-lookupN in every table.",
+        example=2,
+        note="prompt lookup before the model is asked: tokens at the end of a text that must have occurred; 0 = off",
+        ge=0,
+        le=16,
     )
     fan_out: int = setting(
         16,
@@ -198,9 +198,7 @@ class OrchestratorConfig(AccessSettings):
     )
     max_context: int | None = setting(None, "Longest text, prompt included; null: what the target can hold.", ge=2)
     tls_name: str | None = setting(
-        None,
-        "Name in a worker's certificate, where it is not that of the address, as behind a tunnel.",
-        operates=True,
+        None, "Name in a worker's certificate, where it is not that of the address, as behind a tunnel.", operates=True
     )
     connect_timeout_s: float = setting(10.0, "Seconds to wait for a worker to answer.", operates=True, gt=0)
     rpc_timeout_s: float = setting(
@@ -246,8 +244,14 @@ class OrchestratorConfig(AccessSettings):
         if self.draft_acceptance is not None:
             if self.sampling == "rejection" and self.temperature:
                 raise ValueError("draft_acceptance needs a text that is known beforehand: use sampling coupled")
+            if self.lookup:
+                raise ValueError(
+                    "draft_acceptance says how often drafts are right, but with lookup the text drafts too: drop one"
+                )
             if self.gamma:
                 self.draft_name = synthetic_name(self.draft_name, self.draft_acceptance)
+        elif self.gamma:
+            self.draft_name = lookup_name(self.draft_name, self.lookup)
         return self
 
     @property

@@ -15,8 +15,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "int8"]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 Layer = Annotated[int, Field(ge=0)]
 Device = Annotated[
-    str,
-    Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", json_schema_extra={"title": "auto, cpu, cuda or cuda:N"}),
+    str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", json_schema_extra={"title": "auto, cpu, cuda or cuda:N"})
 ]
 
 

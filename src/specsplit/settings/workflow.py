@@ -82,7 +82,9 @@ def same(source: type[BaseModel], field: str, type_: Any = None, **changes: Any)
     """A key that is a setting of a process. changes: what is not as there."""
     info = source.model_fields[field]
     extra = extra_of(info)
-    told: dict[str, Any] = {name: extra.pop(name) for name in ("note", "heading", "operates") if name in extra}
+    told: dict[str, Any] = {
+        name: extra.pop(name) for name in ("note", "heading", "shipped", "operates") if name in extra
+    }
     example = info.examples[0] if info.examples else None
     given: dict[str, Any] = {
         "default": info.default,
@@ -94,9 +96,9 @@ def same(source: type[BaseModel], field: str, type_: Any = None, **changes: Any)
     return type_ or type_of(source, field), setting(**{**given, **changes})
 
 
-def keys(source: type[BaseModel], *fields: str) -> dict[str, Any]:
-    """Keys that are called as the settings that they are."""
-    return {field: same(source, field) for field in fields}
+def keys(source: type[BaseModel], *fields: str, **renamed: str) -> dict[str, Any]:
+    """Keys that are settings of a process, called as these or, key=setting, otherwise."""
+    return {key: same(source, field) for key, field in (*((field, field) for field in fields), *renamed.items())}
 
 
 def several(field: str, default: Any, description: str, example: Any, **changes: Any) -> Definition:
@@ -149,6 +151,7 @@ NamedDraft: Any = section(
     dtype=other("dtype", type_of(DraftWorkerConfig, "dtype"), "int8"),
     skip_layers=other("skip_layers", SkipLayers, [13, 14], schema=UNIQUE),
     acceptance=other("acceptance", Annotated[float, Field(ge=0, le=1)], 0.8),
+    lookup=other("lookup", list[Annotated[int, Field(ge=0, le=16)]], [2], schema=ONE_OR_MORE, min_length=1),
     skip_count=other("skip_count", type_of(LayerSettings, "skip_count"), 4),
 )[0]
 
@@ -164,7 +167,7 @@ Workflow: type[BaseModel] = section(
     "",
     gammas=axis(
         "gamma",
-        [0, 1, 2, 3, 4, 6, "auto"],
+        [0, 1, 2, 3, "auto"],
         [1, 8],
         " 0 is added when missing and the list is sorted: speedup is against gamma 0.",
         schema=UNIQUE,
@@ -209,11 +212,10 @@ Workflow: type[BaseModel] = section(
             note="{ id: owner/name, config: main, split: test, revision: COMMIT }, instead of path",
             schema={"title": "a mapping of id, config, split, revision"},
         ),
-        columns=same(PromptSettings, "columns"),
-        turns=same(PromptSettings, "turns"),
+        **keys(PromptSettings, "columns", "turns"),
         limit=same(PromptSettings, "limit", default=16),
-        on_bad_line=same(PromptSettings, "on_bad_line"),
-        date=same(TokenSettings, "date"),
+        **keys(PromptSettings, "on_bad_line"),
+        **keys(TokenSettings, "date"),
     ),
     generation=section(
         "When and how a text ends.",
@@ -225,8 +227,7 @@ Workflow: type[BaseModel] = section(
     sampling=section(
         "How tokens are chosen.",
         temperature=axis("temperature", [0], [0, 0.7], note="0 = greedy; several values are swept"),
-        **keys(Run, "top_k", "top_p"),
-        method=same(Run, "sampling"),
+        **keys(Run, "top_k", "top_p", method="sampling"),
     ),
     network=section(
         "A simulated network to the target worker, added by the client.",
@@ -238,19 +239,15 @@ Workflow: type[BaseModel] = section(
     hidden_states=section(
         "What a draft that reads the target's hidden states is sent: docs/hidden-states.md.",
         note="of a draft that reads the target's: docs/hidden-states.md",
-        form=same(Run, "hidden_states_form"),
-        project=same(Run, "hidden_states_project"),
-        window=same(Run, "hidden_states_window"),
+        **keys(Run, form="hidden_states_form", project="hidden_states_project", window="hidden_states_window"),
     ),
     faults=section(
         "What a run does when a worker fails.",
         note="what a run does when a worker fails",
-        **keys(Run, "on_draft_failure", "recovery_timeout_s"),
-        call_timeout_s=same(Run, "rpc_timeout_s"),
+        **keys(Run, "on_draft_failure", "recovery_timeout_s", call_timeout_s="rpc_timeout_s"),
     ),
-    warmup_requests=same(BenchSettings, "warmup"),
-    repeats=same(BenchSettings, "repeats"),
-    keep_apart=same(MergeSettings, "keep_apart"),
+    **keys(BenchSettings, warmup_requests="warmup", repeats="repeats"),
+    **keys(MergeSettings, "keep_apart"),
     setups=same(BenchSettings, "setups", schema=UNIQUE),
     models=key(
         dict[str, Source],
@@ -269,12 +266,7 @@ Workflow: type[BaseModel] = section(
     ),
     draft=section(
         "The small model, which guesses ahead.",
-        model=key(
-            str,
-            DRAFT,
-            "A name from `models`. Of another tokenizer, tokens that both have.",
-            example="my-draft",
-        ),
+        model=key(str, DRAFT, "A name from `models`. Of another tokenizer, tokens that both have.", example="my-draft"),
         dtype=same(DraftWorkerConfig, "dtype"),
         skip_layers=same(
             DraftWorkerConfig,
@@ -286,9 +278,16 @@ Workflow: type[BaseModel] = section(
             note="e.g. [13, 14]: a cheaper, weaker draft; auto = look for the layers that matter least",
             schema=UNIQUE,
         ),
-        acceptance=same(Run, "draft_acceptance"),
-        skip_count=same(LayerSettings, "skip_count"),
-        calibration_prompts=same(LayerSettings, "limit"),
+        **keys(Run, acceptance="draft_acceptance"),
+        lookup=axis(
+            "lookup",
+            [0],
+            [2],
+            " A draft whose acceptance is forced has none.",
+            note="prompt lookup before the model is asked, by so many tokens; 0 = none; several values are swept",
+            shipped=[0, 2],
+        ),
+        **keys(LayerSettings, "skip_count", calibration_prompts="limit"),
     ),
     drafts=key(
         dict[str, NamedDraft],
@@ -380,8 +379,9 @@ Workflow: type[BaseModel] = section(
             example="my-head",
             note="reads hidden states: docs/hidden-states.md",
         ),
-        **{name: listed(StatesCostSettings, name) for name in ("rtt_ms", "bandwidth_mbit")},
-        **{name: listed(StatesCostSettings, name) for name in ("form", "project", "window")},
+        **{
+            name: listed(StatesCostSettings, name) for name in ("rtt_ms", "bandwidth_mbit", "form", "project", "window")
+        },
         **keys(StatesCostSettings, "gamma", "output_tokens"),
         limit=same(StatesCostSettings, "limit", default=6),
     ),
@@ -403,23 +403,14 @@ Workflow: type[BaseModel] = section(
         answer_temperature=listed(WritingSettings, "answer_temperature"),
         **keys(WritingSettings, "max_user_tokens", "max_answer_tokens", "write_batch", "top_k"),
         state_layers=same(WritingSettings, "state_layers", schema=UNIQUE),
-        target_dtype=same(WritingSettings, "target_dtype"),
-        layers=same(TrainingSettings, "layers"),
+        **keys(WritingSettings, "target_dtype"),
+        **keys(TrainingSettings, "layers"),
         take_layers=same(TrainingSettings, "take_layers", schema=UNIQUE),
         vocab_size=same(TrainingSettings, "vocab_size", default=6144),
         **keys(
             TrainingSettings,
-            *(
-                "unroll_steps",
-                "draft_dtype",
-                "epochs",
-                "batch_size",
-                "learning_rate",
-                "warmup_share",
-                "weight_decay",
-                "clip_norm",
-            ),
-            *("validation_texts", "evaluate_every", "checkpoint_every"),
+            *("unroll_steps", "draft_dtype", "epochs", "batch_size", "learning_rate", "warmup_share", "weight_decay"),
+            *("clip_norm", "validation_texts", "evaluate_every", "checkpoint_every"),
         ),
         gamma=same(AcceptanceSettings, "gamma"),
     ),
@@ -427,12 +418,11 @@ Workflow: type[BaseModel] = section(
         "What an hour of each machine costs, for the price per million tokens in summary.csv and capacity.csv; null is "
         "not known.",
         note="an hour of each machine, in any currency; null = not known",
-        draft=same(PriceSettings, "draft_price"),
-        target=same(PriceSettings, "target_price"),
+        **keys(PriceSettings, draft="draft_price", target="target_price"),
     ),
     statistics=section(
         "The intervals in summary.csv.",
-        confidence=same(IntervalSettings, "confidence"),
+        **keys(IntervalSettings, "confidence"),
         bootstrap_samples=same(IntervalSettings, "bootstrap_samples", Annotated[int, Field(ge=100)]),
     ),
 )[0]

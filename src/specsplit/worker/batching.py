@@ -90,7 +90,8 @@ class SharedModel:
     def __init__(self, model: LanguageModel, threads: int, seed: int) -> None:
         self.model = model
         self.threads = threads
-        self.new_cache = model.new_cache
+        self.new_cache, self.vocab_size, self.max_context = model.new_cache, model.vocab_size, model.max_context
+        self.decides: bool = getattr(model, "decides", False)  # passes can have a `then`, and there is `verdict`
         # Simple queues: a pass may take less time than other ways to hand it over and back.
         self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()  # None: the model was closed
         self._waiting: deque[_Request] = deque()  # taken from the arrivals, by the model's thread alone
@@ -106,14 +107,6 @@ class SharedModel:
         if not model.uses_torch_threads:
             torch.set_num_threads(1)  # what else is computed is too little to share
         threading.Thread(target=self._run, name="model", daemon=True).start()
-
-    @property
-    def vocab_size(self) -> int:
-        return self.model.vocab_size
-
-    @property
-    def max_context(self) -> int:
-        return self.model.max_context
 
     @property
     def waiting(self) -> int:
@@ -133,11 +126,6 @@ class SharedModel:
         finally:
             watch.compute_ms = (time.perf_counter() - started) * 1e3 - watch.queue_ms
             self._clock.watch = Stopwatch()
-
-    @property
-    def decides(self) -> bool:
-        """Whether passes can have a `then`, and there is `verdict`."""
-        return getattr(self.model, "decides", False)
 
     def verdict(self, cache: Any, tokens: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
         """As passes.Walk."""

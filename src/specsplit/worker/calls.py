@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from specsplit.worker.refusals import Abandoned, Busy, Refusal, SessionLost
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
 
 T = TypeVar("T")
+State = Literal["quiet", "waits", "works"]
 BUSY_WAIT_S = 0.25  # a call that does not say how long it can wait
 POLL_S = 0.05  # how often the first in line looks again: time alone may have freed something
 GONE_POLL_S = 1.0  # how often those behind look whether their client is still there
 QUIET_S = 2.0  # a stream that said nothing for so long makes room when there are too many
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """Where a call comes from. owner: of its token; "" where none is asked for."""
 
     owner: str = ""
@@ -48,19 +48,18 @@ class Shares:
         self._counts: Counter[tuple[str, ...]] = Counter()
 
     def add(self, peer: Peer, number: int = 1) -> None:
-        for key in ((peer.owner,), (peer.owner, peer.address), (peer.owner, peer.address, peer.connection)):
+        for key in _keys(peer):
             self._counts[key] += number
             if not self._counts[key]:
                 del self._counts[key]
 
-    def of(self, peer: Peer) -> tuple[int, int, int]:
+    def of(self, peer: Peer) -> tuple[int, ...]:
         """By owner, address and connection; to be compared in this order."""
-        counts = self._counts
-        return (
-            counts[peer.owner,],
-            counts[peer.owner, peer.address],
-            counts[peer.owner, peer.address, peer.connection],
-        )
+        return tuple(self._counts[key] for key in _keys(peer))
+
+
+def _keys(peer: Peer) -> list[tuple[str, ...]]:
+    return [peer[:length] for length in range(1, len(peer) + 1)]
 
 
 @dataclass(eq=False)
@@ -84,7 +83,7 @@ class Caller:
     end: Callable[[], None] = lambda: None
     admitted: Callable[[], None] = lambda: None
     places: Places | None = None
-    state: Literal["quiet", "waits", "works"] = "quiet"
+    state: State = "quiet"
     since: float = field(default_factory=time.monotonic)
     displaced: Refusal | None = None  # why the call was ended from outside
 
@@ -101,13 +100,13 @@ class Caller:
         if self.places is not None:
             self.places.take(self)
 
-    def rest(self, state: Literal["quiet", "waits"] = "quiet") -> None:
+    def rest(self, state: State = "quiet") -> None:
         """Give the place to others."""
         if self.places is not None:
             self.places.give(self)
         self._set(state)
 
-    def _set(self, state: Literal["quiet", "waits", "works"]) -> None:
+    def _set(self, state: State) -> None:
         self.state, self.since = state, time.monotonic()
 
 
@@ -211,7 +210,8 @@ class OpenCalls:
     def open(self, caller: Caller) -> Iterator[None]:
         """Count a call in. Raises Busy when there is no room."""
         with self._lock:
-            self._add(caller)
+            self._calls.append(caller)
+            self._shares.add(caller.peer)
             victim = self._in_the_way(caller) if len(self._calls) > self._limit else None
             if len(self._calls) > self._limit:
                 self._remove(victim or caller)
@@ -238,21 +238,13 @@ class OpenCalls:
 
     def _in_the_way(self, newcomer: Caller) -> Caller | None:
         now, own = time.monotonic(), self._shares.of(newcomer.peer)
-        found = [
-            (self._shares.of(caller.peer), now - caller.since, number)
-            for number, caller in enumerate(self._calls)
-            if caller.state != "works" and caller is not newcomer
-        ]
-        found = [
-            (share, quiet_s, number)
-            for share, quiet_s, number in found
-            if share > own or (quiet_s > QUIET_S and self._calls[number].state == "quiet")
-        ]
+        found = []
+        for number, caller in enumerate(self._calls):
+            share, idle_s = self._shares.of(caller.peer), now - caller.since
+            silent = caller.state == "quiet" and idle_s > QUIET_S
+            if caller.state != "works" and caller is not newcomer and (share > own or silent):
+                found.append((share, idle_s, number))
         return self._calls[max(found)[2]] if found else None
-
-    def _add(self, caller: Caller) -> None:
-        self._calls.append(caller)
-        self._shares.add(caller.peer)
 
     def _remove(self, caller: Caller) -> None:
         self._calls.remove(caller)

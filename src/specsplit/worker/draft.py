@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,38 +123,30 @@ class Drafter:
         place_to_node = None if self.unreadable else self._feed_tree(tree)
         if place_to_node is None:
             return []
+        costs, lengths = {ROOT: 0.0}, {ROOT: len(self.context) + 1}  # of the path; of the text with a next token
+        drafted: dict[int, list[int]] = {}  # under each place
+        first_leaf = ROOT  # the end of the path of first choices
+        for place, parent in enumerate(tree.parents):
+            costs[place], lengths[place] = costs[parent] - tree.log_probs[place], lengths[parent] + 1
+            if parent == first_leaf and parent not in drafted:
+                first_leaf = place
+            drafted.setdefault(parent, []).append(tree.token_ids[place])
         options = []
-        children: dict[int, list[int]] = {}
-        for place, parent in enumerate(tree.parents):
-            children.setdefault(parent, []).append(place)
-        costs = {ROOT: 0.0}
-        for place, parent in enumerate(tree.parents):
-            costs[place] = costs[parent] - tree.log_probs[place]
-        ends = [_first_leaf(children)] if full_acceptance else [ROOT, *range(len(tree))]
-        for end in ends:
-            if end not in place_to_node:  # the text ends there
+        for end in [first_leaf] if full_acceptance else [ROOT, *range(len(tree))]:
+            if end not in place_to_node or lengths[end] >= self.settings.length_limit:  # the text ends there
                 continue
-            drafted = {tree.token_ids[child] for child in children.get(end, ())}
             best = self.state.candidates[place_to_node[end]]
             for token, log_prob in zip(best.token_ids, best.log_probs, strict=True):
-                if token not in drafted and token not in self.settings.stop_token_ids:
+                if token not in drafted.get(end, ()) and token not in self.settings.stop_token_ids:
                     options.append((costs[end] - log_prob, end, token, log_prob))
-        options.sort()
-        chosen = []
-        for _, end, token, log_prob in options:
-            path = _path(tree, end)
-            length = len(self.context) + len(path) + 1
-            if length < self.settings.length_limit:
-                chosen.append((path, end, token, log_prob, length))
-            if len(chosen) == (1 if full_acceptance else fan_out):
-                break
-        starts = self._feed([(place_to_node[end], token, log_prob) for _, end, token, log_prob, _ in chosen])
+        chosen = sorted(options)[: 1 if full_acceptance else fan_out]
+        starts = self._feed([(place_to_node[end], token, log_prob) for _, end, token, log_prob in chosen])
         if starts is None:
             return []
-        growths = [self._growth(node, gamma, option[4]) for node, option in zip(starts, chosen, strict=True)]
+        growths = [self._growth(node, gamma, lengths[end]) for node, (_, end, *_) in zip(starts, chosen, strict=True)]
         return [
-            Outcome([tree.token_ids[place] for place in path], token, drafted_tree)
-            for (path, _, token, _, _), drafted_tree in zip(chosen, self._run(growths, starts), strict=True)
+            Outcome([tree.token_ids[place] for place in _path(tree, end)], token, drafted_tree)
+            for (_, end, token, _), drafted_tree in zip(chosen, self._run(growths, starts), strict=True)
         ]
 
     def _growth(self, start: int, gamma: int, length: int) -> Growth:
@@ -164,21 +156,17 @@ class Drafter:
     def _run(self, growths: list[Growth], starts: Sequence[int]) -> list[TokenTree]:
         """Run growths, which begin at these nodes, side by side: each pass computes the nodes that all want next."""
         trees: dict[int, TokenTree] = {}
-        answers: dict[int, list[int] | None] = dict.fromkeys(range(len(growths)))
-        started = False
+        answers: dict[int, list[int] | None] = dict.fromkeys(range(len(growths)))  # None begins each
         while answers:
             wants: dict[int, list[ToFeed]] = {}
             for i, nodes in answers.items():
                 try:
-                    wants[i] = growths[i].send(nodes) if started else next(growths[i])
+                    wants[i] = growths[i].send(nodes)
                 except StopIteration as end:
                     trees[i] = end.value
-            started = True
             fed = self._feed([want for each in wants.values() for want in each])
-            answers = {}
-            for i, each in wants.items():
-                answers[i] = None if fed is None else fed[: len(each)]
-                fed = None if fed is None else fed[len(each) :]
+            places = iter(fed or ())
+            answers = {i: None if fed is None else list(islice(places, len(each))) for i, each in wants.items()}
         for i, start in enumerate(starts):  # ROOT is the last token of the context
             trees[i].source = self.session.cache.source_after(len(self.state.ids) + start + 1)
         return [trees[i] for i in range(len(growths))]
@@ -225,7 +213,8 @@ class Drafter:
 
     def _compute(self, nodes: Sequence[int], tokens: Sequence[int], tree: TokenTree = EMPTY, cached: int = 0) -> None:
         """One pass, as CausalLM.step, whose last rows are of `nodes`; keep the candidates after them."""
-        if not self._on_device:
+        decides = getattr(self.model, "decides", False)  # the candidates, of the target's own token ids
+        if not decides or not self.vocabulary.same_ids or self.settings.forced.tokens:
             self._learn(nodes, self.model.step(self.session.cache, tokens, tree, cached)[-len(nodes) :])
             return
         model: Any = self.model  # whose passes can have a `then`
@@ -250,20 +239,16 @@ class Drafter:
         if any(overflowed and not best.token_ids for best, overflowed in found):
             self.state.overflowed = True
 
-    @property
-    def _on_device(self) -> bool:
-        """Whether the engine can choose the candidates: of the target's own token ids, as they come from the model."""
-        decides: bool = getattr(self.model, "decides", False)
-        return decides and self.vocabulary.same_ids and not self.settings.forced.tokens
-
     def _learn(self, nodes: Sequence[int], logits: torch.Tensor) -> None:
         """Keep the candidates after computed nodes; logits: [len(nodes), vocabulary of the draft]."""
-        logits = self.vocabulary.outward(logits)[:, : self.settings.vocab_size]
-        if self.settings.forced.tokens:
-            logits = self._force(nodes, logits)
+        sampling, below = self.settings.sampling, self.settings.vocab_size
         depths = [0 if node == ROOT else self.state.depths[node] for node in nodes]
         positions = [len(self.context) + depth for depth in depths]
-        found = candidates(logits, positions, self.settings.sampling, CANDIDATES)
+        if self.settings.forced.tokens:
+            logits = self._force(nodes, self.vocabulary.outward(logits)[:, :below])
+            found = candidates(logits, positions, sampling, CANDIDATES)
+        else:
+            found = self.vocabulary.candidates(logits, positions, sampling, CANDIDATES, below=below)
         self.state.candidates.update(zip(nodes, found, strict=True))
         if not all(each.token_ids for each in found) and bool((logits.isnan() | logits.isposinf()).any()):
             self.state.overflowed = True
@@ -272,9 +257,7 @@ class Drafter:
         """The logits after nodes that the target would choose, made right or wrong as asked; others as they are."""
         forced, logits = self.settings.forced, logits.clone()
         for row, node in enumerate(nodes):
-            path = (
-                [] if node == ROOT else [self.state.nodes.token_ids[place] for place in _path(self.state.nodes, node)]
-            )
+            path = [self.state.nodes.token_ids[place] for place in _path(self.state.nodes, node)]
             depth = len(path)
             if depth < len(forced.tokens) and tuple(path) == forced.tokens[:depth]:
                 token, right = forced.tokens[depth], forced.right[depth]
@@ -368,14 +351,6 @@ class Drafter:
         """Drop all nodes, after a failed pass for example: only the context is certain to be in the cache."""
         self.session.cache.rollback(min(self.session.cache.length, len(self.state.ids)))
         self.session.state = self.state = DraftState(ids=self.state.ids)
-
-
-def _first_leaf(children: dict[int, list[int]]) -> int:
-    """The end of the path of first choices."""
-    node = ROOT
-    while node in children:
-        node = children[node][0]
-    return node
 
 
 def _path(tree: TokenTree, node: int) -> list[int]:

@@ -12,7 +12,7 @@ from specsplit.decoding.growth import DraftSettings
 from specsplit.decoding.tree import MAX_TREE_NODES, TokenTree, TreeShape
 from specsplit.engines.suffix import SuffixCache
 from specsplit.models.vocabulary import Vocabulary
-from specsplit.rpc.codec import sampling_from_message, tree_to_message
+from specsplit.rpc.codec import tree_to_message
 from specsplit.rpc.hidden_states import FORMS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
@@ -23,7 +23,7 @@ from specsplit.worker.calls import Caller
 from specsplit.worker.draft import Drafter
 from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest, LimitReached, SessionLost
-from specsplit.worker.servicer import WorkerServicer
+from specsplit.worker.servicer import WorkerServicer, checked_sampling
 from specsplit.worker.sessions import Session
 from specsplit.worker.states import MOST_PARTS, checked_states, collect
 
@@ -50,20 +50,14 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         lm: Any = model.model
         self.head = lm if hasattr(lm, "project") else None
         if self.head is not None:
-            needed = pb.StatesNeeded(
-                layers=self.head.layers or (),
-                hidden_size=self.head.hidden_size,
-                vocab_size=self.vocab_size,
-                forms=FORMS,
-            )
+            layers, size = self.head.layers or (), self.head.hidden_size
+            needed = pb.StatesNeeded(layers=layers, hidden_size=size, vocab_size=self.vocab_size, forms=FORMS)
             self.states = {"states_needed": needed}
 
     def GenerateDrafts(
         self, request: pb.GenerateDraftsRequest, context: grpc.ServicerContext
     ) -> pb.GenerateDraftsReply:
-        return self.guard(
-            context, request.context, lambda caller: self._generate(request, caller, self._settings(request))[0]
-        )
+        return self.guard(context, request, lambda caller: self._generate(request, caller, self._settings(request))[0])
 
     def StreamDrafts(
         self, requests: Iterator[pb.GenerateDraftsRequest], context: grpc.ServicerContext
@@ -91,16 +85,10 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             reply, tree = self._generate(request, caller, settings, arrived)
             yield reply
             if request.ahead.fan_out and tree is not None and not inbox.waiting():
-                ahead = self._ahead(request, caller, settings, tree, inbox.waiting)
-                if ahead is not None:
-                    yield ahead
+                yield from self._ahead(request, caller, settings, tree, inbox.waiting)
 
     def _generate(
-        self,
-        request: pb.GenerateDraftsRequest,
-        caller: Caller,
-        settings: DraftSettings,
-        arrived: float | None = None,
+        self, request: pb.GenerateDraftsRequest, caller: Caller, settings: DraftSettings, arrived: float | None = None
     ) -> tuple[pb.GenerateDraftsReply, TokenTree | None]:
         """The reply and its tree; None instead of the tree when the reply was given before."""
         made: list[TokenTree] = []
@@ -118,14 +106,10 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             made.append(drafter.draft())
             return made[0]
 
-        reply = self.answer(
-            request,
-            caller,
-            work,
-            lambda tree: pb.GenerateDraftsReply(tree=tree_to_message(tree)),
-            lambda tree: (len(tree), 0),
-            arrived,
-        )
+        def reply_to(tree: TokenTree) -> pb.GenerateDraftsReply:
+            return pb.GenerateDraftsReply(tree=tree_to_message(tree))
+
+        reply = self.answer(request, caller, work, reply_to, lambda tree: (len(tree), 0), arrived)
         if made and made[0].source and self.metrics is not None:
             self.metrics.looked_up(made[0].source)
         return reply, made[0] if made else None
@@ -137,9 +121,9 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         settings: DraftSettings,
         tree: TokenTree,
         abandoned: Callable[[], bool],
-    ) -> pb.GenerateDraftsReply | None:
-        """Drafts for the likely outcomes of verifying `tree`, none when a newer request has arrived; None without a
-        session."""
+    ) -> Iterator[pb.GenerateDraftsReply]:
+        """A reply with drafts for the likely outcomes of verifying `tree`, none when a newer request has arrived; no
+        reply without a session."""
         ahead = request.ahead
         try:
             with (
@@ -150,34 +134,24 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
                     tree, ahead.max_draft_tokens, ahead.fan_out, full_acceptance=ahead.full_acceptance
                 )
         except SessionLost:  # the next request will say so
-            return None
+            return
         if self.metrics is not None:
             self.metrics.ahead(watch.compute_ms)
         if abandoned():  # nobody wants them, but what they took is counted
             outcomes = []
-        reply = pb.GenerateDraftsReply(
-            round=request.context.round,
-            is_ahead=True,
-            outcomes=[
-                pb.Outcome(accepted_tokens=o.accepted_tokens, next_token=o.next_token, tree=tree_to_message(o.tree))
-                for o in outcomes
-            ],
+        timings = pb.Timings(
+            queue_ms=watch.queue_ms, compute_ms=watch.compute_ms, server_ms=watch.queue_ms + watch.compute_ms
         )
-        reply.timings.queue_ms = watch.queue_ms
-        reply.timings.compute_ms = watch.compute_ms
-        reply.timings.server_ms = watch.queue_ms + watch.compute_ms
+        reply = pb.GenerateDraftsReply(round=request.context.round, is_ahead=True, timings=timings)
+        for o in outcomes:
+            reply.outcomes.add(accepted_tokens=o.accepted_tokens, next_token=o.next_token, tree=tree_to_message(o.tree))
         if caller.parent is not None and self.spans is not None:
             drafted = sum(len(o.tree) for o in outcomes)
-            self.spans.ahead(caller.parent, request.context.session_id, reply.round, reply.timings, drafted)
-        return reply
+            self.spans.ahead(caller.parent, request.context, reply.timings, drafted)
+        yield reply
 
-    def _drafter(
-        self, session: Session, context: list[int], settings: DraftSettings, *abandoned: Any, **more: Any
-    ) -> Drafter:
-        reads_states = self.head is not None
-        return Drafter(
-            self.model, self.vocabulary, session, context, settings, *abandoned, reads_states=reads_states, **more
-        )
+    def _drafter(self, *what: Any, **more: Any) -> Drafter:
+        return Drafter(self.model, self.vocabulary, *what, reads_states=self.head is not None, **more)
 
     def _states(self, request: pb.GenerateDraftsRequest) -> list[pb.HiddenStates]:
         """The hidden states of a request. Raises InvalidRequest when they are not those that the model reads."""
@@ -213,10 +187,7 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         forced = Forced(tuple(request.forced.tokens), tuple(request.forced.right))
         if len(forced.tokens) != len(forced.right) or len(forced.tokens) > MOST_FORCED:
             raise InvalidRequest(f"forced: tokens and right have one length, at most {MOST_FORCED}")
-        try:
-            sampling = sampling_from_message(request.sampling)
-        except ValueError as error:
-            raise InvalidRequest(f"sampling: {error}") from error
+        sampling = checked_sampling(request.sampling)
         if nodes and sampling.uses_rejection:
             raise InvalidRequest("a tree that keeps the likeliest tokens biases rejection sampling: use branching")
         shape = TreeShape(tuple(branching), nodes, width)

@@ -49,8 +49,6 @@ SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
     ("grpc.so_reuseport", 0),  # otherwise two workers could listen on one port and share its calls
 ]
-DRAFT_SERVICE = pb.DESCRIPTOR.services_by_name["DraftService"].full_name
-TARGET_SERVICE = pb.DESCRIPTOR.services_by_name["TargetService"].full_name
 
 
 def load_servicer(config: WorkerSettings) -> WorkerServicer:
@@ -87,10 +85,11 @@ class WorkerServer:
         self.config = config
         self.port = 0
         self.servicer: WorkerServicer | None = None
-        self.service = DRAFT_SERVICE if isinstance(config, DraftWorkerConfig) else TARGET_SERVICE
+        role = "draft" if isinstance(config, DraftWorkerConfig) else "target"
+        self.service = pb.DESCRIPTOR.services_by_name[f"{role.title()}Service"].full_name
         self._access = ServerAccess.load(config)
         self.metrics = Metrics() if config.metrics_port is not None else None
-        self.spans = WorkerSpans.of("draft" if isinstance(config, DraftWorkerConfig) else "target")
+        self.spans = WorkerSpans.of(role)
         self._open_calls = OpenCalls(config.stream_limit, config.stream_idle_s)
         refused = self.metrics.refused if self.metrics else None
         self._auth = AuthInterceptor(self._access, self.service, self._open_calls, refused)
@@ -221,9 +220,8 @@ def serve(
         endpoint_file.parent.mkdir(parents=True, exist_ok=True)
         heartbeat.touch()
         start_heartbeat(heartbeat)
-        Endpoint.local(config.host, server.port, description, lease.holder, tls=tls, heartbeat=heartbeat).write(
-            endpoint_file
-        )
+        ours = Endpoint.local(config.host, server.port, description, lease.holder, tls=tls, heartbeat=heartbeat)
+        ours.write(endpoint_file)
         lease.written, lease.inode = True, endpoint_file.stat().st_ino
     while not stop.wait(LEASE_POLL_S):
         if reason := lease.lost():

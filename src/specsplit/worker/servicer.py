@@ -16,11 +16,13 @@ import grpc
 
 import specsplit
 from specsplit import tracing
+from specsplit.decoding.sampling import Sampling
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES
 from specsplit.engines.gpu import GpuLM
 from specsplit.errors import is_out_of_memory
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 from specsplit.launch.host import worker_host
+from specsplit.rpc.codec import sampling_from_message
 from specsplit.rpc.statuses import RETRY_AFTER
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import MAX_GAMMA
@@ -198,7 +200,7 @@ class WorkerServicer:
         if self.metrics is not None:
             self.metrics.round(timings.queue_ms, timings.compute_ms, drafted, accepted)
         if caller.parent is not None and self.spans is not None:
-            self.spans.round(caller.parent, what.session_id, what.round, arrived, timings, drafted, accepted)
+            self.spans.round(caller.parent, what, arrived, timings, drafted=drafted, accepted=accepted)
 
     def guard_stream(
         self,
@@ -255,9 +257,9 @@ class WorkerServicer:
         if item[1] is not None:
             self.abort(context, item[1], inbox.session_id, inbox.round, inbox.arrived)
 
-    def guard(self, context: grpc.ServicerContext, what: pb.Context, work: Callable[[Caller], R]) -> R:
-        """Run a handler; what it raises becomes a status. what: of the request, for the log."""
-        arrived = time.perf_counter()
+    def guard(self, context: grpc.ServicerContext, request: Any, work: Callable[[Caller], R]) -> R:
+        """Run a handler; what it raises becomes a status."""
+        arrived, what = time.perf_counter(), request.context
         caller = self.caller(context)
         caller.may_wait(what, self.config.session_wait_s)
         try:
@@ -276,11 +278,7 @@ class WorkerServicer:
         session = tracing.shown(session_id)
         about = f"session={session} round={round_number}"
         metadata = context.invocation_metadata()
-        fields = {
-            "session": session or None,
-            "round": round_number or None,
-            "trace_id": tracing.trace_id(metadata),
-        }
+        fields = {"session": session or None, "round": round_number or None, "trace_id": tracing.trace_id(metadata)}
         if is_out_of_memory(error):
             log.error("out of memory: %s %s", error, about, extra=fields)
             error = LimitReached("not enough memory on this worker for the request; lower max_context or max_sessions")
@@ -298,6 +296,14 @@ class WorkerServicer:
         log.error("request failed %s", about, exc_info=error, extra=fields)
         context.abort(status, f"{type(error).__name__}: {error}"[:MAX_DETAILS])
         raise AssertionError("abort always raises")
+
+
+def checked_sampling(message: pb.Sampling) -> Sampling:
+    """Raises InvalidRequest for a temperature or top_p out of range."""
+    try:
+        return sampling_from_message(message)
+    except ValueError as error:
+        raise InvalidRequest(f"sampling: {error}") from error
 
 
 def _once(tell: Callable[[], object]) -> Callable[[], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,10 +57,10 @@ class Session:
             return IDLE_S
         return max(SHORT_IDLE_S, IDLE_GAPS * self.pause_s, self.cost_s)
 
-    def states(self) -> Any:
-        """Of a cache that keeps hidden states, a row for each token held."""
-        cache: Any = self.cache
-        return cache.states[: cache.length]
+    def roll_back(self, context: Sequence[int], prefix_length: int) -> None:
+        """Hold no more than the first `prefix_length` tokens of a context, and never its last: that one is computed."""
+        self.cache.rollback(min(self.cache.length, prefix_length, len(context) - 1))
+        self.tokens = list(context[: self.cache.length])  # true even if the pass that follows fails
 
     def replay(self, round_number: int, request: bytes) -> Any:
         """The reply already given to the same request, or None when the round is new.
@@ -128,11 +128,6 @@ class SessionStore:
         """Sessions whose stream is open."""
         with self._lock:
             return sum(session.held for session in self._sessions.values())
-
-    @property
-    def waiting(self) -> int:
-        """Callers in line for a session."""
-        return len(self._line)
 
     @property
     def cache_bytes(self) -> int:

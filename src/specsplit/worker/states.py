@@ -5,40 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from specsplit.models.head_config import default_layers
-from specsplit.rpc.hidden_states import FORMS, StatesError, check_states, pack_parts, row_bytes, unpack_states
+from specsplit.rpc.hidden_states import FORMS, StatesError, check_states, pack_states, row_bytes, unpack_states
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.refusals import InvalidRequest, LimitReached
+
+if TYPE_CHECKING:
+    from specsplit.engines.hidden_states import HiddenStatesHead
+    from specsplit.engines.numba_head import FusedHead
+    from specsplit.engines.projection import Projection
+
+    Head = HiddenStatesHead | FusedHead
 
 log = logging.getLogger(__name__)
 MOST_LAYERS = 4  # whose states a target worker keeps; memory for as many is counted in each session
 MOST_PARTS = 32  # messages that the states of one reply are sent in: all of them may wait to be read
-
-
-class Projection(Protocol):
-    """The `fc` of a draft. layers: whose inputs it joins; None = those of EAGLE. projection_sha256: of
-    its weights."""
-
-    layers: tuple[int, ...] | None
-    projection_sha256: str
-
-    def project(self, raw: torch.Tensor) -> torch.Tensor:
-        """[n, layers * hidden_size] -> [n, width]."""
-        ...
-
-
-class Head(Protocol):
-    """A draft model that reads hidden states, as HiddenStatesHead documents it."""
-
-    layers: tuple[int, ...] | None
-    hidden_size: int
-    state_size: int
-
-    def project(self, raw: torch.Tensor) -> torch.Tensor: ...
 
 
 def row_size(head: Head, *, projected: bool) -> int:
@@ -57,7 +42,7 @@ class Wanted:
     message_bytes: int
 
     @classmethod
-    def of(cls, message: pb.WantedStates, *, num_layers: int, projection: Projection | None, context: int) -> Wanted:
+    def of(cls, message: pb.WantedStates, num_layers: int, projection: Projection | None, context: int) -> Wanted:
         """context: tokens of the request's context. Raises InvalidRequest."""
         layers = tuple(message.layers) or default_layers(num_layers)
         if len(layers) > MOST_LAYERS or not all(0 <= layer < num_layers for layer in layers):
@@ -84,16 +69,19 @@ class Wanted:
         rows = states[self.first :]
         if self.projection is not None:
             rows = self.projection.project(rows)
-        each, most = row_bytes(self.form, rows.shape[1]), (MOST_PARTS if parts else 1)
-        fitting = self.message_bytes // each * most if self.message_bytes else len(rows)
-        if len(rows) > fitting:
+        row, most = row_bytes(self.form, rows.shape[1]), (MOST_PARTS if parts else 1)
+        each = self.message_bytes // row if self.message_bytes else len(rows)
+        if len(rows) > each * most:
             raise LimitReached(
-                f"the hidden states of {len(rows)} positions take {len(rows) * each} bytes, and those of {fitting} "
+                f"the hidden states of {len(rows)} positions take {len(rows) * row} bytes, and those of {each * most} "
                 f"fit into {most} messages of {self.message_bytes}: set hidden_states_window, or have them projected "
                 "by the target or sent as int8"
             )
-        projected = self.projection is not None
-        return list(pack_parts(rows, self.first, self.form, projected=projected, most_bytes=self.message_bytes))
+        projected, each = self.projection is not None, max(each, 1)
+        return [
+            pack_states(rows[at : at + each], self.first + at, self.form, projected=projected)
+            for at in range(0, max(len(rows), 1), each)
+        ]
 
 
 class ReceivedStates:

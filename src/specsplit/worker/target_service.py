@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from specsplit.decoding.sampling import GREEDY, NonFiniteLogits, Sampling
 from specsplit.decoding.shared_gamma import SharedGamma
 from specsplit.decoding.tree import TokenTree, TreeError, check_lengths
-from specsplit.decoding.verification import Verdict
-from specsplit.rpc.codec import sampling_from_message, tokens_crc32, tree_from_message
+from specsplit.decoding.verification import Verdict, checked_pass
+from specsplit.engines.projection import Projection
+from specsplit.rpc.codec import tokens_crc32, tree_from_message
 from specsplit.rpc.hidden_states import FORMS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
@@ -20,11 +22,13 @@ from specsplit.settings.worker import TargetWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.calls import Caller
 from specsplit.worker.inbox import Inbox
-from specsplit.worker.refusals import InvalidRequest, LimitReached
-from specsplit.worker.servicer import WorkerServicer
+from specsplit.worker.refusals import InvalidRequest, LimitReached, NotFinite
+from specsplit.worker.servicer import WorkerServicer, checked_sampling
 from specsplit.worker.sessions import Session
-from specsplit.worker.states import MOST_LAYERS, Projection, Wanted
-from specsplit.worker.target import read_context, verify_tree
+from specsplit.worker.states import MOST_LAYERS, Wanted
+
+if TYPE_CHECKING:
+    from specsplit.engines.passes import Steps
 
 
 class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
@@ -53,7 +57,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             self.states = {"states_given": given}
 
     def VerifyDrafts(self, request: pb.VerifyDraftsRequest, context: grpc.ServicerContext) -> pb.VerifyDraftsReply:
-        return self.guard(context, request.context, lambda caller: self._verify(request, caller, parts=False)[-1])
+        return self.guard(context, request, lambda caller: self._verify(request, caller, parts=False)[-1])
 
     def StreamVerify(
         self, requests: Iterator[pb.StreamVerifyRequest], context: grpc.ServicerContext
@@ -65,10 +69,9 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
 
     def _write(self, inbox: Inbox, caller: Caller) -> Iterator[pb.StreamTextReply]:
         """The text of one request, a reply a token. Each pass is timed and can be abandoned like that of a round."""
-        for request, _ in inbox:
+        for request, arrived in inbox:
             inbox.of_session(request.context.session_id, request.context.round)
-            yield from self._whole_text(request, inbox.arrived, caller)
-            return
+            yield from self._whole_text(request, arrived, caller)
 
     def _whole_text(
         self, request: pb.StreamTextRequest, arrived: float, caller: Caller
@@ -84,10 +87,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 f"a prompt of {len(tokens)} tokens and {request.max_tokens} more exceed the {self.max_context} that a "
                 "session of this worker can hold (max_context)"
             )
-        try:
-            sampling = sampling_from_message(request.sampling)
-        except ValueError as error:
-            raise InvalidRequest(f"sampling: {error}") from error
+        sampling = checked_sampling(request.sampling)
         with self.sessions.use(request.context, caller) as session:
             self._tap(session, None)
             for number in range(request.max_tokens):
@@ -113,9 +113,8 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             if what is None:
                 raise InvalidRequest("a message of this stream is either verify or prepared")
             if what == "prepared":
-                if len(message.prepared.outcomes) > self.limits.fan_out:
-                    most = self.limits.fan_out
-                    raise InvalidRequest(f"{len(message.prepared.outcomes)} outcomes are more than {most}")
+                if (count := len(message.prepared.outcomes)) > self.limits.fan_out:
+                    raise InvalidRequest(f"{count} outcomes are more than {self.limits.fan_out}")
                 request, waiting_since = last and _next_round(*last, message.prepared), None
             if request is None:
                 continue
@@ -136,23 +135,13 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             return None
         if not self._layers:
             raise InvalidRequest("wanted_states: the engine of this target worker cannot give hidden states")
-        context = request.context.prefix_length + len(request.context.new_tokens)
         if request.wanted_states.only and request.tree.token_ids:
             raise InvalidRequest("wanted_states.only: there is a tree, and nothing is verified")
-        return Wanted.of(
-            request.wanted_states,
-            num_layers=self._layers,
-            projection=self._projection,
-            context=context,
-        )
+        context = request.context.prefix_length + len(request.context.new_tokens)
+        return Wanted.of(request.wanted_states, self._layers, self._projection, context)
 
     def _verify(
-        self,
-        request: pb.VerifyDraftsRequest,
-        caller: Caller,
-        arrived: float | None = None,
-        *,
-        parts: bool = True,
+        self, request: pb.VerifyDraftsRequest, caller: Caller, arrived: float | None = None, *, parts: bool = True
     ) -> list[pb.VerifyDraftsReply]:
         """The reply, and before it others with hidden states alone where they do not fit into one and `parts` says
         that there may be several."""
@@ -167,13 +156,11 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 raise TreeError(f"a distribution has more tokens than the vocabulary of {self.vocab_size}")
             tree = tree_from_message(request.tree)
             tree.validate(vocab_size=self.model.vocab_size)
-            sampling = sampling_from_message(request.sampling)
+            sampling = checked_sampling(request.sampling)
             if sampling.uses_rejection:
                 tree.check_drawn()
         except TreeError as error:
             raise InvalidRequest(f"malformed tree: {error}") from error
-        except ValueError as error:
-            raise InvalidRequest(f"sampling: {error}") from error
         wanted = self._wanted(request)
         states: list[pb.HiddenStates] = []
 
@@ -181,11 +168,15 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
             verdict = None
             self._tap(session, wanted)
             if wanted is not None and request.wanted_states.only:
-                read_context(self.model, session, tokens, request.context.prefix_length)
+                session.roll_back(tokens, request.context.prefix_length)
+                if rest := tokens[session.cache.length : -1]:
+                    self.model.step(session.cache, rest)
+                session.tokens = tokens[:-1]
             else:
                 verdict = verify_tree(self.model, session, tokens, request.context.prefix_length, tree, sampling)
             if wanted is not None:
-                states.extend(wanted.packed(session.states(), parts=parts))
+                cache: Any = session.cache
+                states.extend(wanted.packed(cache.states[: cache.length], parts=parts))
             return verdict
 
         def reply_to(verdict: Verdict | None) -> pb.VerifyDraftsReply:
@@ -198,14 +189,10 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                     reply.gamma = gamma
             return reply
 
-        reply = self.answer(
-            request,
-            caller,
-            work,
-            reply_to,
-            lambda verdict: (tree.depth(), len(verdict.path)) if verdict else (0, 0),
-            arrived,
-        )
+        def count(verdict: Verdict | None) -> tuple[int, int]:
+            return (tree.depth(), len(verdict.path)) if verdict else (0, 0)
+
+        reply = self.answer(request, caller, work, reply_to, count, arrived)
         earlier = [pb.VerifyDraftsReply(round=reply.round, states=part, states_only=True) for part in states[:-1]]
         return [*earlier, reply]
 
@@ -221,33 +208,51 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
         return gamma
 
 
+def verify_tree(
+    model: Steps,
+    session: Session,
+    context: Sequence[int],
+    prefix_length: int,
+    tree: TokenTree,
+    sampling: Sampling = GREEDY,
+) -> Verdict:
+    """Decide which drafted tokens the target accepts, and its own next token.
+
+    context: the full context; the session holds its first `prefix_length` tokens. Afterwards the session holds the
+    context and the accepted tokens, in its token list and in its cache. A pass that fails leaves a consistent session.
+    Raises NotFinite when the target's own logits are not finite.
+    """
+    session.roll_back(context, prefix_length)
+    try:
+        verdict = checked_pass(model, session.cache, context, tree, sampling)
+    except NonFiniteLogits as error:
+        raise NotFinite(str(error)) from error
+    session.tokens = [*context, *(tree.token_ids[node] for node in verdict.path)]
+    return verdict
+
+
 def _next_round(
     request: pb.VerifyDraftsRequest, reply: pb.VerifyDraftsReply, prepared: pb.Prepared
 ) -> pb.VerifyDraftsRequest | None:
     """The request of the round after `request`, when a draft for its outcome was prepared; else None."""
-    if prepared.round != request.context.round:
+    context, accepted = request.context, list(reply.accepted_tokens)
+    fits = (o for o in prepared.outcomes if o.next_token == reply.next_token and list(o.accepted_tokens) == accepted)
+    outcome = next(fits, None)
+    if outcome is None or prepared.round != context.round:
         return None
-    accepted = list(reply.accepted_tokens)
-    for outcome in prepared.outcomes:
-        if outcome.next_token == reply.next_token and list(outcome.accepted_tokens) == accepted:
-            break
-    else:
-        return None
-    added = [*request.context.new_tokens, *accepted]
-    wanted = None
-    if request.HasField("wanted_states"):
-        wanted = pb.WantedStates()
-        wanted.CopyFrom(request.wanted_states)
-        wanted.first = request.context.prefix_length + len(added)
-    return pb.VerifyDraftsRequest(
+    added = [*context.new_tokens, *accepted]
+    following = pb.VerifyDraftsRequest(
         context=pb.Context(
-            session_id=request.context.session_id,
-            round=request.context.round + 1,
-            prefix_length=request.context.prefix_length + len(added),
-            prefix_crc32=tokens_crc32(added, request.context.prefix_crc32),
+            session_id=context.session_id,
+            round=context.round + 1,
+            prefix_length=context.prefix_length + len(added),
+            prefix_crc32=tokens_crc32(added, context.prefix_crc32),
             new_tokens=[reply.next_token],
         ),
         tree=outcome.tree,
         sampling=request.sampling,
-        wanted_states=wanted,
     )
+    if request.HasField("wanted_states"):
+        following.wanted_states.CopyFrom(request.wanted_states)
+        following.wanted_states.first = following.context.prefix_length
+    return following

@@ -12,7 +12,6 @@ import re
 import shlex
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import yaml
 from specsplit.errors import UserError
 from specsplit.launch.heartbeat import silent
 from specsplit.launch.process import ProcessIdentity
-from specsplit.models.file_names import HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES
+from specsplit.models.file_names import HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, matches
 
 READ_WHOLE_BYTES = 1 << 26
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
@@ -140,14 +139,14 @@ def model_inputs(folder: Path) -> list[str]:
 
 def model_files(folder: Path) -> list[Path]:
     """Every file that a local model is made of: weights, configuration, tokenizer, template."""
-    files = (name for name in _names(folder) if _is(name, MODEL_FILES))
+    files = (name for name in _names(folder) if matches(name, MODEL_FILES))
     return [folder / name for name in sorted({"config.json", *files, *_weights(folder)})]
 
 
 def _weights(folder: Path) -> list[str]:
     """The files with the weights; those of a head may be pickled."""
     names = _names(folder)
-    return [name for name in names if _is(name, WEIGHT_FILES)] or [name for name in names if name == HEAD_WEIGHTS]
+    return [name for name in names if matches(name, WEIGHT_FILES)] or [name for name in names if name == HEAD_WEIGHTS]
 
 
 def files_sha256(paths: Iterable[Path]) -> str:
@@ -174,10 +173,6 @@ def files_sha256(paths: Iterable[Path]) -> str:
 
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-
-
-def _is(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def lost(path: str, output: str, rules: Iterable[Any]) -> bool:

@@ -23,6 +23,7 @@ from specsplit.workflow.files import dead_worker, flags, local_folder, model_inp
 
 ROLES = ["draft", "target"]
 COMPARED = ("draft", "head")  # the drafts of `states_cost`
+ONE_OF = {"gammas": "gamma", "lengths": "length", "peers": "baseline"}  # a measurement's names of what it varies
 FIXED_LENGTH = ("max_output_tokens", "ignore_eos", "stop", "stop_token_ids")  # not of texts that all have one length
 MAX_GAMMA: int = SCHEMA["properties"]["gammas"]["items"]["maximum"]
 ADDRESS: str = SCHEMA["properties"]["workers"]["properties"]["target_address"]["pattern"]
@@ -48,10 +49,8 @@ class Plan:
         self.root = root
         for role in ROLES:
             if (address := self.attached(role)) and not re.fullmatch(ADDRESS, address):
-                raise UserError(
-                    f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS={address}: wanted host:port, grpcs://host:port "
-                    "or a .json file"
-                )
+                variable = f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS"
+                raise UserError(f"{variable}={address}: wanted host:port, grpcs://host:port or a .json file")
         swept = swept_drafts(config)
         self.first_draft, first = first_draft(config)
         self.drafts = {self.first_draft: first, **swept}
@@ -71,27 +70,15 @@ class Plan:
         self.target_folder = _folder(config["target"]["model"])
         self.target = _manifest(config["target"]["model"])
         # Jobs that have a file of settings.
-        measured = (
-            "race",
-            "capacity",
-            "context",
-            "states_cost",
-            "distill/write_data",
-            "distill/train",
-            "distill/measure",
-        )
-        self.jobs = [*self.worker_points, *measured, *(f"layers/{draft}" for draft in self.drafts)]
+        distilling = [f"distill/{step}" for step in ("write_data", "train", "measure")]
+        layers = [f"layers/{draft}" for draft in self.drafts]
+        self.jobs = [*self.worker_points, "race", "capacity", "context", "states_cost", *distilling, *layers]
         # One GPU for what runs its models in the job itself.
         on_gpu = config["workers"]["gpus"] or config["workers"]["device"].startswith("cuda")
         self.own_gpu = 1 if on_gpu else 0
 
     def _beside(
-        self,
-        folder: str,
-        gammas: list[Any],
-        modes: Iterable[str] = ("sync",),
-        trees: Iterable[str] = ("chain",),
-        drafts: Iterable[str] = (),
+        self, folder: str, gammas: Any, modes: Any = ("sync",), trees: Any = ("chain",), drafts: Iterable[str] = ()
     ) -> dict[str, Point]:
         points = sweep_points(gammas, modes, trees, drafts=drafts or [self.first_draft])
         return {f"{folder}/{point.label}": point for point in points}
@@ -154,9 +141,8 @@ class Plan:
 
     def worker_left_behind(self, role: str, label: str) -> int | None:
         """`dead_worker` of the endpoint file of a run's worker."""
-        return dead_worker(
-            f"{self.root}results/workers/{label}/{role}.json", f"{self.root}results/runs/{label}/requests.csv"
-        )
+        endpoint, run = f"workers/{label}/{role}.json", f"runs/{label}/requests.csv"
+        return dead_worker(f"{self.root}results/{endpoint}", f"{self.root}results/{run}")
 
     def _distilled(self, spec: Mapping[str, Any]) -> bool:
         made = f"results/distill/{self.config['distill']['name']}/draft"
@@ -217,15 +203,13 @@ class Plan:
 
     def layers_of(self, labels: Iterable[str]) -> list[str]:
         """The files with the layers that the drafts of these runs do without."""
-        return sorted(
-            {file for label in labels for role in self.roles(label) for file in self.layers_file(role, label)}
-        )
+        pairs = [(role, label) for label in labels for role in self.roles(label)]
+        return sorted({file for pair in pairs for file in self.layers_file(*pair)})
 
     def attached(self, role: str) -> str:
         """Address, or address file, of the running worker to use, or nothing: start one."""
-        return (
-            os.environ.get(f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS") or self.config["workers"][f"{role}_address"] or ""
-        )
+        variable = f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS"
+        return os.environ.get(variable) or self.config["workers"][f"{role}_address"] or ""
 
     def endpoints_of(self, labels: Iterable[str], cluster: bool) -> list[str]:
         """The endpoint files of the workers of several runs, which are started before they are measured with.
@@ -271,39 +255,30 @@ class Plan:
         return json.dumps({part: settings for part, settings in chosen.items() if settings or part != "run"}, indent=2)
 
     def _run_part(self, job: str) -> dict[str, Any]:
-        config = self.config
-        fan_out, repeats = config["lookahead"]["fan_out"], config["repeats"]
+        kind, _, rest = job.partition("/")
         if job in self.points:
             return self._sweep_part(job)
         if job in self.worker_points:
             return self._access()
-        kind, _, rest = job.partition("/")
-        if kind == "race":
-            own = config["baselines"]
-            axes = {"baseline": own["peers"], "gamma": own["gammas"], "mode": own["mode"], "tree": own["tree"]}
-            shared = {"fan_out": fan_out, "repeats": repeats, "draft_name": self.first_draft}
-            return {**axes, **shared, **self._text_part()}
-        if kind == "capacity":
-            own = config["capacity"]
-            axes = {"gamma": own["gammas"], **{key: value for key, value in own.items() if key != "gammas"}}
-            return {**axes, "fan_out": fan_out, "draft_name": self.first_draft, **self._text_part()}
+        if kind in ("layers", "distill"):
+            return self._layers_part(rest) if kind == "layers" else self._distill_part(rest)
+        section = self.config["baselines" if kind == "race" else kind]
+        own = {ONE_OF.get(key, key): value for key, value in section.items()}
+        text, draft = self._text_part(), {"draft_name": self.first_draft}
         if kind == "context":
-            own = config["context"]
-            axes = {"length": own["lengths"], "gamma": own["gammas"], "output_tokens": own["output_tokens"]}
-            text = self._text_part()
-            kept = {key: text[key] for key in ("tokenizer", "seed", "use_chat_template")}
-            return {**axes, "texts": own["texts"], "draft_name": self.first_draft, **kept, **self._access()}
+            kept = ("tokenizer", "seed", "use_chat_template", *ACCESS)
+            return {**own, **draft, **{key: text[key] for key in kept if key in text}}
         if kind == "states_cost":
-            own = {key: value for key, value in config["states_cost"].items() if key not in COMPARED}
-            return {**own, **{key: value for key, value in self._text_part().items() if key not in FIXED_LENGTH}}
-        return self._layers_part(rest) if kind == "layers" else self._distill_part(rest)
+            own = {key: value for key, value in own.items() if key not in COMPARED}
+            return {**own, **{key: value for key, value in text.items() if key not in FIXED_LENGTH}}
+        repeats = {"repeats": self.config["repeats"]} if kind == "race" else {}
+        return {**own, "fan_out": self.config["lookahead"]["fan_out"], **repeats, **draft, **text}
 
     def _sweep_part(self, label: str) -> dict[str, Any]:
         sampling, point = self.config["sampling"], self.points[label]
         shared = {
             "fan_out": self.config["lookahead"]["fan_out"],
-            "top_k": sampling["top_k"],
-            "top_p": sampling["top_p"],
+            **{key: sampling[key] for key in ("top_k", "top_p")},
             "sampling": sampling["method"],
             "jitter_ms": self.config["network"]["jitter_ms"],
             **{f"hidden_states_{key}": value for key, value in self.config["hidden_states"].items()},
@@ -314,9 +289,9 @@ class Plan:
         return {
             **point.settings(shared),
             "max_rounds": self.config["generation"]["max_rounds"],
-            "repeats": self.config["repeats"],
-            "setups": self.config["setups"],
+            **{key: self.config[key] for key in ("repeats", "setups")},
             "draft_acceptance": self.drafts[point.draft]["acceptance"] if point.gamma else None,
+            "lookup": self.drafts[point.draft]["lookup"] if point.gamma else 0,
             **self._text_part(),
             **workers,
         }
@@ -325,14 +300,12 @@ class Plan:
         """Settings of every measurement with prompts."""
         generation, faults = self.config["generation"], self.config["faults"]
         return {
-            "max_output_tokens": generation["max_output_tokens"],
-            "use_chat_template": generation["use_chat_template"],
+            **{key: generation[key] for key in ("max_output_tokens", "use_chat_template")},
             **{key: generation[key] for key in ("ignore_eos", "stop", "stop_token_ids")},
             "warmup": self.config["warmup_requests"],
             "seed": self.config["seed"],
             "tokenizer": self.root + self.target_folder,
-            "on_draft_failure": faults["on_draft_failure"],
-            "recovery_timeout_s": faults["recovery_timeout_s"],
+            **{key: faults[key] for key in ("on_draft_failure", "recovery_timeout_s")},
             "rpc_timeout_s": faults["call_timeout_s"],
             **self._access(),
         }
@@ -348,15 +321,12 @@ class Plan:
         settings = {
             "model": self.root + self.role_model(role, label),
             "dtype": own["dtype"],
-            "device": workers["device"],
-            "engine": workers["engine"],
+            **{key: workers[key] for key in ("device", "engine")},
             "threads": self._worker_threads(label),
             "max_context": self._worker_context(label),
             "seed": self.config["seed"],
             "max_sessions": self._worker_sessions(label),
-            "cache_memory_mb": workers["cache_memory_mb"],
-            "session_ttl_s": workers["session_ttl_s"],
-            "startup_timeout_s": workers["startup_timeout_s"],
+            **{key: workers[key] for key in ("cache_memory_mb", "session_ttl_s", "startup_timeout_s")},
             "attach": self.attached(role) or None,
             **self._access("token_file"),  # what they ask for; their address is one of this machine alone
         }
@@ -391,12 +361,9 @@ class Plan:
         return max(self.config["workers"]["max_sessions"], clients)
 
     def _layers_part(self, draft: str) -> dict[str, Any]:
-        own, workers = self.drafts[draft], self.config["workers"]
         return {
-            "skip_count": own["skip_count"],
-            "dtype": own["dtype"],
-            "device": workers["device"],
-            "threads": workers["threads"],
+            **{key: self.drafts[draft][key] for key in ("skip_count", "dtype")},
+            **{key: self.config["workers"][key] for key in ("device", "threads")},
             "use_chat_template": self.config["generation"]["use_chat_template"],
             "limit": self.config["draft"]["calibration_prompts"],
         }

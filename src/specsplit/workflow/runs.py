@@ -9,18 +9,15 @@ import fcntl
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError
-from specsplit.launch.heartbeat import start_heartbeat
+from specsplit.launch.heartbeat import hold_lease, start_heartbeat
 from specsplit.provenance.steps import remember_workflow
 
 LAST_LINES = 12
-# What launch/lease.py reads.
-LEASE_PID, LEASE_HOST, LEASE_FILE = "SPECSPLIT_LEASE_PID", "SPECSPLIT_LEASE_HOST", "SPECSPLIT_LEASE_FILE"
 INSTALL = (
     "The command specsplit is not installed. Make an environment with it in the folder of the project: "
     "make .venv/installed && . .venv/bin/activate. Or let conda make one: snakemake --sdm conda"
@@ -61,7 +58,7 @@ class Run:
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
         start_heartbeat(lock.absolute())
-        os.environ |= {LEASE_PID: str(os.getpid()), LEASE_HOST: socket.gethostname(), LEASE_FILE: str(lock.absolute())}
+        hold_lease(lock)
         remember_workflow(cores, config_files)
         logging.getLogger("snakemake.logging").addHandler(self._failed)
 

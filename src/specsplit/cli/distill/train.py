@@ -28,16 +28,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.distill.process import find_target, fits_memory, prepare_process
+    from specsplit.distill.process import describe_hardware, find_target, fits_memory, prepare_process
 
     settings = load_settings(TrainingSettings, args)
     prepare_process(settings.seed, settings.threads)
     import pandas as pd
 
-    from specsplit.distill.hardware import describe_hardware
+    from specsplit.distill.draft import make_draft
     from specsplit.distill.head_training import make_head
     from specsplit.distill.shards import read_texts
-    from specsplit.distill.training import Row, Trainer, hash_recipe, make_draft
+    from specsplit.distill.training import Row, Trainer, hash_recipe
     from specsplit.engines.transformers import CausalLM, pick_device
     from specsplit.experiment.progress import Bar
     from specsplit.io import write_csv, write_json

@@ -22,11 +22,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.distill.process import find_target, fits_memory, prepare_process
+    from specsplit.distill.process import describe_hardware, find_target, fits_memory, prepare_process
 
     settings = load_settings(WritingSettings, args)
     prepare_process(settings.seed, settings.threads)
-    from specsplit.distill.hardware import describe_hardware
     from specsplit.distill.writing import Writer, Written, write_texts
     from specsplit.engines.transformers import CausalLM, pick_device
     from specsplit.experiment.dataset import read_prompt_file
