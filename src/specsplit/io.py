@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -43,8 +44,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        if error.filename not in (None, str(temporary), str(path.parent)):
-            raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and error.filename not in (str(temporary), str(path.parent)):
+            raise  # of something else in the block
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):

@@ -64,7 +64,7 @@ BAD_LINES = [
     ({"prompt": "x", "category": 3.5}, "category 3.5"),
     ({"prompt": "x", "category": ["a"]}, "category \\['a'\\] is not text"),
     ({"conversations": [{"from": "gpt", "value": "x"}]}, "no turn of a human"),
-    ({"conversations": "x"}, "no turn of a human"),
+    ({"conversations": "x"}, "not a list of messages but text"),
     ({"conversations": [{"from": "human"}]}, "not text"),
     ({"turns": []}, "at least one turn"),
     ({"turns": [["nested"]]}, "not text"),

@@ -465,7 +465,7 @@ def test_malformed_json_names_the_file_and_the_line(tmp_path: Path, content: byt
 def test_unreadable_json_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.json: no such file"):
         read_json(tmp_path / "a.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="a folder, where a file is wanted"):
         read_json(tmp_path)
 
 
