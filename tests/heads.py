@@ -71,6 +71,8 @@ def head_tensors(seed: int = 0, hidden: int = HIDDEN, bias: bool = False) -> dic
         f"{a}k_proj.weight": matrix(KV_HEADS * DIM, 2 * hidden),
         f"{a}v_proj.weight": matrix(KV_HEADS * DIM, 2 * hidden),
         f"{a}o_proj.weight": matrix(hidden, HEADS * DIM),
+        f"{a}q_norm.weight": norm(DIM),
+        f"{a}k_norm.weight": norm(DIM),
         f"{m}gate_proj.weight": matrix(INNER, hidden),
         f"{m}up_proj.weight": matrix(INNER, hidden),
         f"{m}down_proj.weight": matrix(hidden, INNER),
@@ -95,6 +97,8 @@ def write_head(
     (folder / "config.json").write_text(json.dumps(config))
     unused = () if config.get("norm_before_fc") else ("input_norm.",)
     unused += () if config.get("fc_norm") else ("fc_norm.",)
+    if not has_head_norms(config):
+        unused += ("midlayer.self_attn.q_norm.", "midlayer.self_attn.k_norm.")
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
     if layout == "speculators":
         kept = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in kept.items()}
@@ -105,6 +109,10 @@ def write_head(
     return config
 
 
+def has_head_norms(config: dict[str, Any]) -> bool:
+    return config.get("transformer_layer_config", {}).get("model_type") == "qwen3"
+
+
 class PlainHead:
     """What a head computes, a token at a time; every text from its beginning."""
 
@@ -113,6 +121,7 @@ class PlainHead:
         self.flags = {
             flag for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output") if config.get(flag)
         }
+        self.head_norms = has_head_norms(config)
 
     @staticmethod
     def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -154,6 +163,8 @@ class PlainHead:
             out = out.view(-1, DIM)
             if not turned:
                 return out
+            if self.head_norms:
+                out = self.rms(out, w[f"{a}{name[0]}_norm.weight"])
             angle = position * THETA ** (-torch.arange(0, DIM, 2).double() / DIM)
             cos, sin = angle.cos().float(), angle.sin().float()
             x, y = out[:, : DIM // 2], out[:, DIM // 2 :]

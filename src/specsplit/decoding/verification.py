@@ -32,14 +32,17 @@ class Verdict:
     next_token: int
 
 
-def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
+def checked_pass(
+    model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling, *, again: bool = False
+) -> Verdict:
     """Verify a draft in one pass. model: anything that has `loop.Model.step`; with `verdict` as well, which does on the
     device what `verify` does, where it `decides`. The cache holds a beginning of `text`, and `text` and the accepted
     tokens afterwards.
 
-    A drafted token may make the model overflow where the target alone would not go. So a pass with numbers that are not
-    finite is repeated without the draft. Raises NonFiniteLogits when they are those of the text itself; the cache is
-    as before then.
+    A drafted token may make the model overflow where the target alone would not go, and so may what was forgotten of
+    the text before. So a pass with numbers that are not finite is repeated once, without the draft and with nothing
+    behind what the cache holds. Raises NonFiniteLogits when they are those of the text itself; the cache is as before
+    then. again: the pass is that repetition.
     """
     held = cache.length
     try:
@@ -50,9 +53,9 @@ def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, s
     except NonFiniteLogits:
         cache.rollback(held)
         cache.clean()
-        if not len(tree):
+        if again:
             raise
-        return checked_pass(model, cache, text, TokenTree(), sampling)
+        return checked_pass(model, cache, text, TokenTree(), sampling, again=True)
     cache.keep(len(text), verdict.path)
     return verdict
 

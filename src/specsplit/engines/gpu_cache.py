@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specsplit.engines.token_cache import Slots
+from specsplit.engines.state_slots import MOST_TAPS, StateSlots
 
 if TYPE_CHECKING:
     from specsplit.engines.gpu_decoder import Decoder
 
 BLOCK = 1024  # slots, about: attention over more than one block is split into them
 FEWEST = 256  # slots that attention looks at; more in powers of two
+TAPPED = 4  # choices of tapped layers that passes stay recorded for
 
 
 class Pool:
@@ -23,6 +24,7 @@ class Pool:
 
     kv: of each layer [2 (keys, values), rows, blocks, kv_heads, block, head_dim]; slot s of a session is slot s % block
     of its block s // block. The last slot of a row takes what padding writes; no token ever sees it.
+    states: inputs of layers that caches tap, [rows, blocks, block, MOST_TAPS * hidden]; made when the first one does.
     cos, sin: of all positions, [slots, head_dim]. programs: the passes recorded on this pool.
     """
 
@@ -32,6 +34,8 @@ class Pool:
         self.views = _views(self.blocks, self.block)
         shape = (2, rows, self.blocks, decoder.sizes.kv_heads, self.block, decoder.sizes.head_dim)
         self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(decoder.num_layers)]
+        self.hidden_size = decoder.embed.weight.shape[1]
+        self.states: torch.Tensor | None = None
         self.cos, self.sin = decoder.rotary(self.blocks * self.block, dtype)
         self.programs: dict[Any, Any] = {}
         self._free = list(range(rows))
@@ -50,6 +54,14 @@ class Pool:
         weakref.finalize(cache, heapq.heappush, self._free, row)
         return cache
 
+    def forget_taps(self, besides: tuple[int, ...]) -> None:
+        """Drop the oldest passes with taps, when others than `besides` are of TAPPED kinds already: each client may name
+        its own."""
+        kinds = dict.fromkeys(shape.taps for shape in self.programs if shape.taps)
+        if besides and besides not in kinds and len(kinds) >= TAPPED:
+            oldest = next(iter(kinds))
+            self.programs = {shape: program for shape, program in self.programs.items() if shape.taps != oldest}
+
     def view(self, end: int) -> tuple[int, int]:
         """Blocks, and slots of each, that hold the first `end` slots: the smallest of `views` that does."""
         return next(view for view in self.views if end <= view[0] * view[1])
@@ -67,11 +79,11 @@ def shape_of(capacity: int) -> tuple[int, int]:
     return blocks, -(-(capacity + 1) // (64 * blocks)) * 64
 
 
-class GpuCache(Slots):
+class GpuCache(StateSlots):
     """The cache of one session: a row of a pool that is its own as long as it lives."""
 
     def __init__(self, pool: Pool, row: int, capacity: int) -> None:
-        self.pool, self.row = pool, row
+        self.pool, self.row, self.hidden_size = pool, row, pool.hidden_size
         self.length = 0
         self.capacity = capacity
         self.written = True  # since the last `clean`; another session may have had the row before
@@ -100,6 +112,15 @@ class GpuCache(Slots):
                 kv[:, self.row, block + 1 :].zero_()
         self.written = False
 
+    def new_states(self, width: int) -> torch.Tensor:
+        """As StateSlots.new_states: a part of the pool's, where recorded passes write."""
+        pool, most = self.pool, MOST_TAPS * self.hidden_size
+        if width > most:
+            raise ValueError(f"{width // self.hidden_size} layers are tapped; the engine keeps {MOST_TAPS} at most")
+        if pool.states is None:
+            pool.states = pool.kv[0].new_zeros(pool.rows, pool.blocks, pool.block, most)
+        return pool.states[self.row].flatten(0, 1)[: self.capacity, :width]
+
     def has_kept(self, context: int, path: Sequence[int]) -> None:
         """The last pass has done what `keep` with these arguments does; what it fed besides is lost."""
         self.length = context + len(path)
@@ -118,9 +139,11 @@ class GpuCache(Slots):
                 for kv in self.pool.kv:
                     own = kv[:, self.row]  # the right side is a copy
                     own[:, to // block, :, to % block] = own[:, origin // block, :, origin % block]
+                self.move_states(context, path)
         self.length = context + len(path)
         self._kept = None
 
     def nbytes(self) -> int:
         """Bytes reserved by this cache."""
-        return sum(kv.nbytes for kv in self.pool.kv) // self.pool.rows
+        states = 0 if self.pool.states is None else self.pool.states.nbytes
+        return (states + sum(kv.nbytes for kv in self.pool.kv)) // self.pool.rows

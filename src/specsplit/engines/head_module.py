@@ -26,7 +26,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class HeadAttention(nn.Module):
     """The projections of attention, whose inputs are twice as wide as elsewhere."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, qk_norm: bool) -> None:
         super().__init__()
         hidden, bias = config.hidden_size, config.attention_bias
         self.head_dim: int = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -34,6 +34,8 @@ class HeadAttention(nn.Module):
         self.k_proj = nn.Linear(2 * hidden, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(2 * hidden, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        if qk_norm:
+            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
 
 class HeadLayer(nn.Module):
@@ -43,7 +45,7 @@ class HeadLayer(nn.Module):
         super().__init__()
         hidden, eps = config.layer.hidden_size, config.layer.rms_norm_eps
         self.norm_before_residual = config.norm_before_residual
-        self.self_attn = HeadAttention(config.layer)
+        self.self_attn = HeadAttention(config.layer, config.qk_norm)
         self.mlp = LlamaMLP(config.layer)
         self.input_layernorm = LlamaRMSNorm(hidden, eps=eps)
         self.hidden_norm = LlamaRMSNorm(hidden, eps=eps)
@@ -59,9 +61,12 @@ class HeadLayer(nn.Module):
         joined = torch.cat([self.input_layernorm(embedded), self.hidden_norm(states)], dim=-1)
         attention = self.self_attn
         q, k, v = (
-            projection(joined).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            projection(joined).unflatten(-1, (-1, attention.head_dim))
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         q, k = apply_rotary_pos_emb(q, k, *rotary)
         return q, k, v
 

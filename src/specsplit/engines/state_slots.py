@@ -12,6 +12,8 @@ import torch
 
 from specsplit.engines.token_cache import Slots
 
+MOST_TAPS = 4  # layers that a target worker lets a session tap; memory for as many is counted in each
+
 
 class StateSlots(Slots):
     """A cache that can keep hidden states, moved and forgotten with the keys of their tokens.
@@ -33,7 +35,11 @@ class StateSlots(Slots):
             return
         self.rollback(0)
         self.taps = tuple(layers)
-        self.states = self.states_like.new_empty(self.capacity, len(layers) * self.hidden_size) if layers else None
+        self.states = self.new_states(len(layers) * self.hidden_size) if layers else None
+
+    def new_states(self, width: int) -> torch.Tensor:
+        """Room for the states, [capacity, width]."""
+        return self.states_like.new_empty(self.capacity, width)
 
     def move_states(self, context: int, path: Sequence[int]) -> None:
         """Put the states of the tree nodes of `path` where `keep` puts their keys."""
