@@ -39,6 +39,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "speculators": ("speculators", {}),
     "speculators-qwen3": ("speculators", {"model_type": "qwen3", "fc_norm": True, "attention_bias": False}),
     "specforge-qwen2": ("original", {"model_type": "qwen2", "eagle_config": {"use_aux_hidden_state": True}}),
+    "speculators-layers": ("speculators", {"model_type": "qwen3", "num_hidden_layers": 3, "norm_output": True}),
+    "config-of-the-target": ("original", {"num_hidden_layers": 40}),
     "speculators-norms": ("speculators", {"norm_before_fc": True, "norm_output": True, "norm_before_residual": False}),
 }
 
@@ -63,7 +65,7 @@ ENGINES: dict[str, Callable[[Path], HiddenStatesHead | FusedHead]] = {"eager": e
 def test_a_published_head_drafts_as_published(variant: str, engine: str, tmp_path: Path) -> None:
     """A prompt, a tree, and rounds in which the target corrects what the head read of itself."""
     layout, changes = VARIANTS[variant]
-    tensors = head_tensors()
+    tensors = head_tensors(layers=changes.get("num_hidden_layers", 1) if layout == "speculators" else 1)
     plain = PlainHead(tensors, write_head(tmp_path, layout, tensors, **changes))
     head = ENGINES[engine](tmp_path)
     assert (head.vocab_size, head.hidden_size, head.state_size) == (ROWS, HIDDEN, HIDDEN)
@@ -139,11 +141,13 @@ def test_the_first_token_wants_a_state(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
-    write_head(tmp_path / "a", "speculators", head_tensors(), fc_norm=True)
+    changes = {"fc_norm": True, "model_type": "qwen3", "num_hidden_layers": 2}
+    write_head(tmp_path / "a", "speculators", head_tensors(layers=2), **changes)
     head = load_head(tmp_path / "a", torch.float32)
     save_head(head, tmp_path / "b", torch.float32, with_embedding=True)
     again = load_head(tmp_path / "b", torch.float32)
     assert again.config.layers == (0, 1, 2)
+    assert (again.config.qk_norm, len(again.decoder_layers)) == (True, 2)
     for name, tensor in head.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert read_reduced_map(tmp_path / "a") == read_reduced_map(tmp_path / "b")
@@ -272,7 +276,8 @@ BAD = {
     "map out of range": (changed(d2t=D2T + 100), "d2t names token .*; the target has 0 to 127"),
     "map names one twice": (changed(d2t=-torch.arange(ROWS)), "d2t names a token twice"),
     "cut off": (cut, "cannot be read"),
-    "two layers": (config_with(num_hidden_layers=2), "num_hidden_layers 2"),
+    "no layers": (config_with(num_hidden_layers=0), "num_hidden_layers 0"),
+    "a second layer": (changed(**{"layers.1.norm.weight": torch.zeros(1)}), "layers.1.norm.weight has no place"),
     "another kind": (config_with(speculators_model_type="dflash"), "speculators_model_type 'dflash'"),
     "another rotation": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
     "no hidden states": (config_with(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state False"),

@@ -109,7 +109,7 @@ def test_launches_of_several_sessions_on_a_gpu_keep_the_states_of_each(monkeypat
                 written.append(int(plain.step(other, written[-1:])[-1].argmax()))
             trees.append(TokenTree([120, 121, written[1], 122, written[2]], [ROOT, ROOT, ROOT, 2, 2], [-1.0] * 5))
         passes = [Pass(own, [7], tree, then=Walk(GREEDY)) for (own, _), tree in zip(pairs, trees, strict=True)]
-        for (own, other), verdict in zip(pairs, model.step_many(passes), strict=True):
+        for (own, _), verdict in zip(pairs, model.step_many(passes), strict=True):
             assert verdict.path == [2, 4]  # which are moved
             own.keep(own.length - 2, verdict.path)
         check()

@@ -55,8 +55,8 @@ class Pool:
         return cache
 
     def forget_taps(self, besides: tuple[int, ...]) -> None:
-        """Drop the oldest passes with taps, when others than `besides` are of TAPPED kinds already: each client may name
-        its own."""
+        """Drop the oldest passes with taps when those with others than `besides` have TAPPED choices already, as each
+        client may name its own."""
         kinds = dict.fromkeys(shape.taps for shape in self.programs if shape.taps)
         if besides and besides not in kinds and len(kinds) >= TAPPED:
             oldest = next(iter(kinds))

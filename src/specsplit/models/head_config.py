@@ -22,7 +22,7 @@ LAYER_TYPES = ("llama", "qwen3")  # of `speculators`, which trains no others
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """layer: the LlamaConfig of the head's one layer; its vocab_size is the target's.
+    """layer: the LlamaConfig of the head's layers, of which there is mostly one; its vocab_size is the target's.
 
     vocab_size: rows of the output head. target_hidden_size: numbers of one of the target's hidden states.
     layers: of the target, whose inputs are read; None = `default_layers` of the target.
@@ -82,14 +82,13 @@ def read_head_config(folder: Path) -> HeadConfig:
     for key in ("transformer_layer_config", "norm_before_residual") if speculators else ():
         if stored.get(key) is None:
             raise UserError(f"{path}: {key} is missing")
-    own = nested if isinstance(nested, dict) else stored
+    own = nested if isinstance(nested, dict) else {"num_hidden_layers": 1, **stored}
     eagle = stored.get("eagle_config")  # of checkpoints that TensorRT-LLM and SGLang read
     given = {**(eagle if isinstance(eagle, dict) else {}), **stored}
     # The original layout has layers of Llama's type, whatever the type, which may be that of its target.
     type_ = own.get("model_type", "qwen3") if speculators else "llama"
     refusals = {
         "model_type": type_ not in LAYER_TYPES,
-        "num_hidden_layers": own.get("num_hidden_layers", 1) != 1,
         "layer_types": "sliding_attention" in (own.get("layer_types") or ()),
         "partial_rotary_factor": own.get("partial_rotary_factor", 1) != 1,
         "use_aux_hidden_state": given.get("use_aux_hidden_state", True) is not True,
@@ -99,7 +98,7 @@ def read_head_config(folder: Path) -> HeadConfig:
     for key, refused in refusals.items():
         if refused:
             value = own.get(key, given.get(key))
-            raise UserError(f"{path}: {key} {value!r}: a head is one Llama-type layer that attends to all, unquantised")
+            raise UserError(f"{path}: {key} {value!r}: a head is of Llama-type layers that attend to all, unquantised")
     try:
         # What `speculators` leaves out is as its type has it by default.
         whole = AutoConfig.for_model(type_, **{k: v for k, v in own.items() if k != "model_type"}).to_dict()
@@ -120,7 +119,11 @@ def read_head_config(folder: Path) -> HeadConfig:
         raise UserError(f"{path}: not the configuration of a head: {told(error)}") from error
     if any(type(layer) is not int or layer < 0 for layer in config.layers or ()):
         raise UserError(f"{path}: {LAYERS_KEY} {layers!r}: wanted a list of layers, counted from 0")
-    sizes = {"draft_vocab_size": config.vocab_size, "target_hidden_size": config.target_hidden_size}
+    sizes = {
+        "draft_vocab_size": config.vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "num_hidden_layers": layer.num_hidden_layers,
+    }
     for key, size in sizes.items():
         if type(size) is not int or size < 1:
             raise UserError(f"{path}: {key} {size!r}: wanted a whole number above 0")
@@ -139,6 +142,7 @@ def config_json(config: HeadConfig) -> dict[str, Any]:
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
         "rope_theta": rope["rope_theta"],  # where readers of the original layout look for it
+        "num_hidden_layers": config.layer.num_hidden_layers,
         "vocab_size": config.layer.vocab_size,
         "draft_vocab_size": config.vocab_size,
         "target_hidden_size": config.target_hidden_size,
