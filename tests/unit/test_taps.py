@@ -10,7 +10,8 @@ import torch
 
 from specsplit.decoding.sampling import GREEDY
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.engines import gpu_cache
+from specsplit.engines import gpu_cache, state_slots
+from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.gpu import GpuLM
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.passes import Pass, Walk
@@ -27,6 +28,7 @@ ENGINES: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
         lambda architecture: FusedLM(CausalLM(make_tiny_model(architecture)), 2),
         ("llama", "qwen3-mixed"),
     ),
+    "graphs": (lambda architecture: GraphLM(make_tiny_model(architecture)), ("gpt2", "qwen3-mixed")),
     "gpu": (lambda architecture: GpuLM(CausalLM(make_tiny_model(architecture))), ("llama", "qwen3-mixed")),
 }
 EACH = [(engine, architecture) for engine, (_, architectures) in ENGINES.items() for architecture in architectures]
@@ -46,7 +48,7 @@ def test_states_are_those_of_the_tokens_that_are_kept(engine: str, architecture:
     cache.tap(layers)
     counted = model.cache_bytes(64, 4) - model.cache_bytes(64)
     assert cache.nbytes() >= counted >= cache.states.nbytes  # rows of a pool are longer
-    assert engine == "gpu" or counted == cache.states.nbytes
+    assert engine in ("gpu", "graphs") or counted == cache.states.nbytes
     first = model.step(cache, TOKENS[:7])
     assert torch.equal(first, model.step(untapped, TOKENS[:7]))  # the logits are as without
     model.step_many([Pass(cache, TOKENS[7:9], TREE), Pass(untapped, TOKENS[7:9], TREE)])
@@ -123,7 +125,7 @@ def test_launches_of_several_sessions_on_a_gpu_keep_the_states_of_each(monkeypat
     for taps in range(6):  # whatever clients ask for, few choices stay recorded
         again.tap((0,) * (taps % 3) + (taps % 2,))
         model.step(again, [5])
-    assert len({shape.taps for shape in pool.programs} - {()}) == gpu_cache.TAPPED
+    assert len({shape.taps for shape in pool.programs} - {()}) == state_slots.TAPPED
     with pytest.raises(ValueError, match="5 layers are tapped"):
         again.tap((0,) * 5)
 

@@ -22,6 +22,7 @@ from specsplit.engines.gpu_cache import GpuCache, Pool, shape_of
 from specsplit.engines.gpu_decoder import unsuitable
 from specsplit.engines.gpu_passes import Program, Runtime, Shape, Then
 from specsplit.engines.passes import EMPTY, Pass, Propose, Walk, all_or_none
+from specsplit.engines.state_slots import forget_taps
 from specsplit.engines.token_cache import tokens_of_pass
 from specsplit.engines.transformers import CausalLM
 
@@ -135,7 +136,7 @@ class GpuLM:
         pool, shape = passes[0].cache.pool, self._shape(passes)
         program = pool.programs.get(shape)
         if program is None:
-            pool.forget_taps(shape.taps)
+            forget_taps(pool.programs, shape.taps)
             program = pool.programs[shape] = Program(self.runtime, pool, shape, passes[0])
         for work in passes:
             work.cache.written = True

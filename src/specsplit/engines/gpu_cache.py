@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 BLOCK = 1024  # slots, about: attention over more than one block is split into them
 FEWEST = 256  # slots that attention looks at; more in powers of two
-TAPPED = 4  # choices of tapped layers that passes stay recorded for
 
 
 class Pool:
@@ -53,14 +52,6 @@ class Pool:
         cache = GpuCache(self, row, capacity)
         weakref.finalize(cache, heapq.heappush, self._free, row)
         return cache
-
-    def forget_taps(self, besides: tuple[int, ...]) -> None:
-        """Drop the oldest passes with taps when those with others than `besides` have TAPPED choices already, as each
-        client may name its own."""
-        kinds = dict.fromkeys(shape.taps for shape in self.programs if shape.taps)
-        if besides and besides not in kinds and len(kinds) >= TAPPED:
-            oldest = next(iter(kinds))
-            self.programs = {shape: program for shape, program in self.programs.items() if shape.taps != oldest}
 
     def view(self, end: int) -> tuple[int, int]:
         """Blocks, and slots of each, that hold the first `end` slots: the smallest of `views` that does."""
@@ -114,11 +105,9 @@ class GpuCache(StateSlots):
 
     def new_states(self, width: int) -> torch.Tensor:
         """As StateSlots.new_states: a part of the pool's, where recorded passes write."""
-        pool, most = self.pool, MOST_TAPS * self.hidden_size
-        if width > most:
-            raise ValueError(f"{width // self.hidden_size} layers are tapped; the engine keeps {MOST_TAPS} at most")
+        pool = self.pool
         if pool.states is None:
-            pool.states = pool.kv[0].new_zeros(pool.rows, pool.blocks, pool.block, most)
+            pool.states = pool.kv[0].new_zeros(pool.rows, pool.blocks, pool.block, MOST_TAPS * self.hidden_size)
         return pool.states[self.row].flatten(0, 1)[: self.capacity, :width]
 
     def has_kept(self, context: int, path: Sequence[int]) -> None:
