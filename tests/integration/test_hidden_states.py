@@ -372,9 +372,12 @@ def test_workers_that_fit_are_not_refused() -> None:
     check_states(pb.DescribeReply(role="draft"), pb.DescribeReply(role="target"), OrchestratorConfig())
 
 
-def test_a_target_that_gives_no_states_is_refused_before_the_first_round(pair: Any, tiny_model_folder: Any) -> None:
-    with serving("target", tiny_model_folder("gpt2"), engine="graphs") as target:
-        with pytest.raises(UserError, match=r"the draft head\S* reads hidden states .* gpt2\S* gives none"):
+def test_a_target_that_gives_no_states_is_refused_before_the_first_round(
+    pair: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FusedLM, "taps", False)
+    with serving("target", folders["target"]) as target:
+        with pytest.raises(UserError, match=r"the draft head\S* reads hidden states .* llama\S* gives none"):
             write((pair[0], target), PROMPTS[0])
         assert not target.passes
         with pytest.raises(grpc.RpcError, match="the engine of this target worker cannot give hidden states"):
