@@ -32,17 +32,14 @@ class Verdict:
     next_token: int
 
 
-def checked_pass(
-    model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling, *, again: bool = False
-) -> Verdict:
+def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
     """Verify a draft in one pass. model: anything that has `loop.Model.step`; with `verdict` as well, which does on the
     device what `verify` does, where it `decides`. The cache holds a beginning of `text`, and `text` and the accepted
     tokens afterwards.
 
-    A drafted token may make the model overflow where the target alone would not go, and so may what was forgotten of
-    the text before. So a pass with numbers that are not finite is repeated once, without the draft and with nothing
-    behind what the cache holds. Raises NonFiniteLogits when they are those of the text itself; the cache is as before
-    then. again: the pass is that repetition.
+    A drafted token may make the model overflow where the target alone would not go, and so may a token that once stood
+    in one pass with what the cache holds. So a pass with numbers that are not finite is repeated without the draft, and
+    then over all of the text. Raises NonFiniteLogits when they are those of the text itself; the cache is empty then.
     """
     held = cache.length
     try:
@@ -51,11 +48,11 @@ def checked_pass(
         else:
             verdict = verify(tree, model.step(cache, text[held:], tree), len(text), sampling)
     except NonFiniteLogits:
-        cache.rollback(held)
+        cache.rollback(held if len(tree) else 0)
         cache.clean()
-        if again:
+        if not len(tree) and not held:
             raise
-        return checked_pass(model, cache, text, TokenTree(), sampling, again=True)
+        return checked_pass(model, cache, text, TokenTree(), sampling)
     cache.keep(len(text), verdict.path)
     return verdict
 
