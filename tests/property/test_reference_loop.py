@@ -97,7 +97,7 @@ samplings = st.one_of(
         seed=st.integers(0, 1 << 32 - 1),
     ),
 )
-some = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+some = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def plain_text(model: Any, prompt: list[int], sampling: Sampling, stop: Sequence[int]) -> list[int]:
