@@ -20,6 +20,23 @@ hypothesis.settings.register_profile("any time", deadline=None)
 hypothesis.settings.load_profile("any time")
 
 
+# Files whose tests look at the same finished run of the workflow.
+TOGETHER = ("tests/workflow/test_reruns.py", "tests/workflow/test_workflow.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests in one process, and those of TOGETHER in one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER[0] if file in TOGETHER else file
+
+    return FilesTogether(config, log)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
     """make_tiny_model(architecture, seed=0)"""

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import yaml
 
+from forked import SNAKEMAKE as LIBRARIES
+from forked import run_module
 from waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +35,10 @@ class Workspace:
         for name in ("Snakefile", "workflow", "config", "profiles", "envs", "src"):
             source = ROOT / name
             if source.is_dir():
-                # With __pycache__, which holds the compiled kernels.
-                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.egg-info"))
+                # With __pycache__, which holds the compiled kernels, but not what another process is writing.
+                shutil.copytree(
+                    source, folder / name, ignore=shutil.ignore_patterns("*.egg-info", "*.pyc.*", "*.tmp.*")
+                )
             else:
                 shutil.copy(source, folder / name)
         self.config: dict[str, Any] = {
@@ -95,7 +99,10 @@ class Workspace:
 
     def planned(self, *arguments: str, target: str = SUMMARY) -> dict[str, int]:
         """Jobs that a dry run would execute, by rule."""
-        text = self.run("--dry-run", "--quiet", "rules", *arguments, target=target)
+        words = self.command("--dry-run", "--quiet", "rules", *arguments, target=target)[3:]
+        done = run_module("snakemake", words, folder=self.folder, environment=self.environment(), libraries=LIBRARIES)
+        text = done.stdout + done.stderr
+        assert done.returncode == 0, text
         if "Job stats:" not in text:
             return {}
         table = text.rpartition("Job stats:")[2].partition("total")[0].splitlines()[3:]
