@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-SNAKEMAKE = ("snakemake.cli", "snakemake_executor_plugin_slurm", "jsonschema", "pydantic", "yaml")
+SNAKEMAKE = ("snakemake.cli", "pandas", "jsonschema", "pydantic", "yaml")
 LIBRARIES = ("transformers", "transformers.models.llama.modeling_llama", "torch._inductor", "numba", "grpc", "pandas")
 _SERVER = """
 import importlib, json, os, runpy, sys

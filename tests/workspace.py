@@ -69,10 +69,14 @@ class Workspace:
         return [*SNAKEMAKE, *arguments, "--configfile", "my.yaml", "--", *target.split()]
 
     def snakemake(self, *arguments: str, target: str = SUMMARY, **variables: str) -> subprocess.CompletedProcess[str]:
+        command, environment = self.command(*arguments, target=target), {**self.environment(), **variables}
+        if "--dry-run" in arguments:
+            words = command[3:]
+            return run_module("snakemake", words, folder=self.folder, environment=environment, libraries=LIBRARIES)
         return subprocess.run(
-            self.command(*arguments, target=target),
+            command,
             cwd=self.folder,
-            env={**self.environment(), **variables},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=300,
@@ -99,10 +103,7 @@ class Workspace:
 
     def planned(self, *arguments: str, target: str = SUMMARY) -> dict[str, int]:
         """Jobs that a dry run would execute, by rule."""
-        words = self.command("--dry-run", "--quiet", "rules", *arguments, target=target)[3:]
-        done = run_module("snakemake", words, folder=self.folder, environment=self.environment(), libraries=LIBRARIES)
-        text = done.stdout + done.stderr
-        assert done.returncode == 0, text
+        text = self.run("--dry-run", "--quiet", "rules", *arguments, target=target)
         if "Job stats:" not in text:
             return {}
         table = text.rpartition("Job stats:")[2].partition("total")[0].splitlines()[3:]
