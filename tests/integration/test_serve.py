@@ -24,7 +24,7 @@ from specsplit.api.pair import Pair, connect
 from specsplit.errors import UserError
 from specsplit.models.tokenizer import TextCodec
 from specsplit.serve.app import application
-from specsplit.serve.bodies import NEUTRAL
+from specsplit.serve.bodies import IGNORED, NEUTRAL, CompletionBody
 from specsplit.serve.listening import read_keys
 from specsplit.settings.serve import ServeSettings
 
@@ -215,15 +215,35 @@ GOOD: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 4}
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "warm"}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
+        ({"temperature": 1e-9}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 2.5}, 400, "max_tokens"),
+        ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
         ({"n": 2}, 400, "n"),
         ({"n": True}, 400, "n"),
+        ({"best_of": 2}, 400, "best_of"),
+        ({"echo": True}, 400, "echo"),
+        ({"suffix": "end"}, 400, "suffix"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"presence_penalty": -0.5}, 400, "presence_penalty"),
+        ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
+        ({"reasoning_effort": "low"}, 400, "reasoning_effort"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, 400, "chat_template_kwargs"),
+        ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs"),
+        ({"skip_special_tokens": False}, 400, "skip_special_tokens"),
+        ({"seed": 1.5}, 400, "seed"),
+        ({"top_k": -2}, 400, "top_k"),
+        ({"stop_token_ids": [-1]}, 400, "stop_token_ids"),
+        ({"return_token_ids": "yes"}, 400, "return_token_ids"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"min_tokens": 3}, 400, "min_tokens"),
         ({"min_tokens": 9, "ignore_eos": True}, 400, "min_tokens"),
+        ({"min_tokens": 3, "ignore_eos": True, "stop": "a"}, 400, "min_tokens"),
+        ({"min_tokens": 3, "ignore_eos": True, "stop_token_ids": [5]}, 400, "min_tokens"),
         ({"stop": ""}, 400, "stop"),
         ({"stop": ["a", ""]}, 400, "stop"),
         ({"stream": "yes"}, 400, "stream"),
@@ -239,6 +259,67 @@ def test_bad_requests_name_their_field(http: TestClient, changes: dict[str, Any]
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
 
 
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", "b"], None, [True], [-1], [128], [2**70], "a\ud800", [5] * 400])
+def test_prompts_that_cannot_be_are_named(http: TestClient, prompt: Any) -> None:
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 4}
+    reply = http.post("/v1/completions", content=json.dumps(body).encode())
+    assert reply.status_code == 400
+    assert error_of(reply)["param"] == "prompt"
+
+
+def test_what_another_server_takes_and_changes_no_text_is_taken(http: TestClient, pair: Pair) -> None:
+    plain = {**GOOD, "temperature": 0, "ignore_eos": True}
+    text = http.post("/v1/chat/completions", json=plain).json()["choices"][0]["message"]["content"]
+    sent_back = {"role": "user", "content": "Why?", "refusal": None, "tool_calls": None, "annotations": None}
+    for more in (
+        *({name: "anything"} for name in IGNORED),
+        *({"seed": seed} for seed in (-1, 0, 2**63, -(2**200))),
+        {"messages": [sent_back]},
+        {"max_completion_tokens": 4, "max_tokens": 9},
+        {"stop_token_ids": [10**9]},
+        {"top_k": -1, "top_p": 1},
+        {"min_tokens": 4},
+    ):
+        reply = http.post("/v1/chat/completions", content=json.dumps({**plain, **more}).encode())
+        assert reply.json()["choices"][0]["message"]["content"] == text, (more, reply.text)
+
+
+def test_stop_tokens_are_obeyed_beside_the_end_of_text(http: TestClient, pair: Pair) -> None:
+    plain = {**GOOD, "max_tokens": 20, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    ids = http.post("/v1/chat/completions", json=plain).json()["choices"][0]["token_ids"]
+    choice = http.post("/v1/chat/completions", json={**plain, "stop_token_ids": [ids[3]]}).json()["choices"][0]
+    assert choice["token_ids"] == ids[: ids.index(ids[3])]
+    assert choice["finish_reason"] == "stop"
+    body = CompletionBody(model=MODEL, prompt="a", stop_token_ids=[7])
+    assert body.options(eos_token_ids=[2])["stop_token_ids"] == [7, 2]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_token_ids_stand_where_vllm_has_them(http: TestClient, path: str) -> None:
+    chat = "chat" in path
+    asked: dict[str, Any] = {"messages": QUESTION} if chat else {"prompt": "one two"}
+    stop = {"stop": ["never there"]}  # whose beginnings are held back
+    body = {"model": MODEL, **asked, **stop, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    whole = http.post(path, json={**body, "return_token_ids": True}).json()
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    streamed = http.post(path, json={**body, "return_token_ids": True, "stream": True, "stream_options": options})
+    *events, end = [line.removeprefix("data: ") for line in streamed.text.split("\n\n")[:-1]]
+    assert end == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    (choice,), ids = whole["choices"], whole["choices"][0]["token_ids"]
+    prompt = whole["prompt_token_ids"] if chat else choice["prompt_token_ids"]
+    assert (len(prompt), len(ids)) == (whole["usage"]["prompt_tokens"], 16)
+    assert [token for chunk in chunks[:-1] for token in chunk["choices"][0]["token_ids"]] == ids
+    first = chunks[0] if chat else chunks[0]["choices"][0]
+    assert first["prompt_token_ids"] == prompt
+    counts = [len(chunk["choices"][0]["token_ids"]) for chunk in chunks[:-1]]
+    so_far = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert so_far == [*(sum(counts[: i + 1]) for i in range(len(counts))), 16]
+    plain = http.post(path, json=body).json()
+    assert "token_ids" not in plain["choices"][0]
+    assert "prompt_token_ids" not in {**plain, **plain["choices"][0]}
+
+
 def test_the_unknown_field_has_a_suggestion_and_a_long_prompt_its_code(http: TestClient) -> None:
     assert (
         "did you mean temperature?"
@@ -251,11 +332,14 @@ def test_the_unknown_field_has_a_suggestion_and_a_long_prompt_its_code(http: Tes
 def test_values_that_ask_for_nothing_are_taken(http: TestClient) -> None:
     for name, values in NEUTRAL.items():
         for value in (*values, None):
-            reply = http.post("/v1/chat/completions", json={**GOOD, name: value, "user": "somebody"})
+            reply = http.post("/v1/chat/completions", json={**GOOD, "max_tokens": 1, name: value})
             assert reply.status_code == 200, (name, value, reply.text)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}'])
+NESTED = b'{"messages":' + b"[" * 450 + b"]" * 450 + b"}"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000, NESTED, b'{"model": NaN}'])
 def test_bodies_that_are_no_request(http: TestClient, data: bytes) -> None:
     reply = http.post("/v1/chat/completions", content=data)
     assert reply.status_code == 400
