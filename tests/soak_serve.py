@@ -8,7 +8,6 @@ right, or end with an error in OpenAI's shape; the memory of the server and the 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import re
 import time
@@ -29,17 +28,21 @@ from worker_processes import WorkerProcess, start_command
 
 KEYS = ("first-key", "second-key", "third-key")
 LONGEST = 180
-QUESTIONS = ["Why?", "a longer question about nothing in particular, " * 3, "Zeile mit Umlaut: ä, und €", "\n\n", "x" * 300]
-WAYS: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.8, "seed": 5}, {"temperature": 1, "seed": 7, "top_k": 8}]
+QUESTIONS = ["Why?", "a longer question about nothing in particular, " * 3, "Umlaute: ä, und €", "\n\n", "x" * 300]
+WAYS: list[dict[str, Any]] = [
+    {"temperature": 0}, {"temperature": 0.8, "seed": 5}, {"temperature": 1, "seed": 7, "top_k": 8},
+]  # fmt: skip
 # Each is refused with a 4xx: fields beside those of a good request.
 BAD: list[dict[str, Any]] = [
-    {"model": "other"}, {"temperature": -1}, {"max_tokens": -1}, {"n": 3}, {"stop": ""}, {"tools": [{"type": "function"}]},
-    {"messages": []}, {"messages": "hello"}, {"messages": [{"role": "user", "content": "x" * 100_000}]}, {"top_p": 7},
+    {"model": "other"}, {"temperature": -1}, {"max_tokens": -1}, {"n": 3}, {"stop": ""}, {"top_p": 7},
+    {"messages": []}, {"messages": "hello"}, {"messages": [{"role": "user", "content": "x" * 100_000}]},
+    {"tools": [{"type": "function"}]},
     {"nonsense": 1}, {"response_format": {"type": "json_object"}}, {"logit_bias": {"5": 1}}, {"seed": "seven"},
 ]  # fmt: skip
 RAW = [
-    b"GARBAGE\r\n\r\n", b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n{\"model\":",
-    b"GET /metrics HTTP/1.1\r\nHost: a\r\n", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GARBAGE\r\n\r\n", b"GET /metrics HTTP/1.1\r\nHost: a\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 500\r\n\r\n{\"model\":",
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),
 ]  # fmt: skip
 
@@ -163,7 +166,7 @@ def right_texts(pair: Pair) -> dict[tuple[bool, int, int], str]:
 
 def serve_campaign(
     folder: Path, models: dict[str, Path], figures: dict[str, Any], mark: dict[str, str], *, minutes: float,
-    clients: int, seed: int, kills: int = 0, curve: Path | None = None, gamma: str = "3",
+    clients: int, seed: int, kills: int = 0, curve: Path | None = None,
 ) -> None:  # fmt: skip
     """Run it and fill in the figures. kills: so many of the workers are killed meanwhile and started again."""
     (folder / "keys").write_text("\n".join(KEYS) + "\n")
@@ -180,7 +183,7 @@ def serve_campaign(
         arguments = ["serve", "--port", "0", "--api-key-file", folder / "keys", "--served-model-name", "simulated"]
         for role, worker in workers.items():
             arguments += [f"--{role}-addr", worker.address]
-        arguments += ["--tokenizer", folder / "tokenizer", "--gamma", gamma, "--recovery-timeout-s", "20"]
+        arguments += ["--tokenizer", folder / "tokenizer", "--gamma", "3", "--recovery-timeout-s", "20"]
         log = folder / "serve.log"
         server = start_command(*arguments, log=log, environment=mark)
         stack.callback(server.kill)
@@ -232,17 +235,14 @@ def serve_campaign(
     table = np.array(samples)
     names = ("server", *workers, "server_files", "server_threads")
     third = table[table[:, 0] > table[-1, 0] / 3]
+    at = table[-1, 0] * np.array([0.1, 0.33, 0.67, 1])
     figures["memory_mib"] = {
-        name: [round(float(np.interp(share * table[-1, 0], table[:, 0], table[:, i])), 1) for share in (0.1, 0.33, 0.67, 1)]
+        name: [round(float(value), 1) for value in np.interp(at, table[:, 0], table[:, i])]
         for i, name in enumerate(names, start=1)
-    }  # fmt: skip
+    }
     slopes = [np.polyfit(third[:, 0] / 60, third[:, i], 1)[0] for i in range(1, len(names) + 1)]
     figures["per_minute"] = {name: round(float(slope), 3) for name, slope in zip(names, slopes, strict=True)}
     if curve is not None:
         curve.write_text("\n".join(",".join(f"{value:.2f}" for value in row) for row in samples) + "\n")
     failed = {} if kills else {name for name in load.verdicts if name.startswith(("status_", "error"))}
     figures["ok"] = not (load.wrong or failed or set(after) - {"right"})
-
-
-def report(figures: dict[str, Any]) -> str:
-    return json.dumps(figures, ensure_ascii=False)

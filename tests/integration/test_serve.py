@@ -12,10 +12,12 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import uvicorn
 from starlette.testclient import TestClient
@@ -455,18 +457,45 @@ def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(target_folder: Path
             assert error_of(reply)["type"] == "server_error"
 
 
-def test_the_command_starts_workers_serves_and_stops(target_folder: Path) -> None:
+@contextmanager
+def the_command(target_folder: Path) -> Iterator[tuple[openai.OpenAI, subprocess.Popen[str]]]:
+    """`specsplit serve`, which has started both workers, and a client."""
     models = ["--target-model", str(target_folder), "--draft-model", str(target_folder)]
-    command = [sys.executable, "-m", "specsplit", "serve", *models, "--port", "0", "--served-model-name", MODEL]
+    settings = ["--port", "0", "--served-model-name", MODEL, "--recovery-timeout-s", "300"]
+    command = [sys.executable, "-m", "specsplit", "serve", *models, *settings]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("serving at http://127.0.0.1:")
-        client = openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0)
+        try:
+            yield openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0, timeout=400), process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+        assert process.wait(60) == 143
+        assert time.monotonic() - began < 60
+
+
+def test_the_command_starts_workers_serves_and_stops(target_folder: Path) -> None:
+    with the_command(target_folder) as (client, _):
         reply = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=8, temperature=0)
         said: Any = reply.model_extra
         assert said["metrics"]["speculative_decoding"]["draft_acceptance_rate"] > 0.9
-        process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert process.wait(60) == 143
-        assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_workers_of_the_command_that_are_killed_are_started_again(
+    target_folder: Path, expected: Callable[[int], str]
+) -> None:
+    with the_command(target_folder) as (client, process):
+        options: dict[str, Any] = {"max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        stream = client.chat.completions.create(model=MODEL, messages=QUESTION, stream=True, **options)
+        text = next(stream).choices[0].delta.content or ""
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) == 2
+        for worker in workers:
+            worker.kill()
+        text += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert text == expected(100)
+        reply = client.chat.completions.create(model=MODEL, messages=QUESTION, **options)
+        assert reply.choices[0].message.content == expected(100)
