@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,14 @@ from specsplit.errors import UserError
 from specsplit.models.tokenizer import TextCodec
 from specsplit.serve.app import application
 from specsplit.serve.bodies import IGNORED, NEUTRAL, CompletionBody
-from specsplit.serve.listening import read_keys
+from specsplit.serve.listening import read_keys, without_broken_requests
 from specsplit.settings.serve import ServeSettings
 
 from grpc_fixtures import Gate, Reference, Worker, noisy_copy, serving
 from waiting import wait_until
 
 MODEL = "tiny"
+KEYS = ("none", "other")
 QUESTION: list[Any] = [{"role": "user", "content": "Why?"}]
 
 
@@ -62,18 +65,19 @@ def an_application(pair: Pair, keys: tuple[str, ...] = (), **settings: Any) -> A
 
 @pytest.fixture(scope="module")
 def base_url(pair: Pair) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(an_application(pair), port=0, log_level="warning", lifespan="off"))
-    socket = server.config.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+    app = without_broken_requests(an_application(pair, keys=KEYS))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    listening = server.config.bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{socket.getsockname()[1]}/v1"
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
     server.should_exit = True
     thread.join(20)
 
 
 @pytest.fixture(scope="module")
 def client(base_url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=base_url, api_key=KEYS[0], max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +148,7 @@ def test_many_async_clients_get_the_text_of_one(base_url: str, expected: Callabl
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
     async def all_of_them() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=KEYS[1], max_retries=0) as client:
             return await asyncio.gather(*(ask(client, bool(i % 2)) for i in range(24)))
 
     assert set(asyncio.run(all_of_them())) == {expected(16)}
@@ -332,10 +336,10 @@ def test_the_unknown_field_has_a_suggestion_and_a_long_prompt_its_code(http: Tes
 
 
 def test_values_that_ask_for_nothing_are_taken(http: TestClient) -> None:
-    for name, values in NEUTRAL.items():
-        for value in (*values, None):
-            reply = http.post("/v1/chat/completions", json={**GOOD, "max_tokens": 1, name: value})
-            assert reply.status_code == 200, (name, value, reply.text)
+    for which in range(3):
+        body = {**GOOD, **{name: [*values, None, None, None][which] for name, values in NEUTRAL.items()}}
+        reply = http.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
 
 
 NESTED = b'{"messages":' + b"[" * 450 + b"]" * 450 + b"}"
@@ -364,6 +368,26 @@ def test_three_hundred_arbitrary_requests_get_a_reply_or_a_reason(http: TestClie
         assert reply.status_code == 200 or 400 <= reply.status_code < 500, (body, reply.text)
         if reply.status_code != 200:
             error_of(reply)
+
+
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.mark.parametrize("key", [KEYS[0], "wrong"])
+@pytest.mark.parametrize("rest", ["Transfer-Encoding: chunked\r\n\r\nzz\r\n", 'Content-Length: 90\r\n\r\n{"model":'])
+def test_requests_that_break_off_are_dropped(base_url: str, client: openai.OpenAI, key: str, rest: str) -> None:
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("uvicorn.error").addHandler(handler)
+    host, port = base_url.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{HEAD}Authorization: Bearer {key}\r\n{rest}".encode())
+        connection.settimeout(0.2)
+        with suppress(TimeoutError):
+            connection.recv(4096)
+    assert client.models.list().data
+    assert set(logged) <= {"Invalid HTTP request received."}
 
 
 def test_unknown_paths_and_methods_have_the_shape_too(http: TestClient) -> None:
