@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from specsplit.analysis.merging import merge_runs, read_tables
 from specsplit.analysis.series import check_beside
@@ -20,10 +22,12 @@ from specsplit.io import read_json, write_csv, write_json
 from specsplit.provenance.facts import differences, run_facts, told_apart, told_facts
 from specsplit.provenance.run_file import write_run as write_run_file
 from specsplit.settings.run import OrchestratorConfig
+from specsplit.workflow.plan import Plan
 
 from experiments import NO_GPU, make_run, specsplit
 from test_tables import a_request, a_round
 
+CONFIG = Path(__file__).parents[2] / "config" / "config.yaml"
 GPU = {"name": "H100", "uuid": "GPU-1", "driver_version": "550", "memory_total_mib": 81559.0}
 
 
@@ -154,10 +158,29 @@ def test_facts_of_the_axes() -> None:
     small = changed(full_run(draft="small"), "workers.draft.weights_sha256", "e" * 64)
     overlap = changed(full_run(mode="overlap"), "workers.target.threads", 1)
     others = {"plain": full_run(fan_out=4), "small": small, "overlap": overlap, "alone": full_run(0)}
-    others["forced"] = full_run(draft="forced", draft_acceptance=0.5)
+    others |= {"forced": full_run(draft="forced", draft_acceptance=0.5), "lookup": full_run(lookup=2)}
     assert differences({name: run_facts(run) for name, run in others.items()}) == []
     looking = {str(n): run_facts(full_run(mode="lookahead", fan_out=n)) for n in (4, 8)}
     assert [each.fact for each in differences(looking)] == ["setting fan_out"]
+
+
+def test_all_runs_of_a_sweep_over_every_axis_belong_together() -> None:
+    """Of the shipped configuration with more values: what the workflow asks of its runs differs in axes alone."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config |= {"gammas": [0, 2], "mode": ["sync", "lookahead"], "tree": ["chain", "3x2"]}
+    config["drafts"] = {"draft": {}, "forced": {"acceptance": 0.5}, "int8": {"dtype": "int8", "lookup": [3]}}
+    config["sampling"]["temperature"] = [0, 0.7]
+    config["network"] |= {"rtt_ms": [0], "bandwidth_mbit": [0, 100]}
+    plan = Plan(config)
+    facts = {}
+    for label in plan.points:
+        settings = json.loads(plan.settings(label, operates=False))["run"]
+        known = {key: value for key, value in settings.items() if key in OrchestratorConfig.model_fields}
+        run = full_run(known["gamma"])
+        run["orchestrator"] = OrchestratorConfig(**known).model_dump(mode="json")
+        facts[label] = run_facts(run)
+    assert len(facts) > 50
+    assert [str(each) for each in differences(facts)] == []
 
 
 def test_what_is_told_of_hosts_and_packages() -> None:
