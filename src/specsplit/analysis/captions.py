@@ -39,7 +39,9 @@ CAPTIONS = {
     "acceptance_rate": (
         "How much of a draft the target accepts. Above, accepted / drafted against γ: as a rule it falls, since a "
         "token counts only when all before it were accepted. Below, by position in the longest draft, among the rounds "
-        "that got so far: a flat line means that every token is as easy to guess as the one before."
+        "that got so far: a flat line means that every token is as easy to guess as the one before. Where a draft has "
+        "several sources, as with prompt lookup, its line is of all of them, and later positions are more of those "
+        "that are accepted for longer; summary.csv has draft_acceptance_rate_lookup and _model."
     ),
     "ttft": (
         "Time to the first token against γ: what a user waits for before anything appears. It holds the target's pass "
