@@ -204,7 +204,7 @@ def write_run(folder: Path, gamma: int, run: dict[str, Any], ms: float, **cells:
             table = csv.DictWriter(file, list(asdict(records[0])))
             table.writeheader()
             table.writerows(map(asdict, records))
-    write_json(folder / "run.json", run)
+    write_run_file(folder / "run.json", run, [])
     return folder
 
 
@@ -218,6 +218,10 @@ def two_experiments(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def without(run: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key not in keys}
+
+
 # An edit of a run folder, and what is said of it. One line an edit.
 EDITS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("requests.csv", lambda file: file.write_text(file.read_text().replace("900", "90")), "is not what was measured"),
@@ -225,6 +229,7 @@ EDITS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("outputs.jsonl", Path.unlink, "no such file"),
     ("run.json", lambda file: write_json(file, changed(read_json(file), "started", "1999")), "was edited after"),
     ("run.json", lambda file: write_json(file, {**read_json(file), "files": {}}), "was edited after"),
+    ("run.json", lambda file: write_json(file, without(read_json(file), "files", "sha256")), "was edited after"),
 ]
 
 
@@ -327,13 +332,14 @@ def test_tables_whose_runs_changed_since(two_experiments: Path, command: str) ->
     shutil.rmtree(two_experiments / "runs" / "fast_gamma_2")
     assert merge(two_experiments)[0] == 0
     run = two_experiments / "runs" / "gamma_2" / "run.json"
-    write_json(run, changed(read_json(run), "workers.target.weights_sha256", "e" * 64))
+    edited = changed(read_json(run), "workers.target.weights_sha256", "e" * 64)
+    write_run_file(run, without(edited, "sha256"), [])
     status, printed = specsplit(command, "--results-dir", two_experiments)
     assert status == 2
     assert "target worker: weights_sha256" in printed
     # A folder of a configuration that the tables do not have is not of this sweep.
     run.parent.rename(run.parents[1] / "gamma_9")
-    write_json(run.parents[1] / "gamma_9" / "run.json", changed(full_run(9), "machine.cpu_model", "another"))
+    write_run_file(run.parents[1] / "gamma_9" / "run.json", changed(full_run(9), "machine.cpu_model", "another"), [])
     assert read_tables(two_experiments)[0]["gamma"].nunique() == 2
 
 

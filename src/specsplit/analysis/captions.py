@@ -34,7 +34,7 @@ CAPTIONS = {
         "The dashed line is the target alone, the dotted one the target worker that streams its tokens by itself; a "
         "cross is the same pair in one process. The time to the first token is not in it: "
         "whether whole texts are written faster is the speedup. Points are means over the requests that every "
-        "configuration finished, bars their intervals, faint dots single requests."
+        "configuration finished, bars their intervals; where there is one line, faint dots are single requests."
     ),
     "acceptance_rate": (
         "How much of a draft the target accepts. Above, accepted / drafted against γ: as a rule it falls, since a "
