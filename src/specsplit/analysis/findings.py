@@ -92,12 +92,13 @@ class Finding:
             ]
         low, high = self.drafting[f"{name}_ci_low"], self.drafting[f"{name}_ci_high"]
         gain = _with_interval(self.drafting, f"{name}_ci", level)
+        sole = not self.ties  # told from all others
         if self.base == STREAM:
-            lines = [f"{lines[0][:-1]}, {self._over_streamed(gain, fastest=low > 1)}"]
+            lines = [f"{lines[0][:-1]}, {self._over_streamed(gain, fastest=sole and low > 1)}"]
         elif self.best["gamma"] == 0:
-            first = "The target alone is fastest." if high < 1 else "No draft had a speedup above 1."
+            first = "The target alone is fastest." if sole and high < 1 else "No draft had a speedup above 1."
             lines.append(f"{first} The best draft, {self.drafting_name}, has a speedup of {gain}.")
-        elif low > 1:
+        elif sole and low > 1:
             lines.append(f"{self.name} is fastest: a speedup of {gain} against the target alone.")
         else:
             lines.append(f"{self.name} had the largest speedup against the target alone: {gain}.")
