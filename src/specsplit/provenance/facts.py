@@ -29,8 +29,8 @@ WORKER = ("weights_sha256", "tokenizer_sha256", "dtype", "device", "max_context"
 TOLD = ("host", "kernel")  # of `runtime`
 # Each job has its own, or the number of threads decides it, which is compared.
 CODE = ("run_code_sha256", "worker_code_sha256", "specsplit_version")
-OF_DRAFT = ("draft_acceptance", "lookup")  # settings that each draft of a sweep has of its own
 VARIABLES = ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
+OF_DRAFT = ("draft_acceptance", "lookup")  # settings that each draft has for itself
 # What a measurement beside a sweep has of its own: how many prompts and repeats, threads and room of its workers, and
 # other settings than those of the texts.
 OWN = re.compile(
@@ -105,7 +105,7 @@ def run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     facts |= {key: run.get(key) for key in ("repeats", "warmup_requests")}
     left_out = {*SWEPT, *OrchestratorConfig.operating(), "fan_out", *OF_DRAFT}
     facts |= {f"setting {key}": value for key, value in settings.items() if key not in left_out}
-    if settings.get("gamma"):
+    if settings.get("gamma"):  # each draft has its own
         of_draft = "" if draft == "draft" else f" of {draft}"
         facts |= {f"setting {key}{of_draft}": settings[key] for key in OF_DRAFT if key in settings}
     if mode == "lookahead":
