@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from specsplit.analysis.merging import merge_runs, read_tables
 from specsplit.analysis.series import check_beside
@@ -20,10 +22,12 @@ from specsplit.io import read_json, write_csv, write_json
 from specsplit.provenance.facts import differences, run_facts, told_apart, told_facts
 from specsplit.provenance.run_file import write_run as write_run_file
 from specsplit.settings.run import OrchestratorConfig
+from specsplit.workflow.plan import Plan
 
 from experiments import NO_GPU, make_run, specsplit
 from test_tables import a_request, a_round
 
+CONFIG = Path(__file__).parents[2] / "config" / "config.yaml"
 GPU = {"name": "H100", "uuid": "GPU-1", "driver_version": "550", "memory_total_mib": 81559.0}
 
 
@@ -161,6 +165,25 @@ def test_facts_of_the_axes() -> None:
     assert [each.fact for each in differences(looking)] == ["setting fan_out"]
 
 
+def test_all_runs_of_a_sweep_over_every_axis_belong_together() -> None:
+    """Of the shipped configuration with more values: what the workflow asks of its runs differs in axes alone."""
+    config = yaml.safe_load(CONFIG.read_text())
+    config |= {"gammas": [0, 2], "mode": ["sync", "lookahead"], "tree": ["chain", "3x2"]}
+    config["drafts"] = {"draft": {}, "forced": {"acceptance": 0.5}, "int8": {"dtype": "int8", "lookup": [3]}}
+    config["sampling"]["temperature"] = [0, 0.7]
+    config["network"] |= {"rtt_ms": [0], "bandwidth_mbit": [0, 100]}
+    plan = Plan(config)
+    facts = {}
+    for label in plan.points:
+        settings = json.loads(plan.settings(label, operates=False))["run"]
+        known = {key: value for key, value in settings.items() if key in OrchestratorConfig.model_fields}
+        run = full_run(known["gamma"])
+        run["orchestrator"] = OrchestratorConfig(**known).model_dump(mode="json")
+        facts[label] = run_facts(run)
+    assert len(facts) > 50
+    assert [str(each) for each in differences(facts)] == []
+
+
 def test_what_is_told_of_hosts_and_packages() -> None:
     runs = {"a": full_run(), "b": changed(full_run(), "machine.hostname", "node-7")}
     runs["c"] = changed(full_run(), "workers.target.packages.pytest", "9")
@@ -182,7 +205,7 @@ def write_run(folder: Path, gamma: int, run: dict[str, Any], ms: float, **cells:
             table = csv.DictWriter(file, list(asdict(records[0])))
             table.writeheader()
             table.writerows(map(asdict, records))
-    write_json(folder / "run.json", run)
+    write_run_file(folder / "run.json", run, [])
     return folder
 
 
@@ -196,6 +219,10 @@ def two_experiments(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def without(run: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key not in keys}
+
+
 # An edit of a run folder, and what is said of it. One line an edit.
 EDITS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("requests.csv", lambda file: file.write_text(file.read_text().replace("900", "90")), "is not what was measured"),
@@ -203,6 +230,7 @@ EDITS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("outputs.jsonl", Path.unlink, "no such file"),
     ("run.json", lambda file: write_json(file, changed(read_json(file), "started", "1999")), "was edited after"),
     ("run.json", lambda file: write_json(file, {**read_json(file), "files": {}}), "was edited after"),
+    ("run.json", lambda file: write_json(file, without(read_json(file), "files", "sha256")), "was edited after"),
 ]
 
 
@@ -305,13 +333,14 @@ def test_tables_whose_runs_changed_since(two_experiments: Path, command: str) ->
     shutil.rmtree(two_experiments / "runs" / "fast_gamma_2")
     assert merge(two_experiments)[0] == 0
     run = two_experiments / "runs" / "gamma_2" / "run.json"
-    write_json(run, changed(read_json(run), "workers.target.weights_sha256", "e" * 64))
+    edited = changed(read_json(run), "workers.target.weights_sha256", "e" * 64)
+    write_run_file(run, without(edited, "sha256"), [])
     status, printed = specsplit(command, "--results-dir", two_experiments)
     assert status == 2
     assert "target worker: weights_sha256" in printed
     # A folder of a configuration that the tables do not have is not of this sweep.
     run.parent.rename(run.parents[1] / "gamma_9")
-    write_json(run.parents[1] / "gamma_9" / "run.json", changed(full_run(9), "machine.cpu_model", "another"))
+    write_run_file(run.parents[1] / "gamma_9" / "run.json", changed(full_run(9), "machine.cpu_model", "another"), [])
     assert read_tables(two_experiments)[0]["gamma"].nunique() == 2
 
 

@@ -216,7 +216,7 @@ def sweep(machine: Machine, folder: Path, gammas: Sequence[int] = (0, 2, 5), **o
 def read_run(table: Path) -> dict[str, Any]:
     """The run file beside a table, without its hashes."""
     run = json.loads(table.with_name("run.json").read_text())
-    return {key: value for key, value in run.items() if key not in ("files", "sha256")}
+    return {key: value for key, value in run.items() if key not in ("files", "sha256", "worker_code_sha256")}
 
 
 def merged(folder: Path) -> DataFrame:

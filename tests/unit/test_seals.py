@@ -11,11 +11,13 @@ import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specsplit.io import read_json, sha256_file, write_json
 from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RECORD, SEAL, open_experiment, write_sums
+from specsplit.provenance.run_file import write_run
 from specsplit.provenance.seal import seal_lists
 from specsplit.provenance.verify import verify
 
@@ -416,6 +418,29 @@ def reseal(results: Path) -> None:
             entry["sha256"] = sha256_file(results.parent / entry["path"])
     write_json(results / "provenance" / "provenance.json", record)
     assert specsplit("provenance", "seal", "--output", results / "provenance" / "SHA256SUMS")[0] == 0
+
+
+@pytest.mark.parametrize("edit", ["table", "run", "no hashes"])
+def test_runs_vouch_for_their_tables(made_once: Path, tmp_path: Path, edit: str) -> None:
+    """Whoever edits a run or its table and seals all anew has to know of the hashes in it as well."""
+    results = tmp_path / "results"
+    shutil.copytree(made_once / "results", results)
+    run = results / "runs" / "gamma_2" / "run.json"
+    table = run.with_name("requests.csv")
+    write_run(run, {**read_json(run), "worker_code_sha256": "c" * 64}, [table])
+    reseal(results)
+    assert named(results) == {}
+    content = read_json(run)
+    if edit == "table":
+        table.write_text("edited")
+    else:
+        write_json(run, {**content, "seed": 8} if edit == "run" else without_hashes(content))
+    reseal(results)
+    assert list(named(results)) == [f"results/runs/gamma_2/{table.name if edit == 'table' else run.name}"]
+
+
+def without_hashes(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key not in ("files", "sha256")}
 
 
 @pytest.mark.parametrize("what", ["results", "unpacked", "archive.zip"])

@@ -14,7 +14,7 @@ import pytest
 
 from specsplit.analysis.configurations import NETWORK
 from specsplit.analysis.costs import cost_sentences
-from specsplit.analysis.findings import faults_sentence, find_best
+from specsplit.analysis.findings import faults_sentence, find_best, source_sentences
 from specsplit.analysis.measures import TIMES
 from specsplit.analysis.merging import merge_runs, read_tables
 from specsplit.analysis.tables import METRICS, summarize
@@ -333,6 +333,8 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
     expected += [f"acceptance_length{part}" for part in ("", "_ci_low", "_ci_high", "_mean")]
     expected += [f"draft_acceptance_rate{part}" for part in ("", "_ci_low", "_ci_high")]
     expected += [f"draft_share_{source}" for source in ("session", "global", "lookup", "model", "none")]
+    for source in ("session", "global", "lookup", "model"):
+        expected += [f"draft_acceptance_rate_{source}{part}" for part in ("", "_ci_low", "_ci_high")]
     expected += [f"{name}_{i}" for name in ("acceptance_at", "joint_acceptance_at") for i in (1, 2, 3)]
     expected += [f"rounds_accepting_{i}" for i in range(4)]
     expected += ["lossless", "lossless_compared", "reference_ms_per_token", "reference_drift"]
@@ -739,6 +741,25 @@ def test_acceptance_length_is_pooled_and_positions_are_conditional_and_joint():
     assert [row[f"joint_acceptance_at_{i}"] for i in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 1 / 3])
     assert [row[f"rounds_accepting_{i}"] for i in range(4)] == [1, 1, 0, 1]
     assert 1 + sum(row[f"joint_acceptance_at_{i}"] for i in (1, 2, 3)) == pytest.approx(row["acceptance_length"])
+
+
+def test_acceptance_is_told_by_where_drafts_came_from():
+    """A draft with prompt lookup is two kinds of drafts: neither stands for the other, and both are said."""
+    plan = {"lookup": [(3, 3), (3, 2)], "model": [(3, 0), (2, 1), (1, 0)]}
+    rounds = [
+        replace(a_round("a", 3, number, accepted, drafted), draft_source=source)
+        for number, (source, (drafted, accepted)) in enumerate((s, each) for s, own in plan.items() for each in own)
+    ]
+    counts = {"drafts_from_lookup": 2, "drafts_from_model": 3, "drafts_from_session": 0}
+    requests, per_round = tables([a_request("a", 3, draft="d-lookup2", **counts)], rounds)
+    row = (summary := summarize(requests, per_round, **SETTINGS)).iloc[0]
+    assert [row[f"draft_share_{source}"] for source in plan] == [0.4, 0.6]
+    assert [row[f"draft_acceptance_rate_{source}"] for source in plan] == pytest.approx([5 / 6, 1 / 6])
+    assert math.isnan(row["draft_acceptance_rate_session"])
+    (said,) = source_sentences(summary)
+    assert "d-lookup2 40.0 % were looked up in the text (accepted / drafted tokens: 83.3 %); 60.0 % were the " in said
+    assert "not known" in source_sentences(summarize(requests, per_round[:0], **SETTINGS))[0]
+    assert source_sentences(summary.assign(draft_share_lookup=math.nan)) == []
 
 
 def test_tables_of_an_earlier_version_are_read_and_their_acceptance_is_counted_as_now(tmp_path):

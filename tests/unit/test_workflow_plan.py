@@ -208,6 +208,12 @@ def test_what_snakemake_takes_for_a_pattern_is_refused_in_an_input_and_fine_else
         Plan({**raw, key: given, **both})
 
 
+@pytest.mark.parametrize("path", ["results/dataset/prompts.jsonl", "./results/x/../dataset/prompts.jsonl"])
+def test_prompts_are_not_read_from_where_the_workflow_writes_them(path: str) -> None:
+    with pytest.raises(UserError, match=r"dataset\.path: .* is what the workflow makes"):
+        Plan({"dataset": {"path": path}})
+
+
 def test_flags_are_words_whatever_is_in_them() -> None:
     made = files.flags(path="a 'b' $(c) `d` {e}", several=["-x", "y z"], on=True, off=False, none=None, dash="-x")
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {made}"], capture_output=True, text=True).stdout

@@ -390,6 +390,12 @@ def test_drafts_have_what_draft_has_and_what_they_change() -> None:
     assert list(swept_drafts(load_pipeline_config({}))) == ["draft"]
 
 
+@pytest.mark.parametrize("name", ["draft-lookup2", "a-synthetic-0.5", "a-synthetic-1e-05"])
+def test_two_drafts_never_get_one_name(name: str) -> None:
+    (line,) = mistakes({"drafts": {"draft": {"lookup": [0, 2]}, name: {}}})
+    assert line.startswith(f"drafts.{name}: names get ")
+
+
 def test_mistakes_in_drafts() -> None:
     raw = {"drafts": {"a": {"model": "nobody"}, "b": {"calibration_prompts": 2}}}
     lines = mistakes(raw)

@@ -34,12 +34,14 @@ CAPTIONS = {
         "The dashed line is the target alone, the dotted one the target worker that streams its tokens by itself; a "
         "cross is the same pair in one process. The time to the first token is not in it: "
         "whether whole texts are written faster is the speedup. Points are means over the requests that every "
-        "configuration finished, bars their intervals, faint dots single requests."
+        "configuration finished, bars their intervals; where there is one line, faint dots are single requests."
     ),
     "acceptance_rate": (
         "How much of a draft the target accepts. Above, accepted / drafted against γ: as a rule it falls, since a "
         "token counts only when all before it were accepted. Below, by position in the longest draft, among the rounds "
-        "that got so far: a flat line means that every token is as easy to guess as the one before."
+        "that got so far: a flat line means that every token is as easy to guess as the one before. Where a draft has "
+        "several sources, as with prompt lookup, its line is of all of them, and later positions are more of those "
+        "that are accepted for longer; summary.csv has draft_acceptance_rate_lookup and _model."
     ),
     "ttft": (
         "Time to the first token against γ: what a user waits for before anything appears. It holds the target's pass "

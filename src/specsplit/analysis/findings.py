@@ -38,12 +38,22 @@ _MEASURES = {
     "ttft_ms_mean": ("TTFT, ms", "digits"),
     "average_acceptance_rate_mean": ("acceptance", ".3f"),
     "acceptance_length": ("acceptance length", ".2f"),
+    "draft_share_lookup": ("looked up", "%"),
     "mean_accepted_length_mean": ("tokens/round", ".2f"),
     "network_idle_fraction_mean": ("network", "%"),
     "tokens_per_second": ("tokens/s", "digits"),
     "hit_rate": ("ahead, hit", ".2f"),
     "lossless": ("lossless", "share"),
     "reference_drift": ("drift", "%"),
+}
+
+
+# Where a draft came from, in words.
+_SOURCES = {
+    "lookup": "were looked up in the text",
+    "session": "began with what the worker found in the text",
+    "global": "began with what it found in earlier texts",
+    "model": "were the model's",
 }
 
 
@@ -82,12 +92,13 @@ class Finding:
             ]
         low, high = self.drafting[f"{name}_ci_low"], self.drafting[f"{name}_ci_high"]
         gain = _with_interval(self.drafting, f"{name}_ci", level)
+        sole = not self.ties  # told from all others
         if self.base == STREAM:
-            lines = [f"{lines[0][:-1]}, {self._over_streamed(gain, fastest=low > 1)}"]
+            lines = [f"{lines[0][:-1]}, {self._over_streamed(gain, fastest=sole and low > 1)}"]
         elif self.best["gamma"] == 0:
-            first = "The target alone is fastest." if high < 1 else "No draft had a speedup above 1."
+            first = "The target alone is fastest." if sole and high < 1 else "No draft had a speedup above 1."
             lines.append(f"{first} The best draft, {self.drafting_name}, has a speedup of {gain}.")
-        elif low > 1:
+        elif sole and low > 1:
             lines.append(f"{self.name} is fastest: a speedup of {gain} against the target alone.")
         else:
             lines.append(f"{self.name} had the largest speedup against the target alone: {gain}.")
@@ -130,8 +141,8 @@ def find_best(
 
     requests, rounds: the tables of `read_tables`. summary: of `summarize`, as the other arguments. Best is the largest
     speedup end to end over the target that streams by itself, or where that was not measured over gamma 0; the target
-    alone, with its 1, is among them. Intervals and ties are those of `compare_panel`: with equal configurations one is
-    called faster, or one pair told apart, in at most 1 - confidence of experiments.
+    alone, with its 1, is among them. Intervals and ties are those of `compare_panel`: with equal configurations one
+    finding calls one of them faster, or tells a pair apart, in at most 1 - confidence of experiments.
     """
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
@@ -177,6 +188,7 @@ def conclusions(summary: DataFrame, confidence: float) -> dict[str, list[str]]:
     """What the summary says beside the best configuration: topic -> sentences; topics with nothing to say are empty."""
     topics = {
         "Round trips": round_trip_sentences(summary, confidence),
+        "Drafts": source_sentences(summary),
         "Machine": [drift_sentence(summary)],
         "Cost": cost_sentences(summary),
         "Lossless": [lossless_sentence(summary)],
@@ -228,6 +240,31 @@ def _by_round_trip(best: DataFrame, gain: str, confidence: float) -> str:
     few, many = int(best["compared"].min()), int(best["compared"].max())
     prompts = f"{few}" if few == many else f"{few} to {many}"
     return f"the best pair in workers {lead} ({'; '.join(parts)}; prompts compared: {prompts})."
+
+
+def source_sentences(summary: DataFrame) -> list[str]:
+    """Of each draft that has several sources, what came from which and how much of it was accepted; from the lowest to
+    the highest of its rows."""
+    rows = summary[(summary["setup"] == WORKERS) & (summary["gamma"] != 0)]
+    sentences = []
+    for draft, own in rows.groupby("draft", sort=False):
+        parts = []
+        for source, words in _SOURCES.items():
+            if own[f"draft_share_{source}"].max() > 0:
+                share, rate = (_span(own[f"draft_{name}_{source}"]) for name in ("share", "acceptance_rate"))
+                parts.append(f"{share} {words} (accepted / drafted tokens: {rate})")
+        if len(parts) > 1:
+            sentences.append(
+                f"Of the drafts of {draft} {'; '.join(parts)}. Its other rates and lengths are of all together."
+            )
+    return sentences
+
+
+def _span(values: Series) -> str:
+    if values.isna().all():
+        return "not known"
+    low, high = (f"{100 * end:.1f}" for end in (values.min(), values.max()))
+    return f"{low if low == high else f'{low} to {high}'} %"
 
 
 def drift_sentence(summary: DataFrame) -> str:

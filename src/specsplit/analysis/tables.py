@@ -38,7 +38,7 @@ from specsplit.analysis.references import (
 )
 from specsplit.analysis.statistics import Comparison, check_confidence, compare_jointly, rate_ci
 from specsplit.client.result import LINK_BYTES, USAGE
-from specsplit.experiment.columns import FAILED, OK, SOURCES, WORKERS
+from specsplit.experiment.columns import DRAFTING, FAILED, OK, SOURCES, WORKERS
 from specsplit.settings.names import AUTO
 
 METRICS = (*TIMES, "average_acceptance_rate", "mean_accepted_length", "network_idle_fraction")
@@ -173,8 +173,11 @@ def summarize(
     draft_acceptance_rate, _ci_low, _ci_high
         accepted / drafted tokens over all requests together.
     draft_share_session, _global, _lookup, _model, _none
-        of the rounds in which a draft that learns was asked: share whose draft began with what was found in the text
-        itself, in earlier texts, with what another model said, and that had none. Empty for other drafts.
+        with prompt lookup and of drafts that learn, of the rounds that had or asked for a draft: share whose draft
+        began with what the worker found in the text itself, in earlier texts, with what the client looked up, with what
+        a model said, and that had none. Empty for other drafts.
+    draft_acceptance_rate_session, _global, _lookup, _model, each with _ci_low, _ci_high
+        draft_acceptance_rate of the drafts of that source alone.
     acceptance_at_1 .. acceptance_at_K, K = the largest gamma, or depth drafted at gamma auto
         how often the i-th drafted token was accepted, among rounds that drafted it and accepted the i-1
         before it. Empty where there was no such round.
@@ -235,8 +238,7 @@ def summarize(
         row |= {"speculation_hits": hits.sum(), "speculation_misses": misses.sum()}
         row |= rate_columns("hit_rate", hits, hits + misses, confidence)
         row |= _acceptance(own, own_rounds, depth, confidence)
-        sources = {f"draft_share_{source}": float(own[name].sum()) for source, name in SOURCES}
-        row |= {name: ratio(count, sum(sources.values())) for name, count in sources.items()}
+        row |= _by_source(own, own_rounds, confidence)
         row |= _positions(own_rounds, deepest)
         texts = median_over_repeats(ended, (*row_of(ended), "request_id"), "matches_gamma0")["matches_gamma0"].dropna()
         row |= {"lossless": ratio(texts.sum(), len(texts)), "lossless_compared": len(texts)}
@@ -268,6 +270,15 @@ def _acceptance(own: DataFrame, rounds: DataFrame, depth: float, confidence: flo
         "acceptance_length_mean": float(own["acceptance_length"].mean()),
         **rate_columns("draft_acceptance_rate", accepted, drafted, confidence),
     }
+
+
+def _by_source(own: DataFrame, rounds: DataFrame, confidence: float) -> dict[str, float]:
+    counts = {f"draft_share_{source}": float(own[name].sum()) for source, name in SOURCES}
+    row = {name: ratio(count, sum(counts.values())) for name, count in counts.items()}
+    for source in DRAFTING:
+        sums = rounds[rounds["draft_source"] == source].groupby("request_id")[["accepted", "drafted"]].sum()
+        row |= rate_columns(f"draft_acceptance_rate_{source}", sums["accepted"], sums["drafted"], confidence)
+    return row
 
 
 def _positions(rounds: DataFrame, deepest: int) -> dict[str, Any]:

@@ -21,7 +21,8 @@ class Round:
     network_ms: what the round waited that was no server's time, exposed part only.
     speculation: `hit` when the draft was made ahead, while the round before was verified; `miss` when that did not
         foresee what was accepted, or not in time; `none` when nothing was drafted ahead.
-    gamma_asked: depth asked of the draft worker: less than gamma near the end of a text, chosen when gamma is auto.
+    gamma_asked: depth asked of the draft worker, or tokens looked up: less than gamma near the end of a text, chosen
+        when gamma is auto.
     arrived_ms: from the start of the request until its tokens were at the client.
     draft_exposed_ms, draft_hidden_ms: all work of the draft worker, without its queues, of which the client heard in
         this round: what the round waited for, and what went on meanwhile, of use or not (drafts ahead that missed).

@@ -22,6 +22,7 @@ WORKERS, STREAMED, COLOCATED = "workers", "target_streamed", "colocated"
 
 # Where the draft of a round came from, and the column that counts such rounds.
 SOURCES = tuple((name, f"drafts_from_{name}") for name in ("session", "global", "lookup", "model", "none"))
+DRAFTING = tuple(source for source, _ in SOURCES if source != "none")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 from specsplit.errors import UserError, why
 from specsplit.io import combined_sha256, json_sha256, read_json, read_json_object, sha256_file
+from specsplit.provenance.facts import read_run_alone
 from specsplit.provenance.folder import (
     ARCHIVE_SUMS,
     CONFIG,
@@ -92,6 +93,7 @@ class _Verification:
         lists = self._trusted(self._read_lists())
         self._check_lists(lists)
         self._check_folders_and_links()
+        self._check_runs()
         if RECORD in self.verdict.differing:
             self.verdict.notes.append(f"{RECORD} is not what was sealed: the hashes in it were not used")
         elif self.record is not None:
@@ -212,6 +214,20 @@ class _Verification:
         for each in lists:
             if each.name not in self.verdict.differing:
                 self.verdict.checked.add(each.name)
+
+    def _check_runs(self) -> None:
+        """What runs and measurements beside the sweep say of themselves and their tables."""
+        for name in sorted(self.found - self.verdict.differing.keys(), key=_shown):
+            folder, _, own = name.rpartition("/")
+            if not folder.startswith(RESULTS) or not (own == "run.json" or own.endswith("_run.json")):
+                continue
+            try:
+                tables = read_run_alone(self.experiment.at(name)).get("files") or {}
+            except UserError as error:
+                self.blame(_shown(name), str(error))
+                continue
+            for table, digest in tables.items():
+                self.compare(f"{folder}/{table}", digest, name)
 
     def _vouched_for(self, own: _List, lists: list[_List]) -> bool:
         return any(each.files.get(own.name) == self.sha256(own.name) for each in lists if each is not own)

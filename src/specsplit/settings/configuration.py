@@ -22,7 +22,14 @@ from jsonschema.validators import extend
 
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
-from specsplit.settings.names import DEFAULT_DRAFT, gamma_order, lookup_name, synthetic_name, too_few_requests
+from specsplit.settings.names import (
+    DEFAULT_DRAFT,
+    MARKED,
+    gamma_order,
+    lookup_name,
+    synthetic_name,
+    too_few_requests,
+)
 
 LOOKUPS = {"ngram": "ngram", "suffix": "match"}  # source: what the keys min_ and max_ are of
 SCHEMA: dict[str, Any] = json.loads(files("specsplit.settings").joinpath("config_schema.json").read_text("utf-8"))
@@ -338,6 +345,9 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
             close = difflib.get_close_matches(name, models, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             yield f"{path}.model: {_show(name)} is not in models; {hint}known models: {', '.join(models)}"
+    for name in config["drafts"]:
+        if marked := MARKED.search(name):
+            yield f"drafts.{name}: names get {marked[0]} from acceptance or lookup, and only from them; rename it"
     temperatures = config["sampling"]["temperature"]
     for path, own in drafts.items():
         source = models.get(own["model"], {}).get("source")

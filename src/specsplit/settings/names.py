@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 AUTO = "auto"
 DEFAULT_DRAFT = "draft"  # name of a draft that has no other
 SYNTHETIC = "-synthetic-"  # in the name of one whose acceptance is forced
+MARKED = re.compile(r"-(lookup|synthetic-)[0-9][0-9.e+-]*$")  # what is added to the name of a draft
 REQUESTS_A_CLIENT = 4  # at least, or there is no time in which all clients are at work and none starts or ends
 
 

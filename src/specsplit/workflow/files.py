@@ -90,6 +90,8 @@ def refuse_unusable(config: Mapping[str, Any]) -> None:
             lines.append(f"{key}: {path!r} begins with -, as a flag does: write the absolute path, or rename it")
         elif INPUT_KEYS.fullmatch(key) and (found := PATTERN.search(path)):
             lines.append(f"{key}: {path!r} has {found[0]} in it, which Snakemake takes for a pattern: rename it")
+        elif key == "dataset.path" and Path(os.path.normpath(path)).is_relative_to("results/dataset"):
+            lines.append(f"{key}: {path!r} is what the workflow makes: name the file that it is made from")
         elif path != path.strip():
             lines.append(f"{key}: {path!r} begins or ends with a space: rename it")
     if lines:
