@@ -20,7 +20,8 @@ from pathlib import Path
 import grpc
 
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
+from specsplit.client.pipeline import run_speculative_loop_async
+from specsplit.client.writer import TextWriter
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.lease import hold_lease
 from specsplit.launch.start import start_worker, stop_worker

@@ -97,13 +97,14 @@ def simulated(folder: Path, *, step_ms: float) -> dict[str, Path]:
 
 
 def any_settings(chance: random.Random, **fixed: Any) -> OrchestratorConfig:
-    """A mode, shape, gamma, way to choose tokens and way to meet failures, drawn."""
+    """A mode, shape, gamma, prompt lookup, way to choose tokens and way to meet failures, drawn."""
     temperature = chance.choice([0.0, 0.0, 0.8])
     return OrchestratorConfig(
         **{
             "mode": chance.choice(["sync", "overlap", "lookahead"]),
             "tree": chance.choice(["chain", "2x2"]),
             "gamma": chance.choice([0, 1, 3, "auto"]),
+            "lookup": chance.choice([0, 0, 1, 2]),
             "temperature": temperature,
             "seed": 5,
             "max_output_tokens": TOKENS,
