@@ -105,10 +105,14 @@ async def run_speculative_loop_async(
                     return text.result
                 except WorkerFailed as error:
                     failed = error
-                await pipeline.close(failed.role)
+                # Who has to wait for the target's session keeps none of the draft worker from the one that has it.
+                lost = ["draft", "target"] if failed.role == "target" and failed.remedy == "resend" else [failed.role]
+                for role in lost:
+                    await pipeline.close(role)
                 try:
                     await recovery.describe(failed.role, stubs[failed.role], failed)
-                    pipeline.renew(failed.role)
+                    for role in lost:
+                        pipeline.renew(role)
                 except WithoutDraft:
                     pipeline.drop_draft()
         finally:
@@ -154,8 +158,7 @@ class _Pipeline:
         """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
         for a worker ends one that says nothing."""
         self._began_at, self._unread = len(self.text.result.rounds), True
-        # A place in line is given up before the client takes the worker for hung.
-        held = HeldPrefix(min(self.config.recovery_timeout_s, self.config.rpc_timeout_s / 2))
+        held = HeldPrefix.of(self.config)
         if role == "target":
             self.at_target = held
         else:
