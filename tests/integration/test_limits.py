@@ -25,8 +25,8 @@ LENGTH = 60
 VOCAB = 300
 MODES = ("sync", "overlap", "lookahead")
 
-# By limit, and where there are several what meets it: the lower value of one worker, and settings of a text that go beyond
-# it. The next limit is one line.
+# By limit, and what meets it where that is more than one thing: the lower value of one worker, and settings of a text
+# that go beyond it. The next limit is one line.
 ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "tree_nodes": (30, {"gamma": 16, "tree": "4x4x2"}),
     "tree_nodes, dynamic": (3, {"gamma": 16, "tree": "dynamic-64x8", "lookup": 1}),

@@ -168,7 +168,8 @@ def test_sessions_change_hands_so_seldom_that_reading_anew_costs_a_twentieth(
     assert not known(store, "a")
     for passed_s in (5.0, 4.9):  # in which others go on
         clock.now += passed_s
-        assert known(store, "b") and known(store, "c")
+        assert known(store, "b")
+        assert known(store, "c")
         with pytest.raises(Busy):
             hold(store, "d")
     clock.now += 0.2

@@ -97,8 +97,8 @@ class SessionStore:
     are in use a new one waits in line. Sessions in use stay, but for two kinds that make room for who waits: one that
     was in use for `slice_s` seconds, and one whose stream has been silent for longer than it ever was. So every client
     gets on, and a silent or greedy one keeps nobody out. Who takes over has its whole text read, for which all others
-    wait; so the next one is not before SLICE_COSTS times as long. owner: who may use a session, where clients can be told apart;
-    for everybody else it does not exist.
+    wait; so the next one is not before SLICE_COSTS times as long. owner: who may use a session, where clients can be
+    told apart; for everybody else it does not exist.
     """
 
     def __init__(
