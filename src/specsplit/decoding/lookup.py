@@ -11,7 +11,8 @@ from itertools import takewhile
 
 from specsplit.decoding.tree import TokenTree
 
-LONGER = 3  # tokens that a match may have beyond the least; the longest match counts
+LONGER = 3  # more tokens that are compared: of several occurrences the one that agrees in most of them counts
+RECENT = 64  # occurrences that are compared, the latest ones
 LOOKUP = "lookup"  # the source of such a draft, in tables
 
 
@@ -19,23 +20,20 @@ class Lookup:
     """Where the last tokens of one growing text occurred in it before. least: tokens that have to match, at least 1."""
 
     def __init__(self, least: int) -> None:
-        self._sizes = range(least + LONGER, least - 1, -1)
-        self._after: dict[tuple[int, ...], int] = {}  # tokens -> the place behind their latest occurrence
-        self._read = 0  # ends of occurrences that were noted
+        self._least = least
+        self._ends: dict[tuple[int, ...], list[int]] = {}  # so many tokens -> the places behind their occurrences
+        self._read = least - 1  # ends that were noted
 
     def draft(self, text: Sequence[int], gamma: int, stop_token_ids: Collection[int], *, certain: bool) -> TokenTree:
         """A chain of at most `gamma` tokens that may continue `text`, none after a stop token; empty where the end of
-        the text is new. Text after text has to be a continuation of the one before.
+        the text is new. Each text has to continue the one before.
 
         certain: with rejection sampling, the distribution that each token was drawn from, which it has to itself.
         """
         for end in range(self._read + 1, len(text)):
-            for size in self._sizes:
-                if size <= end:
-                    self._after[tuple(text[end - size : end])] = end
+            self._ends.setdefault(tuple(text[end - self._least : end]), []).append(end)
         self._read = max(self._read, len(text) - 1)
-        found = (self._after.get(tuple(text[-size:])) for size in self._sizes if size < len(text))
-        start = next((place for place in found if place is not None), len(text))
+        start = self._longest_match(text)
         continuation = text[start : start + max(gamma, 0)]
         before_stop = sum(1 for _ in takewhile(lambda token: token not in stop_token_ids, continuation))
         tree = TokenTree.chain(continuation[: before_stop + 1])
@@ -46,3 +44,17 @@ class Lookup:
                 node: ([token], [1.0]) for node, token in zip(tree.parents, tree.token_ids, strict=True)
             }
         return tree
+
+    def _longest_match(self, text: Sequence[int]) -> int:
+        """The place behind the earlier occurrence that agrees with the end of the text in most tokens, the latest of
+        equals; the length of the text when there is none."""
+        ends = self._ends.get(tuple(text[-self._least :]), [])[-RECENT:]
+
+        def longer(end: int) -> int:
+            most = min(LONGER, end - self._least)
+            own = text[len(text) - self._least - most : len(text) - self._least]
+            before = text[end - self._least - most : end - self._least]
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(own), reversed(before), strict=True))
+            return sum(1 for _ in same)
+
+        return max(reversed(ends), key=longer, default=len(text))

@@ -30,6 +30,7 @@ TOLD = ("host", "kernel")  # of `runtime`
 # Each job has its own, or the number of threads decides it, which is compared.
 CODE = ("run_code_sha256", "worker_code_sha256", "specsplit_version")
 VARIABLES = ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
+OF_DRAFT = ("draft_acceptance", "lookup")  # settings that each draft has for itself
 # What a measurement beside a sweep has of its own: how many prompts and repeats, threads and room of its workers, and
 # other settings than those of the texts.
 OWN = re.compile(
@@ -89,11 +90,11 @@ def run_facts(run: Mapping[str, Any]) -> dict[str, Any]:
     facts["tokenizer"] = run.get("tokenizer_sha256")
     facts |= {f"code: {key}": run.get(key) for key in CODE}
     facts |= {key: run.get(key) for key in ("repeats", "warmup_requests")}
-    left_out = {*SWEPT, *OrchestratorConfig.operating(), "fan_out", "draft_acceptance"}
+    left_out = {*SWEPT, *OrchestratorConfig.operating(), "fan_out", *OF_DRAFT}
     facts |= {f"setting {key}": value for key, value in settings.items() if key not in left_out}
     if settings.get("gamma"):  # each draft has its own
         of_draft = "" if draft == "draft" else f" of {draft}"
-        facts[f"setting draft_acceptance{of_draft}"] = settings.get("draft_acceptance")
+        facts |= {f"setting {key}{of_draft}": settings[key] for key in OF_DRAFT if key in settings}
     if mode == "lookahead":
         facts["setting fan_out"] = settings.get("fan_out")
     facts |= {f"machine: {key}": part_of(run, "machine").get(key) for key in MACHINE}
