@@ -10,6 +10,7 @@ import pytest
 
 from specsplit.engines.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
+from specsplit.rpc.statuses import ALL_TAKEN
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker import calls
 from specsplit.worker.calls import Caller, Peer, Places
@@ -203,6 +204,8 @@ def test_who_had_its_time_gives_way_when_it_asks_for_its_next_round(
     assert not known(store, "a")
     waiting.join(10)
     assert known(store, "b")
+    with pytest.raises(SessionLost, match=ALL_TAKEN):
+        store.use(opening("a"), new=False).__enter__()
 
 
 def hold_long(store: SessionStore, session_id: str) -> None:

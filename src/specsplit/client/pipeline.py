@@ -36,6 +36,7 @@ from specsplit.decoding.lookup import LOOKUP, Lookup
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message, tree_to_message
+from specsplit.rpc.statuses import ALL_TAKEN
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
@@ -106,7 +107,8 @@ async def run_speculative_loop_async(
                 except WorkerFailed as error:
                     failed = error
                 # Who has to wait for the target's session keeps none of the draft worker from the one that has it.
-                lost = ["draft", "target"] if failed.role == "target" and failed.remedy == "resend" else [failed.role]
+                waits = failed.role == "target" and ALL_TAKEN in failed.details
+                lost = ["draft", "target"] if waits else [failed.role]
                 for role in lost:
                     await pipeline.close(role)
                 try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from specsplit.engines.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
+from specsplit.rpc.statuses import ALL_TAKEN
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.calls import Caller, Line, Peer
 from specsplit.worker.refusals import SessionLost, StaleRound
@@ -152,8 +153,9 @@ class SessionStore:
                 self._line.wake()
                 session = None
             if session is None and (context.prefix_length or not new):
+                full = self._line or (not self._spare and self._made == self._limit)
                 raise SessionLost(
-                    "this worker does not know the session (restarted or evicted); "
+                    f"this worker does not know the session ({ALL_TAKEN if full else 'restarted or evicted'}); "
                     "send the full context with prefix_length 0"
                 )
             if session is None and not self._line:
