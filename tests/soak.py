@@ -193,8 +193,9 @@ def kill_bench(kills: int, seed: int, *, own: bool = False, prompts: int = 12) -
         but = []
         arguments += ["--tokenizer", models["target"], "--max-output-tokens", str(TOKENS)]
         if own:
-            workers = {role: f"--model {models[role]} --port 0 --threads 1" for role in models}
-            arguments += [f"--start-{role}={flags}" for role, flags in workers.items()]
+            settings = {role: {"model": str(models[role]), "threads": 1} for role in models}
+            (folder / "settings.json").write_text(json.dumps(settings))
+            arguments += ["--start-workers", "--settings", folder / "settings.json"]
         else:
             for role in models:
                 worker = WorkerProcess(role, models[role], folder)

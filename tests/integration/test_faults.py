@@ -268,10 +268,11 @@ def test_workers_killed_at_random_moments() -> None:
 
 
 @pytest.mark.slow
-def test_bench_killed_at_random_moments() -> None:
-    figures = soak.kill_bench(3, seed=2, prompts=6)
+@pytest.mark.parametrize(("own", "kills"), [(False, 3), (True, 1)])
+def test_bench_killed_at_random_moments(own: bool, kills: int) -> None:
+    figures = soak.kill_bench(kills, seed=2, own=own, prompts=6)
     assert figures["ok"], figures
-    assert (figures["kills"], figures["rows"]) == (3, 6 * figures["runs"])
+    assert (figures["kills"], figures["rows"]) == (kills, 6 * figures["runs"])
 
 
 @pytest.mark.slow
