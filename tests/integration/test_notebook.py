@@ -9,17 +9,14 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
-NAME = "smollm2-135m-instruct"
 
 
 @pytest.mark.model
-def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = ROOT / "resources" / "models" / NAME  # of the workflow, or of other tests
-    if (prepared / "model.json").is_file():
-        cache = tmp_path / "cache" / "specsplit" / "models"
-        cache.mkdir(parents=True)
-        (cache / NAME).symlink_to(prepared)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def test_the_quickstart_runs(embedded_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache" / "specsplit" / "models"
+    cache.mkdir(parents=True)
+    (cache / embedded_model.name).symlink_to(embedded_model)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]

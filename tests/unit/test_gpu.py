@@ -282,11 +282,13 @@ def test_a_pass_never_waits_for_the_host() -> None:
     """As capture demands: no value is read, nothing is copied from or to the host after the warm-up."""
     model = GpuLM(CausalLM(make_tiny_model("qwen3-mixed").to("meta")), sessions=2)
     first, second = model.new_cache(100), model.new_cache(100)
+    second.tap((2, 0))
     sampling = [*SAMPLINGS, Sampling(temperature=1.0, top_k=9, rejection=True)]
     targets = torch.arange(VOCAB, device="meta")
     groups = [
         [Pass(first, PROMPT * 8)],
         [Pass(first, [5, 6], TREE), Pass(second, [5])],
+        [Pass(second, [5], TREE, then=Walk(GREEDY))],
         *([Pass(first, [5], TREE, then=Walk(s)), Pass(second, [5], TREE, then=Walk(s))] for s in SAMPLINGS),
         *([Pass(first, [5], then=Propose(s, VOCAB, None, 3))] for s in sampling),
         *([Pass(first, [5], then=Propose(s, 99, targets, 1))] for s in sampling),

@@ -26,7 +26,7 @@ from specsplit.models.sources import prepare_model, resolve_model
 from specsplit.models.vocabulary import load_vocabulary, read_reduced_map
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
-from heads import HIDDEN, ROWS, VOCAB, PlainHead, head_tensors, write_head
+from heads import HIDDEN, ROWS, VOCAB, PlainHead, head_config, head_tensors, write_head
 from tiny_models import make_tiny_model, make_tokenizer
 
 TOKENS = [5, 9, 33, 71, 12, 90, 44]
@@ -37,6 +37,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pickled": ("original", {"pickled": True}),
     "original-norms": ("original", {"fc_norm": True, "norm_output": True}),
     "speculators": ("speculators", {}),
+    "speculators-qwen3": ("speculators", {"model_type": "qwen3", "fc_norm": True, "attention_bias": False}),
+    "specforge-qwen2": ("original", {"model_type": "qwen2", "eagle_config": {"use_aux_hidden_state": True}}),
+    "speculators-layers": ("speculators", {"model_type": "qwen3", "num_hidden_layers": 3, "norm_output": True}),
+    "config-of-the-target": ("original", {"num_hidden_layers": 40}),
     "speculators-norms": ("speculators", {"norm_before_fc": True, "norm_output": True, "norm_before_residual": False}),
 }
 
@@ -61,7 +65,7 @@ ENGINES: dict[str, Callable[[Path], HiddenStatesHead | FusedHead]] = {"eager": e
 def test_a_published_head_drafts_as_published(variant: str, engine: str, tmp_path: Path) -> None:
     """A prompt, a tree, and rounds in which the target corrects what the head read of itself."""
     layout, changes = VARIANTS[variant]
-    tensors = head_tensors()
+    tensors = head_tensors(layers=changes.get("num_hidden_layers", 1) if layout == "speculators" else 1)
     plain = PlainHead(tensors, write_head(tmp_path, layout, tensors, **changes))
     head = ENGINES[engine](tmp_path)
     assert (head.vocab_size, head.hidden_size, head.state_size) == (ROWS, HIDDEN, HIDDEN)
@@ -137,18 +141,55 @@ def test_the_first_token_wants_a_state(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
-    write_head(tmp_path / "a", "speculators", head_tensors(), fc_norm=True)
+    changes = {"fc_norm": True, "model_type": "qwen3", "num_hidden_layers": 2}
+    write_head(tmp_path / "a", "speculators", head_tensors(layers=2), **changes)
     head = load_head(tmp_path / "a", torch.float32)
     save_head(head, tmp_path / "b", torch.float32, with_embedding=True)
     again = load_head(tmp_path / "b", torch.float32)
     assert again.config.layers == (0, 1, 2)
+    assert (again.config.qk_norm, len(again.decoder_layers)) == (True, 2)
     for name, tensor in head.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert read_reduced_map(tmp_path / "a") == read_reduced_map(tmp_path / "b")
 
 
-def test_layers_of_a_target() -> None:
+LAYER_IDS: list[tuple[dict[str, Any], tuple[int, ...] | None]] = [
+    ({}, None),
+    ({"eagle_aux_hidden_state_layer_ids": None}, None),
+    ({"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}, (1, 15, 28)),
+    ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": []}}, None),
+    ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}}, (2, 16, 29)),  # outputs are counted
+    ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 30, 58]}}, (2, 30, 58)),
+]
+
+
+@pytest.mark.parametrize(("keys", "layers"), LAYER_IDS)
+def test_layers_of_a_target(keys: dict[str, Any], layers: tuple[int, ...] | None, tmp_path: Path) -> None:
     assert default_layers(32) == (2, 16, 29)
+    (tmp_path / "config.json").write_text(json.dumps({**head_config("original"), **keys}))
+    assert read_head_config(tmp_path).layers == layers
+
+
+SPECULATORS_BAD = {
+    "another layer": ({"transformer_layer_config": {"model_type": "deepseek_v3"}}, "model_type 'deepseek_v3'"),
+    "no layer": ({"transformer_layer_config": None}, "transformer_layer_config is missing"),
+    "a choice that readers make differently": ({"norm_before_residual": None}, "norm_before_residual is missing"),
+}
+
+
+@pytest.mark.parametrize("bad", SPECULATORS_BAD)
+def test_a_bad_configuration_of_speculators(bad: str, tmp_path: Path) -> None:
+    changes, message = SPECULATORS_BAD[bad]
+    (tmp_path / "config.json").write_text(json.dumps({**head_config("speculators"), **changes}))
+    with pytest.raises(UserError, match=message):
+        read_head_config(tmp_path)
+
+
+def test_what_speculators_leaves_out_is_as_its_type_has_it(tmp_path: Path) -> None:
+    config = head_config("speculators") | {"transformer_layer_config": {"model_type": "qwen3", "hidden_size": 2048}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_head_config(tmp_path)
+    assert (found.qk_norm, found.layer.head_dim, found.layer.vocab_size) == (True, 128, 151936)
 
 
 # ---- as a worker's model
@@ -235,9 +276,10 @@ BAD = {
     "map out of range": (changed(d2t=D2T + 100), "d2t names token .*; the target has 0 to 127"),
     "map names one twice": (changed(d2t=-torch.arange(ROWS)), "d2t names a token twice"),
     "cut off": (cut, "cannot be read"),
-    "two layers": (config_with(num_hidden_layers=2), "num_hidden_layers 2"),
+    "no layers": (config_with(num_hidden_layers=0), "num_hidden_layers 0"),
+    "a second layer": (changed(**{"layers.1.norm.weight": torch.zeros(1)}), "layers.1.norm.weight has no place"),
     "another kind": (config_with(speculators_model_type="dflash"), "speculators_model_type 'dflash'"),
-    "another layer": (config_with(model_type="qwen3"), "model_type 'qwen3'"),
+    "another rotation": (config_with(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
     "no hidden states": (config_with(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state False"),
     "layers that are none": (config_with(eagle_aux_hidden_state_layer_ids=[-1]), "eagle_aux_hidden_state_layer_ids"),
     "vocabulary": (config_with(draft_vocab_size=500), "draft_vocab_size 500 is more"),

@@ -95,6 +95,14 @@ def test_a_text_that_overflows_leaves_the_next_ones_as_they_are(engine, sampling
     assert alone(engine, PROMPT, sampling) == expected
 
 
+def test_what_is_left_of_a_forgotten_text_does_not_end_the_next_one(engine):
+    expected = alone(engine, PROMPT, GREEDY)
+    cache = engine.new_cache(64)
+    engine.step(cache, [*PROMPT[:2], 40, BAD, 8])  # nobody looks at the logits, as of a part of a prompt
+    cache.rollback(2)
+    assert checked_pass(engine, cache, PROMPT, NO_DRAFT, GREEDY).next_token == expected[0]
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS[:3])
 def test_a_drafted_token_that_overflows_does_not_change_the_text(engine, sampling):
     expected = alone(engine, PROMPT, sampling)

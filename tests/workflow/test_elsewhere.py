@@ -129,7 +129,9 @@ rule mine:
 """
 
 
-def test_from_another_workflow(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_from_another_workflow(
+    compiled_kernels: None, workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """With other names, a prefix, and a model that a rule of the other workflow makes."""
     mine = tmp_path_factory.mktemp("other workflow")
     model = workspace.config["models"]["tiny"]["path"]

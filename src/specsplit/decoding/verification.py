@@ -37,9 +37,9 @@ def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, s
     device what `verify` does, where it `decides`. The cache holds a beginning of `text`, and `text` and the accepted
     tokens afterwards.
 
-    A drafted token may make the model overflow where the target alone would not go. So a pass with numbers that are not
-    finite is repeated without the draft. Raises NonFiniteLogits when they are those of the text itself; the cache is
-    as before then.
+    A drafted token may make the model overflow where the target alone would not go, and so may a token that once stood
+    in one pass with what the cache holds. So a pass with numbers that are not finite is repeated without the draft, and
+    then over all of the text. Raises NonFiniteLogits when they are those of the text itself; the cache is empty then.
     """
     held = cache.length
     try:
@@ -48,9 +48,9 @@ def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, s
         else:
             verdict = verify(tree, model.step(cache, text[held:], tree), len(text), sampling)
     except NonFiniteLogits:
-        cache.rollback(held)
+        cache.rollback(held if len(tree) else 0)
         cache.clean()
-        if not len(tree):
+        if not len(tree) and not held:
             raise
         return checked_pass(model, cache, text, TokenTree(), sampling)
     cache.keep(len(text), verdict.path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.kv_cache import LayeredSlots, StaticLayer
 from specsplit.engines.recording import Recorder
+from specsplit.engines.state_slots import MOST_TAPS, forget_taps
 from specsplit.engines.transformers import CausalLM
 from specsplit.engines.tree_attention import additive, positions, visible
 
@@ -34,7 +35,8 @@ class Buffers(Cache):
 
     def __init__(self, num_layers: int, slots: int) -> None:
         self.capacity = slots + 1
-        self.programs: dict[tuple[int, int, int], Program] = {}
+        self.programs: dict[Shape, Program] = {}
+        self.states: torch.Tensor | None = None  # inputs of layers that caches tap, [capacity, MOST_TAPS * hidden]
         self.written: torch.Tensor  # slots that the pass being recorded writes
         self.seen = 0  # slots that it looks at
         super().__init__(layers=[BufferLayer(self) for _ in range(num_layers)])
@@ -67,12 +69,18 @@ class BufferLayer(StaticLayer):
 class GraphCache(LayeredSlots):
     """The cache of one session, on buffers that are its own as long as it lives."""
 
-    def __init__(self, buffers: Buffers, capacity: int) -> None:
-        self.buffers = buffers
+    def __init__(self, buffers: Buffers, capacity: int, hidden_size: int, states_like: torch.Tensor) -> None:
+        self.buffers, self.hidden_size, self.states_like = buffers, hidden_size, states_like
         self.layers = buffers.layers
         self.length = 0
         self.capacity = capacity
         self.written = True  # since the last `clean`; another session may have had the buffers before
+
+    def new_states(self, width: int) -> torch.Tensor:
+        """As StateSlots.new_states: a part of the buffers, where recorded passes write."""
+        if self.buffers.states is None:
+            self.buffers.states = self.states_like.new_zeros(self.buffers.capacity, MOST_TAPS * self.hidden_size)
+        return self.buffers.states[: self.capacity, :width]
 
     def rollback(self, length: int) -> None:
         """As KVCache.rollback. Of one text, nothing is left to the next."""
@@ -90,12 +98,7 @@ class GraphCache(LayeredSlots):
 
 
 class GraphLM(CausalLM):
-    """CausalLM with passes that are recorded when first used; same methods, same logits but for rounding.
-
-    Its caches keep no hidden states.
-    """
-
-    taps = False
+    """CausalLM with passes that are recorded when first used; same methods, same logits but for rounding."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -107,7 +110,8 @@ class GraphLM(CausalLM):
         slots = _power_of_two(capacity, SMALLEST_VIEW)
         free = self._free[slots]
         buffers = free.pop() if free else Buffers(self.num_layers, slots)
-        cache = GraphCache(buffers, capacity)
+        states_like = torch.empty(0, dtype=self.dtype, device=self.device)
+        cache = GraphCache(buffers, capacity, self.hidden_size, states_like)
         cache.clean()
         weakref.finalize(cache, free.append, buffers)
         return cache
@@ -118,7 +122,7 @@ class GraphLM(CausalLM):
         Counted are passes of every size up to parts of prompts, at every view, with logits of SMALLEST_PASS rows.
         """
         slots = _power_of_two(capacity, SMALLEST_VIEW)
-        kept, view = super().cache_bytes(slots + 1), SMALLEST_VIEW
+        kept, view = super().cache_bytes(slots + 1, taps), SMALLEST_VIEW
         masks = 2 if self._masks_by_type else 1
         logits = SMALLEST_PASS * self.vocab_size * self.dtype.itemsize
         sizes = [size for size in (SMALLEST_PASS << i for i in range(16)) if size <= self.prefill_tokens]
@@ -134,11 +138,12 @@ class GraphLM(CausalLM):
         ids = [*tokens, *tree.token_ids[cached_nodes:]]
         context, end = cache.length - cached_nodes, cache.length + len(ids)
         size, rows = _power_of_two(len(ids), SMALLEST_PASS), _power_of_two(keep_logits, SMALLEST_PASS)
-        shape = (size, rows, _power_of_two(end, SMALLEST_VIEW))
+        shape = Shape(size, rows, _power_of_two(end, SMALLEST_VIEW), cache.taps)
         cache.written = True
         program = cache.buffers.programs.get(shape)
         if program is None:
-            program = cache.buffers.programs[shape] = Program(self, cache.buffers, *shape)
+            forget_taps(cache.buffers.programs, shape.taps)
+            program = cache.buffers.programs[shape] = Program(self, cache.buffers, shape)
         windows = (None, self._window) if self._masks_by_type else (self._window,)
         logits = program.run(
             ids,
@@ -151,15 +156,23 @@ class GraphLM(CausalLM):
         return logits[:keep_logits].clone()  # the next pass writes there
 
 
+class Shape(NamedTuple):
+    """Of a recorded pass. size: tokens fed. rows: logits. seen: slots that attention looks at. All but the first ones
+    of each may be padding. taps: layers whose inputs are kept."""
+
+    size: int
+    rows: int
+    seen: int
+    taps: tuple[int, ...]
+
+
 class Program:
-    """A pass of one shape on one cache.
+    """A pass of one shape on one cache."""
 
-    size: tokens fed. rows: logits. seen: slots that attention looks at. All but the last ones of each may be padding.
-    """
-
-    def __init__(self, lm: GraphLM, buffers: Buffers, size: int, rows: int, seen: int) -> None:
+    def __init__(self, lm: GraphLM, buffers: Buffers, shape: Shape) -> None:
         self._lm, self._buffers = lm, buffers
-        self._size, self._rows, self._seen = size, rows, seen
+        size, self._rows, self._seen, self._taps = shape
+        rows, seen, self._size = self._rows, self._seen, size
         self._masks = 2 if lm._masks_by_type else 1
         cuda = lm.device.type == "cuda"
         # Tokens, positions, rows wanted and the first slot in one copy, the masks in another.
@@ -208,14 +221,21 @@ class Program:
         buffers.seen = self._seen
         masks = [additive(bits, self._lm.dtype, self._lm.device) for bits in self._mask_bits]
         kinds = ("full_attention", "sliding_attention")
-        output = self._lm.model(
-            input_ids=self._numbers[None, :size],
-            position_ids=self._numbers[None, size : 2 * size],
-            attention_mask=dict(zip(kinds, masks, strict=True)) if self._masks > 1 else masks[0],
-            past_key_values=buffers,
-            use_cache=True,
-            logits_to_keep=self._numbers[2 * size : 2 * size + self._rows],
-        )
+        hidden = self._lm.hidden_size
+
+        def keep(place: int, states: torch.Tensor) -> None:
+            assert buffers.states is not None
+            buffers.states[:, place * hidden : (place + 1) * hidden].index_copy_(0, buffers.written, states)
+
+        with self._lm._tapped(self._taps, keep):
+            output = self._lm.model(
+                input_ids=self._numbers[None, :size],
+                position_ids=self._numbers[None, size : 2 * size],
+                attention_mask=dict(zip(kinds, masks, strict=True)) if self._masks > 1 else masks[0],
+                past_key_values=buffers,
+                use_cache=True,
+                logits_to_keep=self._numbers[2 * size : 2 * size + self._rows],
+            )
         self._logits = output.logits[0]
 
 

@@ -22,6 +22,7 @@ from specsplit.engines.gpu_cache import GpuCache, Pool, shape_of
 from specsplit.engines.gpu_decoder import unsuitable
 from specsplit.engines.gpu_passes import Program, Runtime, Shape, Then
 from specsplit.engines.passes import EMPTY, Pass, Propose, Walk, all_or_none
+from specsplit.engines.state_slots import forget_taps
 from specsplit.engines.token_cache import tokens_of_pass
 from specsplit.engines.transformers import CausalLM
 
@@ -39,7 +40,7 @@ class GpuLM:
     """
 
     uses_torch_threads = True
-    taps = False
+    taps = True
     decides = True
 
     def __init__(self, source: CausalLM, sessions: int = 4, compiles: bool | None = None) -> None:
@@ -51,6 +52,7 @@ class GpuLM:
         self.batch_tokens = self.prefill_tokens = source.prefill_tokens
         self.sessions = sessions
         self.runtime = Runtime(source, compiles)
+        self.num_layers, self.hidden_size = source.num_layers, source.hidden_size
         self._bytes_of_slot = source.cache_bytes(1)
         self._pools: list[Pool] = []
 
@@ -59,7 +61,7 @@ class GpuLM:
     def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         """As CausalLM.cache_bytes: a row of a pool, padding included."""
         blocks, block = shape_of(_multiple(capacity))
-        return blocks * block * self._bytes_of_slot
+        return blocks * block * (self._bytes_of_slot + taps * self.hidden_size * self.dtype.itemsize)
 
     @torch.no_grad()
     def new_cache(self, capacity: int) -> GpuCache:
@@ -127,13 +129,14 @@ class GpuLM:
             alone = i if work.size > SMALLEST_PASS else None
             # Nodes move in a group where they move in one of its trees, and the longest draft sets the steps.
             kind = replace(Then.of(work), moves=False, steps=int(bool(work.steps)))
-            groups.setdefault((id(work.cache.pool), kind, alone), []).append(i)
+            groups.setdefault((id(work.cache.pool), kind, alone, work.cache.taps), []).append(i)
         yield from groups.values()
 
     def _run(self, passes: Sequence[Pass]) -> list[Any]:
         pool, shape = passes[0].cache.pool, self._shape(passes)
         program = pool.programs.get(shape)
         if program is None:
+            forget_taps(pool.programs, shape.taps)
             program = pool.programs[shape] = Program(self.runtime, pool, shape, passes[0])
         for work in passes:
             work.cache.written = True
@@ -170,6 +173,7 @@ class GpuLM:
             rows if thens[0].kind.method == "greedy" else min(wanted, rows),
             pool.view(min(max(work.cache.length + work.size + steps for work in passes), pool.padding)),
             replace(thens[0], moves=any(then.moves for then in thens), steps=steps),
+            passes[0].cache.taps,
         )
 
     # ---- before the first request

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specsplit.engines.token_cache import Slots
+from specsplit.engines.state_slots import MOST_TAPS, StateSlots
 
 if TYPE_CHECKING:
     from specsplit.engines.gpu_decoder import Decoder
@@ -23,6 +23,7 @@ class Pool:
 
     kv: of each layer [2 (keys, values), rows, blocks, kv_heads, block, head_dim]; slot s of a session is slot s % block
     of its block s // block. The last slot of a row takes what padding writes; no token ever sees it.
+    states: inputs of layers that caches tap, [rows, blocks, block, MOST_TAPS * hidden]; made when the first one does.
     cos, sin: of all positions, [slots, head_dim]. programs: the passes recorded on this pool.
     """
 
@@ -32,6 +33,8 @@ class Pool:
         self.views = _views(self.blocks, self.block)
         shape = (2, rows, self.blocks, decoder.sizes.kv_heads, self.block, decoder.sizes.head_dim)
         self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(decoder.num_layers)]
+        self.hidden_size = decoder.embed.weight.shape[1]
+        self.states: torch.Tensor | None = None
         self.cos, self.sin = decoder.rotary(self.blocks * self.block, dtype)
         self.programs: dict[Any, Any] = {}
         self._free = list(range(rows))
@@ -67,11 +70,11 @@ def shape_of(capacity: int) -> tuple[int, int]:
     return blocks, -(-(capacity + 1) // (64 * blocks)) * 64
 
 
-class GpuCache(Slots):
+class GpuCache(StateSlots):
     """The cache of one session: a row of a pool that is its own as long as it lives."""
 
     def __init__(self, pool: Pool, row: int, capacity: int) -> None:
-        self.pool, self.row = pool, row
+        self.pool, self.row, self.hidden_size = pool, row, pool.hidden_size
         self.length = 0
         self.capacity = capacity
         self.written = True  # since the last `clean`; another session may have had the row before
@@ -100,6 +103,13 @@ class GpuCache(Slots):
                 kv[:, self.row, block + 1 :].zero_()
         self.written = False
 
+    def new_states(self, width: int) -> torch.Tensor:
+        """As StateSlots.new_states: a part of the pool's, where recorded passes write."""
+        pool = self.pool
+        if pool.states is None:
+            pool.states = pool.kv[0].new_zeros(pool.rows, pool.blocks, pool.block, MOST_TAPS * self.hidden_size)
+        return pool.states[self.row].flatten(0, 1)[: self.capacity, :width]
+
     def has_kept(self, context: int, path: Sequence[int]) -> None:
         """The last pass has done what `keep` with these arguments does; what it fed besides is lost."""
         self.length = context + len(path)
@@ -118,9 +128,11 @@ class GpuCache(Slots):
                 for kv in self.pool.kv:
                     own = kv[:, self.row]  # the right side is a copy
                     own[:, to // block, :, to % block] = own[:, origin // block, :, origin % block]
+                self.move_states(context, path)
         self.length = context + len(path)
         self._kept = None
 
     def nbytes(self) -> int:
         """Bytes reserved by this cache."""
-        return sum(kv.nbytes for kv in self.pool.kv) // self.pool.rows
+        states = 0 if self.pool.states is None else self.pool.states.nbytes
+        return (states + sum(kv.nbytes for kv in self.pool.kv)) // self.pool.rows

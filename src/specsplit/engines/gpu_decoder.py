@@ -8,7 +8,7 @@ over the blocks of the cache where there is more than one, so that a single sess
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,13 +98,15 @@ class Decoder:
 
     def forward(
         self, ids: torch.Tensor, tokens: Tokens, caches: Sequence[torch.Tensor], view: tuple[int, int], layer: Layer
-    ) -> torch.Tensor:
-        """The states after the last layer, [tokens, hidden]. caches: of each layer, the rows of the pass's sessions
-        (as in Pool). view: as from Pool.view. layer: `one_layer`, or the same compiled."""
+    ) -> Iterator[torch.Tensor]:
+        """The inputs of all layers, one after another, and what the last one gives, [tokens, hidden] each. caches: of
+        each layer, the rows of the pass's sessions (as in Pool). view: as from Pool.view. layer: `one_layer`, or the
+        same compiled."""
         x = self.embed(ids)
         for weights, cache, mask in zip(self._layers, caches, self._mask_of, strict=True):
+            yield x
             x = layer(x, tokens.cos, tokens.sin, *tokens.slots, tokens.masks[mask], cache, view, self.sizes, weights)
-        return x
+        yield x
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """[rows, hidden] -> [rows, vocab]."""

@@ -53,7 +53,7 @@ class Shape:
     row, sessions: the rows of the pool that it is for. tokens: fed for each. window: the last slots, in which a token
     sees its ancestors alone. rows: whose logits are wanted. chosen: the first of them, after which a token is chosen:
     fewer where that takes noise; the logits are computed for as many as ever, so that their bits stay. view: of the
-    cache, as from Pool.view.
+    cache, as from Pool.view. taps: layers whose inputs are kept, as in StateSlots.
     """
 
     row: int
@@ -64,6 +64,7 @@ class Shape:
     chosen: int
     view: tuple[int, int]
     then: Then
+    taps: tuple[int, ...] = ()
 
     @property
     def layers(self) -> set[tuple[int, int, tuple[int, int]]]:
@@ -175,7 +176,9 @@ class Program:
         then, cuda = shape.then, runtime.device.type == "cuda"
         targets = example.then.targets if isinstance(example.then, Propose) else None
         self.targets = None if targets is None else targets.to(runtime.device)
-        self._caches = [kv[:, shape.row : shape.row + shape.sessions] for kv in pool.kv]
+        rows = slice(shape.row, shape.row + shape.sessions)
+        self._caches = [kv[:, rows] for kv in pool.kv]
+        self._states = None if pool.states is None or not shape.taps else pool.states[rows]
         width = shape.tokens + shape.window + FIELDS + NUMBERS
         self._host = torch.zeros(shape.sessions, width, dtype=torch.long, pin_memory=cuda)
         self._numbers = self._host.to(runtime.device, copy=True)
@@ -266,7 +269,16 @@ class Program:
         places = positions.flatten()
         masks = [mask_of(see, view, runtime.decoder.sizes, runtime.dtype) for see in sees]
         tokens = Tokens(self._pool.cos[places], self._pool.sin[places], self._slots(slots), masks)
-        return runtime.decoder.forward(ids.flatten(), tokens, self._caches, view, functions.layer)
+        tapped = {}
+        for layer, states in enumerate(
+            runtime.decoder.forward(ids.flatten(), tokens, self._caches, view, functions.layer)
+        ):
+            if layer in self.shape.taps:
+                tapped[layer] = states
+        if self._states is not None:
+            kept = torch.cat([tapped[layer] for layer in self.shape.taps], -1)
+            self._states[(*tokens.slots, slice(kept.shape[1]))] = kept
+        return states
 
     def _slots(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Slots of the sessions, [sessions, any], as places in their caches."""
@@ -300,6 +312,8 @@ class Program:
             target, source = (self._slots(each.clamp(max=self._pool.padding)) for each in (to, origin))
             for cache in self._caches:  # the right side is a copy
                 cache[:, target[0], target[1], :, target[2]] = cache[:, source[0], source[1], :, source[2]]
+            if self._states is not None:
+                self._states[target] = self._states[source]
 
     def _propose(self, functions: Functions, logits: torch.Tensor, positions: torch.Tensor) -> None:
         """positions: of the rows, [sessions, rows]. Where tokens are fed after them, there is one row."""

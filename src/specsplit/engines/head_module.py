@@ -24,29 +24,35 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class HeadAttention(nn.Module):
-    """The projections of attention, whose inputs are twice as wide as elsewhere."""
+    """The projections of attention, which in the first layer have inputs twice as wide as elsewhere."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, inputs: int, qk_norm: bool) -> None:
         super().__init__()
         hidden, bias = config.hidden_size, config.attention_bias
         self.head_dim: int = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-        self.q_proj = nn.Linear(2 * hidden, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(2 * hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(2 * hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.q_proj = nn.Linear(inputs, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(inputs, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(inputs, config.num_key_value_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        if qk_norm:
+            self.q_norm, self.k_norm = (LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2))
 
 
 class HeadLayer(nn.Module):
-    """The decoder layer. Its modules have the names of the original checkpoints."""
+    """A decoder layer. Its modules have the names of the original checkpoints.
 
-    def __init__(self, config: HeadConfig) -> None:
+    first: it attends over embedding and state side by side; one after it is as in any model.
+    """
+
+    def __init__(self, config: HeadConfig, first: bool = True) -> None:
         super().__init__()
         hidden, eps = config.layer.hidden_size, config.layer.rms_norm_eps
-        self.norm_before_residual = config.norm_before_residual
-        self.self_attn = HeadAttention(config.layer)
+        self.first, self.norm_before_residual = first, first and config.norm_before_residual
+        self.self_attn = HeadAttention(config.layer, 2 * hidden if first else hidden, config.qk_norm)
         self.mlp = LlamaMLP(config.layer)
         self.input_layernorm = LlamaRMSNorm(hidden, eps=eps)
-        self.hidden_norm = LlamaRMSNorm(hidden, eps=eps)
+        if first:
+            self.hidden_norm = LlamaRMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = LlamaRMSNorm(hidden, eps=eps)
 
     def attention_inputs(
@@ -54,14 +60,21 @@ class HeadLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [batch, heads, n, head_dim], turned to their positions.
 
-        embedded, states: [batch, n, hidden]. rotary: of `HeadModule.rotary`.
+        embedded, states: [batch, n, hidden]; after the first layer states are what the one before gave, and nothing
+        else is read. rotary: of `HeadModule.rotary`.
         """
-        joined = torch.cat([self.input_layernorm(embedded), self.hidden_norm(states)], dim=-1)
+        if self.first:
+            joined = torch.cat([self.input_layernorm(embedded), self.hidden_norm(states)], dim=-1)
+        else:
+            joined = self.input_layernorm(states)
         attention = self.self_attn
         q, k, v = (
-            projection(joined).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            projection(joined).unflatten(-1, (-1, attention.head_dim))
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         q, k = apply_rotary_pos_emb(q, k, *rotary)
         return q, k, v
 
@@ -93,6 +106,8 @@ class HeadLayer(nn.Module):
 class HeadModule(nn.Module):
     """A head with random weights. Parameters are named as in the original checkpoints, or in those of `speculators`.
 
+    layers: after the first one, `midlayer`, by their numbers.
+
     d2t: for every row of the output head the target's token less the row. t2d: whether a row has the token.
     embed_tokens: of the target; its weights may be shared with it.
     """
@@ -112,6 +127,9 @@ class HeadModule(nn.Module):
             self.fc_norm = nn.ModuleList(LlamaRMSNorm(size, eps=config.layer.rms_norm_eps) for size in sizes)
         self.fc = nn.Linear(sum(sizes), hidden, bias=False)
         self.midlayer = HeadLayer(config)
+        self.layers = nn.ModuleDict(
+            {str(number): HeadLayer(config, first=False) for number in range(1, config.layer.num_hidden_layers)}
+        )
         self.norm = LlamaRMSNorm(hidden, eps=config.layer.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
         self.register_buffer("d2t", torch.zeros(config.vocab_size, dtype=torch.long))
@@ -126,6 +144,11 @@ class HeadModule(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
+
+    @property
+    def decoder_layers(self) -> list[Any]:
+        """Each HeadLayer in its order."""
+        return [self.midlayer, *self.layers.values()]
 
     def set_tokens(self, tokens: Any) -> None:
         """Name the target's token of every row of the output head."""
@@ -170,6 +193,9 @@ def load_head(folder: Path, dtype: torch.dtype, target: Path | None = None) -> H
     cannot be read, by the file, key or tensor that is wrong.
     """
     config, tensors = read_head_config(folder), head_tensors(folder)
+    if not any(name.startswith("layers.") for name in tensors):
+        config.layer.num_hidden_layers = 1  # of the original layout, which may say how many its target has
+    tensors = {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in tensors.items()}
     with torch.device("meta"):
         module = HeadModule(config)
     expected = {name: tensor for name, tensor in module.state_dict().items() if name not in ("d2t", "t2d")}

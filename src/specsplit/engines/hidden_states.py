@@ -93,13 +93,15 @@ class HiddenStatesHead:
     def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         """As CausalLM.cache_bytes."""
         layer = self.module.config.layer
-        numbers = 2 * layer.num_key_value_heads * self.module.midlayer.self_attn.head_dim + self.state_size
+        numbers = 2 * layer.num_hidden_layers * layer.num_key_value_heads * self.module.midlayer.self_attn.head_dim
+        numbers += self.state_size
         return numbers * self.dtype.itemsize * capacity
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty cache of at most `capacity` entries; its `states` are the head's own outputs."""
-        cache = KVCache(1, capacity, self.state_size, torch.empty(0, dtype=self.dtype, device=self.device))
-        cache.tap((1,))  # the output of its one layer
+        layers = len(self.module.decoder_layers)
+        cache = KVCache(layers, capacity, self.state_size, torch.empty(0, dtype=self.dtype, device=self.device))
+        cache.tap((layers,))  # the output of the last one
         return cache
 
     @torch.inference_mode()
@@ -156,15 +158,17 @@ class HiddenStatesHead:
     def _forward(
         self, cache: Any, ids: Sequence[int], states: torch.Tensor, places: Sequence[int], seen: torch.Tensor
     ) -> torch.Tensor:
-        module, layer = self.module, self.module.midlayer
+        module, outputs = self.module, states[None]
         rotary = module.rotary(torch.tensor([places], device=self.device))
         embedded = module.embed_tokens(torch.tensor([ids], device=self.device))
-        q, k, v = layer.attention_inputs(embedded, states[None], rotary)
-        k, v = cache.update(k, v, 0)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen.to(self.device), enable_gqa=True
-        )
-        outputs: torch.Tensor = layer.finish(states[None], attended)[0]
+        for number, layer in enumerate(module.decoder_layers):
+            q, k, v = layer.attention_inputs(embedded, outputs, rotary)
+            k, v = cache.update(k, v, number)
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen.to(self.device), enable_gqa=True
+            )
+            outputs = layer.finish(outputs, attended)
+        outputs = outputs[0]
         cache.states[cache.length : cache.length + len(ids)] = module.next_states(outputs)
         cache.advance(len(ids))
         return outputs

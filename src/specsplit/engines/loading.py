@@ -154,7 +154,7 @@ def _load_head(folder: Path, name: str, config: WorkerSettings, threads: int) ->
             "worker's model"
         )
     if config.skip_layers:
-        raise UserError(f"skip_layers {config.skip_layers}: {name} is a head of one layer, which cannot be left out")
+        raise UserError(f"skip_layers {config.skip_layers}: {name} is a head, whose layers cannot be left out")
     target = target_tokenizer(config)
     if target is None and not has_tokenizer(folder):
         raise UserError(

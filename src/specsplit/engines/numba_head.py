@@ -36,7 +36,7 @@ class FusedHead(FusedPasses):
         self.parameters = source.parameters
         super().__init__(
             config.layer,
-            [layer],
+            module.decoder_layers,
             module.lm_head,
             module.norm,
             module.position_embedding,
@@ -61,7 +61,7 @@ class FusedHead(FusedPasses):
     def new_cache(self, capacity: int) -> FusedCache:
         """As HiddenStatesHead.new_cache."""
         cache = super().new_cache(capacity)
-        cache.tap((1,))  # the output of its one layer
+        cache.tap((self.num_layers,))  # the output of the last one
         return cache
 
     def project(self, raw: torch.Tensor) -> torch.Tensor:

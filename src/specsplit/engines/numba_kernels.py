@@ -273,7 +273,6 @@ def run_pass(
     group = heads // kv_heads
     hidden_inputs, attended_inputs, gated_inputs = _padded(hidden), _padded(attended.shape[1]), gate.shape[1]
     is_head = joined.shape[1] > 0
-    inputs = _padded(2 * hidden) if is_head else hidden_inputs
     if is_head:
         low, high = _share(count, 1, thread, threads)
         for t in range(low, high):
@@ -285,10 +284,12 @@ def run_pass(
         _meet(sync, threads)
     for layer in range(layers):
         these = linears[layer]
+        joins = is_head and layer == 0
+        inputs = _padded(2 * hidden) if joins else hidden_inputs
         for places in range(kept.shape[0]):
             _keep(kept[places, layer], final_norm[:0], x, eps, thread, threads)
         for t in range(count):  # every thread for itself: cheaper than to meet
-            if is_head:
+            if joins:
                 call(pack, (joined[t].ctypes.data, 2 * hidden, t, count, inputs, packed.ctypes.data))
             else:
                 normalise(x[t], attention_norm[layer], eps, row)

@@ -14,7 +14,7 @@ from specsplit.models.head_config import is_head, read_head_config
 from specsplit.models.head_files import head_tensors
 
 PARTS = ("fc", "fc_norm", "input_norm")
-OTHERS = ("embed_tokens", "midlayer", "norm", "lm_head", "d2t", "t2d")
+OTHERS = ("embed_tokens", "midlayer", "layers", "norm", "lm_head", "d2t", "t2d")
 
 
 class Projection:

@@ -224,7 +224,13 @@ class CausalLM:
     ) -> torch.Tensor:
         ids = [*tokens, *tree.token_ids[cached_nodes:]]
         context = cache.length - cached_nodes
-        with self._tapped(cache, len(ids)):
+        kept = None if cache.states is None else cache.states[cache.length : cache.length + len(ids)]
+
+        def keep(place: int, states: torch.Tensor) -> None:
+            assert kept is not None
+            kept[:, place * self.hidden_size : (place + 1) * self.hidden_size] = states
+
+        with self._tapped(cache.taps, keep):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
                 position_ids=torch.tensor([positions(context, len(tokens), tree, cached_nodes)], device=self.device),
@@ -238,24 +244,22 @@ class CausalLM:
         return logits
 
     @contextmanager
-    def _tapped(self, cache: Any, count: int) -> Iterator[None]:
-        """Write the inputs of the layers that the cache taps into it, for the `count` tokens of a pass."""
-        if cache.states is None:
+    def _tapped(self, taps: Sequence[int], keep: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+        """Call `keep` in each pass with the place of a tap and the inputs of its layer, [tokens, hidden_size]."""
+        if not taps:
             yield
             return
         parent, name = layer_list(self.model, self.num_layers)
-        rows = cache.states[cache.length : cache.length + count].view(count, len(cache.taps), self.hidden_size)
 
         def hook(place: int) -> Callable[..., None]:
             def write(module: Any, args: Any, kwargs: Any) -> None:
-                rows[:, place] = (args[0] if args else kwargs["hidden_states"])[0]
+                keep(place, (args[0] if args else kwargs["hidden_states"])[0])
 
             return write
 
         layers = getattr(parent, name)
         hooks = [
-            layers[layer].register_forward_pre_hook(hook(place), with_kwargs=True)
-            for place, layer in enumerate(cache.taps)
+            layers[layer].register_forward_pre_hook(hook(place), with_kwargs=True) for place, layer in enumerate(taps)
         ]
         try:
             yield

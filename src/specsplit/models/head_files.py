@@ -19,15 +19,14 @@ EMBEDDING = "embed_tokens.weight"
 
 
 def head_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors by the names of the original checkpoints, without those that nothing is computed from.
+    """The tensors by their names, without those that nothing is computed from.
 
     Those of safetensors are mapped and not read yet. Raises UserError for a file that is damaged or cut off.
     """
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         tensors |= read_tensors(path)
-    named = {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in tensors.items()}
-    return {n: tensor for n, tensor in named.items() if n not in UNUSED and not n.endswith("rotary_emb.inv_freq")}
+    return {n: tensor for n, tensor in tensors.items() if n not in UNUSED and not n.endswith("rotary_emb.inv_freq")}
 
 
 def head_tokens(config: HeadConfig, tensors: Mapping[str, torch.Tensor], folder: Path) -> list[int]:

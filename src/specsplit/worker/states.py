@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from specsplit.engines.state_slots import MOST_TAPS
 from specsplit.models.head_config import default_layers
 from specsplit.rpc.hidden_states import FORMS, StatesError, check_states, pack_states, row_bytes, unpack_states
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     Head = HiddenStatesHead | FusedHead
 
 log = logging.getLogger(__name__)
-MOST_LAYERS = 4  # whose states a target worker keeps; memory for as many is counted in each session
 MOST_PARTS = 32  # messages that the states of one reply are sent in: all of them may wait to be read
 
 
@@ -45,9 +45,9 @@ class Wanted:
     def of(cls, message: pb.WantedStates, num_layers: int, projection: Projection | None, context: int) -> Wanted:
         """context: tokens of the request's context. Raises InvalidRequest."""
         layers = tuple(message.layers) or default_layers(num_layers)
-        if len(layers) > MOST_LAYERS or not all(0 <= layer < num_layers for layer in layers):
+        if len(layers) > MOST_TAPS or not all(0 <= layer < num_layers for layer in layers):
             raise InvalidRequest(
-                f"wanted_states: layers {list(layers)[:8]} are not at most {MOST_LAYERS} of 0 to {num_layers - 1}"
+                f"wanted_states: layers {list(layers)[:8]} are not at most {MOST_TAPS} of 0 to {num_layers - 1}"
             )
         if message.form not in FORMS:
             raise InvalidRequest(f"wanted_states: form {message.form[:20]!r} is none of {', '.join(FORMS)}")

@@ -14,6 +14,7 @@ from specsplit.decoding.shared_gamma import SharedGamma
 from specsplit.decoding.tree import TokenTree, TreeError, check_lengths
 from specsplit.decoding.verification import Verdict, checked_pass
 from specsplit.engines.projection import Projection
+from specsplit.engines.state_slots import MOST_TAPS
 from specsplit.rpc.codec import tokens_crc32, tree_from_message
 from specsplit.rpc.hidden_states import FORMS
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -25,7 +26,7 @@ from specsplit.worker.inbox import Inbox
 from specsplit.worker.refusals import InvalidRequest, LimitReached, NotFinite, SessionLost
 from specsplit.worker.servicer import WorkerServicer, checked_sampling
 from specsplit.worker.sessions import Session
-from specsplit.worker.states import MOST_LAYERS, Wanted
+from specsplit.worker.states import Wanted
 
 if TYPE_CHECKING:
     from specsplit.engines.passes import Steps
@@ -35,7 +36,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
     """Serves one target model. projection: the `fc` of a draft, which it can apply to hidden states."""
 
     role = "target"
-    most_taps = MOST_LAYERS
+    most_taps = MOST_TAPS
     config: TargetWorkerConfig
 
     def __init__(

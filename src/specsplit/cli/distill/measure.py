@@ -34,7 +34,6 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.prompt_tokens import prompt_tokens
     from specsplit.io import sha256_file, write_csv, write_json
     from specsplit.launch.environment import usable_cores
-    from specsplit.models.head_config import is_head
     from specsplit.models.sources import resolve_model
     from specsplit.models.tokenizer import TextCodec
     from specsplit.models.vocabulary import load_vocabulary
@@ -50,9 +49,6 @@ def run(args: argparse.Namespace) -> None:
     target_folder, target_manifest = resolve_model(args.target)
     draft_folder, draft_manifest = resolve_model(args.draft)
     target, target_is = load_model(target_folder, target_manifest, target_config, threads)
-    if is_head(draft_folder) and not target.taps:
-        plain = target_config.model_copy(update={"engine": "transformers"})
-        target, target_is = load_model(target_folder, target_manifest, plain, threads)
     draft, draft_is = load_model(draft_folder, draft_manifest, draft_config, threads)
     vocabulary = load_vocabulary(draft_folder, target_folder, draft.vocab_size)
     codec = TextCodec.load(target_folder)
