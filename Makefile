@@ -1,6 +1,6 @@
 # make results   install into .venv and run the main job on the embedded default model
 # make test      install into .venv with the development tools and pass the tests
-# make soak      break things for an hour and count what came of it
+# make soak      break things for two hours and count what came of it
 # make campaign  an hour of workers under pressure: low limits, up to 64 clients, kills, faults, silent and greedy streams
 # make lint      style, types, layers, workflow lint, generated files, documentation
 # make settings  what is made from the settings: schema, config/config.yaml, the table of its keys
@@ -39,6 +39,8 @@ soak: .venv/installed-dev
 	$(RUN) python tests/soak.py own --kills 10 --seed 6
 	$(RUN) python tests/soak.py workflow --kills 10 --seed 7
 	$(RUN) python tests/soak.py load --minutes 30 --clients 8 --curve soak-memory.csv
+	$(RUN) python tests/soak.py serve --minutes 30 --kills 0
+	$(RUN) python tests/soak.py serve --minutes 6 --kills 8
 
 campaign: .venv/installed-dev
 	for seed in 1 2 3 4; do $(RUN) python tests/soak.py pressure --minutes 15 --seed $$seed || exit 1; done

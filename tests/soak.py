@@ -6,6 +6,7 @@
     python tests/soak.py workflow --kills 10       `snakemake` killed at random moments and started again
     python tests/soak.py load --minutes 30         8 clients through a network with faults, memory of the workers
     python tests/soak.py pressure --minutes 15     1 to 64 clients, low limits, kills, faults, silent and greedy streams
+    python tests/soak.py serve --minutes 30 --kills 0   OpenAI's client against `specsplit serve`, mixed load, memory
 
 Each prints one JSON object and ends with status 1 when something is wrong: a text that is neither right nor named as
 failed, a row that is lost or doubled, a process left after 5 s. tests/integration/test_faults.py has short ones.
@@ -49,6 +50,7 @@ from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.run import OrchestratorConfig
 
 from faulty_network import FaultyNetwork, faulty_network
+from soak_serve import serve_campaign
 from worker_processes import WorkerProcess, start_command
 from workspace import Workspace
 
@@ -533,12 +535,12 @@ def _episode(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaign", choices=("workers", "bench", "own", "workflow", "load", "pressure"))
+    parser.add_argument("campaign", choices=("workers", "bench", "own", "workflow", "load", "pressure", "serve"))
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--curve", type=Path, help="CSV file for the memory of each second (load)")
+    parser.add_argument("--curve", type=Path, help="CSV file for the memory of each second (load, serve)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     if args.campaign == "workers":
@@ -547,6 +549,12 @@ def main() -> None:
         figures = load(args.minutes, args.clients, args.seed, curve=args.curve)
     elif args.campaign == "pressure":
         figures = pressure(args.minutes, args.seed)
+    elif args.campaign == "serve":
+        with campaign() as (folder, figures):
+            models, mark = simulated(folder, step_ms=4.0), {MARK: figures["mark"]}
+            how: dict[str, Any] = {"minutes": args.minutes, "clients": args.clients, "seed": args.seed}
+            serve_campaign(folder, models, figures, mark, kills=args.kills, curve=args.curve, **how)
+        figures["ok"] = figures["ok"] and not figures["orphans"]
     elif args.campaign == "workflow":
         figures = kill_workflow(args.kills, args.seed)
     else:

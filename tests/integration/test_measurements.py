@@ -137,7 +137,8 @@ def test_clients_at_once_get_the_texts_of_one(clients: list[str], tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_server_under_a_load_client(folders: tuple[Path, Path], clients: list[str], tmp_path: Path) -> None:
+def test_the_server_under_a_load_client(clients: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECSPLIT_SERVE_API_KEY_FILE", "of-another-server")
     table = tmp_path / "openai_load.csv"
     load = ["--clients", "1", "2", "--gamma", "2", "--requests", "8", "--max-output-tokens", "24"]
     main(["openai-load", *clients, "--output", str(table), *load])

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import uvicorn
 from starlette.testclient import TestClient
@@ -24,14 +28,15 @@ from specsplit.api.pair import Pair, connect
 from specsplit.errors import UserError
 from specsplit.models.tokenizer import TextCodec
 from specsplit.serve.app import application
-from specsplit.serve.bodies import NEUTRAL
-from specsplit.serve.listening import read_keys
+from specsplit.serve.bodies import IGNORED, NEUTRAL, CompletionBody
+from specsplit.serve.listening import read_keys, without_broken_requests
 from specsplit.settings.serve import ServeSettings
 
 from grpc_fixtures import Gate, Reference, Worker, noisy_copy, serving
 from waiting import wait_until
 
 MODEL = "tiny"
+KEYS = ("none", "other")
 QUESTION: list[Any] = [{"role": "user", "content": "Why?"}]
 
 
@@ -60,18 +65,19 @@ def an_application(pair: Pair, keys: tuple[str, ...] = (), **settings: Any) -> A
 
 @pytest.fixture(scope="module")
 def base_url(pair: Pair) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(an_application(pair), port=0, log_level="warning", lifespan="off"))
-    socket = server.config.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+    app = without_broken_requests(an_application(pair, keys=KEYS))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    listening = server.config.bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{socket.getsockname()[1]}/v1"
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
     server.should_exit = True
     thread.join(20)
 
 
 @pytest.fixture(scope="module")
 def client(base_url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=base_url, api_key=KEYS[0], max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +148,7 @@ def test_many_async_clients_get_the_text_of_one(base_url: str, expected: Callabl
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
     async def all_of_them() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key=KEYS[1], max_retries=0) as client:
             return await asyncio.gather(*(ask(client, bool(i % 2)) for i in range(24)))
 
     assert set(asyncio.run(all_of_them())) == {expected(16)}
@@ -215,15 +221,35 @@ GOOD: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 4}
         ({"temperature": -1}, 400, "temperature"),
         ({"temperature": "warm"}, 400, "temperature"),
         ({"top_p": 0}, 400, "top_p"),
+        ({"temperature": 1e-9}, 400, "temperature"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 2.5}, 400, "max_tokens"),
+        ({"max_completion_tokens": 0}, 400, "max_completion_tokens"),
         ({"n": 2}, 400, "n"),
         ({"n": True}, 400, "n"),
+        ({"best_of": 2}, 400, "best_of"),
+        ({"echo": True}, 400, "echo"),
+        ({"suffix": "end"}, 400, "suffix"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"presence_penalty": -0.5}, 400, "presence_penalty"),
+        ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
+        ({"reasoning_effort": "low"}, 400, "reasoning_effort"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, 400, "chat_template_kwargs"),
+        ({"structured_outputs": {"regex": "a"}}, 400, "structured_outputs"),
+        ({"skip_special_tokens": False}, 400, "skip_special_tokens"),
+        ({"seed": 1.5}, 400, "seed"),
+        ({"top_k": -2}, 400, "top_k"),
+        ({"stop_token_ids": [-1]}, 400, "stop_token_ids"),
+        ({"return_token_ids": "yes"}, 400, "return_token_ids"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"min_tokens": 3}, 400, "min_tokens"),
         ({"min_tokens": 9, "ignore_eos": True}, 400, "min_tokens"),
+        ({"min_tokens": 3, "ignore_eos": True, "stop": "a"}, 400, "min_tokens"),
+        ({"min_tokens": 3, "ignore_eos": True, "stop_token_ids": [5]}, 400, "min_tokens"),
         ({"stop": ""}, 400, "stop"),
         ({"stop": ["a", ""]}, 400, "stop"),
         ({"stream": "yes"}, 400, "stream"),
@@ -239,6 +265,67 @@ def test_bad_requests_name_their_field(http: TestClient, changes: dict[str, Any]
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
 
 
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", "b"], None, [True], [-1], [128], [2**70], "a\ud800", [5] * 400])
+def test_prompts_that_cannot_be_are_named(http: TestClient, prompt: Any) -> None:
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 4}
+    reply = http.post("/v1/completions", content=json.dumps(body).encode())
+    assert reply.status_code == 400
+    assert error_of(reply)["param"] == "prompt"
+
+
+def test_what_another_server_takes_and_changes_no_text_is_taken(http: TestClient, pair: Pair) -> None:
+    plain = {**GOOD, "temperature": 0, "ignore_eos": True}
+    text = http.post("/v1/chat/completions", json=plain).json()["choices"][0]["message"]["content"]
+    sent_back = {"role": "user", "content": "Why?", "refusal": None, "tool_calls": None, "annotations": None}
+    for more in (
+        *({name: "anything"} for name in IGNORED),
+        *({"seed": seed} for seed in (-1, 0, 2**63, -(2**200))),
+        {"messages": [sent_back]},
+        {"max_completion_tokens": 4, "max_tokens": 9},
+        {"stop_token_ids": [10**9]},
+        {"top_k": -1, "top_p": 1},
+        {"min_tokens": 4},
+    ):
+        reply = http.post("/v1/chat/completions", content=json.dumps({**plain, **more}).encode())
+        assert reply.json()["choices"][0]["message"]["content"] == text, (more, reply.text)
+
+
+def test_stop_tokens_are_obeyed_beside_the_end_of_text(http: TestClient, pair: Pair) -> None:
+    plain = {**GOOD, "max_tokens": 20, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    ids = http.post("/v1/chat/completions", json=plain).json()["choices"][0]["token_ids"]
+    choice = http.post("/v1/chat/completions", json={**plain, "stop_token_ids": [ids[3]]}).json()["choices"][0]
+    assert choice["token_ids"] == ids[: ids.index(ids[3])]
+    assert choice["finish_reason"] == "stop"
+    body = CompletionBody(model=MODEL, prompt="a", stop_token_ids=[7])
+    assert body.options(eos_token_ids=[2])["stop_token_ids"] == [7, 2]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_token_ids_stand_where_vllm_has_them(http: TestClient, path: str) -> None:
+    chat = "chat" in path
+    asked: dict[str, Any] = {"messages": QUESTION} if chat else {"prompt": "one two"}
+    stop = {"stop": ["never there"]}  # whose beginnings are held back
+    body = {"model": MODEL, **asked, **stop, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    whole = http.post(path, json={**body, "return_token_ids": True}).json()
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    streamed = http.post(path, json={**body, "return_token_ids": True, "stream": True, "stream_options": options})
+    *events, end = [line.removeprefix("data: ") for line in streamed.text.split("\n\n")[:-1]]
+    assert end == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    (choice,), ids = whole["choices"], whole["choices"][0]["token_ids"]
+    prompt = whole["prompt_token_ids"] if chat else choice["prompt_token_ids"]
+    assert (len(prompt), len(ids)) == (whole["usage"]["prompt_tokens"], 16)
+    assert [token for chunk in chunks[:-1] for token in chunk["choices"][0]["token_ids"]] == ids
+    first = chunks[0] if chat else chunks[0]["choices"][0]
+    assert first["prompt_token_ids"] == prompt
+    counts = [len(chunk["choices"][0]["token_ids"]) for chunk in chunks[:-1]]
+    so_far = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert so_far == [*(sum(counts[: i + 1]) for i in range(len(counts))), 16]
+    plain = http.post(path, json=body).json()
+    assert "token_ids" not in plain["choices"][0]
+    assert "prompt_token_ids" not in {**plain, **plain["choices"][0]}
+
+
 def test_the_unknown_field_has_a_suggestion_and_a_long_prompt_its_code(http: TestClient) -> None:
     assert (
         "did you mean temperature?"
@@ -249,13 +336,16 @@ def test_the_unknown_field_has_a_suggestion_and_a_long_prompt_its_code(http: Tes
 
 
 def test_values_that_ask_for_nothing_are_taken(http: TestClient) -> None:
-    for name, values in NEUTRAL.items():
-        for value in (*values, None):
-            reply = http.post("/v1/chat/completions", json={**GOOD, name: value, "user": "somebody"})
-            assert reply.status_code == 200, (name, value, reply.text)
+    for which in range(3):
+        body = {**GOOD, **{name: [*values, None, None, None][which] for name, values in NEUTRAL.items()}}
+        reply = http.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 200, reply.text
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}'])
+NESTED = b'{"messages":' + b"[" * 450 + b"]" * 450 + b"}"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 100_000, NESTED, b'{"model": NaN}'])
 def test_bodies_that_are_no_request(http: TestClient, data: bytes) -> None:
     reply = http.post("/v1/chat/completions", content=data)
     assert reply.status_code == 400
@@ -278,6 +368,26 @@ def test_three_hundred_arbitrary_requests_get_a_reply_or_a_reason(http: TestClie
         assert reply.status_code == 200 or 400 <= reply.status_code < 500, (body, reply.text)
         if reply.status_code != 200:
             error_of(reply)
+
+
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.mark.parametrize("key", [KEYS[0], "wrong"])
+@pytest.mark.parametrize("rest", ["Transfer-Encoding: chunked\r\n\r\nzz\r\n", 'Content-Length: 90\r\n\r\n{"model":'])
+def test_requests_that_break_off_are_dropped(base_url: str, client: openai.OpenAI, key: str, rest: str) -> None:
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("uvicorn.error").addHandler(handler)
+    host, port = base_url.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{HEAD}Authorization: Bearer {key}\r\n{rest}".encode())
+        connection.settimeout(0.2)
+        with suppress(TimeoutError):
+            connection.recv(4096)
+    assert client.models.list().data
+    assert set(logged) <= {"Invalid HTTP request received."}
 
 
 def test_unknown_paths_and_methods_have_the_shape_too(http: TestClient) -> None:
@@ -371,18 +481,45 @@ def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(target_folder: Path
             assert error_of(reply)["type"] == "server_error"
 
 
-def test_the_command_starts_workers_serves_and_stops(target_folder: Path) -> None:
+@contextmanager
+def the_command(target_folder: Path) -> Iterator[tuple[openai.OpenAI, subprocess.Popen[str]]]:
+    """`specsplit serve`, which has started both workers, and a client."""
     models = ["--target-model", str(target_folder), "--draft-model", str(target_folder)]
-    command = [sys.executable, "-m", "specsplit", "serve", *models, "--port", "0", "--served-model-name", MODEL]
+    settings = ["--port", "0", "--served-model-name", MODEL, "--recovery-timeout-s", "300"]
+    command = [sys.executable, "-m", "specsplit", "serve", *models, *settings]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("serving at http://127.0.0.1:")
-        client = openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0)
+        try:
+            yield openai.OpenAI(base_url=line.split()[-1], api_key="none", max_retries=0, timeout=400), process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+        assert process.wait(60) == 143
+        assert time.monotonic() - began < 60
+
+
+def test_the_command_starts_workers_serves_and_stops(target_folder: Path) -> None:
+    with the_command(target_folder) as (client, _):
         reply = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=8, temperature=0)
         said: Any = reply.model_extra
         assert said["metrics"]["speculative_decoding"]["draft_acceptance_rate"] > 0.9
-        process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert process.wait(60) == 143
-        assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_workers_of_the_command_that_are_killed_are_started_again(
+    target_folder: Path, expected: Callable[[int], str]
+) -> None:
+    with the_command(target_folder) as (client, process):
+        options: dict[str, Any] = {"max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        stream = client.chat.completions.create(model=MODEL, messages=QUESTION, stream=True, **options)
+        text = next(stream).choices[0].delta.content or ""
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) == 2
+        for worker in workers:
+            worker.kill()
+        text += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert text == expected(100)
+        reply = client.chat.completions.create(model=MODEL, messages=QUESTION, **options)
+        assert reply.choices[0].message.content == expected(100)

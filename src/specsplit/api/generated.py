@@ -84,6 +84,15 @@ class GeneratedText(str):
         return ", ".join(parts)
 
 
+_Item = tuple[str, list[int]]  # text and the tokens that were written since the one before
+
+
+class Piece(str):
+    """A piece of a text. token_ids: the tokens that were written since the piece before it."""
+
+    token_ids: list[int]
+
+
 class GeneratedStream:
     """A text as it is written: iterate over its pieces with `for` or `async for`; `text` is the whole of it.
 
@@ -91,18 +100,23 @@ class GeneratedStream:
     """
 
     def __init__(
-        self, decoder: TextStream, start: Callable[[Callable[[list[int]], int | None]], Future[GeneratedText]]
+        self,
+        decoder: TextStream,
+        prompt_token_ids: Sequence[int],
+        start: Callable[[Callable[[list[int]], int | None]], Future[GeneratedText]],
     ) -> None:
         """start: begins the text and returns its future; it is given what to call with each round's tokens."""
+        self.prompt_token_ids = list(prompt_token_ids)
+        self._token_ids: list[int] = []  # of the next piece
         pieces = _Pieces()
 
         def ended(_: Future[GeneratedText]) -> None:
-            pieces.put(decoder.feed([], last=True))
+            pieces.put((decoder.feed([], last=True), []))
             pieces.put(None)
 
         def on_tokens(tokens: list[int]) -> int | None:
             piece, kept = decoder.take(tokens)
-            pieces.put(piece)
+            pieces.put((piece, tokens[:kept]))
             return kept
 
         self._pieces = pieces
@@ -122,30 +136,37 @@ class GeneratedStream:
         self._future.cancel()
         self._pieces.put(None)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Piece]:
         return self
 
-    def __next__(self) -> str:
+    def __next__(self) -> Piece:
         while not self._ended:
             if (piece := self._took(self._pieces.get())) is not None:
                 return piece
         raise StopIteration
 
-    def __aiter__(self) -> AsyncIterator[str]:
+    def __aiter__(self) -> AsyncIterator[Piece]:
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> Piece:
         while not self._ended:
             if (piece := self._took(await self._pieces.aget())) is not None:
                 return piece
         raise StopAsyncIteration
 
-    def _took(self, piece: str | None) -> str | None:
+    def _took(self, item: _Item | None) -> Piece | None:
         """A piece that is not empty. At the end of the text, raises what went wrong with it."""
-        if piece is None and not self._ended:
-            self._ended = True
-            self._future.result()
-        return piece or None
+        if item is None:
+            if not self._ended:
+                self._ended = True
+                self._future.result()
+            return None
+        self._token_ids += item[1]
+        if not item[0]:
+            return None
+        piece = Piece(item[0])
+        piece.token_ids, self._token_ids = self._token_ids, []
+        return piece
 
     def __enter__(self) -> Self:
         return self
@@ -159,23 +180,23 @@ class GeneratedStream:
 
 
 class _Pieces:
-    """A queue that a thread or an event loop waits at; None is the end."""
+    """A queue of texts and their tokens that a thread or an event loop waits at; None is the end."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[str | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Item | None] = SimpleQueue()
         self._waiting: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
-    def put(self, piece: str | None) -> None:
+    def put(self, piece: _Item | None) -> None:
         self._queue.put(piece)
         if waiting := self._waiting:
             loop, event = waiting
             with suppress(RuntimeError):  # that loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(event.set)
 
-    def get(self) -> str | None:
+    def get(self) -> _Item | None:
         return self._queue.get()
 
-    async def aget(self) -> str | None:
+    async def aget(self) -> _Item | None:
         event = asyncio.Event()
         self._waiting = asyncio.get_running_loop(), event
         while True:

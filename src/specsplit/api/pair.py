@@ -202,6 +202,7 @@ class Pair:
         token_ids = self._encode(prompt, config)
         return GeneratedStream(
             TextStream(self.codec, config.stop),
+            token_ids,
             lambda on_tokens: event_loop().submit(self._write(token_ids, config, on_tokens)),
         )
 

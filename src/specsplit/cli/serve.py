@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--draft-model: give --target-model as well; both workers are started, or neither")
     if models and "draft" not in models:
         config = config.model_copy(update={"gamma": 0})
-    with workers_for(models, config, max_sessions=settings.max_running) as config:
+    with workers_for(models, config, max_sessions=settings.max_running, again=True) as config:
         folder = config.tokenizer or models.get("target")
         codec = None if folder is None else TextCodec.load(tokenizer_folder(folder))
         drafts = config.gamma != 0

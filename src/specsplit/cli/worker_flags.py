@@ -54,18 +54,20 @@ def with_layers(config: WorkerSettings) -> WorkerSettings:
 
 @contextmanager
 def workers_for(
-    models: Mapping[str, Path], config: OrchestratorConfig, *, max_sessions: int | None = None
+    models: Mapping[str, Path], config: OrchestratorConfig, *, max_sessions: int | None = None, again: bool = False
 ) -> Iterator[OrchestratorConfig]:
     """The settings with the addresses of workers: those started on these models, by role, which are stopped at the
-    end, or without models those that the settings name."""
+    end, or without models those that the settings name. again: those that die are started again, at their address."""
     from specsplit.engines.loading import check_model
     from specsplit.launch.endpoint import resolve_address
     from specsplit.launch.environment import threads_beside_another
     from specsplit.launch.start import own_workers, start_worker
 
+    ports: dict[str, str] = {}
+
     def start(role: str, file: Path) -> Endpoint:
         print(f"starting the {role} worker ...", file=sys.stderr)
-        arguments = ["--model", str(models[role]), "--port", "0"]
+        arguments = ["--model", str(models[role]), "--port", ports.get(role, "0")]
         if role == "draft" and models["target"] != models["draft"]:
             arguments += ["--target-tokenizer", str(models["target"])]
         if config.gamma != 0 and config.mode != "sync":  # both compute at once
@@ -73,11 +75,13 @@ def workers_for(
         if max_sessions is not None:
             arguments += ["--max-sessions", str(max_sessions)]
         log_file = file.with_suffix(".log")
-        return start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0, keeps_log=False)
+        found = start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0, keeps_log=False)
+        ports[role] = found.address.rpartition(":")[2]
+        return found
 
     for role, model in models.items():  # before the first of them is started
         check_model(ROLES[role].load({"model": model}))
-    with own_workers({role: partial(start, role) for role in models}) as started:
+    with own_workers({role: partial(start, role) for role in models}, again=again) as started:
         addresses = {role: endpoint.address for role, endpoint in started.items()}
         if not models:
             addresses = {role: getattr(config, f"{role}_address") for role in ("draft", "target")}

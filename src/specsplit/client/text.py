@@ -27,7 +27,7 @@ class Text:
 
     target, draft: what the workers say of themselves; draft may be None. limits: of a draft, by both. span: told of
     each round, where there is one. known: the whole text, where it is known. Raises PromptError when the prompt is
-    empty or leaves no room for a token.
+    empty, has a token that the target does not know, or leaves no room for one.
     """
 
     span: TextSpan | None = None
@@ -56,6 +56,8 @@ class Text:
             )
         if not prompt_ids:
             raise PromptError("the prompt has no tokens")
+        if (outside := next((t for t in prompt_ids if not 0 <= t < target.vocab_size), None)) is not None:
+            raise PromptError(f"token id {outside} is outside the vocabulary of {target.vocab_size}")
         self.stop_ids: list[int] = []
         if not config.ignore_eos:
             self.stop_ids = list(target.eos_token_ids if config.stop_token_ids is None else config.stop_token_ids)

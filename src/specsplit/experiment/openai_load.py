@@ -28,6 +28,7 @@ from typing import Any
 from specsplit.errors import RunError, UserError
 from specsplit.io import write_json
 from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.serve import ServeSettings
 
 CLIENT = "llama-benchy"
 MODEL = "specsplit"  # what the server is told to call it
@@ -176,6 +177,8 @@ def _server(config: OrchestratorConfig, at_once: int, folder: Path) -> Iterator[
         errors.open("wb") as log,
         subprocess.Popen(
             [sys.executable, "-m", "specsplit", "serve", "--settings", str(folder / "serve.json")],
+            # Keys, certificates and limits of another server are not meant for this one.
+            env={name: value for name, value in os.environ.items() if not name.startswith(ServeSettings.prefix)},
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

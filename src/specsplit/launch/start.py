@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +24,11 @@ from specsplit.models.sources import resolve_model
 from specsplit.rpc.connection import OPEN, connect
 from specsplit.rpc.credentials import Access
 
+log = logging.getLogger(__name__)
+
 POLL_S = 0.1
+LOOK_S = 0.5  # between looks at workers that are started again
+AGAIN_S = 5.0  # after a start that failed
 LOG_TAIL_LINES = 15
 
 
@@ -54,12 +60,12 @@ def start_worker(
     # Blocked until `try` can end the process: a signal during Popen would leave it running.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
-        with log_file.open("ab") as log:
-            log_start = log.tell()
+        with log_file.open("ab") as output:
+            log_start = output.tell()
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,  # a Ctrl-C at the terminal must not reach it before its lease ends
@@ -159,20 +165,41 @@ def attach_worker(
 
 
 @contextmanager
-def own_workers(starts: Mapping[str, Callable[[Path], Endpoint]]) -> Iterator[dict[str, Endpoint]]:
+def own_workers(
+    starts: Mapping[str, Callable[[Path], Endpoint]], *, again: bool = False
+) -> Iterator[dict[str, Endpoint]]:
     """Workers of this process alone, by role: stopped at the end of the block, and when this process dies.
 
-    starts: role -> what starts its worker, given the endpoint file to write. This process still ends with the process
-    that it was started for.
+    starts: role -> what starts its worker, given the endpoint file to write. again: one that dies meanwhile is started
+    again, so `starts` has to give it the same address. This process still ends with the process that it was started
+    for.
     """
     hold_lease()
     with scratch_folder("specsplit-") as folder, ExitStack() as stack:
-        started = {}
+        started, over = {}, threading.Event()
         for role, start in starts.items():
             file = folder / f"{role}.json"
             stack.callback(stop_worker, file)
             started[role] = start(file)
+        stack.callback(over.set)
+        if again:
+            threading.Thread(target=_start_again, args=(starts, started, folder, over), daemon=True).start()
         yield started
+
+
+def _start_again(
+    starts: Mapping[str, Callable[[Path], Endpoint]], started: dict[str, Endpoint], folder: Path, over: threading.Event
+) -> None:
+    while not over.wait(LOOK_S):
+        for role, start in starts.items():
+            process = started[role].process()
+            if process is not None and not process.alive() and not over.is_set():
+                log.warning("the %s worker has died; it is started again", role)
+                try:
+                    started[role] = start(folder / f"{role}.json")
+                except (UserError, OSError) as error:
+                    log.error("%s; tried again in %g s", error, AGAIN_S)
+                    over.wait(AGAIN_S)
 
 
 def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | None:

@@ -153,14 +153,15 @@ class TextStream:
 
         The token that completes a stop string is the last one that is taken.
         """
-        before = len(self.token_ids)
+        before, text = len(self.token_ids), None
         # With stop strings one token at a time, so that it is known which one completes them.
         for part in [[token] for token in token_ids] if self._stop else [list(token_ids)]:
             if not self.stopped:
                 self.token_ids += part
                 text = self.codec.decode(self.token_ids)
                 self.stopped = cut_at_stop(text, self._stop) != text
-        text = self.codec.decode(self.token_ids) if self.token_ids else ""
+        if text is None:
+            text = self.codec.decode(self.token_ids) if self.token_ids else ""
         if self.stopped:
             text = cut_at_stop(text, self._stop)
         elif not last:

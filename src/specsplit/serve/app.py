@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from specsplit.api.generated import GeneratedStream
+from specsplit.api.generated import GeneratedStream, Piece
 from specsplit.api.pair import Pair
 from specsplit.errors import UserError, WorkerError
 from specsplit.serve.bodies import Body, ChatBody, CompletionBody, read_body
@@ -29,7 +29,6 @@ from specsplit.settings.serve import ServeSettings
 T = TypeVar("T")
 MOST_BODY_BYTES = 16 << 20
 HEALTH_TIMEOUT_S = 5.0
-CLIENT_GONE = 499  # of nginx: nobody is left to answer
 
 
 class _Gone(Exception):
@@ -61,7 +60,7 @@ class _Server:
     def application(self) -> Starlette:
         routes = [
             Route("/v1/chat/completions", self._guarded(partial(self._answer, ChatBody)), methods=["POST"]),
-            Route("/v1/completions", self._guarded(partial(self._answer, CompletionBody)), methods=["POST"]),
+            Route("/v1/completions", self._guarded(partial(self._answer, CompletionBody), "prompt"), methods=["POST"]),
             Route("/v1/models", self._guarded(self._models)),
             Route("/v1/models/{model:path}", self._guarded(self._one_model)),
             Route("/health", self._health),
@@ -97,38 +96,35 @@ class _Server:
     async def _answer(self, kind: type[Body], request: Request) -> Response:
         body = read_body(await _data(request), kind)
         self._check_model(body.model)
-        prompt, options = body.prompt_of(), {"max_new_tokens": self._max_context, **body.options()}
-        reply = Reply(self._model, chat=kind is ChatBody)
+        eos = self._pair.target.eos_token_ids if self._pair.target else ()
+        prompt, options = body.prompt_of(), {"max_new_tokens": self._max_context, **body.options(eos)}
         async with AsyncExitStack() as held:
             await _unless_gone(request, held.enter_async_context(self._place()))
             # Encoding a long prompt takes its time, which other requests are not to wait for.
             stream = await asyncio.to_thread(lambda: self._pair.stream(prompt, **options))
             held.callback(stream.close)
+            reply = Reply(self._model, body, stream.prompt_token_ids)
             if not body.stream:
                 await _unless_gone(request, _drain(stream))
                 self._counters.written(stream.text)
                 return JSONResponse(reply.whole(stream.text, self._gamma))
             # A text that cannot begin is an error with a status, not one within a stream.
             first = await _unless_gone(request, anext(stream, None))
-            return _Events(self._events(body, reply, stream, first), held.pop_all())
+            return _Events(self._events(reply, stream, first), held.pop_all())
 
-    async def _events(self, body: Body, reply: Reply, stream: GeneratedStream, first: str | None) -> AsyncIterator[str]:
-        wanted = bool(body.stream_options and body.stream_options.include_usage)
+    async def _events(self, reply: Reply, stream: GeneratedStream, first: Piece | None) -> AsyncIterator[str]:
         try:
-            yield reply.piece(first or "", first=True, with_usage=wanted)
+            yield reply.piece(first or "", first.token_ids if first else (), first=True)
             async for piece in stream:
-                yield reply.piece(piece, with_usage=wanted)
+                yield reply.piece(piece, piece.token_ids)
         except UserError as error:
             failure = api_error(error)
             self._counters.failed(failure.status)
             yield event(failure.body())
             return
-        text = stream.text
-        self._counters.written(text)
-        yield reply.piece("", finish=text.finish_reason, with_usage=wanted)
-        if wanted:
-            yield reply.ending(text, self._gamma)
-        yield event("[DONE]")
+        self._counters.written(stream.text)
+        for last in reply.ending(stream.text, self._gamma):
+            yield last
 
     @asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
@@ -149,17 +145,19 @@ class _Server:
 
     # ---- who may call
 
-    def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """A handler behind the bearer token, whose errors are replies."""
+    def _guarded(
+        self, handler: Callable[[Request], Awaitable[Response]], prompt: str = "messages"
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """A handler behind the bearer token, whose errors are replies. prompt: the field that has the prompt."""
 
         async def handle(request: Request) -> Response:
             try:
                 self._check_key(request)
                 return await handler(request)
-            except _Gone:
-                return Response(status_code=CLIENT_GONE)
+            except (_Gone, ClientDisconnect):
+                return _Nothing()
             except UserError as error:
-                failure = api_error(error)
+                failure = api_error(error, prompt)
             except ApiError as error:
                 failure = error
             self._counters.failed(failure.status)
@@ -177,6 +175,13 @@ class _Server:
         if name != self._model:
             message = f"model: {name!r} is not served here; the model is {self._model!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+
+class _Nothing(Response):
+    """For a client that has gone, to whom nothing can be sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        return
 
 
 class _Events(StreamingResponse):
@@ -201,7 +206,9 @@ async def _drain(stream: GeneratedStream) -> None:
 
 
 async def _data(request: Request) -> bytes:
-    """The body of a request. Raises ApiError when it is too large."""
+    """The body of a request. Raises ApiError when it is too large, or compressed."""
+    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise ApiError(415, f"Content-Encoding: {encoding} is not read here; send the body as it is")
     data = bytearray()
     async for part in request.stream():
         data += part

@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specsplit.serve.failures import ApiError
-from specsplit.settings.run import MAX_SEED, MAX_TEMPERATURE
+from specsplit.settings.run import MAX_SEED, Temperature
 
 MOST_STOPS = 16
 # Field -> the values that ask for nothing.
@@ -27,10 +27,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (),
     "reasoning_effort": ("none",), "web_search_options": (), "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,), "add_generation_prompt": (True,), "guided_json": (), "guided_regex": (),
+    "structured_outputs": (), "include_stop_str_in_output": (False,), "continue_final_message": (False,),
+    "chat_template": (), "chat_template_kwargs": ({},), "documents": ([],), "truncate_prompt_tokens": (),
+    "allowed_token_ids": (), "bad_words": ([],), "logits_processors": ([],), "thinking_token_budget": (),
+    "prompt_embeds": (),
 }  # fmt: skip
 # What has no effect on the text.
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
-           "verbosity", "cache_prompt", "request_id", "priority", "return_token_ids")  # fmt: skip
+           "prompt_cache_retention", "verbosity", "cache_prompt", "cache_salt", "request_id", "priority",
+           "stream_interval", "include_reasoning")  # fmt: skip
 
 
 class StreamOptions(BaseModel):
@@ -66,7 +71,7 @@ class Body(BaseModel):
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
+    temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     seed: int | None = None
@@ -75,7 +80,8 @@ class Body(BaseModel):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
+    return_token_ids: bool = False
 
     def tokens_limit(self) -> int | None:
         return self.max_tokens
@@ -84,15 +90,18 @@ class Body(BaseModel):
         """The prompt as the Python interface takes it."""
         raise NotImplementedError
 
-    def options(self) -> dict[str, Any]:
-        """The options of the Python interface that this request sets.
+    def options(self, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+        """The options of the Python interface that this request sets. eos_token_ids: what ends a text by itself.
 
         A sampled text without a seed gets a random one; with one it is the same each time.
         """
         options: dict[str, Any] = {"seed": secrets.randbelow(MAX_SEED) if self.seed is None else self.seed % MAX_SEED}
-        for name in ("temperature", "top_p", "stop", "stop_token_ids", "ignore_eos"):
+        for name in ("temperature", "top_p", "stop", "ignore_eos"):
             if (value := getattr(self, name)) is not None:
                 options[name] = value
+        if self.stop_token_ids:  # beside the end of text, and obeyed with ignore_eos as well
+            options["stop_token_ids"] = [*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)]
+            options["ignore_eos"] = False
         if self.top_k is not None:
             options["top_k"] = max(self.top_k, 0)  # -1: all tokens, as 0
         if (limit := self.tokens_limit()) is not None:
@@ -131,20 +140,19 @@ class CompletionBody(Body):
             raise ApiError(400, "prompt: it is empty; give it some text", param="prompt")
         return prompt
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "use_chat_template": False}
+    def options(self, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+        return {**super().options(eos_token_ids), "use_chat_template": False}
 
 
 def read_body(data: bytes, kind: type[Body]) -> Body:
     """The request in a body. Raises ApiError that names the field and what is wanted."""
     try:
-        content = json.loads(data)
+        content = _without_nulls(json.loads(data))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ApiError(400, "the body is not a JSON object")
-    # An explicit null is what OpenAI's clients send for a field that was not given.
-    given = {name: value for name, value in content.items() if value is not None and name not in IGNORED}
+    given = {name: value for name, value in content.items() if name not in IGNORED}
     for name, neutral in NEUTRAL.items():
         value = given.pop(name, None)
         if value is not None and not any(value == one and isinstance(value, bool) == isinstance(one, bool)
@@ -163,12 +171,22 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     return body
 
 
+def _without_nulls(content: Any) -> Any:
+    """An explicit null is what clients send for a field that was not given, and in messages that they send back."""
+    if isinstance(content, list):
+        return [_without_nulls(item) for item in content]
+    if isinstance(content, dict):
+        return {name: _without_nulls(value) for name, value in content.items() if value is not None}
+    return content
+
+
 def _check(body: Body) -> None:
-    if body.min_tokens and not (body.ignore_eos and body.min_tokens <= (body.tokens_limit() or 0)):
-        raise ApiError(
-            400, "min_tokens: only with ignore_eos, and not above max_tokens", param="min_tokens",
-            code="unsupported_parameter",
-        )  # fmt: skip
+    ends = not body.ignore_eos or body.stop or body.stop_token_ids
+    if body.min_tokens and (ends or body.min_tokens > (body.tokens_limit() or 0)):
+        message = "min_tokens: only with ignore_eos and without stops, and not above max_tokens"
+        raise ApiError(400, message, param="min_tokens", code="unsupported_parameter")
+    if "stream_options" in body.model_fields_set and not body.stream:
+        raise ApiError(400, "stream_options: only with stream", param="stream_options")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stops) > MOST_STOPS or not all(stops):
         raise ApiError(400, f"stop: at most {MOST_STOPS} strings, none of them empty", param="stop")

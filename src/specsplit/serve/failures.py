@@ -35,15 +35,15 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def api_error(error: UserError) -> ApiError:
-    """What a client is told of an error of the pair."""
+def api_error(error: UserError, prompt: str = "prompt") -> ApiError:
+    """What a client is told of an error of the pair. prompt: the field that has the prompt."""
     if isinstance(error, WorkerError):
         if error.code == "RESOURCE_EXHAUSTED":
             return ApiError(429, str(error), code="overloaded")
         return ApiError(503, str(error), code="worker_failed")
     if isinstance(error, PromptError):
         long = "tokens, a text can have" in str(error)
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded" if long else None)
+        return ApiError(400, str(error), param=prompt, code="context_length_exceeded" if long else None)
     if isinstance(error, OptionError):
         return ApiError(400, str(error))
     return ApiError(500, str(error), code="internal_error")

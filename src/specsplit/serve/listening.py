@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uvicorn
+from h11 import LocalProtocolError
 from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from specsplit.errors import UserError
 from specsplit.rpc.credentials import is_loopback, join_address
@@ -41,12 +43,25 @@ def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
     return keys
 
 
+def without_broken_requests(app: ASGIApp) -> ASGIApp:
+    """The application, whose replies to what turned out to be no HTTP are dropped: uvicorn has refused it already."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except LocalProtocolError:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+    return call
+
+
 def listen(app: Starlette, settings: ServeSettings) -> None:
     """Serve until SIGTERM or Ctrl-C; texts that are being written get `stop_timeout_s` to end. Raises UserError when
     the address cannot be had."""
     server = uvicorn.Server(
         uvicorn.Config(
-            app,
+            without_broken_requests(app),
             host=settings.host.strip("[]"),
             port=settings.port,
             ssl_certfile=settings.certificate,

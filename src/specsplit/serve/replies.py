@@ -10,17 +10,14 @@ import json
 import secrets
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from specsplit.api.generated import GeneratedText
 from specsplit.decoding.measures import acceptance_length
+from specsplit.serve.bodies import Body, ChatBody
 
 FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "max_rounds": "length"}
-
-
-def usage(text: GeneratedText) -> dict[str, int]:
-    prompt, written = len(text.prompt_token_ids), len(text.token_ids)
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
 def metrics(text: GeneratedText, gamma: int | str) -> dict[str, Any] | None:
@@ -48,32 +45,55 @@ def metrics(text: GeneratedText, gamma: int | str) -> dict[str, Any] | None:
 
 
 class Reply:
-    """One reply. chat: of a chat, else of a completion."""
+    """The reply to one request."""
 
-    def __init__(self, model: str, *, chat: bool) -> None:
-        self._chat = chat
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        kind = "chat.completion" if chat else "text_completion"
-        self._head = {"id": self.id, "object": kind, "created": int(time.time()), "model": model}
+    def __init__(self, model: str, body: Body, prompt_token_ids: Sequence[int]) -> None:
+        self._body, self._prompt = body, prompt_token_ids
+        self._chat = isinstance(body, ChatBody)
+        self._sent = 0  # tokens in the events so far
+        kind = "chat.completion" if self._chat else "text_completion"
+        name = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
 
     def whole(self, text: GeneratedText, gamma: int | str) -> dict[str, Any]:
         said = {"message": {"role": "assistant", "content": str(text)}} if self._chat else {"text": str(text)}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": FINISH[text.finish_reason]}
-        return {**self._head, "choices": [choice], "usage": usage(text), "metrics": metrics(text, gamma)}
+        chosen = self._chosen(said, text.token_ids, FINISH[text.finish_reason], first=True)
+        return {**self._head, **chosen, "usage": self._usage(len(text.token_ids)), "metrics": metrics(text, gamma)}
 
-    def piece(self, piece: str, *, first: bool = False, finish: str | None = None, with_usage: bool = False) -> str:
-        """An event of a stream."""
+    def piece(self, piece: str, token_ids: Sequence[int], *, first: bool = False, finish: str | None = None) -> str:
+        """An event of a stream. token_ids: the tokens since the event before."""
+        self._sent += len(token_ids)
         if self._chat:
             role = {"role": "assistant"} if first else {}
             said: dict[str, Any] = {"delta": {**role, **({"content": piece} if piece or first else {})}}
         else:
             said = {"text": piece}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish and FINISH[finish]}
-        return self._event({"choices": [choice], **({"usage": None} if with_usage else {})})
+        wanted, used = self._body.stream_options, {}
+        if wanted.include_usage:
+            used = {"usage": self._usage(self._sent) if wanted.continuous_usage_stats else None}
+        return self._event({**self._chosen(said, token_ids, finish, first=first), **used})
 
-    def ending(self, text: GeneratedText, gamma: int | str) -> str:
-        """The event with the usage, which has no choice."""
-        return self._event({"choices": [], "usage": usage(text), "metrics": metrics(text, gamma)})
+    def ending(self, text: GeneratedText, gamma: int | str) -> Iterator[str]:
+        """The events after the last piece; that with the usage has no choice."""
+        yield self.piece("", text.token_ids[self._sent :], finish=FINISH[text.finish_reason])
+        if self._body.stream_options.include_usage:
+            yield self._event({"choices": [], "usage": self._usage(self._sent), "metrics": metrics(text, gamma)})
+        yield event("[DONE]")
+
+    def _chosen(
+        self, said: dict[str, Any], token_ids: Sequence[int], finish: str | None, *, first: bool
+    ) -> dict[str, Any]:
+        """The choice, with the token ids where vLLM has them: those of a chat's prompt stand outside of it."""
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish}
+        if not self._body.return_token_ids:
+            return {"choices": [choice]}
+        prompt = {"prompt_token_ids": list(self._prompt)} if first else {}
+        choice = {**choice, "token_ids": list(token_ids), **({} if self._chat else prompt)}
+        return {"choices": [choice], **(prompt if self._chat else {})}
+
+    def _usage(self, written: int) -> dict[str, int]:
+        prompt = len(self._prompt)
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def _event(self, content: dict[str, Any]) -> str:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
