@@ -20,13 +20,11 @@ from typing import Any
 import psutil
 from transformers import AutoConfig
 
-from specsplit.experiment.capacity import Job, run_clients
-from specsplit.experiment.runner import Request
+import specsplit
 from specsplit.launch.endpoint import Endpoint
-from specsplit.launch.lease import hold_lease
+from specsplit.launch.heartbeat import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import resolve_model
-from specsplit.settings.run import OrchestratorConfig
 
 MB = 1e6
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2}  # int8: at most, with an embedding in bfloat16
@@ -105,23 +103,22 @@ def budget(args: argparse.Namespace, dtype: str, endpoint: Endpoint) -> dict[str
 
 
 def fill_and_write(args: argparse.Namespace, endpoints: dict[str, Endpoint], report: dict[str, Any]) -> None:
-    addresses = {f"{role}_address": endpoint.address for role, endpoint in endpoints.items()}
+    addresses = {role: endpoint.address for role, endpoint in endpoints.items()}
     limit = min(endpoint.worker["max_context"] for endpoint in endpoints.values())
     vocabulary = min(endpoint.worker["vocab_size"] for endpoint in endpoints.values())
 
-    def jobs(count: int, length: int, tokens: int) -> list[Job]:
-        settings = {"gamma": args.gamma, "max_output_tokens": tokens, "ignore_eos": True, **addresses}
-        config = OrchestratorConfig.load(settings)
+    def write(count: int, length: int, tokens: int) -> None:
         texts = [[(7919 * (i + 1) + 31 * j) % vocabulary for j in range(length)] for i in range(count)]
-        return [Job(Request(str(i), "", text), 1, config) for i, text in enumerate(texts)]
+        with specsplit.connect(**addresses, gamma=args.gamma, ignore_eos=True) as pair:
+            pair.generate(texts, max_new_tokens=tokens)
 
-    run_clients(jobs(args.max_sessions, limit - 8, 8), args.max_sessions)
+    write(args.max_sessions, limit - 8, 8)
     note(endpoints, report, "filled_mb")
     tenth = args.requests // 10
     short = min(32, limit // 2)
     for part in range(10):
         count = tenth if part < 9 else args.requests - 9 * tenth
-        run_clients(jobs(count, short, args.output_tokens), args.max_sessions)
+        write(count, short, args.output_tokens)
         if part == 0:
             note(endpoints, report, "after_tenth_mb")
         print(".", end="", file=sys.stderr, flush=True)

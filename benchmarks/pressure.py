@@ -20,9 +20,10 @@ from pathlib import Path
 import grpc
 
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import TextWriter, run_speculative_loop_async
+from specsplit.client.pipeline import run_speculative_loop_async
+from specsplit.client.writer import TextWriter
 from specsplit.launch.endpoint import Endpoint
-from specsplit.launch.lease import hold_lease
+from specsplit.launch.heartbeat import hold_lease
 from specsplit.launch.start import start_worker, stop_worker
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc

@@ -99,13 +99,14 @@ def simulated(folder: Path, *, step_ms: float) -> dict[str, Path]:
 
 
 def any_settings(chance: random.Random, **fixed: Any) -> OrchestratorConfig:
-    """A mode, shape, gamma, way to choose tokens and way to meet failures, drawn."""
+    """A mode, shape, gamma, prompt lookup, way to choose tokens and way to meet failures, drawn."""
     temperature = chance.choice([0.0, 0.0, 0.8])
     return OrchestratorConfig(
         **{
             "mode": chance.choice(["sync", "overlap", "lookahead"]),
             "tree": chance.choice(["chain", "2x2"]),
             "gamma": chance.choice([0, 1, 3, "auto"]),
+            "lookup": chance.choice([0, 0, 1, 2]),
             "temperature": temperature,
             "seed": 5,
             "max_output_tokens": TOKENS,
@@ -194,8 +195,9 @@ def kill_bench(kills: int, seed: int, *, own: bool = False, prompts: int = 12) -
         but = []
         arguments += ["--tokenizer", models["target"], "--max-output-tokens", str(TOKENS)]
         if own:
-            workers = {role: f"--model {models[role]} --port 0 --threads 1" for role in models}
-            arguments += [f"--start-{role}={flags}" for role, flags in workers.items()]
+            settings = {role: {"model": str(models[role]), "threads": 1} for role in models}
+            (folder / "settings.json").write_text(json.dumps(settings))
+            arguments += ["--start-workers", "--settings", folder / "settings.json"]
         else:
             for role in models:
                 worker = WorkerProcess(role, models[role], folder)

@@ -33,11 +33,13 @@ def _prepare(log: str, lease_pid: int) -> None:
 
 def _work(role: str, settings: dict[str, Any], endpoint_file: Path, log: str, lease_pid: int) -> None:
     from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
-    from specsplit.worker.server import serve
+    from specsplit.worker import server
 
+    # Clients of campaigns look after their workers more often than a worker minds.
+    server.SERVER_OPTIONS.append(("grpc.http2.min_ping_interval_without_data_ms", 100))
     _prepare(log, lease_pid)
     kind = DraftWorkerConfig if role == "draft" else TargetWorkerConfig
-    serve(kind(**settings), endpoint_file=endpoint_file)
+    server.serve(kind(**settings), endpoint_file=endpoint_file)
 
 
 def _command(arguments: list[str], log: str, lease_pid: int, environment: dict[str, str]) -> None:

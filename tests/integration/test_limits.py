@@ -25,9 +25,11 @@ LENGTH = 60
 VOCAB = 300
 MODES = ("sync", "overlap", "lookahead")
 
-# By limit: the lower value of one worker, and settings of a text that go beyond it. The next limit is one line.
+# By limit, and what meets it where that is more than one thing: the lower value of one worker, and settings of a text
+# that go beyond it. The next limit is one line.
 ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "tree_nodes": (30, {"gamma": 16, "tree": "4x4x2"}),
+    "tree_nodes, dynamic": (3, {"gamma": 16, "tree": "dynamic-64x8", "lookup": 1}),
     "draft_tokens": (2, {"gamma": 7}),
     "children": (2, {"gamma": 3, "tree": "4x3"}),
     "tree_width": (2, {"gamma": 6, "tree": "dynamic-32x8"}),
@@ -79,12 +81,12 @@ def lower(worker: Worker, limit: str, value: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("role", ["draft", "target"])
-@pytest.mark.parametrize("limit", ROWS)
+@pytest.mark.parametrize("row", ROWS)
 def test_a_limit_of_one_worker_is_kept_within(
-    pair: tuple[Worker, Worker], limit: str, role: str, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Worker, Worker], row: str, role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft, target = pair
-    value, settings = ROWS[limit]
+    limit, (value, settings) = row.partition(",")[0], ROWS[row]
     lower(draft if role == "draft" else target, limit, value, monkeypatch)
     alone = {key: settings[key] for key in ("stop_token_ids",) if key in settings}
     expected = write(None, target, gamma=0, **alone).output_tokens
@@ -94,11 +96,14 @@ def test_a_limit_of_one_worker_is_kept_within(
         assert settings.get("sampling") == "rejection" or result.output_tokens == expected
         assert result.finish_reason in ("length", "eos", "context")
         if limit != "stop_tokens":
-            assert any(row.drafted for row in result.rounds)
+            sources = {measured.draft_source for measured in result.rounds if measured.drafted}
+            assert sources >= ({"lookup"} if "lookup" in settings else {""})
 
 
 def test_every_limit_has_a_row() -> None:
-    assert set(ROWS) == {field.name for field in pb.Limits.DESCRIPTOR.fields} | {"max_context"}
+    assert {row.partition(",")[0] for row in ROWS} == {field.name for field in pb.Limits.DESCRIPTOR.fields} | {
+        "max_context"
+    }
 
 
 def test_every_limit_is_said(pair: tuple[Worker, Worker]) -> None:

@@ -114,6 +114,30 @@ def test_every_client_gets_on_while_others_write_for_long(models: dict[str, Path
     assert {failure.code for result, _ in texts for failure in result.failures} - MAYBE == {"FAILED_PRECONDITION"}
 
 
+def test_a_streamed_text_gives_way_between_two_tokens(models: dict[str, Path]) -> None:
+    """One session and one place: others write while a long text is streamed."""
+    config = OrchestratorConfig(gamma=0, max_output_tokens=120, max_rounds=120)
+    with workers(models, max_sessions=1, max_calls=1, session_slice_s=0.05) as (_, target):
+        expected = write(None, target, max_output_tokens=120).output_tokens
+        begun, ended = threading.Event(), threading.Event()
+
+        def stream() -> None:
+            with TextWriter(None, target.address) as writer:
+                results.append(writer.stream_target(PROMPT, config, on_tokens=lambda _: begun.set()))
+            ended.set()
+
+        results: list[SpeculativeResult] = []
+        thread = threading.Thread(target=stream)
+        thread.start()
+        begun.wait(10)
+        assert write(None, target, max_output_tokens=4).output_tokens == expected[:4]
+        assert not ended.is_set()
+        thread.join(20)
+    (streamed,) = results
+    assert streamed.output_tokens == expected
+    assert {failure.code for failure in streamed.failures} - MAYBE == {"FAILED_PRECONDITION"}
+
+
 def test_nobody_is_sent_away_while_nobody_waits(models: dict[str, Path]) -> None:
     with workers(models, max_sessions=1, session_slice_s=0.05) as (draft, target):
         slow = write(draft, target, on_tokens=lambda _: time.sleep(0.35), max_output_tokens=8)

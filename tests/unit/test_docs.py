@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -168,6 +170,19 @@ def hasattr_of(dotted: str) -> bool:
         return hasattr(import_module(module), attribute)
     except ImportError:
         return False
+
+
+SCRIPTS = [path for folder in ("benchmarks", "examples", "scripts") for path in ROOT.glob(f"{folder}/*.py")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_script_imports_is_there(script: Path) -> None:
+    """Nothing else runs most of them before somebody needs one."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "specsplit":
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), name.name
 
 
 def test_every_column_of_the_run_tables_is_explained() -> None:

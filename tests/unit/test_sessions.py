@@ -10,7 +10,9 @@ import pytest
 
 from specsplit.engines.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
+from specsplit.rpc.statuses import ALL_TAKEN
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.worker import calls
 from specsplit.worker.calls import Caller, Peer, Places
 from specsplit.worker.refusals import Busy, LimitReached, SessionLost, StaleRound
 from specsplit.worker.sessions import Session, SessionStore
@@ -106,11 +108,12 @@ def test_when_all_sessions_are_busy_a_new_one_is_refused(make_store: Callable[..
     assert known(store, "c")
 
 
-def hold(store: SessionStore, session_id: str, peer: Peer = A, rounds: int = 1) -> None:
-    """A round, or more, of a stream that stays open."""
+def hold(store: SessionStore, session_id: str, peer: Peer = A, rounds: int = 1, cost_s: float = 1e-3) -> None:
+    """A round, or more, of a stream that stays open. cost_s: of the first one."""
     for number in range(1, rounds + 1):
         with store.use(opening(session_id), Caller(peer=peer, holds=True, session_wait_s=0.05)) as session:
             session.remember(number, b"", None)
+            session.cost_s = session.cost_s or cost_s
 
 
 # While somebody waits: (seconds that the session was held, of these in silence, what reading its context took, its
@@ -123,7 +126,7 @@ def hold(store: SessionStore, session_id: str, peer: Peer = A, rounds: int = 1) 
         (2.1, 2.1, 0.0, None, True),  # silent after its first round
         (9.9, 0.1, 0.0, 0.1, False),
         (10.1, 0.0, 0.0, 0.1, True),  # had its time
-        (10.1, 0.0, 1.0, 0.1, False),  # which is longer where reading the context anew costs much
+        (10.1, 0.0, 1.0, 0.1, False),  # but not soon after a context was read that cost much
         (20.1, 0.0, 1.0, 0.1, True),
         (5.0, 0.25, 0.0, 0.01, True),  # silent for longer than it ever was
         (5.0, 0.25, 0.0, 0.1, False),
@@ -153,6 +156,61 @@ def test_a_session_in_use_goes_to_who_waits_once_it_had_its_time_or_is_silent(
         with pytest.raises(Busy, match=r"all 1 sessions are in use; .*waited 0.05 s in line"):
             hold(store, "b")
         assert known(store, "a")
+
+
+def test_sessions_change_hands_so_seldom_that_reading_anew_costs_a_twentieth(
+    make_store: Callable[..., SessionStore], clock: Clock
+) -> None:
+    store = make_store(limit=2)
+    hold(store, "a", cost_s=0.5)
+    hold(store, "b", cost_s=0.5)
+    clock.now += 11
+    hold(store, "c", cost_s=0.5)  # all read the context of this one
+    assert not known(store, "a")
+    for passed_s in (5.0, 4.9):  # in which others go on
+        clock.now += passed_s
+        assert known(store, "b")
+        assert known(store, "c")
+        with pytest.raises(Busy):
+            hold(store, "d")
+    clock.now += 0.2
+    hold(store, "d")
+    assert (known(store, "b"), known(store, "c")) == (False, True)
+
+
+def test_no_session_changes_hands_while_a_context_is_read(
+    make_store: Callable[..., SessionStore], clock: Clock
+) -> None:
+    store = make_store(limit=2)
+    hold(store, "a")
+    clock.now += 11
+    assert known(store, "a")
+    with store.use(opening("b"), Caller(peer=A, holds=True)), pytest.raises(Busy):
+        hold(store, "c")
+    assert known(store, "a")
+
+
+def test_who_had_its_time_gives_way_when_it_asks_for_its_next_round(
+    make_store: Callable[..., SessionStore], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "POLL_S", 60.0)
+    store = make_store(limit=1)
+    hold(store, "a")
+    waiting = threading.Thread(target=lambda: hold_long(store, "b"))
+    waiting.start()
+    assert wait_until(lambda: len(store._line) == 1)
+    assert known(store, "a")
+    clock.now += 11
+    assert not known(store, "a")
+    waiting.join(10)
+    assert known(store, "b")
+    with pytest.raises(SessionLost, match=ALL_TAKEN):
+        store.use(opening("a"), new=False).__enter__()
+
+
+def hold_long(store: SessionStore, session_id: str) -> None:
+    with store.use(opening(session_id), Caller(peer=A, holds=True, session_wait_s=30)):
+        pass
 
 
 def test_nobody_has_to_go_while_nobody_waits(make_store: Callable[..., SessionStore], clock: Clock) -> None:

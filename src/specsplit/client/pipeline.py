@@ -36,6 +36,7 @@ from specsplit.decoding.lookup import LOOKUP, Lookup
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message, tree_to_message
+from specsplit.rpc.statuses import ALL_TAKEN
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
@@ -105,10 +106,15 @@ async def run_speculative_loop_async(
                     return text.result
                 except WorkerFailed as error:
                     failed = error
-                await pipeline.close(failed.role)
+                # Who has to wait for the target's session keeps none of the draft worker from the one that has it.
+                waits = failed.role == "target" and ALL_TAKEN in failed.details
+                lost = ["draft", "target"] if waits else [failed.role]
+                for role in lost:
+                    await pipeline.close(role)
                 try:
                     await recovery.describe(failed.role, stubs[failed.role], failed)
-                    pipeline.renew(failed.role)
+                    for role in lost:
+                        pipeline.renew(role)
                 except WithoutDraft:
                     pipeline.drop_draft()
         finally:
@@ -154,8 +160,7 @@ class _Pipeline:
         """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
         for a worker ends one that says nothing."""
         self._began_at, self._unread = len(self.text.result.rounds), True
-        # A place in line is given up before the client takes the worker for hung.
-        held = HeldPrefix(min(self.config.recovery_timeout_s, self.config.rpc_timeout_s / 2))
+        held = HeldPrefix.of(self.config)
         if role == "target":
             self.at_target = held
         else:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from typing import Self
 
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.run import OrchestratorConfig
 
 
 class HeldPrefix:
@@ -14,6 +16,11 @@ class HeldPrefix:
 
     wait_s: how long a request may wait in line at the worker; None leaves it to the worker.
     """
+
+    @classmethod
+    def of(cls, config: OrchestratorConfig) -> Self:
+        """Nothing yet. A place in line is given up before the client takes the worker for hung."""
+        return cls(min(config.recovery_timeout_s, config.rpc_timeout_s / 2))
 
     def __init__(self, wait_s: float | None = None) -> None:
         self._wait_ms = None if wait_s is None else min(int(wait_s * 1e3), (1 << 32) - 1)

@@ -7,13 +7,13 @@ pays a round trip for every token.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from specsplit.client.network import simulated, until
 from specsplit.client.recovery import Recovery, WorkerFailed
 from specsplit.client.result import Round, SpeculativeResult
+from specsplit.client.session import HeldPrefix
 from specsplit.client.spans import text_span
 from specsplit.client.stream import Spent, Stream
 from specsplit.client.text import OnTokens, Text
@@ -56,7 +56,7 @@ async def _stream(text: Text, target_stub: Any) -> None:
     if config.max_rounds is not None:
         left = min(left, config.max_rounds - len(text.result.rounds))
     request = pb.StreamTextRequest(
-        context=pb.Context(session_id=uuid.uuid4().hex, round=1, new_tokens=text.tokens),
+        context=HeldPrefix.of(config).context(text.tokens),
         sampling=text.sampling_message,
         max_tokens=left,
         stop_token_ids=text.stop_ids,

@@ -87,8 +87,9 @@ class Text:
         return gamma
 
     def target_room(self, ahead: int = 0) -> int:
-        """As `room`, of a draft that no worker makes."""
-        return max(0, min(self.limits.gamma, self.length_limit - len(self.tokens) - ahead - 1))
+        """As `room`, of a chain that no worker drafts: no longer than what a tree may have of nodes."""
+        longest = min(self.limits.gamma, self.limits.shape.size(self.limits.gamma))
+        return max(0, min(longest, self.length_limit - len(self.tokens) - ahead - 1))
 
     def draft_fields(self, gamma: int, shape: TreeShape, ahead: pb.Ahead | None = None) -> dict[str, Any]:
         """Every field of GenerateDraftsRequest but `context`."""

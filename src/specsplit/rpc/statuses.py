@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from grpc import StatusCode as Code
 
+ALL_TAKEN = "others have all sessions"  # in the details, where a lost session has to be waited for
 RETRY_AFTER = "retry-after-ms"  # metadata of a refusal that is for now only
 PUSHBACK = "grpc-retry-pushback-ms"  # the same from gRPC's own retries (proposal A6); below 0: do not try again
 

@@ -78,8 +78,8 @@ class WorkerSettings(AccessSettings, ComputeSettings):
     )
     session_slice_s: float = setting(
         10.0,
-        "Seconds that a session in use is its stream's while others wait in line, or 20 times what it takes to read "
-        "its context, if that is more.",
+        "Seconds that a session in use is its stream's while others wait in line. Sessions change hands so seldom that "
+        "reading texts anew takes a twentieth of the worker's time at most.",
         operates=True,
         gt=0,
     )

@@ -122,6 +122,11 @@ class Line:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def first(self) -> Caller:
+        """Who is next; there has to be one."""
+        return self._waiting[self._first()][0]
+
     def get(self, caller: Caller, take: Callable[[], T | None], wait_s: float, *, busy: str) -> T:
         """What `take` gives, called with the lock held, which the caller of this method holds.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from specsplit.engines.kv_cache import KVCache
 from specsplit.rpc.codec import tokens_crc32
+from specsplit.rpc.statuses import ALL_TAKEN
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.calls import Caller, Line, Peer
 from specsplit.worker.refusals import SessionLost, StaleRound
@@ -19,7 +20,7 @@ from specsplit.worker.refusals import SessionLost, StaleRound
 SLICE_S = 10.0  # a session in use for so long goes to who waits for one
 IDLE_S = 2.0  # likewise one whose open stream said nothing for so long after its first round
 SHORT_IDLE_S, IDLE_GAPS = 0.2, 3.0  # later: for that long, for so many of its longest pauses, and for `cost_s`
-SLICE_COSTS = 20.0  # but it gets this many times what it took to read its context, so that changing costs a twentieth
+SLICE_COSTS = 20.0  # but none within this many times what it took to read the last one: changing costs a twentieth
 NOBODY = Caller()
 
 
@@ -96,8 +97,9 @@ class SessionStore:
     are dropped after `ttl_s` seconds, or earlier, the least recently used first, when their cache is needed. When all
     are in use a new one waits in line. Sessions in use stay, but for two kinds that make room for who waits: one that
     was in use for `slice_s` seconds, and one whose stream has been silent for longer than it ever was. So every client
-    gets on, and a silent or greedy one keeps nobody out. owner: who may use a session, where clients can be told apart;
-    for everybody else it does not exist.
+    gets on, and a silent or greedy one keeps nobody out. Who takes over has its whole text read, for which all others
+    wait; so the next one is not before SLICE_COSTS times as long. owner: who may use a session, where clients can be
+    told apart; for everybody else it does not exist.
     """
 
     def __init__(
@@ -145,9 +147,15 @@ class SessionStore:
         key = caller.owner + context.session_id
         with self._lock:
             session = self._find(key)
+            # Who asks for its next round gives way here: between two rounds there may be no time for others to look.
+            if session is not None and self._line and self._who_leaves(self._line.first) == key:
+                self._drop(key)
+                self._line.wake()
+                session = None
             if session is None and (context.prefix_length or not new):
+                full = self._line or (not self._spare and self._made == self._limit)
                 raise SessionLost(
-                    "this worker does not know the session (restarted or evicted); "
+                    f"this worker does not know the session ({ALL_TAKEN if full else 'restarted or evicted'}); "
                     "send the full context with prefix_length 0"
                 )
             if session is None and not self._line:
@@ -216,14 +224,14 @@ class SessionStore:
             if not session.held:
                 return key
         now, own, shares = self._clock(), self._line.shares.of(caller.peer), self._line.shares
+        sessions = self._sessions.values()
+        settled = max((session.opened + SLICE_COSTS * session.cost_s for session in sessions), default=now) <= now
+        settled = settled and not any(session.users and not session.cost_s for session in sessions)  # being read
         had_their_time = {
             key: shares.of(session.peer)
             for key, session in free.items()
             if shares.of(session.peer) >= own
-            and (
-                now - session.last_used >= session.idle_limit_s
-                or now - session.opened >= max(self._slice_s, SLICE_COSTS * session.cost_s)
-            )
+            and (now - session.last_used >= session.idle_limit_s or (settled and now - session.opened >= self._slice_s))
         }
         # Of equals the one used least recently, which comes first.
         return max(had_their_time, key=had_their_time.__getitem__, default=None)

@@ -23,7 +23,7 @@ from specsplit.settings.worker import TargetWorkerConfig, WorkerSettings
 from specsplit.worker.batching import SharedModel
 from specsplit.worker.calls import Caller
 from specsplit.worker.inbox import Inbox
-from specsplit.worker.refusals import InvalidRequest, LimitReached, NotFinite
+from specsplit.worker.refusals import InvalidRequest, LimitReached, NotFinite, SessionLost
 from specsplit.worker.servicer import WorkerServicer, checked_sampling
 from specsplit.worker.sessions import Session
 from specsplit.worker.states import Wanted
@@ -89,20 +89,26 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 "session of this worker can hold (max_context)"
             )
         sampling = checked_sampling(request.sampling)
-        with self.sessions.use(request.context, caller) as session:
-            self._tap(session, None)
-            for number in range(request.max_tokens):
-                began = time.perf_counter() if number else arrived
+        caller.place_wait_s = caller.session_wait_s
+        for number in range(request.max_tokens):
+            began = time.perf_counter() if number else arrived
+            # Between two tokens session and place go to others as between two rounds.
+            with self.sessions.use(request.context, caller, new=not number) as session:
+                if number and session.tokens != tokens[:-1]:
+                    raise SessionLost("another call has used the session of this text; send it again under a new name")
+                self._tap(session, None)
                 with self.model.timed(caller.gone) as watch:
                     held = len(session.tokens) if number else 0  # a session of this name may be left from before
                     verdict = verify_tree(self.model, session, tokens, held, TokenTree(), sampling)
-                tokens.append(verdict.next_token)
-                timings = pb.Timings(queue_ms=watch.queue_ms, compute_ms=watch.compute_ms)
-                timings.server_ms = (time.perf_counter() - began) * 1e3
-                self.count_round(caller, request.context, began, timings)
-                yield pb.StreamTextReply(token_ids=[verdict.next_token], timings=timings)
-                if verdict.next_token in stop_ids:
-                    return
+                session.cost_s = session.cost_s or watch.compute_ms / 1e3
+            caller.rest()
+            tokens.append(verdict.next_token)
+            timings = pb.Timings(queue_ms=watch.queue_ms, compute_ms=watch.compute_ms)
+            timings.server_ms = (time.perf_counter() - began) * 1e3
+            self.count_round(caller, request.context, began, timings)
+            yield pb.StreamTextReply(token_ids=[verdict.next_token], timings=timings)
+            if verdict.next_token in stop_ids:
+                return
 
     def _stream(self, inbox: Inbox, caller: Caller) -> Iterator[pb.VerifyDraftsReply]:
         # Messages are taken in order, so drafts prepared for a round are seen right after that round.
