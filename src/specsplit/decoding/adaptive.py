@@ -15,6 +15,9 @@ from specsplit.decoding.tree_plan import Plan, hit_probability, plans
 DECAY = 0.99  # weight of a drafted round against the one after it: about 100 are remembered
 PRIOR_ALPHA, PRIOR_WEIGHT = 0.7, 3.0  # as many drafted tokens as PRIOR_WEIGHT says, accepted at that rate
 START, START_NODES = 4, 16  # the first gamma, and nodes of its draft at most
+# What drafts from a worker have to win at least over none: what is not in the times of rounds is that it reads each
+# prompt beside the target, and that two models push each other out of a processor's caches.
+UNPRICED = 0.02
 MARGIN = 0.005  # another gamma has to promise this much, so that noise does not make it wander
 FIRST_DRAFTS = 8  # rounds with a draft before it may choose to have none
 FIRST_PAUSE = 8  # rounds between two probes
@@ -113,6 +116,7 @@ class GammaController:
         self._idle_rounds = 0
         self._pause, self._probe = FIRST_PAUSE, 1
         self._of_lookups: GammaController | None = None
+        self._unpriced = UNPRICED
         self._drafts = 0
         self._undrafted = 0  # rounds since the last draft
         self._alone: Literal["unknown", "next", "known"] = "unknown"  # the time of a round without a draft
@@ -122,6 +126,7 @@ class GammaController:
         """What chooses how much is drafted by prompt lookup, which takes no time of a worker."""
         if self._of_lookups is None:
             self._of_lookups = GammaController("sync", self.limit)
+            self._of_lookups._unpriced = 0.0
         return self._of_lookups
 
     def state(self) -> dict[str, Any]:
@@ -249,6 +254,7 @@ class GammaController:
         if not (self._draft or self._ahead) or not self._verify:
             return
         costs = [self._tpot(gamma) for gamma in range(self.limit + 1)]
+        costs[0] *= 1 - self._unpriced
         best = min(range(self._drafts < FIRST_DRAFTS, len(costs)), key=costs.__getitem__)
         if best and costs[best] > (1 - MARGIN) * costs[self._gamma]:
             best = self._gamma
