@@ -411,7 +411,7 @@ def test_a_key_is_asked_for_where_there_is_one(pair: Pair) -> None:
     [
         ({"host": "0.0.0.0"}, "give --api-key-file"),
         ({"host": "0.0.0.0", "api_key_file": "keys"}, "sent in the clear"),
-        ({"api_key_file": "nowhere"}, "cannot be read"),
+        ({"api_key_file": "nowhere"}, "nowhere: no such file"),
         ({"api_key_file": "empty"}, "holds no key"),
         ({"certificate": "keys"}, "give both"),
         ({"certificate": "keys", "certificate_key": "nowhere"}, "--certificate-key nowhere: no such file"),

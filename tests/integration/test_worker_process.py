@@ -220,21 +220,20 @@ serve(TargetWorkerConfig(model={str(model)!r}, port=0, threads=1, max_context=12
 @pytest.mark.parametrize(
     "command",
     [
-        "worker draft --model none --skip-layers-file pipe",
-        "prepare-dataset --source pipe --output prompts.jsonl --manifest manifest.json",
+        "worker draft --model none --skip-layers-file /dev/stdin",
+        "prepare-dataset --source /dev/stdin --output prompts.jsonl --manifest manifest.json",
     ],
 )
 def test_a_process_that_does_not_get_on_ends_with_the_one_it_was_started_for(folder: Path, command: str) -> None:
     """A worker ends before its model is loaded, too: nobody waits for it."""
-    os.mkfifo(folder / "pipe")
     holder = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     environment = {**os.environ, LEASE_PID: str(holder.pid), LEASE_HOST: socket.gethostname()}
-    process = subprocess.Popen([*SPECSPLIT, *command.split()], cwd=folder, env=environment)
+    # Nothing ever comes out of the pipe.
+    process = subprocess.Popen([*SPECSPLIT, *command.split()], cwd=folder, env=environment, stdin=subprocess.PIPE)
     try:
-        with (folder / "pipe").open("r+b", buffering=0):  # nothing ever comes out of it
-            assert process.poll() is None
-            holder.kill()
-            assert process.wait(20) == 143
+        assert process.poll() is None
+        holder.kill()
+        assert process.wait(20) == 143
     finally:
         for started in (holder, process):
             started.kill()

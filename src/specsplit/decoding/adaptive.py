@@ -17,7 +17,10 @@ PRIOR_ALPHA, PRIOR_WEIGHT = 0.7, 3.0  # as many drafted tokens as PRIOR_WEIGHT s
 START, START_NODES = 4, 16  # the first gamma, and nodes of its draft at most
 # What drafts from a worker have to win at least over none: what is not in the times of rounds is that it reads each
 # prompt beside the target, and that two models push each other out of a processor's caches.
-UNPRICED = 0.02
+UNPRICED = 0.01
+# After so many rounds with a draft one has none, where that is at most so many times as dear: what is not seen for long
+# is not known.
+ALONE_AFTER, ALONE_WITHIN = 16, 1.15
 MARGIN = 0.005  # another gamma has to promise this much, so that noise does not make it wander
 FIRST_DRAFTS = 8  # rounds with a draft before it may choose to have none
 FIRST_PAUSE = 8  # rounds between two probes
@@ -120,6 +123,7 @@ class GammaController:
         self._drafts = 0
         self._undrafted = 0  # rounds since the last draft
         self._alone: Literal["unknown", "next", "known"] = "unknown"  # the time of a round without a draft
+        self._since_alone = 0  # rounds since it was measured
 
     @property
     def of_lookups(self) -> GammaController:
@@ -217,6 +221,7 @@ class GammaController:
             self._hits_expected = DECAY * self._hits_expected + self._hit_by_formula(min(max(gamma, 1), self.limit))
         if not first and verify_ms:
             self._verify.add(1, verified_tokens, verify_ms)
+            self._since_alone = 0 if verified_tokens == 1 else self._since_alone + 1
             if self._alone != "known":
                 self._alone = "next" if verified_tokens > 1 else "known"
         if not first and drafted and draft_ms:
@@ -261,6 +266,8 @@ class GammaController:
         if best == 0:
             self._idle_rounds = 0
             self._plan_probe(again=probed)
+        elif self._since_alone >= ALONE_AFTER and costs[0] < ALONE_WITHIN * costs[best]:
+            self._alone = "next"
         self._gamma = best
 
     def _plan_probe(self, *, again: bool) -> None:
