@@ -146,7 +146,7 @@ class _Pipeline:
         self.config = text.config
         self.controller = controller
         self.states = states
-        self.lookup = Lookup(text.config.lookup) if text.config.lookup else None
+        self.lookup = Lookup(self.config.lookup) if self.config.lookup and self.config.gamma else None
         self._stubs = dict(stubs)
         self._streams: dict[str, Stream] = {}
         self._spent = Spent()
@@ -295,7 +295,7 @@ class _Pipeline:
 
     def _look_up(self) -> TokenTree:
         """A draft from the text itself; empty where its end did not occur in it before, or that does not pay."""
-        if self.lookup is None or not self.config.gamma:
+        if self.lookup is None:
             return TokenTree()
         gamma = self._gamma(self.text.target_room(), self.controller and self.controller.of_lookups)
         return self.lookup.draft(

@@ -98,12 +98,21 @@ class _Cost:
 class GammaController:
     """Chooses gamma for every round by the throughput formula of `theory`; one may serve text after text.
 
-    limit: the largest gamma. shape: of the drafts. When the target alone is faster by the formula it chooses 0, and
-    tries a short draft again after 8 and ever more rounds, as long as that loses more than PROBE_SHARE, so that a
-    change is noticed at little cost. One of the first rounds has no draft, so that the target alone is known.
+    limit: the largest gamma. shape: of the drafts. unpriced: the share that a draft has to win at least over none.
+    When the target alone is faster by the formula it chooses 0, and tries a short draft again after 8 and ever more
+    rounds, as long as that loses more than PROBE_SHARE, so that a change is noticed at little cost. One of the first
+    rounds has no draft, and later some where drafts pay little more, so that the target alone is known.
     """
 
-    def __init__(self, mode: PipelineMode, limit: int, *, fan_out: int = 8, shape: TreeShape | None = None) -> None:
+    def __init__(
+        self,
+        mode: PipelineMode,
+        limit: int,
+        *,
+        fan_out: int = 8,
+        shape: TreeShape | None = None,
+        unpriced: float = UNPRICED,
+    ) -> None:
         self.mode: PipelineMode = mode
         self.limit = limit
         self.fan_out = fan_out
@@ -119,9 +128,9 @@ class GammaController:
         self._idle_rounds = 0
         self._pause, self._probe = FIRST_PAUSE, 1
         self._of_lookups: GammaController | None = None
-        self._unpriced = UNPRICED
+        self._unpriced = unpriced
         self._drafts = 0
-        self._undrafted = 0  # rounds since the last draft
+        self._undrafted = 0  # tokens since the last draft
         self._alone: Literal["unknown", "next", "known"] = "unknown"  # the time of a round without a draft
         self._since_alone = 0  # rounds since it was measured
 
@@ -129,8 +138,7 @@ class GammaController:
     def of_lookups(self) -> GammaController:
         """What chooses how much is drafted by prompt lookup, which takes no time of a worker."""
         if self._of_lookups is None:
-            self._of_lookups = GammaController("sync", self.limit)
-            self._of_lookups._unpriced = 0.0
+            self._of_lookups = GammaController("sync", self.limit, unpriced=0.0)
         return self._of_lookups
 
     def state(self) -> dict[str, Any]:
@@ -171,7 +179,7 @@ class GammaController:
         verified_tokens: int,
         draft_ms: float = 0.0,
         verify_ms: float = 0.0,
-        network_ms: float = 0.0,
+        network_ms: float | None = 0.0,
         hit: bool | None = None,
         first: bool = False,
         ranks: Sequence[tuple[int, int]] | None = None,
@@ -180,37 +188,33 @@ class GammaController:
         """Learn from a round.
 
         gamma: what was asked for. drafted: depth of the draft; accepted: of these; verified_tokens: nodes + 1.
-        draft_ms, verify_ms: of the models alone; network_ms: what else the round waited.
+        draft_ms, verify_ms: of the models alone; network_ms: what else the round waited; None: not known.
         hit: whether the draft had been made ahead; None when that was not tried. first: a round in which a worker read
         a prompt or a whole text, whose times are not typical. ranks: as `tree_plan.ranks`; needed of dynamic trees.
         source: LOOKUP when the text itself was the draft.
         """
-        verified: dict[str, Any] = {"verified_tokens": verified_tokens, "verify_ms": verify_ms, "first": first}
-        draft: dict[str, Any] = {"gamma": gamma, "drafted": drafted, "draft_ms": draft_ms}
-        brought: dict[str, Any] = {"accepted": accepted, "network_ms": network_ms}
         if source == LOOKUP:
-            self.of_lookups._learn(**verified, **draft, **brought)
-            self._learn(**verified, **brought)
-            return
-        self._learn(**verified, **draft, **brought, hit=hit, ranks=ranks)
-        if self._of_lookups is not None:
-            self._of_lookups._learn(**verified, network_ms=None if drafted else network_ms)
-
-    def _learn(
-        self,
-        *,
-        verified_tokens: int,
-        verify_ms: float,
-        first: bool,
-        gamma: int = 0,
-        drafted: int = 0,
-        accepted: int = 0,
-        draft_ms: float = 0.0,
-        network_ms: float | None,
-        hit: bool | None = None,
-        ranks: Sequence[tuple[int, int]] | None = None,
-    ) -> None:
-        """As `observe`, of a round in which this source made the draft, or none did. network_ms: None = not its own."""
+            self.of_lookups.observe(
+                gamma=gamma,
+                drafted=drafted,
+                accepted=accepted,
+                verified_tokens=verified_tokens,
+                draft_ms=draft_ms,
+                verify_ms=verify_ms,
+                network_ms=network_ms,
+                first=first,
+            )
+            gamma, drafted, hit = 0, 0, None  # to the model a round without a draft
+        elif self._of_lookups is not None:
+            self._of_lookups.observe(
+                gamma=0,
+                drafted=0,
+                accepted=accepted,
+                verified_tokens=verified_tokens,
+                verify_ms=verify_ms,
+                network_ms=None if drafted else network_ms,
+                first=first,
+            )
         plan = self._plans()[min(gamma, self.limit) if self.shape.nodes else min(drafted, self.limit)]
         surprise = accepted == drafted and accepted >= 2 * (self._tokens(min(drafted, self.limit)) - 1)
         if drafted:
