@@ -9,7 +9,7 @@ from specsplit.decoding.lookup import LONGER, LOOKUP, Lookup
 
 
 def found_by_search(text: list[int], least: int, gamma: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest end of the text that there is one of."""
+    """What followed the latest earlier occurrence of the end of the text, of as many tokens as there is one of."""
     for size in range(min(least + LONGER, len(text) - 1), least - 1, -1):
         for start in range(len(text) - size - 1, -1, -1):
             if text[start : start + size] == text[-size:]:

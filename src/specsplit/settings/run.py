@@ -90,7 +90,6 @@ class OrchestratorConfig(AccessSettings):
         "the draft of at most gamma tokens, and the draft worker is not asked, which saves its time. 0: off. With it a "
         "draft is called NAME-lookupN in every table.",
         example=2,
-        note="prompt lookup before the model is asked: tokens at the end of a text that must have occurred; 0 = off",
         ge=0,
         le=16,
     )

@@ -284,7 +284,7 @@ Workflow: type[BaseModel] = section(
             [0],
             [2],
             " A draft whose acceptance is forced has none.",
-            note="prompt lookup before the model is asked, by so many tokens; 0 = none; several values are swept",
+            note="prompt lookup first: tokens that must match; 0 = none; several values are swept",
             shipped=[0, 2],
         ),
         **keys(LayerSettings, "skip_count", calibration_prompts="limit"),
