@@ -50,12 +50,12 @@ def listed(items: Iterable[object], most: int = 5, apart: str = ", ") -> str:
     """The first items, and how many more there are; apart: what stands between them."""
     shown = list(map(str, items))
     more = [f"and {len(shown) - most} more"] if len(shown) > most else []
-    return (apart if "\n" in apart else " ").join([apart.join(shown[:most]), *more])
+    return apart.join([*shown[:most], *more])
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """The text, or its beginning and three dots when it has more than `most` characters."""
-    return text if len(text) <= most else f"{text[:most]}..."
+    """The text, or its beginning and three dots, `most` characters in all."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.configurations import configuration_of, keys_of, sort_rows, tuples
 from specsplit.analysis.measures import ratio, verifies_draft
-from specsplit.analysis.reading import listed, read_files
+from specsplit.analysis.reading import read_files
 from specsplit.analysis.references import (
     matches_alone,
     merge_references,
@@ -24,7 +24,7 @@ from specsplit.analysis.references import (
     with_references,
 )
 from specsplit.analysis.series import KEEP_APART, check_joined, series_of
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,3 @@ _NAMES = {
     "bool": "True or False",
     "bool | None": "True, False or empty",
 }
-
-
-def listed(names: Iterable[object], most: int = 5) -> str:
-    """The first few names and how many more there are."""
-    every = [str(name) for name in names]
-    more = [f"and {len(every) - most} more"] if len(every) > most else []
-    return ", ".join(every[:most] + more)

@@ -18,9 +18,9 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, row_of, sort_rows, tuples
 from specsplit.analysis.measures import interval_columns, paired_columns, ratio
-from specsplit.analysis.reading import listed, read_csv_file
+from specsplit.analysis.reading import read_csv_file
 from specsplit.analysis.series import series_of
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed
 from specsplit.experiment.columns import COLOCATED, OK, STREAMED, WORKERS, ReferenceRecord
 from specsplit.settings.axes import SERIES
 

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, shortened
 from specsplit.experiment.containers import read_source
 from specsplit.experiment.fetching import fetched_facts
 from specsplit.experiment.prompt import Prompt as Prompt
@@ -23,7 +23,7 @@ from specsplit.experiment.prompt_shapes import (
     RowError,
     read_conversation,
 )
-from specsplit.experiment.prompt_table import Row, shorten
+from specsplit.experiment.prompt_table import Row
 from specsplit.experiment.prompt_tokens import tokenize_prompts
 from specsplit.io import json_sha256, refuse_overwriting, replace_file, sha256_file, write_json
 from specsplit.models.tokenizer import TextCodec
@@ -92,12 +92,12 @@ def read_prompt_file(
         several = [prompt, *_later_turns(said, prompt)] if turns == "all" else [prompt]
         if twice := next((each.id for each in several if each.id in line_of), None):
             raise UserError(
-                f"{at(row.line)}: id {shorten(repr(twice), 80)} stands in {table.unit} {line_of[twice]} already; give "
-                "each its own id"
+                f"{at(row.line)}: id {shortened(repr(twice), 80)} stands in {table.unit} {line_of[twice]} already; "
+                "give each its own id"
             )
         if prompt.after is not None and prompt.after not in line_of:
             skipped.append(
-                SkippedLine(row.line, f"'after' {shorten(repr(prompt.after), 80)} is no id of an earlier prompt")
+                SkippedLine(row.line, f"'after' {shortened(repr(prompt.after), 80)} is no id of an earlier prompt")
             )
             continue
         line_of |= {each.id: row.line for each in several}

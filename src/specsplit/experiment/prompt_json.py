@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
-from specsplit.experiment.prompt_table import JSON_LINES, Row, Table, encoding_problem, kind_of, shorten, undecodable
+from specsplit.errors import UserError, shortened
+from specsplit.experiment.prompt_table import JSON_LINES, Row, Table, encoding_problem, kind_of, undecodable
 from specsplit.io import unique_keys
 
 JSON_SPACE = " \t\n\r"
@@ -162,7 +162,7 @@ def whole_object(path: Path, text: str) -> Table | None:
     except ValueError:
         return None
     if data and set(data) <= _ERROR_KEYS:
-        told = shorten(str(next(iter(data.values()))))
+        told = shortened(str(next(iter(data.values()))))
         raise UserError(
             f"{path}: the error message of a server, not a table of prompts: {told!r}; fetch the file again"
         )

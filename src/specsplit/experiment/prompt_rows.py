@@ -17,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, shortened
 from specsplit.experiment.containers import arrow_rows, folder_rows, read_container, recognise_binary, refuse_repeated
 from specsplit.experiment.prompt_json import JSON_SPACE, parse_cell, parse_line, read_array, read_lines, whole_object
-from specsplit.experiment.prompt_table import Row, Table, encoding_problem, shorten
+from specsplit.experiment.prompt_table import Row, Table, encoding_problem
 
 ONE_COLUMN = "\x1f"  # the separator of a table that has none: its cells may hold commas
 # UTF-32 first: its mark begins as that of UTF-16 does.
@@ -160,7 +160,7 @@ def _read_csv(path: Path, text: str, wanted: Sequence[str]) -> Table:
         )
     if not has_prompt and (len(header) < 2 or not _is_regular(text, delimiter, len(header))):
         raise UserError(
-            f"{path}, line 1: plain text, not a table: {shorten(first)!r}. Give each prompt a line of JSON, as "
+            f"{path}, line 1: plain text, not a table: {shortened(first)!r}. Give each prompt a line of JSON, as "
             '{"prompt": "..."}, or a CSV file whose first line has the column prompt'
         )
     refuse_repeated(f"{path}, line 1", header)

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specsplit.errors import listed, shortened
 from specsplit.experiment.prompt_json import parse_cell
-from specsplit.experiment.prompt_table import kind_of, shorten
+from specsplit.experiment.prompt_table import kind_of
 
 ID_KEYS = (
     *("id", "question_id", "prompt_id", "task_id", "custom_id"),
@@ -132,8 +133,7 @@ def _no_prompt(data: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def _listed(data: Mapping[str, Any]) -> str:
-    names = [repr(name) if len(name) <= 40 else repr(name[:37] + "...") for name in data]
-    return (", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")) or "no keys at all"
+    return listed((repr(shortened(name, 40)) for name in data), 12) or "no keys at all"
 
 
 def _body(key: str, value: Any) -> tuple[str, Any]:
@@ -252,7 +252,7 @@ def _text_of(key: str, value: Any) -> str | None:
         value = int(value)  # pandas makes such floats of whole numbers in a column with gaps
     if isinstance(value, bool) or not isinstance(value, str | int):
         wanted = "text or a whole number" if key == "id" else "text"
-        raise RowError(f"{key} {shorten(repr(value))} is not {wanted}")
+        raise RowError(f"{key} {shortened(repr(value))} is not {wanted}")
     if value == "":
         raise RowError(f"{key} '' is not text")
     return str(value)

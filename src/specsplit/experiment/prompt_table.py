@@ -35,11 +35,6 @@ class Table:
         return f"line-{row.line}" if self.format == JSON_LINES else f"row-{index + 1}"
 
 
-def shorten(text: str, most: int = 60) -> str:
-    """The text, or its beginning where it is longer than `most` characters."""
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
 _KINDS = {str: "text", type(None): "null", bool: "true or false", int: "a number", float: "a number"} | {
     list: "a list",
     dict: "an object",

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from specsplit.errors import shortened
 from specsplit.serve.failures import ApiError
 from specsplit.settings.run import MAX_SEED, Temperature
 
@@ -204,5 +205,4 @@ def _named(error: ValidationError, content: Mapping[str, Any]) -> ApiError:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(json.dumps(value), 80)

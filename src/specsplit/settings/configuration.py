@@ -21,7 +21,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
 from specsplit.decoding.tree import TreeShape
-from specsplit.errors import UserError
+from specsplit.errors import UserError, shortened
 from specsplit.settings.names import (
     DEFAULT_DRAFT,
     MARKED,
@@ -425,5 +425,4 @@ def _join(path: str, key: str) -> str:
 
 def _show(value: Any) -> str:
     """The value as YAML would have it, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(json.dumps(value, ensure_ascii=False, default=str), 80)
