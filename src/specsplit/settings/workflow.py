@@ -145,13 +145,14 @@ Synthetic: Any = section(
     **keys(SyntheticParameters, "step_ms", "token_ms", "acceptance", "seed"),
 )[0]
 Source: Any = PypiSource | HuggingFaceSource | LocalSource | Synthetic | NGramParameters | SuffixParameters
+LookupSize: Any = type_of(Run, "lookup")
 NamedDraft: Any = section(
     "",
     model=other("model", str, "my-draft"),
     dtype=other("dtype", type_of(DraftWorkerConfig, "dtype"), "int8"),
     skip_layers=other("skip_layers", SkipLayers, [13, 14], schema=UNIQUE),
     acceptance=other("acceptance", Annotated[float, Field(ge=0, le=1)], 0.8),
-    lookup=other("lookup", list[Annotated[int, Field(ge=0, le=16)]], [2], schema=ONE_OR_MORE, min_length=1),
+    lookup=other("lookup", list[LookupSize], [2], schema=ONE_OR_MORE, min_length=1),
     skip_count=other("skip_count", type_of(LayerSettings, "skip_count"), 4),
 )[0]
 
