@@ -292,7 +292,7 @@ class FusedLM(FusedPasses):
         head = hf.get_output_embeddings()
         super().__init__(config, hf.model.layers, head, hf.model.norm, rotary, embedding, threads, is_tied=is_tied)
         self._windows = np.array(source.windows(), np.int64)
-        self._targets: tuple[Any, list[int]] = None, []  # of the last Propose, and as numbers
+        self._targets: tuple[Any, list[int], int] = None, [], 0  # of the last Propose, as numbers, and the largest
 
     def step(
         self,
@@ -310,8 +310,8 @@ class FusedLM(FusedPasses):
         if isinstance(then, Walk) or not then.sampling.greedy or then.targets is None:
             return then.sampling.greedy
         if then.targets is not self._targets[0]:
-            self._targets = then.targets, then.targets.tolist()
-        return max(self._targets[1]) < then.vocab_size
+            self._targets = then.targets, then.targets.tolist(), int(then.targets.max())
+        return self._targets[2] < then.vocab_size
 
     def _choices(self, work: Pass) -> tuple[int, int]:
         if isinstance(work.then, Walk):
