@@ -142,6 +142,17 @@ DRAFTS: list[tuple[str, grpc.StatusCode, Callable[[random.Random], dict[str, Any
     ("huge gamma ahead", BAD, lambda r: {"ahead": pb.Ahead(fan_out=2, max_draft_tokens=r.randrange(65, 2**32))}),
     ("stop tokens without end", BAD, lambda r: {"stop_token_ids": range(r.randrange(1025, 5000))}),
     ("hidden states for a draft that reads none", BAD, lambda r: {"states": [pb.HiddenStates(count=r.randrange(9))]}),
+    ("p_min out of range", BAD, lambda r: {"p_min": r.choice([-0.1, 1.1, float("nan"), float("inf")])}),
+    (
+        "p_min with rejection sampling",
+        BAD,
+        lambda r: {"p_min": r.random(), "sampling": pb.Sampling(temperature=1, rejection=True)},
+    ),
+    (
+        "p_min with forced acceptance",
+        BAD,
+        lambda r: {"p_min": r.random(), "forced": pb.Forced(tokens=[1], right=[True])},
+    ),
     (
         "dynamic tree with rejection sampling",
         BAD,

@@ -47,7 +47,7 @@ class Workspace:
             "generation": {"max_output_tokens": 12},
             "models": {"tiny": {"source": "local", "path": str(model)} if isinstance(model, Path) else dict(model)},
             "target": {"model": "tiny"},
-            "draft": {"model": "tiny", "dtype": "float32", "lookup": 0},
+            "draft": {"model": "tiny", "dtype": "float32", "lookup": 0, "p_min": 0},
             "states_cost": {"draft": "tiny", "head": "tiny"},
             "workers": {"threads": 1, "max_context": 128},
             "statistics": {"bootstrap_samples": 200},

@@ -117,3 +117,5 @@ def test_the_name_of_the_draft_says_that_it_is_synthetic() -> None:
         OrchestratorConfig(draft_acceptance=0.8, sampling="rejection", temperature=1)
     with pytest.raises(ValueError, match="with lookup the text drafts too"):
         OrchestratorConfig(draft_acceptance=0.8, lookup=2)
+    with pytest.raises(ValueError, match="p_min asks the draft model: drop one"):
+        OrchestratorConfig(draft_acceptance=0.8, p_min=0.2)

@@ -359,6 +359,8 @@ def test_the_embedded_model_is_that_of_the_configuration() -> None:
         ({"mode": "fast"}, "mode='fast': Input should be 'sync', 'overlap' or 'lookahead'"),
         ({"tree": "bush"}, "tree='bush': .*write chain, 3x2"),
         ({"temperature": 1.0, "tree": "dynamic-8x2", "sampling": "rejection"}, "biases rejection sampling"),
+        ({"temperature": 1.0, "p_min": 0.2, "sampling": "rejection"}, "use sampling coupled, or p_min 0"),
+        ({"p_min": 1}, "p_min=1: "),
     ],
 )
 def test_an_option_that_cannot_be_is_named(loaded: specsplit.Pair, options: Any, message: str) -> None:

@@ -97,6 +97,7 @@ samplings = st.one_of(
         seed=st.integers(0, 1 << 32 - 1),
     ),
 )
+least = st.sampled_from([0.0, 0.03, 0.1, 0.6])  # p_min: tiny models are seldom sure of more than .1, ngram ones are
 some = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -121,7 +122,7 @@ def test_the_loop_writes_what_the_target_alone_writes(pair, prompt, shape, gamma
     end = next((i for i, token in enumerate(alone) if token in stop), LENGTH)
     if pair in PLAIN:
         assert alone[: end + 1] == plain_text(PLAIN[pair], prompt, sampling, stop)
-    asked = DraftSettings(gamma, TreeShape.parse(shape), sampling, stop)
+    asked = DraftSettings(gamma, TreeShape.parse(shape), sampling, stop, p_min=data.draw(least))
     rounds = list(speculate(target, draft, prompt, asked, max_new_tokens=LENGTH))
     assert written(rounds) == alone[: end + 1]
     assert all(r.accepted <= r.tree.depth() <= gamma for r in rounds)
@@ -157,7 +158,7 @@ def streamed(pair: str, prompt: list[int], asked: DraftSettings, mode: str, **st
             **{"mode": mode, "gamma": asked.gamma, "tree": str(asked.shape), "max_output_tokens": LENGTH},
             **{"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "seed": s.seed},
             **{"sampling": "rejection" if s.rejection else "coupled", "stop_token_ids": list(asked.stop_token_ids)},
-            **{"hidden_states_form": "float32", **states},
+            **{"hidden_states_form": "float32", "p_min": asked.p_min, **states},
         }
     )
     return event_loop().run(run_speculative_loop_async(*STUBS[pair], prompt, config))
@@ -168,7 +169,7 @@ def streamed(pair: str, prompt: list[int], asked: DraftSettings, mode: str, **st
 @some
 @given(prompt=prompts, shape=shapes, gamma=st.integers(1, 6), sampling=samplings, data=st.data())
 def test_the_streams_write_what_the_loop_writes(pair, mode, prompt, shape, gamma, sampling, data):
-    asked = DraftSettings(gamma, TreeShape.parse(shape), sampling)
+    asked = DraftSettings(gamma, TreeShape.parse(shape), sampling, p_min=data.draw(least))
     whole = written(list(speculate(*PAIRS[pair], prompt, asked, max_new_tokens=LENGTH)))
     asked = replace(asked, stop_token_ids=frozenset(data.draw(st.sets(st.sampled_from(whole), max_size=1))))
     rounds = list(speculate(*PAIRS[pair], prompt, asked, max_new_tokens=LENGTH))

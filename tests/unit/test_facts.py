@@ -160,6 +160,7 @@ def test_facts_of_the_axes() -> None:
     others = {"plain": full_run(fan_out=4), "small": small, "overlap": overlap, "alone": full_run(0)}
     others["forced"] = full_run(draft="forced", draft_acceptance=0.5)
     others["looks up"] = full_run(draft="draft-lookup2", lookup=2)
+    others["is sure"] = full_run(draft="sure", p_min=0.3)
     assert differences({name: run_facts(run) for name, run in others.items()}) == []
     looking = {str(n): run_facts(full_run(mode="lookahead", fan_out=n)) for n in (4, 8)}
     assert [each.fact for each in differences(looking)] == ["setting fan_out"]

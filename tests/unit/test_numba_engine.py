@@ -7,6 +7,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest
 import torch
 import transformers
 
+from specsplit.decoding.sampling import GREEDY
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines import loading, numba
 from specsplit.engines.numba import CHUNK, FusedCache, FusedLM, unsuitable
 from specsplit.engines.numba_kernels import _meet, await_start, choose, start_others
 from specsplit.engines.numba_team import Team
-from specsplit.engines.passes import Pass
+from specsplit.engines.passes import Pass, Propose
 from specsplit.engines.quantise import quantise_linears
 from specsplit.engines.transformers import CausalLM
 from specsplit.engines.vector_kernels import processor_lacks
@@ -137,6 +139,23 @@ def test_the_same_bits_whatever_shares_the_pass(dtype: str, threads: int) -> Non
     for p, rows in zip([*passes, prompt], ours.step_many([*passes, prompt]), strict=True):
         last = p.cache.length
         assert all(torch.equal(a, b) for a, b in zip(rows, alone[last - len(rows) : last], strict=True))
+
+
+def test_a_chain_ends_where_its_path_is_too_improbable() -> None:
+    ours = FusedLM(wide_model(), 1)
+    texts = [PROMPT, PROMPT[:4]]
+
+    def chains(*leasts: float) -> tuple[list[list[Any]], list[int]]:
+        caches = [ours.new_cache(64) for _ in leasts]
+        steps = zip(caches, texts, leasts, strict=True)
+        found = ours.step_many([Pass(c, t, then=Propose(GREEDY, 131, steps=6, least=least)) for c, t, least in steps])
+        return found, [cache.length for cache in caches]
+
+    whole, _ = chains(-math.inf, -math.inf)
+    sums = [list(accumulate(best.log_probs[0] for best, _ in rows)) for rows in whole]
+    found, lengths = chains(sums[0][2], sums[1][0] + 1e-3)  # three tokens are probable enough; none
+    assert found == [whole[0][:4], whole[1][:1]]
+    assert lengths == [len(PROMPT) + 3, 4]
 
 
 def test_a_processor_that_lacks_instructions_gets_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:

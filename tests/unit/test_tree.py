@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from itertools import count
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specsplit.decoding.growth import grow
+from specsplit.decoding.sampling import Candidates
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES, ROOT, TokenTree, TreeError, TreeShape
 
 VOCAB = 5
@@ -155,3 +161,31 @@ def test_the_most_nodes_of_a_shape(shape: str, gamma: int, nodes: int) -> None:
 def test_children_level_by_level() -> None:
     assert [TreeShape((3, 2)).children(depth) for depth in range(4)] == [3, 2, 1, 1]
     assert [TreeShape().children(depth) for depth in range(2)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "p_min", "drafted"),
+    [
+        ("chain", 0.0, [[7], [7, 7], [7, 7, 7]]),
+        ("chain", 0.49, [[7]]),
+        ("chain", 0.48, [[7], [7, 7]]),  # .7 * .7 = .49
+        ("chain", 0.71, []),
+        ("2x2", 0.2, [[7], [2], [7, 7], [7, 2], [2, 7], [7, 7, 7]]),
+        ("dynamic-4x4", 0.2, [[7], [7, 7], [7, 7, 7], [2]]),
+        ("dynamic-9x4", 0.2, [[7], [7, 7], [7, 7, 7], [2], [7, 2], [2, 7]]),
+        ("dynamic-9x4", 0.71, []),
+    ],
+)
+def test_a_draft_has_no_path_less_probable_than_p_min(shape: str, p_min: float, drafted: list[list[int]]) -> None:
+    """After every text the token 7 has probability .7, and 2 has .299."""
+    known = defaultdict(lambda: Candidates([7, 2], [math.log(0.7) - 1e-9, math.log(0.299)]))
+    growth, numbers, fed = grow(TreeShape.parse(shape), 3, ROOT, known, (), p_min), count(), 0
+    try:
+        wanted = next(growth)
+        while True:
+            fed += len(wanted)
+            wanted = growth.send([next(numbers) for _ in wanted])
+    except StopIteration as end:
+        tree = end.value
+    assert sorted(path_tokens(tree, node) for node in range(len(tree))) == sorted(drafted)
+    assert fed <= len(drafted)  # nothing is fed that is not drafted

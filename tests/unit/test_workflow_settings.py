@@ -323,6 +323,16 @@ def test_rejection_sampling_of_a_dynamic_tree_is_refused_where_it_samples() -> N
     assert line.endswith("use coupled, or a chain or static tree")
     load_pipeline_config({**raw, "tree": ["chain", "3x2"]})
     load_pipeline_config({**raw, "sampling": {"method": "rejection"}})
+
+
+def test_p_min_is_refused_where_rejection_samples_and_is_0_where_acceptance_is_forced() -> None:
+    raw = {"draft": {"p_min": 0.2}, "drafts": {"a": {}, "b": {"p_min": 0}}}
+    assert mistakes({**raw, "sampling": {"method": "rejection", "temperature": [0, 0.7]}}) == [
+        "drafts.a.p_min: 0.2 leaves out drafted tokens by their probability, which biases rejection sampling; write 0, "
+        "or sampling.method coupled"
+    ]
+    drafts = swept_drafts(load_pipeline_config({**raw, "drafts": {**raw["drafts"], "c": {"acceptance": 0.5}}}))
+    assert {name: draft["p_min"] for name, draft in drafts.items()} == {"a": 0.2, "b": 0, "c-synthetic-0.5": 0}
     load_pipeline_config({**raw, "sampling": {"temperature": 0.7}})
 
 
@@ -436,7 +446,7 @@ def test_what_is_made_from_the_settings_is_current() -> None:
     assert done.returncode == 0, done.stderr
 
 
-SHIPPED = {"draft.lookup": [0, 2]}  # in config/config.yaml, and not the default
+SHIPPED = {"draft.lookup": [0, 2], "draft.p_min": 0.15}  # in config/config.yaml, and not the default
 
 
 def test_config_file_holds_every_key_with_its_default() -> None:

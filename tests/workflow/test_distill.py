@@ -57,7 +57,7 @@ def test_a_sweep_with_a_distilled_draft(workspace):
     """Lossless with a draft that knows half of the tokens; a change of the training makes draft and runs anew."""
     workspace.config["distill"] = TINY
     workspace.config["models"]["made"] = MADE
-    workspace.config["draft"] = {"model": "made", "lookup": 0}
+    workspace.config["draft"] = {"model": "made", "lookup": 0, "p_min": 0}
     workspace.run()
     results = workspace.folder / "results"
     summary = pd.read_csv(results / "summary.csv")
@@ -96,7 +96,7 @@ def test_a_head_that_reads_hidden_states(workspace):
     for row in by_loop(workspace, folder / "draft").itertuples():
         assert f"| {row.position} | {row.reached} | {row.accepted} |" in card
     workspace.config["models"]["made"] = MADE
-    workspace.config["draft"] = {"model": "made", "dtype": "float32", "lookup": 0}
+    workspace.config["draft"] = {"model": "made", "dtype": "float32", "lookup": 0, "p_min": 0}
     workspace.config["workers"] |= {"engine": "transformers"}
     workspace.run()
     summary = pd.read_csv(workspace.folder / "results" / "summary.csv")

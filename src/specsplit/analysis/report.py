@@ -123,6 +123,9 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
         if lookup := own["lookup"]:
             asks = f"where the last {lookup} tokens occurred in the text before, what followed is drafted instead"
             pairs.append((f"Prompt lookup: {name}", asks))
+        if p_min := own.get("p_min"):
+            asks = f"a draft ends where the draft model gives its path less than {p_min:g}"
+            pairs.append((f"Least probability: {name}", asks))
         if (acceptance := own.get("acceptance")) is not None:
             pairs.append(
                 (

@@ -21,6 +21,7 @@ class Options(TypedDict, total=False):
     tree: shape of a draft: "chain", "3x2" (children per level), "dynamic-16x4" (nodes, nodes fed in a pass).
     lookup: prompt lookup: where the last so many tokens of the text, or more, occurred in it before, what followed them
     is the draft, and no model is asked; 0 = none. It works without a draft model as well.
+    p_min: a draft ends where the draft model gives its path less than this probability; 0 = as deep as gamma.
     mode: "sync", "overlap" or "lookahead": what is drafted while the target verifies.
     fan_out: outcomes of a verification that lookahead prepares drafts for.
     temperature: 0 = greedy. top_k: 0 = all tokens. top_p: 1 = all tokens.
@@ -37,6 +38,7 @@ class Options(TypedDict, total=False):
     gamma: int | Literal["auto"]
     tree: str
     lookup: int
+    p_min: float
     mode: Literal["sync", "overlap", "lookahead"]
     fan_out: int
     temperature: float

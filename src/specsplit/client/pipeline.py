@@ -256,7 +256,7 @@ class _Pipeline:
                 speculation=speculation,
                 gamma_asked=gamma,
                 **self._spent.take(),
-                draft_source=tree.source or ("model" if self.lookup and len(tree) else ""),
+                draft_source=tree.source or self._source(tree, gamma),
             )
             self.text.take(accepted, verdict.next_token, measured)
             self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
@@ -292,6 +292,12 @@ class _Pipeline:
         if controller is None:
             return room
         return controller.choose(room) if self._advised is None else min(self._advised, room)
+
+    def _source(self, tree: TokenTree, gamma: int) -> str:
+        """Where a draft of a worker that names no source came from, where that is not the same in every round."""
+        if not (gamma and (self.lookup or self.config.p_min)):
+            return ""
+        return "model" if len(tree) else "none"
 
     def _look_up(self) -> TokenTree:
         """A draft from the text itself; empty where its end did not occur in it before, or that does not pay."""

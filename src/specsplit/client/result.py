@@ -28,8 +28,8 @@ class Round:
         this round: what the round waited for, and what went on meanwhile, of use or not (drafts ahead that missed).
     *_sent_bytes, *_received_bytes: serialized messages that went to that worker and came from it since the round
         before, without the headers of gRPC; 0 within one process.
-    draft_source: of a draft that learns: session | global | model | none; with prompt lookup: lookup | model; else
-        empty, as without a draft.
+    draft_source: of a draft that learns: session | global | model | none; with prompt lookup or p_min: lookup | model |
+        none (asked for and empty); else empty, as without a draft.
     """
 
     round: int

@@ -106,6 +106,7 @@ class Text:
             "ahead": ahead,
             "memory": self.config.memory,
             "prompt_tokens": self.prompt_length,
+            "p_min": self.config.p_min,
             "forced": self._forced(gamma + 1 + ahead.max_draft_tokens if ahead else gamma),
         }
 

@@ -8,6 +8,7 @@ each outcome that is drafted for, share the passes of the model.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ Growth = Generator[list[ToFeed], list[int] | None, TokenTree]
 @dataclass(frozen=True)
 class DraftSettings:
     """What is asked of a draft. length_limit: tokens that the text can have; a draft ends one before it. forced: where
-    it is made right or wrong."""
+    it is made right or wrong. p_min: as in `grow`."""
 
     gamma: int
     shape: TreeShape = CHAIN
@@ -37,48 +38,74 @@ class DraftSettings:
     vocab_size: int = 1 << 31
     length_limit: int = 1 << 31
     forced: Forced = NOT_FORCED
+    p_min: float = 0.0
+
+
+def least_log(p_min: float) -> float:
+    """The least log-probability of a path that is drafted."""
+    return math.log(p_min) if p_min else -math.inf
 
 
 def grow(
-    shape: TreeShape, gamma: int, start: int, candidates: Mapping[int, Candidates], stop_token_ids: Collection[int]
+    shape: TreeShape,
+    gamma: int,
+    start: int,
+    candidates: Mapping[int, Candidates],
+    stop_token_ids: Collection[int],
+    p_min: float = 0.0,
 ) -> Growth:
     """The draft of depth `gamma` that follows the node `start`, in at most gamma - 1 passes.
 
     candidates: of every node that has been fed; the caller adds those of the nodes that it sends. Nothing is drafted
     after a stop token. Drafts for rejection sampling carry the distributions of their nodes.
+    p_min: tokens whose path from `start` is less probable by the draft model are left out (`--draft-p-min` of
+    llama.cpp); 0 leaves out none. With rejection sampling it would bias the text.
     """
     each = _grow_best_first if shape.nodes and gamma > 0 else _grow_levels
-    return each(shape, gamma, start, candidates, stop_token_ids)
+    return each(shape, gamma, start, candidates, stop_token_ids, least_log(p_min))
 
 
 def _grow_levels(
-    shape: TreeShape, gamma: int, start: int, candidates: Mapping[int, Candidates], stop_token_ids: Collection[int]
+    shape: TreeShape,
+    gamma: int,
+    start: int,
+    candidates: Mapping[int, Candidates],
+    stop_token_ids: Collection[int],
+    least: float,
 ) -> Growth:
     tree = TokenTree()
-    level = [(start, ROOT)]  # nodes as the model was fed them, and their places in this tree
+    # Nodes as the model was fed them, their places in this tree, and the log-probabilities of their paths.
+    level = [(start, ROOT, 0.0)]
     for depth in range(gamma):
         wants: list[ToFeed] = []
         places = []
-        for node, place in level:
+        for node, place, path in level:
             best = candidates[node]
             if best.support and best.token_ids:
                 tree.distributions[place] = (best.support, best.probabilities)
             for token, log_prob in zip(best.token_ids[: shape.children(depth)], best.log_probs, strict=False):
+                if path + log_prob < least:
+                    continue
                 child = tree.add(token, place, log_prob)
                 if token not in stop_token_ids:
                     wants.append((node, token, log_prob))
-                    places.append(child)
+                    places.append((child, path + log_prob))
         if not wants or depth == gamma - 1:
             break
         nodes = yield wants
         if nodes is None:
             break
-        level = list(zip(nodes, places, strict=True))
+        level = [(node, *place) for node, place in zip(nodes, places, strict=True)]
     return tree
 
 
 def _grow_best_first(
-    shape: TreeShape, gamma: int, start: int, candidates: Mapping[int, Candidates], stop_token_ids: Collection[int]
+    shape: TreeShape,
+    gamma: int,
+    start: int,
+    candidates: Mapping[int, Candidates],
+    stop_token_ids: Collection[int],
+    least: float,
 ) -> Growth:
     """Each pass feeds the `width` likeliest candidates by the probability of their whole path; the `nodes` likeliest of
     all candidates are the draft (EAGLE-2, Li et al. 2024)."""
@@ -91,6 +118,8 @@ def _grow_best_first(
     def offer(parent: int, node: int, cost: float, depth: int) -> None:
         for token, log_prob in zip(candidates[node].token_ids, candidates[node].log_probs, strict=True):
             entry = (cost - log_prob, len(what))
+            if entry[0] > -least:
+                continue
             what.append((parent, node, token, log_prob, depth))
             found.append(entry)
             if depth < gamma and token not in stop_token_ids:

@@ -40,7 +40,7 @@ class Then:
         match work.then:
             case Walk(sampling):
                 return cls("walk", Kind.of(sampling), moves=not work.tree.is_chain)
-            case Propose(sampling, vocab_size, targets, steps):
+            case Propose(sampling, vocab_size, targets, steps, _):
                 address = 0 if targets is None else targets.data_ptr()
                 return cls("propose", Kind.of(sampling), steps=steps, vocab_size=vocab_size, targets=address)
         return cls()

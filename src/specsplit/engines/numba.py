@@ -163,8 +163,16 @@ class FusedPasses:
         rows: list[list[Any]] = [[] for _ in passes]
         with all_or_none(p.cache for p in passes):
             self._feed(passes, rows)
+            paths = [0.0] * len(passes)  # log-probabilities of what is drafted
             for step in range(max(p.steps for p in passes)):
-                going = [i for i, p in enumerate(passes) if p.steps > step]
+                going = []
+                for i, p in enumerate(passes):
+                    if p.steps > step and isinstance(p.then, Propose):
+                        paths[i] += rows[i][-1][1][0]
+                        if not paths[i] < p.then.least:  # NaN goes on
+                            going.append(i)
+                if not going:
+                    break
                 following = [
                     Pass(passes[i].cache, [self._best(passes[i], rows[i])], then=passes[i].then) for i in going
                 ]

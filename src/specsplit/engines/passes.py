@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Propose:
     """Give the candidates after each row whose logits are wanted, instead of these; then feed the best candidate of the
     last row, `steps` times, and give those after each. The result is a list of (Candidates, overflowed).
 
+    least: an engine may stop feeding, and give fewer, once the log-probability of what it fed is below it.
     vocab_size, targets: as DraftSettings and Vocabulary have them.
     """
 
@@ -38,6 +40,7 @@ class Propose:
     vocab_size: int
     targets: torch.Tensor | None = None
     steps: int = 0
+    least: float = -math.inf
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ TOLD = ("host", "kernel")  # of `runtime`
 # Each job has its own, or the number of threads decides it, which is compared.
 CODE = ("run_code_sha256", "worker_code_sha256", "specsplit_version")
 VARIABLES = ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
-OF_DRAFT = ("draft_acceptance", "lookup")  # settings that each draft has for itself
+OF_DRAFT = ("draft_acceptance", "lookup", "p_min")  # settings that each draft has for itself
 # What a measurement beside a sweep has of its own: how many prompts and repeats, threads and room of its workers, and
 # other settings than those of the texts.
 OWN = re.compile(

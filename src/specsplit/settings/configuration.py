@@ -92,12 +92,13 @@ def fetched_path(dataset: Mapping[str, Any]) -> str | None:
 
 def swept_drafts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Every draft of the sweep by its name, each with all keys of `draft` and one value of `lookup`; without `drafts`
-    that one alone."""
+    that one alone. Where acceptance is forced, `lookup` and `p_min` are 0."""
     drafts = {}
     for name, own in named_drafts(config).items():
         forced = own.get("acceptance")
         for lookup in [0] if forced is not None else own.get("lookup", [0]):
-            drafts[lookup_name(synthetic_name(name, forced), lookup)] = {**own, "lookup": lookup}
+            p_min = 0.0 if forced is not None else own["p_min"]
+            drafts[lookup_name(synthetic_name(name, forced), lookup)] = {**own, "lookup": lookup, "p_min": p_min}
     return drafts
 
 
@@ -353,6 +354,11 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
         source = models.get(own["model"], {}).get("source")
         if own["acceptance"] is not None and config["sampling"]["method"] == "rejection" and max(temperatures) > 0:
             yield f"{path}.acceptance: {own['acceptance']} needs texts that are known before: sampling.method coupled"
+        elif own["p_min"] and config["sampling"]["method"] == "rejection" and max(temperatures) > 0:
+            yield (
+                f"{path}.p_min: {own['p_min']} leaves out drafted tokens by their probability, which biases rejection "
+                "sampling; write 0, or sampling.method coupled"
+            )
         if own["skip_layers"] and source in ("synthetic", *LOOKUPS):
             yield f"{path}.skip_layers: the {source} model {own['model']} has no layers; write []"
     target = models.get(config["target"]["model"], {})

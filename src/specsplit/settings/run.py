@@ -93,6 +93,16 @@ class OrchestratorConfig(AccessSettings):
         ge=0,
         le=16,
     )
+    p_min: float = setting(
+        0.0,
+        "Least probability of a drafted token: a draft ends, and a branch of a tree, where the draft model gives the "
+        "path from the end of the text less than this, as it is seldom right there. 0: drafts are as deep as gamma. "
+        "The text does not depend on it; not with rejection sampling.",
+        example=0.3,
+        note="a draft ends where its path is less probable than this, by the draft model; 0 = off",
+        ge=0,
+        lt=1,
+    )
     fan_out: int = setting(
         16,
         "Outcomes of a verification that mode lookahead prepares drafts for.",
@@ -240,7 +250,17 @@ class OrchestratorConfig(AccessSettings):
                 "a dynamic tree keeps drafted tokens by their probability, which biases rejection sampling: "
                 "use sampling coupled, or a chain or static tree"
             )
+        if self.p_min and self.sampling == "rejection" and self.temperature:
+            raise ValueError(
+                "p_min leaves out drafted tokens by their probability, which biases rejection sampling: "
+                "use sampling coupled, or p_min 0"
+            )
         if self.draft_acceptance is not None:
+            if self.p_min:
+                raise ValueError(
+                    "draft_acceptance says how often drafts are right, whatever the draft model says, and p_min asks "
+                    "the draft model: drop one"
+                )
             if self.sampling == "rejection" and self.temperature:
                 raise ValueError("draft_acceptance needs a text that is known beforehand: use sampling coupled")
             if self.lookup:

@@ -153,6 +153,7 @@ NamedDraft: Any = section(
     skip_layers=other("skip_layers", SkipLayers, [13, 14], schema=UNIQUE),
     acceptance=other("acceptance", Annotated[float, Field(ge=0, le=1)], 0.8),
     lookup=other("lookup", list[LookupSize], [2], schema=ONE_OR_MORE, min_length=1),
+    p_min=other("p_min", type_of(Run, "p_min"), 0.3),
     skip_count=other("skip_count", type_of(LayerSettings, "skip_count"), 4),
 )[0]
 
@@ -288,6 +289,7 @@ Workflow: type[BaseModel] = section(
             note="prompt lookup first: tokens that must match; 0 = none; several values are swept",
             shipped=[0, 2],
         ),
+        p_min=same(Run, "p_min", shipped=0.15),
         **keys(LayerSettings, "skip_count", calibration_prompts="limit"),
     ),
     drafts=key(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specsplit.decoding.forced import force
-from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, ToFeed, grow
+from specsplit.decoding.growth import CANDIDATES, DraftSettings, Growth, ToFeed, grow, least_log
 from specsplit.decoding.sampling import Candidates, candidates
 from specsplit.decoding.tree import ROOT, TokenTree
 from specsplit.engines.passes import EMPTY, Propose
@@ -151,7 +151,8 @@ class Drafter:
 
     def _growth(self, start: int, gamma: int, length: int) -> Growth:
         depth = min(gamma, self.settings.length_limit - length - 1)
-        return grow(self.settings.shape, depth, start, self.state.candidates, self.settings.stop_token_ids)
+        asked = self.settings
+        return grow(asked.shape, depth, start, self.state.candidates, asked.stop_token_ids, asked.p_min)
 
     def _run(self, growths: list[Growth], starts: Sequence[int]) -> list[TokenTree]:
         """Run growths, which begin at these nodes, side by side: each pass computes the nodes that all want next."""
@@ -168,7 +169,8 @@ class Drafter:
             places = iter(fed or ())
             answers = {i: None if fed is None else list(islice(places, len(each))) for i, each in wants.items()}
         for i, start in enumerate(starts):  # ROOT is the last token of the context
-            trees[i].source = self.session.cache.source_after(len(self.state.ids) + start + 1)
+            source = self.session.cache.source_after(len(self.state.ids) + start + 1)
+            trees[i].source = source if len(trees[i]) or not source else "none"
         return [trees[i] for i in range(len(growths))]
 
     def _feed_tree(self, tree: TokenTree) -> dict[int, int] | None:
@@ -226,7 +228,10 @@ class Drafter:
             depth = min(settings.gamma, settings.length_limit - len(self.context) - 1)
             room = self.session.cache.capacity - self.session.cache.length - len(tokens)
             steps = max(0, min(depth - 1, room))
-        found = model.step(self.session.cache, tokens, tree, cached, replace(then, steps=steps))
+        then = replace(then, steps=steps, least=least_log(settings.p_min))
+        found = model.step(self.session.cache, tokens, tree, cached, then)
+        if steps:  # or fewer: a chain ends where it is too improbable
+            steps = len(found) - len(nodes)
         found = found[-len(nodes) - steps :]
         at = nodes[-1]
         for best, _ in found[len(nodes) - 1 : len(found) - 1] if steps else ():

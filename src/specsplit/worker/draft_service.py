@@ -190,6 +190,11 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
         sampling = checked_sampling(request.sampling)
         if nodes and sampling.uses_rejection:
             raise InvalidRequest("a tree that keeps the likeliest tokens biases rejection sampling: use branching")
+        p_min = request.p_min
+        if not 0 <= p_min <= 1:
+            raise InvalidRequest(f"p_min must be 0 to 1, got {p_min}")
+        if p_min and (sampling.uses_rejection or forced.tokens):
+            raise InvalidRequest("p_min leaves out improbable tokens: not with rejection sampling or forced acceptance")
         shape = TreeShape(tuple(branching), nodes, width)
         self.check_request(request.context, shape.size(gamma))
         return DraftSettings(
@@ -200,4 +205,5 @@ class DraftServicer(WorkerServicer, pb_grpc.DraftServiceServicer):
             vocab_size=request.vocab_size or self.vocab_size,
             length_limit=request.length_limit or DraftSettings.length_limit,
             forced=forced,
+            p_min=p_min,
         )

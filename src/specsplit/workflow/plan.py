@@ -264,7 +264,8 @@ class Plan:
             return self._layers_part(rest) if kind == "layers" else self._distill_part(rest)
         section = self.config["baselines" if kind == "race" else kind]
         own = {ONE_OF.get(key, key): value for key, value in section.items()}
-        text, draft = self._text_part(), {"draft_name": self.first_draft}
+        text, first = self._text_part(), self.first_draft
+        draft = {"draft_name": first, "p_min": self.drafts[first]["p_min"]}
         if kind == "context":
             kept = ("tokenizer", "seed", "use_chat_template", *ACCESS)
             return {**own, **draft, **{key: text[key] for key in kept if key in text}}
@@ -292,6 +293,7 @@ class Plan:
             **{key: self.config[key] for key in ("repeats", "setups")},
             "draft_acceptance": self.drafts[point.draft]["acceptance"] if point.gamma else None,
             "lookup": self.drafts[point.draft]["lookup"] if point.gamma else 0,
+            "p_min": self.drafts[point.draft]["p_min"] if point.gamma else 0.0,
             **self._text_part(),
             **workers,
         }

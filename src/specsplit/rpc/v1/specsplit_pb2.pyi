@@ -103,7 +103,7 @@ class WantedStates(_message.Message):
     def __init__(self, first: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., form: _Optional[str] = ..., projected: _Optional[bool] = ..., message_bytes: _Optional[int] = ..., only: _Optional[bool] = ...) -> None: ...
 
 class GenerateDraftsRequest(_message.Message):
-    __slots__ = ("context", "max_draft_tokens", "branching", "stop_token_ids", "tree_nodes", "tree_width", "sampling", "vocab_size", "length_limit", "ahead", "forced", "memory", "prompt_tokens", "states", "states_only", "drafted_ahead")
+    __slots__ = ("context", "max_draft_tokens", "branching", "stop_token_ids", "tree_nodes", "tree_width", "sampling", "vocab_size", "length_limit", "ahead", "forced", "memory", "prompt_tokens", "states", "states_only", "drafted_ahead", "p_min")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BRANCHING_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,7 @@ class GenerateDraftsRequest(_message.Message):
     STATES_FIELD_NUMBER: _ClassVar[int]
     STATES_ONLY_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    P_MIN_FIELD_NUMBER: _ClassVar[int]
     context: Context
     max_draft_tokens: int
     branching: _containers.RepeatedScalarFieldContainer[int]
@@ -136,7 +137,8 @@ class GenerateDraftsRequest(_message.Message):
     states: _containers.RepeatedCompositeFieldContainer[HiddenStates]
     states_only: bool
     drafted_ahead: bool
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., max_draft_tokens: _Optional[int] = ..., branching: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., tree_nodes: _Optional[int] = ..., tree_width: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., vocab_size: _Optional[int] = ..., length_limit: _Optional[int] = ..., ahead: _Optional[_Union[Ahead, _Mapping]] = ..., forced: _Optional[_Union[Forced, _Mapping]] = ..., memory: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., states: _Optional[_Iterable[_Union[HiddenStates, _Mapping]]] = ..., states_only: _Optional[bool] = ..., drafted_ahead: _Optional[bool] = ...) -> None: ...
+    p_min: float
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., max_draft_tokens: _Optional[int] = ..., branching: _Optional[_Iterable[int]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., tree_nodes: _Optional[int] = ..., tree_width: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., vocab_size: _Optional[int] = ..., length_limit: _Optional[int] = ..., ahead: _Optional[_Union[Ahead, _Mapping]] = ..., forced: _Optional[_Union[Forced, _Mapping]] = ..., memory: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., states: _Optional[_Iterable[_Union[HiddenStates, _Mapping]]] = ..., states_only: _Optional[bool] = ..., drafted_ahead: _Optional[bool] = ..., p_min: _Optional[float] = ...) -> None: ...
 
 class Forced(_message.Message):
     __slots__ = ("tokens", "right")
