@@ -314,8 +314,9 @@ class Pair:
         """What chooses gamma when it is `auto`; it remembers from text to text."""
         if config.gamma != "auto":
             return None
-        key = config.mode, config.gamma_limit, config.fan_out, config.shape
-        return self._controllers.setdefault(key, GammaController(key[0], key[1], fan_out=key[2], shape=key[3]))
+        key = config.mode, config.gamma_limit, config.fan_out, config.shape, config.p_min
+        made = GammaController(key[0], key[1], fan_out=key[2], shape=key[3], p_min=key[4])
+        return self._controllers.setdefault(key, made)
 
 
 def _is_list_of_prompts(prompt: Prompt | Prompts) -> bool:

@@ -93,7 +93,9 @@ async def run_speculative_loop_async(
             controller = None
         elif controller is None:
             shape = text.limits.shape
-            controller = GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=shape)
+            controller = GammaController(
+                config.mode, config.gamma_limit, fan_out=config.fan_out, shape=shape, p_min=config.p_min
+            )
         text.started = time.perf_counter()
         states = None
         if draft_info is not None and draft_info.HasField("states_needed"):

@@ -26,6 +26,7 @@ FIRST_DRAFTS = 8  # rounds with a draft before it may choose to have none
 FIRST_PAUSE = 8  # rounds between two probes
 PROBE_SHARE = 0.015  # of the time that probes may lose
 REMEMBERED = 32  # times of each kind
+COUNTS = "_tried", "_lasted", "_kept"  # of a controller
 UNTYPICAL = 3.0  # A time of so many medians is of something else: a prompt, a pause, a neighbour.
 FADE = 0.998  # weight of a kind of pass that was not seen in a round
 FADED = 0.02
@@ -56,6 +57,7 @@ class _Cost:
         # By kind: the weight that is left, and the times.
         self._seen = {(passes, tokens): (weight, _Times(times)) for passes, tokens, weight, times in rows}
         self._fit = self._fitted()
+        self._priced: dict[tuple[float, float], float] = {}
 
     def __bool__(self) -> bool:
         return bool(self._seen)
@@ -70,8 +72,14 @@ class _Cost:
         faded = {k: (FADE * weight, seen) for k, (weight, seen) in self._seen.items()} | {kind: (1.0, times)}
         self._seen = {k: (weight, seen) for k, (weight, seen) in faded.items() if weight >= FADED}
         self._fit = self._fitted()
+        self._priced.clear()
 
     def at(self, passes: float, tokens: float) -> float:
+        if (passes, tokens) not in self._priced:
+            self._priced[passes, tokens] = self._price(passes, tokens)
+        return self._priced[passes, tokens]
+
+    def _price(self, passes: float, tokens: float) -> float:
         a, b = self._fit
         fitted = a * passes + b * tokens
         weight, own = self._seen.get((passes, tokens), (0.0, _Times()))
@@ -99,6 +107,7 @@ class GammaController:
     """Chooses gamma for every round by the throughput formula of `theory`; one may serve text after text.
 
     limit: the largest gamma. shape: of the drafts. unpriced: the share that a draft has to win at least over none.
+    p_min: as `growth.grow` has it; above 0 it learns how deep drafts become, and an empty one has its price.
     When the target alone is faster by the formula it chooses 0, and tries a short draft again after 8 and ever more
     rounds, as long as that loses more than PROBE_SHARE, so that a change is noticed at little cost. One of the first
     rounds has no draft, and later some where drafts pay little more, so that the target alone is known.
@@ -112,6 +121,7 @@ class GammaController:
         fan_out: int = 8,
         shape: TreeShape | None = None,
         unpriced: float = UNPRICED,
+        p_min: float = 0.0,
     ) -> None:
         self.mode: PipelineMode = mode
         self.limit = limit
@@ -121,6 +131,11 @@ class GammaController:
         while self._gamma > 1 and not self.shape.nodes and self.shape.size(self._gamma) > START_NODES:
             self._gamma -= 1
         self._tried: dict[int, tuple[float, float]] = {}  # by width: drafted among so many siblings, and accepted
+        self._p_min = p_min
+        # With p_min, by depth: drafts that went as deep as the one before and could go on, and did; and likewise what
+        # was accepted. Drafts are longer where they are right, so the second is not a product with the first.
+        self._lasted: dict[int, tuple[float, float]] = {}
+        self._kept: dict[int, tuple[float, float]] = {}
         self._brought = self._expected = 0.0  # accepted tokens, and those that the plan promised
         self._draft, self._ahead, self._verify = _Cost(), _Cost(), _Cost()
         self._network_ms, self._target_network_ms = _Times(), _Times()  # with a draft from a worker, and without
@@ -146,7 +161,8 @@ class GammaController:
         plain = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str)}
         costs = {name: list(value) for name, value in vars(self).items() if isinstance(value, _Times | _Cost)}
         lookups = {} if self._of_lookups is None else {"of_lookups": self._of_lookups.state()}
-        return {**plain, **costs, **lookups, "_tried": [[width, *counts] for width, counts in self._tried.items()]}
+        counts = {name: [[key, *two] for key, two in getattr(self, name).items()] for name in COUNTS}
+        return {**plain, **costs, **lookups, **counts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
@@ -156,7 +172,8 @@ class GammaController:
                 continue
             made = type(getattr(self, name))
             setattr(self, name, made(value) if issubclass(made, _Times | _Cost) else value)
-        self._tried = {width: (tried, won) for width, tried, won in state["_tried"]}
+        for name in COUNTS:
+            setattr(self, name, {key: (tried, won) for key, tried, won in state.get(name, [])})
 
     @property
     def alpha(self) -> float:
@@ -212,32 +229,42 @@ class GammaController:
                 accepted=accepted,
                 verified_tokens=verified_tokens,
                 verify_ms=verify_ms,
-                network_ms=None if drafted else network_ms,
+                network_ms=None if drafted or (self._p_min and gamma) else network_ms,
                 first=first,
             )
-        plan = self._plans()[min(gamma, self.limit) if self.shape.nodes else min(drafted, self.limit)]
+        ended = bool(self._p_min) and drafted < gamma  # after a pass which found nothing probable enough
+        asked = drafted > 0 or ended
+        plan = self._plans()[min(gamma if self.shape.nodes else drafted + ended, self.limit)]
         surprise = accepted == drafted and accepted >= 2 * (self._tokens(min(drafted, self.limit)) - 1)
-        if drafted:
-            self._drafts += 1
+        self._drafts += asked
+        if self._p_min and asked:
+            for counts, reached in ((self._lasted, drafted), (self._kept, accepted)):
+                for depth, (tried, on) in counts.items():
+                    counts[depth] = DECAY * tried, DECAY * on
+                for depth in range(1, min(reached + 1, max(gamma, drafted)) + 1):
+                    tried, on = counts.get(depth, (0.0, 0.0))
+                    counts[depth] = tried + 1, on + (depth <= reached)
+        if drafted or (asked and self.shape.nodes):
             self._accept(drafted, accepted, plan, ranks)
         if hit is not None and self.mode != "sync":
             self._hits = DECAY * self._hits + hit
             self._hits_expected = DECAY * self._hits_expected + self._hit_by_formula(min(max(gamma, 1), self.limit))
         if not first and verify_ms:
             self._verify.add(1, verified_tokens, verify_ms)
-            self._since_alone = 0 if verified_tokens == 1 else self._since_alone + 1
+            alone = verified_tokens == 1 and not ended
+            self._since_alone = 0 if alone else self._since_alone + 1
             if self._alone != "known":
-                self._alone = "next" if verified_tokens > 1 else "known"
-        if not first and drafted and draft_ms:
+                self._alone = "known" if alone else "next"
+        if not first and asked and draft_ms:
             if hit:
                 self._ahead.add(*self._ahead_work(plan), draft_ms)
             else:  # it read what was written meanwhile as well
                 self._draft.add(plan.passes, plan.fed + self._undrafted, draft_ms)
         if not first and not hit and network_ms is not None:
-            (self._network_ms if drafted else self._target_network_ms).append(network_ms)
-        self._undrafted = 0 if drafted else self._undrafted + accepted + 1
-        probed = self._gamma == 0 and drafted > 0
-        if probed and surprise:
+            (self._network_ms if asked else self._target_network_ms).append(network_ms)
+        self._undrafted = 0 if asked else self._undrafted + accepted + 1
+        probed = self._gamma == 0 and asked
+        if probed and drafted and surprise:
             self._pause = FIRST_PAUSE // 2  # doubled where it does not pay yet
         self._decide(probed=probed)
 
@@ -285,14 +312,16 @@ class GammaController:
         return self._round_ms(gamma) / self._tokens(gamma)
 
     def _round_ms(self, gamma: int) -> float:
-        plan = self._plans()[gamma]
-        verify_ms, asking, alone = self._verify.at(1, plan.verified), self._network_ms, self._target_network_ms
+        plans, asking, alone = self._plans(), self._network_ms, self._target_network_ms
         if gamma == 0:
-            return verify_ms + (alone or asking).typical
+            return self._verify.at(1, 1) + (alone or asking).typical
         network_ms = (asking or alone).typical
-        ahead_work = self._ahead_work(plan)
-        draft_ms = (self._draft or self._ahead).at(plan.passes, plan.fed) / gamma
-        ahead_ms = (self._ahead or self._draft).at(*ahead_work) / (gamma + 1)
+        verify_ms = draft_ms = ahead_ms = 0.0
+        for share, depth in self._depths(gamma):
+            plan = plans[min(depth + 1, gamma)]  # of the passes
+            verify_ms += share * self._verify.at(1, plans[depth].verified)
+            draft_ms += share * (self._draft or self._ahead).at(plan.passes, plan.fed) / gamma
+            ahead_ms += share * (self._ahead or self._draft).at(*self._ahead_work(plan)) / (gamma + 1)
         return round_ms(self.mode, gamma, draft_ms, verify_ms, network_ms, self._hit(gamma), ahead_ms=ahead_ms)
 
     def _tokens(self, gamma: int) -> float:
@@ -300,10 +329,20 @@ class GammaController:
         if self.shape.nodes:
             return 1 + (self._plans()[gamma].tokens - 1) * (self._brought + 10) / (self._expected + 10)
         alpha, tokens, reached = self.alpha, 1.0, 1.0
-        for depth in range(gamma):
-            reached *= self._won(self.shape.children(depth), alpha)
+        won = [self._won(self.shape.children(depth), alpha) for depth in range(gamma)]
+        for share in _going_on(self._kept, gamma, won[0]) if self._p_min and gamma else won:
+            reached *= share
             tokens += reached
         return tokens
+
+    def _depths(self, gamma: int) -> Iterator[tuple[float, int]]:
+        """How often a draft of which `gamma` is asked becomes so deep."""
+        reached = 1.0
+        shares = _going_on(self._lasted, gamma, 1.0) if self._p_min and not self.shape.nodes else ()
+        for depth, share in enumerate(shares):
+            yield reached * (1 - share), depth
+            reached *= share
+        yield reached, gamma
 
     def _won(self, width: int, alpha: float) -> float:
         """How often the target's token is among the draft's first `width`, which `alpha` gives a first idea of."""
@@ -326,3 +365,12 @@ class GammaController:
     def _plans(self) -> tuple[Plan, ...]:
         # The plans of an alpha are remembered, so it is rounded; they take long to make.
         return plans(self.shape, round(self.alpha, 2), self.limit, self.fan_out)
+
+
+def _going_on(counts: Mapping[int, tuple[float, float]], gamma: int, first: float) -> Iterator[float]:
+    """The shares of counts by depth, 1 to `gamma`; as far as little was seen, that of the depth before. first: of 1."""
+    share = first
+    for depth in range(1, gamma + 1):
+        tried, on = counts.get(depth, (0.0, 0.0))
+        share = (on + share * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
+        yield share

@@ -75,7 +75,9 @@ def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
     """What chooses gamma when it is `auto`; it learns from one text for the next."""
     if config.gamma != "auto":
         return None
-    return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape)
+    return GammaController(
+        config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape, p_min=config.p_min
+    )
 
 
 def tokens_sha256(tokens: Sequence[int]) -> str:
