@@ -94,9 +94,9 @@ class RequestRecord:
     draft_cpu_ms: float | None = None
     target_cpu_ms: float | None = None
     energy_j: float | None = None
-    # Of a draft that learns (source suffix), with prompt lookup and with p_min: rounds whose draft began with what the worker found
-    # in the text itself, or in earlier texts, with what lookup found, or with what the model said, and rounds without a
-    # draft since nothing was found, or nothing probable enough.
+    # Of a draft that learns (source suffix), with prompt lookup and with p_min: rounds whose draft began with what the
+    # worker found in the text itself, or in earlier texts, with what lookup found, or with what the model said, and
+    # rounds without a draft since nothing was found, or nothing probable enough.
     drafts_from_session: int | None = None
     drafts_from_global: int | None = None
     drafts_from_lookup: int | None = None
