@@ -251,8 +251,8 @@ def test_it_is_within_three_percent_of_the_best_fixed_gamma(shape, alpha, costs)
 
 
 def unsure_draft(gamma: int, alpha: float, p_min: float, chance: random.Random) -> tuple[int, int, int]:
-    """Passes, tokens and accepted tokens of a chain by a model that is right as often as it says, which is nearly always
-    or hardly ever."""
+    """Passes, tokens and accepted tokens of a chain by a model that is right as often as it says: nearly always or
+    hardly ever."""
     path, drafted, accepted, right = 1.0, 0, 0, True
     while drafted < gamma:
         sure = chance.betavariate(alpha, 1 - alpha)

@@ -174,8 +174,8 @@ def summarize(
         accepted / drafted tokens over all requests together.
     draft_share_session, _global, _lookup, _model, _none
         with prompt lookup or p_min and of drafts that learn, of the rounds that had or asked for a draft: share whose
-        draft began with what the worker found in the text itself, in earlier texts, with what the client looked up, with what
-        a model said, and that had none. Empty for other drafts.
+        draft began with what the worker found in the text itself, in earlier texts, with what the client looked up,
+        with what a model said, and that had none. Empty for other drafts.
     draft_acceptance_rate_session, _global, _lookup, _model, each with _ci_low, _ci_high
         draft_acceptance_rate of the drafts of that source alone.
     acceptance_at_1 .. acceptance_at_K, K = the largest gamma, or depth drafted at gamma auto
