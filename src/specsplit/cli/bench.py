@@ -106,8 +106,9 @@ def run(args: argparse.Namespace) -> None:
                     on_done=progress.done,
                 )
     if not args.only:
-        args.run_dirs = list(run_dirs.values())
-        import_module("specsplit.cli.merge").run(args)
+        merging = import_module("specsplit.analysis.merging")  # no part of what decides a run
+        for line in merging.write_merged(args.results_dir, list(run_dirs.values())):
+            print(line)
         print(f"next: specsplit analyze --results-dir {args.results_dir}")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.writer import TextWriter
-from specsplit.errors import RunError, UserError, WorkerError
+from specsplit.errors import RunError, UserError, WorkerError, listed
 from specsplit.experiment.baselines import Beside, Contender, contenders
 from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord, write_rows
 from specsplit.experiment.journal import JOURNAL, Journal
@@ -78,7 +78,7 @@ def encode_prompts(
     long = [f"{r.id} ({len(r.token_ids)} tokens)" for r in requests if len(r.token_ids) >= limit]
     if long:
         raise UserError(
-            f"{len(long)} prompts do not fit into the target's context of {limit} tokens: {', '.join(long[:5])}. "
+            f"{len(long)} prompts do not fit into the target's context of {limit} tokens: {listed(long)}. "
             + ("Shorten them or raise workers.max_context." if raisable else "Shorten them: the model has no more.")
         )
     return requests
