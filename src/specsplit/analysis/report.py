@@ -33,9 +33,8 @@ from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
 from specsplit.io import read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
-from specsplit.settings.configuration import swept_drafts
 from specsplit.settings.measure import PriceSettings
-from specsplit.settings.names import SYNTHETIC
+from specsplit.settings.names import SYNTHETIC, swept_drafts
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
