@@ -19,9 +19,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.by_category import summarize_by_category
     from specsplit.analysis.captions import BY_CATEGORY
+    from specsplit.analysis.conclusions import conclusions
     from specsplit.analysis.costs import with_price
-    from specsplit.analysis.findings import conclusions, find_best, summary_table, text_table
+    from specsplit.analysis.findings import find_best
     from specsplit.analysis.merging import read_tables
+    from specsplit.analysis.summary_text import summary_table, text_table
     from specsplit.analysis.tables import summarize
     from specsplit.io import write_csv
 
