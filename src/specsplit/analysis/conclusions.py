@@ -1,4 +1,4 @@
-"""What a summary says beside the best configuration, in sentences: round trips, drafts, machine, cost, texts, faults."""
+"""What a summary says beside the best configuration: of round trips, drafts, machine, cost, texts, faults."""
 
 from __future__ import annotations
 

@@ -36,10 +36,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.no_figures:
         from specsplit.analysis.figures import draw_figures
 
-        for path in draw_figures(requests, rounds, args.results_dir / "figures", **settings):
-            print(path)
-    for name in tables:
-        print(args.results_dir / f"{name}.csv")
+        print(*draw_figures(requests, rounds, args.results_dir / "figures", **settings), sep="\n")
+    print(*(args.results_dir / f"{name}.csv" for name in tables), sep="\n")
     count = requests["request_id"].nunique()
     prompts = "1 prompt" if count == 1 else f"{count} prompts"
     print(f"\n{prompts}; [{100 * settings['confidence']:g} % interval]; γ = 0 is the target alone\n")

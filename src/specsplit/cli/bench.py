@@ -108,8 +108,7 @@ def run(args: argparse.Namespace) -> None:
                 )
     if not args.only:
         merging = import_module("specsplit.analysis.merging")  # no part of what decides a run
-        for line in merging.write_merged(args.results_dir, list(run_dirs.values())):
-            print(line)
+        print(*merging.write_merged(args.results_dir, list(run_dirs.values())), sep="\n")
         print(f"next: specsplit analyze --results-dir {args.results_dir}")
 
 

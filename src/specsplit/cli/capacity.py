@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.measuring import add_prompts_flag, add_workers_dir_flag, leave
+from specsplit.cli.measuring import NOT_GREEDY, add_prompts_flag, add_workers_dir_flag, greedy, leave
 from specsplit.errors import RunError
 from specsplit.settings.measure import CapacitySettings
-from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results-dir", type=Path, required=True, help="for capacity.csv and its figure")
     add_workers_dir_flag(parser)
     parser.add_argument("--only", action="store_true", help="write capacity_requests.csv alone")
-    # Greedy, without a simulated network.
-    without = ("temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance", "max_rounds")
-    add_setting_flags(parser, CapacitySettings, OrchestratorConfig, without=without)
+    add_setting_flags(parser, CapacitySettings, OrchestratorConfig, without=(*NOT_GREEDY, "max_rounds"))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,8 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.models.tokenizer import stops_at
 
     settings = load_settings(CapacitySettings, args)
-    greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, **NO_NETWORK}
-    config = load_settings(OrchestratorConfig, args, **greedy)
+    config = greedy(args, mode=settings.mode, gamma=settings.gamma[0])
     found = connect(args, settings, at_gammas(config, settings.gamma))
     differing = 0
 
@@ -56,7 +53,6 @@ def run(args: argparse.Namespace) -> None:
     leave(table, found.run)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity
-        for path in write_capacity(args.results_dir, settings.tpot_limit_ms, settings.ttft_limit_ms):
-            print(path)
+        print(*write_capacity(args.results_dir, settings.tpot_limit_ms, settings.ttft_limit_ms), sep="\n")
         if differing:
             raise RunError(f"{differing} texts differ from those of a single client")

@@ -22,5 +22,5 @@ def run(args: argparse.Namespace) -> None:
     run_dirs = args.run_dirs or sorted((args.results_dir / "runs").glob("*"))
     if not run_dirs:
         raise UserError(f"{args.results_dir / 'runs'} has no run folders; make them with `specsplit bench`")
-    for line in write_merged(args.results_dir, run_dirs, keep_apart=load_settings(MergeSettings, args).keep_apart):
-        print(line)
+    keep_apart = load_settings(MergeSettings, args).keep_apart
+    print(*write_merged(args.results_dir, run_dirs, keep_apart=keep_apart), sep="\n")
