@@ -24,17 +24,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.cli.plan import at_gammas, connect
-    from specsplit.experiment.capacity import CapacityRecord, Load, measure_capacity
+    from specsplit.experiment.capacity import Load, measure_capacity
     from specsplit.experiment.columns import FAILED
     from specsplit.models.tokenizer import stops_at
 
     settings = load_settings(CapacitySettings, args)
     config = greedy(args, mode=settings.mode, gamma=settings.gamma[0])
     found = connect(args, settings, at_gammas(config, settings.gamma))
-    differing = 0
-
-    def show(rows: list[CapacityRecord]) -> None:
-        nonlocal differing
+    table, differing = args.results_dir / "capacity_requests.csv", 0
+    stops = partial(stops_at, found.codec, config.stop)
+    for rows in measure_capacity(found.requests, found.configs, stops, settings, table, decides=found.decides):
         itls = sorted(row.itl_ms for row in rows if row.itl_ms is not None)
         median = f", median ITL {itls[len(itls) // 2]:.1f} ms" if itls else ""
         wrong = sum(row.matches_single is False for row in rows)
@@ -47,9 +46,6 @@ def run(args: argparse.Namespace) -> None:
             flush=True,
         )
 
-    table = args.results_dir / "capacity_requests.csv"
-    stops = partial(stops_at, found.codec, config.stop)
-    measure_capacity(found.requests, found.configs, stops, settings, table, decides=found.decides, on_level=show)
     leave(table, found.run)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity

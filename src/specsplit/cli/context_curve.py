@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
     from specsplit.analysis.context_figure import draw_context_curve, summarize_contexts
     from specsplit.cli.plan import at_gammas, connect
-    from specsplit.experiment.context_curve import ContextText, measure_contexts
+    from specsplit.experiment.context_curve import measure_contexts
 
     settings = load_settings(ContextSettings, args)
     length = {"ignore_eos": True, "max_output_tokens": settings.output_tokens}
@@ -45,11 +45,10 @@ def run(args: argparse.Namespace) -> None:
         )
     if left_out:
         print(f"left out, for the workers hold {limit} tokens: {', '.join(map(str, left_out))}", flush=True)
-
-    def show(row: ContextText) -> None:
+    rows = []
+    for row in measure_contexts(found.requests, found.configs, lengths, texts=settings.texts):
+        rows.append(row)
         itl = "" if row.itl_ms is None else f", {row.itl_ms:.1f} ms a token"
         prefill = "" if row.ttft_ms is None else f"first token after {row.ttft_ms:.0f} ms"
         print(f"gamma {row.gamma}, {row.context_tokens} tokens of context: {prefill}{itl}", flush=True)
-
-    rows = measure_contexts(found.requests, found.configs, lengths, texts=settings.texts, on_row=show)
     leave(args.output, found.run, summarize_contexts(pd.DataFrame(rows)), draw=draw_context_curve, figure=args.figure)

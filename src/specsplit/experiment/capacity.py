@@ -85,14 +85,14 @@ def measure_capacity(
     output: Path,
     *,
     decides: Mapping[str, Any] | None = None,
-    on_level: Callable[[Level], None] = lambda rows: None,
-) -> None:
-    """The requests at each load for each configuration, and on towards saturation; writes a row each to `output`.
+) -> Iterator[Level]:
+    """The requests at each load for each configuration, and on towards saturation: the rows of one load after the
+    other, which are written to `output` as well.
 
     configs: with the addresses of the workers; they may differ. stops: makes what ends one text at a stop string.
     settings: loads, requests at each, and limits; one client alone always comes first. decides: what else the rows
     depend on, as workers and code; what is in the journal of an earlier attempt with the same ones is not measured
-    again. on_level: gets the rows of a load. Raises WorkerError when a worker does not answer before a text has begun;
+    again. Raises WorkerError when a worker does not answer before a text has begun;
     a text that fails later is a row.
     """
     taken = repeated(requests, -(-settings.requests // len(requests)))[: settings.requests]
@@ -110,7 +110,7 @@ def measure_capacity(
                     first.extend([] if first else level)
                     for record in level:
                         write(record)
-                    on_level(level)
+                    yield level
         journal.remove()
 
 
