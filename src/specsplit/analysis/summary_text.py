@@ -33,7 +33,7 @@ _MEASURES = {
 }
 
 
-def summary_table(summary: DataFrame, *, intervals: bool = True) -> tuple[list[str], list[list[str]]]:
+def summary_table(summary: DataFrame) -> tuple[list[str], list[list[str]]]:
     """The headings and the cells of the summary as a person reads it: what varies, then the measures.
 
     An interval is beside its mean, in brackets. A column without any value is left out; a missing value is "-".
@@ -42,7 +42,7 @@ def summary_table(summary: DataFrame, *, intervals: bool = True) -> tuple[list[s
     columns = {_HEADINGS.get(name, name): [_plain(value) for value in summary[name]] for name in names}
     for name, (heading, form) in _MEASURES.items():
         if summary[name].notna().any():
-            columns[heading] = [_cell(row, name, form, intervals) for _, row in summary.iterrows()]
+            columns[heading] = [_cell(row, name, form) for _, row in summary.iterrows()]
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
@@ -53,11 +53,11 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _cell(row: Series, name: str, form: str, intervals: bool) -> str:
+def _cell(row: Series, name: str, form: str) -> str:
     if isna(row[name]):
         return "-"
     text, metric = _number(row[name], form), name.removesuffix("_mean")
-    if not intervals or metric not in ("itl_ms", *BASES.values()):
+    if metric not in ("itl_ms", *BASES.values()):
         return text
     low, high = row[f"{metric}_ci_low"], row[f"{metric}_ci_high"]
     # Gamma 0 is its own measure: an interval of [1, 1] says nothing.
