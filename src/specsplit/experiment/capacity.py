@@ -269,7 +269,7 @@ async def _writing(config: OrchestratorConfig, stops: Stops, load: Load, began: 
 
         async def write(request: Request, client: int, due_ms: float | None = None) -> CapacityRecord:
             own = request_config(at_this_load, request)
-            more = {"on_tokens": stops(), "controller": controller, "request_id": request.id}
+            more: dict[str, Any] = {"on_tokens": stops(), "controller": controller, "request_id": request.id}
             started_ms = (time.perf_counter() - began) * 1e3
             error = None
             try:
