@@ -89,9 +89,10 @@ def check_model(config: WorkerSettings) -> None:
 def load_model(
     folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int = 1
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model in `folder`, ready to run, and its identity: model, weights_sha256, tokenizer_sha256, parameters, dtype.
+    """The model in `folder`, ready to run, and its identity: model, weights_sha256, tokenizer_sha256, parameters and
+    dtype, never auto.
 
-    dtype: the one that it has, where the settings say auto. folder, manifest: from resolve_model(config.model). threads: of a pass in the fused engine.
+    folder, manifest: from resolve_model(config.model). threads: of a pass in the fused engine.
     Raises UserError when the model cannot be loaded, is not the one that the manifest was made for, or does not fit the
     settings.
     """

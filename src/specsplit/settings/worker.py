@@ -139,8 +139,8 @@ class DraftWorkerConfig(WorkerSettings):
     port: int = setting(50051, "Port to listen on; 0 is any free port.", operates=True, ge=0, le=65535)
     dtype: DraftDtype = setting(
         "auto",
-        "Number format of its weights and its cache; `int8` is for the CPU: 8-bit weights, the rest bfloat16. `auto` is "
-        "int8 on the CPU and bfloat16 on a GPU, or float16 on one that does not compute in bfloat16.",
+        "Number format of its weights and its cache; `int8` is for the CPU: 8-bit weights, the rest bfloat16. `auto` "
+        "is int8 on the CPU and bfloat16 on a GPU, or float16 on one that does not compute in bfloat16.",
         example="bfloat16",
         note="int8 on the CPU, bfloat16 on a GPU",
     )
