@@ -31,7 +31,7 @@ KINDS = (
     "ngram",
     "suffix",
     "suffix or model",
-    "int8",
+    "dtype auto",
     "skipped layer",
     "reduced head",
     "distilled",
@@ -104,7 +104,7 @@ def drafting(kind: str, folder: Path, copy: Path) -> Iterator[Worker]:
         settings["target_tokenizer"] = folder
     else:
         copy = folder
-        settings = {"dtype": "int8"} if kind == "int8" else {"skip_layers": [1]}
+        settings = {"dtype": "auto"} if kind == "dtype auto" else {"skip_layers": [1]}
     with serving("draft", copy, **settings) as worker:
         yield worker
 
@@ -117,6 +117,7 @@ def test_the_text_is_that_of_the_target_alone(
     reference = Reference(folder)
     accepted = 0
     with serving("target", folder) as target, drafting(kind, folder, tmp_path / "draft") as draft:
+        assert draft.connect().description.dtype == ("int8" if kind == "dtype auto" else "float32")
         assert target.servicer.vocab_size == draft.servicer.vocab_size == VOCAB
         with TextWriter(draft.address, target.address) as writer:
             for prompt in PROMPTS[:2]:

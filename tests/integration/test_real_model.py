@@ -61,7 +61,12 @@ class Workers(dict[str, Connection]):
         self._model, self.folder = model, folder
 
     def __missing__(self, name: str) -> Connection:
-        flags = {"target": [], "draft": [], "self": [], "weak": ["--skip-layers", "13", "14"]}[name]
+        flags = {
+            "target": [],
+            "draft": [],
+            "self": ["--dtype", "bfloat16"],
+            "weak": ["--dtype", "bfloat16", "--skip-layers", "13", "14"],
+        }[name]
         shipped = ROOT / load_pipeline_config({})["models"]["smollm2-two-layers"]["path"]
         role = "target" if name == "target" else "draft"
         model = shipped if name == "draft" else self._model

@@ -412,7 +412,8 @@ def test_a_worker_with_another_model_is_not_attached_to(
             with pytest.raises(UserError, match=reason):
                 attach_worker("draft", worker.address, **{**arguments, **wanted})
             assert not file.exists()
-        attach_worker("draft", worker.address, **arguments, skip_layers=[0])
+        for dtype in ("auto", "bfloat16"):
+            attach_worker("draft", worker.address, **{**arguments, "dtype": dtype}, skip_layers=[0])
         assert Endpoint.read(file).address == worker.address
 
 

@@ -41,6 +41,7 @@ DTYPES = {
 PREFILL_CHUNK, CPU_PREFILL_CHUNK = 512, 128  # A CPU is busy with fewer tokens.
 # What a pass raises in a model that was not made for it.
 CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+BFLOAT16_SINCE = (8, 0)  # compute capability; GPUs before it emulate bfloat16
 UNBOUNDED = 1 << 20  # positions of a model that names no limit
 
 
@@ -379,6 +380,15 @@ def pick_device(name: str) -> torch.device:
             f"Use device auto or cpu."
         )
     return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The number format that a draft's dtype means on a device: auto is the one that its passes take least time in."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "int8"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE else "float16"
 
 
 def drop_layers(model: Any, skip: Sequence[int]) -> None:

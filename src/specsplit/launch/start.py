@@ -142,7 +142,7 @@ def attach_worker(
 
     address: host:port, grpcs://host:port, or an address file. access: how we show who we are. Such a worker is never
     stopped. Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those
-    asked for.
+    asked for; dtype auto asks for none.
     """
     address = resolve_address(address)
     with connect(role, address, timeout_s=timeout_s, access=access) as connection:
@@ -150,7 +150,7 @@ def attach_worker(
     _, manifest = resolve_model(model)
     compared = {
         "weights": (description.weights_sha256, manifest["fingerprint"]["weights_sha256"]),
-        "dtype": (description.dtype, dtype),
+        "dtype": (description.dtype, description.dtype if dtype == "auto" else dtype),
         "skip_layers": (list(description.skip_layers), list(skip_layers)),
     }
     differing = [f"{key} {found} instead of {wanted}" for key, (found, wanted) in compared.items() if found != wanted]

@@ -12,7 +12,7 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.settings.base import Settings, setting
 from specsplit.settings.names import REQUESTS_A_CLIENT, too_few_requests
 from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MODES, Gamma, Megabits, Milliseconds, OnBadLine, StatesForm
-from specsplit.settings.worker import ComputeSettings, Dtype
+from specsplit.settings.worker import ComputeSettings, DraftDtype
 
 Positive = Annotated[int, Field(ge=1)]
 Peer = Annotated[
@@ -355,4 +355,4 @@ class LayerSettings(ComputeSettings):
     edge: int = setting(1, "Layers kept at either end.", ge=0)
     shortlist: int | None = setting(None, "After the first layer, try only the N best of that search; null: all.", ge=1)
     use_chat_template: bool = setting(True, "Wrap the prompts in the model's chat template, when it has one.")
-    dtype: Dtype = setting("bfloat16", "Number format of the search, as the draft will have it.")
+    dtype: DraftDtype = setting("auto", "Number format of the search, as the draft will have it.")
