@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -392,7 +393,8 @@ def test_requests_that_break_off_are_dropped(base_url: str, client: openai.OpenA
 
 def test_unknown_paths_and_methods_have_the_shape_too(http: TestClient) -> None:
     assert error_of(http.get("/v1/embeddings"))["type"] == "not_found_error"
-    assert http.get("/v1/chat/completions").status_code == 405
+    wrong_method = http.get("/v1/chat/completions")
+    assert (wrong_method.status_code, wrong_method.headers["Allow"]) == (405, "POST")
     assert error_of(http.get("/v1/models/other"))["code"] == "model_not_found"
 
 
@@ -469,7 +471,9 @@ def test_a_client_that_leaves_frees_its_session(
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(target_folder: Path, streamed: bool) -> None:
+def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(
+    target_folder: Path, streamed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving("target", target_folder) as target, connect(target.address, tokenizer=target_folder) as pair:
         short = pair._config.model_copy(update={"recovery_timeout_s": 0.2, "connect_timeout_s": 0.5})
         pair._config = short
@@ -477,8 +481,11 @@ def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(target_folder: Path
             target.close()
             assert client.get("/health").status_code == 503
             reply = client.post("/v1/chat/completions", json={**GOOD, "stream": streamed})
-            assert reply.status_code == 503
-            assert error_of(reply)["type"] == "server_error"
+            assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
+            error = error_of(reply)
+            assert (error["type"], error["code"]) == ("server_error", "worker_failed")
+            assert "worker" not in error["message"]  # and no address: those are in the log
+            assert target.address in caplog.text
 
 
 @contextmanager
@@ -511,15 +518,27 @@ def test_the_command_starts_workers_serves_and_stops(target_folder: Path) -> Non
 def test_workers_of_the_command_that_are_killed_are_started_again(
     target_folder: Path, expected: Callable[[int], str]
 ) -> None:
-    with the_command(target_folder) as (client, process):
-        options: dict[str, Any] = {"max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    options: dict[str, Any] = {"max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+    def streamed(first_piece: threading.Barrier | None = None) -> str:
         stream = client.chat.completions.create(model=MODEL, messages=QUESTION, stream=True, **options)
         text = next(stream).choices[0].delta.content or ""
+        if first_piece is not None:
+            first_piece.wait(60)  # until all streams have begun
+            first_piece.wait(60)  # until the workers are killed
+        return text + "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    with the_command(target_folder) as (client, process), ThreadPoolExecutor(8) as clients:
+        barrier = threading.Barrier(9)
+        texts = [clients.submit(streamed, barrier) for _ in range(8)]
+        barrier.wait(60)
         workers = psutil.Process(process.pid).children()
         assert len(workers) == 2
         for worker in workers:
             worker.kill()
-        text += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-        assert text == expected(100)
-        reply = client.chat.completions.create(model=MODEL, messages=QUESTION, **options)
-        assert reply.choices[0].message.content == expected(100)
+        barrier.wait(60)
+        assert {text.result(400) for text in texts} == {expected(100)}
+        assert streamed() == expected(100)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert [worker.status() == psutil.STATUS_ZOMBIE for worker in workers] == [False, False]
+    assert not any(worker.is_running() for worker in workers)

@@ -26,6 +26,8 @@ def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
         keys = [line.strip() for line in lines if line.strip()]
         if not keys:
             raise UserError(f"--api-key-file {settings.api_key_file}: holds no key; write one a line")
+        if not all(key.isascii() for key in keys):  # HTTP has no agreed way to send another
+            raise UserError(f"--api-key-file {settings.api_key_file}: a key has characters beyond ASCII")
     if (settings.certificate is None) != (settings.certificate_key is None):
         raise UserError("--certificate and --certificate-key: give both, or none")
     for flag, path in (("--certificate", settings.certificate), ("--certificate-key", settings.certificate_key)):
