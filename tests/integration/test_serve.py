@@ -277,7 +277,7 @@ def test_prompts_that_cannot_be_are_named(http: TestClient, prompt: Any) -> None
 def test_what_another_server_takes_and_changes_no_text_is_taken(http: TestClient, pair: Pair) -> None:
     plain = {**GOOD, "temperature": 0, "ignore_eos": True}
     text = http.post("/v1/chat/completions", json=plain).json()["choices"][0]["message"]["content"]
-    sent_back = {"role": "user", "content": "Why?", "refusal": None, "tool_calls": None, "annotations": None}
+    sent_back = {"role": "user", "content": "Why?", "refusal": None, "tool_calls": [], "annotations": []}
     for more in (
         *({name: "anything"} for name in IGNORED),
         *({"seed": seed} for seed in (-1, 0, 2**63, -(2**200))),

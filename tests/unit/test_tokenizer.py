@@ -69,19 +69,30 @@ def test_streamed_pieces_are_the_text(name: str) -> None:
         ids = data.draw(st.lists(st.sampled_from(data.draw(some)), max_size=24))
         if name != "python" and data.draw(st.booleans()):  # characters, some of them broken
             ids = codec.tokenizer(data.draw(st.text("ab é世😀", max_size=8)))["input_ids"] + ids[:2] + ids[3:]
-        text = codec.decode(ids)
+        after, ids = (codec.continued(ids[:2]), ids[2:]) if data.draw(st.booleans()) else ([], ids)
+        text = codec.decode(ids, after)
         start, size = data.draw(st.integers(0, 10)), data.draw(st.integers(1, 3))
         stop = [text[start : start + size]] if start < len(text) and data.draw(st.booleans()) else []
-        stream, printed, taken, at = TextStream(codec, stop), "", None, 0
+        stream, printed, taken, at = TextStream(codec, stop, after), "", None, 0
         while at < len(ids) and taken is None:
             burst = data.draw(st.integers(1, 4))
             piece, taken = stream.take(ids[at : at + burst])
             printed, at = printed + piece, at + burst if taken is None else at + taken
         printed += stream.feed([], last=True)
-        assert printed == cut_at_stop(codec.decode(ids[:at]), stop)
-        assert (taken is None) == (printed == codec.decode(ids[:at]))
+        assert printed == cut_at_stop(codec.decode(ids[:at], after), stop)
+        assert (taken is None) == (printed == codec.decode(ids[:at], after))
 
     check()
+
+
+def test_a_completion_begins_with_its_space() -> None:
+    codec = CODECS["llama"]()
+    space_a, b = codec.tokenizer.convert_tokens_to_ids(["▁a", "b"])
+    assert (codec.decode([space_a]), codec.decode([space_a], [b]), codec.decode([space_a], [space_a])) == (
+        "a",
+        " a",
+        " a",
+    )
 
 
 def test_only_the_unfinished_character_is_held_back():

@@ -17,6 +17,7 @@ from specsplit.models.fingerprint import tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 _DIRECTIVES = "aAbBcdDeFHIjmMpRSTuUVwWxXyYGzZ%"  # of strftime
+CONTINUED = 8  # tokens of a prompt that are decoded with those after it
 MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 12 << 20, 256 << 20
 
 
@@ -125,20 +126,37 @@ class TextCodec:
             raise PromptError(f"the prompt {prompt!r} has no tokens; give it some text")
         return list(ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens left out, and nothing corrected in it: spaces stay as written."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def decode(self, token_ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """Text of generated tokens, special tokens left out, and nothing corrected in it: spaces stay as written.
+
+        after: what `continued` gives of the tokens before them, where the text is to continue those.
+        """
+        text = str(
+            self.tokenizer.decode([*after, *token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+        return text[len(self.decode(after)) :] if after else text
+
+    def continued(self, token_ids: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt, after which some tokenizers keep a space that they drop where a text begins.
+
+        None when the prompt ends within a character.
+        """
+        last = list(token_ids[-CONTINUED:])
+        ends = next((token for token in reversed(last) if token not in self._special), None)
+        return [] if ends in self.unfinished or self.decode(last).endswith("\ufffd") else last
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
 
     @cached_property
     def unfinished(self) -> frozenset[int]:
         """Tokens after which the text may still change: single bytes, for all in a row become U+FFFD when one is wrong
         (decoder ByteFallback), and special ones, which leave no trace between bytes."""
-        names = {f"<0x{byte:02X}>" for byte in range(256)}
-        found = zip(names, self.tokenizer.convert_tokens_to_ids(list(names)), strict=True)
-        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return frozenset(
-            special | {i for name, i in found if i is not None and self.tokenizer.convert_ids_to_tokens(i) == name}
-        )
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        found = zip(names, self.tokenizer.convert_tokens_to_ids(names), strict=True)
+        known = {i for name, i in found if i is not None and self.tokenizer.convert_ids_to_tokens(i) == name}
+        return self._special | known
 
 
 class TextStream:
@@ -150,13 +168,13 @@ class TextStream:
     that place, because a decoder treats the first token of a text in its own way.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
-        """stop: strings that end the text; they are not printed."""
+    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
+        """stop: strings that end the text; they are not printed. after: as `TextCodec.decode`."""
         self.codec = codec
         self.stopped = False
         self._stop = stop
-        self._window: list[int] = []
-        self._final = self._known = 0  # how many tokens of the window have a final text, and the length of that text
+        # The tokens that are decoded; how many of them have a final text, and the length of that text.
+        self._window, self._final, self._known = list(after), len(after), len(codec.decode(after))
         self._held = ""  # final, but a stop string may begin with its end
         self._open = ""  # text after that, which may change
 
@@ -200,14 +218,16 @@ class TextStream:
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
 
 
-def stops_at(codec: TextCodec, stop: Sequence[str]) -> Callable[[list[int]], int | None] | None:
+def stops_at(
+    codec: TextCodec, stop: Sequence[str], after: Sequence[int] = ()
+) -> Callable[[list[int]], int | None] | None:
     """What ends one text at a stop string: told of its new tokens, it says how many are taken when one is complete.
 
-    None without stop strings.
+    None without stop strings. after: as `TextCodec.decode`.
     """
     if not stop:
         return None
-    stream = TextStream(codec, stop)
+    stream = TextStream(codec, stop, after)
     return lambda token_ids: stream.take(token_ids)[1]
 
 
