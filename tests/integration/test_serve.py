@@ -417,6 +417,8 @@ def test_a_key_is_asked_for_where_there_is_one(pair: Pair) -> None:
         ({"api_key_file": "empty"}, "holds no key"),
         ({"certificate": "keys"}, "give both"),
         ({"certificate": "keys", "certificate_key": "nowhere"}, "--certificate-key nowhere: no such file"),
+        ({"certificate": "keys", "certificate_key": "keys"}, "keys are not a certificate and its unencrypted key"),
+        ({"api_key_file": "accents"}, "characters beyond ASCII"),
     ],
 )
 def test_a_server_that_would_be_open_is_refused(
@@ -425,6 +427,7 @@ def test_a_server_that_would_be_open_is_refused(
     monkeypatch.chdir(tmp_path)
     Path("keys").write_text("one\n\ntwo\n")
     Path("empty").write_text("\n")
+    Path("accents").write_text("clé\n", encoding="utf-8")
     with pytest.raises(UserError, match=message):
         read_keys(ServeSettings(**settings), insecure=False)
     assert read_keys(ServeSettings(host="0.0.0.0", api_key_file="keys"), insecure=True) == ["one", "two"]

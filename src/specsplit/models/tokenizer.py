@@ -141,7 +141,8 @@ class TextCodec:
 
         None when the prompt ends within a character.
         """
-        last = list(token_ids[-CONTINUED:])
+        known = range(len(self.tokenizer))  # a prompt of token ids may hold anything
+        last = [token for token in token_ids[-CONTINUED:] if token in known]
         ends = next((token for token in reversed(last) if token not in self._special), None)
         return [] if ends in self.unfinished or self.decode(last).endswith("\ufffd") else last
 

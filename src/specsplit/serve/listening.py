@@ -9,13 +9,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from specsplit.errors import UserError
 from specsplit.io import check_openable
-from specsplit.rpc.credentials import is_loopback, join_address
+from specsplit.rpc.credentials import check_key_pair, is_loopback, join_address
 from specsplit.settings.serve import ServeSettings
 
 
 def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
-    """The keys that clients may show. Raises UserError for a file without one, and for a server that other machines
-    reach without a key, or with one that anybody on the way can read, unless `insecure` is set."""
+    """The keys that clients may show.
+
+    Raises UserError for a file without one, for what is no certificate and its key, and, unless `insecure` is set, for
+    a server that other machines reach without a key, or with one that anybody on the way can read.
+    """
     keys: list[str] = []
     if settings.api_key_file is not None:
         check_openable(settings.api_key_file)
@@ -33,6 +36,8 @@ def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
     for flag, path in (("--certificate", settings.certificate), ("--certificate-key", settings.certificate_key)):
         if path is not None and not path.is_file():
             raise UserError(f"{flag} {path}: no such file")
+    if settings.certificate is not None and settings.certificate_key is not None:
+        check_key_pair(settings.certificate, settings.certificate_key)
     if not is_loopback(settings.host) and not insecure:
         if not keys:
             raise UserError(
