@@ -27,6 +27,7 @@ from starlette.testclient import TestClient
 
 from specsplit.api.pair import Pair, connect
 from specsplit.errors import UserError
+from specsplit.launch.process import ProcessIdentity
 from specsplit.models.tokenizer import TextCodec
 from specsplit.serve.app import application
 from specsplit.serve.bodies import IGNORED, NEUTRAL, CompletionBody
@@ -544,4 +545,5 @@ def test_workers_of_the_command_that_are_killed_are_started_again(
         assert streamed() == expected(100)
         workers = psutil.Process(process.pid).children(recursive=True)
         assert [worker.status() == psutil.STATUS_ZOMBIE for worker in workers] == [False, False]
-    assert not any(worker.is_running() for worker in workers)
+        left = [ProcessIdentity.of(worker.pid) for worker in workers]
+    assert not any(worker is None or worker.alive() for worker in left)
