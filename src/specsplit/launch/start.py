@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,24 +183,23 @@ def own_workers(
             stack.callback(stop_worker, file)
             started[role] = start(file)
         stack.callback(over.set)
-        if again:
-            threading.Thread(target=_start_again, args=(starts, started, folder, over), daemon=True).start()
+        for role, endpoint in started.items() if again else ():
+            arguments = role, endpoint, partial(starts[role], folder / f"{role}.json"), over
+            threading.Thread(target=_start_again, args=arguments, daemon=True).start()
         yield started
 
 
-def _start_again(
-    starts: Mapping[str, Callable[[Path], Endpoint]], started: dict[str, Endpoint], folder: Path, over: threading.Event
-) -> None:
+def _start_again(role: str, endpoint: Endpoint, start: Callable[[], Endpoint], over: threading.Event) -> None:
+    """Start a worker again each time that it dies; in a thread of its own, so that one that hangs holds up no other."""
     while not over.wait(LOOK_S):
-        for role, start in starts.items():
-            process = started[role].process()
-            if process is not None and not process.alive() and not over.is_set():
-                log.warning("the %s worker has died; it is started again", role)
-                try:
-                    started[role] = start(folder / f"{role}.json")
-                except (UserError, OSError) as error:
-                    log.error("%s; tried again in %g s", error, AGAIN_S)
-                    over.wait(AGAIN_S)
+        process = endpoint.process()
+        if process is not None and not process.alive():
+            log.warning("the %s worker has died; it is started again", role)
+            try:
+                endpoint = start()
+            except (UserError, OSError) as error:
+                log.error("%s; tried again in %g s", error, AGAIN_S)
+                over.wait(AGAIN_S)
 
 
 def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | None:

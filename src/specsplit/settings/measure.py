@@ -35,8 +35,15 @@ StandardName = Literal["spec-bench", "mt-bench", "gsm8k", "humaneval", "mbpp", "
 PromptPart = Literal["prompt", "id", "category", "system"]
 
 
+def _each_once(value: Any) -> Any:
+    """Values that are measured one after the other, each once: rows are told apart by them."""
+    return [one for place, one in enumerate(value) if one not in value[:place]] if isinstance(value, list) else value
+
+
 class PromptSettings(Settings):
     """Which prompts of a file are taken."""
+
+    _once = field_validator("*")(_each_once)
 
     columns: dict[PromptPart, Annotated[str, Field(min_length=1)]] = setting(
         {},
@@ -254,6 +261,8 @@ DraftLength = Annotated[int, Field(ge=1, le=MAX_GAMMA)]
 
 class SimulatedTexts(Settings):
     """Texts of simulated models behind real workers."""
+
+    _once = field_validator("*")(_each_once)
 
     tokens: int = setting(400, "Length of a text in tokens.", ge=2)
     texts: int = setting(2, "Texts at each point.", ge=1)
