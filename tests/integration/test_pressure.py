@@ -90,7 +90,11 @@ def at_once(draft: Worker, target: Worker, configs: list[OrchestratorConfig], pr
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_who_finds_all_sessions_taken_waits_in_line(models: dict[str, Path], mode: str) -> None:
+def test_who_finds_all_sessions_taken_waits_in_line(
+    models: dict[str, Path], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("IDLE_S", "SHORT_IDLE_S"):  # a busy machine is no reason to be sent away
+        monkeypatch.setattr(sessions, name, 20.0)
     with workers(models, max_sessions=2) as (draft, target):
         expected = write(None, target).output_tokens
         config = OrchestratorConfig(mode=mode, gamma=3, max_output_tokens=40)
