@@ -131,9 +131,9 @@ def check_identity(
 
 @pytest.mark.model
 def test_text_is_the_targets_own(workers, reference, model_folder):
-    counts = check_identity(workers, reference, model_folder, 2, (1, 5), 12, drafts=("draft", "weak"))
+    counts = check_identity(workers, reference, model_folder, 1, (1, 5), 12, drafts=("draft",))
     # Both happened: a test in which everything is accepted, or nothing, would prove little.
-    assert 0.3 < counts["accepted"] / counts["drafted"] < 0.99
+    assert 0.05 < counts["accepted"] / counts["drafted"] < 0.99
 
 
 @pytest.mark.model
