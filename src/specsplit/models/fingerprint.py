@@ -35,7 +35,7 @@ from specsplit.models.file_names import (
     matches,
 )
 from specsplit.models.generation_settings import check_eos
-from specsplit.models.gguf_file import read_gguf
+from specsplit.models.gguf_file import MOST_LAYERS, read_gguf
 from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ NO_WEIGHTS = (
     (("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.tflite"), "is of another framework; save the model as safetensors"),
 )
 LAYER_COUNT = re.compile(r"(num|n)(_\w+)?_layers?")
-MOST_LAYERS = 2048  # lists of so many are made when a configuration is read
 MOST_UNSTORED = 4  # times the stored numbers: a reduced output head is stored smaller than the configuration says
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}

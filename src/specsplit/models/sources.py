@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError, naming
+from specsplit.errors import UserError, naming, told
 from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
 from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, matches
 from specsplit.models.fingerprint import (
@@ -28,7 +28,7 @@ from specsplit.models.fingerprint import (
     fingerprint_model,
     hash_files,
 )
-from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
+from specsplit.models.gguf_file import ARCHITECTURES, check_gguf_tokenizer, check_model, read_gguf, rope_scaling
 from specsplit.models.weightless import (
     Lookup,
     described,
@@ -253,7 +253,7 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
 
     with naming(f"models.{name}.file", gguf):
         file = read_gguf(gguf)
-        check_types(file)
+        check_gguf_tokenizer(file)
     keep = file.architecture in ARCHITECTURES
     try:
         with quietly():
@@ -265,7 +265,9 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
             else:
                 model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:  # the reader raises many kinds, by what is wrong with the file
-        raise UserError(f"models.{name}.file: cannot be read: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"models.{name}.file: cannot be read: {told(error)}; take the model in Hugging Face format"
+        ) from error
     # The weights are plain float32 now; a trace of the quantizer would make the saved copy unloadable.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
