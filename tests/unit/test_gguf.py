@@ -193,6 +193,7 @@ DAMAGED: dict[str, tuple[Change, str]] = {
     "layers without end": (other(LAYERS, 4, number(2**32 - 1)), "block_count is 4294967295, where a number from 1 to"),
     "no layers": (swapped(LAYERS, "llama.block_kount"), "llama.block_count is missing"),
     "no architecture": (swapped("general.architecture", "general.archibecture"), "names no architecture"),
+    "another model": (swapped("llama", "stablelm"), "the weights are incomplete, 3 missing and the first model.layers"),
     "one of three": (more(key("split.count", 2, number(3, 2))), "one of the 3 parts of a model.*--merge"),
     "an adapter": (more(key("general.type", 8, text("adapter"))), r"an adapter \(LoRA\), not a whole model; merge it"),
     "an imatrix": (more(key("general.type", 8, text("imatrix"))), "an importance matrix"),

@@ -337,6 +337,10 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "whole numbers": (retyped(torch.int8), "whole numbers (I8)"),
     "fewer layers": (edit("config.json", num_hidden_layers=2), "they hold model.layers.2."),
     "a bias too many": (stored({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), "they hold model.layers.0."),
+    "biases that were left out": (
+        edit("config.json", attention_bias=True),
+        "are all zero, set attention_bias to false",
+    ),
     "an adapter": (renamed("model.safetensors", "adapter_model.safetensors"), "of an adapter (LoRA)"),
     "an unfinished download": (renamed("model.safetensors", "model.safetensors.incomplete"), "was not finished"),
     "a shard alone": (renamed("model.safetensors", "model-00001-of-00002.safetensors"), "a shard without its index"),
@@ -350,7 +354,13 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-AT_A_WORKER = ("NaN weights", "another width", "fewer layers", "a bias too many")  # found when they are loaded
+AT_A_WORKER = (
+    "NaN weights",
+    "another width",
+    "fewer layers",
+    "a bias too many",
+    "biases that were left out",
+)  # found when they are loaded
 
 
 @pytest.fixture

@@ -138,9 +138,12 @@ def read_config(folder: Path) -> Any:
     cannot."""
     import transformers
 
+    stored = read_json_object(folder / "config.json")
+    for key, value in _entries(stored):
+        if LAYER_COUNT.fullmatch(key) and type(value) is int and value > MOST_LAYERS:
+            raise UserError(f"{folder}: config.json describes a model of {value} layers ({key}), and none has so many")
     if is_head(folder):
         return read_head_config(folder).layer
-    stored = read_json_object(folder / "config.json")
     kind = stored.get("model_type")
     if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
         if stored.get("auto_map"):
@@ -158,9 +161,6 @@ def read_config(folder: Path) -> Any:
             f"{folder}: the weights are quantised ({method}), which is not run here; take the model as it was before, "
             "or a GGUF file of it, and quantise by the worker's dtype: int8"
         )
-    for key, value in _entries(stored):
-        if LAYER_COUNT.fullmatch(key) and type(value) is int and value > MOST_LAYERS:
-            raise UserError(f"{folder}: config.json describes a model of {value} layers ({key}), and none has so many")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever it meets in a file that nobody here has seen
@@ -175,9 +175,9 @@ def _entries(stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
 
 
-def _check_architecture(folder: Path, config: Any, parameters: int) -> str:
+def check_architecture(folder: Path, config: Any, parameters: int, described_by: str = "config.json") -> str:
     """The class that runs the model. Refuses what no engine can run, before anything is loaded; attention that strays
-    is found when a worker loads. parameters: numbers in the weights."""
+    is found when a worker loads. parameters: numbers in the weights. described_by: where the configuration stands."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -187,14 +187,16 @@ def _check_architecture(folder: Path, config: Any, parameters: int) -> str:
             "transformers loads as AutoModelForCausalLM"
         )
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
-        raise UserError(f"{folder}: config.json describes a model without layers (num_hidden_layers)")
+        raise UserError(f"{folder}: {described_by} describes a model without layers (num_hidden_layers)")
     if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False):
         raise UserError(
             f"{folder}: a model of type {config.model_type!r} keeps a recurrent state, which cannot go back to the "
             "accepted tokens; choose a decoder-only model with plain attention"
         )
     if other := [name for name in config.architectures or () if re.search("For(Seq|Token|Multiple|Quest)", str(name))]:
-        raise UserError(f"{folder}: config.json names {other[0]}, which writes no text; choose a causal language model")
+        raise UserError(
+            f"{folder}: {described_by} names {other[0]}, which writes no text; choose a causal language model"
+        )
     try:
         with torch.device("meta"):  # shapes alone, without memory
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -202,14 +204,14 @@ def _check_architecture(folder: Path, config: Any, parameters: int) -> str:
         limit = _max_context(config)
     except Exception as error:  # whatever a configuration that nobody here has seen leads to
         raise UserError(
-            f"{folder}: transformers cannot make the model that config.json describes: {told(error)}"
+            f"{folder}: transformers cannot make the model that {described_by} describes: {told(error)}"
         ) from error
     if limit is not None and limit < 1:
-        raise UserError(f"{folder}: config.json describes a model for {limit} tokens (max_position_embeddings)")
+        raise UserError(f"{folder}: {described_by} describes a model for {limit} tokens (max_position_embeddings)")
     if described > MOST_UNSTORED * parameters:
         raise UserError(
-            f"{folder}: config.json is not that of the weights: it describes {described:.3g} parameters, and they hold "
-            f"{parameters:.3g}. Fetch or convert the model again."
+            f"{folder}: {described_by} is not that of the weights: it describes {described:.3g} parameters, and they "
+            f"hold {parameters:.3g}. Fetch or convert the model again."
         )
     return type(model).__name__
 
@@ -305,7 +307,7 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     parameters, dtype = _count_parameters(weights)
     config = read_config(folder)
     head = is_head(folder)
-    architecture = config.architectures[0] if head else _check_architecture(folder, config, parameters)
+    architecture = config.architectures[0] if head else check_architecture(folder, config, parameters)
     tokenizer_hash = ""
     if not head or has_tokenizer(folder):
         try:
