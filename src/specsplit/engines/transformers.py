@@ -310,7 +310,7 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def check_finite(logits: torch.Tensor, model: Any) -> None:
-    """Raise UserError for logits that are not numbers: no token is the likeliest then."""
+    """Raise UserError for logits that are not numbers, or all equal: no token is the likeliest then."""
     if not bool(torch.isfinite(logits).all()):
         dtype = str(model.dtype).removeprefix("torch.")
         other = {"float16": "bfloat16", "bfloat16": "float32"}.get(dtype)
@@ -318,6 +318,11 @@ def check_finite(logits: torch.Tensor, model: Any) -> None:
         raise UserError(
             f"the logits of {type(model).__name__} are not numbers (NaN or infinite): its weights or config.json are "
             f"damaged{why}. Fetch the model again{mend}."
+        )
+    if bool((logits == logits[..., :1]).all()):
+        raise UserError(
+            f"the logits of {type(model).__name__} are all equal: its weights are zero, as those of a file that was "
+            "not fetched to its end. Fetch the model again."
         )
 
 

@@ -315,7 +315,7 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
         except Exception as error:
             for path in folder.iterdir():
                 if path.is_file() and matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)):
-                    read_json(path) if path.suffix == ".json" else refuse_stand_in(path)
+                    read_json_object(path) if path.suffix == ".json" else refuse_stand_in(path)
             raise UserError(f"{folder}: transformers cannot read its tokenizer: {told(error)}") from error
     return {
         "weights_sha256": combined_sha256({f.name: sha256.get(f.name) or sha256_file(f) for f in hashed}),
@@ -351,10 +351,10 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
         except (SafetensorError, OSError) as error:
             refuse_stand_in(path)
             raise UserError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
-    if whole := [dtype for dtype, _ in counts.most_common(1) if dtype.startswith(("I", "U"))]:
+    if other := [dtype for dtype, _ in counts.most_common(1) if not dtype.upper().startswith(("F", "BF"))]:
         raise UserError(
-            f"{weights[0]}: most of the weights are whole numbers ({whole[0]}), as quantised ones are, which are not "
-            "run here; take the model as it was before"
+            f"{weights[0]}: most of the weights are no floating-point numbers ({other[0]}); quantised ones are not run "
+            "here: take the model as it was before"
         )
     names = [DTYPE_NAMES.get(dtype, dtype.lower()) for dtype, _ in counts.most_common()]
     return counts.total(), "+".join(names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 from specsplit.errors import UserError
 
 log = logging.getLogger(__name__)
+# Tensors without which the others are not the model's weights: scales of quantised ones, matrices of an adapter.
+CHANGED = re.compile(r"[._](scales?|scale_inv|zero_point|qzeros|absmax|SCB)$|\.lora_[AB]\.")
 
 
 def check_loaded(
@@ -23,9 +26,11 @@ def check_loaded(
     reduced: the output head may have another shape. Returns the names of the tensors of another shape.
     """
     if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
+        named = [name for name in report["unexpected_keys"] if name.endswith(f".{missing[0]}")]
+        prefix = f" They hold {named[0]}: take the prefix off all names." if named else ""
         raise UserError(
             f"{source}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}."
-            f"{without_biases(model.config, missing)} Fetch or convert the model again."
+            f"{prefix or without_biases(model.config, missing)} Fetch or convert the model again."
         )
     mismatched = {key for key, *_ in report["mismatched_keys"]}
     if mismatched and not reduced:
@@ -39,6 +44,11 @@ def check_loaded(
         raise UserError(
             f"{source}: {described_by} is not that of the weights: they hold {missed[0]}, which the model described "
             f"there leaves out ({len(missed)} such). Fetch or convert the model again."
+        )
+    if changed := [name for name in unused if CHANGED.search(name)]:
+        raise UserError(
+            f"{source}: the weights hold {changed[0]}: they are quantised, or an adapter lies beside them, and "
+            f"{described_by} does not say so. Take the model as it was before, or merge the adapter into it."
         )
     if unused:
         log.warning(
