@@ -220,6 +220,12 @@ def test_a_damaged_file_is_refused_by_what_is_wrong(name: str, whole: bytes, tmp
         sources._prepare_gguf(tmp_path / "a.gguf", tmp_path, "tiny")
 
 
+def test_a_file_in_place_of_a_folder(whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(whole)
+    with pytest.raises(UserError, match=r"a file, where the folder of a model is wanted: a\.gguf .* convert it once"):
+        resolve_model(tmp_path / "a.gguf")
+
+
 def test_any_damage_to_a_header(whole: bytes, tmp_path: Path) -> None:
     """A table within the file comes of it, or a message; no other error, and no memory that the file does not fill."""
     path, chosen = tmp_path / "a.gguf", random.Random(0)

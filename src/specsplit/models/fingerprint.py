@@ -89,6 +89,9 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def check_model_folder(folder: Path) -> None:
     """Raise UserError unless `folder` has a config, weights and a tokenizer; of a head that is the target's."""
+    if folder.is_file():
+        instead = _in_place_of_weights(folder.parent) if folder.suffix == ".gguf" else ""
+        raise UserError(f"{folder}: a file, where the folder of a model is wanted{instead}")
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; prepare the model first, or name a folder with config.json, weights "
