@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from specsplit.errors import UserError
 from specsplit.models.file_names import GGUF_FILE
@@ -14,6 +14,9 @@ from specsplit.models.fingerprint import read_tensors, weight_files
 from specsplit.models.gguf_file import read_gguf
 from specsplit.models.head_config import HeadConfig, read_head_config
 from specsplit.models.loaded import without_biases
+
+if TYPE_CHECKING:
+    import torch
 
 UNUSED = ("verifier_norm.weight", "verifier_lm_head.weight", "t2d")  # t2d says again what d2t says
 EMBEDDING = "embed_tokens.weight"
@@ -82,6 +85,8 @@ def head_tokens(config: HeadConfig, d2t: torch.Tensor | None, folder: Path) -> l
 
     Raises UserError when it does not fit, and when the vocabulary is reduced without it.
     """
+    import torch
+
     rows, size = config.vocab_size, config.layer.vocab_size
     if d2t is None:
         if rows != size:
@@ -135,6 +140,7 @@ def target_embedding(target: Path | None, config: HeadConfig, folder: Path) -> t
 
 
 def _stored_embedding(target: Path) -> torch.Tensor:
+    import torch
     from safetensors import SafetensorError, safe_open
 
     for path in weight_files(target):

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from specsplit.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -72,6 +70,8 @@ def _left_out(model: Any, name: str) -> bool:
     """Whether a tensor of the weights is of a module of the model that has a place for it, which the configuration
     leaves empty: the bias of a linear layer, or a layer beyond the last. Layers for the prediction of several tokens
     stand there too, and are of no use here."""
+    from torch import nn
+
     within: Any = model
     for part in name.split("."):
         if isinstance(within, nn.ModuleList) and part.isdigit() and int(part) >= len(within):
