@@ -85,12 +85,13 @@ class ReducedVocabulary(Vocabulary):
         super().__init__(size)
         self.targets: torch.Tensor = torch.tensor(list(draft_to_target), dtype=torch.long)
         self._tokens = list(draft_to_target)
+        self._largest = max(self._tokens)
 
     def candidates(
         self, logits: torch.Tensor, positions: Sequence[int], sampling: Sampling, count: int, *, below: int
     ) -> list[Candidates]:
         """As Vocabulary.candidates; greedy ones are found among the few tokens that the draft can say."""
-        if not sampling.greedy or below <= max(self._tokens):
+        if not sampling.greedy or below <= self._largest:
             return super().candidates(logits, positions, sampling, count, below=below)
         found = candidates(logits, positions, sampling, count)
         return [replace(each, token_ids=[self._tokens[row] for row in each.token_ids]) for each in found]
