@@ -12,18 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pandas import DataFrame
 
-from specsplit.analysis.findings import (
-    Finding,
+from specsplit.analysis.conclusions import (
     compared_sentence,
     drift_sentence,
     faults_sentence,
-    find_best,
     lossless_sentence,
     round_trip_sentences,
-    summary_table,
 )
+from specsplit.analysis.findings import Finding, find_best
 from specsplit.analysis.references import with_references
 from specsplit.analysis.statistics import MIN_PROMPTS
+from specsplit.analysis.summary_text import summary_table
 from specsplit.analysis.tables import summarize
 from specsplit.experiment.columns import COLOCATED, FAILED, OK, ROUND_COLUMNS, STREAMED, WORKERS, RequestRecord
 from specsplit.settings.axes import CONFIGURATION
@@ -190,7 +189,7 @@ def check_finding(finding: Finding, table: DataFrame, summary: DataFrame) -> Non
         assert len(finding.ties) == len(finite) - 1
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(experiments())
 def test_every_sentence_is_what_the_table_says(table: DataFrame) -> None:
     summary = summarize(table, no_rounds(), **SETTINGS)
@@ -285,7 +284,7 @@ def gain(own: DataFrame, setup: str) -> float:
     return float(pace[setup] / pace["own"])
 
 
-@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(references())
 def test_every_sentence_about_baselines_is_what_the_tables_say(tables: tuple[DataFrame, DataFrame]) -> None:
     requests, reference = tables

@@ -15,16 +15,11 @@ import pandas as pd
 import pytest
 from pandas import DataFrame
 
-from specsplit.analysis.findings import (
-    drift_sentence,
-    faults_sentence,
-    find_best,
-    lossless_sentence,
-    round_trip_sentences,
-    summary_table,
-)
+from specsplit.analysis.conclusions import drift_sentence, faults_sentence, lossless_sentence, round_trip_sentences
+from specsplit.analysis.findings import find_best
 from specsplit.analysis.merging import merge_runs, read_tables
 from specsplit.analysis.references import GAMMA0, REFERENCE, speedup_columns
+from specsplit.analysis.summary_text import summary_table
 from specsplit.analysis.tables import summarize
 from specsplit.cli.main import main
 from specsplit.client.result import Round, SpeculativeResult
@@ -263,7 +258,7 @@ def test_the_interval_covers_the_truth_when_the_machine_slows_down_half_way(
 
 
 @pytest.mark.parametrize("prompts", [8, 16])
-@pytest.mark.parametrize("change", [0.0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("change", [0.0, 0.5])
 def test_coverage_with_a_change_in_the_run(prompts: int, change: float) -> None:
     rng = np.random.default_rng(prompts)
     truth, covered, trials = 1.2, 0, 400

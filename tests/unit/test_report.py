@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 
 from specsplit.analysis.captions import CAPTIONS, FIGURES
+from specsplit.analysis.conclusions import lossless_sentence
 from specsplit.analysis.figures import draw_figures
-from specsplit.analysis.findings import find_best, lossless_sentence, summary_table, text_table
+from specsplit.analysis.findings import find_best
 from specsplit.analysis.report import _chosen, write_report
+from specsplit.analysis.summary_text import summary_table, text_table
 from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
 from specsplit.experiment.columns import ROUND_COLUMNS
@@ -132,7 +134,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "started": "2025-01-31T12:00:00.5Z",
         "finished": "2025-01-31T12:01:00.5Z",
         "exit_code": 0,
-        "workers": {"target": {"model": "big", "dtype": "float32", "device": "cpu", "threads": 2, "skip_layers": []}},
+        "workers": {
+            "target": {"model": "big", "dtype": "float32", "device": "cpu", "threads": 2, "skip_layers": []},
+            "draft": {"model": "small", "dtype": "int8", "device": "cpu", "threads": 2, "skip_layers": []},
+        },
     }
     record = {
         "created": "2025-01-31T12:02:00Z",
@@ -174,6 +179,8 @@ def test_a_reader_of_the_page_alone_gets_every_answer(results: Path, tmp_path: P
         "someone/model",
         "abc123",
         "134.5 million parameters",
+        "smollm2-two-layers, int8",  # what auto was
+        "draft: small, int8, on cpu",
         "f" * 64,
         "8 of prompts.jsonl",
         "e" * 64,

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from specsplit.errors import UserError
-from specsplit.settings.configuration import SCHEMA, load_pipeline_config, schema_keys, swept_drafts
+from specsplit.settings.configuration import load_pipeline_config
+from specsplit.settings.names import swept_drafts
+from specsplit.settings.schema import SCHEMA, schema_keys
 
 CONFIG = Path(__file__).parents[2] / "config"
 LOCAL = {"source": "local", "path": "/data/m"}
@@ -197,7 +199,8 @@ def test_loading_twice_changes_nothing() -> None:
             "best",
             'draft.skip_layers: "best"; wanted a list of integers >= 0, all different, or auto',
         ),
-        ("draft.dtype", "int4", 'draft.dtype: "int4"; wanted one of float32, bfloat16, float16, int8'),
+        ("draft.dtype", "int4", 'draft.dtype: "int4"; wanted one of auto, float32, bfloat16, float16, int8'),
+        ("target.dtype", "auto", 'target.dtype: "auto"; wanted one of float32, bfloat16, float16'),
         ("target.dtype", "int8", 'target.dtype: "int8"; wanted one of float32, bfloat16, float16'),
         ("target.dtype", "fp16", 'target.dtype: "fp16"; wanted one of float32, bfloat16, float16'),
         ("draft.skip_layers", [-1], "draft.skip_layers[0]: -1; wanted an integer >= 0"),

@@ -23,19 +23,21 @@ from pandas.errors import EmptyDataError
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
+from specsplit.analysis.conclusions import compared_sentence, conclusions
 from specsplit.analysis.costs import with_price
-from specsplit.analysis.findings import compared_sentence, conclusions, find_best, summary_table
+from specsplit.analysis.findings import find_best
 from specsplit.analysis.merging import read_tables
 from specsplit.analysis.series import check_beside
 from specsplit.analysis.states_table import states_sentences
 from specsplit.analysis.statistics import MIN_PROMPTS
+from specsplit.analysis.summary_text import summary_table
 from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
 from specsplit.io import read_json_object, replace_file
+from specsplit.provenance.facts import part_of
 from specsplit.settings.axes import CONFIGURATION
-from specsplit.settings.configuration import swept_drafts
 from specsplit.settings.measure import PriceSettings
-from specsplit.settings.names import SYNTHETIC
+from specsplit.settings.names import SYNTHETIC, swept_drafts
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {
@@ -119,11 +121,12 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
     drafts = swept_drafts({"drafts": {}, **config})
     pairs = [("Target", _model(config["target"], models))]
     for name, own in drafts.items():
-        pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(own, models)))
+        told = {**own, "dtype": _dtypes(name, record)} if own["dtype"] == "auto" else own
+        pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(told, models)))
         if lookup := own["lookup"]:
             asks = f"where the last {lookup} tokens occurred in the text before, what followed is drafted instead"
             pairs.append((f"Prompt lookup: {name}", asks))
-        if p_min := own.get("p_min"):
+        if p_min := own["p_min"]:
             asks = f"a draft ends where the draft model gives its path less than {p_min:g}"
             pairs.append((f"Least probability: {name}", asks))
         if (acceptance := own.get("acceptance")) is not None:
@@ -163,6 +166,16 @@ def _network(rtt_ms: float, bandwidth_mbit: float) -> str:
     rtt = f"RTT {rtt_ms:g} ms" if rtt_ms else ""
     bandwidth = f"{bandwidth_mbit:g} Mbit/s each way" if bandwidth_mbit else ""
     return f"simulated {', '.join(filter(None, (rtt, bandwidth)))}" if rtt or bandwidth else "as it is"
+
+
+def _dtypes(draft: str, record: Mapping[str, Any]) -> str:
+    """What `dtype: auto` was of a draft, as its workers say."""
+    workers = [
+        part_of(run, "workers", "draft")
+        for run in record.get("runs", [])
+        if part_of(run, "orchestrator").get("draft_name", "draft") == draft
+    ]
+    return " or ".join(sorted({worker["dtype"] for worker in workers if worker})) or "auto"
 
 
 def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> str:

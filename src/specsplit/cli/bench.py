@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.cli.plan import plan_bench
     from specsplit.client.handshake import connected_pair, text_limit
     from specsplit.experiment.progress import Progress
-    from specsplit.experiment.runner import encode_prompts, run_requests
+    from specsplit.experiment.records import encode_prompts
+    from specsplit.experiment.runner import run_requests
     from specsplit.launch.endpoint import resolve_address, worker_origin
     from specsplit.launch.start import own_workers
 
@@ -106,8 +107,8 @@ def run(args: argparse.Namespace) -> None:
                     on_done=progress.done,
                 )
     if not args.only:
-        args.run_dirs = list(run_dirs.values())
-        import_module("specsplit.cli.merge").run(args)
+        merging = import_module("specsplit.analysis.merging")  # no part of what decides a run
+        print(*merging.write_merged(args.results_dir, list(run_dirs.values())), sep="\n")
         print(f"next: specsplit analyze --results-dir {args.results_dir}")
 
 
@@ -142,8 +143,10 @@ def _beside(
 def _model_settings(args: argparse.Namespace, role: str, worker: DescribeReply) -> dict[str, Any]:
     """How the model of a worker is loaded: as --settings says of that worker, or as it says itself."""
     values = {key: value for key, value in settings_part(args, role).items() if key in ROLES[role].model_fields}
-    if values or (folder := getattr(args, f"{role}_model")) is None:
-        return values
+    if values:
+        return {**values, "dtype": worker.dtype}  # for a draft's auto, the one that it has there
+    if (folder := getattr(args, f"{role}_model")) is None:
+        return {}
     values = {"model": folder, **{key: getattr(worker, key) for key in ("dtype", "device", "threads", "max_context")}}
     if role == "target":
         values["ignore_model_settings"] = True  # as its worker did, which serves it

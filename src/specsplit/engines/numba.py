@@ -332,7 +332,7 @@ class FusedLM(FusedPasses):
 
     def _best(self, work: Pass, rows: Sequence[Any]) -> int:
         row: int = rows[-1][0][0]
-        return row if work.then.targets is None else self._targets[1][row]
+        return row if not isinstance(work.then, Propose) or work.then.targets is None else self._targets[1][row]
 
     def _result(self, work: Pass, rows: Sequence[Any]) -> Any:
         if work.then is None:

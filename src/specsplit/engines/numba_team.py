@@ -68,9 +68,9 @@ class Team:
             self._sync[FAILED] = 1
         if self._errors:
             self._gather()
-            error = self._errors[0]
+            first = self._errors[0]
             self._errors.clear()
-            raise error
+            raise first
 
     def _gather(self) -> None:
         """Have the other threads leave their arguments, and start anew."""

@@ -29,8 +29,8 @@ from specsplit.errors import UserError
 from specsplit.io import read_json
 from specsplit.models.file_names import MAP_FILES
 from specsplit.models.fingerprint import has_tokenizer, read_config
-from specsplit.models.head_config import is_head, read_head_config
-from specsplit.models.head_files import head_tensors, head_tokens
+from specsplit.models.head_config import is_head
+from specsplit.models.head_files import read_head
 from specsplit.models.tokenizer import TextCodec
 
 OVERLAP = 64  # tokens at the end of a text that are encoded again with those after them
@@ -248,7 +248,7 @@ def read_reduced_map(folder: Path) -> list[int] | None:
     from safetensors.numpy import load_file
 
     if is_head(folder):
-        return head_tokens(read_head_config(folder), head_tensors(folder), folder)
+        return read_head(folder)[2]
     paths = [folder / name for name in MAP_FILES if (folder / name).is_file()]
     if not paths:
         return None
