@@ -214,7 +214,7 @@ class _Pipeline:
                 if ahead.sent:
                     self.at_target.round += 1  # the target has begun it by itself
                 else:
-                    await self._verify(tree)
+                    await self._verify(tree, gamma)
                 # The worker has kept that draft, so asking for it costs no pass.
                 known = min(gamma, self.text.room())
                 ahead = await self._ask_draft(known, drafted_ahead=True) if known > 0 else None
@@ -235,7 +235,7 @@ class _Pipeline:
                     drafted = await self._draft_reply(is_ahead=False)
                     tree = tree_from_message(drafted.tree)
                     asked = time.perf_counter()
-                await self._verify(tree)
+                await self._verify(tree, gamma)
             verdict = await self._verdict(ahead)
             now = time.perf_counter()
             accepted = list(verdict.accepted_tokens)
@@ -301,6 +301,10 @@ class _Pipeline:
             return ""
         return "model" if len(tree) else "none"
 
+    def _told(self, gamma: int) -> int:
+        """What the target, which finds gamma for all its texts, is told of the depth that was asked for."""
+        return gamma if self.config.p_min else 0
+
     def _look_up(self) -> TokenTree:
         """A draft from the text itself; empty where its end did not occur in it before, or that does not pay."""
         if self.lookup is None:
@@ -327,14 +331,18 @@ class _Pipeline:
                 ranks=ranks(tree.parents, path),
             )
 
-    async def _verify(self, tree: TokenTree, *, only_states: bool = False) -> None:
+    async def _verify(self, tree: TokenTree, gamma: int = 0, *, only_states: bool = False) -> None:
         wanted = None
         # Without room no draft follows that could read them.
         if self.states is not None and (only_states or self.text.room(ahead=1) > 0):
             wanted = self.states.wanted(len(self.text.tokens), only=only_states)
         context = self.at_target.context(self.text.tokens)
         request = pb.VerifyDraftsRequest(
-            context=context, tree=tree_to_message(tree), sampling=self.text.sampling_message, wanted_states=wanted
+            context=context,
+            tree=tree_to_message(tree),
+            sampling=self.text.sampling_message,
+            wanted_states=wanted,
+            gamma=self._told(gamma),
         )
         await self._stream("target").send(pb.StreamVerifyRequest(verify=request))
 
@@ -418,7 +426,8 @@ class _Pipeline:
                 outcomes = [o for o in reply.outcomes if len(o.accepted_tokens) + len(o.tree.token_ids) <= room]
                 ahead.trees = {(tuple(o.accepted_tokens), o.next_token): tree_from_message(o.tree) for o in outcomes}
                 if self.config.mode == "lookahead" and not verdict.done():
-                    prepared = pb.Prepared(round=self.at_target.round, outcomes=outcomes)
+                    told = self._told(ahead.gamma)
+                    prepared = pb.Prepared(round=self.at_target.round, outcomes=outcomes, gamma=told)
                     await self._stream("target").send(pb.StreamVerifyRequest(prepared=prepared))
                     ahead.sent = True
             return await verdict

@@ -58,7 +58,7 @@ class SharedGamma:
         self._rounds = self._followed = 0
 
     def observe(self, now_s: float, texts: int, drafted: int, accepted: int) -> None:
-        """A round has ended. texts: that the target holds now. drafted: depth of the draft; accepted: of these."""
+        """A round has ended. texts: that the target holds now. drafted: depth asked of its draft; accepted: of it."""
         for depth in range(1, drafted + 1):
             tried, won = self._reached.get(depth, (1.0, 0.5))
             self._reached[depth] = DECAY * tried + 1, DECAY * won + (accepted >= depth)

@@ -155,6 +155,8 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
         # Counts are checked before the tree is unpacked: a few megabytes of message would become many Python numbers.
         nodes = len(request.tree.token_ids)
         self.check_request(request.context, nodes)
+        if request.gamma > self.limits.draft_tokens:
+            raise InvalidRequest(f"gamma must be at most {self.limits.draft_tokens}, got {request.gamma}")
         try:
             check_lengths(nodes, len(request.tree.parents), len(request.tree.log_probs))
             if len(request.tree.distributions) > nodes + 1:
@@ -192,7 +194,7 @@ class TargetServicer(WorkerServicer, pb_grpc.TargetServiceServicer):
                 reply.accepted_nodes.extend(verdict.path)
                 reply.accepted_tokens.extend(tree.token_ids[node] for node in verdict.path)
                 reply.next_token = verdict.next_token
-                if (gamma := self._gamma_for_all(tree.depth(), len(verdict.path))) is not None:
+                if (gamma := self._gamma_for_all(max(request.gamma, tree.depth()), len(verdict.path))) is not None:
                     reply.gamma = gamma
             return reply
 
@@ -257,6 +259,7 @@ def _next_round(
             new_tokens=[reply.next_token],
         ),
         tree=outcome.tree,
+        gamma=prepared.gamma,
         sampling=request.sampling,
     )
     if request.HasField("wanted_states"):

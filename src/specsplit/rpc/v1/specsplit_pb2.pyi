@@ -183,24 +183,28 @@ class GenerateDraftsReply(_message.Message):
     def __init__(self, tree: _Optional[_Union[TokenTree, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., round: _Optional[int] = ..., is_ahead: _Optional[bool] = ..., outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
 
 class VerifyDraftsRequest(_message.Message):
-    __slots__ = ("context", "tree", "sampling", "wanted_states")
+    __slots__ = ("context", "tree", "sampling", "wanted_states", "gamma")
     CONTEXT_FIELD_NUMBER: _ClassVar[int]
     TREE_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     WANTED_STATES_FIELD_NUMBER: _ClassVar[int]
+    GAMMA_FIELD_NUMBER: _ClassVar[int]
     context: Context
     tree: TokenTree
     sampling: Sampling
     wanted_states: WantedStates
-    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., tree: _Optional[_Union[TokenTree, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., wanted_states: _Optional[_Union[WantedStates, _Mapping]] = ...) -> None: ...
+    gamma: int
+    def __init__(self, context: _Optional[_Union[Context, _Mapping]] = ..., tree: _Optional[_Union[TokenTree, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., wanted_states: _Optional[_Union[WantedStates, _Mapping]] = ..., gamma: _Optional[int] = ...) -> None: ...
 
 class Prepared(_message.Message):
-    __slots__ = ("round", "outcomes")
+    __slots__ = ("round", "outcomes", "gamma")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    GAMMA_FIELD_NUMBER: _ClassVar[int]
     round: int
     outcomes: _containers.RepeatedCompositeFieldContainer[Outcome]
-    def __init__(self, round: _Optional[int] = ..., outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ...) -> None: ...
+    gamma: int
+    def __init__(self, round: _Optional[int] = ..., outcomes: _Optional[_Iterable[_Union[Outcome, _Mapping]]] = ..., gamma: _Optional[int] = ...) -> None: ...
 
 class StreamVerifyRequest(_message.Message):
     __slots__ = ("verify", "prepared")
