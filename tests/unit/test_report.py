@@ -61,7 +61,7 @@ def test_what_cannot_be_told_from_the_best_is_named() -> None:
     (finding,) = find_best(requests, rounds, summary, **SETTINGS)
     assert finding.best["gamma"] == 3
     assert finding.ties == ("γ = 1",)
-    assert finding.sentences()[-1] == "Not distinguishable from it on these prompts: γ = 1."
+    assert finding.sentences()[-1] == "Not distinguishable from γ = 3 on these prompts: γ = 1."
 
 
 def test_when_the_target_alone_is_fastest_the_best_draft_is_told() -> None:
@@ -75,7 +75,7 @@ def test_one_request_gives_no_interval_and_says_so() -> None:
         "Compared on the 1 prompt that every configuration finished.",
         "γ = 1 had the largest speedup against the target alone: 2.00.",
         "There are too few requests to say how sure that is: an interval needs 6 requests.",
-        "Not distinguishable from it on these prompts: the target alone.",
+        "Not distinguishable from γ = 1 on these prompts: the target alone.",
     ]
 
 
@@ -95,7 +95,7 @@ def test_lossless_in_words() -> None:
     assert lossless_sentence(summarize(requests, rounds, **SETTINGS)).startswith("Yes: each of the 8 texts")
     requests.loc[requests.index[-1], "matches_gamma0"] = False
     assert lossless_sentence(summarize(requests, rounds, **SETTINGS)) == (
-        "No: 1 of 8 texts differ from that of the target alone (γ = 3)."
+        "No: 1 of 8 texts differs from that of the target alone (γ = 3)."
     )
     unknown = requests.assign(matches_gamma0=pd.array([pd.NA] * len(requests), dtype="boolean"))
     assert "Of 8 texts nothing can be said" in lossless_sentence(summarize(unknown, rounds, **SETTINGS))

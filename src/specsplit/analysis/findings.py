@@ -15,10 +15,11 @@ from pandas import DataFrame, Series, concat, isna
 
 from specsplit.analysis.configurations import NETWORK, conditions_of, configuration_of, row_of, varied
 from specsplit.analysis.costs import cost_sentences
-from specsplit.analysis.curves import in_words, split_panels, three_digits
+from specsplit.analysis.curves import PANEL, in_words, split_panels, three_digits
 from specsplit.analysis.references import BASES, GAMMA0, MOST_DRIFT, PAIR, STREAM
 from specsplit.analysis.statistics import MIN_PROMPTS
-from specsplit.analysis.tables import comparable, compare_panel
+from specsplit.analysis.tables import comparable, compare_panel, level_of_panels
+from specsplit.errors import counted
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 from specsplit.experiment.sweep import plain_number
 
@@ -64,7 +65,7 @@ class Finding:
     where: what tells these from the others, e.g. "RTT 14 ms"; empty when all are alike. base: what the gains are
     against, one of BASES. best: its row of the summary, with the joint interval of the speedup over the base in
     place of its own. drafting: so the best row that drafts, None when nothing does. ties: names of those that cannot be
-    told from the best. requests: how many prompts were measured.
+    told from the best. unrated: of those without a gain. requests: how many prompts were measured.
     """
 
     where: str
@@ -76,6 +77,7 @@ class Finding:
     confidence: float
     requests: int = 0
     base: str = GAMMA0
+    unrated: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
         """The finding in plain words, first what it rests on."""
@@ -83,13 +85,13 @@ class Finding:
         if self.drafting is None:
             return ["Only the target alone was run, so there is no speedup to report."]
         compared = int(self.best["compared"])
+        if not compared:
+            return [f"No prompt of {self.requests} was finished by every configuration, so nothing can be compared."]
         lines = [f"Compared on {_counted(compared, self.requests)} that every configuration finished."]
         name = BASES[self.base]
         if isna(self.drafting[name]):
-            return [
-                *lines,
-                "Nothing can be said of a speedup: gamma 0, the target alone, is missing or wrote no tokens.",
-            ]
+            why = "gamma 0, the target alone, was not measured, or there are no tokens or times to divide"
+            return [*lines, f"Nothing can be said of a speedup: {why}."]
         low, high = self.drafting[f"{name}_ci_low"], self.drafting[f"{name}_ci_high"]
         gain = _with_interval(self.drafting, f"{name}_ci", level)
         sole = not self.ties  # told from all others
@@ -102,24 +104,28 @@ class Finding:
             lines.append(f"{self.name} is fastest: a speedup of {gain} against the target alone.")
         else:
             lines.append(f"{self.name} had the largest speedup against the target alone: {gain}.")
-        if self.best["gamma"] == 0 and high >= 1:
-            lines.append("The interval includes 1: it may be no slower at all.")
-        if self.best["gamma"] != 0 and low <= 1:
-            lines.append("The interval includes 1: it may be no faster at all.")
+        if low <= 1 <= high:
+            than = "slower" if self.drafting[name] <= 1 else "faster"
+            lines.append(f"The interval includes 1: it may be no {than} at all.")
         if isna(low):
             few = "requests" if compared < MIN_PROMPTS else "texts with tokens"
             lines.append(f"There are too few {few} to say how sure that is: an interval needs {MIN_PROMPTS} requests.")
         if self.base == STREAM:
             lines += self._over_others(level)
         if self.ties:
-            lines.append(f"Not distinguishable from it on these prompts: {'; '.join(self.ties)}.")
+            lines.append(f"Not distinguishable from {self.name} on these prompts: {'; '.join(self.ties)}.")
+        if self.unrated:
+            lines.append(f"Not among these, for nothing to compare with was measured: {'; '.join(self.unrated)}.")
         return lines
 
     def _over_streamed(self, gain: str, *, fastest: bool) -> str:
         """The end of a sentence that says what the requests were compared on."""
         other = _OTHERS[STREAM]
-        if self.best["gamma"] == 0:
+        if self.best["setup"] == STREAMED:
             return f"no draft was faster than {other}: the best, {self.drafting_name}, has a speedup of {gain} over it."
+        if self.best["gamma"] == 0:
+            through = "no draft was faster than the target alone through the same loop"
+            return f"{through}: over {other} the best, {self.drafting_name}, has a speedup of {gain}."
         if fastest:
             return f"{self.name} is fastest: a speedup of {gain} over {other}."
         return f"{self.name} had the largest speedup over {other}: {gain}."
@@ -141,25 +147,28 @@ def find_best(
 
     requests, rounds: the tables of `read_tables`. summary: of `summarize`, as the other arguments. Best is the largest
     speedup end to end over the target that streams by itself, or where that was not measured over gamma 0; the target
-    alone, with its 1, is among them. Intervals and ties are those of `compare_panel`: with equal configurations one
-    finding calls one of them faster, or tells a pair apart, in at most 1 - confidence of experiments.
+    alone, streamed or through the loop, is among them. Intervals and ties are those of `compare_panel`, at the level
+    of `level_of_panels`: with equal configurations one of them is called faster, or a pair told apart, in any of the
+    findings in at most 1 - confidence of experiments.
     """
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
     every = int(requests["request_id"].nunique())
+    level = level_of_panels(requests, confidence)
     for panel in split_panels(*comparable(requests, rounds), summary):
         ours = panel.summary["setup"] == WORKERS
         drafting = ours & (panel.summary["gamma"] != 0)
         streamed = drafting & panel.summary[BASES[STREAM]].notna()
         base = STREAM if streamed.any() else GAMMA0
-        alone = panel.summary["setup"].eq(STREAMED) if base == STREAM else ours & ~drafting
-        rows = concat([panel.summary[alone], panel.summary[drafting]])  # of equals the target alone is best
+        streams = panel.summary["setup"].eq(STREAMED) if base == STREAM else ours & False
+        # Of equals the first one is best.
+        rows = concat([panel.summary[chosen] for chosen in (streams, ours & ~drafting, drafting)])
         gain = BASES[base]
         rows = rows.assign(**{f"{gain}_ci_{end}": rows[f"{gain}_joint_{end}"] for end in ("low", "high")})
         rated = rows[rows[gain].notna()]
         best = rated.iloc[int(rated[gain].argmax())] if len(rated) else rows.iloc[0]
         ranked = rows[drafting[rows.index]].sort_values(gain, ascending=False, kind="stable", na_position="last")
-        order, found = compare_panel(panel.requests, base, confidence=confidence, **settings)
+        order, found = compare_panel(panel.requests, base, confidence=level, **settings)
         places = {configuration: place for place, configuration in enumerate(order)}
         place_of = {index: places[key] for index, key in configuration_of(rows, row_of(rows)).items() if key in places}
         tied = []
@@ -179,6 +188,7 @@ def find_best(
                 confidence=confidence,
                 requests=every,
                 base=base,
+                unrated=tuple(name_of(row, names) for _, row in rows[rows[gain].isna()].iterrows()),
             )
         )
     return findings
@@ -204,14 +214,16 @@ def round_trip_sentences(summary: DataFrame, confidence: float) -> list[str]:
     is the one with the largest speedup there; its intervals hold for all of that network at once.
     """
     sentences = []
+    told_by = [name for name in PANEL if name in summary and name != "rtt_ms"]
     for base in (STREAM, PAIR):
         gain = BASES[base]
         rows = summary[(summary["setup"] == WORKERS) & (summary["gamma"] != 0) & summary[gain].notna()]
+        several = [name for name in told_by if rows[name].nunique() > 1]
         for _, own in rows.groupby(conditions_of(rows, "jitter_ms", "bandwidth_mbit"), sort=False):
             by = BASES[STREAM] if own[BASES[STREAM]].notna().all() else BASES[GAMMA0]
-            best = own.loc[own.groupby("rtt_ms")[by].idxmax().dropna()].sort_values("rtt_ms")
+            by = by if own[by].notna().all() else gain
+            best = own.loc[own.groupby("rtt_ms")[by].idxmax()].sort_values("rtt_ms")
             if len(best) > 1:
-                several = [name for name in ("temperature", "bandwidth_mbit") if rows[name].nunique() > 1]
                 told = ", ".join(in_words(name, own[name].iloc[0]) for name in several)
                 where = f"At {told}, against" if several else "Against"
                 sentences.append(f"{where} {_OTHERS[base]}, {_by_round_trip(best, gain, confidence)}")
@@ -269,31 +281,39 @@ def _span(values: Series) -> str:
 
 def drift_sentence(summary: DataFrame) -> str:
     """How steady the machine was: the target alone, as each run measured it in turn with its own requests."""
-    ours = summary[summary["setup"] == WORKERS]
+    ours = summary[(summary["setup"] == WORKERS) & (summary["compared"] > 0)]
     known = ours[ours["reference_ms_per_token"].notna()]
     parts = []
     spans = [
-        (own.max() / own.min() - 1, len(own), own.min(), own.max())
-        for _, own in known.groupby(conditions_of(known, *NETWORK), sort=False)["reference_ms_per_token"]
-        if len(own) > 1
+        (pace.max() / pace.min() - 1, len(own), pace.min(), pace.max(), own["reference_drifted"])
+        for _, own in known.groupby(conditions_of(known, *NETWORK), sort=False)
+        if len(own) > 1 and (pace := own["reference_ms_per_token"]).min() > 0
     ]
     if spans:
-        apart, runs, low, high = max(reversed(spans), key=lambda span: span[:2])
-        if apart > MOST_DRIFT:
+        apart, runs, low, high, drifted = max(reversed(spans), key=lambda span: span[:2])
+        verdict = ": steady" if apart <= MOST_DRIFT else ""
+        if verdict:
+            pass
+        elif drifted.isna().all():
+            parts.append(f"Warning: the machine may not have been steady; with {MIN_PROMPTS} prompts one could tell.")
+        elif drifted.any():
             parts.append("Warning: the machine was not steady.")
+        else:
+            verdict = ", which texts that vary by chance may be as well"
         parts.append(
             f"Gamma 0, which each of {runs} runs measured in turn with its own requests, took {three_digits(low)} to "
-            f"{three_digits(high)} ms per token, {100 * apart:.1f} % apart{'' if apart > MOST_DRIFT else ': steady'}. "
+            f"{three_digits(high)} ms per token, {100 * apart:.1f} % apart{verdict}. "
             "Speedups are against the gamma 0 of the same run; other times of different runs have that drift in them."
         )
-    elif len(known):
-        parts.append("Each network had one run, so there is no drift to see.")
-    if unpaired := len(ours) - len(known) if len(ours) > 1 else 0:
+    else:
+        parts.append("Not known: no network had two runs whose gamma 0 can be compared.")
+    if unpaired := int((ours["reference_ms_per_token"].isna() & ours[BASES[GAMMA0]].notna()).sum()):
+        have, their = ("has", "its") if unpaired == 1 else ("have", "their")
         parts.append(
-            f"{unpaired} of {len(ours)} configurations have no gamma 0 of their own run: their speedup is against "
-            "that of another run, and a drift of the machine in between is in it."
+            f"{unpaired} of {counted(len(ours), 'configuration')} {have} no gamma 0 of {their} own run: {their} "
+            "speedup is against that of another run, and a drift of the machine in between is in it."
         )
-    return " ".join(parts) or "Not known: a single run was measured."
+    return " ".join(parts)
 
 
 def compared_sentence(summary: DataFrame, every: int) -> str:
@@ -305,8 +325,7 @@ def compared_sentence(summary: DataFrame, every: int) -> str:
 
 
 def _counted(some: int, every: int) -> str:
-    noun = "prompt" if every == 1 else "prompts"
-    return f"the {every} {noun}" if some == every else f"the {some} of {every} {noun}"
+    return f"the {'' if some == every else f'{some} of '}{counted(every, 'prompt')}"
 
 
 def lossless_sentence(summary: DataFrame) -> str:
@@ -322,19 +341,21 @@ def lossless_sentence(summary: DataFrame) -> str:
     baselines = f"{beside} texts of baselines (gamma 0 in each run, target_streamed, colocated)"
     more = [f"{differing or 'None'} of the {baselines} {'differ' if differing > 1 else 'differs'}."] if beside else []
     if not written:
-        return " ".join(["Nothing was drafted, so there is nothing to compare.", *more])
+        return " ".join(["No text was written with a draft, so there is nothing to compare.", *more])
     parts = []
-    texts = f"text{'' if every == 1 else 's'}"
+    texts = counted(every, "text")
     if every and same == every:
         which = "written with a draft" if every == written else f"compared, of {written} written with a draft,"
-        parts.append(f"Yes: each of the {every} {texts} {which} is, token for token, that of the target alone.")
+        each = "the" if every == 1 else "each of the"
+        parts.append(f"Yes: {each} {texts} {which} is, token for token, that of the target alone.")
     elif every:
         which = "" if every == written else f" compared, of {written} written with a draft,"
         where = "; ".join(name_of(row, varied(summary)) for _, row in compared[compared["lossless"] < 1].iterrows())
-        parts.append(f"No: {every - same} of {every} {texts}{which} differ from that of the target alone ({where}).")
+        differ = "differs" if every - same == 1 else "differ"
+        parts.append(f"No: {every - same} of {texts}{which} {differ} from that of the target alone ({where}).")
     if unknown := written - every:
         parts.append(
-            f"Of {unknown} text{'' if unknown == 1 else 's'} nothing can be said token for token: gamma 0 was not run "
+            f"Of {counted(unknown, 'text')} nothing can be said token for token: gamma 0 was not run "
             "or failed there, or it is rejection sampling, which has the right distribution and not the same text."
         )
     return " ".join([*parts, *more])
@@ -348,18 +369,17 @@ def faults_sentence(summary: DataFrame) -> str:
     if number := int(failed["failed_requests"].sum()):
         where = "; ".join(f"{name_of(row, names)}: {row['failed_requests']}" for _, row in failed.iterrows())
         parts.append(
-            f"{number} request{' failed and is' if number == 1 else 's failed and are'} in no mean ({where}); "
+            f"{counted(number, 'request')} failed and {'is' if number == 1 else 'are'} in no mean ({where}); "
             "requests.csv says why."
         )
     if number := int(ours["baselines_failed"].sum()):
         parts.append(
-            f"{number} text{'' if number == 1 else 's'} of baselines failed; reference.csv says why, and their "
-            "requests are in no mean."
+            f"{counted(number, 'text')} of baselines failed; reference.csv says why, and their requests are in no mean."
         )
     if count := int(summary["worker_failures"].sum()):
         parts.append(
-            f"Workers failed in {count} rounds; what that cost the requests that got over it is in their latency "
-            "(requests.csv, recovery_ms)."
+            f"Workers failed in {counted(count, 'round')}; what that cost the requests that got over it is in their "
+            "latency (requests.csv, recovery_ms)."
         )
     return " ".join(parts)
 
@@ -412,9 +432,9 @@ def _cell(row: Series, name: str, form: str, intervals: bool) -> str:
 def _number(value: float, form: str) -> str:
     if form == "digits":
         return three_digits(value)
-    if form == "share":  # of requests: most often all
-        return f"{100 * value:.1f} %".replace("100.0", "100")
-    return f"{100 * value:.1f} %" if form == "%" else f"{value:{form}}"
+    if form == "share":  # of requests: most often all, and never all when one is not
+        return "100 %" if value == 1 else f"{min(99.9, 100 * value):.1f} %"
+    return f"{100 * value:z.1f} %" if form == "%" else f"{value:{form}}"
 
 
 def _plain(value: Any) -> str:

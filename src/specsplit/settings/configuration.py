@@ -353,6 +353,9 @@ def _cross_check(config: Mapping[str, Any]) -> Iterator[str]:
         source = models.get(own["model"], {}).get("source")
         if own["acceptance"] is not None and config["sampling"]["method"] == "rejection" and max(temperatures) > 0:
             yield f"{path}.acceptance: {own['acceptance']} needs texts that are known before: sampling.method coupled"
+        if own["acceptance"] is not None and 0 not in own["lookup"]:
+            both = f"{path}.acceptance: {own['acceptance']} with lookup {own['lookup']}"
+            yield f"{both}: what is looked up cannot be forced; write lookup: [0], or acceptance: null"
         if own["skip_layers"] and source in ("synthetic", *LOOKUPS):
             yield f"{path}.skip_layers: the {source} model {own['model']} has no layers; write []"
     target = models.get(config["target"]["model"], {})
