@@ -150,7 +150,8 @@ def _work(own: DataFrame, alone: DataFrame) -> float:
 def _speedup(own: DataFrame, target: DataFrame | None, confidence: float, among: int) -> dict[str, float]:
     name = "speedup_at_load"
     if target is None:
-        return paired_columns(name, *[[math.nan]] * 4, confidence, 1)
+        unknown = [math.nan]
+        return paired_columns(name, unknown, unknown, unknown, unknown, confidence, among=1)
     sides = [table[table["status"] != FAILED].set_index(TEXT)["total_latency_ms"] for table in (target, own)]
     both = sides[0].index.intersection(sides[1].index)
     theirs, ours = (side.loc[both].groupby(level="request_id").sum() for side in sides)

@@ -106,8 +106,8 @@ def latency_columns(
     name: str, rows: DataFrame, other: DataFrame, confidence: float, among: int = 0
 ) -> dict[str, float]:
     """NAME: milliseconds per token of the texts in `rows`, divided by those of the same texts in `other`."""
-    sides = [table[column] for table in (rows, other) for column in ("total_latency_ms", "generated_tokens")]
-    return paired_columns(name, *sides, confidence, among)
+    ours, tokens = rows["total_latency_ms"], rows["generated_tokens"]
+    return paired_columns(name, ours, tokens, other["total_latency_ms"], other["generated_tokens"], confidence, among)
 
 
 def _joint_intervals(own: dict[str, DataFrame], peer: str, settings: dict[str, Any]) -> dict[str, tuple[float, float]]:

@@ -129,7 +129,7 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
                 (
                     f"Synthetic: {name}",
                     f"its acceptance is forced: each drafted token was made right with probability {acceptance:g}. "
-                    "It says what the system does with such a draft, not how good the draft is, and has no prompt lookup",
+                    "It says what the system does with such a draft, not how good the draft is; and no lookup",
                 )
             )
     source = dataset.get("source") or config["dataset"]["path"]
