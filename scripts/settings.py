@@ -209,7 +209,7 @@ def main():
     put(FACTS, json.dumps(facts(), indent=2) + "\n")
     if check and stale:
         sys.exit(f"not what the settings say: {', '.join(stale)}; run scripts/settings.py and commit it")
-    from specsplit.settings.configuration import schema_keys, wanted  # which read the schema
+    from specsplit.settings.schema import schema_keys, wanted  # which read the schema
 
     head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     put(README, f"{head}{BEGIN}\n{table(schema_keys, wanted)}\n{END}{rest.partition(END)[2]}")

@@ -143,7 +143,7 @@ def test_commands_without_a_model_load_no_model_library() -> None:
     modules = (
         "cli.start_worker launch.start cli.plan client.handshake experiment.capacity analysis.report analysis.figures"
     )
-    modules += " analysis.findings provenance.record provenance.verify provenance.archive experiment.dataset"
+    modules += " analysis.conclusions provenance.record provenance.verify provenance.archive experiment.dataset"
     code = "; ".join(f"import specsplit.{name}" for name in modules.split())
     command = [sys.executable, "-c", f"{code}; import sys; print({{'torch', 'transformers'}} & set(sys.modules))"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"

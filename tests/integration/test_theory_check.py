@@ -77,5 +77,5 @@ def test_a_text_that_is_not_the_targets_is_noticed(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(theory_check.TextWriter, "write", wrong)
     settings = SimulationSettings(draft_ms=0.5, verify_ms=1.0, tokens=20, texts=1, gamma=[2], rtt_ms=[0.0])
-    rows = theory_check.check_theory(settings)
+    rows = list(theory_check.check_theory(settings))
     assert [row.lossless for row in rows] == [True, False, False, False]

@@ -12,18 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pandas import DataFrame
 
-from specsplit.analysis.findings import (
-    Finding,
+from specsplit.analysis.conclusions import (
     compared_sentence,
     drift_sentence,
     faults_sentence,
-    find_best,
     lossless_sentence,
     round_trip_sentences,
-    summary_table,
 )
+from specsplit.analysis.findings import Finding, find_best
 from specsplit.analysis.references import with_references
 from specsplit.analysis.statistics import MIN_PROMPTS
+from specsplit.analysis.summary_text import summary_table
 from specsplit.analysis.tables import summarize
 from specsplit.experiment.columns import COLOCATED, FAILED, OK, ROUND_COLUMNS, STREAMED, WORKERS, RequestRecord
 from specsplit.settings.axes import CONFIGURATION

@@ -18,7 +18,7 @@ from test_no_traceback import edit
 from specsplit.client.handshake import text_limit
 from specsplit.errors import UserError
 from specsplit.experiment.prompt import Prompt
-from specsplit.experiment.runner import encode_prompts
+from specsplit.experiment.records import encode_prompts
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.worker import TargetWorkerConfig

@@ -182,7 +182,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
 def run_capacity(output: Path, **decides: Any) -> str:
     settings = CapacitySettings(clients=[1, 2], requests=16, saturation_steps=2)
     configs = [OrchestratorConfig(gamma=gamma) for gamma in (0, 4)]
-    measure_capacity(REQUESTS, configs, lambda config: None, settings, output, decides=decides)
+    list(measure_capacity(REQUESTS, configs, lambda config: None, settings, output, decides=decides))
     return output.read_text()
 
 

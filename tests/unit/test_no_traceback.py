@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from specsplit.cli.main import main
 from specsplit.launch.environment import REQUIRED
-from specsplit.settings.configuration import SCHEMA
 from specsplit.settings.measure import CapacitySettings, ContextSettings, StatesCostSettings
 from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.schema import SCHEMA
 from specsplit.settings.serve import ServeSettings
 from specsplit.settings.worker import DraftWorkerConfig, LaunchSettings, TargetWorkerConfig
 

@@ -10,7 +10,7 @@ from specsplit.cli.main import main
 from specsplit.errors import PromptError, UserError
 from specsplit.experiment.dataset import Prompt, load_prompts, prepare_dataset
 from specsplit.experiment.prompt_tokens import prompt_tokens, tokenize_prompts
-from specsplit.experiment.runner import encode_prompts
+from specsplit.experiment.records import encode_prompts
 from specsplit.models.tokenizer import TextCodec
 
 from tiny_models import make_tokenizer

@@ -15,16 +15,11 @@ import pandas as pd
 import pytest
 from pandas import DataFrame
 
-from specsplit.analysis.findings import (
-    drift_sentence,
-    faults_sentence,
-    find_best,
-    lossless_sentence,
-    round_trip_sentences,
-    summary_table,
-)
+from specsplit.analysis.conclusions import drift_sentence, faults_sentence, lossless_sentence, round_trip_sentences
+from specsplit.analysis.findings import find_best
 from specsplit.analysis.merging import merge_runs, read_tables
 from specsplit.analysis.references import GAMMA0, REFERENCE, speedup_columns
+from specsplit.analysis.summary_text import summary_table
 from specsplit.analysis.tables import summarize
 from specsplit.cli.main import main
 from specsplit.client.result import Round, SpeculativeResult

@@ -13,10 +13,12 @@ import pandas as pd
 import pytest
 
 from specsplit.analysis.captions import CAPTIONS, FIGURES
+from specsplit.analysis.conclusions import conclusions, lossless_sentence
 from specsplit.analysis.costs import with_price
 from specsplit.analysis.figures import draw_figures
-from specsplit.analysis.findings import conclusions, find_best, lossless_sentence, summary_table, text_table
+from specsplit.analysis.findings import find_best
 from specsplit.analysis.report import _chosen, write_report
+from specsplit.analysis.summary_text import summary_table, text_table
 from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError
 from specsplit.experiment.columns import ROUND_COLUMNS

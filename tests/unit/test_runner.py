@@ -22,8 +22,8 @@ from specsplit.experiment.columns import REQUEST_COLUMNS, ROUND_COLUMNS, Request
 from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.journal import JOURNAL, Journal
 from specsplit.experiment.progress import Bar, Progress
-from specsplit.experiment.records import Request, request_config, request_record, round_records
-from specsplit.experiment.runner import encode_prompts, run_requests
+from specsplit.experiment.records import Request, encode_prompts, request_config, request_record, round_records
+from specsplit.experiment.runner import run_requests
 from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -178,7 +178,7 @@ def test_prompts_become_tokens() -> None:
 
 def test_prompts_that_do_not_fit_are_named_before_any_work() -> None:
     prompts = [Prompt(f"p{i}", "x", "1 " * i) for i in range(1, 11)]
-    with pytest.raises(UserError, match=r"8 prompts do not fit .* 3 tokens: p3 \(3 tokens\), p4.*p7 \(7 tokens\)\. "):
+    with pytest.raises(UserError, match=r"8 prompts do not fit .* 3 tokens: p3 \(3 tokens\), p4.*p7 .*and 3 more\. "):
         encode_prompts(prompts, CODEC, chat=True, limit=3)
 
 

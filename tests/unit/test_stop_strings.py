@@ -103,7 +103,7 @@ def test_an_ipv6_address_without_brackets_is_refused_for_what_it_is() -> None:
 
 def test_a_prompt_that_the_template_does_not_take_has_its_id(tiny_model_folder: Callable[..., Path]) -> None:
     from specsplit.experiment.dataset import Prompt
-    from specsplit.experiment.runner import encode_prompts
+    from specsplit.experiment.records import encode_prompts
     from specsplit.models.tokenizer import TextCodec
 
     codec = TextCodec.load(tiny_model_folder("llama"))

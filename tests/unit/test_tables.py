@@ -12,9 +12,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from specsplit.analysis.conclusions import faults_sentence, source_sentences
 from specsplit.analysis.configurations import NETWORK
 from specsplit.analysis.costs import cost_sentences
-from specsplit.analysis.findings import faults_sentence, find_best, source_sentences
+from specsplit.analysis.findings import find_best
 from specsplit.analysis.measures import TIMES
 from specsplit.analysis.merging import merge_runs, read_tables
 from specsplit.analysis.tables import METRICS, summarize

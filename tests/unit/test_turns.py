@@ -14,7 +14,8 @@ from specsplit.client.writer import TextWriter
 from specsplit.errors import PromptError, UserError, WorkerError
 from specsplit.experiment.dataset import Prompt, prepare_dataset, read_prompt_file, select_prompts, write_prompts
 from specsplit.experiment.prompt_tokens import tokenize_prompts
-from specsplit.experiment.runner import encode_prompts, run_requests
+from specsplit.experiment.records import encode_prompts
+from specsplit.experiment.runner import run_requests
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.v1 import specsplit_pb2 as pb

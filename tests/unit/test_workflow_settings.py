@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from specsplit.errors import UserError
-from specsplit.settings.configuration import SCHEMA, load_pipeline_config, schema_keys, swept_drafts
+from specsplit.settings.configuration import load_pipeline_config
+from specsplit.settings.names import swept_drafts
+from specsplit.settings.schema import SCHEMA, schema_keys
 
 CONFIG = Path(__file__).parents[2] / "config"
 LOCAL = {"source": "local", "path": "/data/m"}

@@ -6,7 +6,7 @@ name and line: a table that lost rows on the way would still give plausible mean
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from specsplit.analysis.configurations import configuration_of, keys_of, sort_ro
 from specsplit.analysis.measures import ratio, verifies_draft
 from specsplit.analysis.reading import read_files
 from specsplit.analysis.references import (
+    REFERENCE,
     matches_alone,
     merge_references,
+    merged_references,
     read_references,
     texts_alone,
     with_references,
@@ -26,6 +28,7 @@ from specsplit.analysis.references import (
 from specsplit.analysis.series import KEEP_APART, check_joined, series_of
 from specsplit.errors import UserError, listed
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
+from specsplit.io import write_csv
 from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
 
 # Column name -> type of its cells, as the records annotate it.
@@ -73,6 +76,17 @@ def merge_runs(run_dirs: Sequence[Path], *, keep_apart: bool = False) -> tuple[D
     requests, rounds = _checked(requests, rounds)
     alone = texts_alone(requests, merge_references(run_dirs, series))
     return requests.assign(matches_gamma0=matches_alone(requests, alone)), rounds
+
+
+def write_merged(results_dir: Path, run_dirs: Sequence[Path], *, keep_apart: bool = False) -> Iterator[str]:
+    """Write the tables of `merge_runs`, and `reference.csv` where runs have one; a line to print for each."""
+    requests, rounds = merge_runs(run_dirs, keep_apart=keep_apart)
+    reference = merged_references(run_dirs, requests)
+    (results_dir / REFERENCE).unlink(missing_ok=True)  # of an earlier sweep
+    for name, frame in (("requests.csv", requests), ("per_round.csv", rounds), (REFERENCE, reference)):
+        if frame is not None:
+            write_csv(frame, results_dir / name)
+            yield f"{results_dir / name}: {len(frame)} rows"
 
 
 def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:

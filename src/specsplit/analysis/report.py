@@ -23,19 +23,20 @@ from pandas.errors import EmptyDataError
 import specsplit
 from specsplit.analysis.capacity_table import capacity_sentences
 from specsplit.analysis.captions import BESIDE, CAPTIONS, FIGURES
+from specsplit.analysis.conclusions import compared_sentence, conclusions
 from specsplit.analysis.costs import with_price
-from specsplit.analysis.findings import compared_sentence, conclusions, find_best, summary_table
+from specsplit.analysis.findings import find_best
 from specsplit.analysis.merging import read_tables
 from specsplit.analysis.series import check_beside
 from specsplit.analysis.states_table import states_sentences
 from specsplit.analysis.statistics import MIN_PROMPTS
+from specsplit.analysis.summary_text import summary_table
 from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError, counted
 from specsplit.io import read_json_object, replace_file
 from specsplit.settings.axes import CONFIGURATION
-from specsplit.settings.configuration import swept_drafts
 from specsplit.settings.measure import PriceSettings
-from specsplit.settings.names import SYNTHETIC
+from specsplit.settings.names import SYNTHETIC, swept_drafts
 
 # What is shown of the tables beside the sweep: columns in their order; an interval stands beside its column.
 _COLUMNS = {

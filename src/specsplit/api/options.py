@@ -8,8 +8,9 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from specsplit.decoding.theory import PipelineMode
 from specsplit.errors import OptionError
-from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.run import DraftFailure, OrchestratorConfig, SamplingMethod, StatesForm
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -37,12 +38,12 @@ class Options(TypedDict, total=False):
     gamma: int | Literal["auto"]
     tree: str
     lookup: int
-    mode: Literal["sync", "overlap", "lookahead"]
+    mode: PipelineMode
     fan_out: int
     temperature: float
     top_k: int
     top_p: float
-    sampling: Literal["coupled", "rejection"]
+    sampling: SamplingMethod
     seed: int
     max_new_tokens: int
     max_rounds: int | None
@@ -51,13 +52,13 @@ class Options(TypedDict, total=False):
     ignore_eos: bool
     max_context: int | None
     use_chat_template: bool
-    hidden_states_form: Literal["bfloat16", "float32", "int8"]
+    hidden_states_form: StatesForm
     hidden_states_project: Literal["draft", "target"]
     hidden_states_window: int | None
     rtt_ms: float
     jitter_ms: float
     bandwidth_mbit: float
-    on_draft_failure: Literal["reconnect", "target_alone", "fail"]
+    on_draft_failure: DraftFailure
 
 
 FIELDS = {"max_new_tokens": "max_output_tokens"}  # where the setting's name is another

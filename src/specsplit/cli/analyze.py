@@ -19,9 +19,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.by_category import summarize_by_category
     from specsplit.analysis.captions import BY_CATEGORY
+    from specsplit.analysis.conclusions import conclusions
     from specsplit.analysis.costs import with_price
-    from specsplit.analysis.findings import conclusions, find_best, summary_table, text_table
+    from specsplit.analysis.findings import find_best
     from specsplit.analysis.merging import read_tables
+    from specsplit.analysis.summary_text import summary_table, text_table
     from specsplit.analysis.tables import summarize
     from specsplit.io import write_csv
 
@@ -34,10 +36,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.no_figures:
         from specsplit.analysis.figures import draw_figures
 
-        for path in draw_figures(requests, rounds, args.results_dir / "figures", **settings):
-            print(path)
-    for name in tables:
-        print(args.results_dir / f"{name}.csv")
+        print(*draw_figures(requests, rounds, args.results_dir / "figures", **settings), sep="\n")
+    print(*(args.results_dir / f"{name}.csv" for name in tables), sep="\n")
     count = requests["request_id"].nunique()
     prompts = "1 prompt" if count == 1 else f"{count} prompts"
     print(f"\n{prompts}; [{100 * settings['confidence']:g} % interval]; γ = 0 is the target alone\n")

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.cli.plan import plan_bench
     from specsplit.client.handshake import connected_pair, text_limit
     from specsplit.experiment.progress import Progress
-    from specsplit.experiment.runner import encode_prompts, run_requests
+    from specsplit.experiment.records import encode_prompts
+    from specsplit.experiment.runner import run_requests
     from specsplit.launch.endpoint import resolve_address, worker_origin
     from specsplit.launch.start import own_workers
 
@@ -106,8 +107,8 @@ def run(args: argparse.Namespace) -> None:
                     on_done=progress.done,
                 )
     if not args.only:
-        args.run_dirs = list(run_dirs.values())
-        import_module("specsplit.cli.merge").run(args)
+        merging = import_module("specsplit.analysis.merging")  # no part of what decides a run
+        print(*merging.write_merged(args.results_dir, list(run_dirs.values())), sep="\n")
         print(f"next: specsplit analyze --results-dir {args.results_dir}")
 
 

@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.measuring import add_prompts_flag, add_workers_dir_flag, leave
+from specsplit.cli.measuring import NOT_GREEDY, add_prompts_flag, add_workers_dir_flag, greedy, leave
 from specsplit.errors import RunError
 from specsplit.settings.measure import CapacitySettings
-from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,25 +19,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results-dir", type=Path, required=True, help="for capacity.csv and its figure")
     add_workers_dir_flag(parser)
     parser.add_argument("--only", action="store_true", help="write capacity_requests.csv alone")
-    # Greedy, without a simulated network.
-    without = ("temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance", "max_rounds")
-    add_setting_flags(parser, CapacitySettings, OrchestratorConfig, without=without)
+    add_setting_flags(parser, CapacitySettings, OrchestratorConfig, without=(*NOT_GREEDY, "max_rounds"))
 
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.cli.plan import at_gammas, connect
-    from specsplit.experiment.capacity import CapacityRecord, Load, measure_capacity
+    from specsplit.experiment.capacity import Load, measure_capacity
     from specsplit.experiment.columns import FAILED
     from specsplit.models.tokenizer import stops_at
 
     settings = load_settings(CapacitySettings, args)
-    greedy = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, **NO_NETWORK}
-    config = load_settings(OrchestratorConfig, args, **greedy)
+    config = greedy(args, mode=settings.mode, gamma=settings.gamma[0])
     found = connect(args, settings, at_gammas(config, settings.gamma))
-    differing = 0
-
-    def show(rows: list[CapacityRecord]) -> None:
-        nonlocal differing
+    table, differing = args.results_dir / "capacity_requests.csv", 0
+    stops = partial(stops_at, found.codec, config.stop)
+    for rows in measure_capacity(found.requests, found.configs, stops, settings, table, decides=found.decides):
         itls = sorted(row.itl_ms for row in rows if row.itl_ms is not None)
         median = f", median ITL {itls[len(itls) // 2]:.1f} ms" if itls else ""
         wrong = sum(row.matches_single is False for row in rows)
@@ -50,13 +46,9 @@ def run(args: argparse.Namespace) -> None:
             flush=True,
         )
 
-    table = args.results_dir / "capacity_requests.csv"
-    stops = partial(stops_at, found.codec, config.stop)
-    measure_capacity(found.requests, found.configs, stops, settings, table, decides=found.decides, on_level=show)
     leave(table, found.run)
     if not args.only:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity
-        for path in write_capacity(args.results_dir, settings.tpot_limit_ms, settings.ttft_limit_ms):
-            print(path)
+        print(*write_capacity(args.results_dir, settings.tpot_limit_ms, settings.ttft_limit_ms), sep="\n")
         if differing:
             raise RunError(f"{differing} texts differ from those of a single client")

@@ -22,5 +22,4 @@ def run(args: argparse.Namespace) -> None:
 
     limits = args.tpot_limit_ms, args.ttft_limit_ms
     prices = load_settings(PriceSettings, args)
-    for path in write_capacity(args.results_dir, *limits, confidence=args.confidence, prices=prices):
-        print(path)
+    print(*write_capacity(args.results_dir, *limits, confidence=args.confidence, prices=prices), sep="\n")

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.measuring import add_figure_flag, add_prompts_flag, add_workers_dir_flag, leave
+from specsplit.cli.measuring import NOT_GREEDY, add_figure_flag, add_prompts_flag, add_workers_dir_flag, greedy, leave
 from specsplit.errors import UserError
 from specsplit.settings.measure import ContextSettings
-from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +17,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="CSV table, one row a gamma and length")
     add_figure_flag(parser)
     add_workers_dir_flag(parser)
-    # Greedy texts of a fixed length in mode sync, without a simulated network.
+    # Texts of a fixed length in mode sync.
     without = (
-        *("mode", "temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance"),
+        *("mode", *NOT_GREEDY),
         *("max_output_tokens", "max_rounds", "ignore_eos", "stop", "stop_token_ids"),
     )
     add_setting_flags(parser, ContextSettings, OrchestratorConfig, without=without)
@@ -30,12 +30,12 @@ def run(args: argparse.Namespace) -> None:
 
     from specsplit.analysis.context_figure import draw_context_curve, summarize_contexts
     from specsplit.cli.plan import at_gammas, connect
-    from specsplit.experiment.context_curve import ContextText, measure_contexts
+    from specsplit.experiment.context_curve import measure_contexts
 
     settings = load_settings(ContextSettings, args)
-    fixed = {"mode": "sync", "temperature": 0.0, **NO_NETWORK, "ignore_eos": True, "gamma": settings.gamma[0]}
-    config = load_settings(OrchestratorConfig, args, **fixed, max_output_tokens=settings.output_tokens)
-    found = connect(args, settings, at_gammas(config, settings.gamma), own=("max_output_tokens", "ignore_eos"))
+    length = {"ignore_eos": True, "max_output_tokens": settings.output_tokens}
+    config = greedy(args, mode="sync", gamma=settings.gamma[0], **length)
+    found = connect(args, settings, at_gammas(config, settings.gamma), own=length)
     limit = found.limit
     lengths = [length for length in sorted(set(settings.length)) if length + settings.output_tokens <= limit]
     left_out = sorted(set(settings.length) - set(lengths))
@@ -45,11 +45,10 @@ def run(args: argparse.Namespace) -> None:
         )
     if left_out:
         print(f"left out, for the workers hold {limit} tokens: {', '.join(map(str, left_out))}", flush=True)
-
-    def show(row: ContextText) -> None:
+    rows = []
+    for row in measure_contexts(found.requests, found.configs, lengths, texts=settings.texts):
+        rows.append(row)
         itl = "" if row.itl_ms is None else f", {row.itl_ms:.1f} ms a token"
         prefill = "" if row.ttft_ms is None else f"first token after {row.ttft_ms:.0f} ms"
         print(f"gamma {row.gamma}, {row.context_tokens} tokens of context: {prefill}{itl}", flush=True)
-
-    rows = measure_contexts(found.requests, found.configs, lengths, texts=settings.texts, on_row=show)
     leave(args.output, found.run, summarize_contexts(pd.DataFrame(rows)), draw=draw_context_curve, figure=args.figure)

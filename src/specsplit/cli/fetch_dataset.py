@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed
 from specsplit.settings.measure import StandardName
 
 
@@ -41,7 +41,5 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {facts['count']} rows of {facts['name']}, revision {facts['revision'] or 'unknown'}")
     if facts.get("note"):
         print(facts["note"])
-    for row in facts.get("left_out", ())[:10]:
-        print(f"left out row {row['row']}: {row['reason']}")
-    if len(facts.get("left_out", ())) > 10:
-        print(f"... and {len(facts['left_out']) - 10} more, all in {args.output.with_suffix('.json')}")
+    if rows := [f"row {row['row']}: {row['reason']}" for row in facts.get("left_out", ())]:
+        print(f"left out, all in {args.output.with_suffix('.json')}:", listed(rows, 10, "\n"), sep="\n")

@@ -19,5 +19,4 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.merging import read_tables
 
     settings = load_settings(IntervalSettings, args).model_dump()
-    for path in draw_figures(*read_tables(args.results_dir), args.results_dir / "figures", **settings):
-        print(path)
+    print(*draw_figures(*read_tables(args.results_dir), args.results_dir / "figures", **settings), sep="\n")

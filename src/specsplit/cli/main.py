@@ -154,7 +154,8 @@ def _reader_gone() -> bool:
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of all commands. Only that of the command in `argv`, whose module is imported, knows its flags."""
-    parser: argparse.ArgumentParser = Parser(prog="specsplit", description=specsplit.__doc__)
+    about = str(specsplit.__doc__).partition("\n")[0]
+    parser: argparse.ArgumentParser = Parser(prog="specsplit", description=about)
     parser.add_argument("--version", action="version", version=f"specsplit {specsplit.__version__}")
     debug: dict[str, Any] = {"action": "store_true", "help": "show the traceback behind an error message"}
     parser.add_argument("--debug", **debug)

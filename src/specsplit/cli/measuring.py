@@ -7,8 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specsplit.cli.flags import load_settings
+from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
+
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+# Settings that say nothing where texts are greedy and cross no simulated network.
+NOT_GREEDY = ("temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance")
+
+
+def greedy(args: argparse.Namespace, **own: Any) -> OrchestratorConfig:
+    """The settings of such texts. own: what the measurement itself says of them."""
+    return load_settings(OrchestratorConfig, args, **{"temperature": 0.0, **NO_NETWORK, **own})
 
 
 def add_prompts_flag(parser: argparse.ArgumentParser) -> None:
@@ -56,5 +68,4 @@ def leave(
     write_run(beside_run(output), run, [output])
     print(output)
     if table is not None and draw is not None and figure is not None:
-        for path in draw(table, figure):
-            print(path)
+        print(*draw(table, figure), sep="\n")

@@ -17,18 +17,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.analysis.merging import merge_runs
-    from specsplit.analysis.references import REFERENCE, merged_references
-    from specsplit.io import write_csv
+    from specsplit.analysis.merging import write_merged
 
     run_dirs = args.run_dirs or sorted((args.results_dir / "runs").glob("*"))
     if not run_dirs:
         raise UserError(f"{args.results_dir / 'runs'} has no run folders; make them with `specsplit bench`")
-    asked = MergeSettings in args.settings_classes and load_settings(MergeSettings, args).keep_apart
-    requests, rounds = merge_runs(run_dirs, keep_apart=asked)
-    reference = merged_references(run_dirs, requests)
-    (args.results_dir / REFERENCE).unlink(missing_ok=True)  # of an earlier sweep
-    for name, frame in (("requests.csv", requests), ("per_round.csv", rounds), (REFERENCE, reference)):
-        if frame is not None:
-            write_csv(frame, args.results_dir / name)
-            print(f"{args.results_dir / name}: {len(frame)} rows")
+    keep_apart = load_settings(MergeSettings, args).keep_apart
+    print(*write_merged(args.results_dir, run_dirs, keep_apart=keep_apart), sep="\n")

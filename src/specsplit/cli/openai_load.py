@@ -7,19 +7,19 @@ from pathlib import Path
 from statistics import median
 
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.measuring import add_prompts_flag, add_workers_dir_flag, leave
+from specsplit.cli.measuring import NOT_GREEDY, add_prompts_flag, add_workers_dir_flag, greedy, leave
 from specsplit.errors import UserError
 from specsplit.settings.measure import CapacitySettings
-from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
+from specsplit.settings.run import OrchestratorConfig
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_prompts_flag(parser)
     parser.add_argument("--output", type=Path, required=True, help="CSV table, one row a gamma and number of clients")
     add_workers_dir_flag(parser)
-    # Greedy texts of one length, without a simulated network, from clients that send at once.
+    # Texts of one length, from clients that send at once.
     without = (
-        *("temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance", "max_rounds"),
+        *(*NOT_GREEDY, "max_rounds"),
         *("ignore_eos", "stop", "stop_token_ids", "use_chat_template", "seed"),
         *("rates", "arrivals", "burstiness", "saturation_steps", "tpot_limit_ms", "ttft_limit_ms"),
     )
@@ -34,8 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
     client_version()
     settings = load_settings(CapacitySettings, args)
-    fixed = {"mode": settings.mode, "gamma": settings.gamma[0], "temperature": 0.0, **NO_NETWORK}
-    config = load_settings(OrchestratorConfig, args, **fixed)
+    config = greedy(args, mode=settings.mode, gamma=settings.gamma[0])
     said = ("ignore_eos", "stop", "stop_token_ids", "use_chat_template")  # by the requests
     found = connect(args, settings, at_gammas(config, settings.gamma), own=said)
     assert config.tokenizer is not None

@@ -17,5 +17,4 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.peers_table import write_peers
 
-    for path in write_peers(args.results_dir, **load_settings(IntervalSettings, args).model_dump()):
-        print(path)
+    print(*write_peers(args.results_dir, **load_settings(IntervalSettings, args).model_dump()), sep="\n")

@@ -39,7 +39,7 @@ class Plan:
 
 def plan_bench(args: argparse.Namespace) -> Plan:
     """The points, settings and prompts that the flags of `bench` ask for. Raises UserError."""
-    from specsplit.experiment.runner import encode_prompts
+    from specsplit.experiment.records import encode_prompts
 
     sweep, bench = load_settings(SweepSettings, args), load_settings(BenchSettings, args)
     axes = {axis: values[0] for axis, values in sweep.model_dump(exclude_none=True).items()}
@@ -107,8 +107,8 @@ def connect(
     of the sweep are. Raises UserError.
     """
     from specsplit.client.handshake import connected_pair, text_limit
-    from specsplit.experiment.runner import encode_prompts, worker_identity
-    from specsplit.launch.endpoint import description_dict
+    from specsplit.experiment.records import encode_prompts
+    from specsplit.experiment.run import worker_identity
     from specsplit.provenance.closure import code_sha256
     from specsplit.provenance.run_file import describe_here
 
@@ -124,7 +124,7 @@ def connect(
     prompts, read = read_prompts(args.prompts, settings)
     requests = encode_prompts(prompts, codec, chat=configs[0].use_chat_template, limit=limit - room, raisable=raisable)
     ours = {
-        str(number): {"workers": {role: worker_identity(description_dict(told)) for role, told in pair.items()}}
+        str(number): {"workers": {role: worker_identity(told) for role, told in pair.items()}}
         for number, pair in enumerate(workers)
     }
     run = describe_here() | {

@@ -14,7 +14,6 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.profile import write_profile
 
     paths, shown = write_profile(args.results_dir)
-    for path in paths:
-        print(path)
+    print(*paths, sep="\n")
     print("Means of a round, without the first of each text:")
     print(shown.to_string(index=False, float_format="{:.2f}".format))

@@ -48,8 +48,7 @@ def race(args: argparse.Namespace, plan: Plan) -> None:
         )
     print(table)
     if not args.only:
-        for path in import_module("specsplit.analysis.peers_table").write_peers(args.results_dir):
-            print(path)
+        print(*import_module("specsplit.analysis.peers_table").write_peers(args.results_dir), sep="\n")
         if differing:
             raise RunError(f"{differing} texts of ours differ from those that they are compared with")
 

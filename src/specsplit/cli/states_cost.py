@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.cli.measuring import add_figure_flag, add_prompts_flag, add_workers_dir_flag, leave
+from specsplit.cli.measuring import add_figure_flag, add_prompts_flag, add_workers_dir_flag, greedy, leave
 from specsplit.errors import RunError, UserError
 from specsplit.settings.measure import StatesCostSettings
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
@@ -37,14 +37,14 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.experiment.states_cost import DRAFT, HEAD, StatesRecord, measure_states_cost
 
     settings = load_settings(StatesCostSettings, args)
-    fixed = {"mode": "sync", "temperature": 0.0, **NO_NETWORK, "ignore_eos": True, "gamma": settings.gamma}
-    config = load_settings(OrchestratorConfig, args, **fixed, max_output_tokens=settings.output_tokens)
+    length = {"ignore_eos": True, "max_output_tokens": settings.output_tokens}
+    config = greedy(args, mode="sync", gamma=settings.gamma, **length)
     if not (args.workers_dir or args.head_addr):
         raise UserError("--head-addr is missing: the draft worker whose model reads hidden states")
     for_head = {"draft_name": HEAD, "draft_address": args.head_addr or config.draft_address}
     if "target" in settings.project:  # the handshake asks for the fc of this head
         for_head["hidden_states_project"] = "target"
-    own = ("max_output_tokens", "ignore_eos", "stop", "stop_token_ids", *NO_NETWORK)
+    own = (*length, "stop", "stop_token_ids", *NO_NETWORK)
     configs = [config, config.model_copy(update=for_head)]
     found = connect(args, settings, configs, room=settings.output_tokens, own=own)
     draft, head = found.configs

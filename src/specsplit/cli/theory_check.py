@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.measuring import add_figure_flag, leave
@@ -28,19 +28,20 @@ def run(args: argparse.Namespace) -> None:
 
     settings = load_settings(SimulationSettings, args)
     hold_lease()
-
-    def show(row: Any) -> None:
-        beside = ""
-        if row.ratio:
-            beside = (
-                f"{row.expected_ms:6.2f} by formula: ratio {row.ratio:.3f}, {row.ratio_to_limit:.3f} with transport"
-            )
-        hits = "" if row.hit_rate is None else f"hits {row.hit_rate:.2f}"
-        where = f"RTT {row.rtt_ms:3g}  {row.mode:9} gamma {row.gamma!s:4}"
-        print(f"{where}  TPOT {row.tpot_ms:6.2f} ms  {beside}  {hits}".rstrip(), flush=True)
-        if not row.lossless:
-            raise UserError(f"{row.mode} at gamma {row.gamma}, RTT {row.rtt_ms:g} ms: the text is not the target's own")
-
-    run = describe_here()
-    table = pd.DataFrame(check_theory(settings, show))
-    leave(args.output, run, table, draw=draw_theory_check, figure=args.figure)
+    run, rows = describe_here(), []
+    with closing(check_theory(settings)) as checks:
+        for row in checks:
+            rows.append(row)
+            beside = ""
+            if row.ratio:
+                beside = (
+                    f"{row.expected_ms:6.2f} by formula: ratio {row.ratio:.3f}, {row.ratio_to_limit:.3f} with transport"
+                )
+            hits = "" if row.hit_rate is None else f"hits {row.hit_rate:.2f}"
+            where = f"RTT {row.rtt_ms:3g}  {row.mode:9} gamma {row.gamma!s:4}"
+            print(f"{where}  TPOT {row.tpot_ms:6.2f} ms  {beside}  {hits}".rstrip(), flush=True)
+            if not row.lossless:
+                raise UserError(
+                    f"{row.mode} at gamma {row.gamma}, RTT {row.rtt_ms:g} ms: the text is not the target's own"
+                )
+    leave(args.output, run, pd.DataFrame(rows), draw=draw_theory_check, figure=args.figure)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle, islice
@@ -74,6 +74,7 @@ class CapacityRecord(RequestRecord, _Place):
 
 
 Level = list[CapacityRecord]
+Write = Callable[..., Coroutine[Any, Any, CapacityRecord]]
 
 
 def measure_capacity(
@@ -84,14 +85,14 @@ def measure_capacity(
     output: Path,
     *,
     decides: Mapping[str, Any] | None = None,
-    on_level: Callable[[Level], None] = lambda rows: None,
-) -> None:
-    """The requests at each load for each configuration, and on towards saturation; writes a row each to `output`.
+) -> Iterator[Level]:
+    """The requests at each load for each configuration, and on towards saturation: the rows of one load after the
+    other, which are written to `output` as well.
 
     configs: with the addresses of the workers; they may differ. stops: makes what ends one text at a stop string.
     settings: loads, requests at each, and limits; one client alone always comes first. decides: what else the rows
     depend on, as workers and code; what is in the journal of an earlier attempt with the same ones is not measured
-    again. on_level: gets the rows of a load. Raises WorkerError when a worker does not answer before a text has begun;
+    again. Raises WorkerError when a worker does not answer before a text has begun;
     a text that fails later is a row.
     """
     taken = repeated(requests, -(-settings.requests // len(requests)))[: settings.requests]
@@ -109,7 +110,7 @@ def measure_capacity(
                     first.extend([] if first else level)
                     for record in level:
                         write(record)
-                    on_level(level)
+                    yield level
         journal.remove()
 
 
@@ -209,9 +210,9 @@ async def _closed_loop(requests: Sequence[Request], config: OrchestratorConfig, 
     began = time.perf_counter()
 
     async def client(number: int) -> None:
-        async with _Writer(config, stops, load, began) as writer:
+        async with _writing(config, stops, load, began) as write:
             while waiting:
-                records.append(await writer.write(waiting.popleft(), number))
+                records.append(await write(waiting.popleft(), number))
 
     async with asyncio.TaskGroup() as group:
         for number in range(load.clients):
@@ -225,11 +226,11 @@ async def _open_loop(
     assert load.rate is not None
     due = arrival_times(len(requests), load.rate, settings.arrivals, settings.burstiness, config.seed)
     began = time.perf_counter()
-    async with _Writer(config, stops, load, began) as writer, asyncio.TaskGroup() as group:
+    async with _writing(config, stops, load, began) as write, asyncio.TaskGroup() as group:
         tasks = []
         for number, (request, at) in enumerate(zip(requests, due, strict=True)):
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-            tasks.append(group.create_task(writer.write(request, number, due_ms=at * 1e3)))
+            tasks.append(group.create_task(write(request, number, at * 1e3)))
     return [task.result() for task in tasks]
 
 
@@ -250,54 +251,40 @@ def arrival_times(count: int, rate: float, pattern: ArrivalPattern, burstiness: 
     return [0.0, *(np.cumsum(gaps) / rate).tolist()]
 
 
-class _Writer:
-    """Channels of its own, and the gamma controller of what is written over them. An async context manager."""
+@asynccontextmanager
+async def _writing(config: OrchestratorConfig, stops: Stops, load: Load, began: float) -> AsyncIterator[Write]:
+    """What writes one text and makes its row, over channels and with a gamma controller of its own.
 
-    def __init__(self, config: OrchestratorConfig, stops: Stops, load: Load, began: float) -> None:
-        self._config, self._stops, self._load, self._began = config, stops, load, began
-        self._controller = gamma_controller(config)
-        self._open = AsyncExitStack()
+    It raises WorkerError for a text that failed before it had begun.
+    """
+    access, controller = Access.of(config), gamma_controller(config)
+    at_this_load = config.model_copy(update={"memory": f"{began:.3f}"})
+    # Clients of one process would share a connection otherwise; clients on different machines do not.
+    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    async with (
+        access.aio_channel(config.draft_address, options) as draft,
+        access.aio_channel(config.target_address, options) as target,
+    ):
+        stubs = access.stub("draft", draft), access.stub("target", target)
 
-    async def __aenter__(self) -> _Writer:
-        self._draft = await self._stub("draft", self._config.draft_address)
-        self._target = await self._stub("target", self._config.target_address)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._open.aclose()
-
-    async def _stub(self, role: str, address: str) -> Any:
-        # Clients of one process would share a connection otherwise; clients on different machines do not.
-        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-        access = Access.of(self._config)
-        return access.stub(role, await self._open.enter_async_context(access.aio_channel(address, options)))
-
-    async def write(self, request: Request, client: int, *, due_ms: float | None = None) -> CapacityRecord:
-        """One text and its row. Raises WorkerError when it failed before it had begun."""
-        at_this_load = self._config.model_copy(update={"memory": f"{self._began:.3f}"})
-        own = request_config(at_this_load, request)
-        started_ms = (time.perf_counter() - self._began) * 1e3
-        error = None
-        try:
-            result = await run_speculative_loop_async(
-                self._draft,
-                self._target,
-                request.token_ids,
-                own,
-                on_tokens=self._stops(),
-                controller=self._controller,
-                request_id=request.id,
+        async def write(request: Request, client: int, due_ms: float | None = None) -> CapacityRecord:
+            own = request_config(at_this_load, request)
+            more: dict[str, Any] = {"on_tokens": stops(), "controller": controller, "request_id": request.id}
+            started_ms = (time.perf_counter() - began) * 1e3
+            error = None
+            try:
+                result = await run_speculative_loop_async(*stubs, request.token_ids, own, **more)
+            except WorkerError as failure:
+                if failure.result is None:
+                    raise
+                result, error = failure.result, failure
+            return CapacityRecord(
+                **vars(load),
+                client=client,
+                started_ms=started_ms,
+                due_ms=started_ms if due_ms is None else due_ms,
+                queue_ms=sum(r.draft_queue_ms + r.verify_queue_ms for r in result.rounds),
+                **vars(request_record(request, result, own, error)),
             )
-        except WorkerError as failure:
-            if failure.result is None:
-                raise
-            result, error = failure.result, failure
-        queued = sum(r.draft_queue_ms + r.verify_queue_ms for r in result.rounds)
-        return CapacityRecord(
-            **vars(self._load),
-            client=client,
-            started_ms=started_ms,
-            due_ms=started_ms if due_ms is None else due_ms,
-            queue_ms=queued,
-            **vars(request_record(request, result, own, error)),
-        )
+
+        yield write

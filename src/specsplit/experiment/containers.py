@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed
 from specsplit.io import check_openable, children, combined_sha256, sha256_file
 
 MOST_UNPACKED_BYTES, PART_BYTES = 4 << 30, 1 << 24
@@ -71,7 +71,7 @@ def _folder_sha256(path: Path) -> str:
         files = {file.relative_to(path).as_posix(): sha256_file(file) for file in path.rglob("*") if file.is_file()}
         return combined_sha256(files)
     names = [child.name for child in children(path) if child.is_file()]
-    holds = f"; it holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "; it is empty"
+    holds = f"; it holds {listed(names)}" if names else "; it is empty"
     raise UserError(f"{path}: a folder, not a file of prompts{holds}. Name the file in it")
 
 

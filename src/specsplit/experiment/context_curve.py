@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle, islice, product
@@ -40,8 +40,7 @@ def measure_contexts(
     lengths: Sequence[int],
     *,
     texts: int,
-    on_row: Callable[[ContextText], None] = lambda row: None,
-) -> list[ContextText]:
+) -> Iterator[ContextText]:
     """`texts` texts at each of `lengths` tokens of context for each configuration, which take turns text by text.
 
     A context is the tokens of the requests one after the other, cut at its length; each text begins at another request.
@@ -53,13 +52,10 @@ def measure_contexts(
             writer = stack.enter_context(text_writer(config))
             writers.append((config, writer))
             writer.write(_context(requests, lengths[0], 0), config)
-        rows = []
         for text, length in product(range(texts), lengths):
             prompt = _context(requests, length, text)
             for config, writer in writers:
-                rows.append(_row(text, prompt, config, writer.write(prompt, config)))
-                on_row(rows[-1])
-    return rows
+                yield _row(text, prompt, config, writer.write(prompt, config))
 
 
 def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: SpeculativeResult) -> ContextText:

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError, shortened
+from specsplit.errors import UserError, listed, shortened
 from specsplit.experiment.containers import read_source
 from specsplit.experiment.fetching import fetched_facts
 from specsplit.experiment.prompt import Prompt as Prompt
@@ -104,10 +104,9 @@ def read_prompt_file(
         prompts += several
         read.append((row, said))
     if skipped and on_bad_line == "stop":
-        listed = "\n".join(f"{at(bad.line)}: {bad.reason}" for bad in skipped[:LISTED_PROBLEMS])
-        more = f"\n... and {len(skipped) - LISTED_PROBLEMS} more" if len(skipped) > LISTED_PROBLEMS else ""
+        problems = listed([f"{at(bad.line)}: {bad.reason}" for bad in skipped], LISTED_PROBLEMS, "\n")
         raise UserError(
-            f"{listed}{more}\nMend what is listed, or leave bad lines out with dataset.on_bad_line: skip "
+            f"{problems}\nMend what is listed, or leave bad lines out with dataset.on_bad_line: skip "
             f"(--on-bad-line skip)."
         )
     if not table.rows:
@@ -167,18 +166,17 @@ def _facts(read: Sequence[tuple[Row, Conversation]], turns: str) -> dict[str, An
 def tell(path: Path, skipped: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
     """What was not taken of a file, a sentence each: skipped lines and the facts of its manifest."""
     said = [f"skipped {path}:{bad['line']}: {bad['reason']}" for bad in skipped]
-    said += [f"{path}:{note['line']}: {note['note']}" for note in facts["notes"][:LISTED_PROBLEMS]]
-    if more := len(facts["notes"]) - LISTED_PROBLEMS:
-        said += [f"... and {more} more such notes"] if more > 0 else []
+    if notes := [f"{path}:{note['line']}: {note['note']}" for note in facts["notes"]]:
+        said.append(listed(notes, LISTED_PROBLEMS, "\n"))
     if later := facts["later_turns_not_used"]:
         said.append(f"{later} later turns of {facts['prompts_with_later_turns']} conversations are not used")
     if others := facts["other_messages_not_used"]:
         said.append(f"{others} messages that are neither a system message at the start nor a turn are not used")
     tokens = facts.get("tokens") or {}
     if left_out := tokens.get("system_messages_left_out"):
-        shown = ", ".join(name[:80] for name in left_out[:5]) + (" ..." if len(left_out) > 5 else "")
         said.append(
-            f"{len(left_out)} system messages are left out, for the chat template has no place for them: {shown}"
+            f"{len(left_out)} system messages are left out, for the chat template has no place for them: "
+            + listed(name[:80] for name in left_out)
         )
     if tokens.get("date"):
         said.append(f"the chat template prints the date: {tokens['date']}")

@@ -33,6 +33,12 @@ class Ours:
     draft: Connection | None
     target: Connection
 
+    @property
+    def workers(self) -> dict[str, Connection]:
+        """The workers by role."""
+        both = {"draft": self.draft, "target": self.target}
+        return {role: worker for role, worker in both.items() if worker is not None}
+
 
 @dataclass(frozen=True)
 class PeerRecord:

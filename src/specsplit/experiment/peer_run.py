@@ -10,13 +10,13 @@ from typing import Any
 
 from specsplit.errors import UserError
 from specsplit.experiment import llama_cpp
-from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.llama_cpp import LlamaCpp
 from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, race
 from specsplit.experiment.peers import LLAMA_CPP, Peer, PeerModel, PeerProcess
-from specsplit.experiment.records import deciding
-from specsplit.experiment.runner import encode_prompts, worker_identity
+from specsplit.experiment.prompt import Prompt
+from specsplit.experiment.records import deciding, encode_prompts
+from specsplit.experiment.run import worker_identity
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.head_config import is_head
@@ -142,8 +142,7 @@ def _llama_cpp(peer: Peer, given: Mapping[str, GivenModel | None], threads: int,
 
 def _as_served(role: str, model: GivenModel | None, ours: Sequence[Ours]) -> PeerModel | None:
     """The model as the worker of this role runs it; None when there is none, or none with weights."""
-    connections = (contender.target if role == "target" else contender.draft for contender in ours)
-    worker = next((connection for connection in connections if connection is not None), None)
+    worker = next((contender.workers[role] for contender in ours if role in contender.workers), None)
     if model is None or worker is None or model.weightless:
         return None
     served = worker.description
@@ -152,19 +151,20 @@ def _as_served(role: str, model: GivenModel | None, ours: Sequence[Ours]) -> Pee
 
 def _deciding(ours: Sequence[Ours]) -> dict[str, Any]:
     """What of our contenders decides their rows."""
-    decides = {}
-    for contender in ours:
-        workers = {role: worker_identity(worker) for role, worker in _describe(contender)["workers"].items()}
-        settings = deciding(contender.config)
-        decides[contender.label] = {"settings": settings, "workers": workers}
-    return decides
+    return {
+        contender.label: {
+            "settings": deciding(contender.config),
+            "workers": {role: worker_identity(worker.description) for role, worker in contender.workers.items()},
+        }
+        for contender in ours
+    }
 
 
 def _describe(contender: Ours) -> dict[str, Any]:
-    workers = {c.role: c for c in (contender.draft, contender.target) if c is not None}
+    workers = contender.workers.items()
     return {
         "orchestrator": contender.config.model_dump(mode="json"),
-        "workers": {role: {"address": c.address, **description_dict(c.description)} for role, c in workers.items()},
+        "workers": {role: {"address": c.address, **description_dict(c.description)} for role, c in workers},
     }
 
 
@@ -199,9 +199,7 @@ def check_models(peers: Sequence[Peer], ours: Sequence[Ours], given: Mapping[str
             raise UserError(
                 f"{model.name}, the target, has no weights that a peer could run: name a target with weights"
             )
-        for connection in (contender.target if role == "target" else contender.draft for contender in ours):
-            if connection is None:
-                continue
+        for connection in (contender.workers[role] for contender in ours if role in contender.workers):
             served, own = connection.description.weights_sha256, model.manifest["fingerprint"]["weights_sha256"]
             if served != own:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""From a request and its text to the rows of the tables."""
+"""From prompts to requests, and from a request and its text to the rows of the tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from specsplit.client.result import LINK_BYTES, SpeculativeResult
 from specsplit.client.writer import TextWriter
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms, verifications
-from specsplit.errors import WorkerError
+from specsplit.errors import UserError, WorkerError, listed
 from specsplit.experiment.columns import FAILED, OK, SOURCES, RequestRecord, RoundRecord
 from specsplit.experiment.prompt import Prompt
+from specsplit.experiment.prompt_tokens import prompt_tokens
+from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.credentials import Access
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
@@ -46,6 +48,37 @@ class Request:
     def turn(self) -> int:
         """Its place in a conversation, from 1."""
         return self.prompt.turn if self.prompt else 1
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt],
+    codec: TextCodec,
+    *,
+    chat: bool,
+    limit: int,
+    raisable: bool = True,
+    later_turns: bool = False,
+) -> list[Request]:
+    """Token ids of every prompt, those that were prepared where they fit this tokenizer and template.
+
+    later_turns: also a request for each later turn, which gets its token ids when the one before it is answered.
+    raisable: the limit is a setting, not the model's own.
+    Raises UserError that names the prompts of `limit` tokens or more, before any work is done.
+    """
+    made: dict[str, Request] = {}
+    for p in prompts:
+        if p.after is None:
+            made[p.id] = Request(p.id, p.category, prompt_tokens(p, codec, chat=chat), p)
+        elif later_turns:
+            made[p.id] = Request(p.id, p.category, [], p, made[p.after])
+    requests = list(made.values())
+    long = [f"{r.id} ({len(r.token_ids)} tokens)" for r in requests if len(r.token_ids) >= limit]
+    if long:
+        raise UserError(
+            f"{len(long)} prompts do not fit into the target's context of {limit} tokens: {listed(long)}. "
+            + ("Shorten them or raise workers.max_context." if raisable else "Shorten them: the model has no more.")
+        )
+    return requests
 
 
 def request_config(config: OrchestratorConfig, request: Request) -> OrchestratorConfig:

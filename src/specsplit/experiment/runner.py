@@ -10,7 +10,6 @@ request is done. A request that fails is a row too, and stays in the journal to 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
@@ -24,64 +23,27 @@ from specsplit.experiment.baselines import Beside, Contender, contenders
 from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord, write_rows
 from specsplit.experiment.journal import JOURNAL, Journal
 from specsplit.experiment.prompt import Prompt
-from specsplit.experiment.prompt_tokens import later_turn_tokens, prompt_tokens
+from specsplit.experiment.prompt_tokens import later_turn_tokens
 from specsplit.experiment.records import (
     Request,
-    deciding,
     gamma_controller,
     repeated,
     request_config,
     request_record,
     round_records,
 )
+from specsplit.experiment.run import Run
 from specsplit.experiment.usage import Meter
-from specsplit.io import combined_sha256, json_sha256, replace_file
-from specsplit.launch.endpoint import description_dict
+from specsplit.io import replace_file
 from specsplit.models.tokenizer import TextCodec, cut_at_stop, stops_at
-from specsplit.provenance.capture import hash_tree, utc_now
-from specsplit.provenance.closure import PACKAGE, code_sha256
-from specsplit.provenance.git import capture_git
+from specsplit.provenance.capture import utc_now
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
-from specsplit.provenance.redaction import redact_arguments
-from specsplit.provenance.run_file import describe_here, write_run
-from specsplit.provenance.steps import workflow_command
+from specsplit.provenance.run_file import write_run
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
 from specsplit.settings.run import OrchestratorConfig
 
-RUN_SCHEMA_VERSION = 2
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl", "reference.csv")
-
-
-def encode_prompts(
-    prompts: Sequence[Prompt],
-    codec: TextCodec,
-    *,
-    chat: bool,
-    limit: int,
-    raisable: bool = True,
-    later_turns: bool = False,
-) -> list[Request]:
-    """Token ids of every prompt, those that were prepared where they fit this tokenizer and template.
-
-    later_turns: also a request for each later turn, which gets its token ids when the one before it is answered.
-    raisable: the limit is a setting, not the model's own.
-    Raises UserError that names the prompts of `limit` tokens or more, before any work is done.
-    """
-    made: dict[str, Request] = {}
-    for p in prompts:
-        if p.after is None:
-            made[p.id] = Request(p.id, p.category, prompt_tokens(p, codec, chat=chat), p)
-        elif later_turns:
-            made[p.id] = Request(p.id, p.category, [], p, made[p.after])
-    requests = list(made.values())
-    long = [f"{r.id} ({len(r.token_ids)} tokens)" for r in requests if len(r.token_ids) >= limit]
-    if long:
-        raise UserError(
-            f"{len(long)} prompts do not fit into the target's context of {limit} tokens: {', '.join(long[:5])}. "
-            + ("Shorten them or raise workers.max_context." if raisable else "Shorten them: the model has no more.")
-        )
-    return requests
 
 
 def run_requests(
@@ -115,12 +77,12 @@ def run_requests(
     resume: False forgets what an earlier run left. on_kept: gets the number of rows that are there already.
     on_done: called after each request. Raises WorkerError and UserError; then run.json holds the error and exit_code 1.
     """
-    run = _describe_run(draft, target, codec, config, warmup, repeats, inputs or {}, origins or {}, beside)
-    meter = Meter([c for c in (draft, target) if c])
-    run["energy"] = meter.told()
+    run = Run(requests, draft, target, codec, config, warmup, repeats, inputs or {}, origins or {}, beside)
+    meter = Meter(list(run.workers.values()))
+    described = {**run.describe(), "energy": meter.told()}
     sampler = GpuSampler()
     plan = repeated(requests, repeats)
-    with Journal(run_dir / JOURNAL, _what_decides(run, requests, config), resume=resume) as journal:
+    with Journal(run_dir / JOURNAL, run.decides(described), resume=resume) as journal:
         for name in (*TABLES, "run.json"):
             (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
         every = [Entry.read(content) for content in journal.contents]
@@ -139,14 +101,13 @@ def run_requests(
                 "error": error,
                 "requests": {"planned": len(plan), OK: len(entries) - failed, FAILED: failed, "kept": kept},
                 "attempts": journal.attempts,
-                "gpu": {**run["gpu"], "after": capture_gpu(), "samples": sampler.samples},
+                "gpu": {**described["gpu"], "after": capture_gpu(), "samples": sampler.samples},
             }
-            write_run(run_dir / "run.json", {**run, **finished}, [run_dir / name for name in TABLES])
+            write_run(run_dir / "run.json", {**described, **finished}, [run_dir / name for name in TABLES])
 
         try:
             with sampler:
-                measuring = _measure(left, draft, target, codec, config, warmup, entries, learnt, beside, meter)
-                for entry in measuring if left else ():
+                for entry in _measure(run, left, entries, learnt, meter) if left else ():
                     journal.keep(entry.key, asdict(entry))
                     entries[entry.key] = entry
                     on_done(entry.request)
@@ -199,16 +160,7 @@ def _done(entries: Mapping[Key, Entry], request: Request) -> bool:
 
 
 def _measure(
-    requests: Sequence[Request],
-    draft: Connection | None,
-    target: Connection,
-    codec: TextCodec,
-    config: OrchestratorConfig,
-    warmup: int,
-    entries: Mapping[Key, Entry],
-    learnt: dict[str, Any] | None,
-    beside: Beside | None,
-    meter: Meter,
+    run: Run, requests: Sequence[Request], entries: Mapping[Key, Entry], learnt: dict[str, Any] | None, meter: Meter
 ) -> Iterator[Entry]:
     """Run these requests, at least one, in order; each by every contender in turn.
 
@@ -216,25 +168,26 @@ def _measure(
     those that are kept. The order of the contenders moves on by one with each request, so that none always follows the
     same one.
     """
+    config, codec = run.config, run.codec
     controller = gamma_controller(config)
-    descriptions = {c.role: c.description for c in (draft, target) if c}
-    access = Access.of(config)
-    with TextWriter(draft.address if draft else None, target.address, descriptions, access=access) as writer:
-        taking_turns = contenders(config, writer, lambda: stops_at(codec, config.stop), controller, beside)
+    met = {role: worker.description for role, worker in run.workers.items()}
+    draft = run.draft.address if run.draft else None
+    with TextWriter(draft, run.target.address, met, access=Access.of(config)) as writer:
+        taking_turns = contenders(config, writer, lambda: stops_at(codec, config.stop), controller, run.beside)
         first_turns = [replace(request, repeat=0) for request in requests if request.previous is None]
-        for request in islice(cycle(first_turns), warmup):
+        for request in islice(cycle(first_turns), run.warmup):
             for contender in taking_turns:
                 contender.write(request)
         if controller is not None and learnt is not None:
             controller.restore(learnt)
         for number, request in enumerate(requests):
             try:
-                request = _with_text_so_far(request, entries, codec, config, target.description.max_context)
+                request = _with_text_so_far(run, request, entries)
             except UserError as failure:
                 error = WorkerError(str(failure), code="FAILED_PRECONDITION")
                 record = _record(taking_turns[0], request, SpeculativeResult(), error)
                 learnt = controller.state() if controller else None
-                yield Entry(record, [], _output(record, [], codec, config), controller=learnt)
+                yield Entry(record, [], _output(run, record, []), controller=learnt)
                 continue
             shift = number % len(taking_turns)
             written, spent = {}, {}
@@ -250,7 +203,7 @@ def _measure(
             yield Entry(
                 rows[0],
                 round_records(request, result, config),
-                _output(rows[0], result.output_tokens, codec, config),
+                _output(run, rows[0], result.output_tokens),
                 [
                     ReferenceRecord(**vars(row), setup=c.setup)
                     for row, c in zip(rows[1:], taking_turns[1:], strict=True)
@@ -265,26 +218,22 @@ def _record(
     return request_record(request, result, request_config(contender.config, request), error)
 
 
-def _output(
-    record: RequestRecord, token_ids: list[int], codec: TextCodec, config: OrchestratorConfig
-) -> dict[str, Any]:
+def _output(run: Run, record: RequestRecord, token_ids: list[int]) -> dict[str, Any]:
     """The line of a text in `outputs.jsonl`."""
     return {
         "request_id": record.request_id,
         "repeat": record.repeat,
         "finish_reason": record.finish_reason,
-        "text": cut_at_stop(codec.decode(token_ids), config.stop),
+        "text": cut_at_stop(run.codec.decode(token_ids), run.config.stop),
         "token_ids": token_ids,
         "status": record.status,
     }
 
 
-def _with_text_so_far(
-    request: Request, entries: Mapping[Key, Entry], codec: TextCodec, config: OrchestratorConfig, limit: int
-) -> Request:
+def _with_text_so_far(run: Run, request: Request, entries: Mapping[Key, Entry]) -> Request:
     """A later turn with its token ids, from the answers of this run.
 
-    Raises UserError when one before it failed, or when there is no room for it in a context of `limit` tokens.
+    Raises UserError when one before it failed, or when there is no room for it in the target's context.
     """
     if request.previous is None or request.prompt is None:
         return request
@@ -296,8 +245,8 @@ def _with_text_so_far(
             raise UserError(f"turn {previous.turn} of this conversation, {previous.id[:80]}, has no answer")
         before.insert(0, (previous.prompt, entry.output["text"]))
         previous = previous.previous
-    token_ids = later_turn_tokens(request.prompt, before, codec, chat=config.use_chat_template)
-    if len(token_ids) >= limit:
+    token_ids = later_turn_tokens(request.prompt, before, run.codec, chat=run.config.use_chat_template)
+    if len(token_ids) >= (limit := run.target.description.max_context):
         raise UserError(f"{len(token_ids)} tokens with the text so far do not fit into the target's context of {limit}")
     return replace(request, token_ids=token_ids)
 
@@ -329,72 +278,3 @@ def _write_tables(entries: Sequence[Entry], run_dir: Path, *, with_reference: bo
         write_rows(run_dir / "reference.csv", ReferenceRecord, reference)
     outputs = "".join(json.dumps(entry.output, ensure_ascii=False) + "\n" for entry in entries)
     replace_file(run_dir / "outputs.jsonl", outputs)
-
-
-_WORKER_OPERATION = ("address", "pid", "attached", "process_started", "log", "reason")
-_LIMITS_OPERATION = ("sessions", "calls", "streams", "waiting_messages")  # the others decide how long drafts are
-
-
-def worker_identity(worker: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a worker's description decides results: not its process and address, nor limits that only operate it."""
-    identity = {key: value for key, value in worker.items() if key not in _WORKER_OPERATION}
-    limits = identity.get("limits", {})
-    return {**identity, "limits": {name: limit for name, limit in limits.items() if name not in _LIMITS_OPERATION}}
-
-
-def _what_decides(run: Mapping[str, Any], requests: Sequence[Request], config: OrchestratorConfig) -> dict[str, Any]:
-    """The settings that the rows of one run share: those of another run with the same ones may stand beside them."""
-    return {
-        "requests_sha256": json_sha256([_identity(request) for request in requests]),
-        "orchestrator": deciding(config),
-        "workers": {role: worker_identity(worker) for role, worker in run["workers"].items()},
-        **{key: run[key] for key in ("repeats", "warmup_requests", "tokenizer_sha256", "machine", "environment")},
-        **{key: run[key] for key in ("software_sha256", "run_code_sha256", "beside")},
-    }
-
-
-def _identity(request: Request) -> list[Any]:
-    """What a request is, as far as it is known before the run."""
-    later = [request.prompt.prompt, request.previous.id] if request.prompt and request.previous else []
-    return [request.id, request.category, request.token_ids, *later]
-
-
-def _describe_run(
-    draft: Connection | None,
-    target: Connection,
-    codec: TextCodec,
-    config: OrchestratorConfig,
-    warmup: int,
-    repeats: int,
-    inputs: dict[str, Any],
-    origins: Mapping[str, Mapping[str, Any]],
-    beside: Beside | None,
-) -> dict[str, Any]:
-    workers = {
-        c.role: {"address": c.address, **origins.get(c.role, {}), **description_dict(c.description)}
-        for c in (draft, target)
-        if c
-    }
-    run = describe_here()
-    return {
-        "schema_version": RUN_SCHEMA_VERSION,
-        **run,
-        "argv": redact_arguments(["specsplit", *sys.argv[1:]]),
-        "workflow": workflow_command(),
-        "gamma": config.gamma,
-        "seeds": {
-            "orchestrator": config.seed,
-            **{f"{role}_worker": int(w["runtime"]["seed"]) for role, w in workers.items() if "seed" in w["runtime"]},
-        },
-        "warmup_requests": warmup,
-        "repeats": repeats,
-        "beside": None if beside is None else {"setups": list(beside.setups), "left_out": dict(beside.left_out)},
-        "orchestrator": config.model_dump(mode="json"),
-        "workers": workers,
-        "inputs": inputs,
-        "tokenizer_sha256": codec.sha256,
-        "software_sha256": run["software"]["sha256"],
-        "source_sha256": combined_sha256(hash_tree(PACKAGE)),
-        "run_code_sha256": code_sha256("bench"),
-        "git": capture_git(PACKAGE),
-    }

@@ -6,7 +6,7 @@ of the system itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -84,10 +84,9 @@ def simulated_workers(acceptance: float, draft_ms: float, verify_ms: float, seed
         yield writer
 
 
-def check_theory(simulation: SimulationSettings, on_row: Callable[[Check], None] = lambda row: None) -> list[Check]:
-    """Every mode at every gamma and round trip, and the target alone; one row each, as `on_row` gets them."""
+def check_theory(simulation: SimulationSettings) -> Generator[Check, None, None]:
+    """Every mode at every gamma and round trip, and the target alone: a row each."""
     prompts = [[65 + i, 66, 67] for i in range(simulation.texts)]
-    rows = []
     # A worker rests about as long as the other one works.
     bare_ms = bare_round_trip_ms(simulation.verify_ms / 2)
     times = (simulation.acceptance, simulation.draft_ms, simulation.verify_ms)
@@ -101,9 +100,7 @@ def check_theory(simulation: SimulationSettings, on_row: Callable[[Check], None]
                 controller = gamma_controller(config)
                 results = [writer.write(prompt, config, controller=controller) for prompt in prompts]
                 alone = alone or [result.output_tokens for result in results]
-                rows.append(_row(simulation, config, bare_ms, results, alone))
-                on_row(rows[-1])
-    return rows
+                yield _row(simulation, config, bare_ms, results, alone)
 
 
 def _row(

@@ -124,7 +124,7 @@ def _in_place_of_weights(folder: Path) -> str:
 def check_tokenizer(folder: Path) -> None:
     """Raise UserError unless `folder` holds a tokenizer."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; prepare the model first")
+        raise UserError(f"{folder}: no such folder; prepare the model first (specsplit prepare-model)")
     _check_files(folder)
     if not has_tokenizer(folder):
         raise UserError(f"{folder}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}")

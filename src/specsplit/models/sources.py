@@ -30,7 +30,7 @@ from specsplit.models.fingerprint import (
 )
 from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
 from specsplit.models.weightless import (
-    Lookup,
+    Weightless,
     described,
     fingerprint_weightless,
     is_weightless,
@@ -369,7 +369,7 @@ def _fetch_local(source: LocalSource, name: str, ready: Path) -> Fetched:
     return Fetched(folder, pinned=True, upstream_sha256=digest)
 
 
-def _fetch_weightless(source: SyntheticParameters | Lookup, name: str, ready: Path) -> Fetched:
+def _fetch_weightless(source: Weightless, name: str, ready: Path) -> Fetched:
     write_tokenizer(source, name, ready)
     if isinstance(source, SyntheticParameters):
         return Fetched(ready, pinned=True)

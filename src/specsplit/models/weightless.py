@@ -11,35 +11,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from specsplit.errors import UserError, naming
 from specsplit.io import json_sha256, read_json_object
 from specsplit.models.file_names import TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
 from specsplit.models.fingerprint import check_tokenizer, fingerprint_model, read_config
 from specsplit.models.head_config import is_head
-from specsplit.settings.models import (
-    BYTES,
-    HuggingFaceSource,
-    LocalSource,
-    NGramParameters,
-    PypiSource,
-    SuffixParameters,
-    SyntheticParameters,
-)
+from specsplit.settings.models import BYTES, SOURCES, LookupParameters, SuffixParameters, SyntheticParameters
 
-Lookup = NGramParameters | SuffixParameters
-WEIGHTLESS = {"synthetic": SyntheticParameters, "ngram": NGramParameters, "suffix": SuffixParameters}
-SOURCES = {"pypi": PypiSource, "huggingface": HuggingFaceSource, "local": LocalSource, **WEIGHTLESS}
+Weightless = SyntheticParameters | LookupParameters
 
 
 def is_weightless(spec: Mapping[str, Any]) -> bool:
     """Whether a source spec (an entry of `models`, or `source` of a manifest) is one of these."""
-    return spec.get("source") in WEIGHTLESS
+    return issubclass(SOURCES.get(str(spec.get("source")), BaseModel), Weightless)
 
 
 def parse_parameters(spec: Mapping[str, Any], name: str) -> Any:
-    """A source spec as one of SOURCES, defaults filled in. UserError with a line for each mistake."""
+    """A source spec as one of settings.models.SOURCES, defaults filled in. UserError with a line for each mistake."""
     if (source := spec.get("source")) not in SOURCES:
         raise UserError(f"models.{name}.source: {source!r} is not one of {', '.join(SOURCES)}")
     try:
@@ -52,7 +42,7 @@ def parse_parameters(spec: Mapping[str, Any], name: str) -> Any:
         raise UserError("\n".join(lines)) from None
 
 
-def parameters_sha256(parameters: SyntheticParameters | Lookup) -> str:
+def parameters_sha256(parameters: Weightless) -> str:
     """Identity of the model: what decides its answers and its time. The tokenizer has a hash of its own; of the model
     that a suffix draft asks, the weights count."""
     plain = parameters.model_dump(exclude={"tokenizer"})
@@ -71,7 +61,7 @@ def model_behind(path: str) -> tuple[Path, dict[str, Any]]:
     return folder, manifest["fingerprint"] if manifest else fingerprint_model(folder)
 
 
-def write_tokenizer(parameters: SyntheticParameters | Lookup, name: str, folder: Path) -> None:
+def write_tokenizer(parameters: Weightless, name: str, folder: Path) -> None:
     """Put the tokenizer files of the model into `folder`."""
     if isinstance(parameters, SyntheticParameters):
         byte_tokenizer(parameters.vocab_size).save_pretrained(folder)
@@ -113,15 +103,14 @@ def described(model_or_folder: str) -> tuple[Path, dict[str, Any]]:
     return (model if elsewhere == "." else Path(elsewhere)), manifest
 
 
-def fingerprint_weightless(parameters: SyntheticParameters | Lookup, folder: Path) -> dict[str, Any]:
+def fingerprint_weightless(parameters: Weightless, folder: Path) -> dict[str, Any]:
     """What fingerprint_model says of a model with weights, for one prepared in `folder` from `parameters`."""
     from specsplit.models.tokenizer import TextCodec
 
     codec = TextCodec.load(folder)
     if isinstance(parameters, SyntheticParameters):
-        architecture, vocab_size = "SyntheticLM", parameters.vocab_size
+        vocab_size = parameters.vocab_size
     else:
-        architecture = "NGramLM" if isinstance(parameters, NGramParameters) else "SuffixLM"
         vocab_size = _vocab_size(parameters, codec.tokenizer)
     if isinstance(parameters, SuffixParameters) and (path := parameters.model):
         behind = model_behind(path)[1]
@@ -134,13 +123,13 @@ def fingerprint_weightless(parameters: SyntheticParameters | Lookup, folder: Pat
         "tokenizer_sha256": codec.sha256,
         "parameters": 0,
         "dtype": "float32",  # of its logits
-        "architecture": architecture,
+        "architecture": parameters.architecture,
         "vocab_size": vocab_size,
         "max_context": None,
     }
 
 
-def _vocab_size(parameters: Lookup, tokenizer: Any) -> int:
+def _vocab_size(parameters: LookupParameters, tokenizer: Any) -> int:
     """Tokens that the model it drafts for may write: rows of its output head, often more than its tokenizer has."""
     folder, manifest = described(parameters.tokenizer)
     if manifest:

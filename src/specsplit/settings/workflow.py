@@ -1,18 +1,32 @@
 """The configuration of the workflow: which keys config/config.yaml has.
 
-Most keys are settings of a run, a worker or a measurement: `same` takes the definition over, `sweep` makes an axis of
-it. `specsplit.settings.configuration` reads a configuration by the JSON Schema that is made from this tree.
+Most keys are settings of a run, a worker or a measurement, whose definition is taken over (`specsplit.settings.keys`).
+`specsplit.settings.configuration` reads a configuration by the JSON Schema that is made from this tree.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, Field
 
 from specsplit.settings.access import AccessSettings
-from specsplit.settings.base import extra_of, setting
 from specsplit.settings.distill import AcceptanceSettings, TrainingSettings, WritingSettings
+from specsplit.settings.keys import (
+    ONE_OR_MORE,
+    UNIQUE,
+    Run,
+    address,
+    axis,
+    key,
+    keys,
+    list_of,
+    other,
+    same,
+    section,
+    several,
+    type_of,
+)
 from specsplit.settings.measure import (
     BenchSettings,
     CapacitySettings,
@@ -37,7 +51,7 @@ from specsplit.settings.models import (
     SuffixParameters,
     SyntheticParameters,
 )
-from specsplit.settings.run import DRAFT_NAME, OrchestratorConfig
+from specsplit.settings.run import DRAFT_NAME
 from specsplit.settings.worker import (
     DraftWorkerConfig,
     FloatDtype,
@@ -47,96 +61,8 @@ from specsplit.settings.worker import (
     WorkerSettings,
 )
 
-Definition = Any  # (type, field), as create_model takes them
-Run = OrchestratorConfig
-UNIQUE = {"uniqueItems": True}
-ONE_OR_MORE = {**UNIQUE, "oneOrMore": True}  # a list that may be written as its only item
 (MODEL,), (DRAFT, HEAD) = EMBEDDED, SHIPPED_DRAFTS
 SkipLayers = list[Layer] | Literal["auto"]
-
-
-class Section(BaseModel):
-    """A part of the configuration. Others than its keys are mistakes."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def section(description: str, *, note: str = "", heading: str = "", **keys: Definition) -> Definition:
-    """A mapping of these keys."""
-    made: Any = create_model("Section", __base__=Section, **keys)
-    return made, setting({}, description, note=note, heading=heading)
-
-
-def key(type_: Any, default: Any, description: str, **more: Any) -> Definition:
-    """A setting of the workflow alone."""
-    return type_, setting(default, description, **more)
-
-
-def type_of(source: type[BaseModel], field: str) -> Any:
-    """The type of a setting, with its range."""
-    info = source.model_fields[field]
-    return Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
-
-
-def same(source: type[BaseModel], field: str, type_: Any = None, **changes: Any) -> Definition:
-    """A key that is a setting of a process. changes: what is not as there."""
-    info = source.model_fields[field]
-    extra = extra_of(info)
-    told: dict[str, Any] = {
-        name: extra.pop(name) for name in ("note", "heading", "shipped", "operates") if name in extra
-    }
-    example = info.examples[0] if info.examples else None
-    given: dict[str, Any] = {
-        "default": info.default,
-        "description": info.description,
-        "example": example,
-        "schema": extra,
-        **told,
-    }
-    return type_ or type_of(source, field), setting(**{**given, **changes})
-
-
-def keys(source: type[BaseModel], *fields: str, **renamed: str) -> dict[str, Any]:
-    """Keys that are settings of a process, called as these or, key=setting, otherwise."""
-    return {key: same(source, field) for key, field in (*((field, field) for field in fields), *renamed.items())}
-
-
-def several(field: str, default: Any, description: str, example: Any, **changes: Any) -> Definition:
-    """A key with a list of different values of what a run has one of."""
-    told = {"default": default, "description": description, "example": example, "schema": ONE_OR_MORE}
-    extra = {name: value for name, value in extra_of(Run.model_fields[field]).items() if name in ("title", "plural")}
-    item: Any = Annotated[type_of(Run, field), Field(json_schema_extra=extra)]
-    return same(Run, field, list[item], min_length=1, **{**told, **changes})
-
-
-def axis(field: str, default: Any, example: Any, more: str = "", **changes: Any) -> Definition:
-    """A key with the values of a setting of a run that are swept."""
-    return several(
-        field, default, f"{Run.model_fields[field].description} Several are swept.{more}", example, **changes
-    )
-
-
-def listed(source: type[BaseModel], field: str, **changes: Any) -> Definition:
-    """A key that is a setting with a list, of different values."""
-    return same(source, field, schema=ONE_OR_MORE, min_length=1, **changes)
-
-
-def other(name: str, type_: Any, example: Any, **more: Any) -> Definition:
-    """A key of a named draft, which is that of `draft` when it is left out."""
-    return type_, setting(None, f"As `draft.{name}`, when it is another one.", example=example, **more)
-
-
-def address(role: str, example: str, note: str = "") -> Definition:
-    return key(
-        str | None,
-        None,
-        f"A running {role} worker to attach to, never stopped: host:port, or a .json file with its `address`; null "
-        "starts one.",
-        example=example,
-        note=note,
-        schema={"title": "host:port, grpcs://host:port or a .json file"},
-        pattern=r"^((grpcs://)?[^\s/]+:[0-9]{1,5}|.+\.json)$",
-    )
 
 
 Synthetic: Any = section(
@@ -341,7 +267,7 @@ Workflow: type[BaseModel] = section(
         note="ours beside Hugging Face's and llama.cpp's, in turn on every request",
         heading="Measurements that are not part of the main job: snakemake results/peers.csv results/capacity.csv "
         "results/context_curve.csv results/hidden_states.csv",
-        peers=listed(
+        peers=list_of(
             BenchSettings,
             "baseline",
             type_=list[Peer],
@@ -354,8 +280,8 @@ Workflow: type[BaseModel] = section(
     capacity=section(
         "Many clients at once: results/capacity.csv.",
         note="many clients at once",
-        clients=listed(CapacitySettings, "clients"),
-        gammas=listed(CapacitySettings, "gamma"),
+        clients=list_of(CapacitySettings, "clients"),
+        gammas=list_of(CapacitySettings, "gamma"),
         rates=same(CapacitySettings, "rates", schema=ONE_OR_MORE),
         **keys(
             CapacitySettings,
@@ -365,8 +291,8 @@ Workflow: type[BaseModel] = section(
     context=section(
         "Cost of a token against the length of its context: results/context_curve.csv.",
         note="cost of a token against the length of its context",
-        lengths=listed(ContextSettings, "length"),
-        gammas=listed(ContextSettings, "gamma"),
+        lengths=list_of(ContextSettings, "length"),
+        gammas=list_of(ContextSettings, "gamma"),
         **keys(ContextSettings, "output_tokens", "texts"),
     ),
     states_cost=section(
@@ -381,7 +307,8 @@ Workflow: type[BaseModel] = section(
             note="reads hidden states: docs/hidden-states.md",
         ),
         **{
-            name: listed(StatesCostSettings, name) for name in ("rtt_ms", "bandwidth_mbit", "form", "project", "window")
+            name: list_of(StatesCostSettings, name)
+            for name in ("rtt_ms", "bandwidth_mbit", "form", "project", "window")
         },
         **keys(StatesCostSettings, "gamma", "output_tokens"),
         limit=same(StatesCostSettings, "limit", default=6),
@@ -401,7 +328,7 @@ Workflow: type[BaseModel] = section(
             pattern=DRAFT_NAME,
         ),
         **keys(WritingSettings, "kind", "tokens", "user_temperature"),
-        answer_temperature=listed(WritingSettings, "answer_temperature"),
+        answer_temperature=list_of(WritingSettings, "answer_temperature"),
         **keys(WritingSettings, "max_user_tokens", "max_answer_tokens", "write_batch", "top_k"),
         state_layers=same(WritingSettings, "state_layers", schema=UNIQUE),
         **keys(WritingSettings, "target_dtype"),

@@ -17,8 +17,10 @@ from specsplit.analysis.captions import DRAWN
 from specsplit.errors import UserError
 from specsplit.experiment.sweep import Point, sweep_points
 from specsplit.launch.environment import threads_beside_another
-from specsplit.settings.configuration import SCHEMA, first_draft, load_pipeline_config, swept_drafts
+from specsplit.settings.configuration import load_pipeline_config
 from specsplit.settings.environment import FACTS, check_environment, refuse_overrides
+from specsplit.settings.names import first_draft, swept_drafts
+from specsplit.settings.schema import SCHEMA
 from specsplit.workflow.files import dead_worker, flags, local_folder, model_inputs, refuse_unusable
 
 ROLES = ["draft", "target"]

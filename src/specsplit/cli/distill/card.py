@@ -28,8 +28,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.measured} is of another draft than {args.training}: measure this one")
     losses, acceptance = _read_table(args.losses), _read_table(args.acceptance)
     write_card(args.draft, training, acceptance, measured)
-    for path in (args.draft / CARD, *draw_distillation(losses, acceptance, args.figure)):
-        print(path)
+    print(args.draft / CARD, *draw_distillation(losses, acceptance, args.figure), sep="\n")
 
 
 def _read_table(path: Path) -> Any:
