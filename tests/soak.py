@@ -119,11 +119,11 @@ def any_settings(chance: random.Random, **fixed: Any) -> OrchestratorConfig:
     )
 
 
-def right_texts(draft: str, target: str) -> dict[tuple[int, float], list[int]]:
-    """(prompt, temperature) -> what the target writes alone, undisturbed."""
+def right_texts(draft: str, target: str, prompts: int = len(PROMPTS)) -> dict[tuple[int, float], list[int]]:
+    """(prompt, temperature) -> what the target writes alone, undisturbed. prompts: how many of PROMPTS."""
     texts = {}
     with TextWriter(draft, target) as writer:
-        for number, prompt in enumerate(PROMPTS):
+        for number, prompt in enumerate(PROMPTS[:prompts]):
             for temperature in (0.0, 0.8):
                 config = OrchestratorConfig(gamma=0, temperature=temperature, seed=5, max_output_tokens=TOKENS)
                 texts[number, temperature] = writer.write(prompt, config).output_tokens
@@ -137,7 +137,7 @@ def judge(tokens: Sequence[int], expected: Sequence[int], error: WorkerError | N
     return "failed" if error.code and list(tokens) == list(expected[: len(tokens)]) else "wrong"
 
 
-def kill_workers(kills: int, seed: int, *, downtime_s: float = 0.5) -> dict[str, Any]:
+def kill_workers(kills: int, seed: int, *, downtime_s: float = 0.5, prompts: int = len(PROMPTS)) -> dict[str, Any]:
     """Texts, one after the other, while the two workers are killed in turn by chance and started again."""
     chance = random.Random(seed)
     with campaign() as (folder, figures), ExitStack() as stack:
@@ -145,7 +145,7 @@ def kill_workers(kills: int, seed: int, *, downtime_s: float = 0.5) -> dict[str,
         workers = {role: WorkerProcess(role, models[role], folder) for role in models}
         for worker in workers.values():
             stack.callback(worker.close)
-        expected = right_texts(workers["draft"].address, workers["target"].address)
+        expected = right_texts(workers["draft"].address, workers["target"].address, prompts)
         killed: Counter[str] = Counter()
         over = threading.Event()
 
@@ -166,7 +166,7 @@ def kill_workers(kills: int, seed: int, *, downtime_s: float = 0.5) -> dict[str,
         with TextWriter(workers["draft"].address, workers["target"].address) as writer:
             thread.start()
             while not over.is_set():
-                number, config = chance.randrange(len(PROMPTS)), any_settings(chance)
+                number, config = chance.randrange(prompts), any_settings(chance)
                 error, tokens = None, []
                 try:
                     result = writer.write(PROMPTS[number], config)

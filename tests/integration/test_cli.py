@@ -62,7 +62,7 @@ def workers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     weak = noisy_copy(model, tmp_path_factory.mktemp("draft"), noise=0.03)
     with ExitStack() as stack:
         yield {
-            "draft": stack.enter_context(serving("draft", weak)),
+            "draft": stack.enter_context(serving("draft", weak, dtype="auto")),
             "target": stack.enter_context(serving("target", model)),
         }
 
@@ -406,7 +406,8 @@ def test_a_benchmark_from_the_prompts_to_the_summary(
         assert (run["exit_code"], run["gamma"], run["error"]) == (0, int(name[6:]), None)
         assert {k: run["environment"][k] for k in REQUIRED} == REQUIRED  # although they were not given
         assert run["environment"]["hash_randomization"] is False
-        assert set(run["workers"]) == ({"target"} if name == "gamma_0" else {"draft", "target"})
+        dtypes = {role: worker["dtype"] for role, worker in run["workers"].items()}
+        assert dtypes == {"target": "float32"} | ({} if name == "gamma_0" else {"draft": "int8"})
         assert run["inputs"]["prompts"]["count"] == 3
         assert "--gamma 1 3" in run["command"]
         for line in (folder / "outputs.jsonl").read_text().splitlines():

@@ -20,7 +20,7 @@ from tiny_models import ARCHITECTURES, make_tiny_model
 PROMPT = [5, 9, 33, 71, 12]
 LENGTH = 24
 CAPACITY = 160
-GAMMAS = (1, 2, 3, 5, 8)
+GAMMAS = (1, 3, 8)
 SHAPES = ([], [2, 2], [3, 2, 1])
 
 
@@ -111,7 +111,7 @@ def test_text_is_the_targets_own(architecture):
         runs = []
         for gamma in GAMMAS if name == "noisy" else (3,):
             for shape in SHAPES:
-                runs.append(generate(target, draft, gamma, shape, check=name == "noisy" and gamma in (2, 5)))
+                runs.append(generate(target, draft, gamma, shape, check=name == "noisy" and gamma == 3))
                 assert runs[-1].text == expected, (name, gamma, shape)
         rates[name] = sum(run.accepted for run in runs) / sum(run.drafted for run in runs)
     assert rates["same"] > 0.99

@@ -84,8 +84,7 @@ def after(bursts: int, action: Callable[[], object]) -> Callable[[list[int]], No
 # ---- a worker that fails
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "temperature"), [("sync", 0.9), ("overlap", 0.0), ("lookahead", 0.9)])
 def test_the_target_finishes_alone_when_the_draft_is_gone(
     pair: tuple[Worker, Worker], mode: str, temperature: float
 ) -> None:
@@ -261,9 +260,9 @@ def test_a_reply_that_comes_twice_is_taken_once(pair: tuple[Worker, Worker], mon
 
 
 def test_workers_killed_at_random_moments() -> None:
-    figures = soak.kill_workers(3, seed=1, downtime_s=0.1)
+    figures = soak.kill_workers(2, seed=1, downtime_s=0.1, prompts=3)
     assert figures["ok"], figures
-    assert sum(figures["kills"].values()) == 3
+    assert sum(figures["kills"].values()) == 2
     assert figures["texts"].get("right", 0) > 0
 
 

@@ -64,7 +64,7 @@ def test_exactly_the_positions_of_the_seed_are_accepted(
     workers: dict[str, Worker], draft: str, acceptance: float
 ) -> None:
     alone = write(workers, draft, gamma=0).output_tokens
-    for gamma in (1, 3, 6):
+    for gamma in (1, 6):
         result = write(workers, draft, gamma=gamma, draft_acceptance=acceptance)
         assert result.output_tokens == alone
         drafted = [r.drafted for r in result.rounds]
@@ -75,14 +75,13 @@ def test_exactly_the_positions_of_the_seed_are_accepted(
 
 
 @pytest.mark.parametrize("mode", ["sync", "overlap", "lookahead"])
-@pytest.mark.parametrize("tree", ["chain", "3x2", "dynamic-12x3"])
-@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize(("tree", "temperature"), [("chain", 0), ("3x2", 0.8), ("dynamic-12x3", 0)])
 def test_in_every_mode_and_tree_the_text_is_the_targets_and_drafts_are_right_as_often(
     workers: dict[str, Worker], mode: str, tree: str, temperature: float
 ) -> None:
     settings = {"mode": mode, "temperature": temperature}
     alone = write(workers, "noisy", gamma=0, **settings).output_tokens
-    for acceptance, gamma in ((0.0, 3), (0.6, 3), (1.0, 3), (0.6, "auto")):
+    for acceptance, gamma in ((0.6, 3), (0.6, "auto")):
         result = write(workers, "noisy", gamma=gamma, tree=tree, draft_acceptance=acceptance, **settings)
         assert result.output_tokens == alone
         drafted = [r.drafted for r in result.rounds]

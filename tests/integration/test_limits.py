@@ -35,7 +35,10 @@ ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "tree_width": (2, {"gamma": 6, "tree": "dynamic-32x8"}),
     "fan_out": (2, {"gamma": 3, "fan_out": 64}),
     "stop_tokens": (1, {"gamma": 5, "stop_token_ids": [7, 1 << 40, *range(200, 300)]}),
-    "message_bytes": (1 << 20, {"gamma": 64, "fan_out": 64, "temperature": 0.9, "sampling": "rejection"}),
+    "message_bytes": (
+        1 << 20,
+        {"gamma": 64, "fan_out": 64, "temperature": 0.9, "sampling": "rejection", "max_output_tokens": 20},
+    ),
     "waiting_messages": (3, {"gamma": 2}),
     "sessions": (1, {"gamma": 4}),
     "calls": (1, {"gamma": 4}),
@@ -116,19 +119,17 @@ def test_every_limit_is_said(pair: tuple[Worker, Worker]) -> None:
 # ---- the default limits
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("gamma", ["auto", 16, 64])
 @pytest.mark.parametrize("tree", ["4x4x2", "8x8x8x8", "dynamic-256x64", "2x" * 70 + "2"])
-def test_any_tree_finishes_with_the_limits_that_workers_have_by_default(
-    pair: tuple[Worker, Worker], mode: str, gamma: int | str, tree: str
-) -> None:
+def test_any_tree_finishes_with_the_limits_that_workers_have_by_default(pair: tuple[Worker, Worker], tree: str) -> None:
     draft, target = pair
     target.settings["max_context"] = 2048
     target.restart()
-    result = write(draft, target, mode=mode, gamma=gamma, tree=tree, max_output_tokens=40)
-    assert (result.failures, result.finish_reason) == ([], "length")
-    assert result.output_tokens == write(None, target, gamma=0, max_output_tokens=40).output_tokens
-    assert max(row.tree_nodes for row in result.rounds) > 0
+    expected = write(None, target, gamma=0, max_output_tokens=40).output_tokens
+    for mode, gamma in (("sync", 64), ("overlap", 16), ("lookahead", "auto"), ("lookahead", 64)):
+        result = write(draft, target, mode=mode, gamma=gamma, tree=tree, max_output_tokens=40)
+        assert (result.failures, result.finish_reason) == ([], "length")
+        assert result.output_tokens == expected
+        assert max(row.tree_nodes for row in result.rounds) > 0
 
 
 def test_what_is_smaller_than_the_settings_is_said_before_the_first_round(

@@ -265,11 +265,3 @@ def test_what_the_making_of_drafts_loads(shop: Shop, models: tuple[Path, Path]) 
         "--figure",
         "curves.png",
     )
-
-
-def test_a_module_that_is_loaded_and_not_listed_is_noticed(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = set(command_files("prepare-dataset")) - {"experiment/dataset.py"}
-    monkeypatch.setitem(globals(), "command_files", lambda *_: without)
-    flags = ("--source", "prompts.jsonl", "--output", "made.jsonl", "--manifest", "manifest.json")
-    with pytest.raises(AssertionError, match=r"experiment/dataset\.py"):
-        shop.run("prepare-dataset", *flags)

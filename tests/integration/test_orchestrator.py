@@ -133,7 +133,7 @@ def write(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("prompt", PROMPTS[:4], ids=str)
+@pytest.mark.parametrize("prompt", PROMPTS[:2], ids=str)
 def test_the_text_is_that_of_the_target_alone(
     draft: Worker, target: Worker, reference: Reference, prompt: list[int], shape: str
 ) -> None:
@@ -196,7 +196,7 @@ def test_figures_of_the_rounds(draft: Worker, target: Worker) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("place", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("place", [0, 1, 7])
 def test_an_end_of_text_ends_it_there_and_is_no_part_of_it(
     draft: Worker, target: Worker, reference: Reference, place: int, shape: str
 ) -> None:
@@ -260,7 +260,7 @@ def test_a_text_ends_after_max_rounds(draft: Worker, target: Worker) -> None:
     assert cut.output_tokens == whole.output_tokens[: len(cut.output_tokens)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["alone", "chain-12", "tree"])
 def test_a_text_ends_at_the_targets_context(
     draft: Worker, folders: tuple[Path, Path], reference: Reference, shape: str
 ) -> None:
@@ -276,7 +276,7 @@ def test_a_text_ends_at_the_context_that_is_asked_for(draft: Worker, target: Wor
     assert write(draft, target, max_context=10_000).finish_reason == "length"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ["alone", "chain-12", "tree"])
 def test_a_small_context_of_the_draft_ends_the_drafts_and_not_the_text(
     target: Worker, folders: tuple[Path, Path], reference: Reference, shape: str
 ) -> None:

@@ -90,13 +90,17 @@ def at_once(draft: Worker, target: Worker, configs: list[OrchestratorConfig], pr
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_who_finds_all_sessions_taken_waits_in_line(models: dict[str, Path], mode: str) -> None:
+def test_who_finds_all_sessions_taken_waits_in_line(
+    models: dict[str, Path], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("IDLE_S", "SHORT_IDLE_S"):  # a busy machine is no reason to be sent away
+        monkeypatch.setattr(sessions, name, 20.0)
     with workers(models, max_sessions=2) as (draft, target):
         expected = write(None, target).output_tokens
         config = OrchestratorConfig(mode=mode, gamma=3, max_output_tokens=40)
-        texts = at_once(draft, target, [config] * 8)
-        assert [result.output_tokens for result, _ in texts] == [expected] * 8
-        assert [result.failures for result, _ in texts] == [[]] * 8
+        texts = at_once(draft, target, [config] * 5)
+        assert [result.output_tokens for result, _ in texts] == [expected] * 5
+        assert [result.failures for result, _ in texts] == [[]] * 5
         for worker in (draft, target):
             assert wait_until(lambda worker=worker: len(worker.servicer.sessions._spare) == 2)
 
@@ -192,7 +196,7 @@ def count_opened(worker: Worker) -> set[str]:
 def test_texts_stay_right_while_sides_fail_in_turn_and_rounds_begin_by_themselves(models: dict[str, Path]) -> None:
     """The target has often begun the next round from a prepared draft when the draft worker fails."""
     with workers(models, max_context=512) as pair:
-        expected = write(None, pair[1], max_output_tokens=200).output_tokens
+        expected = write(None, pair[1], max_output_tokens=80).output_tokens
         over = threading.Event()
 
         def evict_again_and_again() -> None:
@@ -207,8 +211,9 @@ def test_texts_stay_right_while_sides_fail_in_turn_and_rounds_begin_by_themselve
         thread.start()
         try:
             for mode in MODES:
-                result = write(*pair, mode=mode, max_output_tokens=200, fan_out=8)
+                result = write(*pair, mode=mode, max_output_tokens=80, fan_out=8)
                 assert result.output_tokens == expected
+                assert result.failures
         finally:
             over.set()
             thread.join()
@@ -316,8 +321,10 @@ NUISANCES: list[Callable[[Worker, grpc.Channel], Iterator[None]]] = [
 ]
 
 
-@pytest.mark.parametrize("same_token", [True, False])
-@pytest.mark.parametrize("nuisance", NUISANCES)
+# Nothing tells the clients apart that have one token; another token is no disadvantage, whether streams wait or work.
+@pytest.mark.parametrize(
+    ("nuisance", "same_token"), [*((each, True) for each in NUISANCES), (silence, False), (greed, False)]
+)
 def test_a_client_with_a_valid_token_locks_nobody_out(
     models: dict[str, Path], tmp_path: Path, nuisance: Any, same_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

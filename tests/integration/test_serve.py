@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from starlette.testclient import TestClient
 
 from specsplit.api.pair import Pair, connect
 from specsplit.errors import UserError
+from specsplit.launch.process import ProcessIdentity
 from specsplit.models.tokenizer import TextCodec
 from specsplit.serve.app import application
 from specsplit.serve.bodies import IGNORED, NEUTRAL, CompletionBody
@@ -276,7 +278,7 @@ def test_prompts_that_cannot_be_are_named(http: TestClient, prompt: Any) -> None
 def test_what_another_server_takes_and_changes_no_text_is_taken(http: TestClient, pair: Pair) -> None:
     plain = {**GOOD, "temperature": 0, "ignore_eos": True}
     text = http.post("/v1/chat/completions", json=plain).json()["choices"][0]["message"]["content"]
-    sent_back = {"role": "user", "content": "Why?", "refusal": None, "tool_calls": None, "annotations": None}
+    sent_back = {"role": "user", "content": "Why?", "refusal": None, "tool_calls": [], "annotations": []}
     for more in (
         *({name: "anything"} for name in IGNORED),
         *({"seed": seed} for seed in (-1, 0, 2**63, -(2**200))),
@@ -392,7 +394,8 @@ def test_requests_that_break_off_are_dropped(base_url: str, client: openai.OpenA
 
 def test_unknown_paths_and_methods_have_the_shape_too(http: TestClient) -> None:
     assert error_of(http.get("/v1/embeddings"))["type"] == "not_found_error"
-    assert http.get("/v1/chat/completions").status_code == 405
+    wrong_method = http.get("/v1/chat/completions")
+    assert (wrong_method.status_code, wrong_method.headers["Allow"]) == (405, "POST")
     assert error_of(http.get("/v1/models/other"))["code"] == "model_not_found"
 
 
@@ -415,6 +418,8 @@ def test_a_key_is_asked_for_where_there_is_one(pair: Pair) -> None:
         ({"api_key_file": "empty"}, "holds no key"),
         ({"certificate": "keys"}, "give both"),
         ({"certificate": "keys", "certificate_key": "nowhere"}, "--certificate-key nowhere: no such file"),
+        ({"certificate": "keys", "certificate_key": "keys"}, "keys are not a certificate and its unencrypted key"),
+        ({"api_key_file": "accents"}, "characters beyond ASCII"),
     ],
 )
 def test_a_server_that_would_be_open_is_refused(
@@ -423,6 +428,7 @@ def test_a_server_that_would_be_open_is_refused(
     monkeypatch.chdir(tmp_path)
     Path("keys").write_text("one\n\ntwo\n")
     Path("empty").write_text("\n")
+    Path("accents").write_text("clé\n", encoding="utf-8")
     with pytest.raises(UserError, match=message):
         read_keys(ServeSettings(**settings), insecure=False)
     assert read_keys(ServeSettings(host="0.0.0.0", api_key_file="keys"), insecure=True) == ["one", "two"]
@@ -469,7 +475,9 @@ def test_a_client_that_leaves_frees_its_session(
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(target_folder: Path, streamed: bool) -> None:
+def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(
+    target_folder: Path, streamed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving("target", target_folder) as target, connect(target.address, tokenizer=target_folder) as pair:
         short = pair._config.model_copy(update={"recovery_timeout_s": 0.2, "connect_timeout_s": 0.5})
         pair._config = short
@@ -477,8 +485,11 @@ def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(target_folder: Path
             target.close()
             assert client.get("/health").status_code == 503
             reply = client.post("/v1/chat/completions", json={**GOOD, "stream": streamed})
-            assert reply.status_code == 503
-            assert error_of(reply)["type"] == "server_error"
+            assert (reply.status_code, reply.headers["Retry-After"]) == (503, "1")
+            error = error_of(reply)
+            assert (error["type"], error["code"]) == ("server_error", "worker_failed")
+            assert "worker" not in error["message"]  # and no address: those are in the log
+            assert target.address in caplog.text
 
 
 @contextmanager
@@ -511,15 +522,28 @@ def test_the_command_starts_workers_serves_and_stops(target_folder: Path) -> Non
 def test_workers_of_the_command_that_are_killed_are_started_again(
     target_folder: Path, expected: Callable[[int], str]
 ) -> None:
-    with the_command(target_folder) as (client, process):
-        options: dict[str, Any] = {"max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    options: dict[str, Any] = {"max_tokens": 100, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+    def streamed(first_piece: threading.Barrier | None = None) -> str:
         stream = client.chat.completions.create(model=MODEL, messages=QUESTION, stream=True, **options)
         text = next(stream).choices[0].delta.content or ""
+        if first_piece is not None:
+            first_piece.wait(60)  # until all streams have begun
+            first_piece.wait(60)  # until the workers are killed
+        return text + "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    with the_command(target_folder) as (client, process), ThreadPoolExecutor(8) as clients:
+        barrier = threading.Barrier(9)
+        texts = [clients.submit(streamed, barrier) for _ in range(8)]
+        barrier.wait(60)
         workers = psutil.Process(process.pid).children()
         assert len(workers) == 2
         for worker in workers:
             worker.kill()
-        text += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-        assert text == expected(100)
-        reply = client.chat.completions.create(model=MODEL, messages=QUESTION, **options)
-        assert reply.choices[0].message.content == expected(100)
+        barrier.wait(60)
+        assert {text.result(400) for text in texts} == {expected(100)}
+        assert streamed() == expected(100)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert [worker.status() == psutil.STATUS_ZOMBIE for worker in workers] == [False, False]
+        left = [ProcessIdentity.of(worker.pid) for worker in workers]
+    assert not any(worker is None or worker.alive() for worker in left)

@@ -148,9 +148,8 @@ def test_a_port_in_use_is_one_clear_line(model: Path) -> None:
 
 
 def test_a_missing_model_is_one_clear_line() -> None:
-    done = run("worker", "draft", "--model", "models/none")
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert done.stderr.startswith("specsplit worker: error: models/none: no such folder; prepare the model first")
+    with pytest.raises(UserError, match=r"^models/none: no such folder; prepare the model first"):
+        load_servicer(DraftWorkerConfig(model=Path("models/none")))
     with pytest.raises(UserError, match="no model: give --model FOLDER or set SPECSPLIT_DRAFT_MODEL"):
         load_servicer(DraftWorkerConfig())
 
@@ -246,13 +245,12 @@ def test_a_worker_that_cannot_start_leaves_nothing(model: Path, folder: Path) ->
     (broken / "model.safetensors").write_bytes(b"not weights")
     log, file = folder / "worker.log", folder / "target.json"
     log.write_text("of an earlier worker\n")
-    done = run("start-worker", "target", "--model", broken, "--endpoint-file", file, "--worker-log", log)
-    assert done.returncode == 2
-    assert "the target worker ended with status 2:" in done.stderr
-    assert "model.safetensors: not a readable safetensors file" in done.stderr  # the end of the log
-    assert f"(full log: {log})" in done.stderr
-    assert "earlier worker" not in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match="the target worker ended with status 2:") as refused:
+        start_worker("target", ["--model", str(broken)], endpoint_file=file, log_file=log, timeout_s=60)
+    assert "model.safetensors: not a readable safetensors file" in str(refused.value)  # the end of the log
+    assert f"(full log: {log})" in str(refused.value)
+    assert "earlier worker" not in str(refused.value)
+    assert "Traceback" not in log.read_text()
     assert not file.exists()
     assert users_of(folder) == []
 
@@ -281,7 +279,7 @@ def test_sigterm_to_start_worker_while_the_worker_loads_leaves_nothing(model: Pa
         process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_while_the_model_loads_ends_the_process_at_once(folder: Path, number: signal.Signals) -> None:
     # One uninterrupted call, as of a library that reads weights; a handler in Python would wait for its end.
     code = (
@@ -412,7 +410,8 @@ def test_a_worker_with_another_model_is_not_attached_to(
             with pytest.raises(UserError, match=reason):
                 attach_worker("draft", worker.address, **{**arguments, **wanted})
             assert not file.exists()
-        attach_worker("draft", worker.address, **arguments, skip_layers=[0])
+        for dtype in ("auto", "bfloat16"):
+            attach_worker("draft", worker.address, **{**arguments, "dtype": dtype}, skip_layers=[0])
         assert Endpoint.read(file).address == worker.address
 
 

@@ -71,7 +71,7 @@ def random_tree(data, max_nodes: int = 8) -> TokenTree:
 
 
 @pytest.mark.parametrize("architecture", LOADED)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_sequence_of_operations(architecture, data):
     model = LOADED[architecture]

@@ -163,10 +163,16 @@ def streamed(pair: str, prompt: list[int], asked: DraftSettings, mode: str, **st
     return event_loop().run(run_speculative_loop_async(*STUBS[pair], prompt, config))
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pair", PAIRS)
-@some
-@given(prompt=prompts, shape=shapes, gamma=st.integers(1, 6), sampling=samplings, data=st.data())
+@settings(some, max_examples=12)
+@given(
+    mode=st.sampled_from(MODES),
+    prompt=prompts,
+    shape=shapes,
+    gamma=st.integers(1, 6),
+    sampling=samplings,
+    data=st.data(),
+)
 def test_the_streams_write_what_the_loop_writes(pair, mode, prompt, shape, gamma, sampling, data):
     asked = DraftSettings(gamma, TreeShape.parse(shape), sampling)
     whole = written(list(speculate(*PAIRS[pair], prompt, asked, max_new_tokens=LENGTH)))

@@ -192,7 +192,7 @@ def check_finding(finding: Finding, table: DataFrame, summary: DataFrame) -> Non
         assert len(finding.ties) == len(finite) - 1
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(experiments())
 def test_every_sentence_is_what_the_table_says(table: DataFrame) -> None:
     summary = summarize(table, no_rounds(), **SETTINGS)
@@ -287,7 +287,7 @@ def gain(own: DataFrame, setup: str) -> float:
     return float(pace[setup] / pace["own"])
 
 
-@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(references())
 def test_every_sentence_about_baselines_is_what_the_tables_say(tables: tuple[DataFrame, DataFrame]) -> None:
     requests, reference = tables

@@ -166,6 +166,11 @@ def test_arrivals_have_the_rate_and_repeat(pattern: Any) -> None:
     assert gaps.std() / gaps.mean() == pytest.approx({"constant": 0, "poisson": 1, "gamma": 2**0.5}[pattern], abs=0.08)
 
 
+def test_a_load_that_is_asked_for_twice_is_measured_once() -> None:
+    asked = CapacitySettings(rates=[2, 1, 2], clients=[4, 4])
+    assert (asked.rates, asked.clients) == ([2, 1], [4])
+
+
 def test_too_few_requests_for_the_clients_are_refused() -> None:
     with pytest.raises(UserError, match="requests is 32: 64 clients need at least 256, four each"):
         CapacitySettings.load({"clients": [64], "requests": 32})

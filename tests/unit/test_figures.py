@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from specsplit.analysis import figures
 from specsplit.analysis.captions import FIGURES
 from specsplit.analysis.curves import left_out, split_curves
 from specsplit.analysis.figures import draw_figures
@@ -121,18 +122,32 @@ def sweep() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 @pytest.fixture(scope="module")
-def drawn(sweep, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("figures")
-    draw_figures(*sweep, folder, **QUICK)
-    return folder
+def written(sweep, tmp_path_factory) -> list[Path]:
+    """What draw_figures says that it wrote."""
+    return draw_figures(*sweep, tmp_path_factory.mktemp("figures") / "new/figures", **QUICK)
 
 
-def test_every_figure_is_written_in_both_formats(sweep, tmp_path):
-    out = tmp_path / "new/figures"
-    paths = draw_figures(*sweep, out, **QUICK)
+@pytest.fixture(scope="module")
+def drawn(written) -> Path:
+    return written[0].parent
+
+
+def draw_some(
+    names: Sequence[str], experiment: tuple[pd.DataFrame, pd.DataFrame], folder: Path, **settings: Any
+) -> None:
+    """Only the figures that a test looks at, as draw_figures draws them: all of them take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "FIGURES", {name: FIGURES[name] for name in names})
+        patch.setattr(figures, "summarize_by_category", lambda *_, **__: None)
+        patch.setattr(figures, "draw_by_category", lambda *_: [])
+        paths = draw_figures(*experiment, folder, **QUICK, **settings)
+    assert {path.stem for path in paths} == set(names)
+
+
+def test_every_figure_is_written_in_both_formats(written, drawn):
     names = [*FIGURES, "summary_by_category"]
-    assert paths == [out / f"{name}.{suffix}" for name in names for suffix in ("png", "svg")]
-    assert sorted(out.iterdir()) == sorted(paths)
+    assert written == [drawn / f"{name}.{suffix}" for name in names for suffix in ("png", "svg")]
+    assert sorted(drawn.iterdir()) == sorted(written)
     assert list(FIGURES) == ["tpot", "acceptance_rate", "ttft", "network_idle", "speculation"]
 
 
@@ -161,7 +176,7 @@ def test_text_is_text_of_at_least_seven_points(drawn, name):
 
 def test_same_data_give_the_same_bytes_whatever_the_readers_settings(sweep, drawn, tmp_path):
     with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 50, "axes.grid": True}):
-        draw_figures(*sweep, tmp_path, **QUICK)
+        draw_some(["tpot", "acceptance_rate"], sweep, tmp_path)
         assert matplotlib.rcParams["font.size"] == 20
     for path in sorted(tmp_path.iterdir()):
         assert path.read_bytes() == (drawn / path.name).read_bytes()
@@ -179,7 +194,7 @@ def test_ticks_are_the_measured_gammas(drawn):
 
 
 def test_crowded_ticks_keep_their_marks_but_not_every_label(tmp_path):
-    draw_figures(*experiment((0, 1, 2, 3, 4, 64), requests=2), tmp_path, **QUICK)
+    draw_some(["ttft"], experiment((0, 1, 2, 3, 4, 64), requests=2), tmp_path)
     labels = axis_labels(tmp_path / "ttft.svg")
     assert len(labels) == 6
     assert [label for label in labels if label] == ["0", "3", "64"]
@@ -222,7 +237,7 @@ def test_number_of_requests_and_confidence_are_said(sweep, drawn, tmp_path):
     requests, rounds = sweep
     requests = requests.copy()
     requests.loc[(requests["gamma"] == 5) & (requests["request_id"] == "r0"), "itl_ms"] = np.nan
-    draw_figures(requests, rounds, tmp_path, confidence=0.995, **QUICK)
+    draw_some(["tpot"], (requests, rounds), tmp_path, confidence=0.995)
     assert "n = 7 requests at each γ" in texts(tmp_path / "tpot.svg")
     assert "mean, 99.5 % interval" in texts(tmp_path / "tpot.svg")
 
@@ -239,20 +254,21 @@ def test_position_with_too_few_rounds_is_marked(tmp_path):
     requests, rounds = experiment((3,), requests=6)
     rounds["accepted"] = 1
     rounds.loc[rounds["request_id"] == "r0", "accepted"] = 3  # only this request reaches position 3
-    draw_figures(requests, rounds, tmp_path, **QUICK)
+    draw_some(["acceptance_rate"], (requests, rounds), tmp_path)
     assert "too few for an interval" in texts(tmp_path / "acceptance_rate.svg")
 
 
 def test_single_request_has_no_interval(tmp_path):
-    draw_figures(*experiment((0, 2, 4), requests=1), tmp_path, **QUICK)
-    for name in list(FIGURES)[:-1]:
+    names = ["tpot", "acceptance_rate"]
+    draw_some(names, experiment((0, 2, 4), requests=1), tmp_path)
+    for name in names:
         found = texts(tmp_path / f"{name}.svg")
         assert "mean, no interval" in found
         assert "n = 1 request at each γ" in found
 
 
 def test_single_gamma_has_neither_reference_nor_best(tmp_path):
-    draw_figures(*experiment((5,), requests=3), tmp_path, **QUICK)
+    draw_some(["tpot"], experiment((5,), requests=3), tmp_path)
     found = texts(tmp_path / "tpot.svg")
     assert axis_labels(tmp_path / "tpot.svg") == ["5"]
     assert not [text for text in found if text.startswith(("target alone", "lowest"))]
@@ -260,13 +276,13 @@ def test_single_gamma_has_neither_reference_nor_best(tmp_path):
 
 
 def test_gamma_0_alone_says_that_nothing_was_drafted(tmp_path):
-    draw_figures(*experiment((0,), requests=3), tmp_path, **QUICK)
+    draw_some(["acceptance_rate"], experiment((0,), requests=3), tmp_path)
     found = " ".join(texts(tmp_path / "acceptance_rate.svg"))
     assert found.count("Nothing was drafted") == 2
 
 
 def test_metric_without_a_value_says_why(tmp_path):
-    draw_figures(*experiment((0, 4), requests=3, tokens=1), tmp_path, **QUICK)
+    draw_some(["tpot", "ttft", "network_idle"], experiment((0, 4), requests=3, tokens=1), tmp_path)
     assert "No request has two rounds" in " ".join(texts(tmp_path / "tpot.svg"))
     assert axis_labels(tmp_path / "tpot.svg") == ["0", "4"]
     assert "n = 3 requests at each γ" in texts(tmp_path / "ttft.svg")
@@ -284,13 +300,22 @@ def test_impossible_settings_write_nothing(sweep, tmp_path):
 MODES = [{}, {"mode": "overlap"}, {"mode": "lookahead"}]
 
 
-def test_each_mode_is_a_curve_that_looks_different_without_colour(tmp_path):
-    draw_figures(*experiment((0, 1, 3, 5), requests=3, axes=MODES), tmp_path, **QUICK)
-    found = texts(tmp_path / "tpot.svg")
+@pytest.fixture(scope="module")
+def modes(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
+    """The summary of a sweep over modes, and its figures."""
+    data = experiment((0, 1, 3, "auto"), requests=3, axes=MODES)
+    folder = tmp_path_factory.mktemp("modes")
+    draw_some(["tpot", "speculation"], data, folder)
+    return summarize(*data, bootstrap_samples=10), folder
+
+
+def test_each_mode_is_a_curve_that_looks_different_without_colour(modes):
+    summary, folder = modes
+    found = texts(folder / "tpot.svg")
     assert {"sync", "overlap", "lookahead"} <= set(found)
     assert "mean, 95 % interval" in found
     assert "one request" not in found  # dots of several curves would hide each other
-    curves = split_curves(summarize(*experiment((0, 1), requests=2, axes=MODES), bootstrap_samples=10))
+    curves = split_curves(summary)
     assert len({(curve.marker, str(curve.line)) for curve in curves}) == 3
     assert len({curve.colour for curve in curves}) == 3
 
@@ -304,40 +329,38 @@ def test_modes_and_trees_are_told_apart_by_line_and_marker():
     assert len({(curve.marker, str(curve.line), curve.hollow) for curve in curves}) == 9
 
 
-def test_lowest_mean_names_its_curve_and_gamma(tmp_path):
-    requests, rounds = experiment((0, 1, 3, "auto"), requests=3, axes=MODES)
-    draw_figures(requests, rounds, tmp_path, **QUICK)
-    summary = summarize(requests, rounds, bootstrap_samples=10)
+def test_lowest_mean_names_its_curve_and_gamma(modes):
+    summary, folder = modes
     best = summary.loc[summary["itl_ms_mean"].idxmin()]
     text = f"lowest: {best['mode']}, γ = {best['gamma']}, {best['itl_ms_mean']:.1f} ms"
-    assert text in texts(tmp_path / "tpot.svg")
+    assert text in texts(folder / "tpot.svg")
 
 
 def test_a_single_curve_that_is_not_plain_says_what_it_is(tmp_path):
     alone, drafted = experiment((0,), requests=6), experiment((1, 3), requests=6, axes=MODES[1:2])
-    draw_figures(*(pd.concat(pair, ignore_index=True) for pair in zip(alone, drafted, strict=True)), tmp_path, **QUICK)
+    requests, rounds = (pd.concat(pair, ignore_index=True) for pair in zip(alone, drafted, strict=True))
+    draw_some(["tpot"], (requests, rounds), tmp_path)
     found = texts(tmp_path / "tpot.svg")
     assert "overlap: mean, 95 % interval" in found
     assert axis_labels(tmp_path / "tpot.svg") == ["0", "1", "3"]
 
 
 def test_auto_stands_right_of_the_numbers_and_not_on_the_line(tmp_path):
-    draw_figures(*experiment((0, 3, 5, "auto"), requests=3), tmp_path, **QUICK)
-    for name in ("tpot", "ttft", "network_idle"):
-        assert axis_labels(tmp_path / f"{name}.svg") == ["0", "3", "5", "auto"]
+    draw_some(["tpot", "acceptance_rate"], experiment((0, 3, 5, "auto"), requests=3), tmp_path)
+    assert axis_labels(tmp_path / "tpot.svg") == ["0", "3", "5", "auto"]
     assert "By position, γ = 5" in texts(tmp_path / "acceptance_rate.svg")
 
 
 @pytest.mark.filterwarnings("error")
 def test_auto_alone_is_drawn(tmp_path):
-    draw_figures(*experiment((0, "auto"), requests=3), tmp_path, **QUICK)
+    draw_some(["tpot", "acceptance_rate"], experiment((0, "auto"), requests=3), tmp_path)
     assert axis_labels(tmp_path / "acceptance_rate.svg") == ["auto"]
     assert "By position, γ = auto" in texts(tmp_path / "acceptance_rate.svg")
 
 
 def test_each_temperature_and_network_is_a_panel_on_the_same_scale(tmp_path):
     axes = [{**mode, "temperature": t, "rtt_ms": rtt} for t in (0.0, 0.7) for rtt in (0.0, 14.0) for mode in MODES]
-    draw_figures(*experiment((0, 1, 3), requests=3, axes=axes), tmp_path, **QUICK)
+    draw_some(["tpot", "acceptance_rate"], experiment((0, 1, 3), requests=3, axes=axes), tmp_path)
     found = texts(tmp_path / "tpot.svg")
     titles = [f"temperature {t}, RTT {rtt} ms" for t in ("0", "0.7") for rtt in ("0", "14")]
     assert [text for text in found if text.startswith("temperature")] == titles
@@ -350,7 +373,7 @@ def test_each_temperature_and_network_is_a_panel_on_the_same_scale(tmp_path):
 
 
 def test_only_what_varies_is_in_the_title_of_a_panel(tmp_path):
-    draw_figures(*experiment((0, 1), requests=2, axes=[{"rtt_ms": rtt} for rtt in (0.0, 50.0)]), tmp_path, **QUICK)
+    draw_some(["ttft"], experiment((0, 1), requests=2, axes=[{"rtt_ms": rtt} for rtt in (0.0, 50.0)]), tmp_path)
     assert [text for text in texts(tmp_path / "ttft.svg") if "RTT" in text] == ["RTT 0 ms", "RTT 50 ms"]
 
 
@@ -362,9 +385,8 @@ def test_drafts_are_curves_by_name():
 
 
 def test_what_does_not_fit_is_said(tmp_path):
-    draw_figures(
-        *experiment((1,), requests=2, tokens=8, axes=[{"rtt_ms": float(i)} for i in range(7)]), tmp_path, **QUICK
-    )
+    networks = [{"rtt_ms": float(i)} for i in range(7)]
+    draw_some(["tpot"], experiment((1,), requests=2, tokens=8, axes=networks), tmp_path)
     assert "6 of 7 panels shown; all are in summary.csv" in texts(tmp_path / "tpot.svg")
     axes = [{"tree": f"{i}x{mode}", "mode": "overlap"} for i in range(1, 5) for mode in (2, 3)]
     summary = summarize(*experiment((1,), requests=2, tokens=8, axes=axes), bootstrap_samples=10)
@@ -374,22 +396,22 @@ def test_what_does_not_fit_is_said(tmp_path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("gammas", [(0, 1, 3, 5), (0, "auto")])
 def test_nothing_touches_the_edge_of_a_crowded_picture(tmp_path, gammas):
+    names = ["tpot", "acceptance_rate"]  # the most text, and two panels
     trees = ("chain", "3x2", "dynamic-16x4")
     axes = [{}, *({"mode": mode, "tree": tree} for mode in ("overlap", "lookahead") for tree in trees)]
-    draw_figures(*experiment(gammas, requests=3, axes=axes), tmp_path, **QUICK)
-    for name in FIGURES:
+    draw_some(names, experiment(gammas, requests=3, axes=axes), tmp_path)
+    for name in names:
         pixels = matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3]
         assert all((edge == 1.0).all() for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])), name
 
 
-def test_hit_rate_is_that_of_the_summary_for_the_modes_that_draft_ahead(tmp_path):
-    requests, rounds = experiment((0, 1, 3), requests=3, axes=MODES)
-    draw_figures(requests, rounds, tmp_path, **QUICK)
-    found = texts(tmp_path / "speculation.svg")
+def test_hit_rates_are_those_of_the_modes_that_draft_ahead(modes):
+    folder = modes[1]
+    found = texts(folder / "speculation.svg")
     assert "hits / (hits + misses)" in found
     assert {"overlap", "lookahead"} <= set(found)
     assert "sync" not in found
-    assert axis_labels(tmp_path / "speculation.svg") == ["1", "3"]
+    assert axis_labels(folder / "speculation.svg") == ["1", "3", "auto"]
 
 
 def test_synchronous_sweep_has_no_hit_rate_and_says_so(drawn):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
+import random
+import struct
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +22,11 @@ from specsplit.engines.numba import FusedLM
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.models import sources
-from specsplit.models.gguf_file import check_types, read_gguf, rope_scaling
+from specsplit.models.gguf_file import read_gguf, rope_scaling
 from specsplit.models.sources import resolve_model
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
 
+Change = Callable[[bytes], bytes]
 PROMPT = [5, 9, 33, 71, 12, 90, 44, 8, 101, 63, 27, 200, 250]
 TREE = TokenTree([5, 6, 7, 8, 9], [-1, -1, 0, 1, 3], [-1.0] * 5)
 BIG = {"hidden": 256, "ffn": 512}
@@ -106,53 +112,144 @@ def test_old_safetensors_beside_a_file_are_what_counts(tmp_path: Path) -> None:
 # ---- bad input
 
 
-def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def number(value: int, size: int = 4) -> bytes:
+    return value.to_bytes(size, "little")
+
+
+def key(name: str, kind: int, value: bytes) -> bytes:
+    return text(name) + number(kind) + value
+
+
+def put(at: int, value: bytes) -> Change:
+    """Other bytes at a place of the file."""
+    return lambda file: file[:at] + value + file[at + len(value) :]
+
+
+def more(*keys: bytes) -> Change:
+    """More keys, before the others."""
+    return lambda file: file[:16] + number(file[16] + len(keys), 8) + b"".join(keys) + file[24:]
+
+
+def other(name: str, kind: int, value: bytes) -> Change:
+    """Another value of a key that has a number of four bytes."""
+
+    def change(file: bytes) -> bytes:
+        at = file.index(text(name))
+        return file[:at] + key(name, kind, value) + file[at + len(text(name)) + 8 :]
+
+    return change
+
+
+def swapped(old: str, new: str) -> Change:
+    return lambda file: file.replace(text(old), text(new))
+
+
+def in_tensor(skip: int, value: bytes) -> Change:
+    """Other bytes so many after the name of a matrix: 0 its dimensions, 4 and 12 its shape, 20 its type, 24 its
+    offset."""
+    name = text("blk.0.attn_q.weight")
+    return lambda file: put(file.index(name) + len(name) + skip, value)(file)
+
+
+HEAD_COUNT, LAYERS, ALIGNMENT = "llama.attention.head_count", "llama.block_count", "general.alignment"
+DAMAGED: dict[str, tuple[Change, str]] = {
+    "empty": (lambda file: b"", "not a GGUF file"),
+    "another file": (lambda file: b"PK" * 100, "not a GGUF file"),
+    "a pointer": (lambda file: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+    "GGML": (put(0, b"tjgg"), "a GGML file from before GGUF"),
+    "version 1": (put(4, number(1)), "version 1 of GGUF, where 2 and 3 are known"),
+    "a later version": (put(4, number(9)), "version 9 of GGUF"),
+    "big-endian": (put(4, b"\0\0\0\3"), "of the other byte order; turn it with gguf-convert-endian"),
+    **{f"cut at {at}": (lambda file, at=at: file[:at], f"in its header, at {place}")
+       for at, place in {5: "its beginning", 30: "key 1 of", 210: "key llama", 3000: "key tokenizer"}.items()},
+    "cut in the weights": (lambda file: file[:-100], r"cut off in tensor .* ends at byte \d+ of \d+; fetch it again"),
+    "a key too many": (put(16, number(99, 8)), "damaged or cut off in its header, at key"),
+    "a tensor too many": (put(8, number(99, 8)), "damaged or cut off in its header, at tensor"),
+    "a tensor too few": (put(8, number(10, 8)), r"no tensor for model\.layers\.0\..*1 missing"),
+    "a name that is no text": (lambda file: file.replace(b"blk.0.attn_q", b"\xff" * 12), "its header, at tensor 2 of"),
+    "another place": (in_tensor(24, number(0, 8)), "blk.0.attn_q.weight begins at byte 0 of the weights, where those"),
+    "a place far out": (in_tensor(24, number(2**63, 8)), "begins at byte 9223372036854775808"),
+    "no dimensions": (in_tensor(0, number(0)), "damaged or cut off in its header, at tensor blk.0.attn_q.weight"),
+    "a shape of 0": (in_tensor(4, number(0, 8)), r"tensor blk.0.attn_q.weight has the shape \(32, 0\)"),
+    "a huge shape": (in_tensor(4, number(2**40, 8) * 2), "cut off in tensor blk.0.attn_q.weight"),
+    "a type of another size": (in_tensor(20, number(0)), "blk.0.attn_k.weight .* a type or shape in it is wrong"),
+    "an unknown type": (in_tensor(20, number(4711)), "of type number 4711, which is not known; take the model in"),
+    "a type of longer rows": (in_tensor(20, number(12)), "rows of 32 numbers, no multiple of the 256 in a block of Q4"),
+    "a tensor twice": (swapped("blk.0.attn_q.weight", "blk.0.attn_k.weight"), "attn_k.weight stands twice"),
+    "an alignment of 0": (more(key(ALIGNMENT, 4, number(0))), "general.alignment is 0, no power of 2"),
+    "an alignment as text": (more(key(ALIGNMENT, 8, text("x"))), "general.alignment is 'x', no power of 2"),
+    "a key twice": (more(key(LAYERS, 4, number(1))), "key llama.block_count stands twice"),
+    "a list of lists": (more(key("x", 9, number(9) + number(2**50, 8))), "its header, at key x"),
+    "a list beyond the end": (more(key("x", 9, number(0) + number(2**63, 8))), "its header, at key x"),
+    "a text beyond the end": (more(key("x", 8, number(2**63, 8))), "its header, at key x"),
+    "no such type of key": (more(key("x", 77, b"")), "its header, at key x"),
+    "NaN": (other(HEAD_COUNT, 6, struct.pack("<f", math.nan)), "key llama.attention.head_count is nan"),
+    "a number as text": (other(HEAD_COUNT, 8, text("x")), "head_count is 'x', where a number from 1 to"),
+    "no heads": (other(HEAD_COUNT, 4, number(0)), "head_count is 0, where a number from 1 to"),
+    "layers without end": (other(LAYERS, 4, number(2**32 - 1)), "block_count is 4294967295, where a number from 1 to"),
+    "no layers": (swapped(LAYERS, "llama.block_kount"), "llama.block_count is missing"),
+    "no architecture": (swapped("general.architecture", "general.archibecture"), "names no architecture"),
+    "another model": (swapped("llama", "stablelm"), "the weights are incomplete, 3 missing and the first model.layers"),
+    "one of three": (more(key("split.count", 2, number(3, 2))), "one of the 3 parts of a model.*--merge"),
+    "an adapter": (more(key("general.type", 8, text("adapter"))), r"an adapter \(LoRA\), not a whole model; merge it"),
+    "an imatrix": (more(key("general.type", 8, text("imatrix"))), "an importance matrix"),
+    "a projector": (more(key("general.type", 8, text("mmproj"))), "reads pictures or sound"),
+    "no tokenizer": (swapped("tokenizer.ggml.model", "tokenizer.ggml.mobel"), "no tokenizer, for there is no tokeniz"),
+    "no tokens": (swapped("tokenizer.ggml.tokens", "tokenizer.ggml.tokans"), "there is no tokenizer.ggml.tokens"),
+    "a token out of range": (other("tokenizer.ggml.eos_token_id", 5, b"\xff" * 4), "eos_token_id is -1, where the f"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file that has nothing wrong with it."""
+    path = tmp_path_factory.mktemp("whole") / "a.gguf"
     write_gguf(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=r"cut off in tensor .* ends at byte \d+ of \d+; fetch it again"):
-        read_gguf(path)
-    for length in (5, 30, 200, 3000):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="damaged or cut off in its header"):
-            read_gguf(path)
-    with pytest.raises(UserError, match=r"models\.tiny\.file: damaged or cut off"):
-        sources._prepare_gguf(path, tmp_path, "tiny")
+    return path.read_bytes()
 
 
-def test_other_files_and_versions(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    path.write_bytes(b"PK" * 100)
-    with pytest.raises(UserError, match="not a GGUF file"):
-        read_gguf(path)
-    path.write_bytes(b"GGUF\x09\0\0\0" + bytes(100))
-    with pytest.raises(UserError, match="version 9 of GGUF"):
-        read_gguf(path)
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_refused_by_what_is_wrong(name: str, whole: bytes, tmp_path: Path) -> None:
+    change, said = DAMAGED[name]
+    (tmp_path / "a.gguf").write_bytes(change(whole))
+    with pytest.raises(UserError, match=rf"models\.tiny\.file: .*{said}"):
+        sources._prepare_gguf(tmp_path / "a.gguf", tmp_path, "tiny")
 
 
-def with_type(path: Path, name: bytes, number: int) -> None:
-    """Write another type's number into a file's table of tensors."""
-    data = bytearray(path.read_bytes())
-    at = data.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
-    dimensions = int.from_bytes(data[at : at + 4], "little")
-    at += 4 + 8 * dimensions
-    data[at : at + 4] = number.to_bytes(4, "little")
-    path.write_bytes(data)
+def test_a_file_in_place_of_a_folder(whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(whole)
+    with pytest.raises(UserError, match=r"a file, where the folder of a model is wanted: a\.gguf .* convert it once"):
+        resolve_model(tmp_path / "a.gguf")
+
+
+def test_any_damage_to_a_header(whole: bytes, tmp_path: Path) -> None:
+    """A table within the file comes of it, or a message; no other error, and no memory that the file does not fill."""
+    path, chosen = tmp_path / "a.gguf", random.Random(0)
+    header = whole.index(text("blk.0.ffn_norm.weight")) + 60
+    tracemalloc.start()
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(chosen.choice((1, 1, 2, 8))):
+            at, size = chosen.randrange(header), chosen.choice((1, 1, 4, 8))
+            data[at : at + size] = chosen.choice((chosen.randbytes(size), b"\xff" * size, bytes(size)))
+        path.write_bytes(data[: chosen.randrange(len(data)) if chosen.random() < 0.1 else None])
+        try:
+            tensors = read_gguf(path).tensors.values()
+        except UserError:
+            continue
+        assert all(tensor.offset + tensor.nbytes <= len(data) for tensor in tensors)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
 
 
 def test_types_that_cannot_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    write_gguf(path)
-    with_type(path, b"blk.0.ffn_up.weight", 4711)
-    with pytest.raises(UserError, match=r"tensor blk\.0\.ffn_up\.weight is of type number 4711"):
-        read_gguf(path)
-    with_type(path, b"blk.0.ffn_up.weight", 24)  # I8, whole numbers
-    with pytest.raises(UserError, match=r"tensor blk\.0\.ffn_up\.weight is of type I8, which cannot be read"):
-        check_types(read_gguf(path))
-    with_type(path, b"blk.0.ffn_up.weight", 12)  # Q4_K
-    with pytest.raises(UserError, match=r"rows of 32 numbers, no multiple of the 256 in a block of Q4_K"):
-        read_gguf(path)
+    write_gguf(tmp_path / "a.gguf", extra={"x.weight": np.ones((2, 32), np.int8)})
+    with pytest.raises(UserError, match=r"tensor x\.weight is of type I8, which cannot be read; take the model in"):
+        read_gguf(tmp_path / "a.gguf")
 
 
 def test_a_file_that_is_not_the_model_of_its_metadata(tmp_path: Path) -> None:

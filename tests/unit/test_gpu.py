@@ -125,7 +125,7 @@ def test_a_verdict_is_that_of_the_logits_and_the_cache_keeps_its_path(sampling: 
     wrong = [token for token in range(40, 60) if token not in right]
     tree = TokenTree([wrong[0], wrong[1], right[0], wrong[2], right[1]], [-1, 0, -1, 2, 2], [-1.0] * 5)
     for draft in (tree, TokenTree.chain([*right, wrong[4]]), TokenTree()):
-        verdict = model.verdict(cache, new, draft, sampling)
+        verdict = model.step(cache, new, draft, then=Walk(sampling))
         assert verdict == verify(draft, plain.step(other, new, draft), 4 + tokens, sampling)
         cache.keep(4 + tokens, verdict.path)
         assert cache.length == 4 + tokens + len(verdict.path)
@@ -370,7 +370,9 @@ def test_compiled_passes_are_those_that_are_not() -> None:
         ]
         cache.rollback(len(PROMPT))
         tree = TokenTree([draft[0], 3, draft[1]], [-1, -1, 0], [-1.0] * 3)
-        results.append((draft, model.verdict(cache, [3], tree, SAMPLINGS[1]), cache.length, model.step(cache, [4, 5])))
+        results.append(
+            (draft, model.step(cache, [3], tree, then=Walk(SAMPLINGS[1])), cache.length, model.step(cache, [4, 5]))
+        )
     assert results[0][:3] == results[1][:3]
     close(results[1][3], results[0][3])
 

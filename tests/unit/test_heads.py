@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gguf_files import write_gguf
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.engines.head_module import load_head, save_head
+from specsplit.engines.head_module import HeadModule, load_head, save_head
 from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.loading import load_model
 from specsplit.engines.numba_head import FusedHead, unsuitable_head
@@ -22,6 +22,7 @@ from specsplit.engines.passes import Pass
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.models.head_config import default_layers, read_head_config
+from specsplit.models.head_files import head_shapes, read_head
 from specsplit.models.sources import prepare_model, resolve_model
 from specsplit.models.vocabulary import load_vocabulary, read_reduced_map
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
@@ -68,6 +69,8 @@ def test_a_published_head_drafts_as_published(variant: str, engine: str, tmp_pat
     tensors = head_tensors(layers=changes.get("num_hidden_layers", 1) if layout == "speculators" else 1)
     plain = PlainHead(tensors, write_head(tmp_path, layout, tensors, **changes))
     head = ENGINES[engine](tmp_path)
+    module = HeadModule(read_head(tmp_path)[0])
+    assert head_shapes(module.config) == {name: tuple(value.shape) for name, value in module.named_parameters()}
     assert (head.vocab_size, head.hidden_size, head.state_size) == (ROWS, HIDDEN, HIDDEN)
     raw = raw_states(12)
     states = head.project(raw)
@@ -125,6 +128,7 @@ def test_biases_of_attention(tmp_path: Path) -> None:
     tensors = head_tensors(bias=True)
     plain = PlainHead(tensors, write_head(tmp_path, "original", tensors, attention_bias=True))
     head = eager(tmp_path)
+    assert set(head_shapes(head.module.config)) == set(dict(head.module.named_parameters()))
     states = head.project(raw_states(7))
     found = head.step(head.new_cache(32), TOKENS, states=states)[0]
     torch.testing.assert_close(found, plain.read(TOKENS, states)[0], rtol=1e-3, atol=1e-3)
@@ -275,7 +279,7 @@ BAD = {
     "map of another size": (changed(d2t=D2T[:-1].clone()), "d2t is .39. of int64; wanted 40"),
     "map out of range": (changed(d2t=D2T + 100), "d2t names token .*; the target has 0 to 127"),
     "map names one twice": (changed(d2t=-torch.arange(ROWS)), "d2t names a token twice"),
-    "cut off": (cut, "cannot be read"),
+    "cut off": (cut, "not a readable safetensors file"),
     "no layers": (config_with(num_hidden_layers=0), "num_hidden_layers 0"),
     "a second layer": (changed(**{"layers.1.norm.weight": torch.zeros(1)}), "layers.1.norm.weight has no place"),
     "another kind": (config_with(speculators_model_type="dflash"), "speculators_model_type 'dflash'"),
@@ -283,6 +287,13 @@ BAD = {
     "no hidden states": (config_with(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state False"),
     "layers that are none": (config_with(eagle_aux_hidden_state_layer_ids=[-1]), "eagle_aux_hidden_state_layer_ids"),
     "vocabulary": (config_with(draft_vocab_size=500), "draft_vocab_size 500 is more"),
+    **{
+        f"a huge {key}": (config_with(**{key: 10**9}), r" has shape \[.*\]; config.json says \[.*\d{9}")
+        for key in ("hidden_size", "intermediate_size", "head_dim", "target_hidden_size")
+    },
+    "a huge vocabulary": (config_with(vocab_size=10**12, draft_vocab_size=10**12), r"says \[1000000000000, 32\]"),
+    "layers without end": (config_with(num_hidden_layers=10**9), "a model of 1000000000 layers"),
+    "biases that were left out": (config_with(attention_bias=True), "Only biases are: .*set attention_bias to false"),
     "not numbers": (config_with(hidden_size="x"), "not the configuration of a head"),
     "both norms": (config_with(norm_before_fc=True, fc_norm=True), "exclude each other"),
 }
@@ -294,7 +305,7 @@ def test_a_bad_head_is_refused_by_what_is_wrong(bad: str, tmp_path: Path) -> Non
     change, message = BAD[bad]
     change(tmp_path)
     with pytest.raises(UserError, match=message) as refused:
-        load_head(tmp_path, torch.float32)
+        resolve_model(tmp_path)
     assert str(tmp_path) in str(refused.value)
 
 

@@ -161,7 +161,7 @@ def test_the_command(tmp_path, inputs, capsys):
         (["--count", "9"], "cannot leave out 9 of 5 layers"),
         (["--count", "1", "--max-tokens", "0"], "--max-tokens = '0': Input should be greater than or equal to 1"),
         (["--count", "1", "--edge", "-1"], "--edge = '-1': Input should be greater than or equal to 0"),
-        (["--count", "1", "--dtype", "int3"], "--dtype = 'int3': Input should be 'float32'"),
+        (["--count", "1", "--dtype", "int3"], "--dtype = 'int3': Input should be 'auto'"),
     ],
 )
 def test_mistakes_on_the_command_line(inputs, capsys, extra, message):

@@ -252,12 +252,19 @@ def stored(more: dict[str, torch.Tensor]) -> Callable[[Path], None]:
     return change
 
 
-def retyped(dtype: torch.dtype) -> Callable[[Path], None]:
+def rewritten(make: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    """Has other tensors in place of each."""
+
     def change(folder: Path) -> None:
-        weights = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        weights = load_file(folder / "model.safetensors").items()
+        other = {name: tensor for each in weights for name, tensor in make(*each).items()}
+        save_file(other, folder / "model.safetensors", {"format": "pt"})
 
     return change
+
+
+def retyped(dtype: torch.dtype) -> Callable[[Path], None]:
+    return rewritten(lambda name, tensor: {name: tensor.to(dtype)})
 
 
 def renamed(file: str, other: str) -> Callable[[Path], None]:
@@ -334,9 +341,22 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a key twice": (write("config.json", '{"vocab_size": 3, "vocab_size": 4}'), "'vocab_size' stands twice"),
     "a byte order mark": (write("tokenizer.json", "\ufeff{}"), "tokenizer.json: begins with a byte order mark"),
     "a cut file of added tokens": (write("added_tokens.json", "[1"), "added_tokens.json, line 1"),
-    "whole numbers": (retyped(torch.int8), "whole numbers (I8)"),
+    "whole numbers": (retyped(torch.int8), "no floating-point numbers (I8)"),
+    "complex numbers": (retyped(torch.complex64), "no floating-point numbers (C64)"),
+    "zeros": (rewritten(lambda name, tensor: {name: tensor * 0}), "are all equal: its weights are zero"),
+    "names with a prefix": (rewritten(lambda name, tensor: {f"_orig_mod.{name}": tensor}), "take the prefix off all"),
+    "scales of what is quantised": (
+        stored({"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1)}),
+        "they are quantised, or an adapter lies beside them",
+    ),
+    "an end of text below 0": (edit("generation_config.json", eos_token_id=-1), "-1 is not the id of a token"),
+    "null as tokenizer_config": (write("tokenizer_config.json", "null"), "tokenizer_config.json: holds null; wanted"),
     "fewer layers": (edit("config.json", num_hidden_layers=2), "they hold model.layers.2."),
     "a bias too many": (stored({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}), "they hold model.layers.0."),
+    "biases that were left out": (
+        edit("config.json", attention_bias=True),
+        "are all zero, set attention_bias to false",
+    ),
     "an adapter": (renamed("model.safetensors", "adapter_model.safetensors"), "of an adapter (LoRA)"),
     "an unfinished download": (renamed("model.safetensors", "model.safetensors.incomplete"), "was not finished"),
     "a shard alone": (renamed("model.safetensors", "model-00001-of-00002.safetensors"), "a shard without its index"),
@@ -350,7 +370,16 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-AT_A_WORKER = ("NaN weights", "another width", "fewer layers", "a bias too many")  # found when they are loaded
+AT_A_WORKER = (
+    "NaN weights",
+    "another width",
+    "fewer layers",
+    "a bias too many",
+    "biases that were left out",
+    "zeros",
+    "names with a prefix",
+    "scales of what is quantised",
+)  # found when they are loaded
 
 
 @pytest.fixture

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import resource
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ import transformers
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines import loading, numba
 from specsplit.engines.numba import CHUNK, FusedCache, FusedLM, unsuitable
-from specsplit.engines.numba_kernels import _meet
+from specsplit.engines.numba_kernels import _meet, await_start, choose, start_others
 from specsplit.engines.numba_team import Team
 from specsplit.engines.passes import Pass
 from specsplit.engines.quantise import quantise_linears
@@ -175,44 +179,72 @@ def test_a_pass_that_does_not_fit_changes_nothing() -> None:
     assert cache.length == 6
 
 
+def team_of(job: Callable[..., None]) -> Team:
+    """Three threads that do a job written in Python."""
+
+    def begun(thread: int, threads: int, sync: np.ndarray, *arguments: Any) -> None:
+        if thread == 0:
+            start_others(sync, threads)
+        job(thread, threads, sync, *arguments)
+        _meet(sync, threads)
+
+    def follow(thread: int, threads: int, sync: np.ndarray, *arguments: Any) -> None:
+        starts = 0
+        while await_start(sync, starts):
+            begun(thread, threads, sync, *arguments)
+            starts += 1
+
+    return Team(3, begun, follow)
+
+
 def test_a_team_does_every_part_of_every_job() -> None:
-    team, seen = Team(3), []
-    for number in range(50):
-        team.run(lambda thread, threads, sync, number=number: seen.append((number, thread, threads)))
-    deadline = time.monotonic() + 30  # the other threads may still be at the last jobs
-    while len(seen) < 150 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert sorted(seen) == [(number, thread, 3) for number in range(50) for thread in range(3)]
+    seen: list[tuple[int, int, int]] = []
+    team = team_of(lambda thread, threads, sync, number: seen.append((number, thread, threads)))
+    for number in range(20):
+        arguments = (number,)
+        for _ in range(1 + number % 3):  # the others get the arguments once
+            team.run(arguments)
+    expected = [(number, thread, 3) for number in range(20) for _ in range(1 + number % 3) for thread in range(3)]
+    assert sorted(seen) == sorted(expected)
 
 
 @pytest.mark.parametrize("failing", [{0}, {1}, {2}, {0, 2}])
 @pytest.mark.parametrize("meetings", [0, 3])
 def test_an_error_in_one_thread_ends_the_job_in_all(failing: set[int], meetings: int) -> None:
-    team, met = Team(3), []
+    met: list[int] = []
 
-    def job(thread: int, threads: int, sync: np.ndarray) -> None:
+    def job(thread: int, threads: int, sync: np.ndarray, fails: bool) -> None:
         for _ in range(meetings):
             _meet(sync, threads)
-        if thread in failing:
+        if fails and thread in failing:
             raise ZeroDivisionError(f"in thread {thread}")
         for _ in range(50):
             _meet(sync, threads)
+        if not fails:
+            met.append(thread)
 
-    def whole(thread: int, threads: int, sync: np.ndarray) -> None:
-        for _ in range(20):
-            _meet(sync, threads)
-        met.append(thread)
-        _meet(sync, threads)
-
+    team = team_of(job)
     for number in range(1, 4):
         with pytest.raises(ZeroDivisionError, match="in thread"):
-            team.run(job)
-        team.run(whole)
+            team.run((True,))
+        team.run((False,))
         assert sorted(met) == sorted([0, 1, 2] * number)
 
 
+def test_a_team_that_is_gone_leaves_no_threads() -> None:
+    before = threading.active_count()
+    team = team_of(lambda *_: None)
+    team.run(())
+    assert threading.active_count() == before + 2
+    del team
+    deadline = time.monotonic() + 30
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
 def test_a_thread_that_comes_late_is_waited_for_asleep() -> None:
-    team, slept = Team(2), {}
+    slept: dict[int, int] = {}
 
     def job(thread: int, threads: int, sync: np.ndarray) -> None:
         before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
@@ -220,10 +252,29 @@ def test_a_thread_that_comes_late_is_waited_for_asleep() -> None:
             time.sleep(0.5)
         _meet(sync, threads)
         slept[thread] = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
-        _meet(sync, threads)
 
-    team.run(job)
+    team_of(job).run(())
     assert slept[0] >= 1  # it gave up its core by itself
+
+
+@pytest.mark.parametrize("row", [
+    [1.0, 3.0, 2.0, 3.0], [-math.inf, 2.0, -math.inf, 1.0], [-math.inf] * 4, [1.0, math.nan, 9.0, 0.0],
+    [0.0, math.inf, 1.0, 2.0], [0.0, -math.inf, -1e30, 3e38],
+])  # fmt: skip
+@pytest.mark.parametrize("most", [1, 3, 16])
+def test_choices_are_those_of_torch(row: list[float], most: int) -> None:
+    tokens, values = np.zeros(16, np.int64), np.zeros(16, np.float32)
+    choose(np.array(row, np.float32), most, tokens, values)
+    logits = torch.tensor(row)
+    if not bool((logits < math.inf).all()):
+        assert math.isnan(values[0])
+        return
+    expected = (logits if most == 1 else logits.log_softmax(-1)).tolist()
+    order = sorted(range(4), key=lambda token: (-row[token], token))[:most]
+    possible = [token for token in order if row[token] > -math.inf]
+    assert tokens[: len(possible)].tolist() == possible
+    assert values[: len(possible)].tolist() == pytest.approx([expected[token] for token in possible], abs=1e-5)
+    assert all(value == -math.inf for value in values[len(possible) : most])
 
 
 def no_rotary_limit() -> transformers.LlamaConfig:

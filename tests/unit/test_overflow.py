@@ -115,8 +115,16 @@ def test_a_drafted_token_that_overflows_does_not_change_the_text(engine, samplin
     assert text[len(PROMPT) :][:LENGTH] == expected[:LENGTH]
 
 
+# Each mode and kind of tree once; what an engine does about it is the same in each.
 @pytest.mark.parametrize(
-    ("mode", "tree"), [("sync", "dynamic-12x3"), ("overlap", "chain"), ("lookahead", "3x2"), ("lookahead", "chain")]
+    ("engine", "mode", "tree"),
+    [
+        ("transformers", "sync", "dynamic-12x3"),
+        ("graphs", "overlap", "chain"),
+        ("gpu", "lookahead", "3x2"),
+        ("fused", "lookahead", "chain"),
+    ],
+    indirect=["engine"],
 )
 def test_workers_end_the_text_by_name_and_a_draft_ends_drafting_alone(engine, mode, tree):
     good = CausalLM(make_tiny_model("llama"))

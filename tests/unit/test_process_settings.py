@@ -41,7 +41,7 @@ def parsed(settings: type[Settings], *arguments: str) -> argparse.Namespace:
 
 def test_defaults() -> None:
     draft, target, loop = DraftWorkerConfig.load(), TargetWorkerConfig.load(), OrchestratorConfig.load()
-    assert (draft.port, draft.dtype, target.port, target.dtype) == (50051, "bfloat16", 50052, "float32")
+    assert (draft.port, draft.dtype, target.port, target.dtype) == (50051, "auto", 50052, "float32")
     assert (loop.draft_address, loop.target_address) == ("127.0.0.1:50051", "127.0.0.1:50052")
     assert (loop.gamma, loop.tree, loop.max_rounds) == (5, "chain", None)
     assert (loop.mode, loop.rtt_ms, loop.jitter_ms) == ("sync", 0, 0)
@@ -128,6 +128,7 @@ def test_the_shape_and_the_deepest_draft_that_settings_ask_for() -> None:
         (OrchestratorConfig, "SPECSPLIT_ORCH_RPC_TIMEOUT_S", "nan", "SPECSPLIT_ORCH_RPC_TIMEOUT_S"),
         (DraftWorkerConfig, "SPECSPLIT_DRAFT_SKIP_LAYERS", "[13; 14]", "not JSON; write a list as [1, 2]"),
         (DraftWorkerConfig, "SPECSPLIT_DRAFT_PORT", "70000", "--port / SPECSPLIT_DRAFT_PORT = '70000'"),
+        (TargetWorkerConfig, "SPECSPLIT_TARGET_DTYPE", "auto", "--dtype / SPECSPLIT_TARGET_DTYPE = 'auto'"),
         (TargetWorkerConfig, "SPECSPLIT_TARGET_DTYPE", "int4", "--dtype / SPECSPLIT_TARGET_DTYPE = 'int4'"),
         (TargetWorkerConfig, "SPECSPLIT_TARGET_THREADS", "0", "SPECSPLIT_TARGET_THREADS"),
     ],

@@ -9,6 +9,8 @@ import math
 import re
 import string
 from dataclasses import fields, replace
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow
@@ -113,6 +115,7 @@ def test_a_folder_that_datasets_saved(tmp_path):
             {"system": "S", "conversations": [{"from": "human", "value": "x"}]},
             Prompt("line-1", "uncategorised", "x", "S"),
         ),
+        ({"body": {"input": "x", "instructions": "S"}}, Prompt("line-1", "uncategorised", "x", "S")),
         ({"system_prompt": "S", "question": "x"}, Prompt("line-1", "uncategorised", "x", "S")),
         (
             {"prompt": "x", "messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "x"}]},
@@ -156,6 +159,9 @@ def table_bytes(table):
             [("row-1", "a")],
         ),
         (table_bytes(pyarrow.table({"prompt": pyarrow.array(["a"], pyarrow.large_string())})), [("row-1", "a")]),
+        (table_bytes(pyarrow.table({"prompt": ["a"], "id": [datetime(2024, 1, 2)]})), [("2024-01-02 00:00:00", "a")]),
+        (table_bytes(pyarrow.table({"prompt": ["a"], "id": [Decimal("1.50")]})), [("1.50", "a")]),
+        (json_lines([{"turns": [{"role": "user", "content": "a"}]}]), [("line-1", "a")]),
     ],
 )
 def test_other_files_that_people_have(tmp_path, content, prompts):

@@ -344,7 +344,15 @@ def test_the_archive_is_a_provenance_run_crate(finished: Experiment, context_cac
     assert (run["description"], run["startTime"]) == ("specsplit bench --gamma 2", "2025-01-31T12:00:00.000+00:00")
     assert graph["#run"]["instrument"] == {"@id": "Snakefile"}
     assert {"@id": "#model/tiny"} in graph["#run"]["object"]
-    # The validator does see what is wrong.
+
+
+@pytest.mark.slow
+def test_the_validator_sees_what_is_wrong_with_a_crate(
+    finished: Experiment, context_cache: Path, tmp_path: Path
+) -> None:
+    folder = unpack(finished.archive(), tmp_path / "unpacked")
+    crate = read_json(folder / CRATE)
+    graph = {entity["@id"]: entity for entity in crate["@graph"]}
     del graph["#run"]["instrument"]
     graph["./"]["conformsTo"] = {"@id": "https://w3id.org/ro/wfrun/process/0.5"}
     write_json(folder / CRATE, crate)

@@ -178,7 +178,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "started": "2025-01-31T12:00:00.5Z",
         "finished": "2025-01-31T12:01:00.5Z",
         "exit_code": 0,
-        "workers": {"target": {"model": "big", "dtype": "float32", "device": "cpu", "threads": 2, "skip_layers": []}},
+        "workers": {
+            "target": {"model": "big", "dtype": "float32", "device": "cpu", "threads": 2, "skip_layers": []},
+            "draft": {"model": "small", "dtype": "int8", "device": "cpu", "threads": 2, "skip_layers": []},
+        },
     }
     record = {
         "created": "2025-01-31T12:02:00Z",
@@ -220,6 +223,8 @@ def test_a_reader_of_the_page_alone_gets_every_answer(results: Path, tmp_path: P
         "someone/model",
         "abc123",
         "134.5 million parameters",
+        "smollm2-two-layers, int8",  # what auto was
+        "draft: small, int8, on cpu",
         "f" * 64,
         "8 of prompts.jsonl",
         "e" * 64,

@@ -165,45 +165,31 @@ def swap(one: Path, other: Path) -> None:
     other.write_bytes(first)
 
 
-@pytest.mark.parametrize(
-    "added",
-    [
-        *(
-            "figures/more.svg",
-            "figures/.hidden",
-            "capacity.csv",
-            "runs/gamma_9/run.json",
-            "logs/more.log",
-            "summary.csv~",
-        ),
-        *(
-            "provenance/SHA256SUMS.old",
-            "workers/more.csv",
-            "provenance/more/deep/file",
-            "summary.csv.sig",
-            "-x",
-            "a\nb",
-        ),
-        b"\xff\xfe.csv".decode(errors="surrogateescape"),
-    ],
+ADDED = (
+    *("figures/more.svg", "figures/.hidden", "capacity.csv", "runs/gamma_9/run.json", "logs/more.log", "summary.csv~"),
+    *("provenance/SHA256SUMS.old", "workers/more.csv", "provenance/more/deep/file", "summary.csv.sig", "-x", "a\nb"),
+    b"\xff\xfe.csv".decode(errors="surrogateescape"),
 )
-def test_every_file_that_is_added_is_named(sealed: Path, added: str, tmp_path: Path) -> None:
-    results = sealed / "results" if sealed.name == "unpacked" else sealed
-    file = results / added
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(b"")
-    (name,) = named(sealed)
-    assert "\n" not in name
-    name.encode()
-    assert name.startswith("results/")
-    assert name.endswith(added[-2:].replace("\n", "\\n"))
 
 
-@pytest.mark.parametrize("folder", ["empty", "figures/empty", "runs/gamma_9", "provenance/a/b"])
-def test_every_empty_folder_that_is_added_is_named(sealed: Path, folder: str) -> None:
+def test_every_file_and_empty_folder_that_is_added_is_named(sealed: Path) -> None:
     results = sealed / "results" if sealed.name == "unpacked" else sealed
-    (results / folder).mkdir(parents=True)
-    assert named(sealed) == {f"results/{folder}/": "an empty folder that was added"}
+    for added in ADDED:
+        file = results / added
+        made = [folder for folder in file.parents if not folder.exists()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+        (name,) = named(sealed)
+        assert "\n" not in name
+        name.encode()
+        assert name.startswith("results/")
+        assert name.endswith(added[-2:].replace("\n", "\\n"))
+        for path in (file, *made):
+            remove(path)
+    for added in ("empty", "figures/empty", "runs/gamma_9", "provenance/a/b"):
+        (results / added).mkdir(parents=True)
+        assert named(sealed) == {f"results/{added}/": "an empty folder that was added"}
+        (results / added).rmdir()
 
 
 def test_folders_and_links_that_were_there_belong_to_the_results(made_once: Path, tmp_path: Path) -> None:
@@ -285,9 +271,12 @@ def edit_manifest(manifest: Path, name: str, digest: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["summary.csv", "report.html", "figures/tpot.svg", "runs/gamma_2/outputs.jsonl", "a b é.csv"]
+    ("name", "what"),
+    [
+        *(("summary.csv", "edit"), ("report.html", "remove"), ("figures/tpot.svg", "add")),
+        *(("runs/gamma_2/outputs.jsonl", "edit"), ("a b é.csv", "remove"), ("a b é.csv", "add")),
+    ],
 )
-@pytest.mark.parametrize("what", ["edit", "remove", "add"])
 @pytest.mark.parametrize("lists", ["seal", "manifest", "root", "crate"])
 def test_a_file_with_its_line_in_one_list(sealed: Path, name: str, what: str, lists: str) -> None:
     results = sealed / "results" if sealed.name == "unpacked" else sealed

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from specsplit.engines.transformers import CausalLM
+from specsplit.engines.transformers import CausalLM, pick_dtype
 from specsplit.io import combined_sha256, sha256_file
 from specsplit.models.fingerprint import fingerprint_model, hash_files
 from specsplit.models.sources import prepare_model, resolve_model
@@ -43,7 +44,7 @@ def test_the_default_draft_is_a_shipped_one_that_says_a_part_of_the_targets_toke
     config = load_pipeline_config({})
     draft = ROOT / MODELS[config["draft"]["model"]]["path"]
     assert draft in DRAFTS
-    model = CausalLM.load(draft, dtype=config["draft"]["dtype"], device="cpu")
+    model = CausalLM.load(draft, dtype=pick_dtype(config["draft"]["dtype"], torch.device("cpu")), device="cpu")
     vocabulary = load_vocabulary(draft, None, model.vocab_size)
     assert isinstance(vocabulary, ReducedVocabulary)
     logits = vocabulary.outward(model.step(model.new_cache(8), [1, 9690, 198]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,15 @@ from specsplit.errors import UserError
 TRIALS = 4000
 # Four standard errors of a coverage of 95 % in TRIALS trials are 1.4 points: a true 94.5 to 95.5 % stays within these.
 COVERAGE = (0.93, 0.97)
-PROMPTS = (6, 8, 16, 48)
-LOG_SDS = (0.05, 0.2, 0.4)
+
+
+def edges(*values: float) -> list[Any]:
+    """The least and the most; what is between them by `make test-all`."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:-1]), values[-1]]
+
+
+PROMPTS = edges(6, 8, 16, 48)
+LOG_SDS = edges(0.05, 0.2, 0.4)
 
 
 def covered(intervals: list[tuple[float, float]], truth: float) -> float:
@@ -53,7 +61,7 @@ def test_interval_of_a_mean_time_covers_the_truth(prompts: int, log_sd: float) -
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)
-@pytest.mark.parametrize("rate", [0.5, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize("rate", edges(0.5, 0.8, 0.95, 0.99))
 @pytest.mark.parametrize("between", [0.0, 0.05, 0.15])
 def test_interval_of_a_rate_covers_the_truth(prompts: int, rate: float, between: float) -> None:
     """Beta-binomial counts, `between` the correlation of two trials of one prompt. Rates may be covered more often."""
@@ -94,7 +102,7 @@ def false_and_true_claims(speeds: list[float], prompts: int, log_sd: float, tria
 
 
 @pytest.mark.parametrize("prompts", [8, 16])
-@pytest.mark.parametrize("candidates", [1, 2, 5, 15])
+@pytest.mark.parametrize("candidates", edges(1, 2, 5, 15))
 def test_equal_candidates_are_seldom_told_apart(prompts: int, candidates: int) -> None:
     trials = 400
     faster, slower, apart, _ = false_and_true_claims([1.0] * candidates, prompts, 0.2, trials)

@@ -52,7 +52,7 @@ TARGETS = {
     "distill_card": "results/distill/default/draft/MODEL_CARD.md",
 }
 WITHOUT_A_COMMAND = {"all", "everything", "distill", "settings", "operation", "resolved_config"}
-OFTEN = {"prepare_dataset", "benchmark"}
+OFTEN = {"benchmark"}
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ LINES: dict[str, tuple[Change, dict[str, int]]] = {
     "`workers.threads`": (key(workers={"threads": 2}), {**RUNS, "settings": 2, "resolved_config": 1}),
     "`workers.target_address`": (key(workers={"target_address": "h:1"}), {"operation": 2, **RECORD}),
 }
-OFTEN = ("nothing", "... by `cp -p`, with an old date", "`tokenizer.model` of a local model", "... with other weights")
+OFTEN = ("... by `cp -p`, with an old date", "`tokenizer.model` of a local model", "... with other weights")
 
 
 @pytest.mark.parametrize("line", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in LINES])

@@ -194,7 +194,7 @@ def test_a_sweep_of_other_axes_with_layers_that_are_looked_for(workspace):
         "sampling": {"temperature": 1},
         "dataset": {"path": "prompts.jsonl", "limit": 2},
     }
-    workspace.config["draft"] |= {"skip_layers": "auto", "skip_count": 1, "calibration_prompts": 1}
+    workspace.config["draft"] |= {"dtype": "auto", "skip_layers": "auto", "skip_count": 1, "calibration_prompts": 1}
     workspace.run()
     results = workspace.folder / "results"
     points = {"t1_gamma_0", *(f"{m}_2x2_t1_gamma_{g}" for m in ("overlap", "lookahead") for g in (2, "auto"))}
@@ -220,10 +220,12 @@ def test_a_sweep_of_other_axes_with_layers_that_are_looked_for(workspace):
     calibration = (results / "dataset" / "calibration.jsonl").read_text().splitlines()
     assert (len(measured), len(calibration)) == (2, 1)
     assert not set(measured) & set(calibration)
-    layers = json.loads((results / "skip_layers" / "draft.json").read_text())["layers"]
+    search = json.loads((results / "skip_layers" / "draft.json").read_text())
+    layers = search["layers"]
     assert len(layers) == 1
     run = json.loads((results / "runs" / "lookahead_2x2_t1_gamma_2" / "run.json").read_text())
     assert run["workers"]["draft"]["skip_layers"] == layers
+    assert run["workers"]["draft"]["dtype"] == search["dtype"] == "int8"
     assert workspace.planned() == {}
 
 

@@ -97,7 +97,7 @@ PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
         CONFIGURATION.unlink()
 
 
-def test_a_sweep_whose_jobs_own_their_workers(cluster: None, workspace) -> None:
+def test_a_sweep_whose_jobs_own_their_workers(compiled_kernels: None, cluster: None, workspace) -> None:
     workspace.config |= {"gammas": [1], "mode": "overlap"}
     del workspace.config["workers"]["threads"]
     done = workspace.snakemake(*FLAGS)

@@ -34,6 +34,7 @@ from specsplit.analysis.summary_text import summary_table
 from specsplit.analysis.tables import summarize
 from specsplit.errors import UserError, counted
 from specsplit.io import read_json_object, replace_file
+from specsplit.provenance.facts import part_of
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.measure import PriceSettings
 from specsplit.settings.names import SYNTHETIC, swept_drafts
@@ -120,7 +121,8 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
     drafts = swept_drafts({"drafts": {}, **config})
     pairs = [("Target", _model(config["target"], models))]
     for name, own in drafts.items():
-        pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(own, models)))
+        told = {**own, "dtype": _dtypes(name, record)} if own["dtype"] == "auto" else own
+        pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(told, models)))
         if lookup := own["lookup"]:
             last = "token" if lookup == 1 else f"{lookup} tokens"
             asks = f"where the last {last} occurred in the text before, what followed is drafted instead"
@@ -162,6 +164,16 @@ def _network(rtt_ms: float, bandwidth_mbit: float) -> str:
     rtt = f"RTT {rtt_ms:g} ms" if rtt_ms else ""
     bandwidth = f"{bandwidth_mbit:g} Mbit/s each way" if bandwidth_mbit else ""
     return f"simulated {', '.join(filter(None, (rtt, bandwidth)))}" if rtt or bandwidth else "as it is"
+
+
+def _dtypes(draft: str, record: Mapping[str, Any]) -> str:
+    """What `dtype: auto` was of a draft, as its workers say."""
+    workers = [
+        part_of(run, "workers", "draft")
+        for run in record.get("runs", [])
+        if part_of(run, "orchestrator").get("draft_name", "draft") == draft
+    ]
+    return " or ".join(sorted({worker["dtype"] for worker in workers if worker})) or "auto"
 
 
 def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> str:

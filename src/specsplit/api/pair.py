@@ -201,7 +201,7 @@ class Pair:
         config = self._options(options)
         token_ids = self._encode(prompt, config)
         return GeneratedStream(
-            TextStream(self.codec, config.stop),
+            TextStream(self.codec, config.stop, self._after(token_ids, config)),
             token_ids,
             lambda on_tokens: event_loop().submit(self._write(token_ids, config, on_tokens)),
         )
@@ -268,10 +268,11 @@ class Pair:
     async def _write(
         self, token_ids: list[int], config: OrchestratorConfig, on_tokens: OnTokens | None = None
     ) -> GeneratedText:
+        after = self._after(token_ids, config)
         if on_tokens is None and self.codec is not None:
-            on_tokens = stops_at(self.codec, config.stop)
+            on_tokens = stops_at(self.codec, config.stop, after)
         result = await self.write_tokens(token_ids, config, on_tokens=on_tokens, controller=self._controller(config))
-        text = "" if self.codec is None else self.codec.decode(result.output_tokens)
+        text = "" if self.codec is None else self.codec.decode(result.output_tokens, after)
         return GeneratedText(cut_at_stop(text, config.stop), token_ids, result)
 
     async def write_tokens(
@@ -309,6 +310,12 @@ class Pair:
         if self.codec is None:
             raise PromptError("the target worker gave no tokenizer: send token ids, or connect(..., tokenizer=...)")
         return self.codec.encode(cast(str | Sequence[Message], prompt), use_chat_template=config.use_chat_template)
+
+    def _after(self, token_ids: list[int], config: OrchestratorConfig) -> list[int]:
+        """The tokens that a text continues. An answer, to what the chat template made, is a text of its own."""
+        if self.codec is None or (config.use_chat_template and self.codec.has_template):
+            return []
+        return self.codec.continued(token_ids)
 
     def _controller(self, config: OrchestratorConfig) -> GammaController | None:
         """What chooses gamma when it is `auto`; it remembers from text to text."""

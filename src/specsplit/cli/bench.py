@@ -143,8 +143,10 @@ def _beside(
 def _model_settings(args: argparse.Namespace, role: str, worker: DescribeReply) -> dict[str, Any]:
     """How the model of a worker is loaded: as --settings says of that worker, or as it says itself."""
     values = {key: value for key, value in settings_part(args, role).items() if key in ROLES[role].model_fields}
-    if values or (folder := getattr(args, f"{role}_model")) is None:
-        return values
+    if values:
+        return {**values, "dtype": worker.dtype}  # for a draft's auto, the one that it has there
+    if (folder := getattr(args, f"{role}_model")) is None:
+        return {}
     values = {"model": folder, **{key: getattr(worker, key) for key in ("dtype", "device", "threads", "max_context")}}
     if role == "target":
         values["ignore_model_settings"] = True  # as its worker did, which serves it

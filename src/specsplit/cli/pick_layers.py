@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from specsplit.engines.layer_search import Step, search_layers
-    from specsplit.engines.transformers import CausalLM
+    from specsplit.engines.transformers import CausalLM, pick_device, pick_dtype
     from specsplit.experiment.dataset import first_turns, load_prompts, select_prompts
     from specsplit.experiment.prompt_tokens import prompt_tokens
     from specsplit.io import sha256_file, write_json
@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--model {args.model} has no weights, so no layers: name a model with weights")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model = CausalLM.load(folder, dtype=settings.dtype, device=settings.device)
+    dtype = pick_dtype(settings.dtype, pick_device(settings.device))
+    model = CausalLM.load(folder, dtype=dtype, device=settings.device)
     codec = TextCodec.load(folder)
 
     def show_candidate(done: int, total: int) -> None:
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             "prompts_sha256": sha256_file(args.prompts),
             "prompts": len(prompts),
             "max_tokens": settings.max_tokens,
-            "dtype": settings.dtype,
+            "dtype": dtype,
             "count": settings.skip_count,
             "layers": steps[-1].skipped,
             "agreement": steps[-1].agreement,

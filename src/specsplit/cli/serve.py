@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
         codec = None if folder is None else TextCodec.load(tokenizer_folder(folder))
         drafts = config.gamma != 0
         with over_grpc(config, codec, has_draft=drafts, at_once=settings.max_running) as pair:
+            if pair.codec is None:
+                raise UserError("the target worker gives no tokenizer: name a folder that has it, --tokenizer FOLDER")
             target = pair.target
             assert target is not None
             app = application(

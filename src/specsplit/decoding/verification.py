@@ -33,19 +33,20 @@ class Verdict:
 
 
 def checked_pass(model: Any, cache: Any, text: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
-    """Verify a draft in one pass. model: anything that has `loop.Model.step`; with `verdict` as well, which does on the
-    device what `verify` does, where it `decides`. The cache holds a beginning of `text`, and `text` and the accepted
-    tokens afterwards.
+    """Verify a draft in one pass. model: anything that has `loop.Model.step`; it may have `verdict` as well, which does
+    where the logits are what `verify` does, or gives None. The cache holds a beginning of `text`, and `text` and the
+    accepted tokens afterwards.
 
     A drafted token may make the model overflow where the target alone would not go, and so may a token that once stood
     in one pass with what the cache holds. So a pass with numbers that are not finite is repeated without the draft, and
     then over all of the text. Raises NonFiniteLogits when they are those of the text itself; the cache is empty then.
     """
     held = cache.length
+    verdict: Verdict | None = None
     try:
-        if getattr(model, "decides", False) and not sampling.uses_rejection:
-            verdict: Verdict = model.verdict(cache, text[held:], tree, sampling)
-        else:
+        if hasattr(model, "verdict"):
+            verdict = model.verdict(cache, text[held:], tree, sampling)
+        if verdict is None:
             verdict = verify(tree, model.step(cache, text[held:], tree), len(text), sampling)
     except NonFiniteLogits:
         cache.rollback(held if len(tree) else 0)

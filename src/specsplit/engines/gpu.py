@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from specsplit.decoding.sampling import GREEDY, Sampling
+from specsplit.decoding.sampling import GREEDY
 from specsplit.decoding.tree import TokenTree
-from specsplit.decoding.verification import Verdict
 from specsplit.engines.gpu_cache import GpuCache, Pool, shape_of
 from specsplit.engines.gpu_decoder import unsuitable
 from specsplit.engines.gpu_passes import Program, Runtime, Shape, Then
@@ -35,13 +34,12 @@ CAPACITIES = 256  # Texts of capacities up to the next multiple share a pool.
 class GpuLM:
     """A Llama-type model, with the methods of CausalLM; same logits but for rounding.
 
-    sessions: rows of a pool of caches, which can share a pass. compiles: as in Recorder. decides: see Pass.then.
+    sessions: rows of a pool of caches, which can share a pass. compiles: as in Recorder.
     Raises ValueError where `gpu_decoder.unsuitable` has a reason.
     """
 
     uses_torch_threads = True
     taps = True
-    decides = True
 
     def __init__(self, source: CausalLM, sessions: int = 4, compiles: bool | None = None) -> None:
         if reason := unsuitable(source):
@@ -89,10 +87,9 @@ class GpuLM:
         """One pass, as CausalLM.step, or what `then` says."""
         return self.step_many([Pass(cache, tokens, tree, cached_nodes, then)])[0]
 
-    def verdict(self, cache: GpuCache, tokens: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
-        """As passes.Walk."""
-        found: Verdict = self.step(cache, tokens, tree, then=Walk(sampling))
-        return found
+    def decides(self, then: Walk | Propose) -> bool:
+        """As Pass.then: all but rejection sampling's verdicts, which need the logits."""
+        return isinstance(then, Propose) or not then.sampling.uses_rejection
 
     @torch.no_grad()
     def step_many(self, passes: Sequence[Pass]) -> list[Any]:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from specsplit.io import write_json
-from specsplit.models.head_config import HeadConfig, config_json, read_head_config
-from specsplit.models.head_files import EMBEDDING, check_tensors, head_tensors, head_tokens, target_embedding
+from specsplit.models.head_config import HeadConfig, config_json
+from specsplit.models.head_files import EMBEDDING, read_head, target_embedding
 
 WEIGHTS = "model.safetensors"
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -192,16 +192,9 @@ def load_head(folder: Path, dtype: torch.dtype, target: Path | None = None) -> H
     target: a folder of the target, whose embedding is read when the head has none. Raises UserError for a head that
     cannot be read, by the file, key or tensor that is wrong.
     """
-    config, tensors = read_head_config(folder), head_tensors(folder)
-    if not any(name.startswith("layers.") for name in tensors):
-        config.layer.num_hidden_layers = 1  # of the original layout, which may say how many its target has
-    tensors = {name.replace("layers.0.", "midlayer.", 1): tensor for name, tensor in tensors.items()}
+    config, tensors, tokens = read_head(folder)
     with torch.device("meta"):
         module = HeadModule(config)
-    expected = {name: tensor for name, tensor in module.state_dict().items() if name not in ("d2t", "t2d")}
-    tokens = head_tokens(config, tensors, folder)
-    tensors.pop("d2t", None)
-    check_tensors(tensors, expected, folder, optional={EMBEDDING})
     if EMBEDDING not in tensors:
         tensors[EMBEDDING] = target_embedding(target, config, folder)
     module.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, strict=False, assign=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,12 @@ from torch import nn
 from specsplit.engines.blocks import BlockEmbedding, BlockLinear, Blocks
 from specsplit.engines.numba_kernels import PAD
 from specsplit.engines.quantise import Int8Linear
-from specsplit.engines.vector_kernels import product
+from specsplit.engines.reduced_vocabulary import ReducedEmbedding
+from specsplit.engines.vector_kernels import product, unpacking
 from specsplit.engines.weight_forms import FORMS, NUMBERS
 
 HUGE_PAGE = 1 << 21  # memory that starts at one is mapped in such pages, where the system has them
 FORM_OF = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
-Rows = Callable[[Any], np.ndarray]
 
 
 def padded(inputs: int) -> int:
@@ -103,18 +103,35 @@ def tied(hf: Any) -> bool:
     return getattr(head, "weight", None) is embedding.weight
 
 
-def embedding_rows(embedding: Any, head_rows: np.ndarray | None) -> Rows:
-    """A function that gives rows of an input embedding, float32 [ids, hidden].
+class Embedding:
+    """An input embedding as the kernels read it. table: int64 [4], as run_pass has it.
 
-    head_rows: those that it is tied to; else it is copied, as otherwise all of its file would stay in memory.
+    head_rows: those of the output head that it is tied to; else it is copied, as otherwise all of its file would stay
+    in memory.
     """
-    if isinstance(embedding, BlockEmbedding):
-        blocks = embedding.blocks
-        return Blocks(blocks.form, blocks.data.copy() if head_rows is None else head_rows).floats
-    bits = _bits(embedding.weight)
-    rows = bits.copy() if head_rows is None else head_rows.view(bits.dtype)
-    _give_back(embedding.weight)
-    return lambda ids: _floats(rows[ids])
+
+    def __init__(self, embedding: Any, head_rows: np.ndarray | None = None) -> None:
+        if isinstance(embedding, BlockEmbedding):
+            form, rows = FORMS[NUMBERS[embedding.blocks.form]], embedding.blocks.data
+        else:
+            form = FORMS[NUMBERS[FORM_OF[embedding.weight.dtype]]]
+            rows = _bits(embedding.weight).view(np.uint8)
+        units = -(-rows.shape[1] // form.bytes)
+        if head_rows is None:
+            head_rows = np.zeros((len(rows), units * form.bytes), np.uint8)
+            head_rows[:, : rows.shape[1]] = rows
+        if not isinstance(embedding, BlockEmbedding):
+            _give_back(embedding.weight)
+        self._rows = head_rows
+        self._row_of: list[int] | None = None
+        if isinstance(embedding, ReducedEmbedding):
+            self._row_of = embedding.rows.tolist()
+        place = unpacking(form.name).address, head_rows.ctypes.data, head_rows.strides[0], units
+        self.table = np.array(place, np.int64)
+
+    def rows_of(self, tokens: Sequence[int]) -> Sequence[int]:
+        """The rows that are read for tokens."""
+        return tokens if self._row_of is None else [self._row_of[token] for token in tokens]
 
 
 def _stored(module: Any) -> _Stored:
@@ -150,8 +167,3 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
     """The memory of a tensor: float32 and int8 as they are, bfloat16 as uint16."""
     tensor = tensor.detach().contiguous()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def _floats(bits: np.ndarray) -> np.ndarray:
-    """float32 of what `_bits` gave."""
-    return (bits.astype(np.uint32) << 16).view(np.float32) if bits.dtype == np.uint16 else bits.astype(np.float32)

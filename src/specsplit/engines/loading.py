@@ -21,7 +21,7 @@ from specsplit.engines.numba_head import FusedHead, unsuitable_head
 from specsplit.engines.passes import EMPTY, Pass
 from specsplit.engines.suffix import SuffixLM
 from specsplit.engines.synthetic import SyntheticLM
-from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device
+from specsplit.engines.transformers import CANNOT_RUN, CausalLM, check_finite, pick_device, pick_dtype
 from specsplit.errors import UserError
 from specsplit.models.file_names import GGUF_FILE
 from specsplit.models.fingerprint import fingerprint_model, gguf_weights, has_tokenizer, read_config
@@ -89,7 +89,8 @@ def check_model(config: WorkerSettings) -> None:
 def load_model(
     folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int = 1
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """The model in `folder`, ready to run, and its identity: model, weights_sha256, tokenizer_sha256, parameters.
+    """The model in `folder`, ready to run, and its identity: model, weights_sha256, tokenizer_sha256, parameters and
+    dtype, never auto.
 
     folder, manifest: from resolve_model(config.model). threads: of a pass in the fused engine.
     Raises UserError when the model cannot be loaded, is not the one that the manifest was made for, or does not fit the
@@ -97,17 +98,21 @@ def load_model(
     """
     model: LanguageModel
     if is_weightless(manifest["source"]):
-        model, weights_sha256 = _load_weightless(manifest, config, threads)
-    elif is_head(folder):
-        weights_sha256 = _weights_sha256(folder, manifest, config)
-        model = _load_head(folder, manifest["name"], config, threads)
+        model, weights_sha256, dtype = _load_weightless(manifest, config, threads)
     else:
-        model, weights_sha256 = _load_causal_lm(folder, manifest, config, threads)
+        dtype = pick_dtype(config.dtype, pick_device(config.device))
+        config = config.model_copy(update={"dtype": dtype})
+        weights_sha256 = _weights_sha256(folder, manifest, config)
+        if is_head(folder):
+            model = _load_head(folder, manifest["name"], config, threads)
+        else:
+            model = _load_causal_lm(folder, config, threads)
     identity = {
         "model": manifest["name"],
         "weights_sha256": weights_sha256,
         "tokenizer_sha256": TextCodec.load(target_tokenizer(config) or folder).sha256,  # what it speaks
         "parameters": model.parameters,
+        "dtype": dtype,
     }
     return model, identity
 
@@ -118,24 +123,21 @@ def target_tokenizer(config: WorkerSettings) -> Path | None:
     return tokenizer_folder(given) if given else None
 
 
-def _load_causal_lm(
-    folder: Path, manifest: dict[str, Any], config: WorkerSettings, threads: int
-) -> tuple[LanguageModel, str]:
-    weights_sha256 = _weights_sha256(folder, manifest, config)
+def _load_causal_lm(folder: Path, config: WorkerSettings, threads: int) -> LanguageModel:
     skip_layers = config.skip_layers if isinstance(config, DraftWorkerConfig) else []
     if (fused := _in_blocks(folder, config, threads, skip_layers)) is not None:
-        return fused, weights_sha256
+        return fused
     model = CausalLM.load(folder, dtype=config.dtype, device=config.device, skip_layers=skip_layers)
     if config.engine == "transformers":
-        return model, weights_sha256
+        return model
     if config.engine == "graphs" or (config.engine == "auto" and model.device.type == "cuda"):
-        return _graphs(model, folder, config.engine, config.max_sessions), weights_sha256
+        return _graphs(model, folder, config.engine, config.max_sessions)
     if reason := unsuitable(model):
         if config.engine == "fused":
             raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
         log.info("engine transformers, as %s", reason)
-        return model, weights_sha256
-    return _compared(model, lambda: FusedLM(model, threads), "fused"), weights_sha256
+        return model
+    return _compared(model, lambda: FusedLM(model, threads), "fused")
 
 
 def _weights_sha256(folder: Path, manifest: dict[str, Any], config: WorkerSettings) -> str:
@@ -233,36 +235,38 @@ def _compared(model: CausalLM | HiddenStatesHead, make: Callable[[], LanguageMod
     return fast
 
 
-def _load_weightless(manifest: dict[str, Any], config: WorkerSettings, threads: int) -> tuple[LanguageModel, str]:
-    """A model without weights of its own; it runs on the CPU and has neither dtype nor device, but the model that a
-    suffix draft asks has both."""
+def _load_weightless(manifest: dict[str, Any], config: WorkerSettings, threads: int) -> tuple[LanguageModel, str, str]:
+    """A model without weights of its own, its hash and its dtype, where auto is that of its logits, float32. It runs on
+    the CPU whatever dtype and device say; the model that a suffix draft asks has both."""
     name, fingerprint = manifest["name"], manifest["fingerprint"]
     parameters = parse_parameters(manifest["source"], name)
     weights_sha256 = parameters_sha256(parameters)
     _check_same(weights_sha256, fingerprint["weights_sha256"], f"the parameters of {name}")
     is_draft = isinstance(config, DraftWorkerConfig)
+    dtype = "float32" if config.dtype == "auto" else config.dtype
     if isinstance(config, DraftWorkerConfig) and config.skip_layers:
         raise UserError(f"skip_layers {config.skip_layers}: {name} is a {parameters.source} model, without layers")
     if isinstance(parameters, SyntheticParameters):
         settings = parameters.model_dump(exclude={"source"})
         if not is_draft:  # the target always writes the text itself; only a draft misses it
             settings["acceptance"] = 1.0
-        return SyntheticLM(**settings), weights_sha256
+        return SyntheticLM(**settings), weights_sha256, dtype
     if not is_draft:
         article = "an ngram" if isinstance(parameters, NGramParameters) else "a suffix"
         raise UserError(f"{name} is {article} model, which can only draft: name another model for the target worker")
     settings = parameters.model_dump(exclude={"source", "tokenizer", "model"})
     if isinstance(parameters, NGramParameters):
-        return NGramLM(fingerprint["vocab_size"], **settings), weights_sha256
+        return NGramLM(fingerprint["vocab_size"], **settings), weights_sha256, dtype
     if parameters.model:
         folder, _ = model_behind(parameters.model)
         if is_head(folder):
             raise UserError(
                 f"{name}: the model that it asks, {folder}, reads hidden states of a target: name a plain one"
             )
-        other, _ = load_model(*resolve_model(Path(parameters.model)), config, threads)
+        other, identity = load_model(*resolve_model(Path(parameters.model)), config, threads)
+        dtype = identity["dtype"]
         settings["model"], settings["outward"] = other, load_vocabulary(folder, None, other.vocab_size).outward
-    return SuffixLM(fingerprint["vocab_size"], **settings), weights_sha256
+    return SuffixLM(fingerprint["vocab_size"], **settings), weights_sha256, dtype
 
 
 def _check_same(found: str, expected: str, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.decoding.growth import CANDIDATES
+from specsplit.decoding.sampling import Candidates, check_chosen
+from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.verification import follow
 from specsplit.engines.architectures import not_llama_layer, not_llama_type
-from specsplit.engines.linears import Linears, embedding_rows, tied
-from specsplit.engines.numba_kernels import LANES, run_pass
+from specsplit.engines.linears import Embedding, Linears, tied
+from specsplit.engines.numba_kernels import HEADER, KEPT, LANES, PART_NUMBERS
 from specsplit.engines.numba_team import Sizes, Team, Workspace, vectors
-from specsplit.engines.passes import EMPTY, Pass, all_or_none
-from specsplit.engines.reduced_vocabulary import ReducedEmbedding
+from specsplit.engines.passes import EMPTY, Pass, Propose, Walk, all_or_none
 from specsplit.engines.state_slots import StateSlots
 from specsplit.engines.token_cache import tokens_of_pass
 from specsplit.engines.transformers import CausalLM
@@ -72,20 +75,11 @@ class Part:
     def first_wanted(self) -> int:
         return min(max(self.start, self.of.first_wanted), self.stop)
 
-    def visible(self) -> Iterator[tuple[np.ndarray, int]]:
-        """For every token the slots that it attends to, in the order of the text, itself last; and how many of them,
-        from the first on, are adjacent."""
-        linear, tree = len(self.of.tokens), self.of.tree
-        context = self.of.cache.length - self.of.cached_nodes + linear
-        for i in range(self.start, min(self.stop, linear)):
-            yield np.arange(context - linear + i + 1), context - linear + i + 1
-        before = np.arange(context)
-        for i in range(max(self.start, linear), self.stop):
-            path, node = [], i - linear + self.of.cached_nodes
-            while node != ROOT:
-                path.append(context + node)
-                node = tree.parents[node]
-            yield np.concatenate([before, path[::-1]]), context
+    def numbers(self, best: int, among: int, parents: int) -> tuple[int, ...]:
+        """Its row of the request, as run_pass has it. parents: where those of its tree are."""
+        cache = self.of.cache
+        fed = self.start, self.stop, len(self.of.tokens), self.of.cached_nodes, cache.length, self.first_wanted
+        return (*fed, best, among, cache.keys.ctypes.data, cache.values.ctypes.data, cache.slots, parents)
 
 
 class FusedPasses:
@@ -103,23 +97,26 @@ class FusedPasses:
         head: Any,
         final_norm: Any,
         rotary: Any,
+        embedding: Any,
         threads: int,
         *,
+        is_tied: bool = False,
         joined: int = 0,
     ) -> None:
-        """config: of a Llama-type model. layers, head, final_norm: its modules, which are taken apart, as their weights
-        move here. rotary: its position embedding. joined: as Sizes.joined."""
+        """config: of a Llama-type model. layers, head, final_norm, embedding: its modules, which are taken apart, as
+        their weights move here. rotary: its position embedding. is_tied: head and embedding have the same weights.
+        joined: as Sizes.joined."""
         self.device = torch.device("cpu")
         self.num_layers = len(layers)
         self._kv_heads: int = config.num_key_value_heads
         self._head_dim: int = layers[0].self_attn.head_dim
         self._rotary = rotary
-        self._cos = self._sin = np.zeros((0, self._head_dim // 2), np.float32)
+        self._tables = (np.zeros((0, self._head_dim // 2), np.float32),) * 2  # cosines and sines of positions
         self._windows = np.zeros(self.num_layers, np.int64)
         self._eps: float = config.rms_norm_eps
-        norms = _norms(layers, final_norm)
+        self._norms = _norms(layers, final_norm)
         self._linears = Linears(layers, head)
-        self._model = (self._linears.layers, self._linears.head, *norms)
+        self._embedding = Embedding(embedding, self._linears.head_rows if is_tied else None)
         self._state_norm = self._output_norm = np.zeros(0, np.float32)
         self._norm_before_residual = False
         self._functions = (packing().address, activation().address, accumulation().address)
@@ -130,9 +127,16 @@ class FusedPasses:
             self._kv_heads,
             self._head_dim,
             config.intermediate_size,
+            self.num_layers,
+            self.vocab_size,
             joined,
         )
-        self._workspace = Workspace(self._sizes, threads, 0, LANES)
+        self._workspace = Workspace(self._sizes, threads, 0, LANES, 0)
+        self._arguments: tuple[Any, ...] = ()  # of run_pass
+        self._made_for: tuple[Any, ...] = (
+            None,
+            None,
+        )  # what changes of them: the work space, and the tables of positions
 
     @property
     def weight_bytes(self) -> int:
@@ -147,76 +151,90 @@ class FusedPasses:
 
     def new_cache(self, capacity: int) -> FusedCache:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
-        if capacity > len(self._cos):
+        if capacity > len(self._tables[0]):
             with torch.inference_mode():
-                tables = self._rotary(torch.zeros(1), torch.arange(capacity)[None])
+                cos, sin = self._rotary(torch.zeros(1), torch.arange(capacity)[None])
             half = self._head_dim // 2
-            self._cos, self._sin = (table[0, :, :half].float().contiguous().numpy() for table in tables)
+            self._tables = tuple(table[0, :, :half].float().contiguous().numpy() for table in (cos, sin))
         return FusedCache(self.num_layers, self._kv_heads, self._head_dim, capacity, self._sizes.hidden)
 
-    def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
-        """The passes of several sessions, each of another one, made as one; the logits of each."""
-        fed = [tokens_of_pass(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
-        rows: list[list[np.ndarray]] = [[] for _ in passes]
+    def step_many(self, passes: Sequence[Pass]) -> list[Any]:
+        """The passes of several sessions, each of another one, made as one; of each what Pass.then says."""
+        rows: list[list[Any]] = [[] for _ in passes]
         with all_or_none(p.cache for p in passes):
-            for parts in self._chunks(passes, fed):
-                logits, at = self._run(list(parts.values())), 0
-                for i, part in parts.items():
-                    count = part.stop - part.first_wanted
-                    rows[i].append(logits[at : at + count])
-                    at += count
-            for p, ids in zip(passes, fed, strict=True):
-                p.cache.advance(len(ids))
-        return [torch.from_numpy(np.concatenate(each) if len(each) > 1 else each[0]) for each in rows]
+            self._feed(passes, rows)
+            for step in range(max(p.steps for p in passes)):
+                going = [i for i, p in enumerate(passes) if p.steps > step]
+                following = [
+                    Pass(passes[i].cache, [self._best(passes[i], rows[i])], then=passes[i].then) for i in going
+                ]
+                self._feed(following, [rows[i] for i in going])
+            return [self._result(p, each) for p, each in zip(passes, rows, strict=True)]
 
-    def _run(self, parts: Sequence[Part]) -> np.ndarray:
-        """One run of the kernel; the logits of the tokens that are wanted, in order."""
-        ids: list[int] = []
-        own: list[int] = []  # slots that the tokens go to
-        wanted: list[int] = []
-        visible: list[np.ndarray] = []
-        runs: list[int] = []
-        tiles: list[tuple[int, int, int]] = []
-        sizes = self._sizes
-        group = sizes.heads // sizes.kv_heads
-        total = sizes.heads * sum(part.stop - part.start for part in parts)
-        together = max(1, min(QUERIES, total // (4 * self._team.threads)))  # so that all threads have some
-        addresses: list[tuple[int, int, int]] = []
-        for part in parts:
-            wanted += range(len(ids) + part.first_wanted - part.start, len(ids) + part.stop - part.start)
-            queries = (part.stop - part.start) * group
-            tiles += [(len(ids), at, min(together, queries - at)) for at in range(0, queries, together)]
-            ids += part.fed[part.start : part.stop]
-            cache = part.of.cache
-            own += range(cache.length + part.start, cache.length + part.stop)
-            for slots, run in part.visible():
-                visible.append(slots)
-                runs.append(run)
-            addresses += [(cache.keys.ctypes.data, cache.values.ctypes.data, cache.slots)] * (part.stop - part.start)
-        count = len(ids)
-        lengths = np.array([len(seen) for seen in visible], np.int64)
-        space = self._workspace = self._workspace.fitting(count, max(own) + 1)
-        self._fill(space, ids, parts)
-        logits = np.empty((len(wanted), self.vocab_size), np.float32)
-        keys, values, capacity = np.array(addresses, np.int64).T.copy()
-        arguments = (
-            *self._model,
-            *(self._cos, self._sin, self._windows, self._eps, self._kv_heads, self._head_dim),
-            *(self._state_norm, self._output_norm, self._norm_before_residual, *self._functions),
-            *(count, lengths - 1, keys, values, capacity, np.array(own, np.int64), np.concatenate(visible)),
-            *(np.concatenate([[0], lengths.cumsum()]), np.array(runs), np.array(tiles), np.array(wanted, np.int64)),
-            self._kept(parts, count),
-        )
+    def _feed(self, passes: Sequence[Pass], rows: Sequence[list[Any]]) -> None:
+        """Run the passes; add to `rows` of each the logits, or the best tokens and their values, where these are
+        wanted."""
+        fed = [tokens_of_pass(p.cache, p.tokens, p.tree, p.cached_nodes) for p in passes]
+        for parts in self._chunks(passes, fed):
+            space, at = self._run(list(parts.values())), 0
+            for i, part in parts.items():
+                here = slice(at, at + part.stop - part.first_wanted)
+                if passes[i].then is None:
+                    rows[i].append(space.logits[here].copy())
+                else:
+                    rows[i] += zip(space.best_tokens[here].tolist(), space.best_values[here].tolist(), strict=True)
+                at = here.stop
+        for p, ids in zip(passes, fed, strict=True):
+            p.cache.advance(len(ids))
 
-        def work(thread: int, threads: int, sync: np.ndarray) -> None:
-            run_pass(thread, threads, sync, *arguments, *space.of(thread, count), logits)
-
-        self._team.run(work)
-        return logits
-
-    def _fill(self, space: Workspace, ids: Sequence[int], parts: Sequence[Part]) -> None:
-        """Put the inputs of the tokens of a run into the work space."""
+    def _best(self, work: Pass, rows: Sequence[Any]) -> int:
+        """The token that a draft goes on with; any where there is none."""
         raise NotImplementedError
+
+    def _result(self, work: Pass, rows: Sequence[Any]) -> Any:
+        """What a pass came to."""
+        return torch.from_numpy(np.concatenate(rows) if len(rows) > 1 else rows[0])
+
+    def _choices(self, work: Pass) -> tuple[int, int]:
+        """How many best tokens are wanted of each row of logits, among the first how many."""
+        return 0, 0
+
+    def _run(self, parts: Sequence[Part]) -> Workspace:
+        """One run of the kernel. What comes out is in the work space, in the order of the tokens, until the next."""
+        sizes = self._sizes
+        count = sum(part.stop - part.start for part in parts)
+        # So that all threads have some.
+        together = max(1, min(QUERIES, sizes.heads * count // (4 * self._team.threads)))
+        request = [len(parts), count, together, 0, 0, 0]
+        ids: list[int] = []
+        parents: list[int] = []
+        for part in parts:
+            before = HEADER + len(parts) * PART_NUMBERS + count + len(parents)
+            request += part.numbers(*self._choices(part.of), before)
+            ids += self._embedding.rows_of(part.fed[part.start : part.stop])
+            parents += part.of.tree.parents
+        request += ids
+        request += parents
+        visible = max(part.of.cache.length + part.stop for part in parts)
+        space = self._workspace = self._workspace.fitting(count, visible, len(request))
+        tables = self._tables
+        if self._made_for[0] is not space or self._made_for[1] is not tables:
+            self._made_for = space, tables
+            self._arguments = (
+                *(self._linears.layers, self._linears.head, *self._norms, *tables, self._windows),
+                *(self._eps, self._kv_heads, self._head_dim),
+                *(self._state_norm, self._output_norm, self._norm_before_residual),
+                *(self._embedding.table, *self._functions),
+                *space.arguments,
+            )
+        space.request[: len(request)] = request
+        self._fill(space, parts)
+        self._keep_states(space, parts)
+        self._team.run(self._arguments)
+        return space
+
+    def _fill(self, space: Workspace, parts: Sequence[Part]) -> None:
+        """Put what the tokens of a run need beside their embeddings into the work space."""
 
     def _reach(self, work: Pass, start: int) -> int:
         """Up to which of its tokens a pass can be run, when those before `start` have been."""
@@ -236,10 +254,11 @@ class FusedPasses:
                     starts[i] = stop
             yield parts
 
-    def _kept(self, parts: Sequence[Part], count: int) -> np.ndarray:
-        """Where the caches keep hidden states of the tokens of a run, as `run_pass` has it."""
-        most = max(max((part.of.cache.taps.count(tap) for tap in part.of.cache.taps), default=0) for part in parts)
-        kept = np.zeros((most, self.num_layers + 1, count) if most else (0, 0, 0), np.int64)
+    def _keep_states(self, space: Workspace, parts: Sequence[Part]) -> None:
+        """Say where the caches keep hidden states of the tokens of a run, if they do."""
+        most = max(max(map(part.of.cache.taps.count, part.of.cache.taps), default=0) for part in parts)
+        space.request[KEPT] = most
+        space.kept[:most] = 0
         at = 0
         for part in parts:
             cache, end = part.of.cache, at + part.stop - part.start
@@ -247,9 +266,9 @@ class FusedPasses:
                 width = 4 * cache.states.shape[1]
                 rows = cache.states.data_ptr() + width * np.arange(cache.length + part.start, cache.length + part.stop)
                 for place, tap in enumerate(cache.taps):
-                    kept[cache.taps[:place].count(tap), tap, at:end] = rows + 4 * self._sizes.hidden * place
+                    kept = space.kept[cache.taps[:place].count(tap), tap]
+                    kept[at:end] = rows + 4 * self._sizes.hidden * place
             at = end
-        return kept
 
 
 class FusedLM(FusedPasses):
@@ -270,19 +289,64 @@ class FusedLM(FusedPasses):
         self.max_context = source.max_context
         self.eos_token_ids = source.eos_token_ids
         self.parameters = source.parameters
-        super().__init__(config, hf.model.layers, hf.get_output_embeddings(), hf.model.norm, rotary, threads)
+        head = hf.get_output_embeddings()
+        super().__init__(config, hf.model.layers, head, hf.model.norm, rotary, embedding, threads, is_tied=is_tied)
         self._windows = np.array(source.windows(), np.int64)
-        self._rows = embedding_rows(embedding, self._linears.head_rows if is_tied else None)
-        self._row_of = embedding.rows.numpy() if isinstance(embedding, ReducedEmbedding) else None
+        self._targets: tuple[Any, list[int], int] = None, [], 0  # of the last Propose, as numbers, and the largest
 
     def step(
-        self, cache: FusedCache, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
-    ) -> torch.Tensor:
-        """One pass, as CausalLM.step. Returns logits [rows, vocab_size], float32."""
-        return self.step_many([Pass(cache, tokens, tree, cached_nodes)])[0]
+        self,
+        cache: FusedCache,
+        tokens: Sequence[int],
+        tree: TokenTree = EMPTY,
+        cached_nodes: int = 0,
+        then: Walk | Propose | None = None,
+    ) -> Any:
+        """One pass, as CausalLM.step, or what `then` says."""
+        return self.step_many([Pass(cache, tokens, tree, cached_nodes, then)])[0]
 
-    def _fill(self, space: Workspace, ids: Sequence[int], parts: Sequence[Part]) -> None:
-        space.x[: len(ids)] = self._rows(ids if self._row_of is None else self._row_of[ids])
+    def decides(self, then: Walk | Propose) -> bool:
+        """As Pass.then: greedy choices alone, among what the draft model can say."""
+        if isinstance(then, Walk) or not then.sampling.greedy or then.targets is None:
+            return then.sampling.greedy
+        if then.targets is not self._targets[0]:
+            self._targets = then.targets, then.targets.tolist(), int(then.targets.max())
+        return self._targets[2] < then.vocab_size
+
+    def _choices(self, work: Pass) -> tuple[int, int]:
+        if isinstance(work.then, Walk):
+            return 1, self.vocab_size
+        if work.then is None:
+            return 0, 0
+        return CANDIDATES, self.vocab_size if work.then.targets is not None else min(
+            work.then.vocab_size, self.vocab_size
+        )
+
+    def _best(self, work: Pass, rows: Sequence[Any]) -> int:
+        row: int = rows[-1][0][0]
+        return row if not isinstance(work.then, Propose) or work.then.targets is None else self._targets[1][row]
+
+    def _result(self, work: Pass, rows: Sequence[Any]) -> Any:
+        if work.then is None:
+            return super()._result(work, rows)
+        if isinstance(work.then, Propose):
+            return [self._candidates(work.then, *row) for row in rows]
+        position = work.cache.length - len(work.tree)
+
+        def choice_after(node: int, depth: int) -> int:
+            tokens, values = rows[node + 1]
+            check_chosen(values[0], position + depth)
+            return int(tokens[0])
+
+        return follow(work.tree, choice_after)
+
+    def _candidates(self, then: Propose, tokens: list[int], values: list[float]) -> tuple[Candidates, bool]:
+        overflowed = math.isnan(values[0])
+        possible = 0 if overflowed else sum(value > -math.inf for value in values)
+        tokens = tokens[:possible]
+        if then.targets is not None:
+            tokens = [self._targets[1][row] for row in tokens]
+        return Candidates(tokens, values[:possible]), overflowed
 
 
 def unsuitable(model: CausalLM) -> str | None:

@@ -9,7 +9,7 @@ import torch
 
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.hidden_states import GIVEN, HiddenStatesHead, reach, read_from
-from specsplit.engines.linears import Linears, embedding_rows, padded
+from specsplit.engines.linears import Linears, padded
 from specsplit.engines.numba import CHUNK, FusedCache, FusedPasses, Part, unsuitable_layer
 from specsplit.engines.numba_kernels import normalise, run_product
 from specsplit.engines.numba_team import Workspace
@@ -40,6 +40,7 @@ class FusedHead(FusedPasses):
             module.lm_head,
             module.norm,
             module.position_embedding,
+            module.embed_tokens,
             threads,
             joined=2 * source.state_size,
         )
@@ -52,7 +53,6 @@ class FusedHead(FusedPasses):
         norms = [module.input_norm] if config.norm_before_fc else list(module.fc_norm) if config.fc_norm else []
         self._norms_before_fc = [_floats(norm) for norm in norms]
         self._no_team = np.zeros(16, np.int64)
-        self._rows = embedding_rows(module.embed_tokens, None)
 
     def cache_bytes(self, capacity: int, taps: int = 0) -> int:
         """As CausalLM.cache_bytes."""
@@ -101,8 +101,7 @@ class FusedHead(FusedPasses):
     def _reach(self, work: Pass, start: int) -> int:
         return reach(read_from(work), work.cache.length, start)
 
-    def _fill(self, space: Workspace, ids: Sequence[int], parts: Sequence[Part]) -> None:
-        space.joined[: len(ids), : self.state_size] = self._rows(ids)
+    def _fill(self, space: Workspace, parts: Sequence[Part]) -> None:
         at = 0
         for part in parts:
             sources = read_from(part.of)[part.start : part.stop]

@@ -60,14 +60,17 @@ def load(typingctx: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def futex(typingctx: Any, address: Any, operation: Any, value: Any, timeout: Any) -> Any:
-    """futex(2) on the 32 bits at an address, between threads of this process; where there is none, sched_yield()."""
+    """futex(2) on the 32 bits at an address, between threads of this process; timeout: 0 = none. Where there is no
+    futex, a sleep of 50 microseconds: every wait is in a loop."""
     call = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         long = ir.IntType(64)
         if call is None:
-            kind = ir.FunctionType(ir.IntType(32), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+            kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
+            builder.call(
+                cgutils.get_or_insert_function(builder.module, kind, "usleep"), [ir.Constant(ir.IntType(32), 50)]
+            )
         else:
             kind = ir.FunctionType(long, [long], var_arg=True)
             function = cgutils.get_or_insert_function(builder.module, kind, "syscall")

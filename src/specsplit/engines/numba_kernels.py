@@ -32,8 +32,21 @@ LANES = 8  # of a vector
 SLOTS = 128  # whose values stay in the cache while all queries of a tile go over them
 SPINS = 20000  # looks at the barrier before the thread sleeps: some 20 microseconds
 # Of the array `sync` of a team, int64: a cache line that threads write when they arrive, and one that they look at.
-ARRIVED, SLEEPING, SECONDS, NANOSECONDS = 0, 1, 2, 3  # the longest sleep is that long
-MEETINGS, FAILED = 8, 9
+ARRIVED, SLEEPING, SECONDS, NANOSECONDS = 0, 1, 2, 3  # the longest sleep at a meeting is that long
+MEETINGS, FAILED, STARTS, LEAVING = 8, 9, 10, 11
+# What a pass is over, int64: these numbers; a row of PART_NUMBERS for each part, a session's tokens that are adjacent
+# in the pass; the ids of all tokens; and for each part the parents of its tree's nodes, from its PARENTS on.
+# TOGETHER: queries of a tile; KEPT: places of `kept` that are used; the pass itself fills in how many TILES there are,
+# and how many OUTPUTS, rows of logits.
+PARTS, TOKENS, TOGETHER, KEPT, TILES, OUTPUTS, HEADER = range(7)
+# START, STOP: which of its pass's tokens a part has; CONTEXT of them are text, the rest are nodes from CACHED on. HELD:
+# tokens in its cache before the pass. WANTED: the first whose logits are wanted; BEST: how many best tokens of these,
+# among the first ALLOWED. KEYS, VALUES, CAPACITY: of its cache.
+START, STOP, CONTEXT, CACHED, HELD, WANTED, BEST, ALLOWED, KEYS, VALUES, CAPACITY, PARENTS, PART_NUMBERS = range(13)
+# Of every token: its position, where its cache is, its slot in it; its visible slots are slots[FIRST:next FIRST], of
+# which the first RUN are adjacent.
+POSITION, KEY, VALUE, ROOM, OWN, FIRST, RUN, TOKEN_NUMBERS = range(8)
+ROW, MOST, AMONG = range(3)  # of every row of logits: whose they are, how many best tokens, among the first how many
 FUTEX_WAIT, FUTEX_WAKE = 128, 129  # private to the process
 # Sums may be taken in vectors and products fused; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -64,6 +77,24 @@ def _meet(sync: np.ndarray, threads: int) -> None:
             # The kernel looks at the number again, so nobody sleeps through a meeting that began just now.
             futex(place, FUTEX_WAIT, meeting & 0xFFFFFFFF, sync.ctypes.data + 8 * SECONDS)
             fetch_add(sync, SLEEPING, -1)
+
+
+@njit(nogil=True, cache=True)
+def start_others(sync: np.ndarray, threads: int) -> None:
+    """Have the threads that `follow_passes` go on."""
+    fetch_add(sync, STARTS, 1)
+    futex(sync.ctypes.data + 8 * STARTS, FUTEX_WAKE, threads, 0)
+
+
+@njit(nogil=True, cache=True)
+def await_start(sync: np.ndarray, starts: int) -> bool:
+    """Wait for `start_others` after it was called so often; false when the thread is to leave instead."""
+    spins = 0
+    while load(sync, STARTS) == starts and load(sync, LEAVING) == 0:
+        spins += 1
+        if spins > SPINS:
+            futex(sync.ctypes.data + 8 * STARTS, FUTEX_WAIT, starts & 0xFFFFFFFF, 0)
+    return load(sync, LEAVING) == 0
 
 
 @njit(nogil=True, cache=True)
@@ -211,9 +242,74 @@ def _attend(accumulate, count, dim, key, value, begins, runs, ends, slots, queri
 
 
 @njit(nogil=True, cache=True)
+def _lay_out(request, group, token, tiles, slots, rows):
+    """Fill in `token`, `slots`, `tiles` and `rows` of `run_pass`. group: queries that share a head of keys."""
+    at, tile_count, row_count, slot = 0, 0, 0, 0
+    for number in range(request[PARTS]):
+        part = request[HEADER + number * PART_NUMBERS :]
+        context = part[HELD] - part[CACHED] + part[CONTEXT]  # tokens before the nodes
+        queries = (part[STOP] - part[START]) * group
+        for start in range(0, queries, request[TOGETHER]):
+            tiles[tile_count, 0], tiles[tile_count, 1] = at, start
+            tiles[tile_count, 2] = min(request[TOGETHER], queries - start)
+            tile_count += 1
+        for i in range(part[START], part[STOP]):
+            token[KEY, at], token[VALUE, at], token[ROOM, at] = part[KEYS], part[VALUES], part[CAPACITY]
+            token[OWN, at], token[FIRST, at] = part[HELD] + i, slot
+            adjacent, node = part[HELD] + i + 1, -1
+            if i >= part[CONTEXT]:
+                adjacent, node = context, i - part[CONTEXT] + part[CACHED]
+            for j in range(adjacent):
+                slots[slot + j] = j
+            slot += adjacent
+            token[RUN, at] = adjacent
+            depth, above = 0, node
+            while above >= 0:
+                depth, above = depth + 1, request[part[PARENTS] + above]
+            for j in range(depth - 1, -1, -1):  # the path to the node, root first
+                slots[slot + j], node = context + node, request[part[PARENTS] + node]
+            slot += depth
+            token[POSITION, at] = adjacent + depth - 1
+            if i >= part[WANTED]:
+                rows[ROW, row_count], rows[MOST, row_count], rows[AMONG, row_count] = at, part[BEST], part[ALLOWED]
+                row_count += 1
+            at += 1
+    token[FIRST, at] = slot
+    request[TILES], request[OUTPUTS] = tile_count, row_count
+
+
+@njit(nogil=True, cache=True)
+def choose(row, most, tokens, values):
+    """The `most` best tokens of a row of logits, best first, of equals the lowest first.
+
+    values: their log-probabilities, of one token alone its logit; -inf where fewer are possible. The first is NaN when
+    a logit is NaN or +inf. The row is used up.
+    """
+    tokens[:most], values[:most] = 0, -math.inf
+    least = values[most - 1]
+    for j in range(row.shape[0]):
+        if row[j] <= least:
+            continue
+        if not row[j] < math.inf:
+            values[0] = math.nan
+            return
+        place = most - 1
+        while place > 0 and values[place - 1] < row[j]:
+            tokens[place], values[place] = tokens[place - 1], values[place - 1]
+            place -= 1
+        tokens[place], values[place] = j, row[j]
+        least = values[most - 1]
+    if most > 1 and values[0] > -math.inf:
+        largest = values[0]
+        total = np.log(_exp(row, row.shape[0], largest))
+        for i in range(most):
+            values[i] = min(values[i] - largest - total, np.float32(0))
+
+
+@njit(nogil=True, cache=True)
 def _keep(places, norm, x, eps, thread, threads):
     """Copy a thread's share of the rows of x to these addresses, 0 = none; after this norm, unless it is empty."""
-    low, high = _share(x.shape[0], 1, thread, threads)
+    low, high = _share(places.shape[0], 1, thread, threads)
     for t in range(low, high):
         if places[t] == 0:
             continue
@@ -223,6 +319,15 @@ def _keep(places, norm, x, eps, thread, threads):
             continue
         for k in range(x.shape[1]):
             kept[k] = x[t, k]
+
+
+@njit(nogil=True, cache=True)
+def _embed(embedding, token, room, out):
+    """The row of a token in the input embedding. room: for it and its padding."""
+    function, rows, row_bytes, units = embedding
+    call(function, (rows + token * row_bytes, units, room.ctypes.data))
+    for k in range(out.shape[0]):
+        out[k] = room[k]
 
 
 @njit(nogil=True, cache=True)
@@ -247,22 +352,32 @@ def run_pass(
     # of a head that reads hidden states, else empty: the norm of the states, and that of the output where it is part of
     # the next state; whether the residual stream begins after the norm of the states
     state_norm, output_norm, norm_before_residual,
-    # addresses of what is compiled apart (vector_kernels)
-    pack, activate, accumulate,
-    # the tokens: positions, where each one's cache is, its own slot in it, its visible slots slots[first[t]:first[t+1]]
-    # of which the first run[t] are adjacent. Queries that attend together, of one session: tiles [.., 3]: first token
-    # of the session's, first of its queries of a head of keys (all of a token, then those of the next), how many.
-    # kept [.., layers + 1, tokens]: addresses to which the input of a layer, or the output of the last one, is copied.
-    count, positions, key_address, value_address, capacity, own_slot, slots, first, run, tiles, wanted, kept,
-    # work space: x [tokens, hidden] holds the embeddings; packed, row, queries, scores and out are each thread's own.
-    # joined [tokens, 2 * hidden], of a head: its first half holds the embeddings, and x the states; else empty
-    x, joined, packed, row, projected, attended, gate, up, gated, queries, scores, out, logits,
+    # the input embedding: address of the function of its form (vector_kernels.unpacking), of its rows, bytes of a row
+    # and units in it; addresses of what else is compiled apart
+    embedding, pack, activate, accumulate,
+    # what the pass is over: see HEADER. kept [.., layers + 1, tokens]: addresses to which the input of a layer, or the
+    # output of the last one, is copied; 0: none
+    request, kept,
+    # work space: `token` [TOKEN_NUMBERS, ..], `slots` and `rows` [3, ..] are laid out here, tiles [.., 3] as well:
+    # queries that attend together: first token of the part, first of its queries of a head of keys (all of a token,
+    # then those of the next), how many. The first index of all_packed, .. is that of the thread whose own it is.
+    # joined [tokens, 2 * hidden], of a head: its first half gets the embeddings, and x holds the states; else empty
+    token, slots, tiles, rows, x, joined, all_packed, all_row, projected, attended, gate, up, gated, all_queries,
+    all_scores, all_out,
+    # results: logits after the tokens that are wanted; their best tokens and values, as `choose` has them, of which
+    # logits do not remain
+    logits, best_tokens, best_values,
 ):  # fmt: skip
-    """One pass over `count` tokens; logits[:len(wanted)] are those after the tokens `wanted`.
+    """One pass.
 
     Keys of a cache: float32 [layers, kv_heads, capacity / 8, head_dim, 8]; values: [layers, kv_heads, capacity,
     head_dim rounded up to a multiple of 8].
     """
+    if thread == 0:
+        start_others(sync, threads)
+    count = request[TOKENS]
+    packed, queries, scores, out = all_packed[thread], all_queries[thread], all_scores[thread], all_out[thread]
+    row = all_row[thread, : x.shape[1]]
     scale = np.float32(1) / np.sqrt(np.float32(head_dim))
     value_dim = out.shape[1]
     # Of the queries of a tile.
@@ -273,6 +388,13 @@ def run_pass(
     group = heads // kv_heads
     hidden_inputs, attended_inputs, gated_inputs = _padded(hidden), _padded(attended.shape[1]), gate.shape[1]
     is_head = joined.shape[1] > 0
+    if thread == 0:
+        _lay_out(request, group, token, tiles, slots, rows)
+        ids = request[HEADER + request[PARTS] * PART_NUMBERS :]
+        for t in range(count):
+            _embed(embedding, ids[t], all_row[0], joined[t, :hidden] if is_head else x[t])
+    _meet(sync, threads)
+    tile_count, outputs, first, run = request[TILES], request[OUTPUTS], token[FIRST], token[RUN]
     if is_head:
         low, high = _share(count, 1, thread, threads)
         for t in range(low, high):
@@ -286,8 +408,8 @@ def run_pass(
         these = linears[layer]
         joins = is_head and layer == 0
         inputs = _padded(2 * hidden) if joins else hidden_inputs
-        for places in range(kept.shape[0]):
-            _keep(kept[places, layer], final_norm[:0], x, eps, thread, threads)
+        for places in range(request[KEPT]):
+            _keep(kept[places, layer, :count], final_norm[:0], x, eps, thread, threads)
         for t in range(count):  # every thread for itself: cheaper than to meet
             if joins:
                 call(pack, (joined[t].ctypes.data, 2 * hidden, t, count, inputs, packed.ctypes.data))
@@ -308,24 +430,24 @@ def run_pass(
                 norm = q_norm[layer] if part < heads else k_norm[layer]
                 if norm.shape[0] > 0:
                     normalise(vector, norm, eps, vector)
-                _rotate(vector, cos[positions[t]], sin[positions[t]])
+                _rotate(vector, cos[token[POSITION, t]], sin[token[POSITION, t]])
             if part >= heads:
                 is_key = part < heads + kv_heads
                 place = layer * kv_heads + part - heads - (0 if is_key else kv_heads)
                 if is_key:
-                    block, lane = own_slot[t] // LANES, own_slot[t] % LANES
-                    address = key_address[t] + 4 * head_dim * (place * capacity[t] + block * LANES)
+                    block, lane = token[OWN, t] // LANES, token[OWN, t] % LANES
+                    address = token[KEY, t] + 4 * head_dim * (place * token[ROOM, t] + block * LANES)
                     block_of_keys = carray(pointer(address), (head_dim, LANES), np.float32)
                     for k in range(head_dim):
                         block_of_keys[k, lane] = vector[k]
                 else:
-                    address = value_address[t] + 4 * value_dim * (place * capacity[t] + own_slot[t])
+                    address = token[VALUE, t] + 4 * value_dim * (place * token[ROOM, t] + token[OWN, t])
                     cached = carray(pointer(address), (head_dim,), np.float32)
                     for k in range(head_dim):
                         cached[k] = vector[k]
         _meet(sync, threads)
-        for item in range(thread, kv_heads * tiles.shape[0], threads):
-            kv_head, tile = item // tiles.shape[0], tiles[item % tiles.shape[0]]
+        for item in range(thread, kv_heads * tile_count, threads):
+            kv_head, tile = item // tile_count, tiles[item % tile_count]
             place = layer * kv_heads + kv_head
             for i in range(tile[2]):
                 t, q_head = tile[0] + (tile[1] + i) // group, kv_head * group + (tile[1] + i) % group
@@ -336,8 +458,8 @@ def run_pass(
                     begin = max(begin, first[t + 1] - windows[layer])
                 begins[i], runs[i], ends[i] = begin, max(first[t] + run[t] - begin, 1), first[t + 1]
             t = tile[0]
-            key = key_address[t] + 4 * head_dim * place * capacity[t]
-            value = value_address[t] + 4 * value_dim * place * capacity[t]
+            key = token[KEY, t] + 4 * head_dim * place * token[ROOM, t]
+            value = token[VALUE, t] + 4 * value_dim * place * token[ROOM, t]
             _attend(accumulate, tile[2], head_dim, key, value, begins, runs, ends, slots, queries, scores, out)
             for i in range(tile[2]):
                 t, q_head = tile[0] + (tile[1] + i) // group, kv_head * group + (tile[1] + i) % group
@@ -367,14 +489,25 @@ def run_pass(
         stride = 4 * hidden
         _apply(these[DOWN], after, gated, count, gated_inputs, x.ctypes.data, stride, True, thread, threads)
         _meet(sync, threads)
-    for places in range(kept.shape[0]):
-        _keep(kept[places, layers], output_norm, x, eps, thread, threads)
-    rows = wanted.shape[0]
-    for r in range(rows):
-        normalise(x[wanted[r]], final_norm, eps, row)
-        call(pack, (row.ctypes.data, hidden, r, rows, hidden_inputs, packed.ctypes.data))
-    if rows > 0:
-        stride = 4 * logits.shape[1]
-        following = linears[0, Q]
-        _apply(head, following, packed, rows, hidden_inputs, logits.ctypes.data, stride, False, thread, threads)
+    for places in range(request[KEPT]):
+        _keep(kept[places, layers, :count], output_norm, x, eps, thread, threads)
+    for r in range(outputs):
+        normalise(x[rows[ROW, r]], final_norm, eps, row)
+        call(pack, (row.ctypes.data, hidden, r, outputs, hidden_inputs, packed.ctypes.data))
+    if outputs > 0:
+        y, stride, following = logits.ctypes.data, 4 * logits.shape[1], linears[0, Q]
+        _apply(head, following, packed, outputs, hidden_inputs, y, stride, False, thread, threads)
     _meet(sync, threads)
+    for r in range(thread, outputs, threads):
+        if rows[MOST, r] > 0:
+            choose(logits[r, : rows[AMONG, r]], rows[MOST, r], best_tokens[r], best_values[r])
+    _meet(sync, threads)
+
+
+@njit(nogil=True, cache=True)
+def follow_passes(thread, threads, sync, *arguments):
+    """Run, as one of the other threads, every pass that thread 0 begins with these arguments, until it is to leave."""
+    starts = 0
+    while await_start(sync, starts):
+        run_pass(thread, threads, sync, *arguments)
+        starts += 1

@@ -19,8 +19,8 @@ EMPTY = TokenTree()
 class Walk:
     """Decide at once which path of the tree is the target's own and keep it in the cache, instead of giving logits.
 
-    The result is a Verdict; the cache then has done what `keep(text, verdict.path)` does. Raises NonFiniteLogits. Not
-    for rejection sampling.
+    The result is a Verdict; the cache has yet to do `keep(text, verdict.path)`, or has done it. Raises NonFiniteLogits.
+    Not for rejection sampling.
     """
 
     sampling: Sampling
@@ -44,7 +44,7 @@ class Propose:
 class Pass:
     """The arguments of CausalLM.step: one session's part of a pass.
 
-    then: what engines that decide (`decides`) do on the device after it; None: the result is the logits.
+    then: what an engine that `decides` it does after it, where the logits are; None: the result is the logits.
     states: for a head that reads the target's hidden states, a row for each of `tokens` (HiddenStatesHead.step).
     """
 

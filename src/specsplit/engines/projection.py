@@ -10,8 +10,8 @@ import torch
 
 from specsplit.engines.head_module import HeadModule
 from specsplit.errors import UserError
-from specsplit.models.head_config import is_head, read_head_config
-from specsplit.models.head_files import head_tensors
+from specsplit.models.head_config import is_head
+from specsplit.models.head_files import read_head
 
 PARTS = ("fc", "fc_norm", "input_norm")
 OTHERS = ("embed_tokens", "midlayer", "layers", "norm", "lm_head", "d2t", "t2d")
@@ -24,7 +24,7 @@ class Projection:
     def __init__(self, folder: Path) -> None:
         if not is_head(folder):
             raise UserError(f"{folder}: not a head that reads hidden states, so it has no fc")
-        config, stored = read_head_config(folder), head_tensors(folder)
+        config, stored, _ = read_head(folder)
         tensors = {n: stored[n].float().contiguous() for n in sorted(stored) if n.partition(".")[0] in PARTS}
         digest = sha256()
         for name, tensor in tensors.items():
@@ -35,8 +35,6 @@ class Projection:
         for name in OTHERS:
             delattr(self._module, name)
         self._module.load_state_dict(tensors, strict=False, assign=True)
-        if any(p.is_meta for p in self._module.parameters()):
-            raise UserError(f"{folder}: tensors of its projection (fc) are missing")
 
     @torch.inference_mode()
     def project(self, raw: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from specsplit.engines.tree_attention import additive, positions, visible
 from specsplit.errors import UserError, is_out_of_memory, told
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.head_config import is_head
+from specsplit.models.loaded import check_loaded
 from specsplit.models.sources import quietly
 from specsplit.models.vocabulary import read_reduced_map
 
@@ -41,6 +42,7 @@ DTYPES = {
 PREFILL_CHUNK, CPU_PREFILL_CHUNK = 512, 128  # A CPU is busy with fewer tokens.
 # What a pass raises in a model that was not made for it.
 CANNOT_RUN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+BFLOAT16_SINCE = (8, 0)  # compute capability; GPUs before it emulate bfloat16
 UNBOUNDED = 1 << 20  # positions of a model that names no limit
 
 
@@ -284,8 +286,9 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     head_tokens = read_reduced_map(folder)
+    mismatched: set[str] = set()
     if gguf_weights(folder) is not None:
-        model, mismatched = load_floats(folder, dtype), set()
+        model = load_floats(folder, dtype)
     else:
         try:
             # What is wrong with the weights is checked below.
@@ -301,52 +304,14 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
                 )
         except Exception as error:  # whatever transformers meets in files that nobody here has seen
             raise UserError(unloadable(folder, error)) from error
-        if missing := sorted(report["missing_keys"]):  # transformers would fill them with random numbers
-            raise UserError(
-                f"{folder}: the weights are incomplete, {len(missing)} missing and the first {missing[0]}. "
-                f"Fetch or convert the model again."
-            )
-        mismatched = {key for key, *_ in report["mismatched_keys"]}
-        if mismatched and head_tokens is None:
-            key, stored, wanted = sorted(report["mismatched_keys"])[0]
-            raise UserError(
-                f"{folder}: config.json is not that of the weights: {key} has the shape {tuple(stored)} there, and "
-                f"{tuple(wanted)} by config.json ({len(mismatched)} such). Fetch or convert the model again."
-            )
-        unused = sorted(report["unexpected_keys"])
-        if missed := [name for name in unused if _left_out(model, name)]:
-            raise UserError(
-                f"{folder}: config.json is not that of the weights: they hold {missed[0]}, which the model described "
-                f"there leaves out ({len(missed)} such). Fetch or convert the model again."
-            )
-        if unused:
-            log.warning(
-                "%s: %d tensors of the weights belong to no part of the model that config.json describes, and are not "
-                "used: %s, ...",
-                *(folder, len(unused), unused[0]),
-            )
+        mismatched = check_loaded(folder, model, report, reduced=head_tokens is not None)
     if head_tokens is not None:
         reduce_loaded(model, folder, head_tokens, mismatched)
     return model
 
 
-def _left_out(model: Any, name: str) -> bool:
-    """Whether a tensor of the weights is of a module of the model that has a place for it, which the configuration
-    leaves empty: the bias of a linear layer, or a layer beyond the last. Layers for the prediction of several tokens
-    stand there too, and are of no use here."""
-    within: Any = model
-    for part in name.split("."):
-        if isinstance(within, nn.ModuleList) and part.isdigit() and int(part) >= len(within):
-            more = getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0
-            return int(part) >= len(within) + more
-        if not hasattr(within, part):
-            return False
-        within = getattr(within, part)
-    return within is None
-
-
 def check_finite(logits: torch.Tensor, model: Any) -> None:
-    """Raise UserError for logits that are not numbers: no token is the likeliest then."""
+    """Raise UserError for logits that are not numbers, or all equal: no token is the likeliest then."""
     if not bool(torch.isfinite(logits).all()):
         dtype = str(model.dtype).removeprefix("torch.")
         other = {"float16": "bfloat16", "bfloat16": "float32"}.get(dtype)
@@ -354,6 +319,11 @@ def check_finite(logits: torch.Tensor, model: Any) -> None:
         raise UserError(
             f"the logits of {type(model).__name__} are not numbers (NaN or infinite): its weights or config.json are "
             f"damaged{why}. Fetch the model again{mend}."
+        )
+    if bool((logits == logits[..., :1]).all()):
+        raise UserError(
+            f"the logits of {type(model).__name__} are all equal: its weights are zero, as those of a file that was "
+            "not fetched to its end. Fetch the model again."
         )
 
 
@@ -379,6 +349,15 @@ def pick_device(name: str) -> torch.device:
             f"Use device auto or cpu."
         )
     return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The number format that a draft's dtype means on a device: auto is the one that its passes take least time in."""
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "int8"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE else "float16"
 
 
 def drop_layers(model: Any, skip: Sequence[int]) -> None:

@@ -94,6 +94,17 @@ def product(form: str) -> Any:
 
 
 @functools.cache
+def unpacking(form: str) -> Any:
+    """The compiled function that turns one row of weights to float32.
+
+    Arguments, int64: the address of the row, how many units of the form it has, the address of the results.
+    """
+    function = _unpack_row(weight_forms.NUMBERS[form], _stamp())
+    function.__name__ = function.__qualname__ = f"unpack_{form}"
+    return cfunc(types.void(*[types.int64] * 3), cache=True)(function)
+
+
+@functools.cache
 def packing() -> Any:
     """The compiled function that puts one token's values where a product reads them: tile by tile the tokens, eight
     inputs of each in turn, and zeros beyond its values.
@@ -200,6 +211,14 @@ def _multiply_unpacked(
                 term_row, term_token, y + 4 * start + first * y_token, y_token,
             )  # fmt: skip
     room[0] = 0  # Numba frees an array after its last use by name, and `rows` is none.
+
+
+def _unpack_row(form: int, stamp: int) -> Any:
+    def unpack_row(row, units, out):
+        _ = stamp
+        _unpack(form, row, 0, 1, units, out, 0)
+
+    return unpack_row
 
 
 def _pack(stamp: int) -> Any:

@@ -166,7 +166,8 @@ def arrow_rows(path: Path, kind: str, content: bytes) -> list[dict[str, Any]]:
     except Exception as error:  # pyarrow has many kinds, OSError and its own, for bytes that are not what they seem
         told = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(
-            f"{path}: a {kind} file that is damaged or cut off (truncated): {told}; fetch it again"
+            f"{path}: a{'n' * (kind == 'Arrow')} {kind} file that is damaged or cut off (truncated): {told}; fetch it "
+            "again"
         ) from None
 
 

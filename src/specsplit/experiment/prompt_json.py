@@ -15,7 +15,7 @@ from specsplit.io import unique_keys
 JSON_SPACE = " \t\n\r"
 MOST_DIGITS = 1000
 _NO_SPACE = re.compile(f"[^{JSON_SPACE}]")
-_ROW_KEYS = {"prompt", "messages", "conversations", "conversation", "items"}
+_ROW_KEYS = {"prompt", "messages", "conversations", "conversation", "items", "turns"}
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev"}
 _ERROR_KEYS = {"error", "message", "detail", "details", "status", "statusCode", "documentation_url", "code"}
 

@@ -59,7 +59,8 @@ def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def _checked(row: Row) -> Row:
-    """A NaN of Parquet or pandas is a missing value; texts in a column of bytes, as Spark writes them, are texts."""
+    """A NaN of Parquet or pandas is a missing value. Texts in a column of bytes, as Spark writes them, are texts, and
+    so are values of types that JSON lacks, as UUIDs and times."""
     assert row.data is not None
     data = dict(row.data)
     for key, value in row.data.items():
@@ -68,6 +69,8 @@ def _checked(row: Row) -> Row:
         elif isinstance(value, bytes):
             with suppress(UnicodeDecodeError):
                 data[key] = value.decode()
+        elif not isinstance(value, str | int | float | list | dict | None):
+            data[key] = str(value)
     return Row(row.line, data)
 
 

@@ -86,6 +86,8 @@ def read_conversation(data: Mapping[str, Any], columns: Mapping[str, str]) -> Co
     system, turns, others = _turns(key, value)
     if system is None:
         name, system = take("system", SYSTEM_KEYS)
+        if system is None and key.lower().startswith("body."):
+            name, system = "body.instructions", data[key[:4]].get("instructions")
         system = _content(system)
         if system is not None and not isinstance(system, str):
             raise RowError(f"{name!r} is not text")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def attach_worker(
 
     address: host:port, grpcs://host:port, or an address file. access: how we show who we are. Such a worker is never
     stopped. Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those
-    asked for.
+    asked for; dtype auto asks for none.
     """
     address = resolve_address(address)
     with connect(role, address, timeout_s=timeout_s, access=access) as connection:
@@ -150,7 +151,7 @@ def attach_worker(
     _, manifest = resolve_model(model)
     compared = {
         "weights": (description.weights_sha256, manifest["fingerprint"]["weights_sha256"]),
-        "dtype": (description.dtype, dtype),
+        "dtype": (description.dtype, description.dtype if dtype == "auto" else dtype),
         "skip_layers": (list(description.skip_layers), list(skip_layers)),
     }
     differing = [f"{key} {found} instead of {wanted}" for key, (found, wanted) in compared.items() if found != wanted]
@@ -182,24 +183,23 @@ def own_workers(
             stack.callback(stop_worker, file)
             started[role] = start(file)
         stack.callback(over.set)
-        if again:
-            threading.Thread(target=_start_again, args=(starts, started, folder, over), daemon=True).start()
+        for role, endpoint in started.items() if again else ():
+            arguments = role, endpoint, partial(starts[role], folder / f"{role}.json"), over
+            threading.Thread(target=_start_again, args=arguments, daemon=True).start()
         yield started
 
 
-def _start_again(
-    starts: Mapping[str, Callable[[Path], Endpoint]], started: dict[str, Endpoint], folder: Path, over: threading.Event
-) -> None:
+def _start_again(role: str, endpoint: Endpoint, start: Callable[[], Endpoint], over: threading.Event) -> None:
+    """Start a worker again each time that it dies; in a thread of its own, so that one that hangs holds up no other."""
     while not over.wait(LOOK_S):
-        for role, start in starts.items():
-            process = started[role].process()
-            if process is not None and not process.alive() and not over.is_set():
-                log.warning("the %s worker has died; it is started again", role)
-                try:
-                    started[role] = start(folder / f"{role}.json")
-                except (UserError, OSError) as error:
-                    log.error("%s; tried again in %g s", error, AGAIN_S)
-                    over.wait(AGAIN_S)
+        process = endpoint.process()
+        if process is not None and not process.alive():
+            log.warning("the %s worker has died; it is started again", role)
+            try:
+                endpoint = start()
+            except (UserError, OSError) as error:
+                log.error("%s; tried again in %g s", error, AGAIN_S)
+                over.wait(AGAIN_S)
 
 
 def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | None:

@@ -35,7 +35,7 @@ from specsplit.models.file_names import (
     matches,
 )
 from specsplit.models.generation_settings import check_eos
-from specsplit.models.gguf_file import read_gguf
+from specsplit.models.gguf_file import MOST_LAYERS, read_gguf
 from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ NO_WEIGHTS = (
     (("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.tflite"), "is of another framework; save the model as safetensors"),
 )
 LAYER_COUNT = re.compile(r"(num|n)(_\w+)?_layers?")
-MOST_LAYERS = 2048  # lists of so many are made when a configuration is read
 MOST_UNSTORED = 4  # times the stored numbers: a reduced output head is stored smaller than the configuration says
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
@@ -90,6 +89,9 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def check_model_folder(folder: Path) -> None:
     """Raise UserError unless `folder` has a config, weights and a tokenizer; of a head that is the target's."""
+    if folder.is_file():
+        instead = _in_place_of_weights(folder.parent) if folder.suffix == ".gguf" else ""
+        raise UserError(f"{folder}: a file, where the folder of a model is wanted{instead}")
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder; prepare the model first, or name a folder with config.json, weights "
@@ -139,9 +141,12 @@ def read_config(folder: Path) -> Any:
     cannot."""
     import transformers
 
+    stored = read_json_object(folder / "config.json")
+    for key, value in _entries(stored):
+        if LAYER_COUNT.fullmatch(key) and type(value) is int and value > MOST_LAYERS:
+            raise UserError(f"{folder}: config.json describes a model of {value} layers ({key}), and none has so many")
     if is_head(folder):
         return read_head_config(folder).layer
-    stored = read_json_object(folder / "config.json")
     kind = stored.get("model_type")
     if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
         if stored.get("auto_map"):
@@ -159,9 +164,6 @@ def read_config(folder: Path) -> Any:
             f"{folder}: the weights are quantised ({method}), which is not run here; take the model as it was before, "
             "or a GGUF file of it, and quantise by the worker's dtype: int8"
         )
-    for key, value in _entries(stored):
-        if LAYER_COUNT.fullmatch(key) and type(value) is int and value > MOST_LAYERS:
-            raise UserError(f"{folder}: config.json describes a model of {value} layers ({key}), and none has so many")
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever it meets in a file that nobody here has seen
@@ -176,9 +178,9 @@ def _entries(stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
 
 
-def _check_architecture(folder: Path, config: Any, parameters: int) -> str:
+def check_architecture(folder: Path, config: Any, parameters: int, described_by: str = "config.json") -> str:
     """The class that runs the model. Refuses what no engine can run, before anything is loaded; attention that strays
-    is found when a worker loads. parameters: numbers in the weights."""
+    is found when a worker loads. parameters: numbers in the weights. described_by: where the configuration stands."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -188,14 +190,16 @@ def _check_architecture(folder: Path, config: Any, parameters: int) -> str:
             "transformers loads as AutoModelForCausalLM"
         )
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
-        raise UserError(f"{folder}: config.json describes a model without layers (num_hidden_layers)")
+        raise UserError(f"{folder}: {described_by} describes a model without layers (num_hidden_layers)")
     if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False):
         raise UserError(
             f"{folder}: a model of type {config.model_type!r} keeps a recurrent state, which cannot go back to the "
             "accepted tokens; choose a decoder-only model with plain attention"
         )
     if other := [name for name in config.architectures or () if re.search("For(Seq|Token|Multiple|Quest)", str(name))]:
-        raise UserError(f"{folder}: config.json names {other[0]}, which writes no text; choose a causal language model")
+        raise UserError(
+            f"{folder}: {described_by} names {other[0]}, which writes no text; choose a causal language model"
+        )
     try:
         with torch.device("meta"):  # shapes alone, without memory
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -203,14 +207,14 @@ def _check_architecture(folder: Path, config: Any, parameters: int) -> str:
         limit = _max_context(config)
     except Exception as error:  # whatever a configuration that nobody here has seen leads to
         raise UserError(
-            f"{folder}: transformers cannot make the model that config.json describes: {told(error)}"
+            f"{folder}: transformers cannot make the model that {described_by} describes: {told(error)}"
         ) from error
     if limit is not None and limit < 1:
-        raise UserError(f"{folder}: config.json describes a model for {limit} tokens (max_position_embeddings)")
+        raise UserError(f"{folder}: {described_by} describes a model for {limit} tokens (max_position_embeddings)")
     if described > MOST_UNSTORED * parameters:
         raise UserError(
-            f"{folder}: config.json is not that of the weights: it describes {described:.3g} parameters, and they hold "
-            f"{parameters:.3g}. Fetch or convert the model again."
+            f"{folder}: {described_by} is not that of the weights: it describes {described:.3g} parameters, and they "
+            f"hold {parameters:.3g}. Fetch or convert the model again."
         )
     return type(model).__name__
 
@@ -306,7 +310,7 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     parameters, dtype = _count_parameters(weights)
     config = read_config(folder)
     head = is_head(folder)
-    architecture = config.architectures[0] if head else _check_architecture(folder, config, parameters)
+    architecture = config.architectures[0] if head else check_architecture(folder, config, parameters)
     tokenizer_hash = ""
     if not head or has_tokenizer(folder):
         try:
@@ -314,7 +318,7 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
         except Exception as error:
             for path in folder.iterdir():
                 if path.is_file() and matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)):
-                    read_json(path) if path.suffix == ".json" else refuse_stand_in(path)
+                    read_json_object(path) if path.suffix == ".json" else refuse_stand_in(path)
             raise UserError(f"{folder}: transformers cannot read its tokenizer: {told(error)}") from error
     return {
         "weights_sha256": combined_sha256({f.name: sha256.get(f.name) or sha256_file(f) for f in hashed}),
@@ -350,10 +354,10 @@ def _count_parameters(weights: list[Path]) -> tuple[int, str]:
         except (SafetensorError, OSError) as error:
             refuse_stand_in(path)
             raise UserError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
-    if whole := [dtype for dtype, _ in counts.most_common(1) if dtype.startswith(("I", "U"))]:
+    if other := [dtype for dtype, _ in counts.most_common(1) if not dtype.upper().startswith(("F", "BF"))]:
         raise UserError(
-            f"{weights[0]}: most of the weights are whole numbers ({whole[0]}), as quantised ones are, which are not "
-            "run here; take the model as it was before"
+            f"{weights[0]}: most of the weights are no floating-point numbers ({other[0]}); quantised ones are not run "
+            "here: take the model as it was before"
         )
     names = [DTYPE_NAMES.get(dtype, dtype.lower()) for dtype, _ in counts.most_common()]
     return counts.total(), "+".join(names)

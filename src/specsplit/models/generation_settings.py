@@ -73,7 +73,7 @@ def check_eos(folder: Path) -> None:
         given = read_json_object(path) if path.is_file() else {}
         for eos in (given.get("eos_token_id"), given.get("eos_token_ids")):
             ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-            if wrong := [one for one in ids if type(one) is not int]:
+            if wrong := [one for one in ids if type(one) is not int or one < 0]:
                 raise UserError(
                     f"{path}: eos_token_id: {wrong[0]!r} is not the id of a token; give the number of the token"
                 )

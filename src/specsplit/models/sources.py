@@ -18,17 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError, naming
+from specsplit.errors import UserError, naming, told
 from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
 from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, matches
 from specsplit.models.fingerprint import (
+    check_architecture,
     check_model_folder,
     check_tokenizer,
     file_patterns,
     fingerprint_model,
     hash_files,
 )
-from specsplit.models.gguf_file import ARCHITECTURES, check_model, check_types, read_gguf, rope_scaling
+from specsplit.models.gguf_file import ARCHITECTURES, check_gguf_tokenizer, check_model, read_gguf, rope_scaling
+from specsplit.models.head_config import is_head
+from specsplit.models.head_files import read_head
+from specsplit.models.loaded import check_loaded
 from specsplit.models.weightless import (
     Weightless,
     described,
@@ -208,6 +212,8 @@ def _manifest(spec: Mapping[str, Any], name: str, fetched: Fetched, path: str) -
         spec, fingerprint = parameters.model_dump(), fingerprint_weightless(parameters, fetched.folder)
     else:
         fingerprint = fingerprint_model(fetched.folder, files)
+        if is_head(fetched.folder):
+            read_head(fetched.folder)
     return {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -251,32 +257,41 @@ def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with naming(f"models.{name}.file", gguf):
+    key = f"models.{name}.file"
+    with naming(key, gguf):
         file = read_gguf(gguf)
-        check_types(file)
+        check_gguf_tokenizer(file)
     keep = file.architecture in ARCHITECTURES
     try:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            with naming(key, gguf):
+                check_architecture(gguf, config, file.parameters, "its metadata")
             if keep:
-                config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
                 with torch.device("meta"):
                     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             else:
-                model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+                )
+                with naming(key, gguf):
+                    check_loaded(gguf, model, report, "its metadata")
+    except UserError:
+        raise
     except Exception as error:  # the reader raises many kinds, by what is wrong with the file
-        raise UserError(f"models.{name}.file: cannot be read: {type(error).__name__}: {error}") from error
+        raise UserError(f"{key}: cannot be read: {told(error)}; take the model in Hugging Face format") from error
     # The weights are plain float32 now; a trace of the quantizer would make the saved copy unloadable.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
     # The tokenizer's special tokens are what ends a text; the model's defaults for them may differ.
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if (token_id := getattr(tokenizer, key)) is not None:
-            setattr(model.config, key, token_id)
-            setattr(model.generation_config, key, token_id)
+    for special in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (token_id := getattr(tokenizer, special)) is not None:
+            setattr(model.config, special, token_id)
+            setattr(model.generation_config, special, token_id)
     if keep:
-        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        with naming(f"models.{name}.file", gguf):
+        shapes = {each: tuple(value.shape) for each, value in model.state_dict().items()}
+        with naming(key, gguf):
             check_model(file, shapes, tied=model.config.tie_word_embeddings)
             model.config.rope_parameters.update(rope_scaling(file, model.config.rope_parameters["rope_theta"]))
         model.config.architectures = [type(model).__name__]

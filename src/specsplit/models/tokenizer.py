@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from specsplit.models.fingerprint import tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 _DIRECTIVES = "aAbBcdDeFHIjmMpRSTuUVwWxXyYGzZ%"  # of strftime
+CONTINUED = 8  # tokens of a prompt that are decoded with those after it
 MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 12 << 20, 256 << 20
 
 
@@ -124,25 +126,58 @@ class TextCodec:
             raise PromptError(f"the prompt {prompt!r} has no tokens; give it some text")
         return list(ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of generated tokens, special tokens left out."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """Text of generated tokens, special tokens left out, and nothing corrected in it: spaces stay as written.
+
+        after: what `continued` gives of the tokens before them, where the text is to continue those.
+        """
+        text = str(
+            self.tokenizer.decode([*after, *token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+        return text[len(self.decode(after)) :] if after else text
+
+    def continued(self, token_ids: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt, after which some tokenizers keep a space that they drop where a text begins.
+
+        None when the prompt ends within a character.
+        """
+        known = range(len(self.tokenizer))  # a prompt of token ids may hold anything
+        last = [token for token in token_ids[-CONTINUED:] if token in known]
+        ends = next((token for token in reversed(last) if token not in self._special), None)
+        return [] if ends in self.unfinished or self.decode(last).endswith("\ufffd") else last
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+
+    @cached_property
+    def unfinished(self) -> frozenset[int]:
+        """Tokens after which the text may still change: single bytes, for all in a row become U+FFFD when one is wrong
+        (decoder ByteFallback), and special ones, which leave no trace between bytes."""
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        found = zip(names, self.tokenizer.convert_tokens_to_ids(names), strict=True)
+        known = {i for name, i in found if i is not None and self.tokenizer.convert_ids_to_tokens(i) == name}
+        return self._special | known
 
 
 class TextStream:
     """Turns tokens that arrive in bursts into text that can be printed at once, up to a stop string.
 
     The bytes of an unfinished character, and what may become a stop string, are held back, so what is printed never has
-    to be unprinted.
+    to be unprinted. Its pieces joined are what `TextCodec.decode` makes of all tokens. Only the last few tokens are
+    decoded: those since the last place where the text before it cannot change any more, after some that come before
+    that place, because a decoder treats the first token of a text in its own way.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = ()) -> None:
-        """stop: strings that end the text; they are not printed."""
+    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
+        """stop: strings that end the text; they are not printed. after: as `TextCodec.decode`."""
         self.codec = codec
-        self.token_ids: list[int] = []
-        self.printed = ""
         self.stopped = False
         self._stop = stop
+        # The tokens that are decoded; how many of them have a final text, and the length of that text.
+        self._window, self._final, self._known = list(after), len(after), len(codec.decode(after))
+        self._held = ""  # final, but a stop string may begin with its end
+        self._open = ""  # text after that, which may change
 
     def feed(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """Add tokens; returns the text that is new and final. `last` flushes what is held back."""
@@ -153,23 +188,29 @@ class TextStream:
 
         The token that completes a stop string is the last one that is taken.
         """
-        before, text = len(self.token_ids), None
-        # With stop strings one token at a time, so that it is known which one completes them.
-        for part in [[token] for token in token_ids] if self._stop else [list(token_ids)]:
-            if not self.stopped:
-                self.token_ids += part
-                text = self.codec.decode(self.token_ids)
-                self.stopped = cut_at_stop(text, self._stop) != text
-        if text is None:
-            text = self.codec.decode(self.token_ids) if self.token_ids else ""
         if self.stopped:
-            text = cut_at_stop(text, self._stop)
-        elif not last:
-            text = text.rstrip("\ufffd")
-            text = text[: len(text) - self._may_stop(text)]
-        fresh = text[len(self.printed) :]
-        self.printed = text
-        return fresh, len(self.token_ids) - before if self.stopped else None
+            return "", 0
+        for count, token in enumerate(token_ids, 1):
+            self._add(token)
+            text = self._held + self._open
+            if (cut := cut_at_stop(text, self._stop)) != text:
+                self.stopped = True
+                return cut, count
+        text = self._held + self._open if last else self._held[: len(self._held) - self._may_stop(self._held)]
+        self._held = self._held[len(text) :]
+        return text, None
+
+    def _add(self, token: int) -> None:
+        self._window.append(token)
+        text = self.codec.decode(self._window)
+        self._open = text[self._known :]
+        if not self._open or text.endswith("\ufffd") or token in self.codec.unfinished:
+            return
+        self._held, self._open, self._known = self._held + self._open, "", len(text)
+        # What is left of a text without its first token may be empty, and then tells nothing of how it goes on.
+        if shorter := self.codec.decode(self._window[self._final :]):
+            self._window, self._known = self._window[self._final :], len(shorter)
+        self._final = len(self._window)
 
     def _may_stop(self, text: str) -> int:
         """Length of the longest end of the text that a stop string begins with."""
@@ -178,14 +219,16 @@ class TextStream:
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stop)), 0)
 
 
-def stops_at(codec: TextCodec, stop: Sequence[str]) -> Callable[[list[int]], int | None] | None:
+def stops_at(
+    codec: TextCodec, stop: Sequence[str], after: Sequence[int] = ()
+) -> Callable[[list[int]], int | None] | None:
     """What ends one text at a stop string: told of its new tokens, it says how many are taken when one is complete.
 
-    None without stop strings.
+    None without stop strings. after: as `TextCodec.decode`.
     """
     if not stop:
         return None
-    stream = TextStream(codec, stop)
+    stream = TextStream(codec, stop, after)
     return lambda token_ids: stream.take(token_ids)[1]
 
 

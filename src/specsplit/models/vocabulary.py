@@ -29,8 +29,8 @@ from specsplit.errors import UserError
 from specsplit.io import read_json
 from specsplit.models.file_names import MAP_FILES
 from specsplit.models.fingerprint import has_tokenizer, read_config
-from specsplit.models.head_config import is_head, read_head_config
-from specsplit.models.head_files import head_tensors, head_tokens
+from specsplit.models.head_config import is_head
+from specsplit.models.head_files import read_head
 from specsplit.models.tokenizer import TextCodec
 
 OVERLAP = 64  # tokens at the end of a text that are encoded again with those after them
@@ -85,12 +85,13 @@ class ReducedVocabulary(Vocabulary):
         super().__init__(size)
         self.targets: torch.Tensor = torch.tensor(list(draft_to_target), dtype=torch.long)
         self._tokens = list(draft_to_target)
+        self._largest = max(self._tokens)
 
     def candidates(
         self, logits: torch.Tensor, positions: Sequence[int], sampling: Sampling, count: int, *, below: int
     ) -> list[Candidates]:
         """As Vocabulary.candidates; greedy ones are found among the few tokens that the draft can say."""
-        if not sampling.greedy or below <= max(self._tokens):
+        if not sampling.greedy or below <= self._largest:
             return super().candidates(logits, positions, sampling, count, below=below)
         found = candidates(logits, positions, sampling, count)
         return [replace(each, token_ids=[self._tokens[row] for row in each.token_ids]) for each in found]
@@ -247,7 +248,7 @@ def read_reduced_map(folder: Path) -> list[int] | None:
     from safetensors.numpy import load_file
 
     if is_head(folder):
-        return head_tokens(read_head_config(folder), head_tensors(folder), folder)
+        return read_head(folder)[2]
     paths = [folder / name for name in MAP_FILES if (folder / name).is_file()]
     if not paths:
         return None

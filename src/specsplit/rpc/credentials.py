@@ -228,14 +228,19 @@ def _key_pair(config: AccessSettings) -> tuple[bytes, bytes]:
     if config.tls_cert is None or config.tls_key is None:
         raise UserError(f"{config.flag('tls_cert')} and {config.flag('tls_key')} go together")
     certificate, key = _read(config, "tls_cert"), _read(config, "tls_key")
+    check_key_pair(config.tls_cert, config.tls_key)
+    return certificate, key
+
+
+def check_key_pair(certificate: Path, key: Path) -> None:
+    """Raises UserError unless the files are a certificate and its key, PEM, that belong together."""
     try:
         # Without the password an encrypted key would ask for on the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key, password=lambda: b"")
-    except (ssl.SSLError, ValueError) as error:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: b"")
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{config.tls_cert} and {config.tls_key} are not a certificate and its unencrypted key, both PEM: {error}"
+            f"{certificate} and {key} are not a certificate and its unencrypted key, both PEM: {error}"
         ) from None
-    return certificate, key
 
 
 def _authorities(config: AccessSettings) -> bytes | None:

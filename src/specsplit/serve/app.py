@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from specsplit.api.generated import GeneratedStream, Piece
 from specsplit.api.pair import Pair
-from specsplit.errors import UserError, WorkerError
+from specsplit.errors import UserError, WorkerError, shortened, told
 from specsplit.serve.bodies import Body, ChatBody, CompletionBody, read_body
 from specsplit.serve.counters import Counters
 from specsplit.serve.failures import ApiError, api_error
@@ -27,7 +27,8 @@ from specsplit.serve.replies import Reply, event
 from specsplit.settings.serve import ServeSettings
 
 T = TypeVar("T")
-MOST_BODY_BYTES = 16 << 20
+# A body may have so many bytes for each token of a context: parsing a larger one would hold up all other requests.
+BYTES_PER_TOKEN, LEAST_BODY_LIMIT = 64, 1 << 20
 HEALTH_TIMEOUT_S = 5.0
 
 
@@ -94,9 +95,13 @@ class _Server:
     # ---- one text
 
     async def _answer(self, kind: type[Body], request: Request) -> Response:
-        body = read_body(await _data(request), kind)
+        data = await _data(request, max(LEAST_BODY_LIMIT, BYTES_PER_TOKEN * self._max_context))
+        body = await asyncio.to_thread(read_body, data, kind)
         self._check_model(body.model)
         eos = self._pair.target.eos_token_ids if self._pair.target else ()
+        if isinstance(body, ChatBody) and self._pair.codec and not self._pair.codec.has_template:
+            message = "messages: this model has no chat template; send a prompt to /v1/completions"
+            raise ApiError(400, message, param="messages")
         prompt, options = body.prompt_of(), {"max_new_tokens": self._max_context, **body.options(eos)}
         async with AsyncExitStack() as held:
             await _unless_gone(request, held.enter_async_context(self._place()))
@@ -205,15 +210,15 @@ async def _drain(stream: GeneratedStream) -> None:
         pass
 
 
-async def _data(request: Request) -> bytes:
-    """The body of a request. Raises ApiError when it is too large, or compressed."""
-    if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+async def _data(request: Request, most: int) -> bytes:
+    """The body of a request. Raises ApiError when it has over `most` bytes, or is compressed."""
+    if (encoding := request.headers.get("content-encoding", "identity")).lower() != "identity":
         raise ApiError(415, f"Content-Encoding: {encoding} is not read here; send the body as it is")
     data = bytearray()
     async for part in request.stream():
         data += part
-        if len(data) > MOST_BODY_BYTES:
-            raise ApiError(413, f"the body is over the limit of {MOST_BODY_BYTES} bytes", code="body_too_large")
+        if len(data) > most:
+            raise ApiError(413, f"the body is over the limit of {most} bytes", code="body_too_large")
     return bytes(data)
 
 
@@ -239,11 +244,12 @@ async def _race(work: Awaitable[T], receive: Receive) -> T:
         await asyncio.wait({working, leaving})
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, error.detail).response()
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return ApiError(error.status_code, shortened(message, 200)).response(error.headers)
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
-    return ApiError(500, f"{type(error).__name__}: see the log of the server", code="internal_error").response()
+    return api_error(UserError(f"a fault of the server: {told(error)}")).response()

@@ -59,6 +59,9 @@ class ChatMessage(BaseModel):
     role: Annotated[str, Field(min_length=1)]
     content: str | list[Part]
     name: str | None = None
+    # Of an answer that a client sends back; one that had some cannot be told to a model here.
+    tool_calls: Annotated[list[Any], Field(max_length=0)] = []
+    annotations: Annotated[list[Any], Field(max_length=0)] = []
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -150,7 +153,8 @@ def read_body(data: bytes, kind: type[Body]) -> Body:
     try:
         content = _without_nulls(json.loads(data))
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
+        reason = str(error).partition(";")[0]  # after it comes advice to programmers in Python
+        raise ApiError(400, f"the body is not JSON: {reason}") from None
     if not isinstance(content, dict):
         raise ApiError(400, "the body is not a JSON object")
     given = {name: value for name, value in content.items() if name not in IGNORED}
@@ -197,7 +201,8 @@ def _named(error: ValidationError, content: Mapping[str, Any]) -> ApiError:
     """The first problem, with the place of the field; a union has one problem for each of its members."""
     problems = error.errors()
     field = str(problems[0]["loc"][0])
-    places = [".".join(str(part) for part in p["loc"] if part != "function-wrap") for p in problems]
+    kinds = ("str", "list[", "function-wrap")  # members of a union, which are no part of the place
+    places = [".".join(str(part) for part in p["loc"] if not str(part).startswith(kinds)) for p in problems]
     told = " or: ".join(dict.fromkeys(p["msg"] for p in problems if str(p["loc"][0]) == field))
     if field not in content:
         return ApiError(400, f"{field}: it is missing", param=field, code="missing_required_parameter")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
 
 from specsplit.errors import OptionError, PromptError, UserError, WorkerError
 
+log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 
 
@@ -28,22 +31,36 @@ class ApiError(Exception):
         error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+    def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        headers = dict(headers or {})
+        if self.status in (429, 503):
+            headers["Retry-After"] = str(RETRY_AFTER_S)
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
 
 
+# gRPC status of a worker -> what a client is told: it knows of no workers, and whatever they say goes to the log.
+OF_WORKERS = {
+    "RESOURCE_EXHAUSTED": (
+        429,
+        "the models have no room for this text just now; send it again in a moment",
+        "overloaded",
+    ),
+    "DATA_LOSS": (500, "the model overflows on this text, so it has no continuation; change the prompt", "overflow"),
+}
+GONE = 503, "the models do not answer just now; send the request again in a moment", "worker_failed"
+
+
 def api_error(error: UserError, prompt: str = "prompt") -> ApiError:
     """What a client is told of an error of the pair. prompt: the field that has the prompt."""
-    if isinstance(error, WorkerError):
-        if error.code == "RESOURCE_EXHAUSTED":
-            return ApiError(429, str(error), code="overloaded")
-        return ApiError(503, str(error), code="worker_failed")
     if isinstance(error, PromptError):
         long = "tokens, a text can have" in str(error)
         return ApiError(400, str(error), param=prompt, code="context_length_exceeded" if long else None)
     if isinstance(error, OptionError):
         return ApiError(400, str(error))
-    return ApiError(500, str(error), code="internal_error")
+    log.error("%s", error)
+    if isinstance(error, WorkerError):
+        status, message, code = OF_WORKERS.get(error.code, GONE)
+        return ApiError(status, message, code=code)
+    return ApiError(500, "the server cannot answer this; its log says why", code="internal_error")

@@ -9,13 +9,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from specsplit.errors import UserError
 from specsplit.io import check_openable
-from specsplit.rpc.credentials import is_loopback, join_address
+from specsplit.rpc.credentials import check_key_pair, is_loopback, join_address
 from specsplit.settings.serve import ServeSettings
 
 
 def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
-    """The keys that clients may show. Raises UserError for a file without one, and for a server that other machines
-    reach without a key, or with one that anybody on the way can read, unless `insecure` is set."""
+    """The keys that clients may show.
+
+    Raises UserError for a file without one, for what is no certificate and its key, and, unless `insecure` is set, for
+    a server that other machines reach without a key, or with one that anybody on the way can read.
+    """
     keys: list[str] = []
     if settings.api_key_file is not None:
         check_openable(settings.api_key_file)
@@ -26,11 +29,15 @@ def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
         keys = [line.strip() for line in lines if line.strip()]
         if not keys:
             raise UserError(f"--api-key-file {settings.api_key_file}: holds no key; write one a line")
+        if not all(key.isascii() for key in keys):  # HTTP has no agreed way to send another
+            raise UserError(f"--api-key-file {settings.api_key_file}: a key has characters beyond ASCII")
     if (settings.certificate is None) != (settings.certificate_key is None):
         raise UserError("--certificate and --certificate-key: give both, or none")
     for flag, path in (("--certificate", settings.certificate), ("--certificate-key", settings.certificate_key)):
         if path is not None and not path.is_file():
             raise UserError(f"{flag} {path}: no such file")
+    if settings.certificate is not None and settings.certificate_key is not None:
+        check_key_pair(settings.certificate, settings.certificate_key)
     if not is_loopback(settings.host) and not insecure:
         if not keys:
             raise UserError(

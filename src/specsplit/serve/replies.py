@@ -101,5 +101,5 @@ class Reply:
 
 
 def event(content: Any) -> str:
-    """A server-sent event."""
-    return f"data: {content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)}\n\n"
+    """A server-sent event, in ASCII: some clients take other characters than SSE does, as U+2028, for ends of lines."""
+    return f"data: {content if isinstance(content, str) else json.dumps(content)}\n\n"

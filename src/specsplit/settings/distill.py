@@ -169,5 +169,5 @@ class AcceptanceSettings(ComputeSettings, IntervalSettings):
     limit: int | None = setting(None, "Take a slice of this many prompts; null: all.", ge=1)
     use_chat_template: bool = setting(True, "Wrap the prompts in the model's chat template, when it has one.")
     target_dtype: Dtype = setting("float32", "Number format of the target, as in the sweep.")
-    draft_dtype: Dtype = setting("bfloat16", "Number format of the draft, as in the sweep.")
+    draft_dtype: Dtype = setting("bfloat16", "Number format of the draft.")
     engine: Engine = setting("auto", "What runs the models, as in the sweep.")

@@ -12,7 +12,7 @@ from specsplit.decoding.theory import PipelineMode
 from specsplit.settings.base import Settings, setting
 from specsplit.settings.names import REQUESTS_A_CLIENT, too_few_requests
 from specsplit.settings.run import MAX_GAMMA, MAX_SEED, MODES, Gamma, Megabits, Milliseconds, OnBadLine, StatesForm
-from specsplit.settings.worker import ComputeSettings, Dtype
+from specsplit.settings.worker import ComputeSettings, DraftDtype
 
 Positive = Annotated[int, Field(ge=1)]
 Peer = Annotated[
@@ -35,8 +35,15 @@ StandardName = Literal["spec-bench", "mt-bench", "gsm8k", "humaneval", "mbpp", "
 PromptPart = Literal["prompt", "id", "category", "system"]
 
 
+def _each_once(value: Any) -> Any:
+    """Values that are measured one after the other, each once: rows are told apart by them."""
+    return [one for place, one in enumerate(value) if one not in value[:place]] if isinstance(value, list) else value
+
+
 class PromptSettings(Settings):
     """Which prompts of a file are taken."""
+
+    _once = field_validator("*")(_each_once)
 
     columns: dict[PromptPart, Annotated[str, Field(min_length=1)]] = setting(
         {},
@@ -255,6 +262,8 @@ DraftLength = Annotated[int, Field(ge=1, le=MAX_GAMMA)]
 class SimulatedTexts(Settings):
     """Texts of simulated models behind real workers."""
 
+    _once = field_validator("*")(_each_once)
+
     tokens: int = setting(400, "Length of a text in tokens.", ge=2)
     texts: int = setting(2, "Texts at each point.", ge=1)
 
@@ -355,4 +364,4 @@ class LayerSettings(ComputeSettings):
     edge: int = setting(1, "Layers kept at either end.", ge=0)
     shortlist: int | None = setting(None, "After the first layer, try only the N best of that search; null: all.", ge=1)
     use_chat_template: bool = setting(True, "Wrap the prompts in the model's chat template, when it has one.")
-    dtype: Dtype = setting("bfloat16", "Number format of the search, as the draft will have it.")
+    dtype: DraftDtype = setting("auto", "Number format of the search, as the draft will have it.")

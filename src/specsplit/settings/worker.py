@@ -12,6 +12,7 @@ from specsplit.settings.base import Settings, setting
 
 Engine = Literal["auto", "fused", "graphs", "transformers"]
 Dtype = Literal["float32", "bfloat16", "float16", "int8"]
+DraftDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 Layer = Annotated[int, Field(ge=0)]
 Device = Annotated[
@@ -46,7 +47,7 @@ class WorkerSettings(AccessSettings, ComputeSettings):
     model: Path | None = setting(None, "Folder of a prepared model, or any local Hugging Face model.")
     host: str = setting("127.0.0.1", "Address to listen on.", operates=True)
     port: int = setting(0, "Port to listen on; 0 is any free port.", operates=True, ge=0, le=65535)
-    dtype: Dtype = setting("float32", "Number format of its weights and its cache.", example="bfloat16")
+    dtype: DraftDtype = setting("float32", "Number format of its weights and its cache.", example="bfloat16")
     engine: Engine = setting(
         "auto",
         "What runs the models: fused is the engine for Llama-type models (Llama, Mistral, Qwen2, Qwen3) on the CPU, "
@@ -136,11 +137,12 @@ class DraftWorkerConfig(WorkerSettings):
     prefix = "SPECSPLIT_DRAFT_"
 
     port: int = setting(50051, "Port to listen on; 0 is any free port.", operates=True, ge=0, le=65535)
-    dtype: Dtype = setting(
-        "bfloat16",
-        "Number format of its weights and its cache; `int8` is for the CPU: 8-bit weights, the rest bfloat16.",
-        example="int8",
-        note="int8 as well, on the CPU",
+    dtype: DraftDtype = setting(
+        "auto",
+        "Number format of its weights and its cache; `int8` is for the CPU: 8-bit weights, the rest bfloat16. `auto` "
+        "is int8 on the CPU and bfloat16 on a GPU, or float16 on one that does not compute in bfloat16.",
+        example="bfloat16",
+        note="int8 on the CPU, bfloat16 on a GPU",
     )
     skip_layers: list[Layer] = setting([], "Decoder layers to leave out, counted from 0: a cheaper, weaker draft.")
     skip_layers_file: Path | None = setting(None, "Instead of skip_layers: a file that `specsplit pick-layers` wrote.")
@@ -157,6 +159,7 @@ class TargetWorkerConfig(WorkerSettings):
     prefix = "SPECSPLIT_TARGET_"
 
     port: int = setting(50052, "Port to listen on; 0 is any free port.", operates=True, ge=0, le=65535)
+    dtype: Dtype = setting("float32", "Number format of its weights and its cache.", example="bfloat16")
     ignore_model_settings: bool = setting(
         False,
         "Run a target whose generation_config.json has settings that would change greedy text (repetition_penalty, "

@@ -91,7 +91,6 @@ class SharedModel:
         self.model = model
         self.threads = threads
         self.new_cache, self.vocab_size, self.max_context = model.new_cache, model.vocab_size, model.max_context
-        self.decides: bool = getattr(model, "decides", False)  # passes can have a `then`, and there is `verdict`
         # Simple queues: a pass may take less time than other ways to hand it over and back.
         self._arrivals: SimpleQueue[_Request | None] = SimpleQueue()  # None: the model was closed
         self._waiting: deque[_Request] = deque()  # taken from the arrivals, by the model's thread alone
@@ -127,9 +126,14 @@ class SharedModel:
             watch.compute_ms = (time.perf_counter() - started) * 1e3 - watch.queue_ms
             self._clock.watch = Stopwatch()
 
-    def verdict(self, cache: Any, tokens: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict:
-        """As passes.Walk."""
-        found: Verdict = self.step(cache, tokens, tree, then=Walk(sampling))
+    def decides(self, then: Walk | Propose) -> bool:
+        """As Pass.then."""
+        return hasattr(self.model, "decides") and self.model.decides(then)
+
+    def verdict(self, cache: Any, tokens: Sequence[int], tree: TokenTree, sampling: Sampling) -> Verdict | None:
+        """As passes.Walk; None where the engine gives logits alone."""
+        then = Walk(sampling)
+        found: Verdict | None = self.step(cache, tokens, tree, then=then) if self.decides(then) else None
         return found
 
     def step(

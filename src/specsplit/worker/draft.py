@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -213,21 +213,20 @@ class Drafter:
 
     def _compute(self, nodes: Sequence[int], tokens: Sequence[int], tree: TokenTree = EMPTY, cached: int = 0) -> None:
         """One pass, as CausalLM.step, whose last rows are of `nodes`; keep the candidates after them."""
-        decides = getattr(self.model, "decides", False)  # the candidates, of the target's own token ids
-        if not decides or not self.vocabulary.same_ids or self.settings.forced.tokens:
-            self._learn(nodes, self.model.step(self.session.cache, tokens, tree, cached)[-len(nodes) :])
-            return
-        model: Any = self.model  # whose passes can have a `then`
         settings = self.settings
+        model: Any = self.model  # whose passes may have a `then`
+        then = Propose(settings.sampling, min(settings.vocab_size, self.vocabulary.size), self.vocabulary.targets)
+        of_logits = not self.vocabulary.same_ids or bool(settings.forced.tokens) or not hasattr(model, "decides")
+        if of_logits or not model.decides(then):
+            self._learn(nodes, model.step(self.session.cache, tokens, tree, cached)[-len(nodes) :])
+            return
         # A chain is one launch: what follows the context is drafted in the pass over its last tokens.
         steps = 0
         if not settings.shape.branching and not settings.shape.nodes and not len(tree):
             depth = min(settings.gamma, settings.length_limit - len(self.context) - 1)
             room = self.session.cache.capacity - self.session.cache.length - len(tokens)
             steps = max(0, min(depth - 1, room))
-        vocab_size = min(settings.vocab_size, self.vocabulary.size)
-        then = Propose(settings.sampling, vocab_size, self.vocabulary.targets, steps)
-        found = model.step(self.session.cache, tokens, tree, cached, then)
+        found = model.step(self.session.cache, tokens, tree, cached, replace(then, steps=steps))
         found = found[-len(nodes) - steps :]
         at = nodes[-1]
         for best, _ in found[len(nodes) - 1 : len(found) - 1] if steps else ():

@@ -106,7 +106,6 @@ class WorkerServicer:
         return pb.DescribeReply(
             role=self.role,
             version=specsplit.__version__,
-            dtype=self.config.dtype,
             device=str(self.model.model.device),
             threads=self.model.threads,
             skip_layers=getattr(self.config, "skip_layers", []),

@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> None:
             "prompts_sha256": sha256_file(args.prompts),
             "gamma": settings.gamma,
             "max_output_tokens": settings.max_output_tokens,
-            "target": {**target_is, "dtype": settings.target_dtype},
-            "draft": {**draft_is, "dtype": settings.draft_dtype},
+            "target": target_is,
+            "draft": draft_is,
             "tokens_per_round": (int(rounds["accepted"].sum()) + len(rounds)) / len(rounds),
         },
     )
