@@ -53,6 +53,11 @@ def listed(items: Iterable[object], most: int = 5, apart: str = ", ") -> str:
     return apart.join([*shown[:most], *more])
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of what the noun, in the singular, says: `1 prompt`, `8 prompts`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def shortened(text: str, most: int = 60) -> str:
     """The text, or its beginning and three dots, `most` characters in all."""
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -116,10 +116,10 @@ def made_up(ratios: dict[tuple[str, float], float], interval: float | None = 0.0
             if at == mbit
         }
         for place, own in enumerate(kinds.values()):
-            ends = {"latency_vs_draft_ci_low": None, "latency_vs_draft_ci_high": None}
+            ends = {"latency_vs_draft_joint_low": None, "latency_vs_draft_joint_high": None}
             if interval is not None:
                 low, high = own["latency_vs_draft"] - interval, own["latency_vs_draft"] + interval
-                ends = {"latency_vs_draft_ci_low": low, "latency_vs_draft_ci_high": high}
+                ends = {"latency_vs_draft_joint_low": low, "latency_vs_draft_joint_high": high}
             rows.append(
                 {"bandwidth_mbit": mbit, "target_received_bytes_per_token": 100.0 + place} | common | own | ends
             )

@@ -146,6 +146,9 @@ def check_finding(finding: Finding, table: DataFrame, summary: DataFrame) -> Non
     prompts = own["request_id"].nunique()
     every = table["request_id"].nunique()
     counted = re.match(r"Compared on the (\d+)(?: of (\d+))? prompts? that every configuration finished\.", text)
+    if not prompts:
+        assert text == f"No prompt of {every} was finished by every configuration, so nothing can be compared."
+        return
     assert counted
     assert (int(counted[1]), int(counted[2] or counted[1])) == (prompts, every)
     paces = {
@@ -305,6 +308,10 @@ def test_every_sentence_about_baselines_is_what_the_tables_say(tables: tuple[Dat
         rows = ours[(ours["rtt_ms"] == finding.best["rtt_ms"]) & (ours["gamma"] != 0)]
         gains = rows["speedup_over_streamed"].dropna()
         first, text = finding.sentences()[0], " ".join(finding.sentences())
+        if not finding.best["compared"]:
+            continue
+        loop = ours[(ours["rtt_ms"] == finding.best["rtt_ms"]) & (ours["gamma"] == 0)]["speedup_over_streamed"]
+        alone = max([1.0, *loop.dropna()])
         every, prompts = requests["request_id"].nunique(), int(rows["compared"].iloc[0])
         counted = re.match(r"Compared on the (\d+)(?: of (\d+))? prompts? that every configuration finished, ", first)
         assert counted
@@ -315,8 +322,8 @@ def test_every_sentence_about_baselines_is_what_the_tables_say(tables: tuple[Dat
             finding.drafting["speedup_over_streamed_joint_low"],
             finding.drafting["speedup_over_streamed_joint_high"],
         )
-        assert ("is fastest" in first) == (gains.max() > 1 and low > 1 and not finding.ties)
-        assert ("no draft was faster" in first) == (gains.max() <= 1)
+        assert ("is fastest" in first) == (gains.max() > alone and low > 1 and not finding.ties)
+        assert ("no draft was faster" in first) == (gains.max() <= alone)
         assert ("(95 % interval" in first) == (not math.isnan(low))
         assert ("includes 1" in text) == (low <= 1 <= high)
         for column, words in {
@@ -341,7 +348,9 @@ def test_every_sentence_about_baselines_is_what_the_tables_say(tables: tuple[Dat
         for _, own in ours[ours["reference_ms_per_token"].notna()].groupby("rtt_ms")
         if len(own) > 1
     ]
-    assert said.startswith("Warning") == any(value > 0.1 for value in apart)
+    chance = ours["reference_drifted"].notna().any() and not ours["reference_drifted"].fillna(False).any()
+    assert said.startswith("Warning") or chance or not any(value > 0.1 for value in apart)
+    assert not said.startswith("Warning") or any(value > 0.1 for value in apart)
     assert not apart or f"{100 * max(apart):.1f} % apart" in said
     known = reference["matches_gamma0"].dropna()
     if len(known):

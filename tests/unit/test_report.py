@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pandas as pd
 import pytest
 
 from specsplit.analysis.captions import CAPTIONS, FIGURES
-from specsplit.analysis.conclusions import lossless_sentence
+from specsplit.analysis.conclusions import conclusions, lossless_sentence
+from specsplit.analysis.costs import with_price
 from specsplit.analysis.figures import draw_figures
 from specsplit.analysis.findings import find_best
 from specsplit.analysis.report import _chosen, write_report
@@ -23,6 +25,7 @@ from specsplit.experiment.columns import ROUND_COLUMNS
 from specsplit.io import write_csv
 from specsplit.settings.axes import CONFIGURATION
 from specsplit.settings.configuration import load_pipeline_config
+from specsplit.settings.measure import PriceSettings
 
 from test_tables import a_request
 
@@ -63,7 +66,7 @@ def test_what_cannot_be_told_from_the_best_is_named() -> None:
     (finding,) = find_best(requests, rounds, summary, **SETTINGS)
     assert finding.best["gamma"] == 3
     assert finding.ties == ("γ = 1",)
-    assert finding.sentences()[-1] == "Not distinguishable from it on these prompts: γ = 1."
+    assert finding.sentences()[-1] == "Not distinguishable from γ = 3 on these prompts: γ = 1."
 
 
 def test_when_the_target_alone_is_fastest_the_best_draft_is_told() -> None:
@@ -77,8 +80,49 @@ def test_one_request_gives_no_interval_and_says_so() -> None:
         "Compared on the 1 prompt that every configuration finished.",
         "γ = 1 had the largest speedup against the target alone: 2.00.",
         "There are too few requests to say how sure that is: an interval needs 6 requests.",
-        "Not distinguishable from it on these prompts: the target alone.",
+        "Not distinguishable from γ = 1 on these prompts: the target alone.",
     ]
+
+
+def odd(latencies: dict[Any, float], requests: int = 8, lost: str = "", **changes: Any) -> str:
+    """All that is said of a sweep of which `lost` says per prompt which gamma failed."""
+    table, rounds = a_sweep(latencies, requests, **changes)
+    for prompt, gamma in enumerate(lost):
+        failed = (table["request_id"] == f"p{prompt}") & (table["gamma"].astype(str) == gamma)
+        table.loc[failed, "status"], table.loc[failed, "matches_gamma0"] = "failed", None
+    summary = with_price(summarize(table, rounds, **SETTINGS), PriceSettings(target_price=1.0))
+    (finding,) = find_best(table, rounds, summary, **SETTINGS)
+    said = [*finding.sentences(), *(text for texts in conclusions(summary, 0.95).values() for text in texts)]
+    return " ".join([*said, *map(str, summary_table(summary)[1])])
+
+
+NOTHING = re.compile(r"\b(nan|inf|None)\b|-0\.0|\b1 (prompts|texts|rounds|requests|configurations have)\b|:  ")
+
+
+@pytest.mark.parametrize(
+    ("said", "table"),
+    [
+        ("the 1 prompt that", lambda: odd({0: 1000.0, 3: 500.0}, 1)),
+        ("Yes: the 1 text written with a draft is", lambda: odd({0: 1000.0, 3: 500.0}, 1)),
+        ("No prompt of 4 was finished by every configuration", lambda: odd({0: 1000.0, 3: 500.0}, 4, "0303")),
+        ("no network had two runs whose gamma 0", lambda: odd({0: 1000.0, 3: 500.0}, 4, "0303")),
+        ("Nothing can be said of a speedup", lambda: odd({3: 500.0})),
+        ("Nothing can be said of a speedup", lambda: odd({0: 1000.0, 3: 500.0}, generated_tokens=0)),
+        ("Workers failed in 1 round;", lambda: odd({0: 1000.0, 3: 500.0}, 1, target_failures=1)),
+        ("1 of 2 configurations has no gamma 0 of its own run", lambda: odd({0: 1000.0, 3: 500.0})),
+        ("1 request failed and is in no mean", lambda: odd({0: 1000.0, 3: 500.0}, 8, "0")),
+    ],
+)
+def test_what_is_said_of_odd_tables(said: str, table: Callable[[], str]) -> None:
+    text = table()
+    assert said in text
+    assert not NOTHING.search(text), text
+
+
+def test_a_share_is_all_only_when_it_is() -> None:
+    table, rounds = a_sweep({0: 1000.0, 3: 500.0}, 3000)
+    table.loc[table.index[-1], "matches_gamma0"] = False
+    assert summary_table(summarize(table, rounds, **SETTINGS))[1][1][-2:] == ["99.9 %", "-"]
 
 
 def test_the_target_alone_has_no_speedup_to_report() -> None:
@@ -97,7 +141,7 @@ def test_lossless_in_words() -> None:
     assert lossless_sentence(summarize(requests, rounds, **SETTINGS)).startswith("Yes: each of the 8 texts")
     requests.loc[requests.index[-1], "matches_gamma0"] = False
     assert lossless_sentence(summarize(requests, rounds, **SETTINGS)) == (
-        "No: 1 of 8 texts differ from that of the target alone (γ = 3)."
+        "No: 1 of 8 texts differs from that of the target alone (γ = 3)."
     )
     unknown = requests.assign(matches_gamma0=pd.array([pd.NA] * len(requests), dtype="boolean"))
     assert "Of 8 texts nothing can be said" in lossless_sentence(summarize(unknown, rounds, **SETTINGS))

@@ -338,7 +338,7 @@ def test_summary_has_one_row_a_gamma_and_its_columns():
         expected += [f"draft_acceptance_rate_{source}{part}" for part in ("", "_ci_low", "_ci_high")]
     expected += [f"{name}_{i}" for name in ("acceptance_at", "joint_acceptance_at") for i in (1, 2, 3)]
     expected += [f"rounds_accepting_{i}" for i in range(4)]
-    expected += ["lossless", "lossless_compared", "reference_ms_per_token", "reference_drift"]
+    expected += ["lossless", "lossless_compared", "reference_ms_per_token", "reference_drift", "reference_drifted"]
     expected += ["baselines_lossless", "baselines_compared", "baselines_failed", "failed_requests", "worker_failures"]
     assert list(summary.columns) == expected
 

@@ -285,10 +285,13 @@ def test_a_model_merged_from_two_sources_says_how_to_mend_it() -> None:
     assert "new name" in line
 
 
-@pytest.mark.parametrize("name", ["a/b", "", ".hidden", "-x", "a b", "é"])
+@pytest.mark.parametrize("name", ["a/b", "", ".hidden", "-x", "a b", "é", "m" * 101])
 def test_a_model_name_must_be_a_folder_name(name: str) -> None:
     (line,) = mistakes({"models": {name: LOCAL}})
-    assert line.startswith(f"models: the name {json.dumps(name, ensure_ascii=False)} cannot be a folder name")
+    shown = json.dumps(name, ensure_ascii=False)
+    assert line.startswith(f"models: the name {shown if len(name) < 80 else shown[:77]}")
+    assert "cannot be a folder name" in line
+    assert "100 characters at most" in line
 
 
 def test_all_mistakes_are_told_at_once() -> None:
@@ -393,6 +396,19 @@ def test_each_value_of_lookup_makes_a_draft_and_forced_ones_have_none() -> None:
         "plain": 0,
         "p-synthetic-0.5": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"draft": {"acceptance": 0.5, "lookup": 2}}, "draft.acceptance: 0.5 with lookup [2]: what is looked up"),
+        ({"draft": {"lookup": [2]}, "drafts": {"p": {"acceptance": 0.5}}}, "drafts.p.acceptance: 0.5 with lookup [2]"),
+        ({"drafts": {"d" * 65: {}}}, "64 characters at most"),
+    ],
+)
+def test_drafts_that_cannot_be_are_refused(raw: dict[str, Any], said: str) -> None:
+    (line,) = mistakes(raw)
+    assert said in line
 
 
 def test_drafts_have_what_draft_has_and_what_they_change() -> None:

@@ -35,11 +35,13 @@ def summarize_by_category(requests: DataFrame, rounds: DataFrame, **settings: An
 
     category
         of the dataset; `all prompts`: pooled; `mean of categories`: the plain mean of the rows above, each category
-        counting alike, without intervals. Empty in the dataset is `none`.
+        counting alike, without intervals, and empty where a category has no value. Empty in the dataset is `none`; one
+        that has the name of a row of all is `... (category)`.
     acceptance_length_first_32, _32_to_128, _beyond_128
         acceptance length of the verifications that begin at these places of the output.
     """
-    requests = requests.assign(category=requests["category"].replace("", "none"))
+    names = {"": "none", **{name: f"{name} (category)" for name in (POOLED, MACRO)}}
+    requests = requests.assign(category=requests["category"].replace(names))
     of_request = requests.drop_duplicates("request_id").set_index("request_id")["category"]
     parts = []
     for category in sorted(of_request.unique()):
@@ -94,7 +96,8 @@ def _macro(parts: list[DataFrame], pooled: DataFrame) -> DataFrame:
     rows = pooled.assign(category=MACRO)
     counts = (*row_of(rows), "requests", "compared")
     measured = [name for name in map(str, rows.select_dtypes("number")) if name not in counts]
-    of_row = every.groupby(configuration_of(every, row_of(every)), sort=False)[measured].mean()
+    rows_of = every.groupby(configuration_of(every, row_of(every)), sort=False)
+    of_row = rows_of[measured].sum(min_count=len(parts)) / len(parts)
     for name in measured:
         means = configuration_of(rows, row_of(rows)).map(of_row[name])
         rows[name] = np.nan if "_ci_" in name or name == "lossless_compared" else means.astype(float)

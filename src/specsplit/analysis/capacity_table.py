@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.costs import with_price
 from specsplit.analysis.drawing import doubling_axis, house_style, new_figure, save_figure, series_style, settle_layout
-from specsplit.analysis.measures import interval_columns, paired_columns, quantiles
+from specsplit.analysis.measures import paired_columns, quantiles
 from specsplit.analysis.reading import read_records
 from specsplit.experiment.capacity import GOOD_SHARE, LIMIT_FACTOR, CapacityRecord
 from specsplit.experiment.columns import FAILED
@@ -54,9 +54,10 @@ def summarize_capacity(
         limits of ITL and TTFT; the share of all requests that kept both, failed ones in the denominator; their tokens
         and number per second; whether the share is at least GOOD_SHARE. A limit that is not given is LIMIT_FACTOR
         times the median of one client in the first rows: of the target alone, if that was measured.
-    speedup_at_load, _ci_low, _ci_high
+    speedup_at_load, _ci_low, _ci_high, _joint_low, _joint_high
         latency of the target alone (gamma 0, any mode) at the same load, divided by this one's, paired by prompt,
-        over prompts that finished on both sides; empty where the target alone was not measured at this load.
+        over prompts that finished on both sides; empty where the target alone was not measured at this load. The joint
+        interval holds for all rows at once.
     queue_share
         of the latency of all requests, the part in which a worker computed for others.
     matches_single
@@ -81,6 +82,7 @@ def summarize_capacity(
         for name, given in (("itl_ms", tpot_limit_ms), ("ttft_ms", ttft_limit_ms))
     }
     targets = {level[2:]: own for level, own in levels.items() if level[1] == 0}
+    drafted = sum(level[1] != 0 and level[2:] in targets for level in levels)
     rows = []
     singles: dict[Any, tuple[DataFrame, float]] = {}
     for level, own in levels.items():
@@ -111,7 +113,7 @@ def summarize_capacity(
         row["goodput_tokens_per_second"] = float((share * own["generated_tokens"])[kept].sum()) / window_s
         row["goodput_requests_per_second"] = float(share[kept].sum()) / window_s
         row["kept_up"] = bool(row["goodput_share"] >= GOOD_SHARE)
-        row |= _speedup(own, target, confidence)
+        row |= _speedup(own, target, confidence, drafted)
         row["queue_share"] = own.loc[fine, "queue_ms"].sum() / own.loc[fine, "total_latency_ms"].sum()
         row["matches_single"] = own["matches_single"].astype("Float64").mean()
         row["failed_requests"] = int((~fine).sum())
@@ -145,15 +147,16 @@ def _work(own: DataFrame, alone: DataFrame) -> float:
     return float((weights * seconds)[known].sum() / window_s * weights.sum() / weights[known].sum())
 
 
-def _speedup(own: DataFrame, target: DataFrame | None, confidence: float) -> dict[str, float]:
+def _speedup(own: DataFrame, target: DataFrame | None, confidence: float, among: int) -> dict[str, float]:
     name = "speedup_at_load"
     if target is None:
-        return {name: math.nan, **interval_columns(name, (math.nan, math.nan))}
+        unknown = [math.nan]
+        return paired_columns(name, unknown, unknown, unknown, unknown, confidence, among=1)
     sides = [table[table["status"] != FAILED].set_index(TEXT)["total_latency_ms"] for table in (target, own)]
     both = sides[0].index.intersection(sides[1].index)
     theirs, ours = (side.loc[both].groupby(level="request_id").sum() for side in sides)
     ones = np.ones(len(ours))
-    return paired_columns(name, theirs, ones, ours, ones, confidence)
+    return paired_columns(name, theirs, ones, ours, ones, confidence, among)
 
 
 def capacity_sentences(summary: DataFrame) -> list[str]:
@@ -161,7 +164,7 @@ def capacity_sentences(summary: DataFrame) -> list[str]:
 
     Nothing of a table of an earlier version, which lacks what they rest on.
     """
-    if not {"speedup_at_load", "kept_up", "rate"} <= set(summary.columns):
+    if not {"speedup_at_load_joint_low", "kept_up", "rate"} <= set(summary.columns):
         return []
     return [*_crossings(summary), *_saturation(summary)]
 
@@ -177,7 +180,7 @@ def _crossings(summary: DataFrame) -> list[str]:
             verdicts: dict[str, list[str]] = {}
             rows: list[Any] = loads.sort_values(axis).to_dict("records")
             for row in rows:
-                low, high = row["speedup_at_load_ci_low"], row["speedup_at_load_ci_high"]
+                low, high = row["speedup_at_load_joint_low"], row["speedup_at_load_joint_high"]
                 verdict = "pays" if low > 1 else "costs" if high < 1 else "makes no difference that can be told"
                 verdict = "cannot be told from few prompts" if math.isnan(low) else verdict
                 verdicts.setdefault(verdict, []).append(f"{row[axis]:.3g} ({row['speedup_at_load']:.2f})")
@@ -191,13 +194,15 @@ def _saturation(summary: DataFrame) -> list[str]:
     for (mode, gamma), own in summary[summary["rate"].notna()].groupby(["mode", "gamma"], sort=False):
         kept, lost = own.loc[own["kept_up"], "rate"], own.loc[~own["kept_up"], "rate"]
         name = "The target alone" if gamma == 0 else f"Gamma {gamma} ({mode})"
-        if kept.empty:
+        if (lost < kept.max()).any():
+            rates = [", ".join(f"{rate:.3g}" for rate in sorted(some)) for some in (kept, lost)]
+            said.append(f"{name} kept the limits at {rates[0]} requests/s and not at {rates[1]}: no rate bounds them.")
+        elif kept.empty:
             said.append(f"{name} kept the limits at none of the rates, from {lost.min():.3g} requests/s on.")
-        elif lost[lost > kept.max()].empty:
+        elif lost.empty:
             said.append(f"{name} kept the limits up to {kept.max():.3g} requests/s, the highest rate measured.")
         else:
-            bound = lost[lost > kept.max()].min()
-            said.append(f"{name} sustains {kept.max():.3g} requests/s within the limits, and not {bound:.3g}.")
+            said.append(f"{name} sustains {kept.max():.3g} requests/s within the limits, and not {lost.min():.3g}.")
     return said
 
 

@@ -6,9 +6,11 @@ from pandas import DataFrame, Series, isna
 
 from specsplit.analysis.configurations import NETWORK, conditions_of, varied
 from specsplit.analysis.costs import cost_sentences
-from specsplit.analysis.curves import in_words, three_digits
-from specsplit.analysis.findings import OTHERS, counted, name_of, with_interval
+from specsplit.analysis.curves import PANEL, in_words, three_digits
+from specsplit.analysis.findings import OTHERS, name_of, of_prompts, with_interval
 from specsplit.analysis.references import BASES, GAMMA0, MOST_DRIFT, PAIR, STREAM
+from specsplit.analysis.statistics import MIN_PROMPTS
+from specsplit.errors import counted
 from specsplit.experiment.columns import WORKERS
 from specsplit.experiment.sweep import plain_number
 
@@ -41,14 +43,16 @@ def round_trip_sentences(summary: DataFrame, confidence: float) -> list[str]:
     is the one with the largest speedup there; its intervals hold for all of that network at once.
     """
     sentences = []
+    told_by = [name for name in PANEL if name in summary and name != "rtt_ms"]
     for base in (STREAM, PAIR):
         gain = BASES[base]
         rows = summary[(summary["setup"] == WORKERS) & (summary["gamma"] != 0) & summary[gain].notna()]
+        several = [name for name in told_by if rows[name].nunique() > 1]
         for _, own in rows.groupby(conditions_of(rows, "jitter_ms", "bandwidth_mbit"), sort=False):
             by = BASES[STREAM] if own[BASES[STREAM]].notna().all() else BASES[GAMMA0]
-            best = own.loc[own.groupby("rtt_ms")[by].idxmax().dropna()].sort_values("rtt_ms")
+            by = by if own[by].notna().all() else gain
+            best = own.loc[own.groupby("rtt_ms")[by].idxmax()].sort_values("rtt_ms")
             if len(best) > 1:
-                several = [name for name in ("temperature", "bandwidth_mbit") if rows[name].nunique() > 1]
                 told = ", ".join(in_words(name, own[name].iloc[0]) for name in several)
                 where = f"At {told}, against" if several else "Against"
                 sentences.append(f"{where} {OTHERS[base]}, {_by_round_trip(best, gain, confidence)}")
@@ -106,38 +110,46 @@ def _span(values: Series) -> str:
 
 def drift_sentence(summary: DataFrame) -> str:
     """How steady the machine was: the target alone, as each run measured it in turn with its own requests."""
-    ours = summary[summary["setup"] == WORKERS]
+    ours = summary[(summary["setup"] == WORKERS) & (summary["compared"] > 0)]
     known = ours[ours["reference_ms_per_token"].notna()]
     parts = []
     spans = [
-        (own.max() / own.min() - 1, len(own), own.min(), own.max())
-        for _, own in known.groupby(conditions_of(known, *NETWORK), sort=False)["reference_ms_per_token"]
-        if len(own) > 1
+        (pace.max() / pace.min() - 1, len(own), pace.min(), pace.max(), own["reference_drifted"])
+        for _, own in known.groupby(conditions_of(known, *NETWORK), sort=False)
+        if len(own) > 1 and (pace := own["reference_ms_per_token"]).min() > 0
     ]
     if spans:
-        apart, runs, low, high = max(reversed(spans), key=lambda span: span[:2])
-        if apart > MOST_DRIFT:
+        apart, runs, low, high, drifted = max(reversed(spans), key=lambda span: span[:2])
+        verdict = ": steady" if apart <= MOST_DRIFT else ""
+        if verdict:
+            pass
+        elif drifted.isna().all():
+            parts.append(f"Warning: the machine may not have been steady; with {MIN_PROMPTS} prompts one could tell.")
+        elif drifted.any():
             parts.append("Warning: the machine was not steady.")
+        else:
+            verdict = ", which texts that vary by chance may be as well"
         parts.append(
             f"Gamma 0, which each of {runs} runs measured in turn with its own requests, took {three_digits(low)} to "
-            f"{three_digits(high)} ms per token, {100 * apart:.1f} % apart{'' if apart > MOST_DRIFT else ': steady'}. "
+            f"{three_digits(high)} ms per token, {100 * apart:.1f} % apart{verdict}. "
             "Speedups are against the gamma 0 of the same run; other times of different runs have that drift in them."
         )
-    elif len(known):
-        parts.append("Each network had one run, so there is no drift to see.")
-    if unpaired := len(ours) - len(known) if len(ours) > 1 else 0:
+    else:
+        parts.append("Not known: no network had two runs whose gamma 0 can be compared.")
+    if unpaired := int((ours["reference_ms_per_token"].isna() & ours[BASES[GAMMA0]].notna()).sum()):
+        have, their = ("has", "its") if unpaired == 1 else ("have", "their")
         parts.append(
-            f"{unpaired} of {len(ours)} configurations have no gamma 0 of their own run: their speedup is against "
-            "that of another run, and a drift of the machine in between is in it."
+            f"{unpaired} of {counted(len(ours), 'configuration')} {have} no gamma 0 of {their} own run: {their} "
+            "speedup is against that of another run, and a drift of the machine in between is in it."
         )
-    return " ".join(parts) or "Not known: a single run was measured."
+    return " ".join(parts)
 
 
 def compared_sentence(summary: DataFrame, every: int) -> str:
     """How many of the `every` prompts measured all numbers of the summary rest on."""
     few, many = int(summary["compared"].min()), int(summary["compared"].max())
     if few == many:
-        return f"Compared are {counted(few, every)} that every configuration finished"
+        return f"Compared are {of_prompts(few, every)} that every configuration finished"
     return f"Compared are {few} to {many} of {every} prompts: those that every configuration on that network finished"
 
 
@@ -154,19 +166,21 @@ def lossless_sentence(summary: DataFrame) -> str:
     baselines = f"{beside} texts of baselines (gamma 0 in each run, target_streamed, colocated)"
     more = [f"{differing or 'None'} of the {baselines} {'differ' if differing > 1 else 'differs'}."] if beside else []
     if not written:
-        return " ".join(["Nothing was drafted, so there is nothing to compare.", *more])
+        return " ".join(["No text was written with a draft, so there is nothing to compare.", *more])
     parts = []
-    texts = f"text{'' if every == 1 else 's'}"
+    texts = counted(every, "text")
     if every and same == every:
         which = "written with a draft" if every == written else f"compared, of {written} written with a draft,"
-        parts.append(f"Yes: each of the {every} {texts} {which} is, token for token, that of the target alone.")
+        each = "the" if every == 1 else "each of the"
+        parts.append(f"Yes: {each} {texts} {which} is, token for token, that of the target alone.")
     elif every:
         which = "" if every == written else f" compared, of {written} written with a draft,"
         where = "; ".join(name_of(row, varied(summary)) for _, row in compared[compared["lossless"] < 1].iterrows())
-        parts.append(f"No: {every - same} of {every} {texts}{which} differ from that of the target alone ({where}).")
+        differ = "differs" if every - same == 1 else "differ"
+        parts.append(f"No: {every - same} of {texts}{which} {differ} from that of the target alone ({where}).")
     if unknown := written - every:
         parts.append(
-            f"Of {unknown} text{'' if unknown == 1 else 's'} nothing can be said token for token: gamma 0 was not run "
+            f"Of {counted(unknown, 'text')} nothing can be said token for token: gamma 0 was not run "
             "or failed there, or it is rejection sampling, which has the right distribution and not the same text."
         )
     return " ".join([*parts, *more])
@@ -180,17 +194,16 @@ def faults_sentence(summary: DataFrame) -> str:
     if number := int(failed["failed_requests"].sum()):
         where = "; ".join(f"{name_of(row, names)}: {row['failed_requests']}" for _, row in failed.iterrows())
         parts.append(
-            f"{number} request{' failed and is' if number == 1 else 's failed and are'} in no mean ({where}); "
+            f"{counted(number, 'request')} failed and {'is' if number == 1 else 'are'} in no mean ({where}); "
             "requests.csv says why."
         )
     if number := int(ours["baselines_failed"].sum()):
         parts.append(
-            f"{number} text{'' if number == 1 else 's'} of baselines failed; reference.csv says why, and their "
-            "requests are in no mean."
+            f"{counted(number, 'text')} of baselines failed; reference.csv says why, and their requests are in no mean."
         )
     if count := int(summary["worker_failures"].sum()):
         parts.append(
-            f"Workers failed in {count} rounds; what that cost the requests that got over it is in their latency "
-            "(requests.csv, recovery_ms)."
+            f"Workers failed in {counted(count, 'round')}; what that cost the requests that got over it is in their "
+            "latency (requests.csv, recovery_ms)."
         )
     return " ".join(parts)

@@ -25,7 +25,8 @@ def with_price(summary: DataFrame, prices: PriceSettings) -> DataFrame:
     if "setup" in summary:
         drafted &= summary["setup"] == WORKERS
     hour = drafted.map({True: target + draft, False: target})
-    return summary.assign(**{PRICE: hour * 1e6 / 3600 / summary["tokens_per_second"]})
+    speed = summary["tokens_per_second"]
+    return summary.assign(**{PRICE: hour * 1e6 / 3600 / speed.where(speed > 0)})
 
 
 def cost_sentences(summary: DataFrame) -> list[str]:
@@ -34,8 +35,7 @@ def cost_sentences(summary: DataFrame) -> list[str]:
     kinds = [("the target alone", ours[ours["gamma"] == 0]), ("a draft", ours[ours["gamma"] != 0])]
     kinds = [(name, own) for name, own in kinds if len(own)]
     sentences = []
-    if any(own["target_sent_bytes_per_token"].notna().any() for _, own in kinds):
-        parts = [f"with {name} {' and '.join(_links(own))}" for name, own in kinds if _links(own)]
+    if parts := [f"with {name} {' and '.join(_links(own))}" for name, own in kinds if _links(own)]:
         sentences.append(
             f"Bytes per token: {'; '.join(parts)} (messages as serialized, prompts included, without the headers of "
             "gRPC and TCP)."

@@ -23,7 +23,7 @@ _MODE_MARKERS = {"sync": "o", "overlap": "s", "lookahead": "^"}
 _VARIANT_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, "#444444")
 _VARIANT_MARKERS = ("o", "s", "^", "D", "v", "P")
 
-_PANEL = ("series", "sampling", "temperature", "top_k", "top_p", *NETWORK)
+PANEL = ("series", "sampling", "temperature", "top_k", "top_p", *NETWORK)
 _WORDS = {
     "gamma": "γ = {}",
     "series": "series {}",
@@ -85,7 +85,7 @@ class Panel:
 
 def split_panels(requests: DataFrame, rounds: DataFrame, summary: DataFrame) -> list[Panel]:
     """A panel for each value of temperature, round-trip time and what goes with them, in the order of `summary`."""
-    names = [name for name in _PANEL if name in summary]  # runs that were kept apart have a series
+    names = [name for name in PANEL if name in summary]  # runs that were kept apart have a series
     keys = {id(table): configuration_of(table, names) for table in (requests, rounds, summary)}
     conditions: list[Hashable] = list(dict.fromkeys(keys[id(summary)]))
     rows = [dict(zip(names, condition, strict=True)) for condition in conditions]  # type: ignore[call-overload]

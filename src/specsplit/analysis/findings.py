@@ -17,7 +17,8 @@ from specsplit.analysis.configurations import configuration_of, row_of, varied
 from specsplit.analysis.curves import in_words, split_panels
 from specsplit.analysis.references import BASES, GAMMA0, PAIR, STREAM
 from specsplit.analysis.statistics import MIN_PROMPTS
-from specsplit.analysis.tables import comparable, compare_panel
+from specsplit.analysis.tables import comparable, compare_panel, level_of_panels
+from specsplit.errors import counted
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
 
 OTHERS = {
@@ -34,7 +35,7 @@ class Finding:
     where: what tells these from the others, e.g. "RTT 14 ms"; empty when all are alike. base: what the gains are
     against, one of BASES. best: its row of the summary, with the joint interval of the speedup over the base in
     place of its own. drafting: so the best row that drafts, None when nothing does. ties: names of those that cannot be
-    told from the best. requests: how many prompts were measured.
+    told from the best. unrated: of those without a gain. requests: how many prompts were measured.
     """
 
     where: str
@@ -46,6 +47,7 @@ class Finding:
     confidence: float
     requests: int = 0
     base: str = GAMMA0
+    unrated: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
         """The finding in plain words, first what it rests on."""
@@ -53,13 +55,13 @@ class Finding:
         if self.drafting is None:
             return ["Only the target alone was run, so there is no speedup to report."]
         compared = int(self.best["compared"])
-        lines = [f"Compared on {counted(compared, self.requests)} that every configuration finished."]
+        if not compared:
+            return [f"No prompt of {self.requests} was finished by every configuration, so nothing can be compared."]
+        lines = [f"Compared on {of_prompts(compared, self.requests)} that every configuration finished."]
         name = BASES[self.base]
         if isna(self.drafting[name]):
-            return [
-                *lines,
-                "Nothing can be said of a speedup: gamma 0, the target alone, is missing or wrote no tokens.",
-            ]
+            why = "gamma 0, the target alone, was not measured, or there are no tokens or times to divide"
+            return [*lines, f"Nothing can be said of a speedup: {why}."]
         low, high = self.drafting[f"{name}_ci_low"], self.drafting[f"{name}_ci_high"]
         gain = with_interval(self.drafting, f"{name}_ci", level)
         sole = not self.ties  # told from all others
@@ -72,24 +74,28 @@ class Finding:
             lines.append(f"{self.name} is fastest: a speedup of {gain} against the target alone.")
         else:
             lines.append(f"{self.name} had the largest speedup against the target alone: {gain}.")
-        if self.best["gamma"] == 0 and high >= 1:
-            lines.append("The interval includes 1: it may be no slower at all.")
-        if self.best["gamma"] != 0 and low <= 1:
-            lines.append("The interval includes 1: it may be no faster at all.")
+        if low <= 1 <= high:
+            than = "slower" if self.drafting[name] <= 1 else "faster"
+            lines.append(f"The interval includes 1: it may be no {than} at all.")
         if isna(low):
             few = "requests" if compared < MIN_PROMPTS else "texts with tokens"
             lines.append(f"There are too few {few} to say how sure that is: an interval needs {MIN_PROMPTS} requests.")
         if self.base == STREAM:
             lines += self._over_others(level)
         if self.ties:
-            lines.append(f"Not distinguishable from it on these prompts: {'; '.join(self.ties)}.")
+            lines.append(f"Not distinguishable from {self.name} on these prompts: {'; '.join(self.ties)}.")
+        if self.unrated:
+            lines.append(f"Not among these, for nothing to compare with was measured: {'; '.join(self.unrated)}.")
         return lines
 
     def _over_streamed(self, gain: str, *, fastest: bool) -> str:
         """The end of a sentence that says what the requests were compared on."""
         other = OTHERS[STREAM]
-        if self.best["gamma"] == 0:
+        if self.best["setup"] == STREAMED:
             return f"no draft was faster than {other}: the best, {self.drafting_name}, has a speedup of {gain} over it."
+        if self.best["gamma"] == 0:
+            through = "no draft was faster than the target alone through the same loop"
+            return f"{through}: over {other} the best, {self.drafting_name}, has a speedup of {gain}."
         if fastest:
             return f"{self.name} is fastest: a speedup of {gain} over {other}."
         return f"{self.name} had the largest speedup over {other}: {gain}."
@@ -111,25 +117,28 @@ def find_best(
 
     requests, rounds: the tables of `read_tables`. summary: of `summarize`, as the other arguments. Best is the largest
     speedup end to end over the target that streams by itself, or where that was not measured over gamma 0; the target
-    alone, with its 1, is among them. Intervals and ties are those of `compare_panel`: with equal configurations one
-    finding calls one of them faster, or tells a pair apart, in at most 1 - confidence of experiments.
+    alone, streamed or through the loop, is among them. Intervals and ties are those of `compare_panel`, at the level
+    of `level_of_panels`: with equal configurations one of them is called faster, or a pair told apart, in any of the
+    findings in at most 1 - confidence of experiments.
     """
     names = [name for name in varied(summary) if name in ("gamma", "mode", "tree", "draft")]
     findings = []
     every = int(requests["request_id"].nunique())
+    level = level_of_panels(requests, confidence)
     for panel in split_panels(*comparable(requests, rounds), summary):
         ours = panel.summary["setup"] == WORKERS
         drafting = ours & (panel.summary["gamma"] != 0)
         streamed = drafting & panel.summary[BASES[STREAM]].notna()
         base = STREAM if streamed.any() else GAMMA0
-        alone = panel.summary["setup"].eq(STREAMED) if base == STREAM else ours & ~drafting
-        rows = concat([panel.summary[alone], panel.summary[drafting]])  # of equals the target alone is best
+        streams = panel.summary["setup"].eq(STREAMED) if base == STREAM else ours & False
+        # Of equals the first one is best.
+        rows = concat([panel.summary[chosen] for chosen in (streams, ours & ~drafting, drafting)])
         gain = BASES[base]
         rows = rows.assign(**{f"{gain}_ci_{end}": rows[f"{gain}_joint_{end}"] for end in ("low", "high")})
         rated = rows[rows[gain].notna()]
         best = rated.iloc[int(rated[gain].argmax())] if len(rated) else rows.iloc[0]
         ranked = rows[drafting[rows.index]].sort_values(gain, ascending=False, kind="stable", na_position="last")
-        order, found = compare_panel(panel.requests, base, confidence=confidence, **settings)
+        order, found = compare_panel(panel.requests, base, confidence=level, **settings)
         places = {configuration: place for place, configuration in enumerate(order)}
         place_of = {index: places[key] for index, key in configuration_of(rows, row_of(rows)).items() if key in places}
         tied = []
@@ -149,6 +158,7 @@ def find_best(
                 confidence=confidence,
                 requests=every,
                 base=base,
+                unrated=tuple(name_of(row, names) for _, row in rows[rows[gain].isna()].iterrows()),
             )
         )
     return findings
@@ -168,9 +178,9 @@ def name_of(row: Series, names: Sequence[str]) -> str:
     return ", ".join([*words, "in one process"] if setup == COLOCATED else words)
 
 
-def counted(some: int, every: int) -> str:
-    noun = "prompt" if every == 1 else "prompts"
-    return f"the {every} {noun}" if some == every else f"the {some} of {every} {noun}"
+def of_prompts(some: int, every: int) -> str:
+    """`the 8 prompts`, `the 6 of 8 prompts`"""
+    return f"the {'' if some == every else f'{some} of '}{counted(every, 'prompt')}"
 
 
 def with_interval(row: Series, name: str, level: str) -> str:

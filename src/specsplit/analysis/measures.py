@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from pandas import DataFrame, Series
 
-from specsplit.analysis.statistics import bounded_mean_ci, mean_ci, paired_ratio_ci, quantile, rate_ci
+from specsplit.analysis.statistics import bounded_mean_ci, level_of_each, mean_ci, paired_ratio_ci, quantile, rate_ci
 
 TIMES = ("tpot_ms", "itl_ms", "ttft_ms", "total_latency_ms")
 
@@ -27,18 +27,30 @@ def interval_columns(name: str, interval: tuple[float, float], kind: str = "ci")
 
 
 def paired_columns(
-    name: str, num_a: ArrayLike, den_a: ArrayLike, num_b: ArrayLike, den_b: ArrayLike, confidence: float
+    name: str,
+    num_a: ArrayLike,
+    den_a: ArrayLike,
+    num_b: ArrayLike,
+    den_b: ArrayLike,
+    confidence: float,
+    among: int = 0,
 ) -> dict[str, float]:
     """NAME, (sum num_a / sum den_a) / (sum num_b / sum den_b) over the same prompts, and its interval.
 
+    among: of so many ratios that are judged together: also NAME_joint_low, _high, which hold for all of them at once.
     All are NaN where something is missing or there is nothing to divide by.
     """
     columns = [np.asarray(column, float) for column in (num_a, den_a, num_b, den_b)]
-    value, interval = math.nan, (math.nan, math.nan)
+    levels = {"ci": confidence} | ({"joint": level_of_each(confidence, among)} if among else {})
+    value, intervals = math.nan, dict.fromkeys(levels, (math.nan, math.nan))
     if np.isfinite(columns).all():
         tops, bottoms = [ratio(columns[at].sum(), columns[at + 1].sum()) for at in (0, 2)]
-        value, interval = ratio(tops, bottoms), paired_ratio_ci(*columns, confidence=confidence)
-    return {name: value, **interval_columns(name, interval)}
+        value = ratio(tops, bottoms)
+        intervals = {kind: paired_ratio_ci(*columns, confidence=level) for kind, level in levels.items()}
+    row = {name: value}
+    for kind, interval in intervals.items():
+        row |= interval_columns(name, interval, kind)
+    return row
 
 
 def rate_columns(name: str, kept: Series, reached: Series, confidence: float) -> dict[str, float]:

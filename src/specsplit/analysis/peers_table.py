@@ -16,6 +16,7 @@ from specsplit.analysis.drawing import GREY, house_style, new_figure, save_figur
 from specsplit.analysis.measures import TIMES, median_over_repeats, metric_columns, paired_columns, ratio
 from specsplit.analysis.reading import read_records
 from specsplit.analysis.statistics import compare_jointly
+from specsplit.errors import counted
 from specsplit.experiment.peer_race import PeerRecord
 from specsplit.io import write_csv
 from specsplit.provenance.facts import read_run
@@ -101,10 +102,12 @@ def _itl_columns(name: str, rows: DataFrame, other: DataFrame, confidence: float
     return paired_columns(name, rows.loc[both, "itl_ms"], ones, other.loc[both, "itl_ms"], ones, confidence)
 
 
-def latency_columns(name: str, rows: DataFrame, other: DataFrame, confidence: float) -> dict[str, float]:
+def latency_columns(
+    name: str, rows: DataFrame, other: DataFrame, confidence: float, among: int = 0
+) -> dict[str, float]:
     """NAME: milliseconds per token of the texts in `rows`, divided by those of the same texts in `other`."""
     ours, tokens = rows["total_latency_ms"], rows["generated_tokens"]
-    return paired_columns(name, ours, tokens, other["total_latency_ms"], other["generated_tokens"], confidence)
+    return paired_columns(name, ours, tokens, other["total_latency_ms"], other["generated_tokens"], confidence, among)
 
 
 def _joint_intervals(own: dict[str, DataFrame], peer: str, settings: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -158,7 +161,7 @@ def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidenc
         panels[0].set_yticks(range(len(names)), [_words(name) for name in names])
         panels[0].set_ylim(len(names) - 0.5, -0.5)
         count = int(summary["requests"].max())
-        text = f"Bars: medians; dots: {count} requests."
+        text = f"Bars: medians; dots: {counted(count, 'request')}."
         if best:
             text += f" Ratio with its {confidence:.0%} interval, for all at once: left of 1 is faster than that peer."
         figure.supxlabel(text, fontsize=7, color="#555555")

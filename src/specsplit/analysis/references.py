@@ -214,13 +214,14 @@ def speedup_columns(
     return row | interval_columns(name, held or (math.nan, math.nan), "joint")
 
 
-def reference_columns(all_own: DataFrame, own: DataFrame) -> dict[str, float]:
+def reference_columns(all_own: DataFrame, own: DataFrame, drifted: bool | None) -> dict[str, Any]:
     """Of one row: the target alone of its run, and whether the texts measured beside it are those of gamma 0."""
     alone = own[own["paired"]] if own["setup"].eq(WORKERS).all() else own[:0]
     compared = all_own["beside_compared"].sum()
     return {
         "reference_ms_per_token": ratio(alone[f"{GAMMA0}_ms"].sum(), alone[f"{GAMMA0}_tokens"].sum()),
         "reference_drift": math.nan,
+        "reference_drifted": drifted,
         "baselines_lossless": ratio(all_own["beside_same"].sum(), compared),
         "baselines_compared": int(compared),
         "baselines_failed": int(all_own["beside_failed"].sum()),

@@ -32,7 +32,7 @@ from specsplit.analysis.states_table import states_sentences
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.analysis.summary_text import summary_table
 from specsplit.analysis.tables import summarize
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.io import read_json_object, replace_file
 from specsplit.provenance.facts import part_of
 from specsplit.settings.axes import CONFIGURATION
@@ -124,7 +124,8 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
         told = {**own, "dtype": _dtypes(name, record)} if own["dtype"] == "auto" else own
         pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(told, models)))
         if lookup := own["lookup"]:
-            asks = f"where the last {lookup} tokens occurred in the text before, what followed is drafted instead"
+            last = "token" if lookup == 1 else f"{lookup} tokens"
+            asks = f"where the last {last} occurred in the text before, what followed is drafted instead"
             pairs.append((f"Prompt lookup: {name}", asks))
         if p_min := own["p_min"]:
             asks = f"a draft ends where the draft model gives its path less than {p_min:g}"
@@ -134,7 +135,7 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
                 (
                     f"Synthetic: {name}",
                     f"its acceptance is forced: each drafted token was made right with probability {acceptance:g}. "
-                    "It says what the system does with such a draft, not how good the draft is",
+                    "It says what the system does with such a draft, not how good the draft is; and no lookup",
                 )
             )
     source = dataset.get("source") or config["dataset"]["path"]
@@ -155,7 +156,7 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
         ("Draft trees", ", ".join(config["tree"])),
         ("Tokens chosen", chosen),
         ("Network to the target", ", ".join(_network(*each) for each in networks)),
-        ("Texts", f"at most {generation['max_output_tokens']} tokens, {template}{on}"),
+        ("Texts", f"at most {counted(generation['max_output_tokens'], 'token')}, {template}{on}"),
         ("Warm-up", f"requests run before each configuration, in no table: {config['warmup_requests']}"),
         ("Repeats", f"each request is measured this often, and its median counts: {config['repeats']}"),
         ("Seed", str(config["seed"])),
@@ -296,7 +297,8 @@ def _seconds(started: Any, finished: Any) -> str:
         lasted = datetime.fromisoformat(str(finished)) - datetime.fromisoformat(str(started))
     except ValueError:
         return _UNKNOWN
-    return f"{lasted.total_seconds():.1f}"
+    seconds = lasted.total_seconds()
+    return f"{seconds:.1f}" if seconds >= 0 else f"{_UNKNOWN} (the clock was set back)"
 
 
 def _moment(text: Any) -> str:
@@ -376,4 +378,6 @@ def _short(cell: str) -> str:
         value = float(cell)
     except ValueError:
         return cell
+    if 0.9995 <= value < 1:  # a share is 1 only when all are
+        return "0.999"
     return cell if len(cell) <= 4 else f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"

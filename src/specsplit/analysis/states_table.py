@@ -14,10 +14,12 @@ from specsplit.analysis.measures import quantiles
 from specsplit.analysis.peers_table import latency_columns
 from specsplit.analysis.statistics import MIN_PROMPTS
 from specsplit.client.result import LINK_BYTES
+from specsplit.errors import counted
 
 KIND = ["draft", "project", "form", "window"]
 NETWORK = ["rtt_ms", "bandwidth_mbit"]
 DRAFT = "draft"  # the one that reads no states
+LOW, HIGH = "latency_vs_draft_joint_low", "latency_vs_draft_joint_high"
 WIDTH_IN, HEIGHT_IN = 6.8, 2.9
 STYLES = 6  # of `series_style` that differ
 
@@ -29,11 +31,12 @@ def summarize_states_cost(texts: DataFrame, *, confidence: float = 0.95) -> Data
     generated_tokens, rounds: sums. ROLE_sent_bytes_per_token and _per_round, likewise received: serialized messages
     from and to the client. ttft_ms_median, itl_ms_median, tpot_ms_median: over texts. ms_per_token: latency of all
     texts over their tokens. acceptance_length: 1 + accepted tokens / verifications. lossless: share of texts.
-    latency_vs_draft, _ci_low, _ci_high: ms_per_token divided by that of the other draft at the same network, paired by
-    prompt; below 1 the head is faster.
+    latency_vs_draft, _ci_low, _ci_high, _joint_low, _joint_high: ms_per_token divided by that of the other draft at the
+    same network, paired by prompt; below 1 the head is faster. The joint interval holds for all rows at once.
     """
     rows: list[dict[str, Any]] = []
     base: dict[Hashable, DataFrame] = {}
+    heads = int(texts.loc[texts["draft"] != DRAFT, [*KIND, *NETWORK]].drop_duplicates().shape[0])
     for (*kind, rtt_ms, mbit), own in texts.groupby([*KIND, *NETWORK], sort=False, dropna=False):
         network = (rtt_ms, mbit)
         own = own.set_index("request_id")
@@ -48,7 +51,7 @@ def summarize_states_cost(texts: DataFrame, *, confidence: float = 0.95) -> Data
         row["acceptance_length"] = 1 + own["accepted_tokens"].sum() / max(1, own["verifications"].sum())
         row["lossless"] = own["lossless"].mean()
         base.setdefault(network, own)  # the draft is the first kind of each
-        row |= latency_columns("latency_vs_draft", own, base[network].loc[own.index], confidence)
+        row |= latency_columns("latency_vs_draft", own, base[network].loc[own.index], confidence, heads or 1)
         rows.append(row)
     return DataFrame(rows).astype({"window": "Int64"})
 
@@ -56,10 +59,10 @@ def summarize_states_cost(texts: DataFrame, *, confidence: float = 0.95) -> Data
 def states_sentences(table: DataFrame) -> list[str]:
     """What the table says in words: what crosses, and from which bandwidth on the head is the faster draft."""
     head, draft = table[table["draft"] != DRAFT], table[table["draft"] == DRAFT]
-    if head.empty or draft.empty:
+    if head.empty or draft.empty or HIGH not in table:
         return []
-    known = head[head["latency_vs_draft_ci_high"].notna()]
-    wins, losses = int((known["latency_vs_draft_ci_high"] < 1).sum()), int((known["latency_vs_draft_ci_low"] > 1).sum())
+    known = head[head[HIGH].notna()]
+    wins, losses = int((known[HIGH] < 1).sum()), int((known[LOW] > 1).sum())
     texts = int(table["texts"].min())
     bytes_per_token = "target_received_bytes_per_token"
     said = [
@@ -71,8 +74,9 @@ def states_sentences(table: DataFrame) -> list[str]:
     if known.empty:
         return [*said, f"No ratio has an interval (prompts: {texts}; it takes {MIN_PROMPTS}), so no winner is named."]
     said.append(
-        f"In {wins} of {len(known)} cases (a way to ship the states at one network, {texts} prompts each) the head is "
-        f"faster than the other draft, in {losses} slower, in {len(known) - wins - losses} the interval holds both."
+        f"In {wins} of {len(known)} cases (a way to ship the states at one network, {counted(texts, 'prompt')} each) "
+        f"the head is faster than the other draft, in {losses} slower, in {len(known) - wins - losses} the interval "
+        "holds both; the intervals hold for all cases at once."
     )
     for rtt_ms, own in known.groupby("rtt_ms"):
         outcomes: dict[str, list[str]] = {}
@@ -87,15 +91,15 @@ def states_sentences(table: DataFrame) -> list[str]:
 def _crossing(rows: DataFrame) -> str:
     """Where one kind of head is beyond doubt faster than the draft: `wins from 100 Mbit/s on`."""
     order = rows.assign(order=rows["bandwidth_mbit"].replace(0, math.inf)).sort_values("order")
-    wins = (order["latency_vs_draft_ci_high"] < 1).tolist()
+    wins = (order[HIGH] < 1).tolist()
     names = [_bandwidth(mbit) for mbit in order["bandwidth_mbit"]]
     if not any(wins):
-        return f"never wins ({len(wins)} bandwidths)"
+        return f"never wins ({counted(len(wins), 'bandwidth')})"
     if all(wins):
         return f"wins at every bandwidth ({len(wins)})"
     first = wins.index(True)
     if all(wins[first:]) and first < len(wins) - 1:
-        return f"wins from {names[first]} on ({len(wins) - first} of {len(wins)} bandwidths)"
+        return f"wins from {names[first]} on ({len(wins) - first} of {counted(len(wins), 'bandwidth')})"
     return f"wins at {', '.join(name for name, won in zip(names, wins, strict=True) if won)} alone"
 
 

@@ -48,7 +48,8 @@ def mean_ci(values: ArrayLike, *, confidence: float) -> tuple[float, float]:
         return paired_ratio_ci(data, ones, ones, ones, confidence=confidence)
     mean = float(data.mean())
     half = t_quantile(confidence, data.size - 1) * float(data.std(ddof=1)) / math.sqrt(data.size)
-    return mean - half, mean + half
+    low = mean - half
+    return max(0.0, low) if (data >= 0).all() else low, mean + half
 
 
 def paired_ratio_ci(
@@ -98,7 +99,7 @@ def bounded_mean_ci(values: ArrayLike, upper: float, *, confidence: float) -> tu
     """
     check_confidence(confidence)
     data = _numbers("values", values)
-    if not upper > 0:
+    if not upper > 0 or not np.isfinite(upper):
         return _UNKNOWN
     low, high = _wilson(data / upper, np.ones_like(data), confidence, least_share=0.0)
     return low * upper, high * upper
@@ -198,6 +199,11 @@ def _t_quantile(confidence: float, degrees: float) -> float:
     beyond = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(rest))])
     angle = np.interp((1 - confidence) * beyond[-1], beyond, rest)
     return float(math.sqrt(degrees) / math.tan(angle))
+
+
+def level_of_each(confidence: float, number: int) -> float:
+    """The level of each of so many intervals with which all of them hold at once (Bonferroni)."""
+    return 1 - (1 - confidence) / max(1, number)
 
 
 def check_confidence(confidence: float) -> None:

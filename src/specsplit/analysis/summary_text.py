@@ -67,9 +67,9 @@ def _cell(row: Series, name: str, form: str) -> str:
 def _number(value: float, form: str) -> str:
     if form == "digits":
         return three_digits(value)
-    if form == "share":  # of requests: most often all
-        return f"{100 * value:.1f} %".replace("100.0", "100")
-    return f"{100 * value:.1f} %" if form == "%" else f"{value:{form}}"
+    if form == "share":  # of requests: most often all, and never all when one is not
+        return "100 %" if value == 1 else f"{min(99.9, 100 * value):.1f} %"
+    return f"{100 * value:z.1f} %" if form == "%" else f"{value:{form}}"
 
 
 def _plain(value: Any) -> str:

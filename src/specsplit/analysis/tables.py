@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from specsplit.analysis.measures import (
 )
 from specsplit.analysis.references import (
     BASES,
+    GAMMA0,
     is_base,
     lacks_reference,
     reference_columns,
@@ -36,7 +38,7 @@ from specsplit.analysis.references import (
     with_drift,
     with_references,
 )
-from specsplit.analysis.statistics import Comparison, check_confidence, compare_jointly, rate_ci
+from specsplit.analysis.statistics import Comparison, check_confidence, compare_jointly, level_of_each, rate_ci
 from specsplit.client.result import LINK_BYTES, USAGE
 from specsplit.experiment.columns import DRAFTING, FAILED, OK, SOURCES, WORKERS
 from specsplit.settings.names import AUTO
@@ -112,6 +114,23 @@ def compare_panel(
     return order, found
 
 
+def level_of_panels(requests: DataFrame, confidence: float) -> float:
+    """The level for each choice of tokens and network with which what is said holds for all of them at once."""
+    return level_of_each(confidence, conditions_of(requests, *NETWORK).nunique())
+
+
+def _drifted(panel: DataFrame, **settings: Any) -> dict[Any, bool]:
+    """Of each run of a choice of tokens and network that measured its own gamma 0: whether that was, beyond chance, of
+    another speed than those of all of them together. Empty where too few requests tell."""
+    runs = [(key, rows.sort_values("request_id")) for key, rows in _by_row(panel[panel["paired"]]).items()]
+    runs = [(key, rows) for key, rows in runs if key[-1] == WORKERS]
+    if len(runs) < 2:
+        return {}
+    times, tokens = (np.array([rows[f"{GAMMA0}_{unit}"] for _, rows in runs], float) for unit in ("ms", "tokens"))
+    found = compare_jointly(*(np.vstack([table.mean(axis=0), table]) for table in (times, tokens)), **settings)
+    return {} if found is None else {key: found.distinguishable(0, at) for at, (key, _) in enumerate(runs, 1)}
+
+
 def _by_row(requests: DataFrame) -> dict[Any, DataFrame]:
     """The requests of each row of the summary, by its tuple of `row_of`."""
     return dict(list(requests.groupby(configuration_of(requests, row_of(requests)), sort=False)))
@@ -141,8 +160,9 @@ def summarize(
         configuration's; an interval for this row alone (`paired_ratio_ci`). 1, [1, 1] for gamma 0 itself. Empty without
         such a gamma 0 or tokens. Of a run that measured none of its own it is against the run of gamma 0.
     speedup_joint_low, speedup_joint_high
-        the interval that holds for all `workers` rows with this choice and network at once (`compare_jointly`): to
-        judge a row that was picked by its speedup. Empty for baselines.
+        the interval that holds for all `workers` rows of the table at once (`compare_jointly` within a choice of tokens
+        and network, `level_of_panels` between them): to judge a row that was picked by its speedup. Empty for
+        baselines.
     speedup_over_streamed, speedup_over_colocated, each with _ci_low, _ci_high, _joint_low, _joint_high
         as speedup, against the target that streams by itself, and against the same pair in one process.
     <m>_mean, <m>_ci_low, <m>_ci_high, <m>_median for each m of METRICS
@@ -188,9 +208,11 @@ def summarize(
     lossless, lossless_compared
         share of requests with the text of gamma 0, of so many that did not fail on either side. Empty, 0 where
         `matches_gamma0` is empty: without a gamma 0, and for rejection sampling at a temperature above 0.
-    reference_ms_per_token, reference_drift
+    reference_ms_per_token, reference_drift, reference_drifted
         milliseconds per token of the gamma 0 that this row's run measured; that over the median of the runs with the
-        same choice and network, minus 1. Empty where a run measured none, and for baselines.
+        same choice and network, minus 1; whether it is, beyond chance, another one than that of all those runs
+        together. Empty where a run measured none, and for baselines; the last one also for a single run and too few
+        requests.
     baselines_lossless, baselines_compared, baselines_failed
         of the texts that were measured beside this configuration: share that is the text of gamma 0, of so many that
         can be compared; how many failed.
@@ -207,9 +229,13 @@ def summarize(
     deepest = int(max([*numbers, *rounds.loc[rounds["gamma"] == AUTO, "drafted"]], default=0))
     own_of, rounds_of = _by_row(shared), dict(list(rounds.groupby(configuration_of(rounds), sort=False)))
     joint: dict[Any, dict[str, tuple[float, float]]] = {}
+    drifted: dict[Any, bool] = {}
+    at_once: dict[str, Any] = {**settings, "confidence": level_of_panels(requests, confidence)}
+    chance = {"confidence": at_once["confidence"], "samples": bootstrap_samples, "seed": seed}
     for _, panel in shared.groupby(conditions_of(shared, *NETWORK), sort=False):
+        drifted |= _drifted(panel, **chance)
         for base in BASES:
-            order, found = compare_panel(panel, base, **settings)
+            order, found = compare_panel(panel, base, **at_once)
             if found is not None:
                 for place, key in enumerate(order):
                     joint.setdefault(key, {})[base] = found.against_first(place)
@@ -225,7 +251,7 @@ def summarize(
         for base in BASES:
             joints = joint.get(configuration, {})
             row |= speedup_columns(own, base, confidence, joints, is_base(configuration, base))
-        depth = float(gamma if gamma != AUTO else own_rounds["drafted"].max() if len(own_rounds) else 0)
+        depth = float(gamma if gamma != AUTO else own_rounds["drafted"].max() if len(own_rounds) else math.nan)
         most = {} if gamma == 0 else {"average_acceptance_rate": 1.0, "mean_accepted_length": depth + 1}
         for metric in METRICS:
             row |= metric_columns(own[metric], metric, confidence, most.get(metric))
@@ -242,7 +268,7 @@ def summarize(
         row |= _positions(own_rounds, deepest)
         texts = median_over_repeats(ended, (*row_of(ended), "request_id"), "matches_gamma0")["matches_gamma0"].dropna()
         row |= {"lossless": ratio(texts.sum(), len(texts)), "lossless_compared": len(texts)}
-        row |= reference_columns(all_own, own)
+        row |= reference_columns(all_own, own, drifted.get(configuration))
         row["failed_requests"] = int((all_own["status"] == FAILED).sum())
         row["worker_failures"] = int(all_own[["draft_failures", "target_failures"]].to_numpy().sum())
         rows.append(row)
@@ -263,7 +289,10 @@ def _acceptance(own: DataFrame, rounds: DataFrame, depth: float, confidence: flo
     counted = rounds[verifies_draft(rounds) & (rounds["repeat"] == rounds["repeat"].min())].groupby("request_id").size()
     verified = own["verifications"].fillna(own["request_id"].map(counted)).fillna(0).astype(float)
     drafted, accepted = own["drafted_tokens"].astype(float), own["accepted_tokens"].astype(float)
-    interval = rate_ci(accepted * (verified > 0) / max(depth, 1), verified, confidence=confidence)
+    # A depth that no round tells has no interval.
+    interval = (math.nan, math.nan)
+    if depth == depth:
+        interval = rate_ci(accepted * (verified > 0) / max(depth, 1), verified, confidence=confidence)
     return {
         "acceptance_length": 1 + ratio(accepted.sum(), verified.sum()),
         **interval_columns("acceptance_length", (1 + depth * interval[0], 1 + depth * interval[1])),

@@ -47,6 +47,9 @@ def disagreements(config: Mapping[str, Any]) -> Iterator[str]:
                 f"{path}.p_min: {own['p_min']} leaves out drafted tokens by their probability, which biases rejection "
                 "sampling; write 0, or sampling.method coupled"
             )
+        if own["acceptance"] is not None and 0 not in own["lookup"]:
+            both = f"{path}.acceptance: {own['acceptance']} with lookup {own['lookup']}"
+            yield f"{both}: what is looked up cannot be forced; write lookup: [0], or acceptance: null"
         if own["skip_layers"] and source in ("synthetic", *LOOKUPS):
             yield f"{path}.skip_layers: the {source} model {own['model']} has no layers; write []"
     target = models.get(config["target"]["model"], {})

@@ -39,7 +39,7 @@ SamplingMethod = Literal["coupled", "rejection"]
 DraftFailure = Literal["reconnect", "target_alone", "fail"]
 StatesForm = Literal["bfloat16", "float32", "int8"]
 OnBadLine = Literal["stop", "skip"]
-DRAFT_NAME = r"^[A-Za-z0-9][A-Za-z0-9.-]*$"
+DRAFT_NAME = r"^[A-Za-z0-9][A-Za-z0-9.-]{0,99}$"  # with marks; a part of names of files, which hold 255 bytes
 
 
 class OrchestratorConfig(AccessSettings):

@@ -114,7 +114,8 @@ def explain(error: ValidationError) -> Iterator[str]:
         yield _explain_unknown_key(path, str(value), {name: {} for name in schema["enum"]})
     elif "propertyNames" in error.schema_path:
         signs = "letters, digits and . -" if path == "drafts" else "letters, digits and . _ -"
-        yield (f"{path}: the name {show(value)} cannot be a folder name; wanted a letter or digit first, then {signs}")
+        wanted_name = f"a letter or digit first, then {signs}, {schema['maxLength']} characters at most"
+        yield f"{path}: the name {show(value)} cannot be a folder name; wanted {wanted_name}"
     elif error.validator == "oneOf":
         yield from _explain_model(error, path)
     elif error.validator == "required":

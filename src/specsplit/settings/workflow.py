@@ -184,7 +184,7 @@ Workflow: type[BaseModel] = section(
         schema={
             "title": "a mapping of names to models",
             "minProperties": 1,
-            "propertyNames": {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"},
+            "propertyNames": {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$", "maxLength": 100},
         },
     ),
     target=section(
@@ -224,7 +224,7 @@ Workflow: type[BaseModel] = section(
         "Drafts to sweep, by name. Each says what differs from `draft`, which is swept only when an entry is "
         "`draft: {}`. Empty: `draft` alone.",
         note="several drafts, by name; each says what differs from draft: { int8: { dtype: int8 }, plain: {} }",
-        schema={"title": "a mapping of names to drafts", "propertyNames": {"pattern": DRAFT_NAME}},
+        schema={"title": "a mapping of names to drafts", "propertyNames": {"pattern": DRAFT_NAME, "maxLength": 64}},
     ),
     workers=section(
         "The two model servers.",
