@@ -200,7 +200,7 @@ def check(bench: Bench, model: Loaded) -> None:
         cache.rollback(40)
         wanted = verify(TREE, lm.step(cache, [3], TREE), 41, sampling)
         cache.rollback(40)
-        got = lm.verdict(cache, [3], TREE, sampling)
+        got = lm.step(cache, [3], TREE, then=Walk(sampling))
         bench.check(f"{model.name}: the verdict is that of the logits, {how}", wanted == got, got)
         cache.rollback(40)
         chain = [best for best, _ in lm.step(cache, [3], then=Propose(sampling, lm.vocab_size, steps=3))]
@@ -262,7 +262,7 @@ def passes(bench: Bench, model: Loaded, how: str, peer: bool) -> None:
                 cache: Any = cache, fed: list[int] = fed, chain: TokenTree = chain, context: int = context
             ) -> None:
                 cache.rollback(context)
-                lm.verdict(cache, fed[:1], chain, GREEDY)
+                lm.step(cache, fed[:1], chain, then=Walk(GREEDY))
 
             def library(past: Any = past, fed: list[int] = fed, context: int = context) -> None:
                 if beyond := past.get_seq_length() - context:
@@ -318,7 +318,7 @@ def rounds(
             fed = text[caches[1].length :]
             ranked = draft.step(caches[1], fed, then=Propose(GREEDY, draft.vocab_size, steps=gamma - 1))
             tree = TokenTree.chain([best.token_ids[0] for best, _ in ranked])
-        verdict = target.verdict(caches[0], text[caches[0].length :], tree, GREEDY)
+        verdict = target.step(caches[0], text[caches[0].length :], tree, then=Walk(GREEDY))
         new = [*(tree.token_ids[node] for node in verdict.path), verdict.next_token]
         text += new
         caches[1].rollback(min(caches[1].length, len(text) - 1))

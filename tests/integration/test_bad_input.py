@@ -261,8 +261,9 @@ def test_a_deadline_frees_the_work(workers: dict[str, Worker]) -> None:
     worker = workers[DRAFT]
     passes = worker.passes
     worker.before_pass = lambda: time.sleep(0.1)
+    levels = draft_request([5, 6], gamma=15, session="late", branching=[1])  # a pass each
     with pytest.raises(grpc.RpcError) as caught:
-        worker.stub.GenerateDrafts(draft_request([5, 6], gamma=15, session="late"), timeout=0.25)
+        worker.stub.GenerateDrafts(levels, timeout=0.25)
     assert caught.value.code() == Code.DEADLINE_EXCEEDED
     time.sleep(0.4)
     worker.before_pass = lambda: None

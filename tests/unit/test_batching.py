@@ -6,15 +6,17 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
+from specsplit.decoding.sampling import GREEDY
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.gpu import GpuLM
 from specsplit.engines.numba import FusedLM
-from specsplit.engines.passes import Pass
+from specsplit.engines.passes import Pass, Propose
 from specsplit.engines.synthetic import SyntheticLM
 from specsplit.engines.transformers import CausalLM
 from specsplit.worker import batching
@@ -39,6 +41,47 @@ class Held(SyntheticLM):
         if any(90 in p.tokens for p in passes):
             raise ZeroDivisionError("a token that breaks the pass")
         return super().step_many(passes)
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_chain_that_pauses_goes_on_as_it_would_have(steps: int) -> None:
+    model = FusedLM(CausalLM(make_tiny_model("llama")), 1)
+    whole = model.step_many([Pass(model.new_cache(64), [5, 6], then=Propose(GREEDY, model.vocab_size, steps=5))])[0]
+    cache, asked = model.new_cache(64), iter(range(6))
+    first = Propose(GREEDY, model.vocab_size, steps=5)
+    found = model.step_many([Pass(cache, [5, 6], then=first, pause=lambda: next(asked) == steps)])[0]
+    assert (len(found), cache.length) == (1 + steps, 2 + steps)
+    for _ in range(5 - steps):
+        then = Propose(GREEDY, model.vocab_size)
+        found += model.step_many([Pass(cache, [found[-1][0].token_ids[0]], then=then)])[0]
+    assert found == whole
+
+
+def test_a_chain_makes_way_for_who_waits() -> None:
+    model = FusedLM(CausalLM(make_tiny_model("llama")), 1)
+    sizes: list[list[int]] = []
+    run, inside, leave = model.step_many, threading.Event(), threading.Event()
+
+    def noted(passes: Sequence[Pass]) -> list[Any]:
+        sizes.append([p.steps for p in passes])
+        inside.set()
+        leave.wait(30)
+        return run(passes)
+
+    model.step_many = noted  # type: ignore[method-assign]
+    shared = SharedModel(model, 1, seed=0)
+
+    def draft(first: int) -> int:
+        return len(shared.step(model.new_cache(64), [first], then=Propose(GREEDY, model.vocab_size, steps=9)))
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(draft, 5)
+        inside.wait(30)
+        two = pool.submit(draft, 6)
+        wait_for(shared, 1)
+        leave.set()
+        assert (one.result(30), two.result(30)) == (1, 10)
+    assert sizes == [[9], [9]]
 
 
 def wait_for(shared: SharedModel, count: int) -> None:

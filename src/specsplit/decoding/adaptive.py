@@ -35,14 +35,19 @@ FADED = 0.02
 class _Times(deque[float]):
     """The last times of one kind."""
 
+    typical = 0.0  # their mean, without those that are not typical; 0 without any
+
     def __init__(self, values: Iterable[float] = ()) -> None:
         super().__init__(values, REMEMBERED)
+        self._note()
 
-    @property
-    def typical(self) -> float:
-        """Their mean, without those that are not typical; 0 without any."""
+    def append(self, value: float) -> None:
+        super().append(value)
+        self._note()
+
+    def _note(self) -> None:
         most = UNTYPICAL * median(self or [0.0])
-        return fmean([value for value in self if value <= most] or [0.0])
+        self.typical = fmean([value for value in self if value <= most] or [0.0])
 
 
 class _Cost:
@@ -289,7 +294,7 @@ class GammaController:
             return
         if not (self._draft or self._ahead) or not self._verify:
             return
-        costs = [self._tpot(gamma) for gamma in range(self.limit + 1)]
+        costs = self._costs()
         costs[0] *= 1 - self._unpriced
         best = min(range(self._drafts < FIRST_DRAFTS, len(costs)), key=costs.__getitem__)
         if best and costs[best] > (1 - MARGIN) * costs[self._gamma]:
@@ -300,6 +305,17 @@ class GammaController:
         elif self._since_alone >= ALONE_AFTER and costs[0] < ALONE_WITHIN * costs[best]:
             self._alone = "next"
         self._gamma = best
+
+    def _costs(self) -> list[float]:
+        """Milliseconds a token of each gamma; without those beyond three that were dearer each time, and the present
+        one."""
+        costs: list[float] = []
+        for gamma in range(self.limit + 1):
+            costs.append(self._tpot(gamma))
+            last = costs[-4:]
+            if gamma > max(self._gamma, 4) and last == sorted(last):
+                break
+        return costs
 
     def _plan_probe(self, *, again: bool) -> None:
         """The next probe: how deep, and after how many rounds. The more it loses, the later."""

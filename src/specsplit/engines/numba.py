@@ -169,7 +169,7 @@ class FusedPasses:
                 for i, p in enumerate(passes):
                     if p.steps > step and isinstance(p.then, Propose):
                         paths[i] += rows[i][-1][1][0]
-                        if not paths[i] < p.then.least:  # NaN goes on
+                        if not paths[i] < p.then.least and not p.pause():  # NaN goes on
                             going.append(i)
                 if not going:
                     break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ class Propose:
     """Give the candidates after each row whose logits are wanted, instead of these; then feed the best candidate of the
     last row, `steps` times, and give those after each. The result is a list of (Candidates, overflowed).
 
-    least: an engine may stop feeding, and give fewer, once the log-probability of what it fed is below it.
+    least: as Pass.pause, once the log-probability of what is to be fed is below it.
     vocab_size, targets: as DraftSettings and Vocabulary have them.
     """
 
@@ -49,6 +49,7 @@ class Pass:
 
     then: what an engine that `decides` it does after it, where the logits are; None: the result is the logits.
     states: for a head that reads the target's hidden states, a row for each of `tokens` (HiddenStatesHead.step).
+    pause: once it says so, an engine may stop feeding the steps of `then`, and give fewer.
     """
 
     cache: Any
@@ -57,6 +58,7 @@ class Pass:
     cached_nodes: int = 0
     then: Walk | Propose | None = None
     states: torch.Tensor | None = None
+    pause: Callable[[], bool] = lambda: False
 
     @property
     def size(self) -> int:

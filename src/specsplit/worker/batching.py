@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,9 @@ class SharedModel:
 
     def _ask(self, work: Pass, is_prompt: bool) -> Any:
         watch: Stopwatch = getattr(self._clock, "watch", None) or Stopwatch()
+        if work.steps:
+            # So that others share the passes of its chain, which is then made pass by pass.
+            work = replace(work, pause=lambda: watch.gone() or self.waiting > 0)
         request = _Request(work, watch.gone, is_prompt)
         with self._lock:
             if self._closed:

@@ -230,7 +230,7 @@ class Drafter:
             steps = max(0, min(depth - 1, room))
         then = replace(then, steps=steps, least=least_log(settings.p_min))
         found = model.step(self.session.cache, tokens, tree, cached, then)
-        if steps:  # or fewer: a chain ends where it is too improbable
+        if steps:  # or fewer: the chain is too improbable, or goes on pass by pass
             steps = len(found) - len(nodes)
         found = found[-len(nodes) - steps :]
         at = nodes[-1]
