@@ -34,6 +34,7 @@ for line in sys.stdin:
     os.environ |= asked["environment"]
     sys.path[:0] = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = [asked["module"], *asked["arguments"]]
+    sys.modules.pop("sitecustomize", None)  # the server's own, which Debian's Python has
     try:
         import sitecustomize
     except ImportError:
