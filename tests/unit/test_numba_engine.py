@@ -198,6 +198,15 @@ def test_a_pass_that_does_not_fit_changes_nothing() -> None:
     assert cache.length == 6
 
 
+@pytest.mark.parametrize("token", [-1, 131, 1 << 40])
+def test_what_is_no_token_is_not_read(token: int) -> None:
+    ours = FusedLM(wide_model(), 1)
+    cache = ours.new_cache(16)
+    with pytest.raises(IndexError, match="in an embedding of 131"):
+        ours.step(cache, [5, token])
+    assert cache.length == 0
+
+
 def team_of(job: Callable[..., None]) -> Team:
     """Three threads that do a job written in Python."""
 

@@ -130,7 +130,10 @@ class Embedding:
         self.table = np.array(place, np.int64)
 
     def rows_of(self, tokens: Sequence[int]) -> Sequence[int]:
-        """The rows that are read for tokens."""
+        """The rows that are read for tokens. Raises IndexError for what is no token: the kernel reads any address."""
+        count = len(self._rows if self._row_of is None else self._row_of)
+        if tokens and not (min(tokens) >= 0 and max(tokens) < count):
+            raise IndexError(f"tokens {min(tokens)} to {max(tokens)} in an embedding of {count}")
         return tokens if self._row_of is None else [self._row_of[token] for token in tokens]
 
 
