@@ -16,7 +16,7 @@ from specsplit.api.named_models import Model
 from specsplit.api.options import Options, checked, with_options
 from specsplit.client.event_loop import event_loop
 from specsplit.client.handshake import check_tokenizers, connected_pair
-from specsplit.client.pipeline import run_speculative_loop_async
+from specsplit.client.pipeline import gamma_controller, run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
 from specsplit.client.writer import open_stubs
@@ -165,7 +165,7 @@ class Pair:
         self._config = config
         self._close = close
         self._identities = dict(identities or {})
-        self._controllers: dict[tuple[Any, ...], GammaController] = {}
+        self._controllers: dict[tuple[Any, ...], GammaController | None] = {}
         most = [(worker.limits.sessions, worker.limits.streams) for worker in self._identities.values()]
         self._slots = asyncio.Semaphore(min([at_once, *(limit for each in most for limit in each if limit)]))
         self._closed = False
@@ -321,9 +321,10 @@ class Pair:
         """What chooses gamma when it is `auto`; it remembers from text to text."""
         if config.gamma != "auto":
             return None
-        key = config.mode, config.gamma_limit, config.fan_out, config.shape, config.p_min
-        made = GammaController(key[0], key[1], fan_out=key[2], shape=key[3], p_min=key[4])
-        return self._controllers.setdefault(key, made)
+        key = config.mode, config.fan_out, config.shape, config.p_min
+        if key not in self._controllers:
+            self._controllers[key] = gamma_controller(config)
+        return self._controllers[key]
 
 
 def _is_list_of_prompts(prompt: Prompt | Prompts) -> bool:

@@ -33,7 +33,7 @@ from specsplit.client.text import OnTokens, Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.growth import CHAIN
 from specsplit.decoding.lookup import LOOKUP, Lookup
-from specsplit.decoding.tree import TokenTree
+from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message, tree_to_message
 from specsplit.rpc.statuses import ALL_TAKEN
@@ -89,13 +89,8 @@ async def run_speculative_loop_async(
         text.limits.say()
         text.known = known
         stubs = {"target": target_stub, "draft": draft_stub if draft_info else None}
-        if config.gamma != "auto":
-            controller = None
-        elif controller is None:
-            shape = text.limits.shape
-            controller = GammaController(
-                config.mode, config.gamma_limit, fan_out=config.fan_out, shape=shape, p_min=config.p_min
-            )
+        if config.gamma != "auto" or controller is None:
+            controller = gamma_controller(config, text.limits.shape)
         text.started = time.perf_counter()
         states = None
         if draft_info is not None and draft_info.HasField("states_needed"):
@@ -122,6 +117,17 @@ async def run_speculative_loop_async(
         finally:
             await pipeline.close("draft")
             await pipeline.close("target")
+
+
+def gamma_controller(config: OrchestratorConfig, shape: TreeShape | None = None) -> GammaController | None:
+    """What chooses gamma when it is `auto`, else None; it learns from one text for the next.
+
+    shape: of the drafts, where it is another than that of the configuration.
+    """
+    if config.gamma != "auto":
+        return None
+    shape = config.shape if shape is None else shape
+    return GammaController(config.mode, config.gamma_limit, fan_out=config.fan_out, shape=shape, p_min=config.p_min)
 
 
 @dataclass

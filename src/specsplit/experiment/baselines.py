@@ -12,12 +12,13 @@ from typing import Any
 
 from specsplit.api.pair import Pair
 from specsplit.client.event_loop import event_loop
+from specsplit.client.pipeline import gamma_controller
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
 from specsplit.client.writer import TextWriter
 from specsplit.decoding.adaptive import GammaController
 from specsplit.experiment.columns import COLOCATED, STREAMED, WORKERS
-from specsplit.experiment.records import Request, gamma_controller, request_config
+from specsplit.experiment.records import Request, request_config
 from specsplit.settings.names import DEFAULT_DRAFT
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from specsplit.client.event_loop import event_loop
-from specsplit.client.pipeline import run_speculative_loop_async
+from specsplit.client.pipeline import gamma_controller, run_speculative_loop_async
 from specsplit.client.text import OnTokens
 from specsplit.errors import WorkerError
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, writing_rows
 from specsplit.experiment.journal import journal_beside
-from specsplit.experiment.records import Request, deciding, gamma_controller, repeated, request_config, request_record
+from specsplit.experiment.records import Request, deciding, repeated, request_config, request_record
 from specsplit.rpc.codec import CHANNEL_OPTIONS
 from specsplit.rpc.credentials import Access
 from specsplit.settings.measure import CLOSED, ArrivalPattern, CapacitySettings

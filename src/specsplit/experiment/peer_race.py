@@ -11,12 +11,13 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from specsplit.client.pipeline import gamma_controller
 from specsplit.decoding.measures import per_token_ms
 from specsplit.experiment.columns import writing_rows
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.journal import journal_beside
 from specsplit.experiment.peers import Peer, PeerProcess, PeerText
-from specsplit.experiment.records import Request, gamma_controller, repeated, request_config, text_writer, tokens_sha256
+from specsplit.experiment.records import Request, repeated, request_config, text_writer, tokens_sha256
 from specsplit.rpc.connection import Connection
 from specsplit.settings.run import OrchestratorConfig
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from specsplit.client.result import LINK_BYTES, SpeculativeResult
 from specsplit.client.writer import TextWriter
-from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms, verifications
 from specsplit.errors import UserError, WorkerError, listed
 from specsplit.experiment.columns import FAILED, OK, SOURCES, RequestRecord, RoundRecord
@@ -102,15 +101,6 @@ def text_writer(config: OrchestratorConfig) -> TextWriter:
     """What writes texts through the workers that the settings name; through the target alone at gamma 0."""
     draft = config.draft_address if config.gamma else None
     return TextWriter(draft, config.target_address, access=Access.of(config))
-
-
-def gamma_controller(config: OrchestratorConfig) -> GammaController | None:
-    """What chooses gamma when it is `auto`; it learns from one text for the next."""
-    if config.gamma != "auto":
-        return None
-    return GammaController(
-        config.mode, config.gamma_limit, fan_out=config.fan_out, shape=config.shape, p_min=config.p_min
-    )
 
 
 def tokens_sha256(tokens: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from specsplit.client.pipeline import gamma_controller
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.writer import TextWriter
 from specsplit.errors import RunError, UserError, WorkerError
@@ -26,7 +27,6 @@ from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.prompt_tokens import later_turn_tokens
 from specsplit.experiment.records import (
     Request,
-    gamma_controller,
     repeated,
     request_config,
     request_record,

@@ -14,12 +14,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from specsplit.client.pipeline import gamma_controller
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.writer import TextWriter
 from specsplit.decoding.measures import tokens_per_round
 from specsplit.decoding.theory import PipelineMode, expected_tokens
 from specsplit.decoding.tree_plan import tpot_ms
-from specsplit.experiment.records import gamma_controller
 from specsplit.experiment.transport import bare_round_trip_ms
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import own_workers, start_worker
