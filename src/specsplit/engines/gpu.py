@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from specsplit.decoding.sampling import GREEDY
-from specsplit.decoding.tree import TokenTree
 from specsplit.engines.gpu_cache import GpuCache, Pool, shape_of
 from specsplit.engines.gpu_decoder import unsuitable
 from specsplit.engines.gpu_passes import Program, Runtime, Shape, Then
-from specsplit.engines.passes import EMPTY, Pass, Propose, Walk, all_or_none
+from specsplit.engines.passes import MakesTogether, Pass, Propose, Walk, all_or_none
 from specsplit.engines.state_slots import forget_taps
 from specsplit.engines.token_cache import tokens_of_pass
 from specsplit.engines.transformers import CausalLM
@@ -31,7 +30,7 @@ SMALLEST_DRAFT = 2  # tokens that a draft begins with: the target's own, and the
 CAPACITIES = 256  # Texts of capacities up to the next multiple share a pool.
 
 
-class GpuLM:
+class GpuLM(MakesTogether):
     """A Llama-type model, with the methods of CausalLM; same logits but for rounding.
 
     sessions: rows of a pool of caches, which can share a pass. compiles: as in Recorder.
@@ -75,17 +74,6 @@ class GpuLM:
         return made
 
     # ---- passes
-
-    def step(
-        self,
-        cache: GpuCache,
-        tokens: Sequence[int],
-        tree: TokenTree = EMPTY,
-        cached_nodes: int = 0,
-        then: Walk | Propose | None = None,
-    ) -> Any:
-        """One pass, as CausalLM.step, or what `then` says."""
-        return self.step_many([Pass(cache, tokens, tree, cached_nodes, then)])[0]
 
     def decides(self, then: Walk | Propose) -> bool:
         """As Pass.then: all but rejection sampling's verdicts, which need the logits."""

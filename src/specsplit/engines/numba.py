@@ -13,13 +13,12 @@ import torch
 
 from specsplit.decoding.growth import CANDIDATES
 from specsplit.decoding.sampling import Candidates, check_chosen
-from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.verification import follow
 from specsplit.engines.architectures import not_llama_layer, not_llama_type
 from specsplit.engines.linears import Embedding, Linears, tied
 from specsplit.engines.numba_kernels import HEADER, KEPT, LANES, PART_NUMBERS
 from specsplit.engines.numba_team import Sizes, Team, Workspace, vectors
-from specsplit.engines.passes import EMPTY, Pass, Propose, Walk, all_or_none
+from specsplit.engines.passes import MakesTogether, Pass, Propose, Walk, all_or_none
 from specsplit.engines.state_slots import StateSlots
 from specsplit.engines.token_cache import tokens_of_pass
 from specsplit.engines.transformers import CausalLM
@@ -82,7 +81,7 @@ class Part:
         return (*fed, best, among, cache.keys.ctypes.data, cache.values.ctypes.data, cache.slots, parents)
 
 
-class FusedPasses:
+class FusedPasses(MakesTogether):
     """What runs passes of a Llama-type model, or of a part of one, on the CPU. May be called from any thread, one at a
     time. Logits of a token are bit for bit the same whatever else is in the pass."""
 
@@ -163,20 +162,11 @@ class FusedPasses:
         rows: list[list[Any]] = [[] for _ in passes]
         with all_or_none(p.cache for p in passes):
             self._feed(passes, rows)
-            paths = [0.0] * len(passes)  # log-probabilities of what is drafted
-            for step in range(max(p.steps for p in passes)):
-                going = []
-                for i, p in enumerate(passes):
-                    if p.steps > step and isinstance(p.then, Propose):
-                        paths[i] += rows[i][-1][1][0]
-                        if not paths[i] < p.then.least and not p.pause():  # NaN goes on
-                            going.append(i)
-                if not going:
-                    break
-                following = [
-                    Pass(passes[i].cache, [self._best(passes[i], rows[i])], then=passes[i].then) for i in going
-                ]
-                self._feed(following, [rows[i] for i in going])
+            going, step = list(zip(passes, rows, strict=True)), 0
+            while going := [(p, own) for p, own in going if self._goes_on(p, own, step)]:
+                step += 1
+                following = [Pass(p.cache, [self._best(p, own)], then=p.then) for p, own in going]
+                self._feed(following, [own for _, own in going])
             return [self._result(p, each) for p, each in zip(passes, rows, strict=True)]
 
     def _feed(self, passes: Sequence[Pass], rows: Sequence[list[Any]]) -> None:
@@ -194,6 +184,10 @@ class FusedPasses:
                 at = here.stop
         for p, ids in zip(passes, fed, strict=True):
             p.cache.advance(len(ids))
+
+    def _goes_on(self, work: Pass, rows: Sequence[Any], step: int) -> bool:
+        """Whether another token is fed after so many steps."""
+        return False
 
     def _best(self, work: Pass, rows: Sequence[Any]) -> int:
         """The token that a draft goes on with; any where there is none."""
@@ -302,17 +296,6 @@ class FusedLM(FusedPasses):
         self._windows = np.array(source.windows(), np.int64)
         self._targets: tuple[Any, list[int], int] = None, [], 0  # of the last Propose, as numbers, and the largest
 
-    def step(
-        self,
-        cache: FusedCache,
-        tokens: Sequence[int],
-        tree: TokenTree = EMPTY,
-        cached_nodes: int = 0,
-        then: Walk | Propose | None = None,
-    ) -> Any:
-        """One pass, as CausalLM.step, or what `then` says."""
-        return self.step_many([Pass(cache, tokens, tree, cached_nodes, then)])[0]
-
     def decides(self, then: Walk | Propose) -> bool:
         """As Pass.then: greedy choices alone, among what the draft model can say."""
         if isinstance(then, Walk) or not then.sampling.greedy or then.targets is None:
@@ -329,6 +312,12 @@ class FusedLM(FusedPasses):
         return CANDIDATES, self.vocab_size if work.then.targets is not None else min(
             work.then.vocab_size, self.vocab_size
         )
+
+    def _goes_on(self, work: Pass, rows: Sequence[Any], step: int) -> bool:
+        if work.steps <= step or not isinstance(work.then, Propose):
+            return False
+        path = sum(values[0] for _, values in rows[-step - 1 :])  # log-probability; NaN goes on
+        return not path < work.then.least and not work.pause()
 
     def _best(self, work: Pass, rows: Sequence[Any]) -> int:
         row: int = rows[-1][0][0]

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from specsplit.decoding.tree import TokenTree
 from specsplit.engines.hidden_states import GIVEN, HiddenStatesHead, reach, read_from
 from specsplit.engines.linears import Linears, padded
 from specsplit.engines.numba import CHUNK, FusedCache, FusedPasses, Part, unsuitable_layer
 from specsplit.engines.numba_kernels import normalise, run_product
 from specsplit.engines.numba_team import Workspace
-from specsplit.engines.passes import EMPTY, Pass
+from specsplit.engines.passes import Pass
 
 
 class FusedHead(FusedPasses):
@@ -86,17 +85,6 @@ class FusedHead(FusedPasses):
             arguments = (self._fc.head, self._functions[0], part, packed, states[start : start + CHUNK])
             run_product(0, 1, self._no_team, *arguments)
         return torch.from_numpy(states)
-
-    def step(
-        self,
-        cache: FusedCache,
-        tokens: Sequence[int],
-        tree: TokenTree = EMPTY,
-        cached_nodes: int = 0,
-        states: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """One pass, as HiddenStatesHead.step. Returns logits [rows, vocab_size], float32."""
-        return self.step_many([Pass(cache, tokens, tree, cached_nodes, states=states)])[0]
 
     def _reach(self, work: Pass, start: int) -> int:
         return reach(read_from(work), work.cache.length, start)

@@ -92,6 +92,27 @@ def all_or_none(caches: Iterable[Any]) -> Iterator[None]:
         raise
 
 
+class MakesTogether:
+    """What engines have in common whose pass over one session is one over several."""
+
+    def step_many(self, passes: Sequence[Pass]) -> list[Any]:
+        """The passes of several sessions, each of another one, made as one; of each the logits, or what Pass.then
+        says."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        cache: Any,
+        tokens: Sequence[int],
+        tree: TokenTree = EMPTY,
+        cached_nodes: int = 0,
+        then: Walk | Propose | None = None,
+        states: torch.Tensor | None = None,
+    ) -> Any:
+        """One pass, as CausalLM.step, or what `then` says. states: as Pass.states."""
+        return self.step_many([Pass(cache, tokens, tree, cached_nodes, then, states)])[0]
+
+
 class Steps(Protocol):
     """What drafting and verification need of a model."""
 

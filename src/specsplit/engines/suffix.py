@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from specsplit.decoding.tree import TokenTree
 from specsplit.engines.ngram import NGramLM, texts_of_rows, write_counts
-from specsplit.engines.passes import EMPTY, Pass, all_or_none
+from specsplit.engines.passes import MakesTogether, Pass, all_or_none
 from specsplit.engines.text_memory import NOWHERE, TextMemory
 from specsplit.engines.token_cache import TokenCache, tokens_of_pass
 
@@ -76,7 +75,7 @@ class SuffixCache(TokenCache):
         return super().nbytes() + (self.model.nbytes() if self.model is not None else 0)
 
 
-class SuffixLM(NGramLM):
+class SuffixLM(MakesTogether, NGramLM):
     """The tokens that followed the longest suffix, of `max_match` down to `min_match` tokens, in this text or others.
 
     memory_tokens: of other texts, the newest are kept. model: asked where nothing was found, or nothing likely; reads
@@ -109,10 +108,6 @@ class SuffixLM(NGramLM):
     def new_cache(self, capacity: int) -> SuffixCache:
         """An empty cache for one sequence of at most `capacity` tokens, tree nodes included."""
         return SuffixCache(capacity, self.model.new_cache(capacity) if self.model is not None else None)
-
-    def step(self, cache: Any, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0) -> torch.Tensor:
-        """One pass, as NGramLM.step."""
-        return self.step_many([Pass(cache, tokens, tree, cached_nodes)])[0]
 
     def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """As CausalLM.step_many."""

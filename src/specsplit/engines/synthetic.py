@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.engines.passes import EMPTY, Pass, all_or_none
+from specsplit.engines.passes import MakesTogether, Pass, all_or_none
 from specsplit.engines.token_cache import MAX_CONTEXT, TokenCache, WeightlessLM, tokens_of_pass
 
 PRINTABLE = range(32, 127)  # the text is made of these bytes, for it is shown on terminals
@@ -30,7 +30,7 @@ SPIN_S = 100e-6  # even a sleep of nothing takes this long
 MASK = (1 << 64) - 1
 
 
-class SyntheticLM(WeightlessLM):
+class SyntheticLM(MakesTogether, WeightlessLM):
     """A model whose passes take step_ms + token_ms for each token fed, its own computing included.
 
     acceptance: alpha, the probability that its first candidate is the text's next token, in (0, 1]. 1 is the target.
@@ -60,16 +60,6 @@ class SyntheticLM(WeightlessLM):
         by_rank = (math.log(alpha) + ranks * math.log1p(-alpha)).float()
         # Row i of this view has rank 0 at token -i modulo vocab_size, rank 1 at the token after it, and so on.
         self._rows = by_rank.repeat(2).unfold(0, vocab_size, 1)
-
-    def step(
-        self, cache: TokenCache, tokens: Sequence[int], tree: TokenTree = EMPTY, cached_nodes: int = 0
-    ) -> torch.Tensor:
-        """One pass, as CausalLM.step: over `tokens`, then over the nodes of `tree` from `cached_nodes` on.
-
-        Returns logits [rows, vocab_size], float32: one row for the last of `tokens` (if any), then one for every node
-        fed.
-        """
-        return self.step_many([Pass(cache, tokens, tree, cached_nodes)])[0]
 
     def step_many(self, passes: Sequence[Pass]) -> list[torch.Tensor]:
         """The passes of several sessions as one, which takes step_ms once; the logits of each."""
