@@ -120,9 +120,9 @@ def drift_sentence(summary: DataFrame) -> str:
     ]
     if spans:
         apart, runs, low, high, drifted = max(reversed(spans), key=lambda span: span[:2])
-        verdict = ": steady" if apart <= MOST_DRIFT else ""
-        if verdict:
-            pass
+        verdict = ""
+        if apart <= MOST_DRIFT:
+            verdict = ": steady"
         elif drifted.isna().all():
             parts.append(f"Warning: the machine may not have been steady; with {MIN_PROMPTS} prompts one could tell.")
         elif drifted.any():

@@ -39,15 +39,16 @@ class _Times(deque[float]):
 
     def __init__(self, values: Iterable[float] = ()) -> None:
         super().__init__(values, REMEMBERED)
-        self._note()
+        if self:
+            self._note()
 
     def append(self, value: float) -> None:
         super().append(value)
         self._note()
 
     def _note(self) -> None:
-        most = UNTYPICAL * median(self or [0.0])
-        self.typical = fmean([value for value in self if value <= most] or [0.0])
+        most = UNTYPICAL * median(self)
+        self.typical = fmean(value for value in self if value <= most)
 
 
 class _Cost:

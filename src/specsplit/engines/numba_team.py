@@ -44,7 +44,6 @@ class Team:
         self.threads = threads
         self._job = job
         self._sync = np.zeros(16, np.int64)
-        self._sync[NANOSECONDS] = LONGEST_SLEEP_NS
         self._errors: list[BaseException] = []
         self._arguments: Sequence[Any] | None = None  # that the others have
         self._left: SimpleQueue[None] = SimpleQueue()

@@ -170,7 +170,7 @@ class Drafter:
             answers = {i: None if fed is None else list(islice(places, len(each))) for i, each in wants.items()}
         for i, start in enumerate(starts):  # ROOT is the last token of the context
             source = self.session.cache.source_after(len(self.state.ids) + start + 1)
-            trees[i].source = source if len(trees[i]) or not source else "none"
+            trees[i].source = "none" if source and not len(trees[i]) else source
         return [trees[i] for i in range(len(growths))]
 
     def _feed_tree(self, tree: TokenTree) -> dict[int, int] | None:
