@@ -116,8 +116,11 @@ def test_a_worker_from_its_start_to_sigterm(model: Path, folder: Path) -> None:
             assert worker.description.pid == process.pid
 
             # Sessions share their passes: drafts of one length would all be done at once. The short one comes last.
+            # Level by level, a pass each: a chain in one call may be done before the others have come.
             gammas = [*[64] * 7, 1]
-            requests = [draft_request([5, 6], gamma=gamma, session=f"s{i}") for i, gamma in enumerate(gammas)]
+            requests = [
+                draft_request([5, 6], gamma=gamma, branching=[1], session=f"s{i}") for i, gamma in enumerate(gammas)
+            ]
             calls = [pool.submit(worker.stub.GenerateDrafts, request, timeout=60) for request in requests]
             unanswered = wait(calls, 30, FIRST_COMPLETED).not_done
             process.send_signal(signal.SIGTERM)
