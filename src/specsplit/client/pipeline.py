@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -163,6 +164,7 @@ class _Pipeline:
         self.renew("target")
         self._awaited = 0  # replies of the draft worker, at most
         self._advised: int | None = None  # gamma for all texts that share the target; None: this one is alone
+        self._unlearnt: Callable[[], None] | None = None  # has the controller observe the last round
 
     def renew(self, role: str) -> None:
         """From here on a worker holds nothing of the text. Its next stream is opened when there is something to say,
@@ -267,7 +269,7 @@ class _Pipeline:
                 draft_source=tree.source or self._source(tree, gamma),
             )
             self.text.take(accepted, verdict.next_token, measured)
-            self._observe(measured, tree, list(verdict.accepted_nodes), drafted is not None)
+            self._note(measured, tree, list(verdict.accepted_nodes), drafted is not None)
         await self._settle()
 
     def _count(self, reply: pb.GenerateDraftsReply, *, exposed: bool) -> None:
@@ -276,6 +278,7 @@ class _Pipeline:
 
     async def _settle(self) -> None:
         """Hear what the draft worker still spent on the text; it drops what it is at after its current pass."""
+        self._learn()
         if self._awaited > 0:
             with suppress(WorkerFailed, TimeoutError):  # the end of the stream is one as well
                 async with asyncio.timeout(SETTLE_S):
@@ -299,7 +302,11 @@ class _Pipeline:
     def _gamma(self, room: int, controller: GammaController | None) -> int:
         if controller is None:
             return room
-        return controller.choose(room) if self._advised is None else min(self._advised, room)
+        if self._advised is not None:
+            return min(self._advised, room)
+        if controller.choice_is_for_one_round:
+            self._learn()
+        return controller.choose(room)
 
     def _source(self, tree: TokenTree, gamma: int) -> str:
         """Where a draft of a worker that names no source came from, where that is not the same in every round."""
@@ -320,9 +327,11 @@ class _Pipeline:
             self.text.tokens, gamma, self.text.known_stop_ids, certain=self.text.sampling.uses_rejection
         )
 
-    def _observe(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
+    def _note(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
+        """Keep a round for `_learn`."""
         if self.controller is not None:
-            self.controller.observe(
+            self._unlearnt = partial(
+                self.controller.observe,
                 source=tree.source,
                 gamma=measured.gamma_asked,
                 drafted=measured.drafted,
@@ -336,6 +345,13 @@ class _Pipeline:
                 first=self._advised is not None or self.at_target.whole or (drafted_now and self.at_draft.whole),
                 ranks=ranks(tree.parents, path),
             )
+
+    def _learn(self) -> None:
+        """Have the controller observe the last round. It takes a while, so it is done when nobody waits for it: while
+        the next round is verified, or before a choice that would be wrong without it."""
+        if self._unlearnt is not None:
+            self._unlearnt()
+            self._unlearnt = None
 
     async def _verify(self, tree: TokenTree, gamma: int = 0, *, only_states: bool = False) -> None:
         wanted = None
@@ -419,6 +435,7 @@ class _Pipeline:
 
     async def _verdict(self, ahead: _Ahead | None) -> pb.VerifyDraftsReply:
         """Wait for the target, and meanwhile take, and in lookahead mode send on, what is drafted ahead."""
+        self._learn()
         if ahead is None:
             return await self._target_reply()
         verdict = asyncio.ensure_future(self._target_reply())

@@ -187,6 +187,11 @@ class GammaController:
         width = 1 if 1 in self._tried else max(self._tried, key=self._tried.__getitem__, default=1)
         return 1 - (1 - self._won(width, PRIOR_ALPHA)) ** (1 / width)
 
+    @property
+    def choice_is_for_one_round(self) -> bool:
+        """Whether what `choose` gives is a trial, so that its round has to be observed before it is asked again."""
+        return self._alone == "next" or (self._gamma == 0 and self._idle_rounds >= self._pause)
+
     def choose(self, room: int) -> int:
         """Gamma of the next round, at most `room`; 0 = do not draft."""
         if self._alone == "next" or (self._gamma == 0 and self._idle_rounds < self._pause):
