@@ -8,9 +8,19 @@ __init__.pyi; nothing is imported before it is used, so that `import specsplit` 
 """
 
 import importlib
+import os
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 __version__ = "0.1.0"
+
+try:
+    # The pollers that gRPC 1.85 still has beside its new ones pass a message on in two thirds of the time, as fewer
+    # threads see it. They are chosen before grpc is imported; versions that have none complain of the choice.
+    if version("grpcio").startswith("1.85."):
+        os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+except PackageNotFoundError:
+    pass  # whoever needs it says so
 
 _WHERE = {
     **dict.fromkeys(("Pair", "connect", "load"), "specsplit.api.pair"),
