@@ -477,11 +477,14 @@ def _write_strip(
 ) -> None:  # fmt: skip
     """The loop over tiles of rows x tokens, written as the body of a function."""
     b = e.builder
-    far = b.add(b.udiv(e.number(AHEAD_BYTES), row_bytes), e.number(rows))
+    # More lines can be on their way to L2 than to L1. Blocks are bound by their unpacking, and want them near; those
+    # that are used once pass L2 by, where the context's caches and the program's data stay.
+    nearness, ahead_bytes = 2, AHEAD_BYTES
+    if form.name in BLOCK_FORMS:
+        nearness, ahead_bytes = (0, AHEAD_BYTES // 2) if tokens == 1 else (3, AHEAD_BYTES)
+    far = b.add(b.udiv(e.number(ahead_bytes), row_bytes), e.number(rows))
     step = rows * form.bytes
     lines = -(-step // LINE)
-    # More lines can be on their way to L2 than to L1. Blocks are bound by their unpacking, and want them near.
-    nearness = 2 if form.name in ("float32", "bfloat16", "int8") else 3
 
     def one_tile(index: Value, carried: list[Value]) -> list[Value]:
         row = b.add(low, b.mul(index, e.number(rows)))

@@ -63,7 +63,8 @@ class Emitter:
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), arguments)
 
     def prefetch(self, pointer: Value, nearness: int) -> None:
-        """Have the cache line at this address fetched; any address will do. nearness: 3 = to L1, 2 = to L2."""
+        """Have the cache line at this address fetched; any address will do. nearness: 3 = to L1, 2 = to L2, 0 = to L1
+        alone."""
         constants = [ir.Constant(I32, value) for value in (0, nearness, 1)]  # to read, data
         self.call("llvm.prefetch.p0", ir.VoidType(), [pointer, *constants])
 
