@@ -15,7 +15,6 @@ report: "workflow/report/workflow.rst"
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/settings.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/dataset.smk"
 include: "workflow/rules/layers.smk"
@@ -28,6 +27,7 @@ include: "workflow/rules/baselines.smk"
 include: "workflow/rules/capacity.smk"
 include: "workflow/rules/profile.smk"
 include: "workflow/rules/distill.smk"
+include: "workflow/rules/settings.smk"  # the last, for it knows what the others are decided by
 
 
 THIS_RUN = runs.Run()

@@ -7,6 +7,7 @@ rule merge:
         requests=PLAN.run_files("requests.csv"),
         rounds=PLAN.run_files("per_round.csv"),
         references=PLAN.run_files("reference.csv"),
+        decided=decided_by("merge", list(PLAN.points), config["keep_apart"], code=code_of("merge")),
     output:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
@@ -20,7 +21,6 @@ rule merge:
         folder=lambda wildcards, output: os.path.dirname(output.requests),
         runs=lambda wildcards, input: [os.path.dirname(path) for path in input.requests],
         settings=flags(keep_apart=config["keep_apart"]),
-        code=code_of("merge"),
     shell:
         "specsplit merge --results-dir {params.folder:q} {params.runs:q} {params.settings} > {log:q} 2>&1"
 
@@ -31,6 +31,7 @@ rule figures:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
         reference="results/reference.csv",
+        decided=decided_by("figures", INTERVALS, code=code_of("figures")),
     output:
         expand("results/figures/{name}.png", name=captions.DRAWN),
         [figure_output(name) for name in captions.DRAWN],
@@ -42,7 +43,6 @@ rule figures:
     params:
         folder=lambda wildcards, input: os.path.dirname(input.requests),
         settings=INTERVALS,
-        code=code_of("figures"),
     shell:
         "specsplit figures --results-dir {params.folder:q} {params.settings} > {log:q} 2>&1"
 
@@ -51,6 +51,7 @@ rule summary:
     """A row for each configuration. Made last: where it is, figures and record are there as well, and sealed."""
     input:
         PLAN.result_files(),
+        decided=decided_by("summary", INTERVALS, PRICES, code=code_of("analyze", "provenance seal")),
     output:
         summary=table_output("summary"),
         by_category=table_output(captions.BY_CATEGORY),
@@ -64,7 +65,6 @@ rule summary:
     params:
         folder=lambda wildcards, output: os.path.dirname(output.summary),
         settings=f"{INTERVALS} {PRICES}",
-        code=code_of("analyze", "provenance seal"),
     shell:
         # Exit status 1: texts differ, which the tables say. The log is sealed as well, so nothing is written to it any more.
         "{{ specsplit analyze --no-figures --results-dir {params.folder:q} {params.settings}"
@@ -81,6 +81,9 @@ rule report:
         by_category=f"results/{captions.BY_CATEGORY}.csv",
         figures=[f"results/figures/{name}.svg" for name in captions.DRAWN],
         beside=beside_the_sweep,
+        decided=decided_by(
+            *("report", INTERVALS, PRICES, beside_the_sweep), code=code_of("report", "provenance seal")
+        ),
     output:
         report("results/report.html", caption="../report/report.rst", category="Report", labels={"what": "one page"}),
     log:
@@ -92,7 +95,6 @@ rule report:
         folder=lambda wildcards, input: os.path.dirname(input.summary),
         seal=lambda wildcards, input: f"{os.path.dirname(input.summary)}/provenance/SHA256SUMS",
         settings=f"{INTERVALS} {PRICES}",
-        code=code_of("report", "provenance seal"),
     shell:
         "specsplit report --results-dir {params.folder:q} --output {output:q} {params.settings} > {log:q} 2>&1"
         " && specsplit provenance seal --add --output {params.seal:q} 2>> {log:q} > /dev/null"

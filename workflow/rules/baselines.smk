@@ -6,6 +6,7 @@ rule race_peers:
     input:
         **measured_with("race", PLAN.raced),
         target=PLAN.target,
+        decided=decided_by("race_peers", code=code_of("bench", "race")),
         draft=f"resources/models/{PLAN.drafts[PLAN.first_draft]['model']}/model.json",
     output:
         requests="results/peers_requests.csv",
@@ -19,7 +20,6 @@ rule race_peers:
         gpu=PLAN.own_gpu,
     params:
         folder=lambda wildcards, output: os.path.dirname(output.requests),
-        code=code_of("bench", "race"),
     shell:
         "specsplit bench --only --settings {input.settings:q} {input.operation:q}"
         " --prompts {input.prompts:q} --results-dir {params.folder:q} --workers-dir {params.folder:q}/workers/race"
@@ -31,6 +31,7 @@ rule peers:
     input:
         requests="results/peers_requests.csv",
         run="results/peers_run.json",
+        decided=decided_by("peers", INTERVALS, code=code_of("peers-table")),
     output:
         table_output("peers"),
         "results/figures/peers.png",
@@ -43,6 +44,5 @@ rule peers:
     params:
         folder=lambda wildcards, input: os.path.dirname(input.requests),
         settings=INTERVALS,
-        code=code_of("peers-table"),
     shell:
         "specsplit peers-table --results-dir {params.folder:q} {params.settings} > {log:q} 2>&1"

@@ -10,6 +10,7 @@ rule benchmark:
         prompts="results/dataset/prompts.jsonl",
         models=lambda wildcards: PLAN.models_of([wildcards.point]),
         layers=lambda wildcards: PLAN.layers_of([wildcards.point]),
+        decided=decided_by("benchmark", code=code_of("bench")),
     output:
         requests="results/runs/{point}/requests.csv",
         rounds="results/runs/{point}/per_round.csv",
@@ -26,7 +27,6 @@ rule benchmark:
         gpu=config["workers"]["gpus"],
     params:
         folder=lambda wildcards, output: folder_of(output.run, f"runs/{wildcards.point}/run.json"),
-        code=code_of("bench"),
     shell:
         "specsplit bench --only --settings {input.settings:q} {input.operation:q}"
         " --prompts {input.prompts:q} --results-dir {params.folder:q} --gpus {resources.gpu} --terminal-fd 3 3>&2"

@@ -5,6 +5,7 @@ rule benchmark_capacity:
     """The rows of the requests of many clients."""
     input:
         **measured_with("capacity", PLAN.capacity),
+        decided=decided_by("benchmark_capacity", code=code_of("capacity")),
     output:
         requests="results/capacity_requests.csv",
         run="results/capacity_run.json",
@@ -15,7 +16,6 @@ rule benchmark_capacity:
     threads: EVERY_CORE
     params:
         folder=lambda wildcards, output: os.path.dirname(output.requests),
-        code=code_of("capacity"),
     shell:
         "specsplit capacity --only --settings {input.settings:q} {input.operation:q}"
         " --prompts {input.prompts:q} --results-dir {params.folder:q} --workers-dir {params.folder:q}/workers/capacity"
@@ -26,6 +26,7 @@ rule openai_load:
     """`specsplit serve` on the same workers, under a load client from PyPI: gamma 0 and the draft lengths of `capacity`."""
     input:
         **measured_with("capacity", PLAN.capacity),
+        decided=decided_by("openai_load", code=code_of("openai-load", "serve")),
     output:
         table=table_output("openai_load"),
         run="results/openai_load_run.json",
@@ -36,11 +37,16 @@ rule openai_load:
     threads: EVERY_CORE
     params:
         folder=lambda wildcards, output: os.path.dirname(output.table),
-        code=code_of("openai-load", "serve"),
     shell:
         "specsplit openai-load --settings {input.settings:q} {input.operation:q}"
         " --prompts {input.prompts:q} --output {output.table:q} --workers-dir {params.folder:q}/workers/capacity"
         " > {log:q} 2>&1"
+
+
+CAPACITY_FLAGS = flags(
+    **{limit: config["capacity"][limit] for limit in ("tpot_limit_ms", "ttft_limit_ms")},
+    confidence=config["statistics"]["confidence"],
+)
 
 
 rule capacity:
@@ -48,6 +54,7 @@ rule capacity:
     input:
         requests="results/capacity_requests.csv",
         run="results/capacity_run.json",
+        decided=decided_by("capacity", CAPACITY_FLAGS, PRICES, code=code_of("capacity-table")),
     output:
         table_output("capacity"),
         "results/figures/capacity.png",
@@ -59,11 +66,7 @@ rule capacity:
         "../../envs/specsplit.yaml"
     params:
         folder=lambda wildcards, input: os.path.dirname(input.requests),
-        settings=flags(
-            **{limit: config["capacity"][limit] for limit in ("tpot_limit_ms", "ttft_limit_ms")},
-            confidence=config["statistics"]["confidence"],
-        ),
+        settings=CAPACITY_FLAGS,
         prices=PRICES,
-        code=code_of("capacity-table"),
     shell:
         "specsplit capacity-table --results-dir {params.folder:q} {params.settings} {params.prices} > {log:q} 2>&1"

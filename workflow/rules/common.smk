@@ -52,13 +52,16 @@ DATASET = PLAN.dataset(PROJECT)
 flags, folder_of = files.flags, files.folder_of
 INTERVALS = flags(**config["statistics"], seed=config["seed"])
 PRICES = flags(**{f"{role}_price": config["prices"][role] for role in planning.ROLES})
+# Files below results/ -> what the configuration says they hold: what decides results, and how jobs are operated.
+DECIDES = {f"settings/{job}/settings.json": partial(PLAN.settings, job, operates=False) for job in PLAN.jobs}
+DECIDES["provenance/config.json"] = partial(files.as_json, redaction.redact(config))
+OPERATES = {f"settings/{job}/operation.json": partial(PLAN.settings, job, operates=True) for job in PLAN.jobs}
 
 
 wildcard_constraints:
     point="|".join(map(re.escape, PLAN.worker_points)),
     role="|".join(planning.ROLES),
     draft="|".join(map(re.escape, PLAN.drafts)),
-    job="|".join(map(re.escape, PLAN.jobs)),
     recipe=re.escape(config["distill"]["name"]),
     model="|".join(map(re.escape, config["models"])),  # all: an ngram model may take the tokenizer of one that is not run
 
@@ -76,11 +79,35 @@ EVERY_CORE = given_cores() or 1
 
 
 def code_of(*commands):
-    """Hash of all that the rule's commands import: a parameter, so that a change of code reruns the rule.
+    """Hash of all that the rule's commands import, so that a change of code reruns the rule.
 
     As inputs they would do that too, and every job would print a hundred names.
     """
     return closure.code_sha256(*commands, package=PACKAGE)
+
+
+def decided_by(name, *what, code):
+    """Input of a job: the file with what decides its result beside its other inputs: flags, outside files, code.
+
+    what: functions are called with the name of the model, where each has a job of its own.
+    """
+    for model in config["models"] if "{model}" in name else [""]:
+        file = f"settings/rules/{name}.json".replace("{model}", model)
+        DECIDES[file] = partial(files.as_json, what, model, code=code)
+    return f"results/settings/rules/{name}.json"
+
+
+def made_again(contents, file, *, missing):
+    """No inputs. Has Snakemake make a file again that says something else than it should, or that is missing.
+
+    By itself it knows of that by its notes in .snakemake alone, which results may be without: as a copy of them is.
+    """
+    path = f"{ROOT}results/{file}"
+    in_bucket = getattr(workflow.storage_settings, "default_storage_provider", None)  # where the notes are all there is
+    held = in_bucket or files.holds(Path(path), contents[file](), if_missing=not missing)
+    if workflow.is_main_process and not held:
+        workflow.dag.forcefiles.add(path)  # as --forcerun does
+    return []
 
 
 def settings_files(*jobs):
@@ -108,9 +135,14 @@ def measured_with(job, points, endpoints=None):
 
 
 def content_of(paths):
-    """Hash of files: a parameter, for one that was copied may have an old date. Files that a rule makes have none."""
+    """Hash of files, for one that was copied may have an old date. Files that a rule makes have none."""
     made = any(rule.is_producer(str(path)) for path in paths for rule in workflow.rules)
     return None if made else files.files_sha256(paths)
+
+
+def prompts_content(_):
+    """Hash of the file of prompts."""
+    return content_of([Path(DATASET)])
 
 
 def model_content(name):

@@ -5,6 +5,8 @@ if PLAN.dataset_flags:
 
     rule fetch_dataset:
         """A standard set or a dataset of the Hub, which dataset.name or dataset.huggingface names."""
+        input:
+            decided=decided_by("fetch_dataset", PLAN.dataset_flags, code=code_of("fetch-dataset")),
         output:
             prompts=DATASET,
             facts=os.path.splitext(DATASET)[0] + ".json",
@@ -14,9 +16,18 @@ if PLAN.dataset_flags:
             "../../envs/specsplit.yaml"
         params:
             flags=PLAN.dataset_flags,
-            code=code_of("fetch-dataset"),
         shell:
             "specsplit fetch-dataset {params.flags} --output {output.prompts:q} > {log:q} 2>&1"
+
+
+PROMPT_FLAGS = flags(
+    columns=json.dumps(config["dataset"]["columns"]),
+    turns=config["dataset"]["turns"],
+    limit=config["dataset"]["limit"],
+    on_bad_line=config["dataset"]["on_bad_line"],
+    date=config["dataset"]["date"],
+    use_chat_template=config["generation"]["use_chat_template"],
+)
 
 
 rule prepare_dataset:
@@ -27,6 +38,7 @@ rule prepare_dataset:
             [] if files.lost(DATASET, f"{ROOT}results/dataset/prompts.jsonl", workflow.rules) else local(DATASET)
         ),
         tokenizer=PLAN.target,
+        decided=decided_by("prepare_dataset", DATASET, PROMPT_FLAGS, prompts_content, code=code_of("prepare-dataset")),
     output:
         prompts="results/dataset/prompts.jsonl",
         manifest="results/dataset/manifest.json",
@@ -37,16 +49,7 @@ rule prepare_dataset:
         "../../envs/specsplit.yaml"
     params:
         source=DATASET,
-        flags=flags(
-            columns=json.dumps(config["dataset"]["columns"]),
-            turns=config["dataset"]["turns"],
-            limit=config["dataset"]["limit"],
-            on_bad_line=config["dataset"]["on_bad_line"],
-            date=config["dataset"]["date"],
-            use_chat_template=config["generation"]["use_chat_template"],
-        ),
-        sha256=lambda wildcards: content_of([Path(DATASET)]),
-        code=code_of("prepare-dataset"),
+        flags=PROMPT_FLAGS,
     shell:
         "specsplit prepare-dataset --source {params.source:q} --tokenizer {input.tokenizer:q} --output {output.prompts:q}"
         " --manifest {output.manifest:q} {params.flags} > {log:q} 2>&1"

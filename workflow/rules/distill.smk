@@ -12,12 +12,21 @@ rule distill:
         ),
 
 
+HELD_OUT_FLAGS = flags(
+    on_bad_line=config["dataset"]["on_bad_line"],
+    columns=json.dumps(config["dataset"]["columns"]),
+)
+
+
 rule distill_write_data:
     """The text that the target writes. Shards are no outputs: Snakemake would delete what an interrupted job left."""
     input:
         settings=settings_files("distill/write_data"),
         target=PLAN.target,
         held_out=lambda wildcards: local(DATASET),
+        decided=decided_by(
+            *("distill_write_data", HELD_OUT_FLAGS, prompts_content), code=code_of("distill write-data")
+        ),
     output:
         "results/distill/{recipe}/data/manifest.json",
     log:
@@ -28,12 +37,7 @@ rule distill_write_data:
     resources:
         gpu=PLAN.own_gpu,
     params:
-        flags=flags(
-            on_bad_line=config["dataset"]["on_bad_line"],
-            columns=json.dumps(config["dataset"]["columns"]),
-        ),
-        sha256=lambda wildcards: content_of([Path(DATASET)]),
-        code=code_of("distill write-data"),
+        flags=HELD_OUT_FLAGS,
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:
         "specsplit distill write-data --settings {input.settings:q} --target {input.target:q}"
@@ -46,6 +50,7 @@ rule distill_train:
     input:
         settings=settings_files("distill/train"),
         operation=operation_file("distill/train"),
+        decided=decided_by("distill_train", code=code_of("distill train")),
         target=PLAN.target,
         data="results/distill/{recipe}/data/manifest.json",
     output:
@@ -63,7 +68,6 @@ rule distill_train:
     params:
         folder=lambda wildcards, output: os.path.dirname(output.weights),
         checkpoint=lambda wildcards, output: f"{os.path.dirname(output.losses)}/checkpoint.safetensors",
-        code=code_of("distill train"),
     shell:
         "specsplit distill train --settings {input.settings:q} {input.operation:q} --target {input.target:q}"
         " --data {input.data:q} --name {wildcards.recipe} --output {params.folder:q} --losses {output.losses:q} --report {output.report:q}"
@@ -77,6 +81,7 @@ rule distill_measure:
         target=PLAN.target,
         weights="results/distill/{recipe}/draft/model.safetensors",
         prompts="results/dataset/prompts.jsonl",
+        decided=decided_by("distill_measure", code=code_of("distill measure")),
     output:
         acceptance="results/distill/{recipe}/acceptance.csv",
         rounds="results/distill/{recipe}/acceptance_rounds.csv",
@@ -90,7 +95,6 @@ rule distill_measure:
         gpu=PLAN.own_gpu,
     params:
         draft=lambda wildcards, input: os.path.dirname(input.weights),
-        code=code_of("distill measure"),
     shell:
         "specsplit distill measure --settings {input.settings:q} --target {input.target:q} --draft {params.draft:q}"
         " --prompts {input.prompts:q} --output {output.acceptance:q} --rounds {output.rounds:q} --report {output.report:q}"
@@ -105,6 +109,7 @@ rule distill_card:
         losses="results/distill/{recipe}/loss.csv",
         acceptance="results/distill/{recipe}/acceptance.csv",
         measured="results/distill/{recipe}/acceptance.json",
+        decided=decided_by("distill_card", code=code_of("distill card")),
     output:
         card="results/distill/{recipe}/draft/MODEL_CARD.md",
         sums="results/distill/{recipe}/draft/SHA256SUMS",
@@ -122,7 +127,6 @@ rule distill_card:
         "../../envs/specsplit.yaml"
     params:
         draft=lambda wildcards, input: os.path.dirname(input.weights),
-        code=code_of("distill card"),
     shell:
         "specsplit distill card --draft {params.draft:q} --training {input.training:q} --losses {input.losses:q}"
         " --acceptance {input.acceptance:q} --measured {input.measured:q} --figure {output.png:q} > {log:q} 2>&1"

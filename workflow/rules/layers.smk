@@ -1,11 +1,21 @@
 # With draft.skip_layers auto: the layers that the draft does without, chosen on prompts that are not measured.
 
 
+CALIBRATION_FLAGS = flags(
+    limit=config["draft"]["calibration_prompts"],
+    on_bad_line=config["dataset"]["on_bad_line"],
+    columns=json.dumps(config["dataset"]["columns"]),
+)
+
+
 rule calibration_prompts:
     """Prompts of the dataset that are not measured."""
     input:
         prompts=lambda wildcards: local(DATASET),
         measured="results/dataset/prompts.jsonl",
+        decided=decided_by(
+            *("calibration_prompts", CALIBRATION_FLAGS, prompts_content), code=code_of("calibration-prompts")
+        ),
     output:
         "results/dataset/calibration.jsonl",
     log:
@@ -14,13 +24,7 @@ rule calibration_prompts:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        flags=flags(
-            limit=config["draft"]["calibration_prompts"],
-            on_bad_line=config["dataset"]["on_bad_line"],
-            columns=json.dumps(config["dataset"]["columns"]),
-        ),
-        sha256=lambda wildcards: content_of([Path(DATASET)]),
-        code=code_of("calibration-prompts"),
+        flags=CALIBRATION_FLAGS,
     shell:
         "specsplit calibration-prompts --source {input.prompts:q} --measured {input.measured:q}"
         " --output {output:q} {params.flags} > {log:q} 2>&1"
@@ -32,6 +36,7 @@ rule pick_layers:
         settings=settings_files("layers/{draft}"),
         model=lambda wildcards: f"resources/models/{PLAN.drafts[wildcards.draft]['model']}/model.json",
         prompts="results/dataset/calibration.jsonl",
+        decided=decided_by("pick_layers", code=code_of("pick-layers")),
     output:
         "results/skip_layers/{draft}.json",
     log:
@@ -41,8 +46,6 @@ rule pick_layers:
     threads: EVERY_CORE
     resources:
         gpu=PLAN.own_gpu,
-    params:
-        code=code_of("pick-layers"),
     shell:
         "specsplit pick-layers --settings {input.settings:q} --model {input.model:q}"
         " --prompts {input.prompts:q} --output {output:q} > {log:q} 2>&1"

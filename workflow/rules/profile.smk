@@ -7,6 +7,7 @@ rule profile:
     input:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
+        decided=decided_by("profile", code=code_of("profile")),
     output:
         table_output("profile"),
         "results/figures/profile.png",
@@ -18,13 +19,14 @@ rule profile:
         "../../envs/specsplit.yaml"
     params:
         folder=lambda wildcards, input: os.path.dirname(input.requests),
-        code=code_of("profile"),
     shell:
         "specsplit profile --results-dir {params.folder:q} > {log:q} 2>&1"
 
 
 rule overhead:
     """What a round costs beside its models: simulated models that take no time, behind real workers."""
+    input:
+        decided=decided_by("overhead", code=code_of("overhead")),
     output:
         table=table_output("overhead"),
         run="results/overhead_run.json",
@@ -33,8 +35,6 @@ rule overhead:
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
-    params:
-        code=code_of("overhead"),
     shell:
         "specsplit overhead --output {output.table:q} > {log:q} 2>&1"
 
@@ -43,6 +43,7 @@ rule context_curve:
     """What a token costs against the length of its context: the table and the figure."""
     input:
         **measured_with("context", PLAN.context),
+        decided=decided_by("context_curve", code=code_of("context-curve")),
     output:
         table=table_output("context_curve"),
         run="results/context_curve_run.json",
@@ -54,7 +55,6 @@ rule context_curve:
     threads: EVERY_CORE
     params:
         folder=lambda wildcards, output: os.path.dirname(output.table),
-        code=code_of("context-curve"),
     shell:
         "specsplit context-curve --settings {input.settings:q} {input.operation:q}"
         " --prompts {input.prompts:q} --output {output.table:q} --figure {output.figures[0]:q}"
@@ -65,6 +65,7 @@ rule hidden_states:
     """What it costs to ship hidden states to a draft that reads them: the table and the figure."""
     input:
         **measured_with("states_cost", PLAN.compared, PLAN.compared_endpoints),
+        decided=decided_by("hidden_states", code=code_of("states-cost")),
     output:
         table=table_output("hidden_states"),
         run="results/hidden_states_run.json",
@@ -76,7 +77,6 @@ rule hidden_states:
     threads: EVERY_CORE
     params:
         folder=lambda wildcards, output: os.path.dirname(output.table),
-        code=code_of("states-cost"),
     shell:
         "specsplit states-cost --settings {input.settings:q} {input.operation:q}"
         " --prompts {input.prompts:q} --output {output.table:q} --figure {output.figures[0]:q}"

@@ -1,21 +1,6 @@
 # What was run, on what, with what: the record that belongs to the tables, and the archive of it all.
 
 
-rule resolved_config:
-    """The configuration as the rules saw it: defaults filled in, secrets left out."""
-    output:
-        "results/provenance/config.json",
-    log:
-        "results/logs/resolved_config.log",
-    localrule: True
-    conda:
-        "../../envs/specsplit.yaml"
-    params:
-        content=json.dumps(redaction.redact(config), indent=2, ensure_ascii=False, allow_nan=False),
-    shell:
-        "printf '%s\\n' {params.content:q} > {output:q} 2> {log:q}"
-
-
 rule provenance:
     """The record of how the results were made, and the changes of the code that no commit has."""
     input:
@@ -29,6 +14,7 @@ rule provenance:
             *("results/requests.csv", "results/per_round.csv", "results/reference.csv"),
             *PLAN.run_files("outputs.jsonl"),
         ],
+        decided=decided_by("provenance", code=code_of("provenance record")),
     output:
         record=report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
         patch="results/provenance/changes.patch",
@@ -37,8 +23,6 @@ rule provenance:
     localrule: True
     conda:
         "../../envs/specsplit.yaml"
-    params:
-        code=code_of("provenance record"),
     shell:
         "specsplit provenance record --config {input.config:q} --runs {input.runs:q}"
         " --models {input.models:q} --dataset {input.dataset:q} --output {output.record:q} --patch {output.patch:q}"
@@ -51,6 +35,7 @@ rule archive:
         results=[
             *PLAN.result_files(),
             *[f"results/{name}" for name in ("summary.csv", "summary_by_category.csv", "report.html")],
+            *[f"results/settings/rules/{name}.json" for name in ("summary", "report")],
         ],
         beside=beside_the_sweep,
         # Made again after every run, without another result.

@@ -1,31 +1,40 @@
-# What a job is told: one file with the settings that decide its result, one with those that only operate it.
+# What a job is told: one file with the settings that decide its result, one with those that only operate it; and for
+# each rule one with what else decides its result.
 
 
 rule settings:
-    """The settings that decide the result of a job; written anew, and so run again what reads it, when one changes."""
+    """What decides results. Written anew, and so run again what reads it, when it is missing or should say something else."""
+    input:
+        lambda wildcards: made_again(DECIDES, wildcards.decides, missing=True),
     output:
-        "results/settings/{job}/settings.json",
+        "results/{decides}",
+    wildcard_constraints:
+        decides="|".join(map(re.escape, DECIDES)),
     log:
-        "results/logs/settings/{job}.log",
+        "results/logs/{decides}.log",
     localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        content=lambda wildcards: PLAN.settings(wildcards.job, operates=False),
+        content=lambda wildcards: DECIDES[wildcards.decides](),
     shell:
         "printf '%s\\n' {params.content:q} > {output:q} 2> {log:q}"
 
 
 rule operation:
     """How a job is operated. Kept, for Snakemake heeds the ancient() of those who read it only of files that exist."""
+    input:
+        lambda wildcards: made_again(OPERATES, wildcards.operates, missing=False),
     output:
-        "results/settings/{job}/operation.json",
+        "results/{operates}",
+    wildcard_constraints:
+        operates="|".join(map(re.escape, OPERATES)),
     log:
-        "results/logs/settings/{job}_operation.log",
+        "results/logs/{operates}.log",
     localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        content=lambda wildcards: PLAN.settings(wildcards.job, operates=True),
+        content=lambda wildcards: OPERATES[wildcards.operates](),
     shell:
         "printf '%s\\n' {params.content:q} > {output:q} 2> {log:q}"

@@ -3,6 +3,8 @@
 
 rule theory_check:
     """Measured times of every mode beside the formula's. It measures times, so nothing may run beside it."""
+    input:
+        decided=decided_by("theory_check", code=code_of("theory-check")),
     output:
         table=table_output("theory_check"),
         run="results/theory_check_run.json",
@@ -12,7 +14,5 @@ rule theory_check:
     conda:
         "../../envs/specsplit.yaml"
     threads: EVERY_CORE
-    params:
-        code=code_of("theory-check"),
     shell:
         "specsplit theory-check --output {output.table:q} --figure {output.figures[0]:q} > {log:q} 2>&1"

@@ -173,6 +173,18 @@ def files_sha256(paths: Iterable[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def as_json(what: Any, model: str | None = None, **more: str) -> str:
+    """What decides a result, as JSON. Functions in it are called with the name of the model."""
+    if more:
+        what = {"decided_by": [item(model) if callable(item) else item for item in what], **more}
+    return json.dumps(what, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def holds(path: Path, content: str, *, if_missing: bool) -> bool:
+    """Whether a file holds this text and a line break. if_missing: the answer for a file that is not there."""
+    return path.read_bytes() == f"{content}\n".encode() if path.is_file() else if_missing
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 

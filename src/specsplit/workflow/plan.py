@@ -162,6 +162,8 @@ class Plan:
         made += [f"figures/{name}.{suffix}" for name in DRAWN for suffix in ("png", "svg")]
         made += [f"provenance/{name}" for name in ("config.json", "provenance.json", "changes.patch")]
         made += [f"settings/{label}/settings.json" for label in self.points]
+        own = ("prepare_dataset", *(f"prepare_model/{model}" for model in self.models))
+        made += [f"settings/rules/{rule}.json" for rule in (*own, "benchmark", "merge", "figures", "provenance")]
         runs = self.run_files("requests.csv", "per_round.csv", "reference.csv", "outputs.jsonl", "run.json")
         return [*(f"results/{name}" for name in made), *runs]
 
