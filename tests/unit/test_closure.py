@@ -146,7 +146,7 @@ def test_a_rule_depends_on_the_commands_that_it_runs() -> None:
             shell = rule.partition("shell:")[2]
             runs = set(re.findall(r"specsplit ((?:distill |provenance )?[a-z-]+)", shell))
             scripts = set(re.findall(r"scripts/(\w+\.py)", rule))
-            if name in {"start_worker", "archive", "resolved_config"} or not runs | scripts:
+            if name in {"start_worker", "archive"} or not runs | scripts:
                 continue
             declared = re.search(r"code=code_of\((.*?)\)", rule)
             assert declared, name

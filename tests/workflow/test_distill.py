@@ -35,7 +35,7 @@ def test_what_is_planned_for_a_distilled_draft(workspace):
     workspace.config["distill"] = TINY
     prepared = {"prepare_model": 1, "prepare_dataset": 1}
     assert workspace.planned(target="distill") == {
-        **{"distill": 1, "settings": 3, "operation": 1},
+        **{"distill": 1, "settings": 9, "operation": 1},
         **{**STEPS, **prepared},
     }
     workspace.config["models"]["made"] = MADE
@@ -48,7 +48,7 @@ def test_what_is_planned_for_a_distilled_draft(workspace):
     assert told in commands["train"]
     workspace.run(target=told)
     assert json.loads((workspace.folder / told).read_text())["run"]["vocab_size"] == 64
-    assert text.index("specsplit distill train") < text.index("--local results/distill/mine/draft")
+    assert text.index("specsplit distill train") < text.index("specsplit prepare-model --local results/distill/mine/draft")
     assert text.count("specsplit prepare-model") == 2
 
 

@@ -22,7 +22,7 @@ def deeper(n):
 print("a line on the other channel", flush=True)
 deeper(40)
 """
-# Rules -> a file that they make. `settings`, `operation` and `resolved_config` run printf alone.
+# Rules -> a file that they make. `settings` and `operation` run printf alone.
 TARGETS = {
     "prepare_model": "resources/models/tiny/model.json",
     "prepare_dataset": "results/dataset/prompts.jsonl",
@@ -51,7 +51,7 @@ TARGETS = {
     "distill_measure": "results/distill/default/acceptance.csv",
     "distill_card": "results/distill/default/draft/MODEL_CARD.md",
 }
-WITHOUT_A_COMMAND = {"all", "everything", "distill", "settings", "operation", "resolved_config"}
+WITHOUT_A_COMMAND = {"all", "everything", "distill", "settings", "operation"}
 OFTEN = {"benchmark"}
 
 

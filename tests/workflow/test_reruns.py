@@ -1,4 +1,6 @@
-"""What reruns when: the table of docs/workflow.md, line by line, as dry runs."""
+"""What reruns when: the table of docs/workflow.md, line by line, as dry runs without the notes of Snakemake.
+
+With them: test_workflow.py."""
 
 from __future__ import annotations
 
@@ -15,10 +17,10 @@ from workspace import ROOT, Workspace
 
 ANALYSIS = {"merge": 1, "figures": 1, "provenance": 1, "summary": 1}
 RUNS = {"start_worker": 3, "benchmark": 2, **ANALYSIS}
-RECORD = {"resolved_config": 1, "provenance": 1, "summary": 1}
-MODEL = {"prepare_model": 1, "prepare_dataset": 1, **RUNS}  # the prompts have its token ids
-PROMPTS = {"prepare_dataset": 1, **RUNS}
-ONE_MORE = {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS}
+RECORD = {"settings": 1, "provenance": 1, "summary": 1}
+MODEL = {"settings": 1, "prepare_model": 1, "prepare_dataset": 1, **RUNS}  # the prompts have its token ids
+PROMPTS = {"settings": 1, "prepare_dataset": 1, **RUNS}
+ONE_RUN = {"start_worker": 2, "benchmark": 1, **ANALYSIS}
 Change = Callable[[Workspace, pytest.MonkeyPatch], None]
 
 
@@ -57,6 +59,10 @@ def key(**changes: Any) -> Change:
     return apply
 
 
+def told(change: Callable[[Path], None]) -> Change:
+    return lambda workspace, _: change(workspace.folder / "results/settings/gamma_3/settings.json")
+
+
 def variable(name: str, value: str) -> Change:
     return lambda _, monkeypatch: monkeypatch.setenv(name, value)
 
@@ -86,7 +92,12 @@ LINES: dict[str, tuple[Change, dict[str, int]]] = {
     "a prompt edited": (prompts(lambda text: text.replace("four", "five")), PROMPTS),
     "... by `cp -p`, with an old date": (prompts(lambda text: text.replace("four", "five"), old=True), PROMPTS),
     "a prompt added": (prompts(lambda text: text + '{"prompt": "ten"}\n'), PROMPTS),
-    "a gamma added": (key(gammas=[0, 2, 3]), ONE_MORE),
+    "generation": (key(generation={"max_output_tokens": 13}), {"settings": 3, **RUNS}),
+    "one of them less": (key(gammas=[0]), {"settings": 2, **ANALYSIS}),
+    "`statistics`": (key(statistics={"confidence": 0.9}), {"settings": 3, "figures": 1, "provenance": 1, "summary": 1}),
+    "a file of `results/settings` edited": (told(edit), {"settings": 1, **ONE_RUN}),
+    "... or deleted": (told(Path.unlink), {"settings": 1, **ONE_RUN}),
+    "a gamma added": (key(gammas=[0, 2, 3]), {"settings": 3, "operation": 1, **ONE_RUN}),
     "weights of a local model": (model_file("model.safetensors"), MODEL),
     **{
         f"`{name}` of a local model": (model_file(name.replace("*", "more")), MODEL)
@@ -98,38 +109,33 @@ LINES: dict[str, tuple[Change, dict[str, int]]] = {
     "... any of these by `cp -p`, with an old date": (model_file("model.safetensors", old=True), MODEL),
     "other files of its folder": (model_file("README.md"), {}),
     "the same folder written as `~/...`": (at_home(new_weights=False), RECORD),
-    "... with other weights": (at_home(new_weights=True), {**MODEL, "resolved_config": 1}),
+    "... with other weights": (at_home(new_weights=True), {**MODEL, "settings": 2}),
     "a variable that only operates, as an address": (
         variable("SPECSPLIT_ORCH_TARGET_ADDRESS", "127.0.0.1:1"),
         {"operation": 2},
     ),
     "any other variable": (variable("HF_HOME", "/somewhere/else"), {}),
-    "a source file that runs import": (source("decoding/verification.py"), RUNS),
+    "a source file that runs import": (source("decoding/verification.py"), {"settings": 1, **RUNS}),
     "a source file that nothing of it imports": (source("cli/generate.py"), {}),
     "`workers.max_sessions`": (key(workers={"max_sessions": 2}), {"operation": 2, **RECORD}),
-    "`workers.threads`": (key(workers={"threads": 2}), {**RUNS, "settings": 2, "resolved_config": 1}),
+    "`workers.threads`": (key(workers={"threads": 2}), {**RUNS, "settings": 3}),
     "`workers.target_address`": (key(workers={"target_address": "h:1"}), {"operation": 2, **RECORD}),
 }
-OFTEN = ("... by `cp -p`, with an old date", "`tokenizer.model` of a local model", "... with other weights")
+OFTEN = ("... by `cp -p`, with an old date", "generation", "... with other weights")
 
 
 @pytest.mark.parametrize("line", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in LINES])
 def test_what_reruns(finished: Workspace, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     change, expected = LINES[line]
     config, folder = {**finished.config}, model(finished)
-    places = [folder, finished.folder / "src", finished.folder / "prompts.jsonl"]
+    places = [folder, *(finished.folder / name for name in ("src", "prompts.jsonl", "results/settings", ".snakemake"))]
     for index, place in enumerate(places):
         (shutil.copytree if place.is_dir() else shutil.copy2)(place, tmp_path / str(index))
     try:
         change(finished, monkeypatch)
-        assert finished.planned() == expected
-        # What decides is in the files: so it is where Snakemake's notes are lost, as in a copy of the results.
-        (finished.folder / ".snakemake").rename(tmp_path / "notes")
+        shutil.rmtree(finished.folder / ".snakemake")  # what decides a result is in its files
         assert finished.planned() == expected
     finally:
-        if (tmp_path / "notes").exists():
-            shutil.rmtree(finished.folder / ".snakemake", ignore_errors=True)
-            (tmp_path / "notes").rename(finished.folder / ".snakemake")
         finished.config = config
         for index, place in enumerate(places):
             shutil.rmtree(place) if place.is_dir() else place.unlink()

@@ -80,72 +80,72 @@ def also(*row):
     [
         (
             {"gammas": [0, 2, 3]},
-            {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 2, "benchmark": 1, "settings": 3, "operation": 1, **ANALYSIS},
         ),
-        also({"gammas": [0]}, {"resolved_config": 1, **ANALYSIS}),
+        also({"gammas": [0]}, {"settings": 2, **ANALYSIS}),
         also(
             {"gammas": [0, 3, "auto"]},
-            {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 2, "benchmark": 1, "settings": 3, "operation": 1, **ANALYSIS},
         ),
         also(
             {"mode": ["sync", "lookahead"]},
-            {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 2, "benchmark": 1, "settings": 3, "operation": 1, **ANALYSIS},
         ),
         also(
             {"tree": ["chain", "2x2"]},
-            {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 2, "benchmark": 1, "settings": 3, "operation": 1, **ANALYSIS},
         ),
         also(
             {"sampling": {"temperature": [0, 1]}},
-            {"start_worker": 3, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 3, "benchmark": 2, "settings": 4, "operation": 2, **ANALYSIS},
         ),
         (
             {"network": {"rtt_ms": [0, 5]}},
-            {"start_worker": 3, "benchmark": 2, "settings": 2, "operation": 2, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 3, "benchmark": 2, "settings": 4, "operation": 2, **ANALYSIS},
         ),
         also(
             {"network": {"jitter_ms": 1}},
-            {"start_worker": 3, "benchmark": 2, "settings": 2, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 3, "benchmark": 2, "settings": 3, **ANALYSIS},
         ),
-        ({"lookahead": {"fan_out": 2}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
-        also({"sampling": {"top_k": 5}}, {"resolved_config": 1, "provenance": 1, "summary": 1}),
-        also({"keep_apart": True}, {"resolved_config": 1, **ANALYSIS}),
-        ({"statistics": {"confidence": 0.9}}, {"resolved_config": 1, **ANALYSIS} | {"merge": 0}),
+        ({"lookahead": {"fan_out": 2}}, {"settings": 1, "provenance": 1, "summary": 1}),
+        also({"sampling": {"top_k": 5}}, {"settings": 1, "provenance": 1, "summary": 1}),
+        also({"keep_apart": True}, {"settings": 2, **ANALYSIS}),
+        ({"statistics": {"confidence": 0.9}}, {"settings": 3, **ANALYSIS} | {"merge": 0}),
         (
             {"draft": {"skip_layers": [0]}},
-            {"start_worker": 2, "benchmark": 1, "settings": 1, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 2, "benchmark": 1, "settings": 2, **ANALYSIS},
         ),
         also(
             {"target": {"dtype": "bfloat16"}},
-            {"start_worker": 3, "benchmark": 2, "settings": 2, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 3, "benchmark": 2, "settings": 3, **ANALYSIS},
         ),
-        also({"workers": {"max_sessions": 2}}, {"operation": 2, "resolved_config": 1, "provenance": 1, "summary": 1}),
+        also({"workers": {"max_sessions": 2}}, {"operation": 2, "settings": 1, "provenance": 1, "summary": 1}),
         (
             {"workers": {"gpus": 1, "token_file": "secrets/token", "tls_ca": "ca.pem", "cache_memory_mb": 99}},
-            {"operation": 2, "resolved_config": 1, "provenance": 1, "summary": 1},
+            {"operation": 2, "settings": 1, "provenance": 1, "summary": 1},
         ),
         also(
             {"faults": {"on_draft_failure": "fail"}},
-            {"operation": 2, "resolved_config": 1, "provenance": 1, "summary": 1},
+            {"operation": 2, "settings": 1, "provenance": 1, "summary": 1},
         ),
         also(
             {"drafts": {"draft": {}, "less": {"skip_layers": [0]}}},
-            {"start_worker": 2, "benchmark": 1, "settings": 1, "operation": 1, "resolved_config": 1, **ANALYSIS},
+            {"start_worker": 2, "benchmark": 1, "settings": 3, "operation": 1, **ANALYSIS},
         ),
         also(
             {"models": {"tiny": {"source": "huggingface", "repo": "a/b", "revision": "c"}}},
             {
-                **{"prepare_model": 1, "prepare_dataset": 1, "start_worker": 3, "benchmark": 2, "resolved_config": 1},
+                **{"prepare_model": 1, "prepare_dataset": 1, "start_worker": 3, "benchmark": 2, "settings": 2},
                 **ANALYSIS,
             },
         ),
         also(
             {"dataset": {"limit": 2}},
-            {"prepare_dataset": 1, "start_worker": 3, "benchmark": 2, "resolved_config": 1, **ANALYSIS},
+            {"prepare_dataset": 1, "start_worker": 3, "benchmark": 2, "settings": 2, **ANALYSIS},
         ),
         (  # the job says that it is not there
             {"dataset": {"path": "misspelt.jsonl"}},
-            {"prepare_dataset": 1, "start_worker": 3, "benchmark": 2, "resolved_config": 1, **ANALYSIS},
+            {"prepare_dataset": 1, "start_worker": 3, "benchmark": 2, "settings": 2, **ANALYSIS},
         ),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
@@ -165,11 +165,11 @@ def test_what_a_changed_key_reruns(finished, change, expected):
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("decoding/verification.py", {"start_worker": 3, "benchmark": 2, **ANALYSIS}),
-        ("analysis/figures.py", {"figures": 1, "summary": 1}),
+        ("decoding/verification.py", {"settings": 1, "start_worker": 3, "benchmark": 2, **ANALYSIS}),
+        ("analysis/figures.py", {"settings": 2, "figures": 1, "summary": 1}),
         (
             "experiment/dataset.py",
-            {"prepare_dataset": 1, "start_worker": 3, "benchmark": 2, **ANALYSIS},
+            {"settings": 2, "prepare_dataset": 1, "start_worker": 3, "benchmark": 2, **ANALYSIS},
         ),
         ("cli/generate.py", {}),
     ],
@@ -226,7 +226,7 @@ def test_the_report_of_the_experiment_and_that_of_snakemake(finished):
     template = finished.folder / "src" / "specsplit" / "analysis" / "report.html.j2"
     original, times = template.read_bytes(), (template.stat().st_atime, template.stat().st_mtime)
     template.write_bytes(original + b"<!-- changed -->\n")
-    assert finished.planned(target=page) == {"report": 1}
+    assert finished.planned(target=page) == {"settings": 1, "report": 1}
     template.write_bytes(original)
     os.utime(template, times)
     finished.run("--report", "snakemake.html", target=page)
@@ -267,7 +267,7 @@ def test_measurements_beside_the_sweep_are_planned(finished):
         **{"race_peers": 1, "peers": 1, "benchmark_capacity": 1, "capacity": 1, "context_curve": 1, "profile": 1},
         **{"openai_load": 1, "hidden_states": 1},
         "start_worker": workers + 2,
-        "settings": 15,
+        "settings": 23,
         "operation": 15,
     }
     capacity, context, race, states = settings_of(
@@ -350,7 +350,7 @@ def test_archive(finished):
     jobs = {entity["@id"]: entity for entity in crate["@graph"] if entity["@id"].startswith("#job/")}
     rules = {identifier.split("/")[1] for identifier in jobs}
     assert rules == {
-        *("prepare_dataset", "prepare_model", "resolved_config", "settings", "benchmark"),
+        *("prepare_dataset", "prepare_model", "settings", "benchmark"),
         *("merge", "figures", "provenance", "summary", "report"),
     }
     assert all(job["startTime"] < job["endTime"] for job in jobs.values())
