@@ -48,7 +48,9 @@ def test_what_is_planned_for_a_distilled_draft(workspace):
     assert told in commands["train"]
     workspace.run(target=told)
     assert json.loads((workspace.folder / told).read_text())["run"]["vocab_size"] == 64
-    assert text.index("specsplit distill train") < text.index("specsplit prepare-model --local results/distill/mine/draft")
+    assert text.index("specsplit distill train") < text.index(
+        "specsplit prepare-model --local results/distill/mine/draft"
+    )
     assert text.count("specsplit prepare-model") == 2
 
 

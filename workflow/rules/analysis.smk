@@ -81,9 +81,7 @@ rule report:
         by_category=f"results/{captions.BY_CATEGORY}.csv",
         figures=[f"results/figures/{name}.svg" for name in captions.DRAWN],
         beside=beside_the_sweep,
-        decided=decided_by(
-            *("report", INTERVALS, PRICES, beside_the_sweep), code=code_of("report", "provenance seal")
-        ),
+        decided=decided_by(*("report", INTERVALS, PRICES, beside_the_sweep), code=code_of("report", "provenance seal")),
     output:
         report("results/report.html", caption="../report/report.rst", category="Report", labels={"what": "one page"}),
     log:

@@ -24,9 +24,7 @@ rule distill_write_data:
         settings=settings_files("distill/write_data"),
         target=PLAN.target,
         held_out=lambda wildcards: local(DATASET),
-        decided=decided_by(
-            *("distill_write_data", HELD_OUT_FLAGS, prompts_content), code=code_of("distill write-data")
-        ),
+        decided=decided_by(*("distill_write_data", HELD_OUT_FLAGS, prompts_content), code=code_of("distill write-data")),
     output:
         "results/distill/{recipe}/data/manifest.json",
     log:

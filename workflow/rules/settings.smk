@@ -8,10 +8,10 @@ rule settings:
         lambda wildcards: made_again(DECIDES, wildcards.decides, missing=True),
     output:
         "results/{decides}",
-    wildcard_constraints:
-        decides="|".join(map(re.escape, DECIDES)),
     log:
         "results/logs/{decides}.log",
+    wildcard_constraints:
+        decides="|".join(map(re.escape, DECIDES)),
     localrule: True
     conda:
         "../../envs/specsplit.yaml"
@@ -27,10 +27,10 @@ rule operation:
         lambda wildcards: made_again(OPERATES, wildcards.operates, missing=False),
     output:
         "results/{operates}",
-    wildcard_constraints:
-        operates="|".join(map(re.escape, OPERATES)),
     log:
         "results/logs/{operates}.log",
+    wildcard_constraints:
+        operates="|".join(map(re.escape, OPERATES)),
     localrule: True
     conda:
         "../../envs/specsplit.yaml"
