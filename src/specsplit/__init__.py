@@ -9,18 +9,18 @@ __init__.pyi; nothing is imported before it is used, so that `import specsplit` 
 
 import importlib
 import os
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 __version__ = "0.1.0"
 
-try:
-    # The pollers that gRPC 1.85 still has beside its new ones pass a message on in two thirds of the time, as fewer
-    # threads see it. They are chosen before grpc is imported; versions that have none complain of the choice.
+# Before grpc is imported, which reads both. A message between processes takes two thirds of the time with the pollers
+# that gRPC 1.85 still has beside its new ones, as fewer threads pass it on; a version without them complains.
+with suppress(PackageNotFoundError):
     if version("grpcio").startswith("1.85."):
         os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
-except PackageNotFoundError:
-    pass  # whoever needs it says so
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its notes of closed connections look like errors of ours
 
 _WHERE = {
     **dict.fromkeys(("Pair", "connect", "load"), "specsplit.api.pair"),

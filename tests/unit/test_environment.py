@@ -1,11 +1,15 @@
-"""Which GPUs a worker sees, and how many cores it may use."""
+"""Which GPUs a worker sees, how many cores it may use, and what gRPC is told."""
 
 from __future__ import annotations
 
+import importlib
+import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import specsplit
 from specsplit.errors import UserError
 from specsplit.launch import environment
 from specsplit.launch.environment import own_gpu
@@ -69,3 +73,28 @@ def test_without_control_groups_the_affinity_counts(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(environment, "CGROUPS_OF_PROCESS", tmp_path / "none")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(3)), raising=False)
     assert environment.usable_cores() == 3
+
+
+@pytest.mark.parametrize(
+    ("version", "own", "told"),
+    [
+        ("1.85.1", None, "-event_engine_client,-event_engine_listener"),
+        ("1.85.1", "", ""),
+        ("1.86.0", None, None),
+        (None, None, None),
+    ],
+)
+def test_grpc_has_the_pollers_that_are_quick(
+    version: str | None, own: str | None, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", installed)
+    monkeypatch.delenv("GRPC_EXPERIMENTS")
+    if own is not None:
+        monkeypatch.setenv("GRPC_EXPERIMENTS", own)
+    importlib.reload(specsplit)
+    assert os.environ.pop("GRPC_EXPERIMENTS", None) == told

@@ -147,7 +147,7 @@ Workflow: type[BaseModel] = section(
     ),
     generation=section(
         "When and how a text ends.",
-        max_output_tokens=same(Run, "max_output_tokens", default=64),
+        max_output_tokens=same(Run, "max_output_tokens", default=96),
         **keys(Run, "max_rounds", "use_chat_template", "ignore_eos", "stop", "stop_token_ids"),
         **keys(TargetWorkerConfig, "ignore_model_settings"),
     ),
