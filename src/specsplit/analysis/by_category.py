@@ -12,6 +12,7 @@ from specsplit.analysis.configurations import configuration_of, row_of
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, series_style, settle_layout
 from specsplit.analysis.measures import ratio, verifies_draft
 from specsplit.analysis.tables import comparable, summarize
+from specsplit.errors import counted
 from specsplit.experiment.columns import WORKERS
 from specsplit.settings.axes import PLAIN
 
@@ -132,7 +133,8 @@ def draw_by_category(table: DataFrame, path: Path) -> list[Path]:
         left.invert_yaxis()
         if curves:
             omitted = len(curves) - MOST_CURVES
-            title = f"{omitted} more configurations are in the table" if omitted > 0 else None
+            more = counted(omitted, "more configuration is", "more configurations are")
+            title = f"{more} in the table" if omitted > 0 else None
             figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, title=title)
         settle_layout(figure)
         return save_figure(figure, path, {"Title": "Acceptance length and speedup by category"})
