@@ -20,6 +20,7 @@ _SOURCES = {
     "session": "began with what the worker found in the text",
     "global": "began with what it found in earlier texts",
     "model": "were the model's",
+    "none": "were empty, for nothing was found, or nothing probable enough",
 }
 
 
@@ -92,8 +93,10 @@ def source_sentences(summary: DataFrame) -> list[str]:
         parts = []
         for source, words in _SOURCES.items():
             if own[f"draft_share_{source}"].max() > 0:
-                share, rate = (_span(own[f"draft_{name}_{source}"]) for name in ("share", "acceptance_rate"))
-                parts.append(f"{share} {words} (accepted / drafted tokens: {rate})")
+                part = f"{_span(own[f'draft_share_{source}'])} {words}"
+                if source != "none":
+                    part += f" (accepted / drafted tokens: {_span(own[f'draft_acceptance_rate_{source}'])})"
+                parts.append(part)
         if len(parts) > 1:
             sentences.append(
                 f"Of the drafts of {draft} {'; '.join(parts)}. Its other rates and lengths are of all together."

@@ -97,6 +97,7 @@ def write_report(
             if name != "speculation" or summary["hit_rate"].notna().any()  # an empty one has nothing to see
         ],
         "more": [table for name in BESIDE if (table := _more_table(results_dir, requests, name))],
+        "changed": bool(record.get("git", {}).get("dirty")),
         "runs": [_run(run) for run in record.get("runs", [])],
         "config": json.dumps(record.get("config", {}), indent=2, ensure_ascii=False),
         "files": [(path.name, _data_uri(path)) for path in files if path.exists()],

@@ -270,14 +270,14 @@ def _wilson(top: Numbers, bottom: Numbers, confidence: float, *, least_share: fl
     prompts = total**2 / float(bottom @ bottom)  # effective number: Kish
     share = 1.0
     if 0 < rate < 1:
-        residuals = top - rate * bottom
-        variance = count / (count - 1) * float(residuals @ residuals) / total**2
+        without = (top - rate * bottom) / (total - bottom)  # what leaving a prompt out changes, but for its sign
+        variance = (count - 1) / count * float(without @ without)  # jackknife
         share = min(1.0, max(least_share, variance * prompts / (rate * (1 - rate))))
         seen = min(int((top < bottom).sum()), int((top > 0).sum()))
         trust = seen ** (1 + 2 * (seen / count) ** 2)
         share = (share * trust + 1) / (trust + 1)
     trials = prompts / share
-    t = t_quantile(confidence, count - 1)
+    t = t_quantile(confidence, max(1.0, prompts - 1))
     middle = (rate + t * t / (2 * trials)) / (1 + t * t / trials)
     half = t * math.sqrt(rate * (1 - rate) / trials + (t / (2 * trials)) ** 2) / (1 + t * t / trials)
     return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))
