@@ -94,7 +94,7 @@ def sweep(rng: np.random.Generator, prompts: int, folder: Path, drift: float) ->
 def test_the_intervals_of_a_summary_cover_the_truth(tmp_path: Path, prompts: int) -> None:
     rng = np.random.default_rng(prompts)
     keys = ["gamma", "mode", "setup"]
-    truth = sweep(rng, 2500, tmp_path / "truth", drift=0.0)[0].set_index(keys)
+    truth = sweep(rng, 1500, tmp_path / "truth", drift=0.0)[0].set_index(keys)
     covers: dict[str, list[bool]] = defaultdict(list)
     for trial in range(100):
         summary, slow = sweep(rng, prompts, tmp_path / str(trial), drift=0.1)

@@ -20,7 +20,6 @@ _SOURCES = {
     "session": "began with what the worker found in the text",
     "global": "began with what it found in earlier texts",
     "model": "were the model's",
-    "none": "were empty, for nothing was found, or nothing probable enough",
 }
 
 
@@ -93,11 +92,11 @@ def source_sentences(summary: DataFrame) -> list[str]:
         parts = []
         for source, words in _SOURCES.items():
             if own[f"draft_share_{source}"].max() > 0:
-                part = f"{_span(own[f'draft_share_{source}'])} {words}"
-                if source != "none":
-                    part += f" (accepted / drafted tokens: {_span(own[f'draft_acceptance_rate_{source}'])})"
-                parts.append(part)
+                share, rate = (_span(own[f"draft_{name}_{source}"]) for name in ("share", "acceptance_rate"))
+                parts.append(f"{share} {words} (accepted / drafted tokens: {rate})")
         if len(parts) > 1:
+            if (none := own["draft_share_none"]).max() > 0:
+                parts.append(f"{_span(none)} were empty, for nothing was found, or nothing probable enough")
             sentences.append(
                 f"Of the drafts of {draft} {'; '.join(parts)}. Its other rates and lengths are of all together."
             )
