@@ -53,9 +53,14 @@ def listed(items: Iterable[object], most: int = 5, apart: str = ", ") -> str:
     return apart.join([*shown[:most], *more])
 
 
-def counted(number: int, noun: str) -> str:
-    """So many of what the noun, in the singular, says: `1 prompt`, `8 prompts`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: object, one: str, many: str = "") -> str:
+    """The number, and what `one` says of a single one: `1 prompt`, `8 prompts`, `0 entries`. many: of others, where the
+    plural is more than another end of the last word: `1 text differs`, `2 texts differ`."""
+    if number == 1:
+        return f"1 {one}"
+    if not many and one[-1:] == "y" and one[-2:-1] not in "aeiou":
+        many = f"{one[:-1]}ies"
+    return f"{number} {many or one + ('es' if one.endswith(('s', 'x', 'ch', 'sh')) else 's')}"
 
 
 def shortened(text: str, most: int = 60) -> str:

@@ -561,7 +561,7 @@ def test_a_benchmark_checks_before_it_runs(
 def test_prompts_that_do_not_fit_are_named(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text(json.dumps({"id": "long", "prompt": "a" * 500}) + "\n")
     shown = specsplit(*bench, "--prompts", tmp_path / "long.jsonl", "--results-dir", tmp_path / "results")
-    assert "1 prompts do not fit into the target's context of 128 tokens: long (502 tokens)" in shown.error()
+    assert "1 prompt does not fit into the target's context of 128 tokens: long (502 tokens)" in shown.error()
 
 
 def test_bad_lines_are_skipped_aloud(specsplit: Command, bench: Sequence[object], tmp_path: Path) -> None:

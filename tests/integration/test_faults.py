@@ -155,7 +155,7 @@ def test_a_worker_whose_sessions_are_all_busy_is_waited_for(models: dict[str, Pa
             pb.VerifyDraftsRequest(context=pb.Context(session_id="other", round=1, new_tokens=[65])), timeout=30
         )
         gate.wait()
-        with pytest.raises(WorkerError, match="RESOURCE_EXHAUSTED: all 1 sessions are in use") as caught:
+        with pytest.raises(WorkerError, match="RESOURCE_EXHAUSTED: 1 session is in use") as caught:
             write(None, target, gamma=0, recovery_timeout_s=0.2)
         assert caught.value.code == "RESOURCE_EXHAUSTED"
         threading.Timer(0.3, gate.open).start()

@@ -150,7 +150,7 @@ def test_nobody_is_sent_away_while_nobody_waits(models: dict[str, Path]) -> None
 
 def test_a_wait_in_line_has_a_bound_and_says_what_for(models: dict[str, Path]) -> None:
     with serving("target", models["target"], max_sessions=1) as target:
-        waiting = pytest.raises(WorkerError, match=r"all 1 sessions are in use; .*waited 0.2 s in line")
+        waiting = pytest.raises(WorkerError, match=r"1 session is in use; .*waited 0.2 s in line")
         with target.servicer.sessions.use(pb.Context(session_id="mine", new_tokens=[1])), waiting as caught:
             write(None, target, recovery_timeout_s=0.2)
         assert caught.value.code == "RESOURCE_EXHAUSTED"

@@ -237,7 +237,7 @@ def test_when_every_session_is_busy_the_next_one_is_refused(folder: Path) -> Non
         gate.wait()
         code, details = refused(lambda: ask(worker, PROMPT, session="late"))
         gate.open()
-        assert (code, details[:27]) == (Code.RESOURCE_EXHAUSTED, "all 1 sessions are in use; ")
+        assert (code, details[:21]) == (Code.RESOURCE_EXHAUSTED, "1 session is in use; ")
         assert running.result(30).next_token < VOCAB
         assert ask(worker, PROMPT, session="late").next_token < VOCAB
 

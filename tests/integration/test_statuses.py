@@ -39,7 +39,7 @@ Row = tuple[Code, str, tuple[tuple[str, str], ...], str]
 # (status, details, metadata, what is done). The next status is one line.
 ROWS: list[Row] = [
     # a worker of ours
-    (Code.RESOURCE_EXHAUSTED, "all 1 sessions are in use", ((RETRY_AFTER, "10"),), "wait"),
+    (Code.RESOURCE_EXHAUSTED, "1 session is in use", ((RETRY_AFTER, "10"),), "wait"),
     (Code.RESOURCE_EXHAUSTED, "4 calls and streams run already", ((RETRY_AFTER, "10"),), "wait"),
     (Code.RESOURCE_EXHAUSTED, "a tree of 300 nodes is over the limit of 256", (), "none"),
     (Code.RESOURCE_EXHAUSTED, "not enough memory on this worker", (), "none"),

@@ -40,7 +40,7 @@ def test_calibration_takes_what_is_not_measured_by_id_or_text(source, tmp_path):
 def test_too_few_prompts_say_what_to_change(source, tmp_path):
     measured = tmp_path / "measured.jsonl"
     prepare_dataset(source, measured, tmp_path / "manifest.json", limit=9, on_bad_line="stop")
-    with pytest.raises(UserError, match=r"12 prompts, 10 of them measured: 2 are left.*asks for 3.*dataset.limit"):
+    with pytest.raises(UserError, match=r"12 prompts, 10 measured and 2 left.*asks for 3.*dataset.limit"):
         write_calibration_prompts(source, measured, tmp_path / "out.jsonl", limit=3, on_bad_line="stop")
     assert not (tmp_path / "out.jsonl").exists()
 

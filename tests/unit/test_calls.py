@@ -82,7 +82,7 @@ def test_who_has_least_is_next(holds: list[Peer], waits: list[Peer], order: list
 def test_who_waits_in_vain_is_told_and_who_left_is_forgotten() -> None:
     places = Places(1)
     Caller(places=places).work()
-    with pytest.raises(Busy, match=r"1 calls and streams run already .*waited 0.01 s in line"):
+    with pytest.raises(Busy, match=r"1 call or stream runs already .*waited 0.01 s in line"):
         Caller(places=places, place_wait_s=0.01).work()
     with pytest.raises(Abandoned):
         Caller(left=lambda: True, places=places, place_wait_s=30).work()

@@ -405,6 +405,12 @@ def test_nothing_touches_the_edge_of_a_crowded_picture(tmp_path, gammas):
         assert all((edge == 1.0).all() for edge in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])), name
 
 
+def test_a_long_name_of_a_draft_fits_into_the_legend(tmp_path):
+    draw_some(["tpot"], experiment((0, 2), requests=2, axes=[{}, {"draft": "a-draft-lookup2"}]), tmp_path)
+    pixels = matplotlib.image.imread(tmp_path / "tpot.png")[..., :3]
+    assert all((edge == 1.0).all() for edge in (pixels[:, :2], pixels[:, -2:]))
+
+
 def test_hit_rates_are_those_of_the_modes_that_draft_ahead(modes):
     folder = modes[1]
     found = texts(folder / "speculation.svg")

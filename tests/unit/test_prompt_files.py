@@ -222,7 +222,7 @@ NAMED = [
     ("other columns", b"name,text\nx,Why?\ny,How?\n", "CSV table with the columns 'name', 'text'.*columns.*prompt"),
     ("column twice", b"prompt,prompt\na,b\n", "'prompt' stands twice"),
     ("open quote", b'prompt,id\n"never closed,1\nb,2\n', "line 2: not CSV"),
-    ("short row", b"prompt,id\na,1\nb\n", ":3: 1 cells, the header has 2"),
+    ("short row", b"prompt,id\na,1\nb\n", ":3: 1 cell, the header has 2"),
     ("other keys", b'{"text": "Why is the sky blue?"}', "none of the keys prompt.*there are 'text'.*prompt: text"),
     ("an error", b'{"error": "Repository not found"}', "error message of a server.*Repository not found"),
     ("one column", b"text\nWhy?\nHow?\n", "the one column 'text'.*prompt=text"),

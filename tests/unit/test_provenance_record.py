@@ -226,7 +226,7 @@ def test_the_gpu_is_in_the_record(experiment: Experiment, fake_command: Callable
     fake_command("nvidia-smi", nvidia_smi())
     record = experiment.record()
     assert record["gpu"]["gpus"][0]["name"] == "NVIDIA H100 80GB HBM3"
-    assert "2 GPU(s)" in [item["detail"] for item in record["checklist"]]
+    assert "2 GPUs" in [item["detail"] for item in record["checklist"]]
 
 
 @pytest.mark.parametrize("what", ["run", "model", "manifest", "result"])

@@ -152,7 +152,7 @@ def test_results_alone_elsewhere(finished: Experiment, tmp_path: Path) -> None:
     status, printed = specsplit("provenance", "verify", moved)
     assert status == 0, printed
     assert "note: the source code is not here: " in printed
-    assert "note: the files of model tiny are not here: 1 hashes not checked" in printed
+    assert "note: the files of model tiny are not here: 1 hash not checked" in printed
     assert "note: resources/models/tiny/model.json is not here" in printed
 
 
@@ -401,7 +401,7 @@ def test_each_repeat_is_compared(finished: Experiment, tmp_path: Path) -> None:
     with_repeats("b")
     status, printed = specsplit("provenance", "diff", tmp_path / "first", finished.results)
     assert status == 1
-    assert "gamma 2: text of 1 request(s) differs: a\n" in printed
+    assert "gamma 2: text of 1 request differs: a\n" in printed
 
 
 def test_every_kind_of_difference_is_told(finished: Experiment, tmp_path: Path) -> None:
@@ -429,8 +429,8 @@ def test_every_kind_of_difference_is_told(finished: Experiment, tmp_path: Path) 
         "  count: 1 -> 2",
         "  gamma_2.OMP_NUM_THREADS: 2 -> 1",
         "  gamma_2.draft worker.threads: 2 -> 1",
-        "  gamma 0: text of 1 request(s) differs: a",
-        "  gamma 2: num_rounds of 1 request(s) differs: a",
+        "  gamma 0: text of 1 request differs: a",
+        "  gamma 2: num_rounds of 1 request differs: a",
     ):
         assert f"\n{line}" in printed, line
     groups = [line.split()[0] for line in printed.splitlines() if not line.startswith(" ")]

@@ -76,6 +76,27 @@ def test_interval_of_a_rate_covers_the_truth(prompts: int, rate: float, between:
     means = [bounded_mean_ci(k / n, 1.0, confidence=0.95) for k, n in zip(kept, trials, strict=True)]
     assert covered(counts, rate) >= 0.93
     assert covered(means, rate) >= 0.93
+    if rate <= 0.8 and between == 0.15 and prompts >= 16:  # no wider than it must where prompts tell
+        assert covered(counts, rate) <= 0.975
+        assert covered(means, rate) <= 0.975
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_interval_of_a_rate_covers_the_truth_when_few_prompts_have_most_of_the_trials(prompts: int) -> None:
+    """As drafts that were looked up: many in one text, few in another, five tokens each and accepted up to the first
+    that is wrong."""
+    rng = np.random.default_rng(prompts)
+
+    def counts(shape: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        drafts = rng.binomial(rng.integers(8, 30, shape), rng.beta(0.6, 1.6, shape))
+        right = 1 / (1 + np.exp(-rng.normal(1.5, 1.2, shape)))
+        kept = sum(np.minimum(rng.geometric(1 - right) - 1, 5) * (turn < drafts) for turn in range(30))
+        return np.asarray(kept, float), 5.0 * drafts
+
+    kept, reached = counts((200_000,))
+    found = [rate_ci(k, n, confidence=0.95) for k, n in zip(*counts((2000, prompts)), strict=True)]
+    known = [interval for interval in found if not math.isnan(interval[0])]
+    assert 0.93 <= covered(known, kept.sum() / reached.sum()) <= 0.99
 
 
 def false_and_true_claims(speeds: list[float], prompts: int, log_sd: float, trials: int) -> NDArray[np.float64]:

@@ -233,5 +233,5 @@ def test_a_sweep_of_other_axes_with_layers_that_are_looked_for(workspace):
 def test_layers_are_not_looked_for_on_measured_prompts(workspace):
     workspace.config["draft"]["skip_layers"] = "auto"
     text = failure(workspace)
-    assert "prompts.jsonl has 3 prompts, 3 of them measured: 0 are left" in text
+    assert "prompts.jsonl has 3 prompts, 3 measured and 0 left" in text
     assert "draft.calibration_prompts asks for 8" in text

@@ -12,6 +12,7 @@ from specsplit.analysis.configurations import configuration_of, row_of
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, series_style, settle_layout
 from specsplit.analysis.measures import ratio, verifies_draft
 from specsplit.analysis.tables import comparable, summarize
+from specsplit.errors import counted
 from specsplit.experiment.columns import WORKERS
 from specsplit.settings.axes import PLAIN
 
@@ -107,19 +108,22 @@ def _macro(parts: list[DataFrame], pooled: DataFrame) -> DataFrame:
 def draw_by_category(table: DataFrame, path: Path) -> list[Path]:
     """Draw acceptance length and speedup of the drafting configurations by category, as `path` .png and .svg."""
     drafted = table[(table["gamma"] != 0) & (table["setup"] == WORKERS)]
-    curves = list(drafted.groupby(configuration_of(drafted), sort=False))
     names = list(dict.fromkeys(table["category"]))
     streamed = drafted["speedup_over_streamed"].notna().any()
     speedup = "speedup_over_streamed" if streamed else "speedup"
+    pooled = drafted[drafted["category"] == POOLED]
+    fastest = set(configuration_of(pooled.sort_values(speedup, ascending=False, kind="stable"))[:MOST_CURVES])
+    every = list(drafted.groupby(configuration_of(drafted), sort=False))
+    curves = [(key, own) for key, own in every if key in fastest]
     against = "the target that streams" if streamed else "the target alone"
     with house_style():
         figure = new_figure(WIDTH_IN, 1.3 + ROW_IN * len(names))
         left, right = figure.subplots(1, 2, sharey=True)
         for axes, measure in ((left, "acceptance_length"), (right, speedup)):
-            for place, (key, own) in enumerate(curves[:MOST_CURVES]):
+            for place, (key, own) in enumerate(curves):
                 own = own.set_index("category").reindex(names)
                 style = series_style(place + 1) | {"linestyle": "none"}
-                offset = (place - (min(len(curves), MOST_CURVES) - 1) / 2) * 0.11
+                offset = (place - (len(curves) - 1) / 2) * 0.11
                 y = np.arange(len(names)) + offset
                 low, high = (own[f"{measure}_ci_{end}"] for end in ("low", "high"))
                 axes.hlines(y, low, high, color=style["color"], linewidth=0.8)
@@ -131,8 +135,9 @@ def draw_by_category(table: DataFrame, path: Path) -> list[Path]:
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
         if curves:
-            omitted = len(curves) - MOST_CURVES
-            title = f"{omitted} more configurations are in the table" if omitted > 0 else None
+            omitted = len(every) - len(curves)
+            slower = counted(omitted, "slower configuration is", "slower configurations are")
+            title = f"{slower} in the table alone" if omitted else None
             figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, title=title)
         settle_layout(figure)
         return save_figure(figure, path, {"Title": "Acceptance length and speedup by category"})

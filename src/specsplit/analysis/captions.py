@@ -37,11 +37,12 @@ CAPTIONS = {
         "configuration finished, bars their intervals; where there is one line, faint dots are single requests."
     ),
     "acceptance_rate": (
-        "How much of a draft the target accepts. Above, accepted / drafted against γ: as a rule it falls, since a "
-        "token counts only when all before it were accepted. Below, by position in the longest draft, among the rounds "
-        "that got so far: a flat line means that every token is as easy to guess as the one before. Where a draft has "
-        "several sources, as with prompt lookup, its line is of all of them, and later positions are more of those "
-        "that are accepted for longer; summary.csv has draft_acceptance_rate_lookup and _model."
+        "How much of a draft the target accepts. Above, accepted / drafted, the mean over rounds, then over requests, "
+        "against γ: as a rule it falls, since a token counts only when all before it were accepted. Below, by "
+        "position in the longest draft, among the rounds that got so far: a flat line means that every token is as "
+        "easy to guess as the one before. Where a draft has several sources, as with prompt lookup, its line is of "
+        "all of them, and later positions are more of those that are accepted for longer; summary.csv has "
+        "draft_acceptance_rate_lookup and _model."
     ),
     "ttft": (
         "Time to the first token against γ: what a user waits for before anything appears. It holds the target's pass "
@@ -58,8 +59,9 @@ CAPTIONS = {
     ),
     "summary_by_category": (
         "The same measures for each category of the prompts, for all of them together, and as the mean in which each "
-        "category counts alike. Acceptance length is 1 + accepted tokens / verifications; the speedup is end to end. "
-        "Bars are intervals over the prompts of a category, where there are enough of them."
+        "category counts alike. Acceptance length is 1 + accepted tokens / verifications, first 32, 32 to 128 and "
+        "beyond 128 of those that begin at these tokens of the output; the speedup is end to end. Bars are intervals "
+        "over the prompts of a category, where there are enough of them."
     ),
     "theory_check": (
         "Simulated models behind real workers: the measured time per token of each pipeline mode beside its formula, "

@@ -95,6 +95,8 @@ def source_sentences(summary: DataFrame) -> list[str]:
                 share, rate = (_span(own[f"draft_{name}_{source}"]) for name in ("share", "acceptance_rate"))
                 parts.append(f"{share} {words} (accepted / drafted tokens: {rate})")
         if len(parts) > 1:
+            if (none := own["draft_share_none"]).max() > 0:
+                parts.append(f"{_span(none)} were empty, for nothing was found, or nothing probable enough")
             sentences.append(
                 f"Of the drafts of {draft} {'; '.join(parts)}. Its other rates and lengths are of all together."
             )
@@ -130,8 +132,8 @@ def drift_sentence(summary: DataFrame) -> str:
         else:
             verdict = ", which texts that vary by chance may be as well"
         parts.append(
-            f"Gamma 0, which each of {runs} runs measured in turn with its own requests, took {three_digits(low)} to "
-            f"{three_digits(high)} ms per token, {100 * apart:.1f} % apart{verdict}. "
+            f"Gamma 0, which each of {counted(runs, 'run')} measured in turn with its own requests, took "
+            f"{three_digits(low)} to {three_digits(high)} ms per token, {100 * apart:.1f} % apart{verdict}. "
             "Speedups are against the gamma 0 of the same run; other times of different runs have that drift in them."
         )
     else:
@@ -150,7 +152,8 @@ def compared_sentence(summary: DataFrame, every: int) -> str:
     few, many = int(summary["compared"].min()), int(summary["compared"].max())
     if few == many:
         return f"Compared are {of_prompts(few, every)} that every configuration finished"
-    return f"Compared are {few} to {many} of {every} prompts: those that every configuration on that network finished"
+    of_all = f"{few} to {many} of {counted(every, 'prompt')}"
+    return f"Compared are {of_all}: those that every configuration on that network finished"
 
 
 def lossless_sentence(summary: DataFrame) -> str:
@@ -163,7 +166,7 @@ def lossless_sentence(summary: DataFrame) -> str:
     same = round(float((compared["lossless"] * compared["lossless_compared"]).sum()))
     beside = int(ours["baselines_compared"].sum())
     differing = beside - round(float((ours["baselines_lossless"] * ours["baselines_compared"]).sum()))
-    baselines = f"{beside} texts of baselines (gamma 0 in each run, target_streamed, colocated)"
+    baselines = f"{counted(beside, 'text')} of baselines (gamma 0 in each run, target_streamed, colocated)"
     more = [f"{differing or 'None'} of the {baselines} {'differ' if differing > 1 else 'differs'}."] if beside else []
     if not written:
         return " ".join(["No text was written with a draft, so there is nothing to compare.", *more])

@@ -10,6 +10,7 @@ import numpy as np
 from pandas import DataFrame
 
 from specsplit.analysis.configurations import NETWORK, configuration_of
+from specsplit.errors import counted
 from specsplit.experiment.columns import WORKERS
 from specsplit.experiment.sweep import plain_number
 from specsplit.settings.names import DEFAULT_DRAFT
@@ -140,9 +141,9 @@ def left_out(panels: list[Panel], summary: DataFrame, curves: list[Curve]) -> st
     every = len(_combinations(summary))
     parts = []
     if len(panels) > MOST_PANELS:
-        parts.append(f"{MOST_PANELS} of {len(panels)} panels")
+        parts.append(f"{MOST_PANELS} of {counted(len(panels), 'panel')}")
     if every > len(curves):
-        parts.append(f"{len(curves)} of {every} curves")
+        parts.append(f"{len(curves)} of {counted(every, 'curve')}")
     return f"{' and '.join(parts)} shown; all are in summary.csv" if parts else ""
 
 

@@ -20,6 +20,7 @@ from specsplit.analysis.by_category import draw_by_category, summarize_by_catego
 from specsplit.analysis.captions import BY_CATEGORY, FIGURES
 from specsplit.analysis.curves import MOST_PANELS, Curve, Panel, left_out, split_curves, split_panels
 from specsplit.analysis.drawing import (
+    DPI,
     NOTHING_DRAFTED,
     Plot,
     draw_metric,
@@ -182,4 +183,13 @@ def _legend(axes: Axes, handles: list[Artist], columns: int, omitted: str) -> No
     if handles:
         place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.24), "ncols": columns}
         length = 1.8 if len(handles) < 5 else 2.6
-        axes.legend(handles=handles, title=omitted or None, handlelength=length, **place, **_LEGEND)
+        figure, heights = axes.get_figure(root=True), []
+        while True:  # names of drafts are of any length
+            legend = axes.legend(handles=handles, title=omitted or None, handlelength=length, **place, **_LEGEND)
+            extent = legend.get_window_extent()
+            heights.append(extent.height / DPI)
+            if place["ncols"] == 1 or figure is None or extent.width <= figure.bbox.width:
+                break
+            place["ncols"] -= 1
+        if figure is not None and len(heights) > 1:
+            figure.set_figheight(figure.get_figheight() + heights[-1] - heights[0])

@@ -26,7 +26,7 @@ from specsplit.analysis.references import (
     with_references,
 )
 from specsplit.analysis.series import KEEP_APART, check_joined, series_of
-from specsplit.errors import UserError, listed
+from specsplit.errors import UserError, counted, listed
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, RoundRecord
 from specsplit.io import write_csv
 from specsplit.settings.axes import CONFIGURATION, PLAIN, SERIES
@@ -86,7 +86,7 @@ def write_merged(results_dir: Path, run_dirs: Sequence[Path], *, keep_apart: boo
     for name, frame in (("requests.csv", requests), ("per_round.csv", rounds), (REFERENCE, reference)):
         if frame is not None:
             write_csv(frame, results_dir / name)
-            yield f"{results_dir / name}: {len(frame)} rows"
+            yield f"{results_dir / name}: {counted(len(frame), 'row')}"
 
 
 def read_tables(results_dir: Path) -> tuple[DataFrame, DataFrame]:
@@ -196,8 +196,9 @@ def _check_same_requests(requests: DataFrame) -> None:
     for _, own in requests.groupby(configuration_of(requests), sort=False):
         if missing := sorted(everyone - set(names[own.index])):
             raise UserError(
-                f"{listed(own.index.unique('file'))}: {_named(own.iloc[0])} lacks {len(missing)} of {len(everyone)} "
-                f"requests that other runs have: {listed(missing)}; run it again on the same dataset"
+                f"{listed(own.index.unique('file'))}: {_named(own.iloc[0])} lacks {len(missing)} of "
+                f"{counted(len(everyone), 'request')} that other runs have: {listed(missing)}; "
+                "run it again on the same dataset"
             )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.experiment.columns import LATER_COLUMNS
 from specsplit.io import csv_reader
 from specsplit.settings.axes import PLAIN
@@ -61,7 +61,7 @@ def read_csv_file(path: Path, types: dict[str, str], made_by: str) -> DataFrame:
     for number, cells in lines:
         if len(cells) != len(header):
             raise UserError(
-                f"{path}, line {number}: {len(cells)} cells where the header has {len(header)}: "
+                f"{path}, line {number}: {counted(len(cells), 'cell')} where the header has {len(header)}: "
                 "the file was cut off or edited; make it again"
             )
     columns = {}

@@ -97,6 +97,7 @@ def write_report(
             if name != "speculation" or summary["hit_rate"].notna().any()  # an empty one has nothing to see
         ],
         "more": [table for name in BESIDE if (table := _more_table(results_dir, requests, name))],
+        "changed": bool(record.get("git", {}).get("dirty")),
         "runs": [_run(run) for run in record.get("runs", [])],
         "config": json.dumps(record.get("config", {}), indent=2, ensure_ascii=False),
         "files": [(path.name, _data_uri(path)) for path in files if path.exists()],
@@ -124,7 +125,7 @@ def _asked(record: Mapping[str, Any]) -> Pairs:
         told = {**own, "dtype": _dtypes(name, record)} if own["dtype"] == "auto" else own
         pairs.append(("Draft" if len(drafts) == 1 else f"Draft {name}", _model(told, models)))
         if lookup := own["lookup"]:
-            last = "token" if lookup == 1 else f"{lookup} tokens"
+            last = "token" if lookup == 1 else counted(lookup, "token")
             asks = f"where the last {last} occurred in the text before, what followed is drafted instead"
             pairs.append((f"Prompt lookup: {name}", asks))
         if p_min := own["p_min"]:
@@ -189,7 +190,9 @@ def _model(role: Mapping[str, Any], models: Mapping[Any, Mapping[str, Any]]) -> 
         million = parameters >= 1e6
         parts.append(f"{parameters / 1e6:,.1f} million parameters" if million else f"{parameters:,} parameters")
     if layers := role.get("skip_layers"):
-        parts.append(f"without layers {layers}" if layers != "auto" else f"without {role['skip_count']} layers (auto)")
+        parts.append(
+            f"without layers {layers}" if layers != "auto" else f"without {counted(role['skip_count'], 'layer')} (auto)"
+        )
     if kind:
         parts.append(f"from {kind}: " + ", ".join(f"{key} {value}" for key, value in source.items() if key != "sha256"))
     if weights := fingerprint.get("weights_sha256"):
@@ -228,7 +231,10 @@ def _machine(record: Mapping[str, Any]) -> Pairs:
     }
     return [
         ("Host", ", ".join(hosts) or _UNKNOWN),
-        ("Processor", f"{machine.get('cpu_model') or _UNKNOWN}, {machine.get('cores_usable', '?')} cores usable"),
+        (
+            "Processor",
+            f"{machine.get('cpu_model') or _UNKNOWN}, {counted(machine.get('cores_usable', '?'), 'core')} usable",
+        ),
         ("Memory", f"{memory / 2**30:.1f} GiB" if memory else _UNKNOWN),
         ("GPU", ", ".join(gpus) if gpus else f"none ({gpu.get('reason') or _UNKNOWN})"),
         ("System", f"{machine.get('os') or _UNKNOWN}, {machine.get('kernel') or 'kernel ' + _UNKNOWN}"),

@@ -7,7 +7,8 @@ MIN_PROMPTS prompts, and no quantile that fewer than one value is expected to ex
   unequal weight count as fewer (Kish's effective number), which lowers the degrees of freedom.
 - Rates: Wilson's interval at an effective number of trials (Korn and Graubard 1998; Franco et al. 2019). The share
   of the variance that lies between prompts is drawn towards 1, each trial of a prompt like the others, the more the
-  fewer prompts show a failure. So a rate without any failure has the interval of as many trials as prompts.
+  fewer prompts show a failure, and hardly where all do. So a rate without any failure has the interval of as many
+  trials as prompts. How fast that goes is chosen by simulation.
 - Several configurations: the maximum of the t statistics over all comparisons of a family (Hothorn, Bretz and
   Westfall 2008), its distribution simulated from normal samples with the correlations of the data.
 
@@ -269,13 +270,14 @@ def _wilson(top: Numbers, bottom: Numbers, confidence: float, *, least_share: fl
     prompts = total**2 / float(bottom @ bottom)  # effective number: Kish
     share = 1.0
     if 0 < rate < 1:
-        residuals = top - rate * bottom
-        variance = count / (count - 1) * float(residuals @ residuals) / total**2
+        without = (top - rate * bottom) / (total - bottom)  # what leaving a prompt out changes, but for its sign
+        variance = (count - 1) / count * float(without @ without)  # jackknife
         share = min(1.0, max(least_share, variance * prompts / (rate * (1 - rate))))
         seen = min(int((top < bottom).sum()), int((top > 0).sum()))
-        share = (share * seen + 1) / (seen + 1)
+        trust = seen ** (1 + 2 * (seen / count) ** 2)
+        share = (share * trust + 1) / (trust + 1)
     trials = prompts / share
-    t = t_quantile(confidence, count - 1)
+    t = t_quantile(confidence, max(1.0, prompts - 1))
     middle = (rate + t * t / (2 * trials)) / (1 + t * t / trials)
     half = t * math.sqrt(rate * (1 - rate) / trials + (t / (2 * trials)) ** 2) / (1 + t * t / trials)
     return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))

@@ -11,6 +11,7 @@ from typing import Self
 
 from specsplit.client.result import Failure, Round, SpeculativeResult
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms
+from specsplit.errors import counted
 from specsplit.models.tokenizer import TextStream
 
 
@@ -73,7 +74,7 @@ class GeneratedText(str):
         """The figures in one line."""
         tokens, rounds = len(self.token_ids), self.rounds
         drafted, accepted = sum(r.drafted for r in rounds), sum(r.accepted for r in rounds)
-        parts = [f"{tokens} tokens in {len(rounds)} rounds", f"ended by {self.finish_reason}"]
+        parts = [f"{counted(tokens, 'token')} in {counted(len(rounds), 'round')}", f"ended by {self.finish_reason}"]
         if drafted:
             parts.append(f"accepted {accepted} of {drafted} drafted ({accepted / drafted:.0%})")
         if self.ttft_ms is not None:

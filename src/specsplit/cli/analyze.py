@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.errors import RunError
+from specsplit.errors import RunError, counted
 from specsplit.settings.measure import IntervalSettings, PriceSettings
 
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         print(*draw_figures(requests, rounds, args.results_dir / "figures", **settings), sep="\n")
     print(*(args.results_dir / f"{name}.csv" for name in tables), sep="\n")
     count = requests["request_id"].nunique()
-    prompts = "1 prompt" if count == 1 else f"{count} prompts"
+    prompts = counted(count, "prompt")
     print(f"\n{prompts}; [{100 * settings['confidence']:g} % interval]; γ = 0 is the target alone\n")
     print(text_table(*summary_table(summary)))
     print()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.measuring import NOT_GREEDY, add_prompts_flag, add_workers_dir_flag, greedy, leave
-from specsplit.errors import RunError
+from specsplit.errors import RunError, counted
 from specsplit.settings.measure import CapacitySettings
 from specsplit.settings.run import OrchestratorConfig
 
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
         differing += wrong
         failed = sum(row.status == FAILED for row in rows)
         print(
-            f"gamma {rows[0].gamma}, {Load(rows[0].arrivals, rows[0].clients, rows[0].rate)}: {len(rows)} requests"
-            f"{median}{f', {failed} FAILED' if failed else ''}"
+            f"gamma {rows[0].gamma}, {Load(rows[0].arrivals, rows[0].clients, rows[0].rate)}: "
+            f"{counted(len(rows), 'request')}{median}{f', {failed} FAILED' if failed else ''}"
             f"{f', {wrong} TEXTS DIFFER from the single run' if wrong else ''}",
             flush=True,
         )
@@ -51,4 +51,4 @@ def run(args: argparse.Namespace) -> None:
         write_capacity = import_module("specsplit.analysis.capacity_table").write_capacity
         print(*write_capacity(args.results_dir, settings.tpot_limit_ms, settings.ttft_limit_ms), sep="\n")
         if differing:
-            raise RunError(f"{differing} texts differ from those of a single client")
+            raise RunError(f"{counted(differing, 'text differs', 'texts differ')} from those of a single client")

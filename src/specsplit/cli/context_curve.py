@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.measuring import NOT_GREEDY, add_figure_flag, add_prompts_flag, add_workers_dir_flag, greedy, leave
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.settings.measure import ContextSettings
 from specsplit.settings.run import OrchestratorConfig
 
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     left_out = sorted(set(settings.length) - set(lengths))
     if not lengths:
         raise UserError(
-            f"--length {left_out[0]}: with {settings.output_tokens} tokens more it exceeds the {limit} of a worker"
+            f"--length {left_out[0]}: with {counted(settings.output_tokens, 'token')} more it exceeds "
+            f"the {limit} of a worker"
         )
     if left_out:
         print(f"left out, for the workers hold {limit} tokens: {', '.join(map(str, left_out))}", flush=True)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from specsplit.errors import UserError, listed
+from specsplit.errors import UserError, counted, listed
 from specsplit.settings.measure import StandardName
 
 
@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> None:
         facts = fetch_standard(args.name, args.output, args.downloads or args.output.parent / "downloads")
     else:
         facts = fetch_hub(args.huggingface, args.config, args.split, args.revision, args.output)
-    print(f"{args.output}: {facts['count']} rows of {facts['name']}, revision {facts['revision'] or 'unknown'}")
+    print(
+        f"{args.output}: {counted(facts['count'], 'row')} of {facts['name']}, revision {facts['revision'] or 'unknown'}"
+    )
     if facts.get("note"):
         print(facts["note"])
     if rows := [f"row {row['row']}: {row['reason']}" for row in facts.get("left_out", ())]:

@@ -8,7 +8,7 @@ from statistics import median
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.measuring import NOT_GREEDY, add_prompts_flag, add_workers_dir_flag, greedy, leave
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.settings.measure import CapacitySettings
 from specsplit.settings.run import OrchestratorConfig
 
@@ -60,6 +60,6 @@ def run(args: argparse.Namespace) -> None:
     with writing_rows(args.output, LoadRow) as write:
         for row in rows:
             write(row)
-            told = f"{row.requests} requests, {row.tokens_per_second:.1f} tokens/s"
-            print(f"gamma {row.gamma}, {row.clients} clients: {told}", flush=True)
+            told = f"{counted(row.requests, 'request')}, {row.tokens_per_second:.1f} tokens/s"
+            print(f"gamma {row.gamma}, {counted(row.clients, 'client')}: {told}", flush=True)
     leave(args.output, found.run)

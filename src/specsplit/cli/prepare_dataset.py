@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.errors import counted
 from specsplit.settings.measure import PromptSettings, TokenSettings
 
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         use_chat_template=tokens.use_chat_template,
         date=None if tokens.date is None else datetime.fromisoformat(tokens.date),
     )
-    print(f"{args.output}: {manifest['count']} of {manifest['available']} prompts, sha256 {manifest['output_sha256']}")
+    prompts = counted(manifest["available"], "prompt")
+    print(f"{args.output}: {manifest['count']} of {prompts}, sha256 {manifest['output_sha256']}")
     for line in tell(args.source, manifest["skipped"], manifest):
         print(line)

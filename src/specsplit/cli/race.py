@@ -8,7 +8,7 @@ from importlib import import_module
 
 from specsplit.cli.plan import Plan, with_addresses
 from specsplit.client.handshake import connected_pair
-from specsplit.errors import RunError
+from specsplit.errors import RunError, counted
 from specsplit.experiment.peer_race import Ours, PeerRecord
 from specsplit.experiment.peer_run import check_race, run_race
 from specsplit.experiment.sweep import Point
@@ -27,7 +27,7 @@ def race(args: argparse.Namespace, plan: Plan) -> None:
         differing += row.contender in labels and not row.identical
         tpot = "" if row.tpot_ms is None else f", TPOT {row.tpot_ms:.1f} ms"
         same = "" if row.identical else f", differs from token {row.first_divergence}"
-        tell(f"[{done}/{total}] {row.contender} {row.request_id}: {row.generated_tokens} tokens{tpot}{same}")
+        tell(f"[{done}/{total}] {row.contender} {row.request_id}: {counted(row.generated_tokens, 'token')}{tpot}{same}")
 
     def tell(line: str) -> None:
         print(line, flush=True)
@@ -50,7 +50,7 @@ def race(args: argparse.Namespace, plan: Plan) -> None:
     if not args.only:
         print(*import_module("specsplit.analysis.peers_table").write_peers(args.results_dir), sep="\n")
         if differing:
-            raise RunError(f"{differing} texts of ours differ from those that they are compared with")
+            raise RunError(f"{counted(differing, 'text of ours differs', 'texts of ours differ')} from the target's")
 
 
 def _connect(args: argparse.Namespace, plan: Plan, point: Point, stack: ExitStack) -> Ours:

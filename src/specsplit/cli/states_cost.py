@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
 from specsplit.cli.measuring import add_figure_flag, add_prompts_flag, add_workers_dir_flag, greedy, leave
-from specsplit.errors import RunError, UserError
+from specsplit.errors import RunError, UserError, counted
 from specsplit.settings.measure import StatesCostSettings
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
@@ -81,4 +81,4 @@ def run(args: argparse.Namespace) -> None:
         found.requests, draft, head, settings, args.output, decides=found.decides, on_rows=show, on_end=finish
     )
     if differing:
-        raise RunError(f"{differing} texts differ from those of the target alone")
+        raise RunError(f"{counted(differing, 'text differs', 'texts differ')} from those of the target alone")

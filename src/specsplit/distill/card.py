@@ -8,6 +8,7 @@ from typing import Any
 
 from pandas import DataFrame
 
+from specsplit.errors import counted
 from specsplit.io import replace_file, sha256_file
 from specsplit.provenance.folder import write_sums
 
@@ -31,8 +32,8 @@ def card(training: Mapping[str, Any], acceptance: DataFrame, measured: Mapping[s
     writing = data["settings"]
     first = float(acceptance["acceptance_rate"].iloc[0]) if len(acceptance) else 0.0
     reached = (
-        f"The target accepts {first:.1%} of its first tokens, greedy, on {measured['prompts']} prompts that it was not "
-        f"trained on (sha256 `{measured['prompts_sha256'][:16]}`), "
+        f"The target accepts {first:.1%} of its first tokens, greedy, on {counted(measured['prompts'], 'prompt')} that "
+        f"it was not trained on (sha256 `{measured['prompts_sha256'][:16]}`), "
         f"in texts of at most {measured['max_output_tokens']} tokens."
     )
     if first < USEFUL:
@@ -73,15 +74,15 @@ def card(training: Mapping[str, Any], acceptance: DataFrame, measured: Mapping[s
         ("left out", ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in data["left_out"].items())),
         (
             "loss",
-            f"KL to the {writing['top_k']} likeliest tokens of the target and all others together"
-            + (f", over {settings['unroll_steps']} tokens drafted in a row" if reads_states else ""),
+            f"KL to the {counted(writing['top_k'], 'likeliest token')} of the target and all others together"
+            + (f", over {counted(settings['unroll_steps'], 'token')} drafted in a row" if reads_states else ""),
         ),
         (
             "training",
-            f"{settings['epochs']} epochs, {training['learnt']:,} tokens of answers passed, {training['steps']:,} "
-            f"steps of {settings['batch_size']} texts; AdamW, peak {settings['learning_rate']:g}, warm-up "
-            f"{settings['warmup_share']:g}, cosine; weight decay {settings['weight_decay']:g}, gradients clipped at "
-            f"{settings['clip_norm']:g}",
+            f"{counted(settings['epochs'], 'epoch')}, {training['learnt']:,} tokens of answers passed, "
+            f"{training['steps']:,} steps of {counted(settings['batch_size'], 'text')}; AdamW, "
+            f"peak {settings['learning_rate']:g}, warm-up {settings['warmup_share']:g}, cosine; "
+            f"weight decay {settings['weight_decay']:g}, gradients clipped at {settings['clip_norm']:g}",
         ),
         ("seed", str(settings["seed"])),
         ("hardware", hardware["name"]),

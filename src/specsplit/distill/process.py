@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
         name = torch.cuda.get_device_name(device)
     else:
         cpu = cpu_model() or "a processor that does not say its name"
-        name = f"{cpu}, {threads} threads of {usable_cores()} cores, no GPU"
+        name = f"{cpu}, {counted(threads, 'thread')} of {counted(usable_cores(), 'core')}, no GPU"
     return {
         "name": name,
         "device": device.type,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from specsplit.distill.losses import Learner
 from specsplit.distill.shards import HEADER, Text, batches, replace_tensors
 from specsplit.distill.team import Team
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.io import json_sha256
 from specsplit.settings.distill import TrainingSettings
 
@@ -34,8 +34,8 @@ def split_texts(texts: Sequence[Text], validation: int, seed: int) -> tuple[list
     """(to train on, to evaluate on), drawn by the seed. Raises UserError when nothing is left to train on."""
     if validation >= len(texts):
         raise UserError(
-            f"validation_texts {validation}: there are {len(texts)} texts, and some must be left to train on. "
-            "Write more (tokens), or hold back fewer"
+            f"validation_texts {validation}: there are {counted(len(texts), 'text')}, and some must be left to train "
+            "on. Write more (tokens), or hold back fewer"
         )
     order = np.random.default_rng([seed, len(texts)]).permutation(len(texts)).tolist()
     held = set(order[:validation])

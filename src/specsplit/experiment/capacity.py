@@ -23,7 +23,7 @@ import numpy as np
 from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import gamma_controller, run_speculative_loop_async
 from specsplit.client.text import OnTokens
-from specsplit.errors import WorkerError
+from specsplit.errors import WorkerError, counted
 from specsplit.experiment.columns import FAILED, OK, RequestRecord, writing_rows
 from specsplit.experiment.journal import journal_beside
 from specsplit.experiment.records import Request, deciding, repeated, request_config, request_record
@@ -48,7 +48,7 @@ class Load:
     rate: float | None
 
     def __str__(self) -> str:
-        return f"{self.clients} clients" if self.rate is None else f"{self.rate:.3g} requests/s ({self.arrivals})"
+        return counted(self.clients, "client") if self.rate is None else f"{self.rate:.3g} requests/s ({self.arrivals})"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError, listed, shortened
+from specsplit.errors import UserError, counted, listed, shortened
 from specsplit.experiment.containers import read_source
 from specsplit.experiment.fetching import fetched_facts
 from specsplit.experiment.prompt import Prompt as Prompt
@@ -169,13 +169,15 @@ def tell(path: Path, skipped: Sequence[Mapping[str, Any]], facts: Mapping[str, A
     if notes := [f"{path}:{note['line']}: {note['note']}" for note in facts["notes"]]:
         said.append(listed(notes, LISTED_PROBLEMS, "\n"))
     if later := facts["later_turns_not_used"]:
-        said.append(f"{later} later turns of {facts['prompts_with_later_turns']} conversations are not used")
+        said.append(
+            f"{counted(later, 'later turn')} of {counted(facts['prompts_with_later_turns'], 'conversation')} not used"
+        )
     if others := facts["other_messages_not_used"]:
-        said.append(f"{others} messages that are neither a system message at the start nor a turn are not used")
+        said.append(f"{counted(others, 'message')} not used: neither a system message at the start nor a turn")
     tokens = facts.get("tokens") or {}
     if left_out := tokens.get("system_messages_left_out"):
         said.append(
-            f"{len(left_out)} system messages are left out, for the chat template has no place for them: "
+            f"{counted(len(left_out), 'system message')} left out, for the chat template has no place for them: "
             + listed(name[:80] for name in left_out)
         )
     if tokens.get("date"):
@@ -294,7 +296,7 @@ def write_calibration_prompts(
     left = [prompt for prompt in every if not excluded & {prompt.id, prompt.prompt}]
     if len(left) < limit:
         raise UserError(
-            f"{source} has {len(every)} prompts, {len(every) - len(left)} of them measured: {len(left)} are left, "
+            f"{source} has {counted(len(every), 'prompt')}, {len(every) - len(left)} measured and {len(left)} left, "
             f"but draft.calibration_prompts asks for {limit}. Lower it or dataset.limit, add prompts, or name the "
             "layers in draft.skip_layers"
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.experiment.containers import needed, read_source
 from specsplit.experiment.prompt_rows import read_rows
 from specsplit.experiment.prompt_shapes import PROMPT_KEYS, RowError, read_conversation
@@ -36,10 +36,12 @@ def fetch_standard(name: str, output: Path, downloads: Path) -> dict[str, Any]:
         facts = {"url": known.url, "revision": known.revision, "sha256": sha256_file(file)}
     lines, left_out = _normalise(known, rows)
     if not lines:
-        raise UserError(f"dataset.name (--name) {name}: none of {len(rows)} rows is a prompt; fetch it again")
+        raise UserError(
+            f"dataset.name (--name) {name}: none of {counted(len(rows), 'row')} is a prompt; fetch it again"
+        )
     facts = {"name": name, "about": known.about, "licence": known.licence, **facts, "left_out": left_out}
     if len(lines) != known.count:
-        facts["note"] = f"{len(lines)} prompts, {known.count} are known"
+        facts["note"] = f"{counted(len(lines), 'prompt')}, {known.count} are known"
     return _write(output, lines, facts)
 
 

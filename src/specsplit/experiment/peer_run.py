@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.experiment import llama_cpp
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.llama_cpp import LlamaCpp
@@ -82,7 +82,7 @@ def run_race(
         models = {role: _as_served(role, model, ours) for role, model in given.items()}
         target, drafting = models["target"], any(p.kind == "assisted" for p in peers if p not in left_out)
         assert target is not None
-        on_start(f"loading the models of the peers, {threads} threads ...")
+        on_start(f"loading the models of the peers, {counted(threads, 'thread')} ...")
         hugging_face = stack.enter_context(HuggingFace(target, models["draft"] if drafting else None, threads))
         for peer in peers:
             if peer not in left_out:

@@ -9,6 +9,7 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from specsplit.errors import counted
 from specsplit.experiment.columns import FAILED, RequestRecord
 
 
@@ -65,7 +66,7 @@ class Progress(Bar):
         super().__exit__()
         if self._count:
             took = _duration(time.monotonic() - self._started)
-            print(f"{self._count} of {self._total} prompts in {took}: {self._speed()}", flush=True)
+            print(f"{self._count} of {counted(self._total, 'prompt')} in {took}: {self._speed()}", flush=True)
         if self._failed:
             print(
                 f"{self._failed} failed: requests.csv says why; delete it and run again to try them again", flush=True
@@ -88,7 +89,7 @@ class Progress(Bar):
             self._tokens += record.generated_tokens
             self._busy_ms += record.total_latency_ms
             speed = record.generated_tokens / record.total_latency_ms * 1e3
-            said = f"{record.generated_tokens} tokens, {speed:.1f} tokens/s; {self._speed()} so far"
+            said = f"{counted(record.generated_tokens, 'token')}, {speed:.1f} tokens/s; {self._speed()} so far"
         point = f"gamma {record.gamma}"
         self.to(self._count, f"{point} {record.request_id}: {said}", short=f"{point}, {self._speed()}")
 

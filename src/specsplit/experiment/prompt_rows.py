@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError, shortened
+from specsplit.errors import UserError, counted, shortened
 from specsplit.experiment.containers import arrow_rows, folder_rows, read_container, recognise_binary, refuse_repeated
 from specsplit.experiment.prompt_json import JSON_SPACE, parse_cell, parse_line, read_array, read_lines, whole_object
 from specsplit.experiment.prompt_table import Row, Table, encoding_problem
@@ -189,7 +189,7 @@ def _read_csv(path: Path, text: str, wanted: Sequence[str]) -> Table:
 
 def _csv_row(header: Sequence[str], cells: Sequence[str], line: int) -> Row:
     if len(cells) != len(header):
-        why = f"{len(cells)} cells, the header has {len(header)}; put texts with the separator in quotes"
+        why = f"{counted(len(cells), 'cell')}, the header has {len(header)}; put texts with the separator in quotes"
         return Row(line, None, why)
     data: dict[str, Any] = {name: cell if cell else None for name, cell in zip(header, cells, strict=True)}
     for name, cell in data.items():

@@ -11,7 +11,7 @@ from typing import Any
 from specsplit.client.result import LINK_BYTES, SpeculativeResult
 from specsplit.client.writer import TextWriter
 from specsplit.decoding.measures import acceptance_length, acceptance_rate, per_token_ms, verifications
-from specsplit.errors import UserError, WorkerError, listed
+from specsplit.errors import UserError, WorkerError, counted, listed
 from specsplit.experiment.columns import FAILED, OK, SOURCES, RequestRecord, RoundRecord
 from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.prompt_tokens import prompt_tokens
@@ -71,10 +71,11 @@ def encode_prompts(
         elif later_turns:
             made[p.id] = Request(p.id, p.category, [], p, made[p.after])
     requests = list(made.values())
-    long = [f"{r.id} ({len(r.token_ids)} tokens)" for r in requests if len(r.token_ids) >= limit]
+    long = [f"{r.id} ({counted(len(r.token_ids), 'token')})" for r in requests if len(r.token_ids) >= limit]
     if long:
         raise UserError(
-            f"{len(long)} prompts do not fit into the target's context of {limit} tokens: {listed(long)}. "
+            f"{counted(len(long), 'prompt does', 'prompts do')} not fit into the target's context of "
+            f"{limit} tokens: {listed(long)}. "
             + ("Shorten them or raise workers.max_context." if raisable else "Shorten them: the model has no more.")
         )
     return requests

@@ -12,7 +12,7 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.io import read_json, read_json_object, replace_file
 from specsplit.launch.lease import RemoteHolder
 from specsplit.launch.process import ProcessIdentity
@@ -173,5 +173,6 @@ def describe_identity(description: pb.DescribeReply) -> str:
     skipped = f" without layers {list(description.skip_layers)}" if description.skip_layers else ""
     return (
         f"{description.role} {description.model}{skipped} ({description.dtype}, "
-        f"{description.parameters / 1e6:.1f}M parameters, {description.device}, {description.threads} threads)"
+        f"{description.parameters / 1e6:.1f}M parameters, {description.device}, "
+        f"{counted(description.threads, 'thread')})"
     )

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import listed
+from specsplit.errors import counted, listed
 from specsplit.io import sha256_file
 from specsplit.launch.environment import REQUIRED
 from specsplit.provenance.facts import part_of
@@ -25,7 +25,7 @@ def make_checklist(record: Mapping[str, Any], runs: Named, models: Named, datase
     runs, models: run.json and model.json by the names of their files. dataset_files: one of them is the dataset.
     """
     gpu, git, seed = record["gpu"], record["git"], record["config"].get("seed")
-    none, number = [] if runs else ["no run recorded"], f"{len(runs)} run(s)"
+    none, number = [] if runs else ["no run recorded"], counted(len(runs), "run")
     weights = {name: _weights_sha256(model) for name, model in models}
     weightless = [f"{name}: no weights_sha256" for name, sha256 in weights.items() if sha256 is None]
     unexplained = list(_unexplained(record, ""))
@@ -48,7 +48,7 @@ def make_checklist(record: Mapping[str, Any], runs: Named, models: Named, datase
         "dataset matches the hash in its manifest": _check_dataset(record["dataset"], dataset_files),
         "GPU state recorded or its absence explained": (
             [] if gpu["available"] or gpu["reason"] else ["neither a GPU nor a reason"],
-            f"{len(gpu['gpus'])} GPU(s)" if gpu["available"] else f"no GPU: {gpu['reason']}",
+            counted(len(gpu["gpus"]), "GPU") if gpu["available"] else f"no GPU: {gpu['reason']}",
         ),
         "git commit known": ([] if git["commit"] else [str(git["reason"])], f"{git['commit']}{uncommitted}"),
         "uncommitted changes recorded": _check_changes(git["changes"]) if git["dirty"] else ([], "none"),
@@ -161,7 +161,7 @@ def _check_dataset(manifest: Mapping[str, Any], files: Sequence[Path]) -> tuple[
         return ["the manifest has no output_sha256"], ""
     for path in files:
         if path.is_file() and sha256_file(path) == expected:
-            return [], f"{path.name}, {manifest.get('count')} prompts, {expected}"
+            return [], f"{path.name}, {counted(manifest.get('count'), 'prompt')}, {expected}"
     return [f"no file beside the manifest has sha256 {expected}"], ""
 
 
@@ -169,8 +169,8 @@ def _check_changes(changes: Mapping[str, Any]) -> tuple[list[str], str]:
     problems = ["a secret was taken out of the diff: it may not apply"] if changes["redacted"] else []
     if changes["diff"] is None:
         problems = [str(changes["reason"])]
-    new = f", {len(changes['new_files'])} new file(s)" if changes["new_files"] else ""
-    return problems, f"{len((changes['diff'] or '').splitlines())} lines{new}"
+    new = f", {counted(len(changes['new_files']), 'new file')}" if changes["new_files"] else ""
+    return problems, f"{counted(len((changes['diff'] or '').splitlines()), 'line')}{new}"
 
 
 def _unexplained(value: Any, where: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from specsplit.client.result import LINK_BYTES, USAGE
-from specsplit.errors import UserError, listed, naming, shortened, why
+from specsplit.errors import UserError, counted, listed, naming, shortened, why
 from specsplit.io import csv_reader
 from specsplit.provenance.facts import part_of
 from specsplit.provenance.folder import Experiment
@@ -55,9 +55,15 @@ def compare(a: Experiment, b: Experiment) -> list[Group]:
         code, other_code = _commit(first) | code, _commit(second) | other_code
     return [
         Group("config", f"sha256 {first['config_sha256'][:12]}", _lines(*(_flat(r["config"]) for r in records))),
-        Group("code", f"commit {commit}, {len(first['source_files'])} source files", _lines(code, other_code)),
+        Group(
+            "code", f"commit {commit}, {counted(len(first['source_files']), 'source file')}", _lines(code, other_code)
+        ),
         Group("model", ", ".join(models), _lines(*map(_models, records))),
-        Group("data", f"{first['dataset'].get('count')} prompts", _lines(*(_flat(r["dataset"]) for r in records))),
+        Group(
+            "data",
+            counted(first["dataset"].get("count"), "prompt"),
+            _lines(*(_flat(r["dataset"]) for r in records)),
+        ),
         Group(
             "machine",
             f"{first['machine']['hostname']}, {first['machine']['cpu_model']}",
@@ -153,11 +159,11 @@ def _results(a: Experiment, b: Experiment) -> Group:
     first, second = _requests(a), _requests(b)
     shared = [key for key in first if key in second]
     texts = sum(first[key]["output_sha256"] == second[key]["output_sha256"] for key in shared)
-    group = Group("results", f"{texts} of {len(shared)} texts are the same")
+    group = Group("results", f"{texts} of {counted(len(shared), 'text')} are the same")
     for name, only, other in ((a.shown, first, second), (b.shown, second, first)):
         points = Counter(key[:-1] for key in only if key not in other)
         group.differences += [
-            f"only in {name}: {_point(point)}, {number} request(s)" for point, number in points.items()
+            f"only in {name}: {_point(point)}, {counted(number, 'request')}" for point, number in points.items()
         ]
     changed: dict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
     for key in shared:
@@ -168,7 +174,7 @@ def _results(a: Experiment, b: Experiment) -> Group:
     for (point, column), requests in changed.items():
         what = "text" if column == "output_sha256" else column
         group.differences.append(
-            f"{_point(point)}: {what} of {len(requests)} request(s) differs: {listed(requests, 3)}"
+            f"{_point(point)}: {what} of {counted(len(requests), 'request')} differs: {listed(requests, 3)}"
         )
     for point in dict.fromkeys(key[:-1] for key in shared):
         keys = [key for key in shared if key[:-1] == point]

@@ -16,6 +16,7 @@ from urllib.parse import quote
 from rocrate.model import ContextEntity, File
 from rocrate.rocrate import ROCrate
 
+from specsplit.errors import counted
 from specsplit.provenance.folder import CONFIG, RECORD
 
 PROFILES = {
@@ -87,7 +88,7 @@ class _Builder:
         root["name"] = "SpecSplit: disaggregated speculative decoding, measured"
         root["description"] = (
             f"Tables, figures, texts, logs, configuration, code and provenance of a sweep over gamma {gammas}: "
-            f"{len(record['runs'])} runs of {record['dataset'].get('count')} prompts. "
+            f"{counted(len(record['runs']), 'run')} of {counted(record['dataset'].get('count'), 'prompt')}. "
             "Weights are named by their hashes."
         )
         root["license"] = self._add(LICENSE, "CreativeWork", name="Apache License 2.0", identifier="Apache-2.0")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from specsplit.errors import counted
 from specsplit.provenance.capture import LOCK
 from specsplit.provenance.folder import CONFIG, PATCH, RECORD, Experiment
 
@@ -28,7 +29,7 @@ def _script(record: Mapping[str, Any], experiment: Experiment, archive: Path | N
     gpus = ", ".join(str(gpu["name"]) for gpu in record["gpu"]["gpus"]) or "no GPU"
     yield "#!/usr/bin/env bash"
     yield f"# Repeats the experiment recorded in {RECORD} of {experiment.shown}, made {record['created']}"
-    yield f"# on {machine['os']}, {machine['cpu_model']}, {machine['cores_usable']} cores, {gpus}."
+    yield f"# on {machine['os']}, {machine['cpu_model']}, {counted(machine['cores_usable'], 'core')}, {gpus}."
     yield "set -euo pipefail"
     yield ""
     yield "# The code"

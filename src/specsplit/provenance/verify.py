@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from specsplit.errors import UserError, why
+from specsplit.errors import UserError, counted, why
 from specsplit.io import combined_sha256, json_sha256, read_json, read_json_object, sha256_file
 from specsplit.provenance.facts import read_run_alone
 from specsplit.provenance.folder import (
@@ -312,7 +312,7 @@ class _Verification:
     def _check_files(self, what: str, prefix: str, files: Mapping[str, str], witness: str) -> None:
         """Files that are not part of the results, so that they may all be elsewhere."""
         if not any(self.experiment.at(prefix + file).is_file() for file in files):
-            self.verdict.notes.append(f"{what} not here: {len(files)} hashes not checked")
+            self.verdict.notes.append(f"{what} not here: {counted(len(files), 'hash')} not checked")
             return
         for file, expected in files.items():
             self.compare(prefix + file, expected, witness)

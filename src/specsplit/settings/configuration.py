@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from specsplit.decoding.tree import TreeShape
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.settings.agreement import disagreements
 from specsplit.settings.names import fetched_path, gamma_order
 from specsplit.settings.schema import SCHEMA, TYPES, Validator, explain, model_sources, type_names
@@ -29,7 +29,7 @@ def load_pipeline_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     # A dict, not a set: keeps the order. One mistake can break two keywords (type and enum) and is told once.
     lines = list(dict.fromkeys(line for error in errors for line in explain(error)))
     if lines := lines or list(disagreements(config)):
-        count = "a mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        count = counted(len(lines), "mistake")
         raise UserError(
             f"The configuration has {count} (config/README.md explains every key):\n  " + "\n  ".join(lines)
         )

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from specsplit.errors import counted
+
 AUTO = "auto"
 DEFAULT_DRAFT = "draft"  # name of a draft that has no other
 SYNTHETIC = "-synthetic-"  # in the name of one whose acceptance is forced
@@ -74,6 +76,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def too_few_requests(clients: Sequence[int], requests: int) -> str:
     """What is wrong with so many requests for the most clients, in words; empty when nothing is."""
     least = REQUESTS_A_CLIENT * max(clients)
-    return (
-        "" if requests >= least else f"requests is {requests}: {max(clients)} clients need at least {least}, four each"
-    )
+    if requests >= least:
+        return ""
+    who = counted(max(clients), "client needs", "clients need")
+    return f"requests is {requests}: {who} at least {least}, four each"

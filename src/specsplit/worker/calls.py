@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+from specsplit.errors import counted
 from specsplit.worker.refusals import Abandoned, Busy, Refusal, SessionLost
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class Places:
                 caller,
                 lambda: True if self._taken < self._limit else None,
                 caller.place_wait_s,
-                busy=f"{self._limit} calls and streams run already (max_calls)",
+                busy=f"{counted(self._limit, 'call or stream runs', 'calls and streams run')} already (max_calls)",
             )
             self._taken += 1
             self._line.shares.add(caller.peer)
@@ -220,10 +221,11 @@ class OpenCalls:
             victim = self._in_the_way(caller) if len(self._calls) > self._limit else None
             if len(self._calls) > self._limit:
                 self._remove(victim or caller)
+        full = f"{counted(self._limit, 'call is', 'calls are')} open"
         if victim is not None:
-            _displace(victim, Busy(f"{self._limit} calls are open, and this one does nothing; open it again"))
+            _displace(victim, Busy(f"{full}, and this one does nothing; open it again"))
         elif caller not in self._calls:
-            raise Busy(f"{self._limit} calls are open already; try again later")
+            raise Busy(f"{full} already; try again later")
         try:
             yield
         finally:

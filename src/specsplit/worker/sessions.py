@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specsplit.engines.kv_cache import KVCache
+from specsplit.errors import counted
 from specsplit.rpc.codec import tokens_crc32
 from specsplit.rpc.statuses import ALL_TAKEN
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -166,7 +167,8 @@ class SessionStore:
                     caller,
                     lambda: self._open(key, caller),
                     caller.session_wait_s,
-                    busy=f"all {self._limit} sessions are in use; raise max_sessions where memory allows",
+                    busy=f"{counted(self._limit, 'session is', 'sessions are')} in use; "
+                    "raise max_sessions where memory allows",
                 )
             self._sessions.move_to_end(key)
             if session.last_round and not session.users:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from specsplit.cli.distill import add_target_flag, add_terminal_flag
 from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.errors import counted
 from specsplit.settings.distill import AcceptanceSettings
 
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             nonlocal done
             done += 1
             accepted, drafted = sum(r.accepted for r in rounds), sum(r.drafted for r in rounds)
-            bar.to(done, f"{request_id}: {accepted} of {drafted} drafted tokens accepted")
+            bar.to(done, f"{request_id}: {accepted} of {counted(drafted, 'drafted token')} accepted")
 
         rounds = measure(
             target,

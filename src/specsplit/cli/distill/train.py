@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specsplit.cli.distill import add_target_flag, add_terminal_flag
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.settings.distill import TrainingSettings
 
 SHOWN_STEPS = 20  # lines of a log between two evaluations, at most
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     vocab_size = len(tokens) if tokens else target.vocab_size
     print(
         f"{settings.kind}: layers {layers}, {vocab_size} of {target.vocab_size} tokens, "
-        f"{trainer.parameters / 1e6:.2f}M parameters; {len(trainer.train_texts)} texts, {trainer.steps} steps",
+        f"{trainer.parameters / 1e6:.2f}M parameters; {counted(len(trainer.train_texts), 'text')}, "
+        f"{counted(trainer.steps, 'step')}",
         flush=True,
     )
     every = max(1, min(settings.evaluate_every, trainer.steps) // SHOWN_STEPS)

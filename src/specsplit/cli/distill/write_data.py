@@ -7,6 +7,7 @@ from pathlib import Path
 
 from specsplit.cli.distill import add_target_flag, add_terminal_flag
 from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.errors import counted
 from specsplit.settings.distill import WritingSettings
 from specsplit.settings.measure import PromptSettings
 
@@ -64,13 +65,14 @@ def run(args: argparse.Namespace) -> None:
             if seconds:
                 fresh, fresh_s = fresh + tokens - before, fresh_s + seconds
             before = tokens
-            said = [f"{len(written.texts)} texts"]
+            said = [counted(len(written.texts), "text")]
             said += [f"{count} {name.replace('_', ' ')}" for name, count in written.counts().items() if count]
             bar.to(tokens, ", ".join([*said, f"{fresh / fresh_s:.0f} tokens/s" if seconds else "was there"]))
 
         with fits_memory("write_batch", settings.write_batch):
             manifest = write_texts(writer, args.output, about, show)
     print(
-        f"{args.output / 'manifest.json'}: {manifest['texts']} texts, {manifest['answer_tokens']} tokens of answers, "
+        f"{args.output / 'manifest.json'}: {counted(manifest['texts'], 'text')}, "
+        f"{manifest['answer_tokens']} tokens of answers, "
         f"sha256 {manifest['data_sha256'][:12]}, written in {manifest['seconds']:.0f} s"
     )

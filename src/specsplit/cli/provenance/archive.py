@@ -12,8 +12,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from specsplit.errors import counted
     from specsplit.io import sha256_file
     from specsplit.provenance.archive import write_archive
 
-    count = write_archive(args.output, args.files, Path.cwd())
-    print(f"{args.output}: {count} files, {args.output.stat().st_size / 1e6:.1f} MB, sha256 {sha256_file(args.output)}")
+    files = counted(write_archive(args.output, args.files, Path.cwd()), "file")
+    print(f"{args.output}: {files}, {args.output.stat().st_size / 1e6:.1f} MB, sha256 {sha256_file(args.output)}")

@@ -15,6 +15,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from specsplit.errors import counted
     from specsplit.provenance.compare import compare
     from specsplit.provenance.folder import open_experiment
 
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
         groups = compare(a, b)
     for group in groups:
         same = f"same{' but for times' if group.times else ''} ({group.same})"
-        print(f"{group.name:8} {f'{len(group.differences)} difference(s)' if group.differences else same}")
+        print(f"{group.name:8} {counted(len(group.differences), 'difference') if group.differences else same}")
         for line in (*group.differences, *group.times):
             print(f"  {line}")
     if any(group.differences for group in groups):

@@ -19,11 +19,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from specsplit.errors import UserError
+    from specsplit.errors import UserError, counted
     from specsplit.provenance.folder import SEAL
     from specsplit.provenance.seal import seal_results
 
     parts = Path(SEAL).parts[1:]
     if args.output.absolute().parts[-len(parts) :] != parts:
         raise UserError(f"--output {args.output}: wanted {SEAL}, in the folder of the results that it seals")
-    print(f"{args.output}: {seal_results(args.output.absolute().parents[1], args.files, add=args.add)} files")
+    sealed = seal_results(args.output.absolute().parents[1], args.files, add=args.add)
+    print(f"{args.output}: {counted(sealed, 'file')}")

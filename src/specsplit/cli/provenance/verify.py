@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from specsplit.cli.provenance import WHERE
+from specsplit.errors import counted
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"note: {note}")
     for file, problem in sorted(verdict.differing.items()):
         print(f"DIFFERS {file}: {problem}")
-    print(f"{args.where}: {len(verdict.checked)} files as recorded, {len(verdict.differing)} not")
+    print(f"{args.where}: {counted(len(verdict.checked), 'file')} as recorded, {len(verdict.differing)} not")
     if verdict.differing:
         sys.exit(1)
