@@ -22,6 +22,7 @@ from specsplit.experiment.journal import Journal
 from specsplit.experiment.peer_race import Ours, race
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request, request_record
+from specsplit.experiment.run import Run
 from specsplit.experiment.runner import run_requests
 from specsplit.provenance.redaction import without_places
 from specsplit.rpc.connection import Connection
@@ -76,7 +77,8 @@ def run_auto(folder: Path) -> Path:
     nobody: Any = SimpleNamespace(Describe=lambda *_, **__: pb.DescribeReply())
     target = Connection("target", "127.0.0.1:1", nobody, nobody, pb.DescribeReply(role="target"))
     draft = Connection("draft", "127.0.0.1:2", nobody, nobody, pb.DescribeReply(role="draft"))
-    run_requests(REQUESTS, draft, target, CODEC, OrchestratorConfig(gamma="auto"), folder, warmup=1)
+    workers = {"draft": draft, "target": target}
+    run_requests(Run(REQUESTS, workers, CODEC, OrchestratorConfig(gamma="auto")), folder)
     return folder
 
 
@@ -122,7 +124,10 @@ def run_race(output: Path, **options: Any) -> list[dict[str, str]]:
     worker: Any = SimpleNamespace(address="x", description=SimpleNamespace(max_context=64, eos_token_ids=[2]))
     gammas = options.pop("gammas", (0, 4))
     configs = [OrchestratorConfig(gamma=gamma, max_output_tokens=4) for gamma in gammas]
-    ours = [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
+    ours = [
+        Ours(f"gamma_{c.gamma}", c, dict.fromkeys(("draft", "target") if c.gamma else ("target",), worker))
+        for c in configs
+    ]
     hugging_face: Any = HuggingFace()
     race(REQUESTS, ours, {Peer("generate"): hugging_face}, hugging_face, output, warmup=0, repeats=2, **options)
     with output.open(newline="") as file:

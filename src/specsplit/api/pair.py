@@ -130,13 +130,12 @@ def over_grpc(config: OrchestratorConfig, codec: TextCodec | None, *, has_draft:
     """The pair of the workers that the settings name, asked what they are and checked to belong together."""
     access = Access.of(config)
     described = connected_pair(config, None if codec is None else codec.sha256, draft=has_draft)
-    with described as (draft, target):
-        met = {c.role: c.description for c in (draft, target) if c is not None}
-        addresses = {c.role: c.address for c in (draft, target) if c is not None}
+    with described as workers:
+        met = {role: worker.description for role, worker in workers.items()}
         if codec is None:
-            codec = _received(target, config.connect_timeout_s)
+            codec = _received(workers["target"], config.connect_timeout_s)
 
-    stubs, close = open_stubs(addresses, access)
+    stubs, close = open_stubs({role: worker.address for role, worker in workers.items()}, access)
     return Pair(stubs.get("draft"), stubs["target"], codec, config, close, met, at_once)
 
 

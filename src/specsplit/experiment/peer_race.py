@@ -19,6 +19,7 @@ from specsplit.experiment.journal import journal_beside
 from specsplit.experiment.peers import Peer, PeerProcess, PeerText
 from specsplit.experiment.records import Request, repeated, request_config, text_writer, tokens_sha256
 from specsplit.rpc.connection import Connection
+from specsplit.rpc.v1.specsplit_pb2 import DescribeReply
 from specsplit.settings.run import OrchestratorConfig
 
 SETTLE_S = 0.25  # between turns: threads that wait actively go to sleep (Intel's OpenMP after 0.2 s)
@@ -27,18 +28,16 @@ REFERENCE = "gamma_0"  # whose texts the others are compared with: ours, the tar
 
 @dataclass(frozen=True)
 class Ours:
-    """One of our points: what it is called, its settings, and its workers (draft None at gamma 0)."""
+    """One of our points: what it is called, its settings, and its workers by role (no draft at gamma 0)."""
 
     label: str
     config: OrchestratorConfig
-    draft: Connection | None
-    target: Connection
+    workers: Mapping[str, Connection]
 
     @property
-    def workers(self) -> dict[str, Connection]:
-        """The workers by role."""
-        both = {"draft": self.draft, "target": self.target}
-        return {role: worker for role, worker in both.items() if worker is not None}
+    def target(self) -> DescribeReply:
+        """What the target worker says of itself."""
+        return self.workers["target"].description
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def race(
     """
     if ours[0].label != REFERENCE:
         raise ValueError(f"the first of ours is {ours[0].label}, not {REFERENCE}")
-    limit = min(contender.target.description.max_context for contender in ours)
+    limit = min(contender.target.max_context for contender in ours)
     with ExitStack() as stack:
         contenders: dict[str, tuple[str, _Write]] = {
             contender.label: ("specsplit", _our_writer(contender, stack)) for contender in ours
@@ -181,12 +180,12 @@ def _our_writer(contender: Ours, stack: ExitStack) -> _Write:
 
 
 def _peer_writer(
-    peer: Peer, process: PeerProcess, config: OrchestratorConfig, target: Connection, limit: int
+    peer: Peer, process: PeerProcess, config: OrchestratorConfig, target: DescribeReply, limit: int
 ) -> _Write:
     stop_ids: Sequence[int] = ()
     if not config.ignore_eos:
         named = config.stop_token_ids
-        stop_ids = list(target.description.eos_token_ids) if named is None else named
+        stop_ids = list(target.eos_token_ids) if named is None else named
 
     def write(request: Request) -> PeerText:
         max_tokens = min(config.max_output_tokens, limit - len(request.token_ids))
