@@ -16,8 +16,8 @@ from specsplit.client.result import SpeculativeResult
 from specsplit.client.writer import TextWriter
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import WorkerError
-from specsplit.experiment import capacity, peer_race
-from specsplit.experiment.capacity import CapacityRecord, measure_capacity
+from specsplit.experiment import peer_race
+from specsplit.experiment.capacity import CapacityRecord, Clients, measure_capacity
 from specsplit.experiment.journal import Journal
 from specsplit.experiment.peer_race import Ours, race
 from specsplit.experiment.peers import Peer, PeerText
@@ -167,18 +167,16 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
     def start(number: int | None) -> list[str]:
         seen: list[str] = []
 
-        def run(
-            requests: Any, config: OrchestratorConfig, stops: Any, load: Any, settings: Any
-        ) -> list[CapacityRecord]:
-            seen.append(f"{config.gamma}: {load}")
+        def run(clients: Clients, load: Any) -> list[CapacityRecord]:
+            seen.append(f"{clients.config.gamma}: {load}")
             if len(seen) == number:
                 raise Killed
-            rows = [asdict(request_record(request, TWO_ROUNDS, config)) for request in requests]
+            rows = [asdict(request_record(request, TWO_ROUNDS, clients.config)) for request in clients.requests]
             place = {"client": 0, "started_ms": 1.0, "due_ms": 0.1 + len(seen)}
             return [CapacityRecord(**asdict(load), **place, **row) for row in rows]
 
-        monkeypatch.setattr(capacity, "_run", run)
-        monkeypatch.setattr(capacity, "_warm_up", lambda *_: None)
+        monkeypatch.setattr(Clients, "_run", run)
+        monkeypatch.setattr(Clients, "_warm_up", lambda *_: None)
         return seen
 
     return start

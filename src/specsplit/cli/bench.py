@@ -97,8 +97,7 @@ def run(args: argparse.Namespace) -> None:
             for point in points:
                 own = workers if point in drafting else {"target": workers["target"]}
                 run = replace(shared, workers=own, config=plan.configs[point].model_copy(update=resolved))
-                shown = {"on_kept": progress.kept, "on_done": progress.done}
-                run_requests(run, run_dirs[point], resume=not args.fresh, **shown)
+                run_requests(run, run_dirs[point], resume=not args.fresh, on_kept=progress.kept, on_done=progress.done)
     if not args.only:
         merging = import_module("specsplit.analysis.merging")  # no part of what decides a run
         print(*merging.write_merged(args.results_dir, list(run_dirs.values())), sep="\n")
