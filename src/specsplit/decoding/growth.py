@@ -49,8 +49,9 @@ def least_log(p_min: float) -> float:
 def grow(asked: DraftSettings, gamma: int, start: int, candidates: Mapping[int, Candidates]) -> Growth:
     """The draft of depth `gamma` that follows the node `start`, in at most gamma - 1 passes.
 
-    asked: its shape, the tokens that end it, and p_min; its gamma is not looked at. candidates: of every node that has been fed; the caller adds those of the nodes that it sends. Nothing is drafted
-    after a stop token. Drafts for rejection sampling carry the distributions of their nodes.
+    asked: its shape, the tokens that end it, and p_min. gamma: asked.gamma, or less near the end of a text. candidates:
+    of every node that has been fed; the caller adds those of the nodes that it sends. Nothing is drafted after a stop
+    token. Drafts for rejection sampling carry the distributions of their nodes.
     asked.p_min: tokens whose path from `start` is less probable by the draft model are left out (`--draft-p-min` of
     llama.cpp); 0 leaves out none. With rejection sampling it would bias the text.
     """

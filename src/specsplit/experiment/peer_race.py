@@ -17,7 +17,7 @@ from specsplit.experiment.columns import writing_rows
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.journal import journal_beside
 from specsplit.experiment.peers import Peer, PeerProcess, PeerText
-from specsplit.experiment.records import Request, repeated, request_config, text_writer, tokens_sha256
+from specsplit.experiment.records import Request, in_turn, repeated, request_config, text_writer, tokens_sha256
 from specsplit.rpc.connection import Connection
 from specsplit.rpc.v1.specsplit_pb2 import DescribeReply
 from specsplit.settings.run import OrchestratorConfig
@@ -114,12 +114,12 @@ def race(
         journal = stack.enter_context(journal_beside(output, requests, own, resume=not learns))
         with writing_rows(output, PeerRecord) as write_row:
             for number, request in enumerate(repeated(requests, repeats)):
-                shift = (number % len(requests) + request.repeat - 1) % len(labels)
-                order = {label: contenders[label] for label in [*labels[shift:], *labels[:shift]]}
+                turn = number % len(requests) + request.repeat - 1
+                order = {label: contenders[label] for label in in_turn(labels, turn)}
                 measure = partial(_take_turn, request, order, expected.get(request.id), hugging_face)
-                turn = journal.measured(request.key, measure)
-                expected.setdefault(request.id, turn["right"])
-                for row in turn["rows"]:
+                taken = journal.measured(request.key, measure)
+                expected.setdefault(request.id, taken["right"])
+                for row in taken["rows"]:
                     write_row(PeerRecord(**row))
                     on_row(PeerRecord(**row))
         journal.remove()

@@ -25,7 +25,7 @@ from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, R
 from specsplit.experiment.journal import JOURNAL, Journal
 from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.prompt_tokens import later_turn_tokens
-from specsplit.experiment.records import Request, repeated, request_config, request_record, round_records
+from specsplit.experiment.records import Request, in_turn, repeated, request_config, request_record, round_records
 from specsplit.experiment.run import Run
 from specsplit.experiment.usage import Meter
 from specsplit.io import replace_file
@@ -166,10 +166,9 @@ def _measure(
                 learnt = controller.state() if controller else None
                 yield Entry(record, [], _output(run, record, []), controller=learnt)
                 continue
-            shift = number % len(taking_turns)
             written, spent = {}, {}
             meter.spent()
-            for place in [*range(shift, len(taking_turns)), *range(shift)]:
+            for place in in_turn(range(len(taking_turns)), number):
                 written[place] = _write(taking_turns[place], request)
                 spent[place] = meter.spent()
             rows = [
