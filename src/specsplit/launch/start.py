@@ -25,6 +25,7 @@ from specsplit.launch.process import end_process
 from specsplit.models.sources import resolve_model
 from specsplit.rpc.connection import OPEN, connect
 from specsplit.rpc.credentials import Access
+from specsplit.settings.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -128,30 +129,29 @@ def share_worker(
 def attach_worker(
     role: str,
     address: str,
+    wanted: WorkerSettings,
     *,
     endpoint_file: Path,
-    model: Path,
-    dtype: str,
-    skip_layers: Sequence[int] = (),
     timeout_s: float = 10.0,
     access: Access = OPEN,
 ) -> Endpoint:
     """Write the endpoint file of a worker that already runs, after checking that it is the one meant.
 
-    address: host:port, grpcs://host:port, or an address file. access: how we show who we are. Such a worker is never
-    stopped. Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those
-    asked for; dtype auto asks for none.
+    address: host:port, grpcs://host:port, or an address file. wanted: its settings as if it were started; compared are
+    weights, dtype (auto asks for none) and skipped layers. access: how we show who we are. Such a worker is never
+    stopped. Raises UserError when nothing answers there, or when it is another one.
     """
     address = resolve_address(address)
     with connect(role, address, timeout_s=timeout_s, access=access) as connection:
         description = connection.description
-    _, manifest = resolve_model(model)
+    assert wanted.model is not None
+    _, manifest = resolve_model(wanted.model)
     compared = {
         "weights": (description.weights_sha256, manifest["fingerprint"]["weights_sha256"]),
-        "dtype": (description.dtype, description.dtype if dtype == "auto" else dtype),
-        "skip_layers": (list(description.skip_layers), list(skip_layers)),
+        "dtype": (description.dtype, description.dtype if wanted.dtype == "auto" else wanted.dtype),
+        "skip_layers": (list(description.skip_layers), getattr(wanted, "skip_layers", [])),
     }
-    differing = [f"{key} {found} instead of {wanted}" for key, (found, wanted) in compared.items() if found != wanted]
+    differing = [f"{key} {is_} instead of {asked}" for key, (is_, asked) in compared.items() if is_ != asked]
     if differing:
         raise UserError(
             f"the {role} worker at {address} serves another model than the configuration names: "
