@@ -395,6 +395,8 @@ def run_pass(
             _embed(embedding, ids[t], all_row[0], joined[t, :hidden] if is_head else x[t])
     _meet(sync, threads)
     tile_count, outputs, first, run = request[TILES], request[OUTPUTS], token[FIRST], token[RUN]
+    # Of a token whose logits nobody wants, as most of a prompt, the last layer computes keys and values alone.
+    narrows = outputs < count and request[KEPT] == 0
     if is_head:
         low, high = _share(count, 1, thread, threads)
         for t in range(low, high):
@@ -446,6 +448,8 @@ def run_pass(
                     for k in range(head_dim):
                         cached[k] = vector[k]
         _meet(sync, threads)
+        if narrows and layer == layers - 1 and outputs == 0:
+            break
         for item in range(thread, kv_heads * tile_count, threads):
             kv_head, tile = item // tile_count, tiles[item % tile_count]
             place = layer * kv_heads + kv_head
@@ -466,6 +470,13 @@ def run_pass(
                 for k in range(head_dim):
                     attended[t, q_head * head_dim + k] = out[i, k]
         _meet(sync, threads)
+        if narrows and layer == layers - 1:
+            if thread == 0:
+                for r in range(outputs):  # rows ascend, so none is overwritten before it has moved
+                    x[r] = x[rows[ROW, r]]
+                    attended[r] = attended[rows[ROW, r]]
+            count = outputs
+            _meet(sync, threads)
         for t in range(count):
             call(pack, (attended[t].ctypes.data, attended.shape[1], t, count, attended_inputs, packed.ctypes.data))
         stride = 4 * hidden
@@ -492,7 +503,7 @@ def run_pass(
     for places in range(request[KEPT]):
         _keep(kept[places, layers, :count], output_norm, x, eps, thread, threads)
     for r in range(outputs):
-        normalise(x[rows[ROW, r]], final_norm, eps, row)
+        normalise(x[r if narrows else rows[ROW, r]], final_norm, eps, row)
         call(pack, (row.ctypes.data, hidden, r, outputs, hidden_inputs, packed.ctypes.data))
     if outputs > 0:
         y, stride, following = logits.ctypes.data, 4 * logits.shape[1], linears[0, Q]
