@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> None:
         )
         with Progress(len(points) * len(requests) * plan.bench.repeats, args.terminal_fd) as progress:
             for point in points:
-                own = workers if point in drafting else {"target": workers["target"]}
-                run = replace(shared, workers=own, config=plan.configs[point].model_copy(update=resolved))
+                needed = workers if point in drafting else {"target": workers["target"]}
+                run = replace(shared, workers=needed, config=plan.configs[point].model_copy(update=resolved))
                 run_requests(run, run_dirs[point], resume=not args.fresh, on_kept=progress.kept, on_done=progress.done)
     if not args.only:
         merging = import_module("specsplit.analysis.merging")  # no part of what decides a run
