@@ -531,14 +531,13 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 def test_a_pair_shares_one_tokenizer(draft: Worker, target: Worker) -> None:
     sha256 = target.servicer.identity["tokenizer_sha256"]
     config = OrchestratorConfig(draft_address=draft.address, target_address=target.address)
-    with connected_pair(config, sha256) as (first, second):
-        assert first is not None
-        assert (first.description.role, second.description.role) == ("draft", "target")
+    with connected_pair(config, sha256) as workers:
+        assert [worker.description.role for worker in workers.values()] == ["draft", "target"]
     with pytest.raises(UserError, match="the tokenizers differ"), connected_pair(config, "0" * 64):
         pass
     alone = config.model_copy(update={"gamma": 0, "draft_address": "127.0.0.1:1"})
-    with connected_pair(alone, sha256) as (first, _):
-        assert first is None
+    with connected_pair(alone, sha256) as workers:
+        assert list(workers) == ["target"]
 
 
 def test_tokenizers_that_differ_are_named() -> None:

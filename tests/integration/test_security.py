@@ -24,6 +24,7 @@ from specsplit.rpc.connection import connect
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.settings.run import OrchestratorConfig
+from specsplit.settings.worker import TargetWorkerConfig
 
 from grpc_fixtures import PROMPTS, Reference, Worker, serving, verify_request
 
@@ -139,10 +140,8 @@ def test_with_the_token_texts_are_written_in_every_way(guarded: dict[str, Worker
     )
     expected = Reference(folder).text(PROMPT, 12)
     sha256 = target.servicer.identity["tokenizer_sha256"]
-    with connected_pair(config, sha256) as (first, second):
-        assert first is not None
-        with TextWriter(first.address, second.address, access=Access.of(config)) as writer:
-            assert writer.write(PROMPT, config).output_tokens == expected
+    with connected_pair(config, sha256) as workers:
+        assert list(workers) == ["draft", "target"]
     with TextWriter(draft.address, target.address, access=Access.of(config)) as writer:
         assert writer.write(PROMPT, config).output_tokens == expected
     with TextWriter(draft.address, target.address) as writer, pytest.raises(WorkerError, match="UNAUTHENTICATED"):
@@ -249,15 +248,15 @@ def test_attaching_to_a_worker_with_a_certificate(
     mutual: Worker, files: dict[str, Path], folder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "target.json"
-    arguments: dict[str, Any] = {"endpoint_file": file, "model": folder, "dtype": "float32"}
+    wanted = TargetWorkerConfig(model=folder, dtype="float32")
     with pytest.raises(WorkerError):
-        attach_worker("target", mutual.address, **arguments, timeout_s=0.5)
-    attach_worker("target", mutual.address, **arguments, access=mutual.access)
+        attach_worker("target", mutual.address, wanted, endpoint_file=file, timeout_s=0.5)
+    attach_worker("target", mutual.address, wanted, endpoint_file=file, access=mutual.access)
     endpoint = Endpoint.read(file)
     assert (endpoint.address, endpoint.host) == (mutual.address, "127.0.0.1")
     by_hand = tmp_path / "by-hand.json"
     by_hand.write_text(json.dumps({"address": mutual.address}))
-    attach_worker("target", str(by_hand), **arguments, access=mutual.access)
+    attach_worker("target", str(by_hand), wanted, endpoint_file=file, access=mutual.access)
 
 
 def test_session_ids_are_not_guessable() -> None:

@@ -14,6 +14,7 @@ from test_metrics import scraped
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.writer import TextWriter
 from specsplit.experiment.records import Request
+from specsplit.experiment.run import Run
 from specsplit.experiment.runner import run_requests
 from specsplit.models.sources import prepare_model
 from specsplit.models.tokenizer import TextCodec
@@ -92,7 +93,8 @@ def test_a_repeat_is_not_looked_up_in_itself(pair: tuple[Worker, Worker], tmp_pa
     requests = [Request(name, "", [65, 66, 67]) for name in ("first", "same again")]
     config = OrchestratorConfig(gamma=3, max_output_tokens=LENGTH)
     codec = TextCodec.load(tmp_path / "target")
-    run_requests(requests, draft.connect(), target.connect(), codec, config, tmp_path / "run", repeats=2)
+    workers = {"draft": draft.connect(), "target": target.connect()}
+    run_requests(Run(requests, workers, codec, config, repeats=2), tmp_path / "run")
     rows = list(csv.DictReader((tmp_path / "run/requests.csv").open()))
     found = {(row["request_id"], row["repeat"]): int(row["drafts_from_global"]) for row in rows}
     assert found["first", "1"] == found["first", "2"] == 0

@@ -404,23 +404,23 @@ def test_a_worker_with_another_model_is_not_attached_to(
     another = tiny_model_folder("llama", 1)
     with serving("draft", model, dtype="bfloat16", skip_layers=[0]) as worker:
         file = folder / "draft.json"
-        arguments: dict[str, Any] = {"endpoint_file": file, "model": model, "dtype": "bfloat16"}
+        asked: dict[str, Any] = {"model": model, "dtype": "bfloat16"}
         for wanted, reason in (
             ({"skip_layers": [0], "dtype": "float32"}, "dtype bfloat16 instead of float32"),
             ({"skip_layers": []}, r"skip_layers \[0\] instead of \[\]"),
             ({"skip_layers": [0], "model": another}, "weights [0-9a-f]{64} instead of"),
         ):
             with pytest.raises(UserError, match=reason):
-                attach_worker("draft", worker.address, **{**arguments, **wanted})
+                attach_worker("draft", worker.address, DraftWorkerConfig(**asked | wanted), endpoint_file=file)
             assert not file.exists()
         for dtype in ("auto", "bfloat16"):
-            attach_worker("draft", worker.address, **{**arguments, "dtype": dtype}, skip_layers=[0])
+            config = DraftWorkerConfig(**asked | {"dtype": dtype, "skip_layers": [0]})
+            attach_worker("draft", worker.address, config, endpoint_file=file)
         assert Endpoint.read(file).address == worker.address
 
 
 def test_where_nobody_answers_there_is_nothing_to_attach_to(model: Path, folder: Path) -> None:
+    config = DraftWorkerConfig(model=model)
     with pytest.raises(WorkerError, match=r"no target worker answers at 127\.0\.0\.1:1 within 0\.2 s"):
-        attach_worker(
-            "target", "127.0.0.1:1", endpoint_file=folder / "x.json", model=model, dtype="float32", timeout_s=0.2
-        )
+        attach_worker("target", "127.0.0.1:1", config, endpoint_file=folder / "x.json", timeout_s=0.2)
     assert list(folder.iterdir()) == []

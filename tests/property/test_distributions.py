@@ -18,7 +18,7 @@ import torch
 
 from specsplit.decoding import sampling as sampling_module
 from specsplit.decoding import verification
-from specsplit.decoding.growth import grow
+from specsplit.decoding.growth import DraftSettings, grow
 from specsplit.decoding.sampling import DRAFTED, Candidates, Sampling, candidates, choose, gumbel, log_probs, uniform
 from specsplit.decoding.tree import ROOT, TokenTree, TreeShape
 from specsplit.decoding.verification import Verdict, verify
@@ -62,7 +62,7 @@ def drafted(
         texts.append(after)
         return len(texts) - 1
 
-    growth = grow(shape, gamma, feed(text), known, ())
+    growth = grow(DraftSettings(gamma, shape), gamma, feed(text), known)
     try:
         wants = next(growth)
         while True:

@@ -12,7 +12,7 @@ from itertools import count, takewhile
 import pytest
 
 from specsplit.decoding.adaptive import GammaController
-from specsplit.decoding.growth import CANDIDATES, grow
+from specsplit.decoding.growth import CANDIDATES, DraftSettings, grow
 from specsplit.decoding.lookup import LOOKUP
 from specsplit.decoding.sampling import Candidates
 from specsplit.decoding.theory import expected_tokens, round_ms
@@ -179,7 +179,7 @@ def grown(shape: TreeShape, gamma: int, alpha: float) -> tuple[TokenTree, list[i
     """A draft of this shape by the model of `theory`, and the tokens of each pass that made it."""
     logs = [math.log(alpha) + rank * math.log(1 - alpha) for rank in range(CANDIDATES)]
     known = defaultdict(lambda: Candidates(list(range(CANDIDATES)), logs))
-    growth, fed, nodes = grow(shape, gamma, ROOT, known, ()), [1], count()
+    growth, fed, nodes = grow(DraftSettings(gamma, shape), gamma, ROOT, known), [1], count()
     try:
         wanted = next(growth)
         while True:

@@ -16,12 +16,13 @@ from specsplit.client.result import SpeculativeResult
 from specsplit.client.writer import TextWriter
 from specsplit.decoding.adaptive import GammaController
 from specsplit.errors import WorkerError
-from specsplit.experiment import capacity, peer_race
-from specsplit.experiment.capacity import CapacityRecord, measure_capacity
+from specsplit.experiment import peer_race
+from specsplit.experiment.capacity import CapacityRecord, Clients, measure_capacity
 from specsplit.experiment.journal import Journal
 from specsplit.experiment.peer_race import Ours, race
 from specsplit.experiment.peers import Peer, PeerText
 from specsplit.experiment.records import Request, request_record
+from specsplit.experiment.run import Run
 from specsplit.experiment.runner import run_requests
 from specsplit.provenance.redaction import without_places
 from specsplit.rpc.connection import Connection
@@ -76,7 +77,8 @@ def run_auto(folder: Path) -> Path:
     nobody: Any = SimpleNamespace(Describe=lambda *_, **__: pb.DescribeReply())
     target = Connection("target", "127.0.0.1:1", nobody, nobody, pb.DescribeReply(role="target"))
     draft = Connection("draft", "127.0.0.1:2", nobody, nobody, pb.DescribeReply(role="draft"))
-    run_requests(REQUESTS, draft, target, CODEC, OrchestratorConfig(gamma="auto"), folder, warmup=1)
+    workers = {"draft": draft, "target": target}
+    run_requests(Run(REQUESTS, workers, CODEC, OrchestratorConfig(gamma="auto")), folder)
     return folder
 
 
@@ -122,7 +124,10 @@ def run_race(output: Path, **options: Any) -> list[dict[str, str]]:
     worker: Any = SimpleNamespace(address="x", description=SimpleNamespace(max_context=64, eos_token_ids=[2]))
     gammas = options.pop("gammas", (0, 4))
     configs = [OrchestratorConfig(gamma=gamma, max_output_tokens=4) for gamma in gammas]
-    ours = [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
+    ours = [
+        Ours(f"gamma_{c.gamma}", c, dict.fromkeys(("draft", "target") if c.gamma else ("target",), worker))
+        for c in configs
+    ]
     hugging_face: Any = HuggingFace()
     race(REQUESTS, ours, {Peer("generate"): hugging_face}, hugging_face, output, warmup=0, repeats=2, **options)
     with output.open(newline="") as file:
@@ -162,18 +167,16 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
     def start(number: int | None) -> list[str]:
         seen: list[str] = []
 
-        def run(
-            requests: Any, config: OrchestratorConfig, stops: Any, load: Any, settings: Any
-        ) -> list[CapacityRecord]:
-            seen.append(f"{config.gamma}: {load}")
+        def run(clients: Clients, load: Any) -> list[CapacityRecord]:
+            seen.append(f"{clients.config.gamma}: {load}")
             if len(seen) == number:
                 raise Killed
-            rows = [asdict(request_record(request, TWO_ROUNDS, config)) for request in requests]
+            rows = [asdict(request_record(request, TWO_ROUNDS, clients.config)) for request in clients.requests]
             place = {"client": 0, "started_ms": 1.0, "due_ms": 0.1 + len(seen)}
             return [CapacityRecord(**asdict(load), **place, **row) for row in rows]
 
-        monkeypatch.setattr(capacity, "_run", run)
-        monkeypatch.setattr(capacity, "_warm_up", lambda *_: None)
+        monkeypatch.setattr(Clients, "_run", run)
+        monkeypatch.setattr(Clients, "_warm_up", lambda *_: None)
         return seen
 
     return start

@@ -84,7 +84,10 @@ def raced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         monkeypatch.setattr("specsplit.experiment.peer_race.SETTLE_S", 0.0)
         worker: Any = SimpleNamespace(address="x", description=SimpleNamespace(max_context=64, eos_token_ids=[2]))
         configs = [OrchestratorConfig(gamma=gamma, max_output_tokens=3) for gamma in (0, 4)]
-        ours = [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
+        ours = [
+            Ours(f"gamma_{c.gamma}", c, dict.fromkeys(("draft", "target") if c.gamma else ("target",), worker))
+            for c in configs
+        ]
         output = tmp_path / "peers_requests.csv"
         hugging_face: Any = FakeHuggingFace(log)
         race(REQUESTS, ours, {Peer("generate"): hugging_face}, hugging_face, output, **options)
@@ -199,7 +202,10 @@ def points(device: str = "cpu", skip_layers: Sequence[int] = ()) -> list[Ours]:
     about = SimpleNamespace(weights_sha256="w" * 64, device=device, skip_layers=list(skip_layers))
     worker: Any = SimpleNamespace(address="x", description=about)
     configs = [OrchestratorConfig(gamma=gamma) for gamma in (0, 4)]
-    return [Ours(f"gamma_{c.gamma}", c, worker if c.gamma else None, worker) for c in configs]
+    return [
+        Ours(f"gamma_{c.gamma}", c, dict.fromkeys(("draft", "target") if c.gamma else ("target",), worker))
+        for c in configs
+    ]
 
 
 @pytest.mark.parametrize(

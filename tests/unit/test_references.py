@@ -29,6 +29,7 @@ from specsplit.experiment.baselines import Beside
 from specsplit.experiment.columns import COLOCATED, FAILED, STREAMED, WORKERS, ReferenceRecord, RequestRecord
 from specsplit.experiment.journal import JOURNAL
 from specsplit.experiment.records import Request, request_record
+from specsplit.experiment.run import Run
 from specsplit.experiment.runner import run_requests
 from specsplit.io import write_json
 from specsplit.provenance.run_file import write_run
@@ -99,7 +100,7 @@ def run(
     config = OrchestratorConfig(gamma=gamma, **settings)
     requests = [Request(f"p{i:02}", "chat", [i]) for i in range(prompts)]
     beside = Beside(setups, pair)
-    run_requests(requests, None, target, codec, config, folder, warmup=0, repeats=repeats, beside=beside)
+    run_requests(Run(requests, {"target": target}, codec, config, 0, repeats, beside=beside), folder)
     return folder
 
 

@@ -23,6 +23,7 @@ from specsplit.experiment.dataset import Prompt
 from specsplit.experiment.journal import JOURNAL, Journal
 from specsplit.experiment.progress import Bar, Progress
 from specsplit.experiment.records import Request, encode_prompts, request_config, request_record, round_records
+from specsplit.experiment.run import Run
 from specsplit.experiment.runner import run_requests
 from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.rpc.connection import Connection
@@ -220,7 +221,9 @@ def run(tmp_path: Path) -> Callable[..., Path]:
         nobody: Any = SimpleNamespace(Describe=lambda *_, **__: pb.DescribeReply())
         target = Connection("target", "127.0.0.1:1", nobody, nobody, described)
         draft = Connection("draft", "127.0.0.1:2", nobody, nobody, pb.DescribeReply(role="draft"))
-        run_requests(REQUESTS, draft, target, CODEC, CONFIG, tmp_path / "gamma_4", **options)
+        how = {name: options.pop(name) for name in ("resume", "on_kept", "on_done") if name in options}
+        workers = {"draft": draft, "target": target}
+        run_requests(Run(REQUESTS, workers, CODEC, CONFIG, **options), tmp_path / "gamma_4", **how)
         return tmp_path / "gamma_4"
 
     return start

@@ -82,7 +82,7 @@ def test_a_limit_of_the_model_cannot_be_raised() -> None:
     def worker(limit: int, own: int) -> pb.DescribeReply:
         return pb.DescribeReply(max_context=limit, runtime={"model_max_context": str(own)})
 
-    assert text_limit(worker(128, 2048), None) == (128, True)
+    assert text_limit(worker(128, 2048)) == (128, True)
     assert text_limit(worker(256, 256)) == (256, False)
     assert text_limit(worker(2048, 4096), worker(1024, 1024)) == (1024, False)
 

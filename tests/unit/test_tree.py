@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specsplit.decoding.growth import grow
+from specsplit.decoding.growth import DraftSettings, grow
 from specsplit.decoding.sampling import Candidates
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES, ROOT, TokenTree, TreeError, TreeShape
 
@@ -179,7 +179,8 @@ def test_children_level_by_level() -> None:
 def test_a_draft_has_no_path_less_probable_than_p_min(shape: str, p_min: float, drafted: list[list[int]]) -> None:
     """After every text the token 7 has probability .7, and 2 has .299."""
     known = defaultdict(lambda: Candidates([7, 2], [math.log(0.7) - 1e-9, math.log(0.299)]))
-    growth, numbers, fed = grow(TreeShape.parse(shape), 3, ROOT, known, (), p_min), count(), 0
+    asked = DraftSettings(3, TreeShape.parse(shape), p_min=p_min)
+    growth, numbers, fed = grow(asked, 3, ROOT, known), count(), 0
     try:
         wanted = next(growth)
         while True:

@@ -15,6 +15,7 @@ from specsplit.errors import PromptError, UserError, WorkerError
 from specsplit.experiment.dataset import Prompt, prepare_dataset, read_prompt_file, select_prompts, write_prompts
 from specsplit.experiment.prompt_tokens import tokenize_prompts
 from specsplit.experiment.records import encode_prompts
+from specsplit.experiment.run import Run
 from specsplit.experiment.runner import run_requests
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.connection import Connection
@@ -104,7 +105,8 @@ def run(folder: Path, prompts: list[Prompt], limit: int = 999, **options: Any) -
     described = pb.DescribeReply(role="target", max_context=limit, environment={"PYTHONHASHSEED": "0"})
     target = Connection("target", "127.0.0.1:1", nobody, nobody, described)
     requests = encode_prompts(prompts, CODEC, chat=True, limit=limit, later_turns=True)
-    run_requests(requests, None, target, CODEC, OrchestratorConfig(gamma=0), folder, **{"warmup": 0, **options})
+    config = OrchestratorConfig(gamma=0)
+    run_requests(Run(requests, {"target": target}, CODEC, config, **{"warmup": 0, **options}), folder)
     with (folder / "requests.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -130,13 +130,12 @@ def over_grpc(config: OrchestratorConfig, codec: TextCodec | None, *, has_draft:
     """The pair of the workers that the settings name, asked what they are and checked to belong together."""
     access = Access.of(config)
     described = connected_pair(config, None if codec is None else codec.sha256, draft=has_draft)
-    with described as (draft, target):
-        met = {c.role: c.description for c in (draft, target) if c is not None}
-        addresses = {c.role: c.address for c in (draft, target) if c is not None}
+    with described as workers:
+        met = {role: worker.description for role, worker in workers.items()}
         if codec is None:
-            codec = _received(target, config.connect_timeout_s)
+            codec = _received(workers["target"], config.connect_timeout_s)
 
-    stubs, close = open_stubs(addresses, access)
+    stubs, close = open_stubs({role: worker.address for role, worker in workers.items()}, access)
     return Pair(stubs.get("draft"), stubs["target"], codec, config, close, met, at_once)
 
 
@@ -199,11 +198,11 @@ class Pair:
         if self.codec is None:
             raise OptionError("the target worker gave no tokenizer: say which it is, connect(..., tokenizer=...)")
         config = self._options(options)
-        token_ids = self._encode(prompt, config)
+        token_ids, after = self._encode(prompt, config)
         return GeneratedStream(
-            TextStream(self.codec, config.stop, self._after(token_ids, config)),
+            TextStream(self.codec, config.stop, after),
             token_ids,
-            lambda on_tokens: event_loop().submit(self._write(token_ids, config, on_tokens)),
+            lambda on_tokens: event_loop().submit(self._write(token_ids, after, config, on_tokens)),
         )
 
     async def acheck(self, timeout_s: float = 5.0) -> None:
@@ -255,9 +254,9 @@ class Pair:
         if config.stop and self.codec is None:
             raise OptionError("the target worker gave no tokenizer: stop strings need connect(..., tokenizer=...)")
         if not _is_list_of_prompts(prompt):
-            return await self._write(self._encode(cast(Prompt, prompt), config), config)
-        token_ids = [self._encode(one, config) for one in cast(Prompts, prompt)]
-        texts = [asyncio.create_task(self._write(ids, config)) for ids in token_ids]
+            return await self._write(*self._encode(cast(Prompt, prompt), config), config)
+        encoded = [self._encode(one, config) for one in cast(Prompts, prompt)]
+        texts = [asyncio.create_task(self._write(*one, config)) for one in encoded]
         try:
             return await asyncio.gather(*texts)
         finally:
@@ -266,9 +265,8 @@ class Pair:
                     text.cancel()
 
     async def _write(
-        self, token_ids: list[int], config: OrchestratorConfig, on_tokens: OnTokens | None = None
+        self, token_ids: list[int], after: list[int], config: OrchestratorConfig, on_tokens: OnTokens | None = None
     ) -> GeneratedText:
-        after = self._after(token_ids, config)
         if on_tokens is None and self.codec is not None:
             on_tokens = stops_at(self.codec, config.stop, after)
         result = await self.write_tokens(token_ids, config, on_tokens=on_tokens, controller=self._controller(config))
@@ -300,7 +298,15 @@ class Pair:
             raise UserError("this pair is closed: load or connect it again")
         return with_options(self._config, options, has_draft=self._draft is not None)
 
-    def _encode(self, prompt: Prompt, config: OrchestratorConfig) -> list[int]:
+    def _encode(self, prompt: Prompt, config: OrchestratorConfig) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt, and those that the text continues. An answer, to what the chat template made, is a
+        text of its own."""
+        token_ids = self._token_ids(prompt, config)
+        if self.codec is None or (config.use_chat_template and self.codec.has_template):
+            return token_ids, []
+        return token_ids, self.codec.continued(token_ids)
+
+    def _token_ids(self, prompt: Prompt, config: OrchestratorConfig) -> list[int]:
         if hasattr(prompt, "tolist"):  # an array or a tensor
             prompt = prompt.tolist()
         if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
@@ -310,12 +316,6 @@ class Pair:
         if self.codec is None:
             raise PromptError("the target worker gave no tokenizer: send token ids, or connect(..., tokenizer=...)")
         return self.codec.encode(cast(str | Sequence[Message], prompt), use_chat_template=config.use_chat_template)
-
-    def _after(self, token_ids: list[int], config: OrchestratorConfig) -> list[int]:
-        """The tokens that a text continues. An answer, to what the chat template made, is a text of its own."""
-        if self.codec is None or (config.use_chat_template and self.codec.has_template):
-            return []
-        return self.codec.continued(token_ids)
 
     def _controller(self, config: OrchestratorConfig) -> GammaController | None:
         """What chooses gamma when it is `auto`; it remembers from text to text."""

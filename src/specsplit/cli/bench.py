@@ -6,6 +6,7 @@ import argparse
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.client.handshake import connected_pair, text_limit
     from specsplit.experiment.progress import Progress
     from specsplit.experiment.records import encode_prompts
+    from specsplit.experiment.run import Run
     from specsplit.experiment.runner import run_requests
     from specsplit.launch.endpoint import resolve_address, worker_origin
     from specsplit.launch.start import own_workers
@@ -76,36 +78,26 @@ def run(args: argparse.Namespace) -> None:
             origins[role] = own.origin() if own else worker_origin(address)
         # A point that drafts, if there is one, decides whether a draft worker is needed.
         first = plan.configs[(drafting or points)[0]].model_copy(update=resolved)
-        draft, target = stack.enter_context(connected_pair(first, plan.codec.sha256))
-        limit, raisable = text_limit(target.description)
-        workers = {c.role: c for c in (draft, target) if c is not None}
-        beside = _beside(args, plan.bench.setups, workers, stack)
-        requests = encode_prompts(
-            plan.prompts,
+        workers = stack.enter_context(connected_pair(first, plan.codec.sha256))
+        limit, raisable = text_limit(workers["target"].description)
+        chat = config.use_chat_template
+        requests = encode_prompts(plan.prompts, plan.codec, chat=chat, limit=limit, raisable=raisable, later_turns=True)
+        shared = Run(
+            requests,
+            workers,
             plan.codec,
-            chat=config.use_chat_template,
-            limit=limit,
-            raisable=raisable,
-            later_turns=True,
+            config,
+            warmup=plan.bench.warmup,
+            repeats=plan.bench.repeats,
+            inputs=plan.inputs,
+            origins=origins,
+            beside=_beside(args, plan.bench.setups, workers, stack),
         )
         with Progress(len(points) * len(requests) * plan.bench.repeats, args.terminal_fd) as progress:
             for point in points:
-                run_requests(
-                    requests,
-                    draft if point in drafting else None,
-                    target,
-                    plan.codec,
-                    plan.configs[point].model_copy(update=resolved),
-                    run_dirs[point],
-                    warmup=plan.bench.warmup,
-                    repeats=plan.bench.repeats,
-                    inputs=plan.inputs,
-                    origins=origins,
-                    beside=beside,
-                    resume=not args.fresh,
-                    on_kept=progress.kept,
-                    on_done=progress.done,
-                )
+                needed = workers if point in drafting else {"target": workers["target"]}
+                run = replace(shared, workers=needed, config=plan.configs[point].model_copy(update=resolved))
+                run_requests(run, run_dirs[point], resume=not args.fresh, on_kept=progress.kept, on_done=progress.done)
     if not args.only:
         merging = import_module("specsplit.analysis.merging")  # no part of what decides a run
         print(*merging.write_merged(args.results_dir, list(run_dirs.values())), sep="\n")

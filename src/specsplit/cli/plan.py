@@ -21,7 +21,7 @@ from specsplit.settings.run import OrchestratorConfig, SweepSettings
 if TYPE_CHECKING:
     from specsplit.experiment.records import Request
     from specsplit.models.tokenizer import TextCodec
-    from specsplit.rpc.v1.specsplit_pb2 import DescribeReply
+    from specsplit.rpc.connection import Connection
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,13 @@ def load_codec(config: OrchestratorConfig) -> TextCodec:
 class Connected:
     """What a measurement beside a sweep runs: texts, and workers that answered and fit together.
 
-    configs: with the addresses of their workers. workers: of each, what they say of themselves, by role. limit: tokens
-    of the longest text that all of them can hold. run: what the run file says of all this. decides: what of it decides
-    the rows.
+    configs: with the addresses of their workers. workers: of each, by role, closed. limit: tokens of the longest text
+    that all of them can hold. run: what the run file says of all this. decides: what of it decides the rows.
     """
 
     codec: TextCodec
     configs: list[OrchestratorConfig]
-    workers: list[dict[str, DescribeReply]]
+    workers: list[dict[str, Connection]]
     limit: int
     prompts: list[Prompt]
     requests: list[Request]
@@ -108,7 +107,7 @@ def connect(
     """
     from specsplit.client.handshake import connected_pair, text_limit
     from specsplit.experiment.records import encode_prompts
-    from specsplit.experiment.run import worker_identity
+    from specsplit.experiment.run import worker_identities
     from specsplit.provenance.closure import code_sha256
     from specsplit.provenance.run_file import describe_here
 
@@ -119,14 +118,11 @@ def connect(
         (point,) = sweep_points([config.gamma], [config.mode], [config.tree], drafts=[config.draft_name])
         addressed.append(with_addresses(config, args.workers_dir, point))
         with connected_pair(addressed[-1], codec.sha256) as pair:
-            workers.append({worker.role: worker.description for worker in pair if worker is not None})
-    limit, raisable = min(text_limit(*pair.values()) for pair in workers)
+            workers.append(pair)
+    limit, raisable = text_limit(*(worker.description for pair in workers for worker in pair.values()))
     prompts, read = read_prompts(args.prompts, settings)
     requests = encode_prompts(prompts, codec, chat=configs[0].use_chat_template, limit=limit - room, raisable=raisable)
-    ours = {
-        str(number): {"workers": {role: worker_identity(told) for role, told in pair.items()}}
-        for number, pair in enumerate(workers)
-    }
+    ours = {str(number): {"workers": worker_identities(pair)} for number, pair in enumerate(workers)}
     run = describe_here() | {
         "inputs": {"prompts": read},
         "tokenizer_sha256": codec.sha256,

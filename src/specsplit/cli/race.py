@@ -55,5 +55,4 @@ def race(args: argparse.Namespace, plan: Plan) -> None:
 
 def _connect(args: argparse.Namespace, plan: Plan, point: Point, stack: ExitStack) -> Ours:
     config = with_addresses(plan.configs[point], args.workers_dir, point)
-    draft, target = stack.enter_context(connected_pair(config, plan.codec.sha256))
-    return Ours(point.label, config, draft, target)
+    return Ours(point.label, config, stack.enter_context(connected_pair(config, plan.codec.sha256)))

@@ -77,22 +77,14 @@ def start(
     if config.model is None:
         raise UserError("--model is missing: the folder of a prepared model, or any local Hugging Face model")
     if launch.attach:
-        return attach_worker(
-            role,
-            launch.attach,
-            endpoint_file=endpoint_file,
-            model=config.model,
-            dtype=config.dtype,
-            skip_layers=getattr(config, "skip_layers", []),
-            access=Access.of(client or OrchestratorConfig.load()),
-        )
+        access = Access.of(client or OrchestratorConfig.load())
+        return attach_worker(role, launch.attach, config, endpoint_file=endpoint_file, access=access)
     begin = partial(share_worker, pool=pool) if pool else start_worker
+    flags = setting_arguments(config, list(type(config).model_fields))
+    flags += ["--log-format", log_format] if log_format else []
     return begin(
         role,
-        [
-            *setting_arguments(config, list(type(config).model_fields)),
-            *(["--log-format", log_format] if log_format else []),
-        ],
+        flags,
         endpoint_file=endpoint_file,
         log_file=worker_log,
         timeout_s=launch.startup_timeout_s,

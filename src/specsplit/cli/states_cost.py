@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     draft, head = found.configs
     wanted = {DRAFT: (False, "a draft that reads none"), HEAD: (True, "a head of this target")}
     for (key, (reads, mend)), connected, workers in zip(wanted.items(), found.configs, found.workers, strict=True):
-        worker = workers["draft"]
+        worker = workers["draft"].description
         if worker.HasField("states_needed") != reads:
             raise UserError(
                 f"{worker.model}, at {connected.draft_address}, {'reads no' if reads else 'reads'} hidden states: name "

@@ -74,8 +74,7 @@ def workers_for(
             arguments += ["--threads", str(threads_beside_another())]
         if max_sessions is not None:
             arguments += ["--max-sessions", str(max_sessions)]
-        log_file = file.with_suffix(".log")
-        found = start_worker(role, arguments, endpoint_file=file, log_file=log_file, timeout_s=300.0, keeps_log=False)
+        found = start_worker(role, arguments, endpoint_file=file, timeout_s=300.0)
         ports[role] = found.address.rpartition(":")[2]
         return found
 

@@ -17,8 +17,8 @@ from specsplit.settings.run import OrchestratorConfig
 @contextmanager
 def connected_pair(
     config: OrchestratorConfig, tokenizer_sha256: str | None, *, draft: bool | None = None
-) -> Iterator[tuple[Connection | None, Connection]]:
-    """Connections to the draft worker, or None, and to the target worker.
+) -> Iterator[dict[str, Connection]]:
+    """Connections by role, to the target worker and, where there is one, the draft worker.
 
     tokenizer_sha256: of the tokenizer that makes the prompts; None when there is none. draft: whether there is a draft
     worker; by default there is unless config.gamma is 0. Raises UserError when a worker is missing or the
@@ -27,27 +27,24 @@ def connected_pair(
     with ExitStack() as stack:
         options: dict[str, Any] = {"timeout_s": config.connect_timeout_s, "access": Access.of(config)}
         target = stack.enter_context(connect("target", config.target_address, **options))
-        drafter = None
+        workers = {"target": target}
         if config.gamma if draft is None else draft:
-            drafter = stack.enter_context(connect("draft", config.draft_address, **options))
+            workers = {"draft": stack.enter_context(connect("draft", config.draft_address, **options)), **workers}
         named = {} if tokenizer_sha256 is None else {"--tokenizer": tokenizer_sha256}
-        for worker in (drafter, target):
-            if worker is not None:
-                about = worker.description
-                named[f"the {worker.role} worker ({about.model})"] = about.tokenizer_sha256
+        for role, worker in workers.items():
+            named[f"the {role} worker ({worker.description.model})"] = worker.description.tokenizer_sha256
         check_tokenizers(named)
-        if drafter is not None:
-            check_states(drafter.description, target.description, config)
-        yield drafter, target
+        if "draft" in workers:
+            check_states(workers["draft"].description, target.description, config)
+        yield workers
 
 
-def text_limit(*workers: pb.DescribeReply | None) -> tuple[int, bool]:
+def text_limit(*workers: pb.DescribeReply) -> tuple[int, bool]:
     """Tokens of the longest text that all of these workers can hold, and whether a setting, not a model, limits it."""
     limits = []
     for worker in workers:
-        if worker is not None:
-            own = worker.runtime.get("model_max_context", "")
-            limits.append((worker.max_context, not own.isdecimal() or worker.max_context < int(own)))
+        own = worker.runtime.get("model_max_context", "")
+        limits.append((worker.max_context, not own.isdecimal() or worker.max_context < int(own)))
     return min(limits)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 from specsplit.decoding.forced import Forced
@@ -46,34 +46,21 @@ def least_log(p_min: float) -> float:
     return math.log(p_min) if p_min else -math.inf
 
 
-def grow(
-    shape: TreeShape,
-    gamma: int,
-    start: int,
-    candidates: Mapping[int, Candidates],
-    stop_token_ids: Collection[int],
-    p_min: float = 0.0,
-) -> Growth:
+def grow(asked: DraftSettings, gamma: int, start: int, candidates: Mapping[int, Candidates]) -> Growth:
     """The draft of depth `gamma` that follows the node `start`, in at most gamma - 1 passes.
 
-    candidates: of every node that has been fed; the caller adds those of the nodes that it sends. Nothing is drafted
-    after a stop token. Drafts for rejection sampling carry the distributions of their nodes.
-    p_min: tokens whose path from `start` is less probable by the draft model are left out (`--draft-p-min` of
+    asked: its shape, the tokens that end it, and p_min. gamma: asked.gamma, or less near the end of a text. candidates:
+    of every node that has been fed; the caller adds those of the nodes that it sends. Nothing is drafted after a stop
+    token. Drafts for rejection sampling carry the distributions of their nodes.
+    asked.p_min: tokens whose path from `start` is less probable by the draft model are left out (`--draft-p-min` of
     llama.cpp); 0 leaves out none. With rejection sampling it would bias the text.
     """
-    each = _grow_best_first if shape.nodes and gamma > 0 else _grow_levels
-    return each(shape, gamma, start, candidates, stop_token_ids, least_log(p_min))
+    each = _grow_best_first if asked.shape.nodes and gamma > 0 else _grow_levels
+    return each(asked, gamma, start, candidates)
 
 
-def _grow_levels(
-    shape: TreeShape,
-    gamma: int,
-    start: int,
-    candidates: Mapping[int, Candidates],
-    stop_token_ids: Collection[int],
-    least: float,
-) -> Growth:
-    tree = TokenTree()
+def _grow_levels(asked: DraftSettings, gamma: int, start: int, candidates: Mapping[int, Candidates]) -> Growth:
+    tree, least = TokenTree(), least_log(asked.p_min)
     # Nodes as the model was fed them, their places in this tree, and the log-probabilities of their paths.
     level = [(start, ROOT, 0.0)]
     for depth in range(gamma):
@@ -83,11 +70,11 @@ def _grow_levels(
             best = candidates[node]
             if best.support and best.token_ids:
                 tree.distributions[place] = (best.support, best.probabilities)
-            for token, log_prob in zip(best.token_ids[: shape.children(depth)], best.log_probs, strict=False):
+            for token, log_prob in zip(best.token_ids[: asked.shape.children(depth)], best.log_probs, strict=False):
                 if path + log_prob < least:
                     continue
                 child = tree.add(token, place, log_prob)
-                if token not in stop_token_ids:
+                if token not in asked.stop_token_ids:
                     wants.append((node, token, log_prob))
                     places.append((child, path + log_prob))
         if not wants or depth == gamma - 1:
@@ -99,16 +86,10 @@ def _grow_levels(
     return tree
 
 
-def _grow_best_first(
-    shape: TreeShape,
-    gamma: int,
-    start: int,
-    candidates: Mapping[int, Candidates],
-    stop_token_ids: Collection[int],
-    least: float,
-) -> Growth:
+def _grow_best_first(asked: DraftSettings, gamma: int, start: int, candidates: Mapping[int, Candidates]) -> Growth:
     """Each pass feeds the `width` likeliest candidates by the probability of their whole path; the `nodes` likeliest of
     all candidates are the draft (EAGLE-2, Li et al. 2024)."""
+    shape, least = asked.shape, least_log(asked.p_min)
     # A candidate: (-log-probability of its path, its number), so that a heap gives the likeliest, first come first.
     found: list[tuple[float, int]] = []
     # By number: parent's number, node fed before, token, log p, depth.
@@ -122,7 +103,7 @@ def _grow_best_first(
                 continue
             what.append((parent, node, token, log_prob, depth))
             found.append(entry)
-            if depth < gamma and token not in stop_token_ids:
+            if depth < gamma and token not in asked.stop_token_ids:
                 heapq.heappush(heap, entry)
 
     offer(ROOT, start, 0.0, 1)

@@ -105,7 +105,7 @@ def draft_tree(
     given = {} if states is None else {"states": states}
     read = text[1 if given else 0 :]
     learn([ROOT], model.step(cache, read[cache.length :], **given)[-1:])
-    growth = grow(asked.shape, gamma, ROOT, found, asked.stop_token_ids, asked.p_min)
+    growth = grow(asked, gamma, ROOT, found)
     nodes: list[int] | None = None
     try:
         while True:

@@ -102,28 +102,16 @@ def measure_capacity(
         with writing_rows(output, CapacityRecord) as write:
             for number, config in enumerate(configs):
                 levels: list[Level] = []
+                clients = Clients(taken, config, stops, settings)
                 for load in _loads(levels, first, settings):
-                    measure = partial(_measure, taken, config, stops, load, settings, (levels or [[]])[0])
-                    rows = journal.measured([number, asdict(load)], measure)
-                    level = [CapacityRecord(**row) for row in rows]
+                    measure = partial(clients.measure, load, (levels or [[]])[0])
+                    level = [CapacityRecord(**row) for row in journal.measured([number, asdict(load)], measure)]
                     levels.append(level)
                     first.extend([] if first else level)
                     for record in level:
                         write(record)
                     yield level
         journal.remove()
-
-
-def _measure(
-    requests: Sequence[Request],
-    config: OrchestratorConfig,
-    stops: Stops,
-    load: Load,
-    settings: CapacitySettings,
-    alone: Level,
-) -> list[dict[str, Any]]:
-    _warm_up(requests, config, stops, load, settings)
-    return [asdict(record) for record in _compared(_run(requests, config, stops, load, settings), alone)]
 
 
 def _loads(levels: list[Level], first: Level, settings: CapacitySettings) -> Iterator[Load]:
@@ -178,60 +166,100 @@ def _compared(level: Level, alone: Level) -> Level:
     return [replace(record, matches_single=matches(record)) for record in level]
 
 
-def _warm_up(
-    requests: Sequence[Request], config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings
-) -> None:
-    """A few tokens of some requests by as many clients as there will be; of an open loop as many as are measured."""
-    short = config.model_copy(update={"max_output_tokens": min(WARM_UP_TOKENS, config.max_output_tokens)})
-    clients = load.clients or max(settings.clients)
-    some = list(islice(cycle(requests), clients * settings.warmup))
-    _run(some, short, stops, Load(CLOSED, clients, None), settings)
+@dataclass(frozen=True)
+class Clients:
+    """Who writes these requests with one configuration, at one load after the other."""
 
+    requests: Sequence[Request]
+    config: OrchestratorConfig
+    stops: Stops
+    settings: CapacitySettings
 
-def _run(
-    requests: Sequence[Request], config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings
-) -> Level:
-    """The requests at one load, in the order of their starts."""
-    writing = (
-        _closed_loop(requests, config, stops, load)
-        if load.rate is None
-        else _open_loop(requests, config, stops, load, settings)
-    )
-    try:
-        records = event_loop().run(writing)
-    except ExceptionGroup as group:  # one of them says enough
-        raise group.exceptions[0] from None
-    return sorted(records, key=lambda record: record.started_ms)
+    def measure(self, load: Load, alone: Level) -> list[dict[str, Any]]:
+        """The rows of a load, after a warm-up; alone: those of one client, none when these are."""
+        self._warm_up(load)
+        return [asdict(record) for record in _compared(self._run(load), alone)]
 
+    def _warm_up(self, load: Load) -> None:
+        """A few tokens of some requests by as many clients as there will be; for an open loop, as are measured."""
+        short = self.config.model_copy(update={"max_output_tokens": min(WARM_UP_TOKENS, self.config.max_output_tokens)})
+        clients = load.clients or max(self.settings.clients)
+        some = list(islice(cycle(self.requests), clients * self.settings.warmup))
+        replace(self, requests=some, config=short)._run(Load(CLOSED, clients, None))
 
-async def _closed_loop(requests: Sequence[Request], config: OrchestratorConfig, stops: Stops, load: Load) -> Level:
-    waiting = deque(requests)
-    records: Level = []
-    began = time.perf_counter()
+    def _run(self, load: Load) -> Level:
+        """The requests at one load, in the order of their starts."""
+        try:
+            records = event_loop().run(self._closed_loop(load) if load.rate is None else self._open_loop(load))
+        except ExceptionGroup as group:  # one of them says enough
+            raise group.exceptions[0] from None
+        return sorted(records, key=lambda record: record.started_ms)
 
-    async def client(number: int) -> None:
-        async with _writing(config, stops, load, began) as write:
-            while waiting:
-                records.append(await write(waiting.popleft(), number))
+    async def _closed_loop(self, load: Load) -> Level:
+        waiting = deque(self.requests)
+        records: Level = []
+        began = time.perf_counter()
 
-    async with asyncio.TaskGroup() as group:
-        for number in range(load.clients):
-            group.create_task(client(number))
-    return records
+        async def client(number: int) -> None:
+            async with self._writing(load, began) as write:
+                while waiting:
+                    records.append(await write(waiting.popleft(), number))
 
+        async with asyncio.TaskGroup() as group:
+            for number in range(load.clients):
+                group.create_task(client(number))
+        return records
 
-async def _open_loop(
-    requests: Sequence[Request], config: OrchestratorConfig, stops: Stops, load: Load, settings: CapacitySettings
-) -> Level:
-    assert load.rate is not None
-    due = arrival_times(len(requests), load.rate, settings.arrivals, settings.burstiness, config.seed)
-    began = time.perf_counter()
-    async with _writing(config, stops, load, began) as write, asyncio.TaskGroup() as group:
-        tasks = []
-        for number, (request, at) in enumerate(zip(requests, due, strict=True)):
-            await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
-            tasks.append(group.create_task(write(request, number, at * 1e3)))
-    return [task.result() for task in tasks]
+    async def _open_loop(self, load: Load) -> Level:
+        assert load.rate is not None
+        pattern = self.settings.arrivals, self.settings.burstiness
+        due = arrival_times(len(self.requests), load.rate, *pattern, self.config.seed)
+        began = time.perf_counter()
+        async with self._writing(load, began) as write, asyncio.TaskGroup() as group:
+            tasks = []
+            for number, (request, at) in enumerate(zip(self.requests, due, strict=True)):
+                await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+                tasks.append(group.create_task(write(request, number, at * 1e3)))
+        return [task.result() for task in tasks]
+
+    @asynccontextmanager
+    async def _writing(self, load: Load, began: float) -> AsyncIterator[Write]:
+        """What writes one text and makes its row, over channels and with a gamma controller of its own.
+
+        It raises WorkerError for a text that failed before it had begun.
+        """
+        config = self.config
+        access, controller = Access.of(config), gamma_controller(config)
+        at_this_load = config.model_copy(update={"memory": f"{began:.3f}"})
+        # Clients of one process would share a connection otherwise; clients on different machines do not.
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        async with (
+            access.aio_channel(config.draft_address, options) as draft,
+            access.aio_channel(config.target_address, options) as target,
+        ):
+            stubs = access.stub("draft", draft), access.stub("target", target)
+
+            async def write(request: Request, client: int, due_ms: float | None = None) -> CapacityRecord:
+                own = request_config(at_this_load, request)
+                more: dict[str, Any] = {"on_tokens": self.stops(), "controller": controller, "request_id": request.id}
+                started_ms = (time.perf_counter() - began) * 1e3
+                error = None
+                try:
+                    result = await run_speculative_loop_async(*stubs, request.token_ids, own, **more)
+                except WorkerError as failure:
+                    if failure.result is None:
+                        raise
+                    result, error = failure.result, failure
+                return CapacityRecord(
+                    **vars(load),
+                    client=client,
+                    started_ms=started_ms,
+                    due_ms=started_ms if due_ms is None else due_ms,
+                    queue_ms=sum(r.draft_queue_ms + r.verify_queue_ms for r in result.rounds),
+                    **vars(request_record(request, result, own, error)),
+                )
+
+            yield write
 
 
 def arrival_times(count: int, rate: float, pattern: ArrivalPattern, burstiness: float, seed: int) -> list[float]:
@@ -249,42 +277,3 @@ def arrival_times(count: int, rate: float, pattern: ArrivalPattern, burstiness: 
     else:
         gaps = draws.gamma(burstiness, 1 / burstiness, size=count - 1)
     return [0.0, *(np.cumsum(gaps) / rate).tolist()]
-
-
-@asynccontextmanager
-async def _writing(config: OrchestratorConfig, stops: Stops, load: Load, began: float) -> AsyncIterator[Write]:
-    """What writes one text and makes its row, over channels and with a gamma controller of its own.
-
-    It raises WorkerError for a text that failed before it had begun.
-    """
-    access, controller = Access.of(config), gamma_controller(config)
-    at_this_load = config.model_copy(update={"memory": f"{began:.3f}"})
-    # Clients of one process would share a connection otherwise; clients on different machines do not.
-    options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
-    async with (
-        access.aio_channel(config.draft_address, options) as draft,
-        access.aio_channel(config.target_address, options) as target,
-    ):
-        stubs = access.stub("draft", draft), access.stub("target", target)
-
-        async def write(request: Request, client: int, due_ms: float | None = None) -> CapacityRecord:
-            own = request_config(at_this_load, request)
-            more: dict[str, Any] = {"on_tokens": stops(), "controller": controller, "request_id": request.id}
-            started_ms = (time.perf_counter() - began) * 1e3
-            error = None
-            try:
-                result = await run_speculative_loop_async(*stubs, request.token_ids, own, **more)
-            except WorkerError as failure:
-                if failure.result is None:
-                    raise
-                result, error = failure.result, failure
-            return CapacityRecord(
-                **vars(load),
-                client=client,
-                started_ms=started_ms,
-                due_ms=started_ms if due_ms is None else due_ms,
-                queue_ms=sum(r.draft_queue_ms + r.verify_queue_ms for r in result.rounds),
-                **vars(request_record(request, result, own, error)),
-            )
-
-        yield write

@@ -10,7 +10,7 @@ from statistics import median
 
 from specsplit.client.result import SpeculativeResult
 from specsplit.decoding.measures import tokens_per_round
-from specsplit.experiment.records import Request, request_record, text_writer
+from specsplit.experiment.records import Request, in_turn, request_record, text_writer
 from specsplit.settings.run import OrchestratorConfig
 
 
@@ -75,6 +75,5 @@ def _row(text: int, prompt: list[int], config: OrchestratorConfig, result: Specu
 
 
 def _context(requests: Sequence[Request], length: int, text: int) -> list[int]:
-    start = text % len(requests)
-    order = [*requests[start:], *requests[:start]]
-    return list(islice(cycle([token for request in order for token in request.token_ids]), length))
+    tokens = [token for request in in_turn(requests, text) for token in request.token_ids]
+    return list(islice(cycle(tokens), length))

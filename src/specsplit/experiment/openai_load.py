@@ -27,6 +27,7 @@ from typing import Any
 
 from specsplit.errors import RunError, UserError
 from specsplit.io import write_json
+from specsplit.launch.process import end_process
 from specsplit.settings.run import OrchestratorConfig
 from specsplit.settings.serve import ServeSettings
 
@@ -197,11 +198,7 @@ def _server(config: OrchestratorConfig, at_once: int, folder: Path) -> Iterator[
             yield found[1]
         finally:
             late.cancel()
-            process.terminate()
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            end_process(process, STOP_S)
 
 
 def _run_client(*flags: str, home: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,9 @@ from specsplit.experiment.columns import writing_rows
 from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.journal import journal_beside
 from specsplit.experiment.peers import Peer, PeerProcess, PeerText
-from specsplit.experiment.records import Request, repeated, request_config, text_writer, tokens_sha256
+from specsplit.experiment.records import Request, in_turn, repeated, request_config, text_writer, tokens_sha256
 from specsplit.rpc.connection import Connection
+from specsplit.rpc.v1.specsplit_pb2 import DescribeReply
 from specsplit.settings.run import OrchestratorConfig
 
 SETTLE_S = 0.25  # between turns: threads that wait actively go to sleep (Intel's OpenMP after 0.2 s)
@@ -27,18 +28,16 @@ REFERENCE = "gamma_0"  # whose texts the others are compared with: ours, the tar
 
 @dataclass(frozen=True)
 class Ours:
-    """One of our points: what it is called, its settings, and its workers (draft None at gamma 0)."""
+    """One of our points: what it is called, its settings, and its workers by role (no draft at gamma 0)."""
 
     label: str
     config: OrchestratorConfig
-    draft: Connection | None
-    target: Connection
+    workers: Mapping[str, Connection]
 
     @property
-    def workers(self) -> dict[str, Connection]:
-        """The workers by role."""
-        both = {"draft": self.draft, "target": self.target}
-        return {role: worker for role, worker in both.items() if worker is not None}
+    def target(self) -> DescribeReply:
+        """What the target worker says of itself."""
+        return self.workers["target"].description
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def race(
     """
     if ours[0].label != REFERENCE:
         raise ValueError(f"the first of ours is {ours[0].label}, not {REFERENCE}")
-    limit = min(contender.target.description.max_context for contender in ours)
+    limit = min(contender.target.max_context for contender in ours)
     with ExitStack() as stack:
         contenders: dict[str, tuple[str, _Write]] = {
             contender.label: ("specsplit", _our_writer(contender, stack)) for contender in ours
@@ -115,12 +114,12 @@ def race(
         journal = stack.enter_context(journal_beside(output, requests, own, resume=not learns))
         with writing_rows(output, PeerRecord) as write_row:
             for number, request in enumerate(repeated(requests, repeats)):
-                shift = (number % len(requests) + request.repeat - 1) % len(labels)
-                order = {label: contenders[label] for label in [*labels[shift:], *labels[:shift]]}
+                turn = number % len(requests) + request.repeat - 1
+                order = {label: contenders[label] for label in in_turn(labels, turn)}
                 measure = partial(_take_turn, request, order, expected.get(request.id), hugging_face)
-                turn = journal.measured(request.key, measure)
-                expected.setdefault(request.id, turn["right"])
-                for row in turn["rows"]:
+                taken = journal.measured(request.key, measure)
+                expected.setdefault(request.id, taken["right"])
+                for row in taken["rows"]:
                     write_row(PeerRecord(**row))
                     on_row(PeerRecord(**row))
         journal.remove()
@@ -181,12 +180,12 @@ def _our_writer(contender: Ours, stack: ExitStack) -> _Write:
 
 
 def _peer_writer(
-    peer: Peer, process: PeerProcess, config: OrchestratorConfig, target: Connection, limit: int
+    peer: Peer, process: PeerProcess, config: OrchestratorConfig, target: DescribeReply, limit: int
 ) -> _Write:
     stop_ids: Sequence[int] = ()
     if not config.ignore_eos:
         named = config.stop_token_ids
-        stop_ids = list(target.description.eos_token_ids) if named is None else named
+        stop_ids = list(target.eos_token_ids) if named is None else named
 
     def write(request: Request) -> PeerText:
         max_tokens = min(config.max_output_tokens, limit - len(request.token_ids))

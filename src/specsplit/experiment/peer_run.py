@@ -16,7 +16,7 @@ from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, race
 from specsplit.experiment.peers import LLAMA_CPP, Peer, PeerModel, PeerProcess
 from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.records import deciding, encode_prompts
-from specsplit.experiment.run import worker_identity
+from specsplit.experiment.run import worker_identities
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.head_config import is_head
@@ -74,9 +74,9 @@ def run_race(
     given = {role: None if folder is None else GivenModel(*resolve_model(folder)) for role, folder in folders.items()}
     check_models(peers, ours, given)
     left_out = {peer: reason for peer in peers if (reason := why_left_out(peer, ours, given)) is not None}
-    limit = min(contender.target.description.max_context for contender in ours)
+    limit = min(contender.target.max_context for contender in ours)
     requests = encode_prompts(prompts, codec, chat=ours[0].config.use_chat_template, limit=limit)
-    threads = ours[0].target.description.threads
+    threads = ours[0].target.threads
     with ExitStack() as stack:
         running: dict[Peer, PeerProcess] = {}
         models = {role: _as_served(role, model, ours) for role, model in given.items()}
@@ -154,7 +154,7 @@ def _deciding(ours: Sequence[Ours]) -> dict[str, Any]:
     return {
         contender.label: {
             "settings": deciding(contender.config),
-            "workers": {role: worker_identity(worker.description) for role, worker in contender.workers.items()},
+            "workers": worker_identities(contender.workers),
         }
         for contender in ours
     }
@@ -207,7 +207,7 @@ def check_models(peers: Sequence[Peer], ours: Sequence[Ours], given: Mapping[str
                     f"--{role}-model has ({own[:12]}): a race is between the same models"
                 )
     wanting = next((peer.kind for peer in peers if peer.wants_draft), None)
-    if wanting and not any(contender.draft for contender in ours):
+    if wanting and not any("draft" in contender.workers for contender in ours):
         raise UserError(f"--baseline {wanting}: give a gamma above 0 as well, for the draft of the workers is raced")
 
 
@@ -218,7 +218,7 @@ def why_left_out(peer: Peer, ours: Sequence[Ours], given: Mapping[str, GivenMode
     if peer.engine == LLAMA_CPP:
         if not llama_cpp.installed():
             return "the package xllamacpp is not installed: pip install 'specsplit[peers]'"
-        if (device := ours[0].target.description.device) != "cpu":
+        if (device := ours[0].target.device) != "cpu":
             return f"the workers compute on {device}, and llama.cpp is raced on the CPU alone"
         if gguf_weights(target.folder) is None:
             return f"it wants a GGUF file, and {target.name}, the target, is none"
@@ -235,7 +235,6 @@ def why_left_out(peer: Peer, ours: Sequence[Ours], given: Mapping[str, GivenMode
     if peer.engine == LLAMA_CPP:
         if gguf_weights(draft.folder) is None:
             return f"it wants a GGUF file, and {draft.name}, the draft, is none"
-        skipped = next((o.draft.description.skip_layers for o in ours if o.draft is not None), ())
-        if skipped:
+        if any(o.workers["draft"].description.skip_layers for o in ours if "draft" in o.workers):
             return "it cannot leave out layers of the draft"
     return None

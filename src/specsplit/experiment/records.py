@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from specsplit.client.result import LINK_BYTES, SpeculativeResult
 from specsplit.client.writer import TextWriter
@@ -19,6 +19,7 @@ from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.credentials import Access
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
 
+T = TypeVar("T")
 # Columns of requests.csv that are settings of the same name.
 SETTINGS = {"mode", "tree", "sampling", "temperature", "top_k", "top_p", *NO_NETWORK, "seed"}
 
@@ -91,6 +92,13 @@ def request_config(config: OrchestratorConfig, request: Request) -> Orchestrator
 def repeated(requests: Sequence[Request], repeats: int) -> list[Request]:
     """All of the requests, so many times."""
     return [replace(request, repeat=repeat) for repeat in range(1, repeats + 1) for request in requests]
+
+
+def in_turn(items: Sequence[T], number: int) -> list[T]:
+    """The items in the order of the turn `number`: the first one moves on with each turn, so that none always follows
+    the same one."""
+    shift = number % len(items)
+    return [*items[shift:], *items[:shift]]
 
 
 def deciding(config: OrchestratorConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from specsplit.experiment.baselines import Beside
@@ -19,39 +19,42 @@ from specsplit.provenance.redaction import redact_arguments
 from specsplit.provenance.run_file import describe_here
 from specsplit.provenance.steps import workflow_command
 from specsplit.rpc.connection import Connection
-from specsplit.rpc.v1.specsplit_pb2 import DescribeReply
 from specsplit.settings.run import OrchestratorConfig
 
 RUN_SCHEMA_VERSION = 2
 _LIMITS_OPERATION = ("sessions", "calls", "streams", "waiting_messages")  # the others decide how long drafts are
 
 
-def worker_identity(description: DescribeReply) -> dict[str, Any]:
-    """What of a worker's description decides results: not its process, nor limits that only operate it."""
-    identity = {key: value for key, value in description_dict(description).items() if key != "pid"}
-    limits = {name: limit for name, limit in identity["limits"].items() if name not in _LIMITS_OPERATION}
-    return {**identity, "limits": limits}
+def worker_identities(workers: Mapping[str, Connection]) -> dict[str, dict[str, Any]]:
+    """What of the workers' descriptions, by role, decides results: no process, nor limits that only operate one."""
+    identities = {role: description_dict(worker.description) for role, worker in workers.items()}
+    for identity in identities.values():
+        del identity["pid"]
+        for name in _LIMITS_OPERATION:
+            del identity["limits"][name]
+    return identities
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is measured with; the fields are explained at `runner.run_requests`."""
+    """What a run is measured with.
+
+    workers: by role; no draft worker where gamma is 0. config.seed: each text gets a seed of its own, from it and the
+    request's id. warmup: requests run first and not recorded. repeats: how often all requests are written; a request
+    has the same seed each time. inputs: what run.json says of files read (path, sha256). origins: what it says of each
+    role's worker beside Describe's reply, as worker_origin gives it. beside: what is measured in turn with each
+    request, the target alone included; None: nothing, and no reference.csv.
+    """
 
     requests: Sequence[Request]
-    draft: Connection | None
-    target: Connection
+    workers: Mapping[str, Connection]
     codec: TextCodec
     config: OrchestratorConfig
-    warmup: int
-    repeats: int
-    inputs: Mapping[str, Any]
-    origins: Mapping[str, Mapping[str, Any]]
-    beside: Beside | None
-
-    @property
-    def workers(self) -> dict[str, Connection]:
-        """The workers by role."""
-        return {worker.role: worker for worker in (self.draft, self.target) if worker is not None}
+    warmup: int = 1
+    repeats: int = 1
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    origins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    beside: Beside | None = None
 
     def describe(self) -> dict[str, Any]:
         """What run.json says before anything is measured."""
@@ -90,7 +93,7 @@ class Run:
         return {
             "requests_sha256": json_sha256([_identity(request) for request in self.requests]),
             "orchestrator": deciding(self.config),
-            "workers": {role: worker_identity(worker.description) for role, worker in self.workers.items()},
+            "workers": worker_identities(self.workers),
             **{key: described[key] for key in ("repeats", "warmup_requests", "tokenizer_sha256", "machine")},
             **{key: described[key] for key in ("environment", "software_sha256", "run_code_sha256", "beside")},
         }

@@ -20,68 +20,45 @@ from specsplit.client.pipeline import gamma_controller
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.writer import TextWriter
 from specsplit.errors import RunError, UserError, WorkerError
-from specsplit.experiment.baselines import Beside, Contender, contenders
+from specsplit.experiment.baselines import Contender, contenders
 from specsplit.experiment.columns import FAILED, OK, WORKERS, ReferenceRecord, RequestRecord, RoundRecord, write_rows
 from specsplit.experiment.journal import JOURNAL, Journal
 from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.prompt_tokens import later_turn_tokens
-from specsplit.experiment.records import (
-    Request,
-    repeated,
-    request_config,
-    request_record,
-    round_records,
-)
+from specsplit.experiment.records import Request, in_turn, repeated, request_config, request_record, round_records
 from specsplit.experiment.run import Run
 from specsplit.experiment.usage import Meter
 from specsplit.io import replace_file
-from specsplit.models.tokenizer import TextCodec, cut_at_stop, stops_at
+from specsplit.models.tokenizer import cut_at_stop, stops_at
 from specsplit.provenance.capture import utc_now
 from specsplit.provenance.gpu import GpuSampler, capture_gpu
 from specsplit.provenance.run_file import write_run
-from specsplit.rpc.connection import Connection
 from specsplit.rpc.credentials import Access
-from specsplit.settings.run import OrchestratorConfig
 
 TABLES = ("requests.csv", "per_round.csv", "outputs.jsonl", "reference.csv")
 
 
 def run_requests(
-    requests: Sequence[Request],
-    draft: Connection | None,
-    target: Connection,
-    codec: TextCodec,
-    config: OrchestratorConfig,
+    run: Run,
     run_dir: Path,
     *,
-    warmup: int = 1,
-    repeats: int = 1,
-    inputs: dict[str, Any] | None = None,
-    origins: Mapping[str, Mapping[str, Any]] | None = None,
-    beside: Beside | None = None,
     resume: bool = True,
     on_kept: Callable[[int], None] = lambda count: None,
     on_done: Callable[[RequestRecord], None] = lambda record: None,
 ) -> None:
-    """One run: every request in order, as the configuration says, and all of them `repeats` times; writes `run_dir`.
+    """Every request in order, as the configuration says, and all of them `repeats` times; writes `run_dir`.
 
     What the journal of an earlier run with the same settings holds is not measured again, but for requests that failed.
     A request that fails is a row with its reason. The run itself fails when a worker does not answer before a text
     has begun, or when every request failed.
 
-    draft: may be None when gamma is 0. config.seed: each text gets a seed of its own, from it and the request's id.
-    warmup: requests run first and not recorded. repeats: a request has the same seed each time.
-    inputs: what run.json says of files read (path, sha256).
-    origins: what it says of each role's worker beside Describe's reply, as worker_origin gives it.
-    beside: what is measured in turn with each request, the target alone included; None: nothing, and no reference.csv.
     resume: False forgets what an earlier run left. on_kept: gets the number of rows that are there already.
     on_done: called after each request. Raises WorkerError and UserError; then run.json holds the error and exit_code 1.
     """
-    run = Run(requests, draft, target, codec, config, warmup, repeats, inputs or {}, origins or {}, beside)
     meter = Meter(list(run.workers.values()))
     described = {**run.describe(), "energy": meter.told()}
     sampler = GpuSampler()
-    plan = repeated(requests, repeats)
+    plan = repeated(run.requests, run.repeats)
     with Journal(run_dir / JOURNAL, run.decides(described), resume=resume) as journal:
         for name in (*TABLES, "run.json"):
             (run_dir / name).unlink(missing_ok=True)  # of an earlier run: a folder never mixes two
@@ -112,7 +89,7 @@ def run_requests(
                     entries[entry.key] = entry
                     on_done(entry.request)
             in_order = [entries[request.key] for request in plan]
-            _write_tables(in_order, run_dir, with_reference=beside is not None)
+            _write_tables(in_order, run_dir, with_reference=run.beside is not None)
         except BaseException as error:
             end(1, str(error) if isinstance(error, UserError) else repr(error))
             raise
@@ -171,8 +148,8 @@ def _measure(
     config, codec = run.config, run.codec
     controller = gamma_controller(config)
     met = {role: worker.description for role, worker in run.workers.items()}
-    draft = run.draft.address if run.draft else None
-    with TextWriter(draft, run.target.address, met, access=Access.of(config)) as writer:
+    at = {role: worker.address for role, worker in run.workers.items()}
+    with TextWriter(at.get("draft"), at["target"], met, access=Access.of(config)) as writer:
         taking_turns = contenders(config, writer, lambda: stops_at(codec, config.stop), controller, run.beside)
         first_turns = [replace(request, repeat=0) for request in requests if request.previous is None]
         for request in islice(cycle(first_turns), run.warmup):
@@ -189,10 +166,9 @@ def _measure(
                 learnt = controller.state() if controller else None
                 yield Entry(record, [], _output(run, record, []), controller=learnt)
                 continue
-            shift = number % len(taking_turns)
             written, spent = {}, {}
             meter.spent()
-            for place in [*range(shift, len(taking_turns)), *range(shift)]:
+            for place in in_turn(range(len(taking_turns)), number):
                 written[place] = _write(taking_turns[place], request)
                 spent[place] = meter.spent()
             rows = [
@@ -246,7 +222,7 @@ def _with_text_so_far(run: Run, request: Request, entries: Mapping[Key, Entry]) 
         before.insert(0, (previous.prompt, entry.output["text"]))
         previous = previous.previous
     token_ids = later_turn_tokens(request.prompt, before, run.codec, chat=run.config.use_chat_template)
-    if len(token_ids) >= (limit := run.target.description.max_context):
+    if len(token_ids) >= (limit := run.workers["target"].description.max_context):
         raise UserError(f"{len(token_ids)} tokens with the text so far do not fit into the target's context of {limit}")
     return replace(request, token_ids=token_ids)
 

@@ -12,7 +12,15 @@ from typing import Any
 
 from specsplit.experiment.columns import RequestRecord
 from specsplit.experiment.journal import journal_beside
-from specsplit.experiment.records import Request, deciding, request_config, request_record, text_writer, tokens_sha256
+from specsplit.experiment.records import (
+    Request,
+    deciding,
+    in_turn,
+    request_config,
+    request_record,
+    text_writer,
+    tokens_sha256,
+)
 from specsplit.settings.measure import StatesCostSettings
 from specsplit.settings.run import OrchestratorConfig
 
@@ -76,9 +84,8 @@ def measure_states_cost(
             record = request_record(request, writers[config.draft_name].write(request.token_ids, config), config)
             return StatesRecord(**vars(record), **told, lossless=record.output_sha256 == text)
 
-        def in_turn(number: int, request: Request, network: Mapping[str, float], text: str) -> list[dict[str, Any]]:
-            order = [(place + number) % len(ways) for place in range(len(ways))]
-            written = {place: write(place, request, network, text) for place in order}
+        def every(number: int, request: Request, network: Mapping[str, float], text: str) -> list[dict[str, Any]]:
+            written = {place: write(place, request, network, text) for place in in_turn(range(len(ways)), number)}
             return [asdict(written[place]) for place in range(len(ways))]
 
         known = {r.id: journal.measured(["alone", r.id], partial(alone, r)) for r in requests}
@@ -89,7 +96,7 @@ def measure_states_cost(
             network = {"rtt_ms": rtt_ms, "bandwidth_mbit": mbit}
             for number, request in enumerate(requests):
                 part = [rtt_ms, mbit, request.id]
-                made = journal.measured(part, partial(in_turn, number, request, network, known[request.id]))
+                made = journal.measured(part, partial(every, number, request, network, known[request.id]))
                 rows += (found := [StatesRecord(**row) for row in made])
                 on_rows(found)
         on_end(rows)

@@ -71,10 +71,10 @@ def simulated_workers(acceptance: float, draft_ms: float, verify_ms: float, seed
     }
 
     def start(role: str, endpoint_file: Path) -> Endpoint:
-        model, log_file = endpoint_file.with_name(role), endpoint_file.with_suffix(".log")
+        model = endpoint_file.with_name(role)
         prepare_model({"source": "synthetic", **models[role]}, role, model)
         settings = ["--model", str(model), "--port", "0", "--threads", "1", "--max-context", "8192"]
-        return start_worker(role, settings, endpoint_file=endpoint_file, log_file=log_file, timeout_s=120.0)
+        return start_worker(role, settings, endpoint_file=endpoint_file, timeout_s=120.0)
 
     ours = Access.of(OrchestratorConfig.load())  # a token in the environment is the workers' as well
     with (

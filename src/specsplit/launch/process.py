@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -40,6 +42,16 @@ class ProcessIdentity:
             return abs(process.create_time() - self.started) < CLOCK_SLACK_S
         except psutil.NoSuchProcess:
             return False
+
+
+def end_process(process: subprocess.Popen[Any], patience_s: float = 5.0) -> None:
+    """Ask a child process to end, and kill it when it is still there after `patience_s` seconds."""
+    process.terminate()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _birth(pid: int) -> str:

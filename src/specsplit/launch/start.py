@@ -21,9 +21,11 @@ from specsplit.launch.endpoint import Endpoint, resolve_address
 from specsplit.launch.environment import COMMAND, deterministic_environment
 from specsplit.launch.heartbeat import hold_lease
 from specsplit.launch.lease import STARTER_PID, user_lock
+from specsplit.launch.process import end_process
 from specsplit.models.sources import resolve_model
 from specsplit.rpc.connection import OPEN, connect
 from specsplit.rpc.credentials import Access
+from specsplit.settings.worker import WorkerSettings
 
 log = logging.getLogger(__name__)
 
@@ -38,27 +40,29 @@ def start_worker(
     worker_args: Sequence[str],
     *,
     endpoint_file: Path,
-    log_file: Path,
     timeout_s: float,
-    keeps_log: bool = True,
+    log_file: Path | None = None,
     cuda_devices: str | None = None,
 ) -> Endpoint:
     """Start `specsplit worker ROLE` detached from this process and wait until it serves.
 
     worker_args: its flags. endpoint_file: written by the worker when it serves; deleting it stops the worker.
-    log_file: gets everything that the worker prints. keeps_log: it outlives this process, and a
-    message names it. cuda_devices: its CUDA_VISIBLE_DEVICES; None = ours.
+    log_file: gets everything that the worker prints, and messages name it; None = a file beside the endpoint file, in a
+    folder that goes with this process. cuda_devices: its CUDA_VISIBLE_DEVICES; None = ours.
     Raises UserError, with the end of the log, when the worker ends or does not serve within `timeout_s` seconds; no
     process is left then.
     """
     endpoint_file.unlink(missing_ok=True)
+    full_log = f"\n  (full log: {log_file})" if log_file else ""
+    log_file = log_file or endpoint_file.with_suffix(".log")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     command = [*COMMAND, "worker", role, *worker_args, "--endpoint-file", str(endpoint_file)]
     environment = {**deterministic_environment(), STARTER_PID: str(os.getpid())}
     if cuda_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_devices
     deadline = time.monotonic() + timeout_s
-    # Blocked until `try` can end the process: a signal during Popen would leave it running.
+    process = None
+    # Blocked while the process is made: a signal during Popen would leave it running.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         with log_file.open("ab") as output:
@@ -72,27 +76,21 @@ def start_worker(
                 start_new_session=True,  # a Ctrl-C at the terminal must not reach it before its lease ends
                 preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, mask),
             )
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        raise
-    try:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while not endpoint_file.exists():
             problem = f"ended with status {process.returncode}" if process.poll() is not None else ""
             if not problem and time.monotonic() > deadline:
                 problem = f"did not serve within {timeout_s:g} s (workers.startup_timeout_s)"
             if problem:
-                raise UserError(f"the {role} worker {problem}:\n{_tail(log_file, log_start, kept=keeps_log)}")
+                raise UserError(f"the {role} worker {problem}:\n{_tail(log_file, log_start)}{full_log}")
             time.sleep(POLL_S)
     except BaseException:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            end_process(process)
         endpoint_file.unlink(missing_ok=True)
         raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return replace(Endpoint.read(endpoint_file), log=str(log_file))
 
 
@@ -131,30 +129,29 @@ def share_worker(
 def attach_worker(
     role: str,
     address: str,
+    wanted: WorkerSettings,
     *,
     endpoint_file: Path,
-    model: Path,
-    dtype: str,
-    skip_layers: Sequence[int] = (),
     timeout_s: float = 10.0,
     access: Access = OPEN,
 ) -> Endpoint:
     """Write the endpoint file of a worker that already runs, after checking that it is the one meant.
 
-    address: host:port, grpcs://host:port, or an address file. access: how we show who we are. Such a worker is never
-    stopped. Raises UserError when nothing answers there, or when its weights, dtype or skipped layers are not those
-    asked for; dtype auto asks for none.
+    address: host:port, grpcs://host:port, or an address file. wanted: its settings as if it were started; compared are
+    weights, dtype (auto asks for none) and skipped layers. access: how we show who we are. Such a worker is never
+    stopped. Raises UserError when nothing answers there, or when it is another one.
     """
     address = resolve_address(address)
     with connect(role, address, timeout_s=timeout_s, access=access) as connection:
         description = connection.description
-    _, manifest = resolve_model(model)
+    assert wanted.model is not None
+    _, manifest = resolve_model(wanted.model)
     compared = {
         "weights": (description.weights_sha256, manifest["fingerprint"]["weights_sha256"]),
-        "dtype": (description.dtype, description.dtype if dtype == "auto" else dtype),
-        "skip_layers": (list(description.skip_layers), list(skip_layers)),
+        "dtype": (description.dtype, description.dtype if wanted.dtype == "auto" else wanted.dtype),
+        "skip_layers": (list(description.skip_layers), getattr(wanted, "skip_layers", [])),
     }
-    differing = [f"{key} {found} instead of {wanted}" for key, (found, wanted) in compared.items() if found != wanted]
+    differing = [f"{key} {is_} instead of {asked}" for key, (is_, asked) in compared.items() if is_ != asked]
     if differing:
         raise UserError(
             f"the {role} worker at {address} serves another model than the configuration names: "
@@ -221,6 +218,6 @@ def stop_worker(endpoint_file: Path, *, timeout_s: float = 10.0) -> Endpoint | N
     return endpoint
 
 
-def _tail(log_file: Path, start: int, *, kept: bool) -> str:
+def _tail(log_file: Path, start: int) -> str:
     lines = log_file.read_bytes()[start:].decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-    return "\n".join(f"  {line}" for line in lines) + (f"\n  (full log: {log_file})" if kept else "")
+    return "\n".join(f"  {line}" for line in lines)

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from specsplit.io import utc_text
 from specsplit.launch.host import run_tool, tool_missing
+from specsplit.launch.process import end_process
 
 # nvidia-smi's name for each column, and ours.
 GPU_COLUMNS = {
@@ -99,12 +100,7 @@ class GpuSampler:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(5)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            end_process(self._process)
             self._output.seek(0)
             self._read(self._output.read())
         self._output.close()

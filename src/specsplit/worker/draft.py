@@ -151,8 +151,7 @@ class Drafter:
 
     def _growth(self, start: int, gamma: int, length: int) -> Growth:
         depth = min(gamma, self.settings.length_limit - length - 1)
-        asked = self.settings
-        return grow(asked.shape, depth, start, self.state.candidates, asked.stop_token_ids, asked.p_min)
+        return grow(self.settings, depth, start, self.state.candidates)
 
     def _run(self, growths: list[Growth], starts: Sequence[int]) -> list[TokenTree]:
         """Run growths, which begin at these nodes, side by side: each pass computes the nodes that all want next."""
