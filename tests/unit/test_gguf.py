@@ -16,15 +16,18 @@ import torch
 import transformers
 
 from gguf_files import write_gguf
+from specsplit.api.named_models import Model
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines import loading
 from specsplit.engines.numba import FusedLM
 from specsplit.engines.transformers import CausalLM
-from specsplit.errors import UserError
+from specsplit.errors import ModelError, OptionError, UserError
+from specsplit.io import sha256_file
 from specsplit.models import sources
 from specsplit.models.gguf_file import read_gguf, rope_scaling
 from specsplit.models.sources import resolve_model
 from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
+from specsplit.workflow import files
 
 Change = Callable[[bytes], bytes]
 PROMPT = [5, 9, 33, 71, 12, 90, 44, 8, 101, 63, 27, 200, 250]
@@ -51,7 +54,7 @@ def prepared(folder: Path, *arguments, **settings) -> Path:
     write_gguf(folder / "source.gguf", *arguments, **settings)
     ready = folder / "model"
     ready.mkdir()
-    sources._prepare_gguf(folder / "source.gguf", ready, "tiny")
+    sources._prepare_gguf(folder / "source.gguf", ready, "models.tiny.file")
     return ready
 
 
@@ -217,13 +220,42 @@ def test_a_damaged_file_is_refused_by_what_is_wrong(name: str, whole: bytes, tmp
     change, said = DAMAGED[name]
     (tmp_path / "a.gguf").write_bytes(change(whole))
     with pytest.raises(UserError, match=rf"models\.tiny\.file: .*{said}"):
-        sources._prepare_gguf(tmp_path / "a.gguf", tmp_path, "tiny")
+        sources._prepare_gguf(tmp_path / "a.gguf", tmp_path, "models.tiny.file")
 
 
 def test_a_file_in_place_of_a_folder(whole: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(whole)
-    with pytest.raises(UserError, match=r"a file, where the folder of a model is wanted: a\.gguf .* convert it once"):
+    with pytest.raises(
+        UserError, match=r"where the folder of a model is wanted: a\.gguf .*prepare-model --local"
+    ):
         resolve_model(tmp_path / "a.gguf")
+
+
+def test_a_local_file_is_a_model(whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "mine q4.GGUF"
+    file.write_bytes(whole)
+    spec = {"source": "local", "path": str(file)}
+    manifest = sources.prepare_model(spec, "tiny", tmp_path / "out")
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == file.read_bytes() == whole
+    assert (manifest["path"], manifest["pinned"], manifest["upstream_sha256"]) == (".", False, sha256_file(file))
+    assert sources.prepare_model(spec | {"sha256": sha256_file(file)}, "tiny", tmp_path / "out")["pinned"]
+    assert files.model_inputs(file) == [str(file)]
+    assert files.model_files(file) == [file]
+
+    first = Model(file).folder()
+    assert Model(str(file)).folder() == first
+    with pytest.raises(OptionError, match="which has none"):
+        Model(file, revision="main").folder()
+    write_gguf(file, ffn=96)
+    assert Model(file).folder() != first
+    for changed, said in ({"sha256": "0" * 64}, "not 0000"), ({"path": str(tmp_path / "b.gguf")}, "no such file"):
+        with pytest.raises(UserError, match=rf"models\.tiny\.(sha256|path): .*{said}"):
+            sources.prepare_model(spec | changed, "tiny", tmp_path / "out")
+    file.write_bytes(whole[:1000])
+    with pytest.raises(ModelError, match=r"models\..*path: .*cut off|ends"):
+        Model(file).folder()
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == whole
 
 
 def test_any_damage_to_a_header(whole: bytes, tmp_path: Path) -> None:

@@ -360,7 +360,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "an adapter": (renamed("model.safetensors", "adapter_model.safetensors"), "of an adapter (LoRA)"),
     "an unfinished download": (renamed("model.safetensors", "model.safetensors.incomplete"), "was not finished"),
     "a shard alone": (renamed("model.safetensors", "model-00001-of-00002.safetensors"), "a shard without its index"),
-    "a GGUF file of another name": (renamed("model.safetensors", "m-q4.gguf"), "m-q4.gguf is a GGUF file; convert it"),
+    "a GGUF file of another name": (renamed("model.safetensors", "m-q4.gguf"), "m-q4.gguf is a GGUF file: name it"),
     **{
         f"{file}, a link to nothing": (linked(file), f"{file}: a link to ../blobs/none, which is not there")
         for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json")

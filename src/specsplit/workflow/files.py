@@ -20,7 +20,7 @@ import yaml
 from specsplit.errors import UserError
 from specsplit.launch.heartbeat import silent
 from specsplit.launch.process import ProcessIdentity
-from specsplit.models.file_names import HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, matches
+from specsplit.models.file_names import HEAD_WEIGHTS, MODEL_FILES, WEIGHT_FILES, is_gguf_file, matches
 
 READ_WHOLE_BYTES = 1 << 26
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
@@ -127,7 +127,7 @@ def _unusable(path: str, value: Any) -> Iterator[str]:
 
 
 def local_folder(spec: Mapping[str, Any]) -> Path:
-    """The folder of a local model, `~` expanded."""
+    """The folder of a local model, or its GGUF file, `~` expanded."""
     return Path(spec["path"]).expanduser()
 
 
@@ -135,12 +135,17 @@ def model_inputs(folder: Path) -> list[str]:
     """Files of a local model that a rule waits for: its configuration and its weights.
 
     Of a folder that is not there yet those that a rule is expected to make. All its files count by `files_sha256`.
+    folder: or a GGUF file.
     """
+    if is_gguf_file(folder):
+        return [str(folder)]
     return [str(folder / name) for name in ["config.json", *(_weights(folder) or ["model.safetensors"])]]
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Every file that a local model is made of: weights, configuration, tokenizer, template."""
+    """Every file that a local model is made of: weights, configuration, tokenizer, template. folder: or a GGUF file."""
+    if is_gguf_file(folder):
+        return [folder]
     files = (name for name in _names(folder) if matches(name, MODEL_FILES))
     return [folder / name for name in sorted({"config.json", *files, *_weights(folder)})]
 
