@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from specsplit.cli.main import main
-from specsplit.errors import UserError
+from specsplit.errors import UserError, counted
 from specsplit.experiment import fetching
 from specsplit.experiment.dataset import load_prompts, prepare_dataset
 from specsplit.experiment.fetching import fetch_hub, fetch_standard
@@ -121,7 +121,7 @@ def test_a_file_of_the_shape_becomes_prompts(tmp_path, monkeypatch, name):
     assert [(p.id, p.category, p.prompt) for p in prompts] == FILES[name][1]
     assert facts["sha256"] == sha256_file(file)
     assert facts["licence"] == STANDARD_SETS[name].licence
-    assert facts["note"] == f"{len(prompts)} prompts, {STANDARD_SETS[name].count} are known"
+    assert facts["note"] == f"{counted(len(prompts), 'prompt')}, {STANDARD_SETS[name].count} are known"
     assert json.loads((tmp_path / "set.json").read_text()) == facts
     outputs = (tmp_path / "o.jsonl", tmp_path / "m.json")
     manifest = prepare_dataset(tmp_path / "set.jsonl", *outputs, limit=None, on_bad_line="stop")
