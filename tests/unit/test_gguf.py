@@ -225,9 +225,7 @@ def test_a_damaged_file_is_refused_by_what_is_wrong(name: str, whole: bytes, tmp
 
 def test_a_file_in_place_of_a_folder(whole: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(whole)
-    with pytest.raises(
-        UserError, match=r"where the folder of a model is wanted: a\.gguf .*prepare-model --local"
-    ):
+    with pytest.raises(UserError, match=r"where the folder of a model is wanted: a\.gguf .*prepare-model --local"):
         resolve_model(tmp_path / "a.gguf")
 
 

@@ -349,6 +349,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
         stored({"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1)}),
         "they are quantised, or an adapter lies beside them",
     ),
+    "an end of text that is no token": (edit("generation_config.json", eos_token_id=[10**6]), "beyond the vocabulary"),
     "an end of text below 0": (edit("generation_config.json", eos_token_id=-1), "-1 is not the id of a token"),
     "null as tokenizer_config": (write("tokenizer_config.json", "null"), "tokenizer_config.json: holds null; wanted"),
     "fewer layers": (edit("config.json", num_hidden_layers=2), "they hold model.layers.2."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError, shortened
+from specsplit.errors import UserError, listed, shortened
 from specsplit.io import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -59,16 +59,18 @@ def refuse_model_settings(folder: Path, how: str) -> None:
     how: what the user gives to ignore them. Raises UserError that names each.
     """
     if found := text_changing_settings(folder):
-        listed = ", ".join(f"{name} {shortened(str(value))}" for name, value in found.items())
+        named = ", ".join(f"{name} {shortened(str(value))}" for name, value in found.items())
         stop = "; strings that end a text: generation.stop, or --stop" if "stop_strings" in found else ""
         raise UserError(
-            f"{_settings_file(folder)} sets {listed}, which would change the greedy text and is not applied here. To "
+            f"{_settings_file(folder)} sets {named}, which would change the greedy text and is not applied here. To "
             f"go on without, so that the text is that of the model alone, {how}{stop}"
         )
 
 
 def check_eos(folder: Path) -> None:
-    """Raise UserError for an end of text that is given as anything but ids of tokens."""
+    """Raise UserError for an end of text that is given as anything but ids of tokens, or that no token can be."""
+    counting: tuple[Path, list[int]] | None = None  # what is given first is what ends a text
+    vocab_size = None
     for path in (folder / GENERATION_CONFIG, folder / "config.json"):
         given = read_json_object(path) if path.is_file() else {}
         for eos in (given.get("eos_token_id"), given.get("eos_token_ids")):
@@ -77,3 +79,11 @@ def check_eos(folder: Path) -> None:
                 raise UserError(
                     f"{path}: eos_token_id: {wrong[0]!r} is not the id of a token; give the number of the token"
                 )
+            counting = counting or ((path, ids) if ids else None)
+        text = given.get("text_config")
+        vocab_size = given.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    if counting and type(vocab_size) is int and min(counting[1]) >= vocab_size:
+        raise UserError(
+            f"{counting[0]}: eos_token_id: {listed(counting[1])} is beyond the vocabulary of {vocab_size} tokens, so "
+            "no text would end; give the number of the token"
+        )
