@@ -4,7 +4,7 @@
         print(pair.generate("Why is the sky blue?", max_new_tokens=64))
 
 `load` runs both models in this process, `connect` uses workers over gRPC. The types of what is here stand in
-__init__.pyi; nothing is imported before it is used, so that `import specsplit` takes no time.
+__init__.pyi; no module of the package is imported before it is used, so that `import specsplit` takes little time.
 """
 
 import importlib

@@ -93,7 +93,7 @@ def decided_by(name, *what, code):
     """
     for model in config["models"] if "{model}" in name else [""]:
         file = f"settings/rules/{name}.json".replace("{model}", model)
-        DECIDES[file] = partial(files.as_json, what, model, code=code)
+        DECIDES[file] = partial(files.decided_json, what, model, code)
     return f"results/settings/rules/{name}.json"
 
 

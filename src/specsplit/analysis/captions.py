@@ -59,9 +59,9 @@ CAPTIONS = {
     ),
     "summary_by_category": (
         "The same measures for each category of the prompts, for all of them together, and as the mean in which each "
-        "category counts alike. Acceptance length is 1 + accepted tokens / verifications, first 32, 32 to 128 and "
-        "beyond 128 of those that begin at these tokens of the output; the speedup is end to end. Bars are intervals "
-        "over the prompts of a category, where there are enough of them."
+        "category counts alike. Acceptance length is 1 + accepted tokens / verifications; in the table also of the "
+        "rounds that begin in the first 32 tokens of the output, in the next ones up to 128, and beyond. The speedup "
+        "is end to end. Bars are intervals over the prompts of a category, where there are enough of them."
     ),
     "theory_check": (
         "Simulated models behind real workers: the measured time per token of each pipeline mode beside its formula, "

@@ -66,7 +66,7 @@ class Model:
         if name in EMBEDDED:
             spec, kept = EMBEDDED[name], name
         elif isinstance(self.path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ModelError(f"{self.path}: no such folder")
+            raise ModelError(f"{self.path}: no such {'file' if is_gguf_file(path) else 'folder'}")
         else:
             try:
                 spec = parse_model_id(name if self.revision is None else f"{name}@{self.revision}")

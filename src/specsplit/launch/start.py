@@ -151,7 +151,7 @@ def attach_worker(
         "dtype": (description.dtype, description.dtype if wanted.dtype == "auto" else wanted.dtype),
         "skip_layers": (list(description.skip_layers), getattr(wanted, "skip_layers", [])),
     }
-    differing = [f"{key} {is_} instead of {asked}" for key, (is_, asked) in compared.items() if is_ != asked]
+    differing = [f"{key} {found} instead of {asked}" for key, (found, asked) in compared.items() if found != asked]
     if differing:
         raise UserError(
             f"the {role} worker at {address} serves another model than the configuration names: "

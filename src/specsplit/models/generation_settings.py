@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +70,29 @@ def refuse_model_settings(folder: Path, how: str) -> None:
 
 def check_eos(folder: Path) -> None:
     """Raise UserError for an end of text that is given as anything but ids of tokens, or that no token can be."""
-    counting: tuple[Path, list[int]] | None = None  # what is given first is what ends a text
-    vocab_size = None
-    for path in (folder / GENERATION_CONFIG, folder / "config.json"):
-        given = read_json_object(path) if path.is_file() else {}
-        for eos in (given.get("eos_token_id"), given.get("eos_token_ids")):
-            ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-            if wrong := [one for one in ids if type(one) is not int or one < 0]:
-                raise UserError(
-                    f"{path}: eos_token_id: {wrong[0]!r} is not the id of a token; give the number of the token"
-                )
-            counting = counting or ((path, ids) if ids else None)
-        text = given.get("text_config")
-        vocab_size = given.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
-    if counting and type(vocab_size) is int and min(counting[1]) >= vocab_size:
+    paths = [path for path in (folder / GENERATION_CONFIG, folder / "config.json") if path.is_file()]
+    given = {path: read_json_object(path) for path in paths}
+    ends = {path: _end_ids(path, content) for path, content in given.items()}
+    config = given.get(folder / "config.json", {})
+    text = config.get("text_config")
+    vocab_size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    # What is given first is what ends a text.
+    path, ids = next(((path, ids) for path, ids in ends.items() if ids), (folder, []))
+    if ids and type(vocab_size) is int and min(ids) >= vocab_size:
         raise UserError(
-            f"{counting[0]}: eos_token_id: {listed(counting[1])} is beyond the vocabulary of {vocab_size} tokens, so "
-            "no text would end; give the number of the token"
+            f"{path}: eos_token_id: {listed(ids)} is beyond the vocabulary of {vocab_size} tokens, so no text would "
+            "end; give the number of the token"
         )
+
+
+def _end_ids(path: Path, given: Mapping[str, Any]) -> list[int]:
+    """The ids that a configuration gives for the end of text, of two names of the key by the first that is there."""
+    found: list[int] = []
+    for eos in (given.get("eos_token_id"), given.get("eos_token_ids")):
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if wrong := [one for one in ids if type(one) is not int or one < 0]:
+            raise UserError(
+                f"{path}: eos_token_id: {wrong[0]!r} is not the id of a token; give the number of the token"
+            )
+        found = found or ids
+    return found

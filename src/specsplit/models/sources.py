@@ -376,23 +376,23 @@ def _link_or_copy(source: Path, destination: Path) -> None:
 
 
 def _fetch_local(source: LocalSource, name: str, ready: Path) -> Fetched:
-    folder = Path(source.path).expanduser().resolve()
-    if is_gguf_file(folder):
+    path = Path(source.path).expanduser().resolve()
+    if is_gguf_file(path):
         gguf = ready.parent / "source.gguf"
         with naming(f"models.{name}.path"):
-            check_openable(folder)
-        shutil.copyfile(folder, gguf)
+            check_openable(path)
+        shutil.copyfile(path, gguf)
         digest = sha256_file(gguf)
         _check_sha256(name, source.path, digest, source.sha256)
         _prepare_gguf(gguf, ready, f"models.{name}.path")
         return Fetched(ready, pinned=source.sha256 is not None, upstream_sha256=digest)
     with naming(f"models.{name}.path"):
-        check_model_folder(folder)
+        check_model_folder(path)
     if source.sha256 is None:
-        return Fetched(folder, pinned=False)
-    digest = combined_sha256(hash_files(folder))
+        return Fetched(path, pinned=False)
+    digest = combined_sha256(hash_files(path))
     _check_sha256(name, source.path, digest, source.sha256)
-    return Fetched(folder, pinned=True, upstream_sha256=digest)
+    return Fetched(path, pinned=True, upstream_sha256=digest)
 
 
 def _fetch_weightless(source: Weightless, name: str, ready: Path) -> Fetched:

@@ -178,11 +178,14 @@ def files_sha256(paths: Iterable[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def as_json(what: Any, model: str | None = None, **more: str) -> str:
-    """What decides a result, as JSON. Functions in it are called with the name of the model."""
-    if more:
-        what = {"decided_by": [item(model) if callable(item) else item for item in what], **more}
+def as_json(what: Any) -> str:
+    """What decides a result, as JSON."""
     return json.dumps(what, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def decided_json(what: Iterable[Any], model: str, code: str) -> str:
+    """As `as_json`, of what decides a rule's result: functions of `what` are called with the name of the model."""
+    return as_json({"decided_by": [item(model) if callable(item) else item for item in what], "code": code})
 
 
 def holds(path: Path, content: str, *, if_missing: bool) -> bool:
