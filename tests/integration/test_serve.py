@@ -26,11 +26,12 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from specsplit.api.pair import Pair, connect
-from specsplit.errors import UserError
+from specsplit.errors import UserError, shortened
 from specsplit.launch.process import ProcessIdentity
 from specsplit.models.tokenizer import TextCodec
 from specsplit.serve.app import application
 from specsplit.serve.bodies import IGNORED, NEUTRAL, CompletionBody
+from specsplit.serve.failures import LONGEST_MESSAGE
 from specsplit.serve.listening import read_keys, without_broken_requests
 from specsplit.settings.serve import ServeSettings
 
@@ -206,6 +207,8 @@ def error_of(reply: Any) -> dict[str, Any]:
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
+    assert error["message"][0] != ":"  # after the name of a field
+    assert len(error["message"]) <= LONGEST_MESSAGE
     return error
 
 
@@ -255,6 +258,8 @@ GOOD: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 4}
         ({"stop": ""}, 400, "stop"),
         ({"stop": ["a", ""]}, 400, "stop"),
         ({"stream": "yes"}, 400, "stream"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, 400, "stream_options"),
+        ({"w" * 9999: 1}, 400, shortened("w" * 9999, LONGEST_MESSAGE)),
         ({"temprature": 1}, 400, "temprature"),
         ({"messages": [{"role": "user", "content": "word " * 400}]}, 400, "messages"),
     ],
@@ -361,7 +366,7 @@ def test_three_hundred_arbitrary_requests_get_a_reply_or_a_reason(http: TestClie
         [{"role": "user", "content": "hi"}], [{"role": 1, "content": {}}], {"include_usage": True},
     ]  # fmt: skip
     names = [*NEUTRAL, "model", "messages", "prompt", "stream", "stream_options", "seed", "stop", "top_k", "top_p",
-             "temperature", "max_tokens", "max_completion_tokens", "stop_token_ids", "ignore_eos", "other"]  # fmt: skip
+             "temperature", "max_tokens", "max_completion_tokens", "stop_token_ids", "ignore_eos", "other", "\ud800"]  # fmt: skip
     for _ in range(300):
         path = chance.choice(["/v1/chat/completions", "/v1/completions"])
         good = GOOD if "chat" in path else {"model": MODEL, "prompt": "a", "max_tokens": 4}
@@ -490,6 +495,39 @@ def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(
             assert (error["type"], error["code"]) == ("server_error", "worker_failed")
             assert "worker" not in error["message"]  # and no address: those are in the log
             assert target.address in caplog.text
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_is_cut_off_when_the_server_stops_ends_with_an_error(
+    pair: Pair, workers: dict[str, Worker], streamed: bool
+) -> None:
+    body = json.dumps({**GOOD, "max_tokens": 100, "ignore_eos": True, "stream": streamed}).encode()
+    asked, sent = [{"type": "http.request", "body": body}], []
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+
+    async def receive() -> Any:
+        return asked.pop() if asked else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if streamed and len(sent) == 2:  # the first piece
+            text.cancel()  # as uvicorn does after `stop_timeout_s`
+            await asyncio.sleep(0)
+
+    async def answered() -> None:
+        nonlocal text
+        text = asyncio.ensure_future(an_application(pair)(scope, receive, send))
+        if not streamed:
+            gate = Gate(workers["target"])
+            await asyncio.to_thread(gate.wait)
+            text.cancel()
+            gate.open()
+        await text
+
+    text: asyncio.Future[None]
+    asyncio.run(answered())
+    last = json.loads(sent[-1]["body"].removeprefix(b"data: "))
+    assert (sent[0]["status"], last["error"]["code"]) == (200 if streamed else 503, "server_stopping")
 
 
 @contextmanager
