@@ -32,7 +32,7 @@ from specsplit.models.tokenizer import TextCodec
 from specsplit.serve.app import application
 from specsplit.serve.bodies import IGNORED, NEUTRAL, CompletionBody
 from specsplit.serve.failures import LONGEST_MESSAGE
-from specsplit.serve.listening import read_keys, without_broken_requests
+from specsplit.serve.listening import HalfOpenProtocol, read_keys, without_broken_requests
 from specsplit.settings.serve import ServeSettings
 
 from grpc_fixtures import Gate, Reference, Worker, noisy_copy, serving
@@ -69,7 +69,7 @@ def an_application(pair: Pair, keys: tuple[str, ...] = (), **settings: Any) -> A
 @pytest.fixture(scope="module")
 def base_url(pair: Pair) -> Iterator[str]:
     app = without_broken_requests(an_application(pair, keys=KEYS))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, http=HalfOpenProtocol, port=0, log_level="warning", lifespan="off"))
     listening = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
@@ -386,7 +386,8 @@ def test_requests_that_break_off_are_dropped(base_url: str, client: openai.OpenA
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("uvicorn.error").addHandler(handler)
+    for name in ("uvicorn.error", "specsplit"):
+        logging.getLogger(name).addHandler(handler)
     host, port = base_url.removeprefix("http://").removesuffix("/v1").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{HEAD}Authorization: Bearer {key}\r\n{rest}".encode())
@@ -395,6 +396,19 @@ def test_requests_that_break_off_are_dropped(base_url: str, client: openai.OpenA
             connection.recv(4096)
     assert client.models.list().data
     assert set(logged) <= {"Invalid HTTP request received."}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_has_closed_its_own_side_is_answered(base_url: str, streamed: bool) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 4, "ignore_eos": True, "stream": streamed})
+    host, port = base_url.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        key = f"Authorization: Bearer {KEYS[0]}\r\n"
+        connection.sendall(f"{HEAD}{key}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        connection.shutdown(socket.SHUT_WR)
+        reply = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert b"HTTP/1.1 200 OK" in reply
+    assert b'"finish_reason": "length"' in reply if streamed else b'"finish_reason":"length"' in reply
 
 
 def test_unknown_paths_and_methods_have_the_shape_too(http: TestClient) -> None:

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from h11 import LocalProtocolError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -259,4 +260,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
+    if isinstance(error, LocalProtocolError):  # what turned out to be no HTTP has its reply from uvicorn
+        return _Nothing()
     return api_error(UserError(f"a fault of the server: {told(error)}")).response()
