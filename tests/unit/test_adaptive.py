@@ -113,7 +113,7 @@ def test_rounds_without_times_teach_acceptance_alone():
 def test_lookups_and_the_model_are_priced_each_for_itself(looked_up: float, right: float, drafts: bool) -> None:
     """The model is right in 30 %, and takes as long as the target: it is not asked, whatever the lookups are worth."""
     chance, controller, asked = random.Random(0), GammaController("sync", 8), []
-    for number in range(600):
+    for number in range(1500):
         found = chance.random() < looked_up
         gamma = controller.choose_for_match(4, 8) if found else 0
         source = LOOKUP if gamma else ""
