@@ -366,7 +366,8 @@ def test_three_hundred_arbitrary_requests_get_a_reply_or_a_reason(http: TestClie
         [{"role": "user", "content": "hi"}], [{"role": 1, "content": {}}], {"include_usage": True},
     ]  # fmt: skip
     names = [*NEUTRAL, "model", "messages", "prompt", "stream", "stream_options", "seed", "stop", "top_k", "top_p",
-             "temperature", "max_tokens", "max_completion_tokens", "stop_token_ids", "ignore_eos", "other", "\ud800"]  # fmt: skip
+             "temperature", "max_tokens", "max_completion_tokens", "stop_token_ids", "ignore_eos", "other",
+             "\ud800"]  # fmt: skip
     for _ in range(300):
         path = chance.choice(["/v1/chat/completions", "/v1/completions"])
         good = GOOD if "chat" in path else {"model": MODEL, "prompt": "a", "max_tokens": 4}

@@ -184,7 +184,9 @@ def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path):
     file = put(tmp_path, "mbpp")
     rows = json_lines([{**row, "task_id": 20} for row in odd])
     file.write_bytes(rows)
-    with pytest.raises(UserError, match=r"none of 3 rows is a prompt \(the first: not of the shape of mbpp: text is not"):
+    with pytest.raises(
+        UserError, match=r"none of 3 rows is a prompt \(the first: not of the shape of mbpp: text is not"
+    ):
         fetch_standard("mbpp", tmp_path / "s.jsonl", tmp_path / "downloads")
     file.write_bytes(rows + FILES["mbpp"][0] + b'{"text": "cut of')
     recorded = file.with_name("mbpp.jsonl.sha256")
