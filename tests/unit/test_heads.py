@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gguf_files import write_gguf
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines.gpu_head import GpuHead
 from specsplit.engines.head_module import HeadModule, load_head, save_head
 from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.loading import load_model
@@ -58,7 +59,11 @@ def fused(folder: Path) -> FusedHead:
     return FusedHead(eager(folder), threads=2)
 
 
-ENGINES: dict[str, Callable[[Path], HiddenStatesHead | FusedHead]] = {"eager": eager, "fused": fused}
+def graphs(folder: Path) -> GpuHead:
+    return GpuHead(eager(folder))
+
+
+ENGINES: dict[str, Callable[[Path], Any]] = {"eager": eager, "fused": fused, "graphs": graphs}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
