@@ -424,6 +424,15 @@ def test_compiled_passes_are_those_that_are_not() -> None:
         )
     assert results[0][:3] == results[1][:3]
     close(results[1][3], results[0][3])
+    source, drafts = head(), []
+    given = torch.randn(len(PROMPT), source.state_size)
+    for compiles in (False, True):
+        drafting = GpuHead(source, sessions=1, compiles=compiles)
+        drafting.prepare(100, 1, drafts=True)
+        assert drafting.runtime.recorder.compiles == compiles
+        chain = drafting.step(drafting.new_cache(100), PROMPT, then=Propose(GREEDY, VOCAB, steps=5), states=given)
+        drafts.append([best.token_ids[0] for best, _ in chain])
+    assert drafts[0] == drafts[1]
 
 
 # ---- the choice of the engine

@@ -240,6 +240,30 @@ def test_a_draft_worker_takes_what_a_head_lacks_from_the_target(pickled: bool, t
         load_model(*resolve_model(folder), DraftWorkerConfig(model=folder))
 
 
+CANNOT: dict[str, tuple[dict[str, Any], str, str]] = {
+    "int8": ({}, "int8", "its linear layers are not plain ones"),
+    "activation": ({"hidden_act": "gelu"}, "bfloat16", "its activation is gelu"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_a_head_that_the_engine_for_gpus_cannot_run(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, dtype, reason = CANNOT[case]
+    caplog.set_level("INFO")
+    write_head(tmp_path, "original", head_tensors(), **changes)
+    make_tokenizer().save_pretrained(tmp_path)
+    given: dict[str, Any] = {"model": tmp_path, "dtype": dtype, "device": "cpu"}
+    with pytest.raises(UserError, match=f"engine graphs cannot run {tmp_path}: {reason}. Use engine auto"):
+        load_model(*resolve_model(tmp_path), DraftWorkerConfig(**given, engine="graphs"))
+    head = HiddenStatesHead.load(tmp_path, dtype=dtype)
+    head.device = torch.device("cuda")  # where auto means graphs
+    monkeypatch.setattr(HiddenStatesHead, "load", lambda *_, **__: head)
+    assert load_model(*resolve_model(tmp_path), DraftWorkerConfig(**given))[0] is head
+    assert f"engine transformers, as {reason}" in caplog.text
+
+
 def manifest_parameters(folder: Path) -> int:
     path = folder / "model.safetensors"
     tensors = load_file(path) if path.is_file() else torch.load(folder / "pytorch_model.bin")
