@@ -18,7 +18,7 @@ from specsplit.engines.gpu import GpuPasses
 from specsplit.engines.gpu_cache import GpuCache
 from specsplit.engines.gpu_decoder import Decoder, not_plain
 from specsplit.engines.hidden_states import HiddenStatesHead, reach, read_from
-from specsplit.engines.passes import EMPTY, Pass, all_or_none
+from specsplit.engines.passes import Pass, all_or_none
 from specsplit.engines.token_cache import tokens_of_pass
 
 
@@ -86,7 +86,7 @@ def _parts(work: Pass) -> Iterator[Pass]:
             yield replace(work, tokens=(), states=None, tree=seen, cached_nodes=work.cached_nodes + start - linear)
 
 
-def _joined(work: Pass, results: Sequence[Any]) -> Any:
+def _joined(work: Pass, results: list[Any]) -> Any:
     """What a pass gives from what its parts gave: nobody wants the rows of tokens before the last."""
     wanted = results[work.first_wanted if work.states is None else 0 :]
     return torch.cat(wanted) if work.then is None else [each for result in wanted for each in result]

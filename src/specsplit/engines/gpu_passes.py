@@ -18,7 +18,7 @@ from specsplit.engines.passes import Pass, Propose, Walk
 from specsplit.engines.recording import Recorder
 from specsplit.engines.transformers import CausalLM
 
-FIELDS = 5  # numbers of a session besides its tokens, their parents and its sampling: base, cached, count, first, offset
+FIELDS = 5  # a session's numbers besides its tokens, their parents and its sampling: base, cached, count, first, offset
 
 
 @dataclass(frozen=True)
@@ -349,8 +349,8 @@ class Program:
     def _propose(
         self, functions: Functions, logits: torch.Tensor, positions: torch.Tensor, states: torch.Tensor
     ) -> None:
-        """positions: of the rows, [sessions, rows]. states: what the layers gave, whose logits are `logits`. Where tokens
-        are fed after them, there is one row."""
+        """positions: of the rows, [sessions, rows]. states: what the layers gave for them. Where tokens are fed after
+        them, there is one row."""
         runtime, shape, then, numbers = self._runtime, self.shape, self.shape.then, self._numbers
         at = shape.tokens + shape.window
         base, cached, count, _, offset = numbers[:, at : at + FIELDS, None].unbind(1)
