@@ -182,13 +182,14 @@ def test_a_chain_is_one_launch_and_what_single_passes_draft(
 def test_a_draft_of_a_head_is_one_launch_from_true_states_to_the_last_token(
     sampling: Sampling, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside HiddenStatesHead, which drafts pass by pass. first: position of the first state that came."""
+    """Beside HiddenStatesHead, which drafts pass by pass; a prompt is read before. first: position of the first state
+    that came."""
     source, rows = head(60), list(range(3, 123, 2))
     models: list[Any] = [source, GpuHead(source)]
     vocabulary, states = ReducedVocabulary(rows, VOCAB), torch.randn(60, source.state_size)
     launches = counted_launches(monkeypatch)
     sessions = [Session(model.new_cache(96), hidden=ReceivedStates(first, 96, source.state_size)) for model in models]
-    text = list(PROMPT)
+    text, prompt_passes = PROMPT * 2, [(0, True)]
     for gamma, accepted in ((4, 4), (4, 2), (1, 1), (6, 0), (3, 3)):
         settings = DraftSettings(gamma, TreeShape(), sampling, frozenset({text[-1]}), vocab_size=120)
         launches.clear()
@@ -201,7 +202,8 @@ def test_a_draft_of_a_head_is_one_launch_from_true_states_to_the_last_token(
         assert (found.token_ids, found.parents) == (expected.token_ids, expected.parents)
         assert found.distributions.keys() == expected.distributions.keys()
         torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-3, atol=1e-3)
-        assert [(shape.then.steps, shape.given) for shape in launches] == [(gamma - 1, True)]
+        assert [(shape.then.steps, shape.given) for shape in launches] == [*prompt_passes, (gamma - 1, True)]
+        prompt_passes = []
         text += [*found.token_ids[:accepted], 61 + 2 * gamma]
 
 

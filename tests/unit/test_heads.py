@@ -104,8 +104,8 @@ def test_sessions_share_a_pass(engine: str, tmp_path: Path) -> None:
 
     def work(count: int) -> Pass:
         cache = head.new_cache(64)
-        head.step(cache, TOKENS[: count - 1], states=states[: count - 1])
-        return Pass(cache, TOKENS[count - 1 : count], TREE, states=states[count - 1 : count])
+        head.step(cache, TOKENS[:1], states=states[:1])
+        return Pass(cache, TOKENS[1:count], TREE, states=states[1:count])
 
     alone = [head.step_many([work(count)])[0] for count in (2, 4, 7)]
     together = head.step_many([work(count) for count in (2, 4, 7)])
