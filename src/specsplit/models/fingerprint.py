@@ -37,6 +37,7 @@ from specsplit.models.file_names import (
 from specsplit.models.generation_settings import check_eos
 from specsplit.models.gguf_file import MOST_LAYERS, read_gguf
 from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
+from specsplit.models.loaded import INDEX, Stored, check_stored, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -177,9 +178,18 @@ def _entries(stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
 
 
-def check_architecture(folder: Path, config: Any, parameters: int, described_by: str = "config.json") -> str:
-    """The class that runs the model. Refuses what no engine can run, before anything is loaded; attention that strays
-    is found when a worker loads. parameters: numbers in the weights. described_by: where the configuration stands."""
+def check_architecture(
+    folder: Path,
+    config: Any,
+    parameters: int,
+    described_by: str = "config.json",
+    stored: Mapping[str, Stored] | None = None,
+) -> str:
+    """The class that runs the model. Refuses what no engine can run, and weights that are not those of the
+    configuration, before anything is loaded; attention that strays is found when a worker loads.
+
+    parameters: numbers in the weights. described_by: where the configuration stands. stored: the tensors of the
+    weights, where they are in safetensors."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -215,6 +225,8 @@ def check_architecture(folder: Path, config: Any, parameters: int, described_by:
             f"{folder}: {described_by} is not that of the weights: it describes {described:.3g} parameters, and they "
             f"hold {parameters:.3g}. Fetch or convert the model again."
         )
+    if stored:
+        check_stored(folder, model, stored, reduced=any((folder / name).is_file() for name in MAP_FILES))
     return type(model).__name__
 
 
@@ -231,18 +243,22 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises UserError when there are none, or a shard is missing.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
         return [single]
     if index.is_file():
         try:
             shards = sorted(set(read_json(index)["weight_map"].values()))
         except (TypeError, KeyError, AttributeError):
-            raise UserError(f"{index}: no weight_map, so not an index of weights") from None
+            shards = []
+        if not shards:
+            raise UserError(f"{index}: no weight_map, so not an index of weights; fetch it again")
         if strange := [shard for shard in shards if not matches(str(shard), ("*.safetensors",))]:
             raise UserError(f"{index}: weight_map names {strange[0]!r}, not a .safetensors file beside it")
         if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-            raise UserError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(shards)} shards)")
+            raise UserError(
+                f"{folder}: {missing[0]} is missing ({len(missing)} of {len(shards)} shards); fetch it again"
+            )
         return [folder / shard for shard in shards]
     if (folder / GGUF_FILE).is_file():
         return [folder / GGUF_FILE]
@@ -306,10 +322,11 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     weights = weight_files(folder)
     hashed = [*weights, *(folder / name for name in MAP_FILES if (folder / name).is_file())]
     sha256 = files or {}
-    parameters, dtype = _count_parameters(weights)
+    stored = stored_tensors(weights) if weights[0].suffix == ".safetensors" else {}
+    parameters, dtype = _count_parameters(weights[0], stored)
     config = read_config(folder)
     head = is_head(folder)
-    architecture = config.architectures[0] if head else check_architecture(folder, config, parameters)
+    architecture = config.architectures[0] if head else check_architecture(folder, config, parameters, stored=stored)
     tokenizer_hash = ""
     if not head or has_tokenizer(folder):
         try:
@@ -330,32 +347,23 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     }
 
 
-def _count_parameters(weights: list[Path]) -> tuple[int, str]:
-    """Number of parameters and their dtype, of safetensors and GGUF from the headers alone. A head's map of tokens is
-    none of them."""
-    from safetensors import SafetensorError, safe_open
-
+def _count_parameters(weights: Path, stored: Mapping[str, Stored]) -> tuple[int, str]:
+    """Number of parameters and their dtype, of safetensors (stored) and GGUF from the headers alone. A head's map of
+    tokens is none of them. weights: the file, or the first of several."""
+    if weights.name == GGUF_FILE:
+        file = read_gguf(weights)
+        return file.parameters, "+".join(DTYPE_NAMES.get(kind, kind) for kind in file.types)
+    sizes = [(name, each.dtype, math.prod(each.shape)) for name, each in stored.items()]
+    if weights.name == HEAD_WEIGHTS:
+        found = read_tensors(weights).items()
+        sizes = [(name, str(tensor.dtype).removeprefix("torch."), tensor.numel()) for name, tensor in found]
     counts: Counter[str] = Counter()
-    for path in weights:
-        if path.name == GGUF_FILE:
-            file = read_gguf(path)
-            return file.parameters, "+".join(DTYPE_NAMES.get(kind, kind) for kind in file.types)
-        if path.name == HEAD_WEIGHTS:
-            for key, tensor in read_tensors(path).items():
-                if key not in HEAD_MAPS:
-                    counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-            continue
-        try:
-            with safe_open(path, framework="numpy") as tensors:
-                for key in set(tensors.keys()) - set(HEAD_MAPS):
-                    header = tensors.get_slice(key)
-                    counts[header.get_dtype()] += math.prod(header.get_shape())
-        except (SafetensorError, OSError) as error:
-            refuse_stand_in(path)
-            raise UserError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
+    for name, dtype, size in sizes:
+        if name not in HEAD_MAPS:
+            counts[dtype] += size
     if other := [dtype for dtype, _ in counts.most_common(1) if not dtype.upper().startswith(("F", "BF"))]:
         raise UserError(
-            f"{weights[0]}: most of the weights are no floating-point numbers ({other[0]}); quantised ones are not run "
+            f"{weights}: most of the weights are no floating-point numbers ({other[0]}); quantised ones are not run "
             "here: take the model as it was before"
         )
     names = [DTYPE_NAMES.get(dtype, dtype.lower()) for dtype, _ in counts.most_common()]
