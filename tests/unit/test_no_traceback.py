@@ -52,6 +52,7 @@ def refused(outcome: tuple[int, str], *said: str) -> None:
     status, err = outcome
     assert status == 2, err
     assert "Traceback" not in err
+    assert "[transformers]" not in err
     assert err.count(": error: ") == 1, err
     for words in said:
         assert words in err
@@ -368,6 +369,14 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
         for file in ("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json")
     },
     "a pipe": (piped("generation_config.json"), "generation_config.json: a pipe, device or socket"),
+    "an older tokenizer": (renamed("tokenizer.json", "tokenizer.model"), "tokenizer.model and no tokenizer.json"),
+    "other weights": (
+        edit("config.json", transformers_weights="x.safetensors"),
+        "transformers_weights: 'x.safetensors'",
+    ),
+    "a rotary of a strange kind": (edit("config.json", rope_parameters={"rope_type": "zap"}), "'zap'"),
+    "a comma in the configuration": (write("config.json", '{"model_type": "llama",}'), "end of the object: remove it"),
+    "a comment in the configuration": (write("config.json", "{ // mine\n}"), "a comment, which JSON does not have"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
 }
 

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from specsplit.models.file_names import (
 from specsplit.models.generation_settings import check_eos
 from specsplit.models.gguf_file import MOST_LAYERS, read_gguf
 from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
-from specsplit.models.loaded import INDEX, Stored, check_stored, stored_tensors
+from specsplit.models.loaded import INDEX, Stored, check_stored, quietly, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,7 @@ NO_WEIGHTS = (
     (("*.safetensors",), "is not the name of weights in Hugging Face layout, model.safetensors"),
     (("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.tflite"), "is of another framework; save the model as safetensors"),
 )
+OLDER_TOKENIZERS = ("*.model", "*.tiktoken", "tekken.json")
 LAYER_COUNT = re.compile(r"(num|n)(_\w+)?_layers?")
 MOST_UNSTORED = 4  # times the stored numbers: a reduced output head is stored smaller than the configuration says
 
@@ -136,6 +138,31 @@ def has_tokenizer(folder: Path) -> bool:
     return any(matches(path.name, TOKENIZER_FILES) for path in children(folder))
 
 
+def load_tokenizer(folder: Path, problem: str = "") -> Any:
+    """The tokenizer of a local folder. Raises UserError when it cannot be read. problem: how its message begins, where
+    the folder means nothing to the reader."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quietly():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever transformers meets in files that nobody here has seen
+        reason = told(error)
+        names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        for name in [] if problem else names:
+            if matches(name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)):
+                read_json_object(folder / name) if name.endswith(".json") else refuse_stand_in(folder / name)
+        older = [name for name in names if matches(name, OLDER_TOKENIZERS)]
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code of its own, which is not run here; choose a model with a tokenizer.json"
+        elif older and "tokenizer.json" not in names and find_spec("sentencepiece") is None:
+            reason = (
+                f"there is {older[0]} and no tokenizer.json: fetch a copy of the model that has one, or install what "
+                "transformers reads the older file with: pip install sentencepiece protobuf tiktoken"
+            )
+        raise UserError(f"{problem or f'{folder} does not hold a tokenizer that can be loaded'}: {reason}") from error
+
+
 def read_config(folder: Path) -> Any:
     """The configuration of a model, as transformers reads it; of a head that of its layer. Raises UserError when it
     cannot."""
@@ -164,8 +191,14 @@ def read_config(folder: Path) -> Any:
             f"{folder}: the weights are quantised ({method}), which is not run here; take the model as it was before, "
             "or a GGUF file of it, and quantise by the worker's dtype: int8"
         )
+    if (named := stored.get("transformers_weights")) not in (None, "model.safetensors", INDEX):
+        raise UserError(
+            f"{folder}: config.json names other weights (transformers_weights: {named!r}), which are not read here; "
+            "name them model.safetensors, and take the key out"
+        )
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quietly():
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever it meets in a file that nobody here has seen
         raise UserError(f"{folder}: transformers cannot read its configuration: {told(error)}") from error
 
@@ -210,7 +243,7 @@ def check_architecture(
             f"{folder}: {described_by} names {other[0]}, which writes no text; choose a causal language model"
         )
     try:
-        with torch.device("meta"):  # shapes alone, without memory
+        with quietly(), torch.device("meta"):  # shapes alone, without memory
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         described = sum(parameter.numel() for parameter in model.parameters())
         limit = _max_context(config)
@@ -315,8 +348,6 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     (None when the model states no limit).
     Raises UserError for a folder that does not hold a readable causal language model.
     """
-    from transformers import AutoTokenizer
-
     check_model_folder(folder)
     check_eos(folder)
     weights = weight_files(folder)
@@ -327,15 +358,7 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     config = read_config(folder)
     head = is_head(folder)
     architecture = config.architectures[0] if head else check_architecture(folder, config, parameters, stored=stored)
-    tokenizer_hash = ""
-    if not head or has_tokenizer(folder):
-        try:
-            tokenizer_hash = tokenizer_sha256(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-        except Exception as error:
-            for path in folder.iterdir():
-                if path.is_file() and matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)):
-                    read_json_object(path) if path.suffix == ".json" else refuse_stand_in(path)
-            raise UserError(f"{folder}: transformers cannot read its tokenizer: {told(error)}") from error
+    tokenizer_hash = tokenizer_sha256(load_tokenizer(folder)) if not head or has_tokenizer(folder) else ""
     return {
         "weights_sha256": combined_sha256({f.name: sha256.get(f.name) or sha256_file(f) for f in hashed}),
         "tokenizer_sha256": tokenizer_hash,
