@@ -280,6 +280,14 @@ def piped(file: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).unlink() or os.mkfifo(folder / file)
 
 
+def snapshot(folder: Path) -> None:
+    """Has all files where the cache of the Hub has them."""
+    files = list(folder.iterdir())
+    (folder / "snapshots" / "0123").mkdir(parents=True)
+    for file in files:
+        file.rename(folder / "snapshots" / "0123" / file.name)
+
+
 def poison(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
@@ -377,6 +385,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a rotary of a strange kind": (edit("config.json", rope_parameters={"rope_type": "zap"}), "'zap'"),
     "a comma in the configuration": (write("config.json", '{"model_type": "llama",}'), "end of the object: remove it"),
     "a comment in the configuration": (write("config.json", "{ // mine\n}"), "a comment, which JSON does not have"),
+    "a folder of the Hub's cache": (snapshot, "a folder of the Hub's cache: name "),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
 }
 

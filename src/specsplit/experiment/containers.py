@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError, listed
+from specsplit.errors import UserError, listed, told
 from specsplit.io import check_openable, children, combined_sha256, sha256_file
 
 MOST_UNPACKED_BYTES, PART_BYTES, READ_BYTES = 4 << 30, 1 << 24, 1 << 18
@@ -197,9 +197,9 @@ def arrow_rows(path: Path, kind: str, content: bytes) -> list[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # pyarrow has many kinds, OSError and its own, for bytes that are not what they seem
-        told = (str(error).strip() or type(error).__name__).split("\n")[0]
+        said = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(
-            f"{path}: a{'n' * (kind == 'Arrow')} {kind} file that is damaged or cut off (truncated): {told}; fetch it "
+            f"{path}: a{'n' * (kind == 'Arrow')} {kind} file that is damaged or cut off (truncated): {said}; fetch it "
             "again"
         ) from None
 
@@ -230,7 +230,9 @@ def folder_rows(path: Path) -> Iterable[dict[str, Any]]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever datasets and pyarrow meet in files that nobody here has seen
-        raise UserError(f"{path}: a saved dataset that cannot be loaded: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"{path}: a saved dataset that cannot be loaded: {told(error)}; save or fetch it again"
+        ) from None
     if not hasattr(loaded, "features") or isinstance(loaded, dict):
         splits, first = ", ".join(loaded), path / next(iter(loaded))
         raise UserError(f"{path}: a saved dataset with the splits {splits}; name one of them: {first}")

@@ -92,7 +92,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 def check_model_folder(folder: Path) -> None:
     """Raise UserError unless `folder` has a config, weights and a tokenizer; of a head that is the target's."""
     if folder.is_file():
-        instead = _in_place_of_weights(folder.parent) if folder.suffix == ".gguf" else ""
+        instead = _in_place_of_weights(folder.parent) if folder.suffix == ".gguf" else f": name {folder.parent}"
         raise UserError(f"{folder}: a file, where the folder of a model is wanted{instead}")
     if not folder.is_dir():
         raise UserError(
@@ -101,8 +101,10 @@ def check_model_folder(folder: Path) -> None:
         )
     _check_files(folder)
     if not (folder / "config.json").is_file():
+        snapshots = sorted(folder.glob("snapshots/*/config.json"))
+        instead = f"; it is a folder of the Hub's cache: name {snapshots[-1].parent}" if snapshots else ""
         raise UserError(
-            f"{folder}: no config.json, so not a model in Hugging Face layout{_in_place_of_weights(folder)}"
+            f"{folder}: no config.json, so not a model in Hugging Face layout{instead or _in_place_of_weights(folder)}"
         )
     weight_files(folder)
     if not is_head(folder):
