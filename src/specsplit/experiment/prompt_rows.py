@@ -138,8 +138,8 @@ def _without_mark(content: bytes) -> str:
     """UTF-16 of mostly Latin letters has a zero in every second byte, UTF-32 in three of four."""
     head = content[: 1 << 12]
     zeros = [head[place::4].count(0) / max(1, len(head) / 4) for place in range(4)]
-    names = {(0, 1, 1, 1): "utf-32-le", (1, 1, 1, 0): "utf-32-be", (0, 1, 0, 1): "utf-16-le", (1, 0, 1, 0): "utf-16-be"}
-    name = names.get(tuple(1 if share > 0.4 else -1 if share else 0 for share in zeros), "utf-8")
+    names = {"0111": "utf-32-le", "1110": "utf-32-be", "0101": "utf-16-le", "1010": "utf-16-be"}  # of zeros, by place
+    name = names.get("".join("1" if share > 0.4 else "-" if share else "0" for share in zeros), "utf-8")
     if "32" in name:  # of which few bytes by chance are any
         with suppress(UnicodeDecodeError):
             content.decode(name)
