@@ -27,8 +27,7 @@ from specsplit.engines.tree_attention import additive, positions, visible
 from specsplit.errors import UserError, is_out_of_memory, told
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.head_config import is_head
-from specsplit.models.loaded import check_loaded
-from specsplit.models.sources import quietly
+from specsplit.models.loaded import check_loaded, quietly
 from specsplit.models.vocabulary import read_reduced_map
 
 log = logging.getLogger(__name__)
