@@ -41,7 +41,7 @@ from specsplit.workflow import files, plan, runs
 from specsplit.workflow.plan import Plan
 
 SOURCES = Path(plan.__file__).parents[2]
-PARSED = ("workflow.plan", "workflow.files", "workflow.runs", "analysis.captions", "provenance.capture")
+PARSED = ("workflow.decided", "workflow.runs", "analysis.captions", "provenance.closure", "provenance.capture")
 # What pip installs with Snakemake, as far as it is imported while the rules are parsed.
 OF_SNAKEMAKE = {
     *("jsonschema", "jsonschema_specifications", "referencing", "rpds", "attr", "attrs", "yaml", "_yaml", "psutil"),
@@ -113,7 +113,7 @@ def test_models_and_files_of_a_run() -> None:
     made = Plan(ELSEWHERE)
     assert set(made.points) == {"gamma_0", "gamma_3", "draft-n_gamma_3", "draft-made_gamma_3"}
     assert made.models_of(["gamma_0"]) == ["resources/models/m/model.json"]
-    assert made.layers_of(["gamma_3"]) == ["results/skip_layers/draft.json"]
+    assert made.models_of(["gamma_3"]) == ["resources/models/m/model.json", "results/skip_layers/draft.json"]
     assert made.model_inputs("m") == ["models/m/config.json", "models/m/model.safetensors"]
     assert made.model_inputs("made") == made.model_inputs("n") == []
     assert made.model_made_from("n") == ["resources/models/m/model.json"]

@@ -178,30 +178,24 @@ def files_sha256(paths: Iterable[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def as_json(what: Any) -> str:
-    """What decides a result, as JSON."""
-    return json.dumps(what, indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def decided_json(what: Iterable[Any], model: str, code: str) -> str:
-    """As `as_json`, of what decides a rule's result: functions of `what` are called with the name of the model."""
-    return as_json({"decided_by": [item(model) if callable(item) else item for item in what], "code": code})
-
-
-def holds(path: Path, content: str, *, if_missing: bool) -> bool:
-    """Whether a file holds this text and a line break. if_missing: the answer for a file that is not there."""
-    return path.read_bytes() == f"{content}\n".encode() if path.is_file() else if_missing
-
-
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def content_sha256(paths: Iterable[Path], rules: Iterable[Any]) -> str | None:
+    """`files_sha256`, for a file that was copied may have an old date; None of files that a rule of Snakemake makes."""
+    paths = list(paths)
+    return files_sha256(paths) if paths and not any(_made(str(path), rules) for path in paths) else None
 
 
 def lost(path: str, output: str, rules: Iterable[Any]) -> bool:
     """Whether a file of the user is missing beside a finished output. Snakemake would take that for current; without
     the input the job runs, and says what is missing. rules: of Snakemake, one of which may make the file."""
-    made = any(rule.is_producer(path) for rule in rules)
-    return Path(output).exists() and not Path(path).exists() and not made
+    return Path(output).exists() and not Path(path).exists() and not _made(path, rules)
+
+
+def _made(path: str, rules: Iterable[Any]) -> bool:
+    return any(rule.is_producer(path) for rule in rules)
 
 
 def beside_the_sweep(root: str, targets: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from specsplit.settings.configuration import load_pipeline_config
 from specsplit.settings.environment import FACTS, check_environment, refuse_overrides
 from specsplit.settings.names import first_draft, swept_drafts
 from specsplit.settings.schema import SCHEMA
-from specsplit.workflow.files import dead_worker, flags, local_folder, model_inputs, refuse_unusable
+from specsplit.workflow.files import dead_worker, flags, local_folder, model_files, model_inputs, refuse_unusable
 
 ROLES = ["draft", "target"]
 COMPARED = ("draft", "head")  # the drafts of `states_cost`
@@ -123,9 +123,14 @@ class Plan:
         return flags(ignore_model_settings=ignore or None)
 
     def model_inputs(self, name: str) -> list[str]:
-        """Files outside the workflow that the model is made from."""
+        """Files outside the workflow that the model waits for."""
         folder = self.local_folder(name)
         return model_inputs(folder) if folder else []
+
+    def model_files(self, name: str) -> list[Path]:
+        """All files outside the workflow that the model is made from."""
+        folder = self.local_folder(name)
+        return model_files(folder) if folder else []
 
     def model_made_from(self, name: str) -> list[str]:
         """Files of the workflow that the model is made from: other models, or a distilled draft."""
@@ -161,11 +166,10 @@ class Plan:
         made = ["requests.csv", "per_round.csv", "reference.csv", "dataset/prompts.jsonl", "dataset/manifest.json"]
         made += [f"figures/{name}.{suffix}" for name in DRAWN for suffix in ("png", "svg")]
         made += [f"provenance/{name}" for name in ("config.json", "provenance.json", "changes.patch")]
-        made += [f"settings/{label}/settings.json" for label in self.points]
         own = ("prepare_dataset", *(f"prepare_model/{model}" for model in self.models))
         made += [f"settings/rules/{rule}.json" for rule in (*own, "benchmark", "merge", "figures", "provenance")]
         runs = self.run_files("requests.csv", "per_round.csv", "reference.csv", "outputs.jsonl", "run.json")
-        return [*(f"results/{name}" for name in made), *runs]
+        return [*(f"results/{name}" for name in made), *self.settings_files(*self.points), *runs]
 
     # ---- models and workers of a run
 
@@ -202,13 +206,14 @@ class Plan:
         return [self.target] if self.role_model(role, label) != self.target else []
 
     def models_of(self, labels: Iterable[str]) -> list[str]:
-        """The manifests of the models that these runs need."""
-        return sorted({self.role_model(role, label) for label in labels for role in self.roles(label)})
-
-    def layers_of(self, labels: Iterable[str]) -> list[str]:
-        """The files with the layers that the drafts of these runs do without."""
+        """What the workers of these runs serve: the manifests of their models, and files of layers that are skipped."""
         pairs = [(role, label) for label in labels for role in self.roles(label)]
-        return sorted({file for pair in pairs for file in self.layers_file(*pair)})
+        layers = {file for pair in pairs for file in self.layers_file(*pair)}
+        return [*sorted({self.role_model(*pair) for pair in pairs}), *sorted(layers)]
+
+    def settings_files(self, *jobs: str) -> list[str]:
+        """The files with the settings that decide what these jobs make."""
+        return [f"results/settings/{job}/settings.json" for job in jobs]
 
     def attached(self, role: str) -> str:
         """Address, or address file, of the running worker to use, or nothing: start one."""
