@@ -147,12 +147,14 @@ def test_with_a_prefix_every_path_of_the_workflow_has_it() -> None:
         for operates in (False, True):
             text = made.settings(job, operates=operates)
             assert text.count("results/") + text.count("resources/") == text.count("a b/"), job
-    assert made.model_flags("n") == "--ngram --tokenizer 'a b/resources/models/m' --max-ngram 3 --min-ngram 1"
+    assert made.model_flags("n") == (
+        "--ngram --tokenizer 'a b/resources/models/m' --max-ngram 3 --min-ngram 1 --ignore-model-settings"
+    )
     assert made.model_made_from("s") == ["resources/models/m/model.json", "resources/models/made/model.json"]
     assert made.model_flags("s").startswith(
         "--suffix --tokenizer 'a b/resources/models/m' --model 'a b/resources/models/made' "
     )
-    assert made.model_flags("made") == "--local 'a b/results/distill/default/draft'"
+    assert made.model_flags("made") == "--local 'a b/results/distill/default/draft' --ignore-model-settings"
     assert made.model_flags("m") == "--local models/m"
 
 
@@ -414,10 +416,10 @@ def test_an_address_in_the_environment_is_checked_as_one_in_the_configuration(mo
 
 
 def test_only_the_targets_own_generation_settings_matter() -> None:
-    for ignored, flag in ((False, ""), (True, "--ignore-model-settings")):
+    for ignored, flag in ((False, ""), (True, " --ignore-model-settings")):
         made = Plan({**ELSEWHERE, "generation": {"ignore_model_settings": ignored}})
-        assert made.model_settings_flag("m") == flag
-        assert made.model_settings_flag("made") == "--ignore-model-settings"
+        assert made.model_flags("m") == f"--local models/m{flag}"
+        assert made.model_flags("made").endswith(" --ignore-model-settings")
         for label, settings in ((label, made.settings(label, operates=False)) for label in made.points):
             assert f'"ignore_model_settings": {str(ignored).lower()}' in settings, label
 

@@ -9,7 +9,7 @@ rule benchmark:
         endpoints=lambda wildcards: told(PLAN.run_endpoints, wildcards.point, workflow.non_local_exec),
         prompts="results/dataset/prompts.jsonl",
         models=lambda wildcards: PLAN.models_of([wildcards.point]),
-        decided=decided_by("benchmark", code=code_of("bench")),
+        decided=decided_by("benchmark", code=["bench"]),
     output:
         run="results/runs/{point}/run.json",
         texts="results/runs/{point}/outputs.jsonl",

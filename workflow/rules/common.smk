@@ -13,10 +13,10 @@ PROJECT = Path(getattr(workflow.current_basedir, "path", "")) / "../.."
 PACKAGE = PROJECT / "src" / "specsplit"
 if not PACKAGE.is_dir():
     raise WorkflowError(f"{PACKAGE} is not here: clone the whole repository, and name its Snakefile by its path")
-MODULES = ["workflow.plan", "workflow.files", "workflow.decided", "workflow.runs"]
-MODULES += ["errors", "analysis.captions", "provenance.closure", "provenance.capture"]
+MODULES = [f"workflow.{name}" for name in ("plan", "files", "decided", "runs")]
+MODULES += ["errors", "analysis.captions", "provenance.capture"]
 of_checkout = runpy.run_path(str(PACKAGE / "workflow" / "checkout.py"))["of_checkout"]
-planning, files, deciding, runs, errors, captions, closure, capture = of_checkout(PACKAGE, MODULES)
+planning, files, deciding, runs, errors, captions, capture = of_checkout(PACKAGE, MODULES)
 
 
 def told(function, *arguments, **more):
@@ -34,10 +34,9 @@ for file in workflow.configfiles:
 PLAN = told(planning.Plan, config, ROOT)
 config = PLAN.config  # checked, with every key
 DATASET = PLAN.dataset(PROJECT)
-DECIDED = deciding.Decided(PLAN)
+DECIDED = deciding.Decided(PLAN, PACKAGE)
 decided_by, settings_files = DECIDED.by, PLAN.settings_files
 flags, folder_of = files.flags, files.folder_of
-code_of = partial(closure.code_sha256, package=PACKAGE)  # of all that commands import: a change of it reruns their rule
 INTERVALS = flags(**config["statistics"], seed=config["seed"])
 PRICES = flags(**{f"{role}_price": config["prices"][role] for role in planning.ROLES})
 

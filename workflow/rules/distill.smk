@@ -25,7 +25,7 @@ rule distill_write_data:
         settings=settings_files("distill/write_data"),
         target=PLAN.target,
         held_out=lambda wildcards: local(DATASET),
-        decided=decided_by(*("distill_write_data", HELD_OUT_FLAGS, prompts_content), code=code_of("distill write-data")),
+        decided=decided_by("distill_write_data", HELD_OUT_FLAGS, prompts_content, code=["distill write-data"]),
     output:
         "results/distill/{recipe}/data/manifest.json",
     log:
@@ -49,7 +49,7 @@ rule distill_train:
     input:
         settings=settings_files("distill/train"),
         operation=operation_file("distill/train"),
-        decided=decided_by("distill_train", code=code_of("distill train")),
+        decided=decided_by("distill_train", code=["distill train"]),
         target=PLAN.target,
         data="results/distill/{recipe}/data/manifest.json",
     output:
@@ -78,7 +78,7 @@ rule distill_measure:
         target=PLAN.target,
         weights="results/distill/{recipe}/draft/model.safetensors",
         prompts="results/dataset/prompts.jsonl",
-        decided=decided_by("distill_measure", code=code_of("distill measure")),
+        decided=decided_by("distill_measure", code=["distill measure"]),
     output:
         acceptance="results/distill/{recipe}/acceptance.csv",
         rounds="results/distill/{recipe}/acceptance_rounds.csv",
@@ -106,7 +106,7 @@ rule distill_card:
         losses="results/distill/{recipe}/loss.csv",
         acceptance="results/distill/{recipe}/acceptance.csv",
         measured="results/distill/{recipe}/acceptance.json",
-        decided=decided_by("distill_card", code=code_of("distill card")),
+        decided=decided_by("distill_card", code=["distill card"]),
     output:
         card="results/distill/{recipe}/draft/MODEL_CARD.md",
         sums="results/distill/{recipe}/draft/SHA256SUMS",

@@ -12,7 +12,7 @@ rule provenance:
         prompts="results/dataset/prompts.jsonl",
         tables=rules.merge.output,
         texts=PLAN.run_files("outputs.jsonl"),
-        decided=decided_by("provenance", code=code_of("provenance record")),
+        decided=decided_by("provenance", code=["provenance record"]),
     output:
         record=report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
         patch="results/provenance/changes.patch",

