@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -320,25 +321,30 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / ".snakemake"
 
 
+def begun(state: Path, *, deployed: bool = True) -> runs.Run:
+    run = runs.Run()
+    run.begin(1, [], dated=state / "dated", deployed=deployed, state=state)
+    return run
+
+
 def test_a_run_claims_its_folder_and_jobs_end_with_it(state: Path) -> None:
-    first = runs.Run()
-    first.begin(2, [], deployed=True, state=state)
+    first = begun(state)
     assert (os.environ[LEASE_PID], os.environ[LEASE_HOST]) == (str(os.getpid()), socket.gethostname())
     with pytest.raises(UserError, match=f"process {os.getpid()}, works in this folder"):
-        runs.Run().begin(2, [], deployed=True, state=state)
+        begun(state)
     del first
-    runs.Run().begin(2, [], deployed=True, state=state)
+    begun(state)
 
 
 @pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), 9)"])
 def test_a_run_that_ended_however_blocks_none(state: Path, end: str) -> None:
     code = (
         "import os, sys; from pathlib import Path; from specsplit.workflow.runs import Run; run = Run(); "
-        f"run.begin(1, [], deployed=True, state=Path({str(state)!r})); {end}"
+        f"run.begin(1, [], deployed=True, state=Path({str(state)!r}), dated=Path({str(state / 'dated')!r})); {end}"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
     assert not psutil.pid_exists(int((state / "specsplit.lock").read_text()))
-    runs.Run().begin(1, [], deployed=True, state=state)
+    begun(state)
 
 
 def test_without_the_command_the_first_message_says_how_to_install_it(
@@ -346,13 +352,22 @@ def test_without_the_command_the_first_message_says_how_to_install_it(
 ) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     with pytest.raises(UserError, match=r"specsplit is not installed.*make \.venv/installed"):
-        runs.Run().begin(1, [], deployed=False, state=state)
-    runs.Run().begin(1, [], deployed=True, state=state)
+        begun(state, deployed=False)
+    begun(state)
+
+
+def test_a_copy_without_dates_shows(state: Path) -> None:
+    begun(state)
+    dated, copy = state / "dated", state / "copy"
+    assert runs.lost_dates(dated) is runs.lost_dates(state / "none") is None
+    shutil.copy2(dated, copy)
+    assert runs.lost_dates(copy) is None
+    shutil.copy(dated, copy)
+    assert "was copied without its dates" in str(runs.lost_dates(copy))
 
 
 def test_the_last_words_are_those_of_the_jobs_that_failed(state: Path, tmp_path: Path) -> None:
-    run = runs.Run()
-    run.begin(1, [], deployed=True, state=state)
+    run = begun(state)
     log, empty = tmp_path / "merge.log", tmp_path / "empty.log"
     log.write_text("\n".join(f"line {index}" for index in range(100)) + "\nTypeError: the cause\n")
     empty.touch()
