@@ -217,6 +217,21 @@ def test_prompts_are_not_read_from_where_the_workflow_writes_them(path: str) -> 
         Plan({"dataset": {"path": path}})
 
 
+@pytest.mark.parametrize("key", ["dataset.path", "models.m.path"])
+def test_what_can_never_be_read_is_refused_with_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    for path in ("x" * 300, "a/" * 3000, "~nobody-of-that-name/x", "circle"):
+        given = {"dataset": {"path": path}} if key == "dataset.path" else {}
+        models = {"m": {"source": "local", "path": path if key == "models.m.path" else "m"}}
+        with pytest.raises(UserError, match=f"{key}: '{path[:5]}"):
+            Plan({"models": models, "target": {"model": "m"}, "draft": {"model": "m"}, **given})
+    with pytest.raises(UserError, match=r"dataset\.path: '\.' is a folder"):
+        Plan({"dataset": {"path": "."}})
+
+
 def test_flags_are_words_whatever_is_in_them() -> None:
     made = files.flags(path="a 'b' $(c) `d` {e}", several=["-x", "y z"], on=True, off=False, none=None, dash="-x")
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {made}"], capture_output=True, text=True).stdout

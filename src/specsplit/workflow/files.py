@@ -94,10 +94,26 @@ def refuse_unusable(config: Mapping[str, Any]) -> None:
             lines.append(f"{key}: {path!r} is what the workflow makes: name the file that it is made from")
         elif path != path.strip():
             lines.append(f"{key}: {path!r} begins or ends with a space: rename it")
+        elif INPUT_KEYS.fullmatch(key) and (why := _unreadable(path)):
+            lines.append(f"{key}: {path!r}: {why}")
+        elif key == "dataset.path" and Path(path).expanduser().is_dir():
+            lines.append(f"{key}: {path!r} is a folder: name the file of prompts in it")
     if lines:
         raise UserError(
             "The configuration cannot be used (config/README.md explains every key):\n  " + "\n  ".join(lines)
         )
+
+
+def _unreadable(path: str) -> str | None:
+    """Why nothing of that name can be read; None where it can, or is not there yet."""
+    try:
+        file = Path(path).expanduser()
+        file.stat()
+        return None if os.access(file, os.R_OK) else "it may not be read"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, RuntimeError) as error:  # too long, links in a circle, the home of nobody
+        return getattr(error, "strerror", None) or str(error)
 
 
 def path_values(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
