@@ -110,7 +110,7 @@ def _unreadable(path: str) -> str | None:
         file = Path(path).expanduser()
         file.stat()
         return None if os.access(file, os.R_OK) else "it may not be read"
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: told by _unusable
         return None
     except (OSError, RuntimeError) as error:  # too long, links in a circle, the home of nobody
         return getattr(error, "strerror", None) or str(error)
