@@ -211,6 +211,12 @@ def test_what_snakemake_takes_for_a_pattern_is_refused_in_an_input_and_fine_else
         Plan({**raw, key: given, **both})
 
 
+def test_a_checkout_whose_path_snakemake_takes_for_a_pattern_is_refused() -> None:
+    files.check_project(Path("a b'$(c)*"))
+    with pytest.raises(UserError, match="has { in it, which Snakemake takes for a pattern: rename the folder"):
+        files.check_project(Path("a{b}"))
+
+
 @pytest.mark.parametrize("path", ["results/dataset/prompts.jsonl", "./results/x/../dataset/prompts.jsonl"])
 def test_prompts_are_not_read_from_where_the_workflow_writes_them(path: str) -> None:
     with pytest.raises(UserError, match=r"dataset\.path: .* is what the workflow makes"):

@@ -27,6 +27,7 @@ def told(function, *arguments, **more):
         raise WorkflowError(str(error)) from None
 
 
+told(files.check_project, PROJECT)
 # What a module's prefix puts before the paths of inputs and outputs, for those in settings and parameters.
 ROOT = str(workflow.modifier.modify_path("results")).removesuffix("results")
 for file in workflow.configfiles:

@@ -48,6 +48,14 @@ PATH_KEYS = (
 )
 
 
+def check_project(folder: Path) -> None:
+    """Raise UserError for a checkout at a path that Snakemake would take for a pattern."""
+    if found := PATTERN.search(str(folder.resolve())):
+        raise UserError(
+            f"{folder.resolve()} has {found[0]} in it, which Snakemake takes for a pattern: rename the folder"
+        )
+
+
 def check_yaml(path: Path) -> None:
     """Raise UserError for what YAML takes without a word for something else than what stands there: of a key that
     stands twice the last value, a number with a leading zero as octal, one with colons as of base 60. Of what is no
