@@ -213,7 +213,7 @@ def test_what_snakemake_takes_for_a_pattern_is_refused_in_an_input_and_fine_else
 
 def test_a_checkout_whose_path_snakemake_takes_for_a_pattern_is_refused() -> None:
     files.check_project(Path("a b'$(c)*"))
-    with pytest.raises(UserError, match="has { in it, which Snakemake takes for a pattern: rename the folder"):
+    with pytest.raises(UserError, match=r"has \{ in it, which Snakemake takes for a pattern: rename the folder"):
         files.check_project(Path("a{b}"))
 
 
