@@ -142,6 +142,21 @@ def test_the_drafts_of_the_measurement_of_hidden_states_share_a_target() -> None
         without.compared_endpoints(cluster=False)
 
 
+def test_in_another_folder_prompts_and_draft_of_the_default_are_those_of_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = Plan({}, project=SOURCES.parent)
+    outside = [made.dataset, *(path for name in made.models for path in made.model_inputs(name))]
+    assert len(outside) > 1
+    for path in map(Path, outside):
+        assert (path.is_absolute(), path.exists()) == (False, True), path
+    kept = Path(made.dataset.removeprefix(os.path.relpath(SOURCES.parent) + "/"))
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert Plan({}, project=SOURCES.parent).dataset == str(kept)
+
+
 def test_with_a_prefix_every_path_of_the_workflow_has_it() -> None:
     made = Plan(ELSEWHERE, "a b/")
     for job in made.jobs:

@@ -32,9 +32,9 @@ told(files.check_project, PROJECT)
 ROOT = str(workflow.modifier.modify_path("results")).removesuffix("results")
 for file in workflow.configfiles:
     told(files.check_yaml, Path(file))
-PLAN = told(planning.Plan, config, ROOT)
+PLAN = told(planning.Plan, config, ROOT, PROJECT)
 config = PLAN.config  # checked, with every key
-DATASET = PLAN.dataset(PROJECT)
+DATASET = PLAN.dataset
 DECIDED = deciding.Decided(PLAN, PACKAGE)
 decided_by, settings_files = DECIDED.by, PLAN.settings_files
 flags, folder_of = files.flags, files.folder_of

@@ -150,11 +150,6 @@ def _unusable(path: str, value: Any) -> Iterator[str]:
         yield f"{path}: {value!r} has {what} in it, which no name should: rename it"
 
 
-def local_folder(spec: Mapping[str, Any]) -> Path:
-    """The folder of a local model, or its GGUF file, `~` expanded."""
-    return Path(spec["path"]).expanduser()
-
-
 def model_inputs(folder: Path) -> list[str]:
     """Files of a local model that a rule waits for: its configuration and its weights.
 
