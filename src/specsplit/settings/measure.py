@@ -361,7 +361,5 @@ class LayerSettings(ComputeSettings):
         ge=1,
     )
     max_tokens: int = setting(48, "Tokens written for each prompt.", ge=1)
-    edge: int = setting(1, "Layers kept at either end.", ge=0)
-    shortlist: int | None = setting(None, "After the first layer, try only the N best of that search; null: all.", ge=1)
     use_chat_template: bool = setting(True, "Wrap the prompts in the model's chat template, when it has one.")
     dtype: DraftDtype = setting("auto", "Number format of the search, as the draft will have it.")
