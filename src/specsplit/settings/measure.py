@@ -159,7 +159,28 @@ CLOSED = "closed"
 ArrivalPattern = Literal["constant", "poisson", "gamma"]
 
 
-class CapacitySettings(WarmupSettings):
+class LatencyLimits(Settings):
+    """What a request has to keep to count as goodput."""
+
+    tpot_limit_ms: float | None = setting(
+        None,
+        "Goodput counts the requests with at most this many milliseconds a token (ITL); null is twice the median of "
+        "one client.",
+        example=50,
+        note="for the goodput; null = twice the median of one client",
+        gt=0,
+    )
+    ttft_limit_ms: float | None = setting(
+        None,
+        "Goodput counts the requests whose first token came within this many milliseconds of their arrival; null is "
+        "twice the median of one client.",
+        example=500,
+        note="for the goodput; null = twice the median of one client",
+        gt=0,
+    )
+
+
+class CapacitySettings(WarmupSettings, LatencyLimits):
     """Many requests at once."""
 
     clients: list[Annotated[int, Field(ge=1, le=256)]] = setting(
@@ -205,22 +226,6 @@ class CapacitySettings(WarmupSettings):
         example=128,
         note="at each load, at least four a client",
         ge=REQUESTS_A_CLIENT,
-    )
-    tpot_limit_ms: float | None = setting(
-        None,
-        "Goodput counts the requests with at most this many milliseconds a token (ITL); null is twice the median of "
-        "one client.",
-        example=50,
-        note="for the goodput; null = twice the median of one client",
-        gt=0,
-    )
-    ttft_limit_ms: float | None = setting(
-        None,
-        "Goodput counts the requests whose first token came within this many milliseconds of their arrival; null is "
-        "twice the median of one client.",
-        example=500,
-        note="for the goodput; null = twice the median of one client",
-        gt=0,
     )
 
     @model_validator(mode="after")
