@@ -35,6 +35,12 @@ def add_workers_dir_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers-dir", type=Path, metavar="DIR", help=text)
 
 
+def add_terminal_flag(parser: argparse.ArgumentParser) -> None:
+    """Where progress is shown besides."""
+    text = "show a bar on the terminal behind this descriptor as well"
+    parser.add_argument("--terminal-fd", type=int, metavar="N", help=text)
+
+
 def add_figure_flag(parser: argparse.ArgumentParser) -> None:
     """Where the table is drawn, if at all."""
     text = "also draw it: a path ending in .png; the .svg is put beside it"

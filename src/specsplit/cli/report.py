@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
 
     if not (record := args.results_dir / "provenance" / "provenance.json").exists():
         raise UserError(
-            f"{record}: no such file: the page needs the record of how the results were made, which the workflow writes "
+            f"{record}: no such file: the page needs the record of how results were made. The workflow writes it "
             "(snakemake results/report.html), or `specsplit provenance record`"
         )
     output = args.output or args.results_dir / "report.html"
