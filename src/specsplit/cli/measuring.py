@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-# Settings that say nothing where texts are greedy and cross no simulated network.
+# Settings that have no effect on greedy texts without a simulated network.
 NOT_GREEDY = ("temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance")
 
 

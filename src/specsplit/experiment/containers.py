@@ -196,7 +196,7 @@ def folder_rows(path: Path) -> Iterable[dict[str, Any]]:
     datasets = needed("datasets", "folders of saved datasets")
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever datasets and pyarrow meet in files that nobody here has seen
+    except Exception as error:  # datasets and pyarrow raise any class of error for unusual files
         raise UserError(f"{path}: a saved dataset that cannot be loaded: {type(error).__name__}: {error}") from None
     if not hasattr(loaded, "features") or isinstance(loaded, dict):
         splits, first = ", ".join(loaded), path / next(iter(loaded))

@@ -70,7 +70,7 @@ class Pulse:
 
 
 def silent(files: Collection[Path]) -> set[Path]:
-    """Those of the files that nobody touches. Takes up to SILENT_S seconds, and a beat when all are touched."""
+    """Those of the files that no process touches. Takes up to SILENT_S seconds, and a beat when all are touched."""
     pulses = {file: Pulse(file) for file in files}
     first = {file: pulse.last for file, pulse in pulses.items()}
     quiet = {file for file in files if first[file] is not None}

@@ -86,13 +86,13 @@ class Lease:
             with user_lock(users).acquire(timeout=0):
                 if users.exists() and any(Path(user).exists() for user in users.read_text().splitlines()):
                     return False
-                # Without these files nobody finds the worker and shares it while it stops.
+                # Without these files no run finds the worker and shares it while it stops.
                 users.unlink(missing_ok=True)
                 if self.file is not None:
                     self.file.unlink(missing_ok=True)
                 return True
         except Timeout:
-            return False  # somebody is about to share it
+            return False  # another run is about to share it
 
 
 def user_lock(users: Path) -> FileLock:

@@ -66,7 +66,7 @@ class TextCodec:
 
         try:
             return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-        except Exception as error:  # whatever transformers meets in files that nobody here has seen
+        except Exception as error:  # transformers raises any class of error for unusual files
             reason = told(error)
             if "trust_remote_code" in str(error):
                 reason = "it needs Python code of its own, which is not run here; choose a model with a tokenizer.json"
