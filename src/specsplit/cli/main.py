@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # what the encoding of a terminal lacks is written as \uXXXX
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        # In blocks, even with PYTHONUNBUFFERED: only what has to be seen at once is written, and may fail, before the end.
+        # In blocks, even with PYTHONUNBUFFERED: what need not be seen at once is written, and may fail, at the end.
         sys.stdout.reconfigure(write_through=False, line_buffering=False)
     try:
         _run(argv)
