@@ -110,8 +110,7 @@ def connect(
     """
     from specsplit.client.handshake import connected_pair, text_limit
     from specsplit.experiment.records import encode_prompts
-    from specsplit.experiment.run import worker_identities
-    from specsplit.launch.endpoint import description_dict
+    from specsplit.experiment.run import describe_workers, worker_identities
     from specsplit.provenance.closure import code_sha256
     from specsplit.provenance.run_file import describe_here
 
@@ -136,13 +135,7 @@ def connect(
         "tokenizer_sha256": codec.sha256,
         "orchestrator": settings_of[0],
         "ours": {
-            label: {
-                "orchestrator": settings_of[number],
-                "workers": {
-                    role: {"address": worker.address, **description_dict(worker.description)}
-                    for role, worker in workers[number].items()
-                },
-            }
+            label: {"orchestrator": settings_of[number], "workers": describe_workers(workers[number])}
             for number, label in enumerate(labels)
         },
     }

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from specsplit.cli.flags import add_setting_flags, load_settings
-from specsplit.errors import UserError
 from specsplit.settings.measure import IntervalSettings, PriceSettings
 
 
@@ -19,11 +18,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from specsplit.analysis.report import write_report
 
-    if not (record := args.results_dir / "provenance" / "provenance.json").exists():
-        raise UserError(
-            f"{record}: no such file: the page needs the record of how results were made. The workflow writes it "
-            "(snakemake results/report.html), or `specsplit provenance record`"
-        )
     output = args.output or args.results_dir / "report.html"
     prices = load_settings(PriceSettings, args)
     write_report(args.results_dir, output, **load_settings(IntervalSettings, args).model_dump(), prices=prices)
