@@ -166,7 +166,7 @@ class CausalLM:
             same = bool(torch.cosine_similarity(expected, found, dim=0) > limit)
         except UserError:
             raise
-        except Exception as error:  # whatever a model that was not made for it meets
+        except Exception as error:  # a model that was not made for it may raise any error
             if is_out_of_memory(error):
                 raise UserError(
                     "there is not enough memory to run the model: use a smaller one, or dtype bfloat16"
@@ -301,7 +301,7 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,
                 )
-        except Exception as error:  # whatever transformers meets in files that nobody here has seen
+        except Exception as error:  # transformers raises any class of error for unusual files
             raise UserError(unloadable(folder, error)) from error
         mismatched = check_loaded(folder, model, report, reduced=head_tokens is not None)
     if head_tokens is not None:

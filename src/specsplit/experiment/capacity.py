@@ -125,7 +125,7 @@ def _loads(levels: list[Level], first: Level, settings: CapacitySettings) -> Ite
     for rate in sorted(settings.rates):
         yield Load(settings.arrivals, 0, rate)
     limits = latency_limits(first, settings.ttft_limit_ms, settings.tpot_limit_ms)
-    # As many as were under way at once, each in one client's time: no system serves more.
+    # As many requests at once as ever, each in the time of a single client: no system serves more.
     most = max(settings.clients) * len(levels[0]) / (sum(r.total_latency_ms for r in levels[0]) / 1e3)
     low, high = 0.0, most
     for _ in range(settings.saturation_steps):

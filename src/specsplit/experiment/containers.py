@@ -229,7 +229,7 @@ def folder_rows(path: Path) -> Iterable[dict[str, Any]]:
     datasets = needed("datasets", "folders of saved datasets")
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever datasets and pyarrow meet in files that nobody here has seen
+    except Exception as error:  # datasets and pyarrow raise any class of error for unusual files
         raise UserError(
             f"{path}: a saved dataset that cannot be loaded: {told(error)}; save or fetch it again"
         ) from None

@@ -201,7 +201,7 @@ def read_config(folder: Path) -> Any:
     try:
         with quietly():
             return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever it meets in a file that nobody here has seen
+    except Exception as error:  # it raises any class of error for an unusual file
         raise UserError(f"{folder}: transformers cannot read its configuration: {told(error)}") from error
 
 
@@ -249,7 +249,7 @@ def check_architecture(
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         described = sum(parameter.numel() for parameter in model.parameters())
         limit = _max_context(config)
-    except Exception as error:  # whatever a configuration that nobody here has seen leads to
+    except Exception as error:  # an unusual configuration may raise any error
         raise UserError(
             f"{folder}: transformers cannot make the model that {described_by} describes: {told(error)}"
         ) from error

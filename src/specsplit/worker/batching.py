@@ -167,7 +167,7 @@ class SharedModel:
             raise
 
     def expect_all(self) -> None:
-        """Sessions will return at other times than before: wait for them again, though it was in vain of late."""
+        """Sessions will return at other times than before: wait for them again, though it gained nothing lately."""
         self._skips = self._skips_left = 0
 
     def close(self) -> None:
