@@ -148,7 +148,7 @@ def load_tokenizer(folder: Path, problem: str = "") -> Any:
     try:
         with quietly():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers meets in files that nobody here has seen
+    except Exception as error:  # transformers raises any class of error for unusual files
         reason = told(error)
         names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
         for name in [] if problem else names:

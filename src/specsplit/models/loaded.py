@@ -90,7 +90,7 @@ def check_stored(folder: Path, model: Any, stored: Mapping[str, Stored], *, redu
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except Exception as error:  # whatever transformers meets in tensors that nobody here has seen
+    except Exception as error:  # transformers raises any class of error for unusual tensors
         raise UserError(
             f"{folder}: transformers cannot make the model of these weights: {told(error)}. Fetch the model again"
         ) from error
