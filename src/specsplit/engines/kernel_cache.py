@@ -72,7 +72,7 @@ def kernel(*, fastmath: Any = False) -> Callable[[Any], Any]:
 
 def callback(signature: Any, function: Any) -> Any:
     """As numba.cfunc(signature, cache=True)(function)."""
-    made = CFunc(function, sigutils.normalize_signature(signature), locals={}, options={})
+    made: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options={})
     made._cache = _cache_of(function)
     made.compile()
     return made
