@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ def latency_limits(alone: Level, ttft_limit_ms: float | None, itl_limit_ms: floa
     """Limits of TTFT and ITL in ms: as given, else LIMIT_FACTOR times the median of one client alone."""
 
     def limit(given: float | None, values: list[float]) -> float:
-        return given or LIMIT_FACTOR * sorted(values)[len(values) // 2] if values else float("inf")
+        return given or (LIMIT_FACTOR * median(values) if values else float("inf"))
 
     return (
         limit(ttft_limit_ms, [r.ttft_ms for r in alone if r.ttft_ms is not None]),
