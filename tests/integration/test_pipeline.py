@@ -393,6 +393,31 @@ def test_a_target_that_hangs_meets_the_deadline(simulated: tuple[Worker, Worker]
         write(None, target, gamma=0, rpc_timeout_s=0.005, recovery_timeout_s=0.1)
 
 
+def test_a_text_that_is_cancelled_again_while_it_ends_leaves_no_session(simulated: tuple[Worker, Worker]) -> None:
+    draft, target = simulated
+
+    async def cancel_twice(pauses: int) -> None:
+        async with (
+            grpc.aio.insecure_channel(draft.address) as to_draft,
+            grpc.aio.insecure_channel(target.address) as to_target,
+        ):
+            stubs = pb_grpc.DraftServiceStub(to_draft), pb_grpc.TargetServiceStub(to_target)
+            text = asyncio.ensure_future(run_speculative_loop_async(*stubs, PROMPT, OrchestratorConfig(gamma=3)))
+            await asyncio.to_thread(wait_until, lambda: len(draft.servicer.sessions) > 0)
+            for _ in range(2):
+                text.cancel()
+                for _ in range(pauses):
+                    await asyncio.sleep(0)
+            await asyncio.gather(text, return_exceptions=True)
+            # While the channels are open: their end would end the streams as well.
+            assert await asyncio.to_thread(
+                wait_until, lambda: len(target.servicer.sessions) == len(draft.servicer.sessions) == 0
+            )
+
+    for pauses in (1, 2, 3):
+        event_loop().run(cancel_twice(pauses))
+
+
 # ---- the streams themselves
 
 

@@ -379,6 +379,26 @@ def test_a_silent_stream_is_ended_and_a_text_does_not_mind(models: dict[str, Pat
         assert {failure.code for failure in result.failures} - MAYBE == {"FAILED_PRECONDITION"}
 
 
+@pytest.mark.parametrize(("kind", "most"), [("rpc", 2), ("stream", 1), ("answers", 1)])
+def test_texts_at_once_end_right_where_the_system_gives_few_threads(
+    models: dict[str, Path], kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name.startswith(kind) and sum(t.name.startswith(kind) for t in threading.enumerate()) >= most:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with workers(models) as (draft, target):
+        expected = write(None, target, max_output_tokens=12).output_tokens
+        assert wait_until(lambda: not any(t.name.startswith(("stream", "answers")) for t in threading.enumerate()))
+        monkeypatch.setattr(threading.Thread, "start", limited)
+        config = OrchestratorConfig(gamma=0, max_output_tokens=12, rpc_timeout_s=5.0)
+        texts = at_once(draft, target, [config] * 3)
+        assert [result.output_tokens for result, _ in texts] == [expected] * 3
+
+
 def test_calls_that_wait_for_their_message_end_as_well(models: dict[str, Path]) -> None:
     with serving("target", models["target"], stream_idle_s=0.2) as target:
         with grpc.insecure_channel(target.address) as channel:
@@ -411,7 +431,7 @@ def test_everyone_who_asks_a_broken_stream_learns_that_it_is() -> None:
     async def ask_twice() -> list[str]:
         stream = Stream("draft", Broken, timeout_s=5.0, spent=Spent())
         found = await asyncio.gather(stream.receive(), stream.receive(), return_exceptions=True)
-        await stream.close()
+        stream.end()
         return [str(each) for each in found]
 
     assert event_loop().run(ask_twice()) == ["draft worker: ABORTED: gone"] * 2

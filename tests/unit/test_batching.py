@@ -84,6 +84,19 @@ def test_a_chain_makes_way_for_who_waits() -> None:
     assert sizes == [[9], [9]]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_failed_outside_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SharedModel(SyntheticLM(vocab_size=256), 1, seed=0)
+
+    def fail(_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(shared, "_run_pass", fail)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            shared.step(shared.new_cache(8), [5])
+
+
 def wait_for(shared: SharedModel, count: int) -> None:
     while shared.waiting < count:
         time.sleep(0.001)

@@ -63,6 +63,9 @@ class InProcessCall:
         self._context.active = False
         self._requests.put(None)
 
+    def done(self) -> bool:
+        return not self._context.active
+
     async def code(self) -> grpc.StatusCode:
         return self._context.status
 
@@ -88,6 +91,7 @@ class InProcessCall:
             pass  # the context has the status
         except Exception as error:
             context.status, context.details = grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}"
+        context.active = False
         self._loop.call_soon_threadsafe(self._replies.put_nowait, grpc.aio.EOF)
         self._loop.call_soon_threadsafe(self._begun.set)
 

@@ -83,8 +83,7 @@ async def run_speculative_loop_async(
                 # Who has to wait for the target's session keeps none of the draft worker from the one that has it.
                 waits = failed.role == "target" and ALL_TAKEN in failed.details
                 lost = ["draft", "target"] if waits else [failed.role]
-                for role in lost:
-                    await rounds.close(role)
+                await rounds.close(*lost)
                 try:
                     await recovery.describe(failed.role, stubs[failed.role], failed)
                     for role in lost:
@@ -92,8 +91,7 @@ async def run_speculative_loop_async(
                 except WithoutDraft:
                     rounds.drop_draft()
         finally:
-            await rounds.close("draft")
-            await rounds.close("target")
+            await rounds.close("draft", "target")
 
 
 def gamma_controller(config: OrchestratorConfig, shape: TreeShape | None = None) -> GammaController | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -88,18 +88,24 @@ class Rounds:
             if self.states is not None:
                 self.states.renew()
 
-    async def close(self, role: str) -> None:
-        """End the stream to a worker, and with it the worker's session."""
-        if role == "draft":
+    async def close(self, *roles: str) -> None:
+        """End the streams to these workers, and with them the workers' sessions; all at once, as a text that is
+        cancelled may be so again while it waits."""
+        ended: list[Awaitable[None]] = []
+        if "draft" in roles:
             # The target may have begun a round by itself, from what was prepared: the one after that is ours.
             self.at_target.round += 1
             self._awaited = 0
             if self._reading is not None:
                 self._reading.cancel()
-                await asyncio.gather(self._reading, return_exceptions=True)
+                ended.append(self._reading)
                 self._reading = None
-        if role in self._streams:
-            await self._streams.pop(role).close()
+        for role in roles:
+            if role in self._streams:
+                stream = self._streams.pop(role)
+                stream.end()
+                ended.append(stream.ended())
+        await asyncio.gather(*ended, return_exceptions=True)
 
     def drop_draft(self) -> None:
         """From here on the target writes alone."""
@@ -141,7 +147,7 @@ class Rounds:
                 tree, gamma, hidden_ms = TokenTree(), 0, 0.0
                 self._unread = False
                 await self._verify(tree)
-                if self.states is None:
+                if self.states is None and (self._reading is None or self._reading.done()):
                     self._reading = asyncio.ensure_future(self._read_by_draft())
             else:
                 (tree, agreed), ahead, hidden_ms = self._look_up(), None, 0.0
@@ -308,9 +314,9 @@ class Rounds:
     async def _read_by_draft(self) -> None:
         """Have the draft worker read the text, if the next round will draft. Nobody waits for the draft of one token,
         the least that can be asked."""
-        if self.text.room(ahead=1) > 0 and self._choose() > 0:
-            # Sessions are taken in one order by all: who waits in line for the target's holds none of the draft worker.
-            await self._stream("target").admitted()
+        drafts = self.text.room(ahead=1) > 0 and self._choose() > 0
+        # Sessions are taken in one order by all: who waits in line for the target's holds none of the draft worker.
+        if drafts and await self._stream("target").admitted():
             await self._send_draft_request(self.text.draft_fields(1, CHAIN))
 
     async def _send_draft_request(self, fields: Mapping[str, Any]) -> None:

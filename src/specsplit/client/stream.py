@@ -74,23 +74,27 @@ class Stream:
             raise message
         return message
 
-    async def admitted(self) -> None:
-        """Wait until the worker has a session for this stream, which it says by its initial metadata; at the latest
-        with its first message, or its end."""
+    async def admitted(self) -> bool:
+        """Wait until the worker has a session for this stream, which it says by its initial metadata, at the latest
+        with its first message. False when the stream has ended instead."""
         with suppress(grpc.aio.AioRpcError):
             await self._call.initial_metadata()
+        return not self._call.done()
 
     async def finish(self) -> None:
         """Tell the worker that nothing more is sent."""
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await self._call.done_writing()
 
-    async def close(self) -> None:
-        """End the stream, and with it the worker's session."""
+    def end(self) -> None:
+        """End the stream, and with it the worker's session. Waits for nothing, so nothing can come between."""
+        self._call.cancel()
         for task in self._tasks:
             task.cancel()
+
+    async def ended(self) -> None:
+        """Wait until nothing runs any more of a stream that was ended."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._call.cancel()
 
     async def _read(self) -> None:
         try:

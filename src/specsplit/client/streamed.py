@@ -87,4 +87,5 @@ async def _stream(text: Text, target_stub: Any) -> None:
                 if text.finished:
                     break
     finally:
-        await stream.close()
+        stream.end()
+        await stream.ended()

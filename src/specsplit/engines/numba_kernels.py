@@ -19,8 +19,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
+from specsplit.engines.kernel_cache import kernel
 from specsplit.engines.numba_intrinsics import call, fetch_add, float_of, futex, load, pointer
 
 # Columns of a table of linear layers: the address of the function of their form (vector_kernels.product), that of the
@@ -55,7 +56,7 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 # ---- steps of a pass
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _meet(sync: np.ndarray, threads: int) -> None:
     """Wait until all threads are here, or one of them failed: a short while at the core, as they come within
     microseconds, then asleep, so that whoever keeps them away gets the core."""
@@ -79,14 +80,14 @@ def _meet(sync: np.ndarray, threads: int) -> None:
             fetch_add(sync, SLEEPING, -1)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def start_others(sync: np.ndarray, threads: int) -> None:
     """Have the threads that `follow_passes` go on."""
     fetch_add(sync, STARTS, 1)
     futex(sync.ctypes.data + 8 * STARTS, FUTEX_WAKE, threads, 0)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def await_start(sync: np.ndarray, starts: int) -> bool:
     """Wait for `start_others` after it was called so often; false when the thread is to leave instead."""
     spins = 0
@@ -97,20 +98,20 @@ def await_start(sync: np.ndarray, starts: int) -> bool:
     return load(sync, LEAVING) == 0
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _share(count: int, multiple: int, thread: int, threads: int) -> tuple[int, int]:
     """Which of `count` rows a thread does: about as many as the others, from a multiple of `multiple` on."""
     each = (count + threads * multiple - 1) // (threads * multiple) * multiple
     return min(count, thread * each), min(count, (thread + 1) * each)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _padded(inputs: int) -> int:
     """Inputs of a product as they are packed."""
     return (inputs + PAD - 1) // PAD * PAD
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _apply(linear, following, x, tokens, inputs, y, stride, add, thread, threads):
     """A thread's share of y = x weight^T, or += for the residual stream. x: packed tokens; y: of the results
     of the first token, stride: bytes to those of the next. linear: as `run_pass` has it, following: the one after."""
@@ -131,7 +132,7 @@ def _apply(linear, following, x, tokens, inputs, y, stride, add, thread, threads
     )  # fmt: skip
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def normalise(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> None:
     """Root mean square norm of one token (Zhang, Sennrich 2019)."""
     total = np.float32(0)
@@ -142,7 +143,7 @@ def normalise(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) ->
         out[k] = x[k] * scale * weight[k]
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def _exp(values: np.ndarray, count: int, largest: float) -> Any:
     """values[:count] become exp(value - largest), value <= largest; returns their sum. In vectors, good to 2 ulp."""
     total = np.float32(0)
@@ -164,7 +165,7 @@ def _exp(values: np.ndarray, count: int, largest: float) -> Any:
     return total
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
     """Rotary position embedding of one head (Su et al. 2021), halves paired as in Llama's published weights."""
     half = cos.shape[0]
@@ -174,7 +175,7 @@ def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
         x[k + half] = b * cos[k] + a * sin[k]
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def _attend(accumulate, count, dim, key, value, begins, runs, ends, slots, queries, scores, out):
     """Attention of `count` queries over one head of keys and values, at these addresses.
 
@@ -241,7 +242,7 @@ def _attend(accumulate, count, dim, key, value, begins, runs, ends, slots, queri
             out[i, k] *= queries[i, 0]
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _lay_out(request, group, token, tiles, slots, rows):
     """Fill in `token`, `slots`, `tiles` and `rows` of `run_pass`. group: queries that share a head of keys."""
     at, tile_count, row_count, slot = 0, 0, 0, 0
@@ -278,7 +279,7 @@ def _lay_out(request, group, token, tiles, slots, rows):
     request[TILES], request[OUTPUTS] = tile_count, row_count
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def choose(row, most, tokens, values):
     """The `most` best tokens of a row of logits, best first, of equals the lowest first.
 
@@ -306,7 +307,7 @@ def choose(row, most, tokens, values):
             values[i] = min(values[i] - largest - total, np.float32(0))
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _keep(places, norm, x, eps, thread, threads):
     """Copy a thread's share of the rows of x to these addresses, 0 = none; after this norm, unless it is empty."""
     low, high = _share(places.shape[0], 1, thread, threads)
@@ -321,7 +322,7 @@ def _keep(places, norm, x, eps, thread, threads):
             kept[k] = x[t, k]
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _embed(embedding, token, room, out):
     """The row of a token in the input embedding. room: for it and its padding."""
     function, rows, row_bytes, units = embedding
@@ -330,7 +331,7 @@ def _embed(embedding, token, room, out):
         out[k] = room[k]
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def run_product(thread, threads, sync, linear, pack, x, packed, y):
     """y = x weight^T of one linear layer, a row for each of x, as `run_pass` computes it. packed: of each thread."""
     inputs = _padded(x.shape[1])
@@ -344,7 +345,7 @@ def run_product(thread, threads, sync, linear, pack, x, packed, y):
 # ---- the pass
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel(fastmath=FAST)
 def run_pass(
     thread, threads, sync,
     # the model: linear layers as tables [layers, 7, 8] and [8]; norms are float32, [.., 0] when there are none
@@ -515,7 +516,7 @@ def run_pass(
     _meet(sync, threads)
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def follow_passes(thread, threads, sync, *arguments):
     """Run, as one of the other threads, every pass that thread 0 begins with these arguments, until it is to leave."""
     starts = 0

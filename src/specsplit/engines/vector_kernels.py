@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
 from numba.core import config
 from numba.core.codegen import get_host_cpu_features
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 from specsplit.engines import vectors, weight_forms
+from specsplit.engines.kernel_cache import callback
 from specsplit.engines.vectors import FLOAT, LANES, LINE, POINTER, Emitter, Value, call_own
 from specsplit.engines.weight_forms import BLOCK_FORMS, FORMS, Form
 
@@ -90,7 +91,7 @@ def product(form: str) -> Any:
     function = _multiply(number, FORMS[number].unit, _stamp())
     # Numba finds compiled functions by name in its cache and in memory.
     function.__name__ = function.__qualname__ = f"multiply_{form}"
-    return cfunc(SIGNATURE, cache=True)(function)
+    return callback(SIGNATURE, function)
 
 
 @functools.cache
@@ -101,7 +102,7 @@ def unpacking(form: str) -> Any:
     """
     function = _unpack_row(weight_forms.NUMBERS[form], _stamp())
     function.__name__ = function.__qualname__ = f"unpack_{form}"
-    return cfunc(types.void(*[types.int64] * 3), cache=True)(function)
+    return callback(types.void(*[types.int64] * 3), function)
 
 
 @functools.cache
@@ -113,7 +114,7 @@ def packing() -> Any:
     values, a multiple of eight), address of all tokens' packed values.
     """
     function = _pack(_stamp())
-    return cfunc(types.void(*[types.int64] * 6), cache=True)(function)
+    return callback(types.void(*[types.int64] * 6), function)
 
 
 @functools.cache
@@ -124,7 +125,7 @@ def activation() -> Any:
     tokens, inputs (values of a token), address of the packed results.
     """
     function = _activate(_stamp())
-    return cfunc(types.void(*[types.int64] * 8), cache=True)(function)
+    return callback(types.void(*[types.int64] * 8), function)
 
 
 @functools.cache
@@ -137,7 +138,7 @@ def accumulation() -> Any:
     step from query to query; address of out (vectors are adjacent), step from query to query.
     """
     function = _accumulate(_stamp())
-    return cfunc(types.void(*[types.int64] * 10), cache=True)(function)
+    return callback(types.void(*[types.int64] * 10), function)
 
 
 def _stamp() -> int:

@@ -62,8 +62,10 @@ class Lease:
         if self.file is not None and self.written:
             try:
                 inode = self.file.stat().st_ino
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return f"endpoint file {self.file} is gone"
+            except OSError:  # its folder is out of reach, as that of a network may be for a while
+                return None
             if self.inode not in (None, inode):
                 return f"endpoint file {self.file} is another worker's now"
         if self.users is not None and self.written and self._unused(self.users):

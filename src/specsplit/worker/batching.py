@@ -197,14 +197,21 @@ class SharedModel:
     def _run(self) -> None:
         if self.model.uses_torch_threads:
             torch.set_num_threads(self.threads)  # PyTorch keeps a team of threads for every thread that calls it
-        while self._collect():
-            self._run_pass(self._batch())
-        while not self._arrivals.empty():
-            self._take()
-        for request in self._waiting:
-            request.began, request.error = time.perf_counter(), _stopped()
-            request.done.put(None)
-        self._waiting.clear()
+        batch: list[_Request] = []
+        try:
+            while self._collect():
+                batch = self._batch()
+                self._run_pass(batch)
+                batch = []
+        finally:  # also when it fails outside of a pass: who asks is refused, and waits for no answer
+            with self._lock:
+                self._closed = True
+            while not self._arrivals.empty():
+                self._take()
+            for request in [*batch, *self._waiting]:
+                request.began, request.error = time.perf_counter(), _stopped()
+                request.done.put(None)
+            self._waiting.clear()
 
     def _collect(self) -> bool:
         """Take all that has arrived, and wait for it when nothing waits. False when the model was closed."""

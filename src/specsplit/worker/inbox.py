@@ -18,7 +18,7 @@ MOST_WAITING = 64  # messages of a stream; our client has at most three under wa
 
 
 class Inbox:
-    """Read `requests` on a thread of its own until the client has sent all or has left.
+    """What `read` reads on a thread of its own until the client has sent all or has left.
 
     Iterating yields (message, time.perf_counter() of its arrival); until the next one is asked for, `caller` works, and
     has a place. It ends once the client has left, even if messages wait, and raises InvalidRequest for a malformed
@@ -26,7 +26,7 @@ class Inbox:
     session_id, round: of the last message, set by the handler with `of_session`. arrived: when that message came.
     """
 
-    def __init__(self, requests: Iterator[Any], caller: Caller, most_wait_s: float) -> None:
+    def __init__(self, caller: Caller, most_wait_s: float) -> None:
         self._caller = caller
         self._most_wait_s = most_wait_s
         self.session_id = ""
@@ -34,6 +34,9 @@ class Inbox:
         self.arrived = time.perf_counter()
         self._gone = self._flooded = False
         self._messages: queue.SimpleQueue[tuple[Any, float] | None] = queue.SimpleQueue()
+
+    def read(self, requests: Iterator[Any]) -> None:
+        """Begin to read. Raises RuntimeError when there is no thread for it."""
         threading.Thread(target=self._read, args=(requests,), name="stream", daemon=True).start()
 
     def _read(self, requests: Iterator[Any]) -> None:
@@ -45,7 +48,8 @@ class Inbox:
                 self._messages.put((message, time.perf_counter()))
         except grpc.RpcError:
             self._gone = True
-        self._messages.put(None)
+        finally:
+            self._messages.put(None)
 
     def __iter__(self) -> Iterator[tuple[Any, float]]:
         said = False

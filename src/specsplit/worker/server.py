@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ def load_servicer(config: WorkerSettings) -> WorkerServicer:
     return servicer
 
 
+class _Threads(ThreadPoolExecutor):
+    """Threads that are started when they are needed. Where the system gives no more, calls wait for those that there
+    are: an error here would end the thread in which gRPC takes calls, and nobody would be answered any more."""
+
+    def _adjust_thread_count(self) -> None:
+        with suppress(RuntimeError):
+            super()._adjust_thread_count()
+
+
 class WorkerServer:
     """A gRPC server: health and reflection from `start` on, the worker's service from `open` on.
 
@@ -96,7 +106,7 @@ class WorkerServer:
         self._stopped = threading.Event()
         threads = config.stream_limit + SPARE_CALLS
         self._server = grpc.server(
-            ThreadPoolExecutor(threads, "rpc"),  # started when they are needed; they mostly wait for the model
+            _Threads(threads, "rpc"),  # they mostly wait for the model
             interceptors=[self._auth],
             options=list({**dict(SERVER_OPTIONS), "grpc.max_receive_message_length": config.message_bytes}.items()),
             maximum_concurrent_rpcs=threads,

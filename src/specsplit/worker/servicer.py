@@ -217,7 +217,7 @@ class WorkerServicer:
         caller = self.caller(context)
         caller.holds = True
         caller.session_wait_s = self.config.session_wait_s
-        inbox = Inbox(requests, caller, self.config.session_wait_s)
+        inbox = Inbox(caller, self.config.session_wait_s)
         caller.end = inbox.end
         caller.admitted = _once(lambda: context.send_initial_metadata(()))
         outbox: SimpleQueue[tuple[R | None, Exception | None]] = SimpleQueue()
@@ -241,6 +241,7 @@ class WorkerServicer:
 
         try:
             with self.open_calls.open(caller):
+                inbox.read(requests)
                 threading.Thread(target=work, name="answers", daemon=True).start()
                 while (item := outbox.get())[0] is not None:
                     reply: Any = item[0]
@@ -251,6 +252,8 @@ class WorkerServicer:
                         break
         except Busy as error:
             item = None, error
+        except RuntimeError as error:  # the system gives no more threads
+            item = None, Busy(f"{error}; try again later")
         finally:
             told.set()
         if item[1] is not None:
