@@ -113,9 +113,9 @@ def test_rounds_without_times_teach_acceptance_alone():
 def test_lookups_and_the_model_are_priced_each_for_itself(looked_up: float, right: float, drafts: bool) -> None:
     """The model is right in 30 %, and takes as long as the target: it is not asked, whatever the lookups are worth."""
     chance, controller, asked = random.Random(0), GammaController("sync", 8), []
-    for number in range(600):
+    for number in range(1500):
         found = chance.random() < looked_up
-        gamma = controller.of_lookups.choose(8) if found else 0
+        gamma = controller.choose_for_match(4, 8) if found else 0
         source = LOOKUP if gamma else ""
         gamma = gamma or controller.choose(8)
         accepted = 0
@@ -126,7 +126,12 @@ def test_lookups_and_the_model_are_priced_each_for_itself(looked_up: float, righ
         verify_ms = 10.0 + 2 * gamma
         times = {"draft_ms": draft_ms, "verify_ms": verify_ms, "network_ms": network_ms, "first": number == 0}
         controller.observe(
-            gamma=gamma, drafted=gamma, accepted=accepted, verified_tokens=gamma + 1, source=source, **times
+            gamma=gamma,
+            drafted=gamma,
+            accepted=accepted,
+            verified_tokens=gamma + 1,
+            agreed=4 if source else 0,
+            **times,
         )
         asked.append((source, gamma, found))
     late = asked[200:]

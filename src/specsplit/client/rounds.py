@@ -32,7 +32,7 @@ from specsplit.client.stream import Spent, Stream
 from specsplit.client.text import Text
 from specsplit.decoding.adaptive import GammaController
 from specsplit.decoding.growth import CHAIN
-from specsplit.decoding.lookup import LOOKUP, Lookup
+from specsplit.decoding.lookup import Lookup, draft_from
 from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.tree_plan import ranks
 from specsplit.rpc.codec import tree_from_message, tree_to_message
@@ -126,6 +126,7 @@ class Rounds:
         while not self.text.finished:
             began = asked = time.perf_counter()
             drafted: pb.GenerateDraftsReply | None = None
+            agreed = 0
             speculation = "none" if ahead is None else "hit" if outcome in ahead.trees else "miss"
             if ahead is not None and speculation == "hit":
                 tree, gamma, hidden_ms = ahead.trees[outcome], ahead.gamma, ahead.compute_ms
@@ -143,7 +144,7 @@ class Rounds:
                 if self.states is None:
                     self._reading = asyncio.ensure_future(self._read_by_draft())
             else:
-                tree, ahead, hidden_ms = self._look_up(), None, 0.0
+                (tree, agreed), ahead, hidden_ms = self._look_up(), None, 0.0
                 gamma = len(tree) or self._choose()
                 if len(tree):
                     asked = time.perf_counter()
@@ -179,7 +180,7 @@ class Rounds:
                 draft_source=tree.source or self._source(tree, gamma),
             )
             self.text.take(accepted, verdict.next_token, measured)
-            self._note(measured, tree, list(verdict.accepted_nodes), drafted is not None)
+            self._note(measured, tree, list(verdict.accepted_nodes), drafted is not None, agreed)
         await self._settle()
 
     def _count(self, reply: pb.GenerateDraftsReply, *, exposed: bool) -> None:
@@ -207,16 +208,14 @@ class Rounds:
         return self._unread and not (self._began_at and self.text.sampling.uses_rejection)
 
     def _choose(self) -> int:
-        return self._gamma(self.text.room(), self.controller)
-
-    def _gamma(self, room: int, controller: GammaController | None) -> int:
-        if controller is None:
-            return room
-        if self._advised is not None:
-            return min(self._advised, room)
-        if controller.choice_is_for_one_round:
+        if self.controller is not None and self._advised is None and self.controller.choice_is_for_one_round:
             self._learn()
-        return controller.choose(room)
+        return self._gamma(self.text.room(), GammaController.choose)
+
+    def _gamma(self, room: int, choose: Callable[[GammaController, int], int]) -> int:
+        if self.controller is None:
+            return room
+        return choose(self.controller, room) if self._advised is None else min(self._advised, room)
 
     def _source(self, tree: TokenTree, gamma: int) -> str:
         """Where a draft of a worker that names no source came from, where that is not the same in every round."""
@@ -228,26 +227,29 @@ class Rounds:
         """What the target, which finds gamma for all its texts, is told of the depth that was asked for."""
         return gamma if self.config.p_min else 0
 
-    def _look_up(self) -> TokenTree:
-        """A draft from the text itself; empty where its end did not occur in it before, or that does not pay."""
-        if self.lookup is None:
-            return TokenTree()
-        gamma = self._gamma(self.text.target_room(), self.controller and self.controller.of_lookups)
-        return self.lookup.draft(
-            self.text.tokens, gamma, self.text.known_stop_ids, certain=self.text.sampling.uses_rejection
-        )
+    def _look_up(self) -> tuple[TokenTree, int]:
+        """A draft from the text itself, and in how many tokens its end agrees with what was there before; empty and 0
+        where the end is new, or a draft does not pay."""
+        match = None if self.lookup is None else self.lookup.find(self.text.tokens)
+        if match is None:
+            return TokenTree(), 0
+        agreed = match.tokens
+        gamma = self._gamma(self.text.target_room(), lambda auto, room: auto.choose_for_match(agreed, room))
+        certain = self.text.sampling.uses_rejection
+        tree = draft_from(match, self.text.tokens, gamma, self.text.known_stop_ids, certain=certain)
+        return tree, agreed if len(tree) else 0
 
-    def _note(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool) -> None:
+    def _note(self, measured: Round, tree: TokenTree, path: list[int], drafted_now: bool, agreed: int) -> None:
         """Keep a round for `_learn`."""
         if self.controller is not None:
             self._unlearnt = partial(
                 self.controller.observe,
-                source=tree.source,
+                agreed=agreed,
                 gamma=measured.gamma_asked,
                 drafted=measured.drafted,
                 accepted=measured.accepted,
                 verified_tokens=measured.tree_nodes + 1,
-                draft_ms=measured.draft_wall_ms if tree.source == LOOKUP else measured.draft_compute_ms,
+                draft_ms=measured.draft_compute_ms,
                 verify_ms=measured.verify_compute_ms,
                 network_ms=measured.network_ms,
                 hit=None if measured.speculation == "none" else measured.speculation == "hit",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any, Literal
 
-from specsplit.decoding.lookup import LOOKUP
+from specsplit.decoding.lookup import MatchRates
 from specsplit.decoding.theory import PipelineMode, round_ms
 from specsplit.decoding.tree import TreeShape
 from specsplit.decoding.tree_plan import Plan, hit_probability, plans
@@ -109,10 +109,13 @@ class _Cost:
         return by_tokens if a < 0 else by_passes if b < 0 else (a, b)
 
 
+LEARNT = _Times, _Cost, MatchRates
+
+
 class GammaController:
     """Chooses gamma for every round by the throughput formula of `theory`; one may serve text after text.
 
-    limit: the largest gamma. shape: of the drafts. unpriced: the share that a draft has to win at least over none.
+    limit: the largest gamma. shape: of the drafts.
     p_min: as `growth.grow` has it; above 0 it learns how deep drafts become, and an empty one has its price.
     When the target alone is faster by the formula it chooses 0, and tries a short draft again after 8 and ever more
     rounds, as long as that loses more than PROBE_SHARE, so that a change is noticed at little cost. One of the first
@@ -126,7 +129,6 @@ class GammaController:
         *,
         fan_out: int = 8,
         shape: TreeShape | None = None,
-        unpriced: float = UNPRICED,
         p_min: float = 0.0,
     ) -> None:
         self.mode: PipelineMode = mode
@@ -148,36 +150,24 @@ class GammaController:
         self._hits = self._hits_expected = 0.0
         self._idle_rounds = 0
         self._pause, self._probe = FIRST_PAUSE, 1
-        self._of_lookups: GammaController | None = None
-        self._unpriced = unpriced
+        self._matches = MatchRates()
         self._drafts = 0
         self._undrafted = 0  # tokens since the last draft
         self._alone: Literal["unknown", "next", "known"] = "unknown"  # the time of a round without a draft
         self._since_alone = 0  # rounds since it was measured
 
-    @property
-    def of_lookups(self) -> GammaController:
-        """What chooses how much is drafted by prompt lookup, which takes no time of a worker."""
-        if self._of_lookups is None:
-            self._of_lookups = GammaController("sync", self.limit, unpriced=0.0)
-        return self._of_lookups
-
     def state(self) -> dict[str, Any]:
         """All that it has learnt, as JSON can hold it."""
         plain = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str)}
-        costs = {name: list(value) for name, value in vars(self).items() if isinstance(value, _Times | _Cost)}
-        lookups = {} if self._of_lookups is None else {"of_lookups": self._of_lookups.state()}
+        learnt = {name: list(value) for name, value in vars(self).items() if isinstance(value, LEARNT)}
         counts = {name: [[key, *two] for key, two in getattr(self, name).items()] for name in COUNTS}
-        return {**plain, **costs, **lookups, **counts}
+        return {**plain, **learnt, **counts}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`."""
         for name, value in state.items():
-            if name == "of_lookups":
-                self.of_lookups.restore(value)
-                continue
             made = type(getattr(self, name))
-            setattr(self, name, made(value) if issubclass(made, _Times | _Cost) else value)
+            setattr(self, name, made(value) if issubclass(made, LEARNT) else value)
         for name in COUNTS:
             setattr(self, name, {key: (tried, won) for key, tried, won in state.get(name, [])})
 
@@ -198,6 +188,14 @@ class GammaController:
             return 0
         return max(min(self._gamma or self._probe, room, self.limit), 0)
 
+    def choose_for_match(self, agreed: int, room: int) -> int:
+        """How much to draft of what followed an earlier occurrence of the text's end that agrees in so many tokens."""
+        room = min(room, self.limit)
+        if not self._verify:
+            return min(START, room)
+        network_ms = (self._target_network_ms or self._network_ms).typical
+        return self._matches.gamma(agreed, [network_ms + self._verify.at(1, 1 + gamma) for gamma in range(room + 1)])
+
     def observe(
         self,
         *,
@@ -211,7 +209,7 @@ class GammaController:
         hit: bool | None = None,
         first: bool = False,
         ranks: Sequence[tuple[int, int]] | None = None,
-        source: str = "",
+        agreed: int = 0,
     ) -> None:
         """Learn from a round.
 
@@ -219,30 +217,11 @@ class GammaController:
         draft_ms, verify_ms: of the models alone; network_ms: what else the round waited; None: not known.
         hit: whether the draft had been made ahead; None when that was not tried. first: a round in which a worker read
         a prompt or a whole text, whose times are not typical. ranks: as `tree_plan.ranks`; needed of dynamic trees.
-        source: LOOKUP when the text itself was the draft.
+        agreed: where the draft is what followed an earlier occurrence of the text's end, in how many tokens they agree.
         """
-        if source == LOOKUP:
-            self.of_lookups.observe(
-                gamma=gamma,
-                drafted=drafted,
-                accepted=accepted,
-                verified_tokens=verified_tokens,
-                draft_ms=draft_ms,
-                verify_ms=verify_ms,
-                network_ms=network_ms,
-                first=first,
-            )
+        self._matches.observe(agreed, drafted, accepted)
+        if agreed:
             gamma, drafted, hit = 0, 0, None  # to the model a round without a draft
-        elif self._of_lookups is not None:
-            self._of_lookups.observe(
-                gamma=0,
-                drafted=0,
-                accepted=accepted,
-                verified_tokens=verified_tokens,
-                verify_ms=verify_ms,
-                network_ms=None if drafted or (self._p_min and gamma) else network_ms,
-                first=first,
-            )
         ended = bool(self._p_min) and drafted < gamma  # after a pass which found nothing probable enough
         asked = drafted > 0 or ended
         plan = self._plans()[min(gamma if self.shape.nodes else drafted + ended, self.limit)]
@@ -301,7 +280,7 @@ class GammaController:
         if not (self._draft or self._ahead) or not self._verify:
             return
         costs = self._costs()
-        costs[0] *= 1 - self._unpriced
+        costs[0] *= 1 - UNPRICED
         best = min(range(self._drafts < FIRST_DRAFTS, len(costs)), key=costs.__getitem__)
         if best and costs[best] > (1 - MARGIN) * costs[self._gamma]:
             best = self._gamma

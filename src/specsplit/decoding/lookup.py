@@ -6,14 +6,29 @@ translations with the original at hand, code edits. `prompt_lookup_num_tokens` i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from itertools import takewhile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
 
 from specsplit.decoding.tree import TokenTree
 
-LONGER = 3  # more tokens that are compared: of several occurrences the one that agrees in most of them counts
+COMPARED = (
+    8  # tokens before the end that are compared: of several occurrences the one that agrees in most of them counts
+)
 RECENT = 64  # occurrences that are compared, the latest ones
 LOOKUP = "lookup"  # the source of such a draft, in tables
+# At first, by bit length of how many tokens agree: the rate at which the next one is right, as if that had been seen so
+# many times. The shipped prompts have about these.
+PRIOR, PRIOR_WEIGHT = {1: 0.2, 2: 0.55, 3: 0.7, 4: 0.9}, 3.0
+FADE = 0.998  # weight of what was seen before a round
+
+
+@dataclass(frozen=True)
+class Match:
+    """An earlier occurrence of the end of a text. end: the place behind it; tokens: that agree, of COMPARED."""
+
+    end: int
+    tokens: int
 
 
 class Lookup:
@@ -24,37 +39,71 @@ class Lookup:
         self._ends: dict[tuple[int, ...], list[int]] = {}  # so many tokens -> the places behind their occurrences
         self._read = least - 1  # ends that were noted
 
-    def draft(self, text: Sequence[int], gamma: int, stop_token_ids: Collection[int], *, certain: bool) -> TokenTree:
-        """A chain of at most `gamma` tokens that may continue `text`, none after a stop token; empty where the end of
-        the text is new. Each text has to continue the one before.
-
-        certain: with rejection sampling, the distribution that each token was drawn from, which it has to itself.
-        """
+    def find(self, text: Sequence[int]) -> Match | None:
+        """The earlier occurrence that agrees with the end of the text in most tokens, the latest of equals; None where
+        the end is new. Each text has to continue the one before."""
         for end in range(self._read + 1, len(text)):
             self._ends.setdefault(tuple(text[end - self._least : end]), []).append(end)
         self._read = max(self._read, len(text) - 1)
-        start = self._longest_match(text)
-        continuation = text[start : start + max(gamma, 0)]
-        before_stop = sum(1 for _ in takewhile(lambda token: token not in stop_token_ids, continuation))
-        tree = TokenTree.chain(continuation[: before_stop + 1])
-        if tree.token_ids:
-            tree.source = LOOKUP
-        if certain:
-            tree.distributions = {
-                node: ([token], [1.0]) for node, token in zip(tree.parents, tree.token_ids, strict=True)
-            }
-        return tree
-
-    def _longest_match(self, text: Sequence[int]) -> int:
-        """The place behind the earlier occurrence that agrees with the end of the text in most tokens, the latest of
-        equals; the length of the text when there is none."""
         ends = self._ends.get(tuple(text[-self._least :]), [])[-RECENT:]
+        matches = (Match(end, self._agreeing(text, end)) for end in reversed(ends))
+        return max(matches, key=lambda match: match.tokens, default=None)
 
-        def longer(end: int) -> int:
-            most = min(LONGER, end - self._least)
-            own = text[len(text) - self._least - most : len(text) - self._least]
-            before = text[end - self._least - most : end - self._least]
-            same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(own), reversed(before), strict=True))
-            return sum(1 for _ in same)
+    def _agreeing(self, text: Sequence[int], end: int) -> int:
+        def backwards(place: int) -> Iterator[int]:
+            most = max(COMPARED, self._least)
+            return reversed(text[max(0, place - most) : place])
 
-        return max(reversed(ends), key=longer, default=len(text))
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(backwards(end), backwards(len(text)), strict=False))
+        return sum(1 for _ in same)
+
+
+def draft_from(
+    match: Match | None, text: Sequence[int], gamma: int, stop_token_ids: Collection[int], *, certain: bool
+) -> TokenTree:
+    """A chain of at most `gamma` tokens that followed the match in the text, none after a stop token.
+
+    certain: with rejection sampling, the distribution that each token was drawn from, which it has to itself.
+    """
+    continuation = text[match.end : match.end + gamma] if match else ()
+    before_stop = sum(1 for _ in takewhile(lambda token: token not in stop_token_ids, continuation))
+    tree = TokenTree.chain(continuation[: before_stop + 1])
+    if tree.token_ids:
+        tree.source = LOOKUP
+    if certain:
+        tree.distributions = {node: ([token], [1.0]) for node, token in zip(tree.parents, tree.token_ids, strict=True)}
+    return tree
+
+
+class MatchRates:
+    """How often a token that follows a match is right. The more tokens agreed the oftener: each bit length of their
+    number has a rate of its own."""
+
+    def __init__(self, rows: Iterable[tuple[int, float, float]] = ()) -> None:
+        """rows: what iterating over another one gave."""
+        self._counts = {kind: (tried, right) for kind, tried, right in rows}
+
+    def __iter__(self) -> Iterator[list[float]]:
+        return iter([[kind, *counts] for kind, counts in self._counts.items()])
+
+    def observe(self, agreed: int, drafted: int, accepted: int) -> None:
+        """Learn from a round. agreed: tokens of the match; 0: the draft was of no match, or there was none."""
+        self._counts = {kind: (FADE * tried, FADE * right) for kind, (tried, right) in self._counts.items()}
+        if agreed:
+            tried, right = self._counts.get(agreed.bit_length(), (0.0, 0.0))
+            self._counts[agreed.bit_length()] = tried + min(accepted + 1, drafted), right + accepted
+
+    def rate(self, agreed: int) -> float:
+        tried, right = self._counts.get(agreed.bit_length(), (0.0, 0.0))
+        return (right + PRIOR[min(agreed.bit_length(), max(PRIOR))] * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
+
+    def gamma(self, agreed: int, round_ms: Sequence[float]) -> int:
+        """How many tokens to draft: each has to save more than it takes, at the price of a token without a draft.
+
+        round_ms: what rounds take that verify a draft of 0, 1, 2, ... tokens.
+        """
+        rate, reached, saved = self.rate(agreed), 1.0, [0.0]
+        for before, ms in pairwise(round_ms):
+            reached *= rate
+            saved.append(saved[-1] + reached * round_ms[0] - (ms - before))
+        return saved.index(max(saved))
