@@ -31,6 +31,9 @@ include: "workflow/rules/settings.smk"  # the last, for it knows what the others
 
 
 THIS_RUN = runs.Run()
+DATED = Path(f"{ROOT}results/.dated")
+if workflow.is_main_process and (warning := runs.lost_dates(DATED)):
+    logger.warning(warning)
 
 
 onstart:
@@ -38,6 +41,7 @@ onstart:
         THIS_RUN.begin,
         given_cores(),
         [os.path.relpath(file) for file in workflow.configfiles],
+        dated=DATED,
         deployed=bool(workflow.deployment_settings.deployment_method),
     )
 

@@ -29,8 +29,12 @@ from specsplit.decoding.tree import TokenTree
 from specsplit.decoding.verification import verify
 from specsplit.engines import gpu_noise
 from specsplit.engines.gpu import GpuLM
+from specsplit.engines.gpu_head import GpuHead
+from specsplit.engines.head_module import HeadModule
+from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.passes import Pass, Propose, Walk
 from specsplit.engines.transformers import CausalLM
+from specsplit.models.head_config import HeadConfig
 
 SMALL = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
 LARGE = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
@@ -38,6 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # Qwen2.5, but that both have one vocabul
     "0.5B": {**SMALL, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
     "7B": {**LARGE, "num_key_value_heads": 4, "vocab_size": 151936, "tie_word_embeddings": False},
 }
+HEAD_ROWS = 32000  # of the output head of an EAGLE-3 head
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TREE = TokenTree([5, 6, 7, 8, 9], [-1, 0, -1, 2, 2], [-1.0] * 5)
 
@@ -139,13 +144,31 @@ class Bench:
 
 @dataclass
 class Loaded:
-    """A model of transformers with random weights and the engine over the same weights."""
+    """A model of transformers, or a head of it, with random weights, and the engine over the same weights.
+
+    bytes: that a pass reads of the weights. targets: of a head, as in Propose.
+    """
 
     name: str
     hf: Any
-    source: CausalLM
-    lm: GpuLM
-    bytes: int  # that a pass reads of the weights
+    source: Any
+    lm: Any
+    bytes: int
+    targets: torch.Tensor | None = None
+
+    def engine(self, compiles: bool) -> GpuLM | GpuHead:
+        make: Any = GpuLM if self.targets is None else GpuHead
+        engine: GpuLM | GpuHead = make(self.source, sessions=4, compiles=compiles)
+        return engine
+
+    def states(self, count: int) -> dict[str, torch.Tensor]:
+        """What a head is given with so many tokens."""
+        drawn = torch.Generator().manual_seed(count)
+        return {} if self.targets is None else {"states": torch.randn(count, self.lm.state_size, generator=drawn)}
+
+    def propose(self, sampling: Sampling, steps: int = 0) -> Propose:
+        size = self.lm.vocab_size if self.targets is None else int(self.targets.max()) + 1
+        return Propose(sampling, size, self.targets, steps=steps)
 
     def floor(self, bench: Bench, context: int) -> float:
         return (self.bytes + context * self.lm.cache_bytes(1024) / 1088) / bench.bandwidth
@@ -165,6 +188,23 @@ def load(bench: Bench, name: str) -> Loaded:
     return Loaded(name, hf, source, GpuLM(source, sessions=4, compiles=False), read)
 
 
+def load_head(bench: Bench, target: Loaded) -> Loaded:
+    """An EAGLE-3 head of a target: a layer of its sizes, and an output head of fewer rows."""
+    config = target.hf.config
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    sizes = {name: getattr(config, name) for name in names}
+    layer = transformers.LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=32768)
+    rows = min(HEAD_ROWS, config.vocab_size // 2)
+    torch.manual_seed(0)
+    with bench.device:
+        module = HeadModule(HeadConfig(layer, rows, config.hidden_size)).to(target.source.dtype)
+        module.set_tokens(range(1, 2 * rows, 2))
+    source = HiddenStatesHead(module)
+    read = sum(p.nbytes for part in (module.midlayer, module.norm, module.lm_head) for p in part.parameters())
+    targets = module.d2t + torch.arange(rows, device=bench.device)
+    return Loaded(f"{target.name} head", None, source, GpuHead(source, compiles=False), read, targets)
+
+
 def tokens(count: int, seed: int = 0) -> list[int]:
     return [int(t) for t in np.random.default_rng(seed).integers(3, 300, count)]
 
@@ -174,23 +214,18 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 def check(bench: Bench, model: Loaded) -> None:
     lm, limit = model.lm, 0.9999 if bench.tiny else 0.99
-    text = tokens(40)
+    text, one = tokens(40), model.states(1)
     plain, cache = model.source.new_cache(64), lm.new_cache(bench.capacity)
-    model.source.step(plain, text)
-    lm.step(cache, text)
-    expected, found = model.source.step(plain, [3], TREE).double(), lm.step(cache, [3], TREE).double()
+    model.source.step(plain, text, **model.states(40))
+    lm.step(cache, text, **model.states(40))
+    expected, found = model.source.step(plain, [3], TREE, **one).double(), lm.step(cache, [3], TREE, **one).double()
     similar = float(torch.cosine_similarity(expected, found, dim=-1).min())
     bench.check(
         f"{model.name}: logits after a tree are those of transformers", similar > limit, f"cosine {similar:.6f}"
     )
     cache.rollback(40)
-    again = lm.step(cache, [3], TREE).double()
+    again = lm.step(cache, [3], TREE, **one).double()
     bench.check(f"{model.name}: the same pass gives the same bits", torch.equal(again, found))
-    alone, drafted = lm.new_cache(bench.capacity), lm.new_cache(bench.capacity)
-    rows = torch.cat([lm.step(alone, [token]) for token in text[:8]])
-    same = torch.equal(lm.step(drafted, text[:1], TokenTree.chain(text[1:8])), rows)
-    bench.check(f"{model.name}: a token has the same bits alone and in a draft", same)
-    del alone, drafted  # whose rows are free again
     samplings = {
         "greedy": GREEDY,
         "coupled": Sampling(temperature=0.8, seed=7),
@@ -198,29 +233,36 @@ def check(bench: Bench, model: Loaded) -> None:
     }
     for how, sampling in samplings.items():
         cache.rollback(40)
-        wanted = verify(TREE, lm.step(cache, [3], TREE), 41, sampling)
+        chain = [best for best, _ in lm.step(cache, [3], then=model.propose(sampling, 3), **one)]
         cache.rollback(40)
-        got = lm.step(cache, [3], TREE, then=Walk(sampling))
-        bench.check(f"{model.name}: the verdict is that of the logits, {how}", wanted == got, got)
-        cache.rollback(40)
-        chain = [best for best, _ in lm.step(cache, [3], then=Propose(sampling, lm.vocab_size, steps=3))]
-        cache.rollback(40)
-        fed, apart = 3, 0.0
+        fed, apart, given = 3, 0.0, one
         for best in chain:  # the same token by token; other products, so that rounding may differ
-            single = lm.step(cache, [fed], then=Propose(sampling, lm.vocab_size))[0][0]
-            fed = best.token_ids[0]
+            single = lm.step(cache, [fed], then=model.propose(sampling), **given)[0][0]
+            fed, given = best.token_ids[0], {}
             likely = dict(zip(single.token_ids, single.log_probs, strict=True))
             apart = max(apart, abs(likely.get(fed, -99.0) - single.log_probs[0]))
         what = f"{model.name}: a chain drafts what single passes draft, {how}"
         bench.check(what, apart < (1e-3 if bench.tiny else 0.1), f"{apart:.4f} from the likeliest")
+        if model.targets is None:
+            cache.rollback(40)
+            wanted = verify(TREE, lm.step(cache, [3], TREE), 41, sampling)
+            cache.rollback(40)
+            got = lm.step(cache, [3], TREE, then=Walk(sampling))
+            bench.check(f"{model.name}: the verdict is that of the logits, {how}", wanted == got, got)
+    if model.targets is None:
+        alone, drafted = lm.new_cache(bench.capacity), lm.new_cache(bench.capacity)
+        rows = torch.cat([lm.step(alone, [token]) for token in text[:8]])
+        same = torch.equal(lm.step(drafted, text[:1], TokenTree.chain(text[1:8])), rows)
+        bench.check(f"{model.name}: a token has the same bits alone and in a draft", same)
+        del alone, drafted  # whose rows are free again
     caches = [lm.new_cache(bench.capacity) for _ in range(3)]
     for i, each in enumerate(caches):
-        lm.step(each, tokens(10 + 9 * i, i))
+        lm.step(each, tokens(10 + 9 * i, i), **model.states(10 + 9 * i))
     singly = []
     for each in caches:
-        singly.append(lm.step(each, [3], TREE))
+        singly.append(lm.step(each, [3], TREE, **one))
         each.rollback(each.length - 6)
-    shared = lm.step_many([Pass(each, [3], TREE) for each in caches])
+    shared = lm.step_many([Pass(each, [3], TREE, **one) for each in caches])
     similar = min(
         float(torch.cosine_similarity(a.double(), b.double(), dim=-1).min())
         for a, b in zip(singly, shared, strict=True)
@@ -283,12 +325,12 @@ def passes(bench: Bench, model: Loaded, how: str, peer: bool) -> None:
 def chains(bench: Bench, model: Loaded, how: str) -> None:
     lm, context = model.lm, bench.contexts[0]
     text, cache = tokens(context + 1), lm.new_cache(bench.capacity)
-    lm.step(cache, text[:context])
+    lm.step(cache, text[:context], **model.states(context))
     for sampling in (GREEDY, Sampling(temperature=0.8, seed=7)):
         for gamma in bench.gammas:
             if not bench.time_left(f"{model.name}, {how}, draft chain of {gamma}"):
                 return
-            work = Pass(cache, text[context:], then=Propose(sampling, lm.vocab_size, steps=gamma - 1))
+            work = Pass(cache, text[context:], then=model.propose(sampling, gamma - 1), **model.states(1))
 
             def draft(work: Pass = work) -> None:
                 cache.rollback(context)
@@ -395,9 +437,11 @@ def measure(bench: Bench, compiles: bool) -> None:
     check_noise(bench)
     loaded = {name: load(bench, name) for name in SHAPES}
     small, large = loaded.values()
+    head = loaded["head"] = load_head(bench, large)
     for model in loaded.values():
         check(bench, model)
-        passes(bench, model, "graphs", peer=True)
+        if model is not head:
+            passes(bench, model, "graphs", peer=True)
         chains(bench, model, "graphs")
     round_times(bench, large, small, "graphs")
     end_to_end(bench, small, small, 4)
@@ -405,9 +449,10 @@ def measure(bench: Bench, compiles: bool) -> None:
     if not compiles:
         return
     for model in loaded.values():
-        model.lm = None  # type: ignore[assignment]  # its joined matrices go before the next are made
-        model.lm = GpuLM(model.source, sessions=4, compiles=True)
-        for drafts in (False, True) if model is small else (False,):
+        model.lm = None  # its joined matrices go before the next are made
+        model.lm = model.engine(compiles=True)
+        roles = {"0.5B": (False, True), "7B": (False,)}.get(model.name, (True,))
+        for drafts in roles:
             if bench.time_left(f"compiling {model.name}"):
                 began = time.perf_counter()
                 model.lm.prepare(bench.capacity, 4, drafts=drafts)
@@ -415,8 +460,9 @@ def measure(bench: Bench, compiles: bool) -> None:
                 bench.row("machine", what=what, value=time.perf_counter() - began)
         bench.check(f"{model.name}: compiled", model.lm.runtime.recorder.compiles)
         check(bench, model)
-        passes(bench, model, "compiled", peer=False)
-        if model is small:
+        if model is not head:
+            passes(bench, model, "compiled", peer=False)
+        if True in roles:
             chains(bench, model, "compiled")
     round_times(bench, large, small, "compiled")
 

@@ -13,7 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from transformers import AutoConfig
 
 import specsplit
 from specsplit.launch.endpoint import Endpoint
-from specsplit.launch.heartbeat import hold_lease
-from specsplit.launch.start import start_worker, stop_worker
+from specsplit.launch.start import own_workers, start_worker
 from specsplit.models.sources import resolve_model
 
 MB = 1e6
@@ -42,22 +41,14 @@ print(psutil.Process().memory_info().rss)
 
 def main() -> None:
     args = parse_arguments()
-    hold_lease()
     code = LIBRARIES.format(threads=args.threads)
     libraries = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     dtypes = {"target": args.dtype, **({"draft": args.draft_dtype} if args.gamma else {})}
-    with tempfile.TemporaryDirectory(prefix="specsplit-") as name:
-        folder, endpoints = Path(name), {}
-        try:
-            for role, dtype in dtypes.items():
-                endpoints[role] = start_worker(role, worker_flags(args, dtype), endpoint_file=folder / f"{role}.json",
-                                               log_file=folder / f"{role}.log", timeout_s=300.0)  # fmt: skip
-            report = {role: {**budget(args, dtypes[role], endpoint), "libraries_mb": libraries / MB,
-                             "loaded_mb": resident(endpoint)} for role, endpoint in endpoints.items()}  # fmt: skip
-            fill_and_write(args, endpoints, report)
-        finally:
-            for role in dtypes:
-                stop_worker(folder / f"{role}.json")
+    starts = {role: partial(start, role, worker_flags(args, dtype)) for role, dtype in dtypes.items()}
+    with own_workers(starts) as endpoints:
+        report = {role: {**budget(args, dtypes[role], endpoint), "libraries_mb": libraries / MB,
+                         "loaded_mb": resident(endpoint)} for role, endpoint in endpoints.items()}  # fmt: skip
+        fill_and_write(args, endpoints, report)
     for row in report.values():
         planned = row["weights_mb"] + row["cache_mb"] + row["libraries_mb"]
         row["beside_mb"] = row["peak_mb"] - planned
@@ -81,6 +72,10 @@ def parse_arguments() -> argparse.Namespace:
     if args.requests < 10:
         parser.error(f"--requests {args.requests}: at least 10")
     return args
+
+
+def start(role: str, flags: list[str], endpoint_file: Path) -> Endpoint:
+    return start_worker(role, flags, endpoint_file=endpoint_file, timeout_s=300.0)
 
 
 def worker_flags(args: argparse.Namespace, dtype: str) -> list[str]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -23,8 +23,7 @@ from specsplit.client.event_loop import event_loop
 from specsplit.client.pipeline import run_speculative_loop_async
 from specsplit.client.writer import TextWriter
 from specsplit.launch.endpoint import Endpoint
-from specsplit.launch.heartbeat import hold_lease
-from specsplit.launch.start import start_worker, stop_worker
+from specsplit.launch.start import own_workers, start_worker
 from specsplit.models.sources import prepare_model
 from specsplit.rpc.v1 import specsplit_pb2_grpc as pb_grpc
 from specsplit.settings.run import OrchestratorConfig
@@ -41,47 +40,35 @@ def main() -> None:
     parser.add_argument("--slice-s", type=float, default=10.0)
     parser.add_argument("--mode", default="sync")
     args = parser.parse_args()
-    hold_lease()
     logging.basicConfig(level=logging.ERROR)
     print("clients  tokens/s  share  hand-overs  wrong  least..most tokens")
-    with tempfile.TemporaryDirectory(prefix="specsplit-pressure-") as folder:
-        addresses = start(Path(folder), args)
-        try:
-            config = OrchestratorConfig(mode=args.mode, gamma=3, max_output_tokens=args.tokens)
-            with TextWriter(*addresses) as writer:
-                expected = writer.write(PROMPT, config).output_tokens
-            at_limit = 0.0
-            for times in (1, 2, 3, 4):
-                clients = times * args.sessions
-                written, failures, wrong = event_loop().run(run(addresses, config, clients, args.seconds, expected))
-                rate = sum(written) / args.seconds
-                at_limit = at_limit or rate
-                print(
-                    f"{clients:7}  {rate:8.1f}  {rate / at_limit:5.2f}  {failures:10}  {wrong:5}  "
-                    f"{min(written)}..{max(written)}",
-                    flush=True,
-                )
-        finally:
-            for role in ("draft", "target"):
-                stop_worker(Path(folder) / f"{role}.json")
+    with own_workers({role: partial(start, role, args) for role in ("draft", "target")}) as workers:
+        addresses = [worker.address for worker in workers.values()]
+        config = OrchestratorConfig(mode=args.mode, gamma=3, max_output_tokens=args.tokens)
+        with TextWriter(*addresses) as writer:
+            expected = writer.write(PROMPT, config).output_tokens
+        at_limit = 0.0
+        for times in (1, 2, 3, 4):
+            clients = times * args.sessions
+            written, failures, wrong = event_loop().run(run(addresses, config, clients, args.seconds, expected))
+            rate = sum(written) / args.seconds
+            at_limit = at_limit or rate
+            print(
+                f"{clients:7}  {rate:8.1f}  {rate / at_limit:5.2f}  {failures:10}  {wrong:5}  "
+                f"{min(written)}..{max(written)}",
+                flush=True,
+            )
 
 
-def start(folder: Path, args: argparse.Namespace) -> list[str]:
-    """The addresses of a draft and a target worker."""
-    steps = {"draft": args.step_ms / 20, "target": args.step_ms}
-    for role, step_ms in steps.items():
-        source = {"source": "synthetic", "step_ms": step_ms, "token_ms": step_ms / 40}  # so a prompt takes its time
-        source["acceptance"] = 0.8 if role == "draft" else 1.0
-        prepare_model(source, role, folder / f"model-{role}")
-        flags = f"--model {folder}/model-{role} --port 0 --threads 1 --max-sessions {args.sessions}"
-        start_worker(
-            role,
-            [*flags.split(), "--session-slice-s", str(args.slice_s)],
-            endpoint_file=folder / f"{role}.json",
-            log_file=folder / f"{role}.log",
-            timeout_s=120,
-        )
-    return [Endpoint.read(folder / f"{role}.json").address for role in steps]
+def start(role: str, args: argparse.Namespace, endpoint_file: Path) -> Endpoint:
+    """A worker whose passes take their time, those over a prompt too; the draft's a twentieth of the target's."""
+    step_ms = args.step_ms / 20 if role == "draft" else args.step_ms
+    source = {"source": "synthetic", "step_ms": step_ms, "token_ms": step_ms / 40}
+    source["acceptance"] = 0.8 if role == "draft" else 1.0
+    model = endpoint_file.with_name(f"model-{role}")
+    prepare_model(source, role, model)
+    flags = f"--model {model} --port 0 --threads 1 --max-sessions {args.sessions} --session-slice-s {args.slice_s}"
+    return start_worker(role, flags.split(), endpoint_file=endpoint_file, timeout_s=120)
 
 
 async def run(

@@ -54,7 +54,7 @@ from soak_serve import serve_campaign
 from worker_processes import WorkerProcess, start_command
 from workspace import Workspace
 
-MARK = "SPECSPLIT_SOAK"  # in the environment of every process of a campaign
+MARK = "SOAK_MARK"  # in the environment of every process of a campaign
 LEFT_AFTER_S = 5.0
 PROMPTS = [[65 + i, 66 + i % 7, 67] for i in range(16)]
 TOKENS = 48

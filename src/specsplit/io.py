@@ -137,9 +137,30 @@ def read_json(path: Path) -> Any:
         if text.startswith("\ufeff"):
             raise UserError(f"{path}: begins with a byte order mark; save it as UTF-8 without one") from None
         refuse_stand_in(path)
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
+        at = f"{path}, line {error.lineno}, column {error.colno}"
+        raise UserError(f"{at}: not valid JSON: {error.msg}{json_mend(text, error)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def json_mend(text: str, error: json.JSONDecodeError) -> str:
+    """What people write that JSON does not have, at the place of the error; empty where it is something else."""
+    rest, before = text[error.pos :], text[: error.pos].rstrip()
+    if rest.startswith(("//", "#", "/*")):
+        return "; a comment, which JSON does not have: remove it"
+    if rest.startswith("}") and before.endswith(","):
+        return "; a comma before the end of the object: remove it"
+    if rest.startswith(("\u201c", "\u201d", "\u2018", "\u2019")):
+        return "; typographic quotes: JSON has straight ones"
+    if error.msg.startswith("Invalid control character"):
+        return "; write a tab as \\t, and the end of a line as \\n"
+    if rest.startswith("'"):
+        return "; single quotes: JSON has double ones"
+    if error.msg.startswith("Expecting property name") and (before.endswith(("{", ","))):
+        return "; a key without quotes, as JavaScript and JSON5 have them: write it in double quotes"
+    if rest.startswith(("True", "False", "None")):
+        return "; a Python word: JSON has true, false and null"
+    return ""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -133,7 +133,6 @@ def test_only_the_module_of_the_command_is_imported() -> None:
         loaded = {name for name in modules if name.startswith("specsplit.cli.")}
         assert loaded == {
             "specsplit.cli.main",
-            "specsplit.cli.parser",
             *(["specsplit.cli.provenance"] if "." in own else []),
             f"specsplit.cli.{own}",
         }

@@ -109,14 +109,16 @@ def test_the_head_is_as_often_right_as_beside_its_target(pair: Any, texts: Any, 
         assert all(r.drafted for r in result.rounds[1:-1])
 
 
-def test_a_target_in_the_engine_for_gpus_gives_the_same_states(
-    pair: Any, folders: dict[str, Path], texts: Any, accepted: Any
-) -> None:
-    with serving("target", folders["target"], engine="graphs") as target:
+def test_both_in_the_engine_for_gpus(folders: dict[str, Path], texts: Any, accepted: Any) -> None:
+    """They give and read the same states."""
+    with (
+        serving("draft", folders["head"], engine="graphs") as draft,
+        serving("target", folders["target"], engine="graphs") as target,
+    ):
         for prompt, text, expected in zip(PROMPTS, texts, accepted, strict=True):
-            result = write((pair[0], target), prompt, **EXACT)
+            result = write((draft, target), prompt, **EXACT)
             assert (result.output_tokens, right(result)) == (text, expected)
-        result = write((pair[0], target), PROMPTS[0], mode="lookahead", tree="3x2")  # whose accepted nodes are moved
+        result = write((draft, target), PROMPTS[0], mode="lookahead", tree="3x2")  # whose accepted nodes are moved
         assert (result.output_tokens, right(result) > 5) == (texts[0], True)
 
 

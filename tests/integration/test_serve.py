@@ -26,12 +26,13 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from specsplit.api.pair import Pair, connect
-from specsplit.errors import UserError
+from specsplit.errors import UserError, shortened
 from specsplit.launch.process import ProcessIdentity
 from specsplit.models.tokenizer import TextCodec
 from specsplit.serve.app import application
 from specsplit.serve.bodies import IGNORED, NEUTRAL, CompletionBody
-from specsplit.serve.listening import read_keys, without_broken_requests
+from specsplit.serve.failures import LONGEST_MESSAGE
+from specsplit.serve.listening import HalfOpenProtocol, read_keys, without_broken_requests
 from specsplit.settings.serve import ServeSettings
 
 from grpc_fixtures import Gate, Reference, Worker, noisy_copy, serving
@@ -68,7 +69,7 @@ def an_application(pair: Pair, keys: tuple[str, ...] = (), **settings: Any) -> A
 @pytest.fixture(scope="module")
 def base_url(pair: Pair) -> Iterator[str]:
     app = without_broken_requests(an_application(pair, keys=KEYS))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, http=HalfOpenProtocol, port=0, log_level="warning", lifespan="off"))
     listening = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
@@ -206,6 +207,8 @@ def error_of(reply: Any) -> dict[str, Any]:
     error = reply.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
+    assert error["message"][0] != ":"  # after the name of a field
+    assert len(error["message"]) <= LONGEST_MESSAGE
     return error
 
 
@@ -255,6 +258,8 @@ GOOD: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 4}
         ({"stop": ""}, 400, "stop"),
         ({"stop": ["a", ""]}, 400, "stop"),
         ({"stream": "yes"}, 400, "stream"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, 400, "stream_options"),
+        ({"w" * 9999: 1}, 400, shortened("w" * 9999, LONGEST_MESSAGE)),
         ({"temprature": 1}, 400, "temprature"),
         ({"messages": [{"role": "user", "content": "word " * 400}]}, 400, "messages"),
     ],
@@ -361,7 +366,8 @@ def test_three_hundred_arbitrary_requests_get_a_reply_or_a_reason(http: TestClie
         [{"role": "user", "content": "hi"}], [{"role": 1, "content": {}}], {"include_usage": True},
     ]  # fmt: skip
     names = [*NEUTRAL, "model", "messages", "prompt", "stream", "stream_options", "seed", "stop", "top_k", "top_p",
-             "temperature", "max_tokens", "max_completion_tokens", "stop_token_ids", "ignore_eos", "other"]  # fmt: skip
+             "temperature", "max_tokens", "max_completion_tokens", "stop_token_ids", "ignore_eos", "other",
+             "\ud800"]  # fmt: skip
     for _ in range(300):
         path = chance.choice(["/v1/chat/completions", "/v1/completions"])
         good = GOOD if "chat" in path else {"model": MODEL, "prompt": "a", "max_tokens": 4}
@@ -381,7 +387,8 @@ def test_requests_that_break_off_are_dropped(base_url: str, client: openai.OpenA
     logged: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("uvicorn.error").addHandler(handler)
+    for name in ("uvicorn.error", "specsplit"):
+        logging.getLogger(name).addHandler(handler)
     host, port = base_url.removeprefix("http://").removesuffix("/v1").split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{HEAD}Authorization: Bearer {key}\r\n{rest}".encode())
@@ -390,6 +397,19 @@ def test_requests_that_break_off_are_dropped(base_url: str, client: openai.OpenA
             connection.recv(4096)
     assert client.models.list().data
     assert set(logged) <= {"Invalid HTTP request received."}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_has_closed_its_own_side_is_answered(base_url: str, streamed: bool) -> None:
+    body = json.dumps({"model": MODEL, "prompt": "a", "max_tokens": 4, "ignore_eos": True, "stream": streamed})
+    host, port = base_url.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        key = f"Authorization: Bearer {KEYS[0]}\r\n"
+        connection.sendall(f"{HEAD}{key}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        connection.shutdown(socket.SHUT_WR)
+        reply = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert b"HTTP/1.1 200 OK" in reply
+    assert b'"finish_reason": "length"' in reply if streamed else b'"finish_reason":"length"' in reply
 
 
 def test_unknown_paths_and_methods_have_the_shape_too(http: TestClient) -> None:
@@ -490,6 +510,39 @@ def test_a_worker_that_is_gone_is_an_error_in_the_same_shape(
             assert (error["type"], error["code"]) == ("server_error", "worker_failed")
             assert "worker" not in error["message"]  # and no address: those are in the log
             assert target.address in caplog.text
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_is_cut_off_when_the_server_stops_ends_with_an_error(
+    pair: Pair, workers: dict[str, Worker], streamed: bool
+) -> None:
+    body = json.dumps({**GOOD, "max_tokens": 100, "ignore_eos": True, "stream": streamed}).encode()
+    asked, sent = [{"type": "http.request", "body": body}], []
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+
+    async def receive() -> Any:
+        return asked.pop() if asked else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if streamed and len(sent) == 2:  # the first piece
+            text.cancel()  # as uvicorn does after `stop_timeout_s`
+            await asyncio.sleep(0)
+
+    async def answered() -> None:
+        nonlocal text
+        text = asyncio.ensure_future(an_application(pair)(scope, receive, send))
+        if not streamed:
+            gate = Gate(workers["target"])
+            await asyncio.to_thread(gate.wait)
+            text.cancel()
+            gate.open()
+        await text
+
+    text: asyncio.Future[None]
+    asyncio.run(answered())
+    last = json.loads(sent[-1]["body"].removeprefix(b"data: "))
+    assert (sent[0]["status"], last["error"]["code"]) == (200 if streamed else 503, "server_stopping")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def both(
         {"ignore_eos": True},
         {"ignore_eos": True, "temperature": 0.8, "top_k": 20, "seed": 5},
         {"ignore_eos": True, "temperature": 1.2, "top_p": 0.9, "sampling": "rejection", "seed": 6},
-        {"stop_token_ids": list(range(0, VOCAB, 4))},
+        {"stop_token_ids": [1 << 40, *range(0, VOCAB, 4)]},
         {"temperature": 1.0, "stop_token_ids": list(range(0, VOCAB, 9))},
         {"ignore_eos": True, "max_rounds": 5},
         {"ignore_eos": True, "max_output_tokens": 500},  # until the context is full

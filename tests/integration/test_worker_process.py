@@ -19,14 +19,15 @@ import grpc
 import psutil
 import pytest
 
+from specsplit.cli.main import main
 from specsplit.errors import UserError, WorkerError
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.heartbeat import LEASE_HOST, LEASE_PID
 from specsplit.launch.start import attach_worker, start_worker, stop_worker
 from specsplit.rpc.connection import connect
 from specsplit.rpc.v1 import specsplit_pb2 as pb
-from specsplit.settings.worker import DraftWorkerConfig
-from specsplit.worker.server import load_servicer
+from specsplit.settings.worker import DraftWorkerConfig, TargetWorkerConfig
+from specsplit.worker.server import WorkerServer, load_servicer
 
 from grpc_fixtures import draft_request, serving
 from waiting import wait_until
@@ -140,14 +141,11 @@ def test_a_worker_from_its_start_to_sigterm(model: Path, folder: Path) -> None:
         process.wait()
 
 
-def test_a_port_in_use_is_one_clear_line(model: Path) -> None:
+def test_a_port_in_use_is_told() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
-        done = run("worker", "target", "--model", model, *TINY, "--port", port)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
-    assert line.startswith(f"specsplit worker: error: cannot listen on 127.0.0.1:{port}: it is in use")
-    assert "Traceback" not in done.stderr
+        with pytest.raises(UserError, match=rf"^cannot listen on 127\.0\.0\.1:{port}: it is in use"):
+            WorkerServer(TargetWorkerConfig(port=port)).start()
 
 
 def test_a_missing_model_is_one_clear_line() -> None:
@@ -160,7 +158,7 @@ def test_a_missing_model_is_one_clear_line() -> None:
 # ---- workers in the background
 
 
-def test_start_worker_and_stop_worker(model: Path, folder: Path) -> None:
+def test_start_worker_and_stop_worker(model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, log = folder / "draft.json", folder / "logs" / "draft.log"
     flags = ["--endpoint-file", file, "--worker-log", log, "--threads", "1", "--skip-layers", "1"]
     started = run("start-worker", "draft", "--model", model, *flags)
@@ -178,8 +176,8 @@ def test_start_worker_and_stop_worker(model: Path, folder: Path) -> None:
     assert not running(endpoint)
     assert not file.exists()
     assert f"stopping: endpoint file {file} is gone" in log.read_text()
-    again = run("stop-worker", file)
-    assert (again.returncode, again.stdout) == (0, f"{file} is not there: nothing to stop\n")
+    main(["stop-worker", str(file)])
+    assert capsys.readouterr().out == f"{file} is not there: nothing to stop\n"
 
 
 def test_a_worker_ends_with_the_process_it_was_started_for(

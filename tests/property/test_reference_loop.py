@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from specsplit.decoding.sampling import GREEDY, Sampling, choose
 from specsplit.decoding.tree import TokenTree, TreeShape
 from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.gpu import GpuLM
+from specsplit.engines.gpu_head import GpuHead
 from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.ngram import NGramLM
 from specsplit.engines.numba import FusedLM
@@ -76,6 +78,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "qwen3-mixed": tiny("qwen3-mixed"),
     "llama, fused": tuple(FusedLM(model, 1) for model in tiny("llama")),  # which takes the weights of the model
     "llama, graphs": tuple(GraphLM(model.model) for model in tiny("llama")),
+    "llama, head on gpu": (FusedLM(tiny("llama")[0], 1), GpuHead(HiddenStatesHead(copy.deepcopy(HEAD)))),
     "llama, head": (FusedLM(tiny("llama")[0], 1), FusedHead(HiddenStatesHead(HEAD), 1)),
     "qwen3-mixed, gpu": tuple(GpuLM(model) for model in tiny("qwen3-mixed")),
     "llama, ngram": (LLAMA[0], NGramLM(VOCAB, max_ngram=2, min_ngram=1)),
@@ -194,7 +197,7 @@ def test_the_streams_write_what_the_loop_writes(pair, mode, prompt, shape, gamma
         ]
 
 
-@pytest.mark.parametrize("pair", ["llama", "gpt2", "qwen3-mixed, gpu", "synthetic", "llama, head"])
+@pytest.mark.parametrize("pair", ["llama", "gpt2", "llama, head on gpu", "synthetic", "llama, head"])
 @some
 @given(prompt=prompts, shape=st.sampled_from(["chain", "2x2"]), gamma=st.integers(1, 5), seed=st.integers(0, 1 << 31))
 def test_rejection_sampling_over_streams_is_that_of_the_loop(pair, prompt, shape, gamma, seed):
@@ -223,13 +226,14 @@ def test_texts_side_by_side_are_those_of_the_loop(pair: str) -> None:
 # ---- a head that reads the target's hidden states
 
 
+@pytest.mark.parametrize("pair", ["llama, head", "llama, head on gpu"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_head_is_as_often_right_over_streams_as_in_the_loop(mode: str) -> None:
+def test_a_head_is_as_often_right_over_streams_as_in_the_loop(mode: str, pair: str) -> None:
     """Which shows that each state arrives at its place: with those of a token too early or too late it is not."""
     accepted = {"loop": 0, "streams": 0}
     for prompt in KNOWN:
-        rounds = list(speculate(*PAIRS["llama, head"], prompt, DraftSettings(3), max_new_tokens=LENGTH))
-        result = streamed("llama, head", prompt, DraftSettings(3), mode)
+        rounds = list(speculate(*PAIRS[pair], prompt, DraftSettings(3), max_new_tokens=LENGTH))
+        result = streamed(pair, prompt, DraftSettings(3), mode)
         assert result.output_tokens == written(rounds)
         accepted["loop"] += sum(r.accepted for r in rounds)
         accepted["streams"] += sum(r.accepted for r in result.rounds)

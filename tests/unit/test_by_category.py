@@ -56,9 +56,9 @@ def test_one_category_has_no_mean_of_categories_and_an_empty_one_a_name() -> Non
 
 
 def test_a_mean_needs_every_category_and_names_of_rows_stay_theirs(tmp_path: Path) -> None:
-    table = summarize_by_category(*a_sweep({POOLED: [3] * 9, "chat": [1]}, count=2), **SETTINGS)
+    table = summarize_by_category(*a_sweep({POOLED: [3] * 9, "$x^$, a\nname": [1]}, count=2), **SETTINGS)
     drafted = table[table["gamma"] == 3].set_index("category")
-    assert list(drafted.index) == [f"{POOLED} (category)", "chat", POOLED, MACRO]
+    assert list(drafted.index) == ["$x^$, a\nname", f"{POOLED} (category)", POOLED, MACRO]
     assert drafted.loc[MACRO, "acceptance_length"] == pytest.approx(3)
     assert np.isnan(drafted.loc[MACRO, "acceptance_length_32_to_128"])  # no chat is that long
     assert len(draw_by_category(table, tmp_path / "by.png")) == 2

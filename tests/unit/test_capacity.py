@@ -12,7 +12,7 @@ import pytest
 
 from specsplit.analysis.capacity_table import capacity_sentences, draw_capacity, summarize_capacity
 from specsplit.errors import UserError
-from specsplit.experiment.capacity import CapacityRecord, arrival_times
+from specsplit.experiment.capacity import CapacityRecord, arrival_times, latency_limits
 from specsplit.settings.measure import CapacitySettings
 
 
@@ -95,6 +95,20 @@ def test_failed_requests_are_no_goodput_and_take_their_time() -> None:
     row = summarize_capacity(table).iloc[0]
     assert (row["requests"], row["failed_requests"], row["goodput_share"]) == (2, 1, pytest.approx(2 / 3))
     assert row["tokens_per_second"] == pytest.approx(11 / 0.22)
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_that_was_written_is_no_goodput() -> None:
+    summary = summarize_capacity(requests(1, 0, (0, 110), (110, 110), status="failed", ttft_ms=float("nan")))
+    assert (summary.iloc[0]["goodput_share"], summary.iloc[0]["kept_up"]) == (0, False)
+
+
+def test_the_search_has_the_limits_of_the_table() -> None:
+    table = requests(1, 0, (0, 110), (110, 310))  # the median of two is between them
+    level = [CapacityRecord(**row) for row in table.to_dict("records")]
+    row = summarize_capacity(table).iloc[0]
+    assert latency_limits(level, None, None) == (row["ttft_limit_ms"], row["tpot_limit_ms"])
+    assert latency_limits([], 5.0, None) == (5.0, float("inf"))
 
 
 def test_without_a_limit_it_is_twice_the_first_rows_median_for_all() -> None:

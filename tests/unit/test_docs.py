@@ -16,6 +16,7 @@ import pytest
 
 from specsplit.cli.main import COMMANDS, build_parser
 from specsplit.experiment.columns import RequestRecord, RoundRecord
+from specsplit.settings.schema import SCHEMA
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(
@@ -200,6 +201,12 @@ def test_columns_in_the_table_of_requests_exist() -> None:
     known = {field.name for field in fields(RequestRecord)} | {"matches_gamma0"}
     for row in re.findall(r"^\| (`.*?) \|", section, re.M):
         assert set(re.findall(r"`(\w+)`", row)) <= known, row
+
+
+def test_what_every_key_reruns_is_told() -> None:
+    table = TEXTS["config/README.md"].partition("## What a change reruns")[2]
+    told = {name.partition(".")[0] for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in inline(row)}
+    assert set(SCHEMA["properties"]) <= told | {"workers", "faults"}
 
 
 def test_the_calls_that_reading_names_are_where_it_says() -> None:

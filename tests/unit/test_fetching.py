@@ -179,6 +179,26 @@ def test_a_file_is_fetched_once(tmp_path, monkeypatch):
     assert fetched == [STANDARD_SETS["math-500"].url]
 
 
+def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path):
+    odd = [{"text": None, "test_list": ["a"]}, {"text": " ", "test_list": ["a"]}, {"text": "x", "test_list": "abc"}]
+    file = put(tmp_path, "mbpp")
+    rows = json_lines([{**row, "task_id": 20} for row in odd])
+    file.write_bytes(rows)
+    with pytest.raises(
+        UserError, match=r"none of 3 rows is a prompt \(the first: not of the shape of mbpp: text is not"
+    ):
+        fetch_standard("mbpp", tmp_path / "s.jsonl", tmp_path / "downloads")
+    file.write_bytes(rows + FILES["mbpp"][0] + b'{"text": "cut of')
+    recorded = file.with_name("mbpp.jsonl.sha256")
+    recorded.write_text("")
+    with pytest.raises(UserError, match="not the file of mbpp"):
+        fetch_standard("mbpp", tmp_path / "s.jsonl", tmp_path / "downloads")
+    recorded.unlink()
+    facts = fetch_standard("mbpp", tmp_path / "s.jsonl", tmp_path / "downloads")
+    assert [row["row"] for row in facts["left_out"]] == [1, 2, 3, 4, 6]
+    assert "not valid JSON" in facts["left_out"][-1]["reason"]
+
+
 def test_speed_bench_leaves_out_what_only_its_publishers_may_pass_on(tmp_path, monkeypatch):
     more = {"sub_category": "x", "source": "s", "src_id": "1", "difficulty": "easy", "multiturn": False}
     rows = [

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
+from specsplit.client.handshake import check_stop_tokens
 from specsplit.errors import UserError
 from specsplit.models.generation_settings import HARMLESS, check_eos, refuse_model_settings, text_changing_settings
+from specsplit.rpc.v1 import specsplit_pb2 as pb
+from specsplit.settings.run import OrchestratorConfig
 
 # A value that changes greedy text, for each setting that can.
 CHANGING: dict[str, Any] = {
@@ -80,3 +83,13 @@ def test_an_end_of_text_that_is_no_token_id_is_named(tmp_path: Path, eos: Any) -
 
     with pytest.raises(UserError, match=r"eos_token_id: .* is not the id of a token"):
         check_eos(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [[100], [1, 1 << 40]])
+def test_stop_tokens_that_the_target_does_not_have_are_named(tokens: list[int]) -> None:
+    target = pb.DescribeReply(vocab_size=100, model="big")
+    for known in (None, [], [2, 99]):
+        check_stop_tokens(OrchestratorConfig(stop_token_ids=known), target)
+    said = rf"generation\.stop_token_ids, --stop-token-ids\): {tokens[-1]} is beyond the vocabulary of 100 .* of big"
+    with pytest.raises(UserError, match=said):
+        check_stop_tokens(OrchestratorConfig(stop_token_ids=tokens), target)

@@ -17,6 +17,8 @@ from specsplit.decoding.verification import checked_pass, verify
 from specsplit.engines import gpu_cache, gpu_passes, loading
 from specsplit.engines.gpu import SMALLEST_PASS, GpuLM
 from specsplit.engines.gpu_decoder import MOST_SPLIT, unsuitable
+from specsplit.engines.gpu_head import GpuHead
+from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.passes import Pass, Propose, Walk
 from specsplit.engines.recording import Recorder
 from specsplit.engines.reduced_vocabulary import reduce_vocabulary
@@ -26,6 +28,8 @@ from specsplit.models.vocabulary import ReducedVocabulary, Vocabulary
 from specsplit.settings.worker import TargetWorkerConfig
 from specsplit.worker.draft import Drafter
 from specsplit.worker.sessions import Session
+from specsplit.worker.states import ReceivedStates
+from tiny_heads import make_tiny_head
 
 from tiny_models import VOCAB, make_tiny_model
 
@@ -36,8 +40,15 @@ SAMPLINGS = [GREEDY, Sampling(temperature=0.8, seed=9), Sampling(temperature=1.0
 sampled = pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "coupled", "cut"])
 
 
+DRAWN = Sampling(temperature=1.0, top_k=9, seed=9, rejection=True)
+
+
 def engine(architecture: str = "llama", **arguments: Any) -> GpuLM:
     return GpuLM(CausalLM(make_tiny_model(architecture)), **arguments)
+
+
+def head(rows: int = VOCAB) -> HiddenStatesHead:
+    return HiddenStatesHead(make_tiny_head(make_tiny_model("llama"), rows=rows))
 
 
 @torch.inference_mode()
@@ -148,11 +159,7 @@ def test_a_chain_is_one_launch_and_what_single_passes_draft(
         if heads:
             reduce_vocabulary(hf, heads)
         models.append(kind(hf))
-    launches: list[Any] = []
-    run = gpu_passes.Program.run
-    monkeypatch.setattr(
-        gpu_passes.Program, "run", lambda self, passes: (launches.append(self.shape), run(self, passes))[1]
-    )
+    launches = counted_launches(monkeypatch)
     sessions = [Session(model.new_cache(96)) for model in models]
     text = list(PROMPT)
     for gamma, accepted in ((4, 4), (4, 2), (1, 1), (6, 0), (3, 3)):
@@ -168,6 +175,36 @@ def test_a_chain_is_one_launch_and_what_single_passes_draft(
         assert launches[0].then.steps == gamma - 1
         text += [*found.token_ids[:accepted], 60 + gamma]
     assert sessions[1].cache.length == len(sessions[1].tokens) + len(sessions[1].state.nodes)
+
+
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, DRAWN], ids=["greedy", "coupled", "cut", "drawn"])
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_draft_of_a_head_is_one_launch_from_true_states_to_the_last_token(
+    sampling: Sampling, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside HiddenStatesHead, which drafts pass by pass; a prompt is read before. first: position of the first state
+    that came."""
+    source, rows = head(60), list(range(3, 123, 2))
+    models: list[Any] = [source, GpuHead(source)]
+    vocabulary, states = ReducedVocabulary(rows, VOCAB), torch.randn(60, source.state_size)
+    launches = counted_launches(monkeypatch)
+    sessions = [Session(model.new_cache(96), hidden=ReceivedStates(first, 96, source.state_size)) for model in models]
+    text, prompt_passes = PROMPT * 2, [(0, True)]
+    for gamma, accepted in ((4, 4), (4, 2), (1, 1), (6, 0), (3, 3)):
+        settings = DraftSettings(gamma, TreeShape(), sampling, frozenset({text[-1]}), vocab_size=120)
+        launches.clear()
+        drafts = []
+        for model, session in zip(models, sessions, strict=True):
+            session.hidden.add(session.hidden.end, states[session.hidden.end : len(text) - 1])
+            drafter = Drafter(model, vocabulary, session, text, settings, reads_states=True, drafted_ahead=False)
+            drafts.append(drafter.draft())
+        expected, found = drafts
+        assert (found.token_ids, found.parents) == (expected.token_ids, expected.parents)
+        assert found.distributions.keys() == expected.distributions.keys()
+        torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-3, atol=1e-3)
+        assert [(shape.then.steps, shape.given) for shape in launches] == [*prompt_passes, (gamma - 1, True)]
+        prompt_passes = []
+        text += [*found.token_ids[:accepted], 61 + 2 * gamma]
 
 
 def test_numbers_that_are_not_finite() -> None:
@@ -199,11 +236,7 @@ def test_numbers_that_are_not_finite() -> None:
 def test_sessions_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verdicts, drafts and logits of sessions of unlike length, some rows of the pool idle: as each alone."""
     model, plain = engine(sessions=8), CausalLM(make_tiny_model("llama"))
-    shapes: list[Any] = []
-    run = gpu_passes.Program.run
-    monkeypatch.setattr(
-        gpu_passes.Program, "run", lambda self, passes: (shapes.append(self.shape), run(self, passes))[1]
-    )
+    shapes = counted_launches(monkeypatch)
     caches = [model.new_cache(400) for _ in range(6)]
     texts = {i: [3 + (i + 1) * k % 80 for k in range(length)] for i, length in ((1, 4), (2, 90), (3, 300), (5, 9))}
     others = {i: plain.new_cache(400) for i in texts}
@@ -283,21 +316,26 @@ def test_a_pass_never_waits_for_the_host() -> None:
     model = GpuLM(CausalLM(make_tiny_model("qwen3-mixed").to("meta")), sessions=2)
     first, second = model.new_cache(100), model.new_cache(100)
     second.tap((2, 0))
-    sampling = [*SAMPLINGS, Sampling(temperature=1.0, top_k=9, rejection=True)]
+    drafting = GpuHead(HiddenStatesHead(head().module.to("meta")))
+    third, states = drafting.new_cache(100), torch.zeros(8, drafting.state_size)
     targets = torch.arange(VOCAB, device="meta")
     groups = [
         [Pass(first, PROMPT * 8)],
         [Pass(first, [5, 6], TREE), Pass(second, [5])],
         [Pass(second, [5], TREE, then=Walk(GREEDY))],
         *([Pass(first, [5], TREE, then=Walk(s)), Pass(second, [5], TREE, then=Walk(s))] for s in SAMPLINGS),
-        *([Pass(first, [5], then=Propose(s, VOCAB, None, 3))] for s in sampling),
-        *([Pass(first, [5], then=Propose(s, 99, targets, 1))] for s in sampling),
+        *([Pass(first, [5], then=Propose(s, VOCAB, None, 3))] for s in [*SAMPLINGS, DRAWN]),
+        *([Pass(first, [5], then=Propose(s, 99, targets, 1))] for s in [*SAMPLINGS, DRAWN]),
+        [Pass(third, PROMPT[:8], then=Propose(GREEDY, 99, targets, 2), states=states)],
+        [Pass(third, (), TREE, 3, then=Propose(GREEDY, 99, targets))],
     ]
+    third.length = 20
     for passes in groups:
-        program = gpu_passes.Program(model.runtime, first.pool, model._shape(passes), passes[0])
-        program._pass(model.runtime.plain)  # the warm-up makes constants
+        lm = drafting if passes[0].cache is third else model
+        program = gpu_passes.Program(lm.runtime, passes[0].cache.pool, lm._shape(passes), passes[0])
+        program._pass(lm.runtime.plain)  # the warm-up makes constants
         with OnDevice():
-            program._pass(model.runtime.plain)
+            program._pass(lm.runtime.plain)
 
 
 def test_compiled_then_recorded_then_as_it_is(
@@ -355,6 +393,19 @@ def test_passes_are_recorded_before_the_first_request(
     assert len(recorded) == 3  # but for that of the prompt they were
 
 
+def test_passes_of_a_head_are_recorded_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, recorded = GpuHead(head()), []
+    model.runtime.recorder.records = True
+    monkeypatch.setattr(model.runtime.recorder, "_captured", lambda run: recorded.append(run) or run)
+    model.prepare(200, 2, drafts=True)
+    cache, states = model.new_cache(200), torch.randn(6, model.state_size)
+    assert (cache.length, cache.pool.rows, len(recorded)) == (0, 2, 1)
+    for count in (1, 5, 6):  # however many were accepted
+        cache.length = 11
+        model.step(cache, PROMPT[:count], then=Propose(GREEDY, VOCAB, steps=1), states=states[:count])
+    assert len(recorded) == 1
+
+
 @pytest.mark.slow
 def test_compiled_passes_are_those_that_are_not() -> None:
     plain, fast = engine("qwen3-mixed", sessions=1), engine("qwen3-mixed", sessions=1, compiles=True)
@@ -375,6 +426,15 @@ def test_compiled_passes_are_those_that_are_not() -> None:
         )
     assert results[0][:3] == results[1][:3]
     close(results[1][3], results[0][3])
+    source, drafts = head(), []
+    given = torch.randn(len(PROMPT), source.state_size)
+    for compiles in (False, True):
+        drafting = GpuHead(source, sessions=1, compiles=compiles)
+        drafting.prepare(100, 1, drafts=True)
+        assert drafting.runtime.recorder.compiles == compiles
+        chain = drafting.step(drafting.new_cache(100), PROMPT, then=Propose(GREEDY, VOCAB, steps=5), states=given)
+        drafts.append([best.token_ids[0] for best, _ in chain])
+    assert drafts[0] == drafts[1]
 
 
 # ---- the choice of the engine

@@ -22,10 +22,11 @@ def test_every_check_passes_and_every_table_is_written(tmp_path: Path, monkeypat
     assert module.main(["--device", "cpu", "--tiny", "--output", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["tables"].keys() == {"machine", "pass", "draft chain", "round", "end to end"}
-    assert len(result["checks"]) == 23
+    assert len(result["checks"]) == 29
     assert all(check["passed"] for check in result["checks"])
     assert {row["pair"] for row in result["tables"]["end to end"]} == {"0.5B + itself", "7B + 0.5B"}
     lines = (tmp_path / "gpu.md").read_text().splitlines()
     assert sum(line.startswith("| 7B |") for line in lines) == 8  # passes and drafts
+    assert sum(line.startswith("| 7B head |") for line in lines) == 4  # drafts
     assert module.main(["--device", "cpu", "--tiny", "--seconds", "0", "--output", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["tables"].keys() == {"machine", "left out"}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gguf_files import write_gguf
 from specsplit.decoding.tree import ROOT, TokenTree
+from specsplit.engines.gpu_head import GpuHead
 from specsplit.engines.head_module import HeadModule, load_head, save_head
 from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.loading import load_model
@@ -58,7 +59,11 @@ def fused(folder: Path) -> FusedHead:
     return FusedHead(eager(folder), threads=2)
 
 
-ENGINES: dict[str, Callable[[Path], HiddenStatesHead | FusedHead]] = {"eager": eager, "fused": fused}
+def graphs(folder: Path) -> GpuHead:
+    return GpuHead(eager(folder))
+
+
+ENGINES: dict[str, Callable[[Path], Any]] = {"eager": eager, "fused": fused, "graphs": graphs}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -99,8 +104,8 @@ def test_sessions_share_a_pass(engine: str, tmp_path: Path) -> None:
 
     def work(count: int) -> Pass:
         cache = head.new_cache(64)
-        head.step(cache, TOKENS[: count - 1], states=states[: count - 1])
-        return Pass(cache, TOKENS[count - 1 : count], TREE, states=states[count - 1 : count])
+        head.step(cache, TOKENS[:1], states=states[:1])
+        return Pass(cache, TOKENS[1:count], TREE, states=states[1:count])
 
     alone = [head.step_many([work(count)])[0] for count in (2, 4, 7)]
     together = head.step_many([work(count) for count in (2, 4, 7)])
@@ -233,6 +238,30 @@ def test_a_draft_worker_takes_what_a_head_lacks_from_the_target(pickled: bool, t
         CausalLM.load(folder)
     with pytest.raises(UserError, match="target_tokenizer"):
         load_model(*resolve_model(folder), DraftWorkerConfig(model=folder))
+
+
+CANNOT: dict[str, tuple[dict[str, Any], str, str]] = {
+    "int8": ({}, "int8", "its linear layers are not plain ones"),
+    "activation": ({"hidden_act": "gelu"}, "bfloat16", "its activation is gelu"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_a_head_that_the_engine_for_gpus_cannot_run(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes, dtype, reason = CANNOT[case]
+    caplog.set_level("INFO")
+    write_head(tmp_path, "original", head_tensors(), **changes)
+    make_tokenizer().save_pretrained(tmp_path)
+    given: dict[str, Any] = {"model": tmp_path, "dtype": dtype, "device": "cpu"}
+    with pytest.raises(UserError, match=f"engine graphs cannot run {tmp_path}: {reason}. Use engine auto"):
+        load_model(*resolve_model(tmp_path), DraftWorkerConfig(**given, engine="graphs"))
+    head = HiddenStatesHead.load(tmp_path, dtype=dtype)
+    head.device = torch.device("cuda")  # where auto means graphs
+    monkeypatch.setattr(HiddenStatesHead, "load", lambda *_, **__: head)
+    assert load_model(*resolve_model(tmp_path), DraftWorkerConfig(**given))[0] is head
+    assert f"engine transformers, as {reason}" in caplog.text
 
 
 def manifest_parameters(folder: Path) -> int:

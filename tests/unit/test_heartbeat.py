@@ -78,9 +78,9 @@ def test_a_file_is_silent_once_nobody_touches_it(tmp_path: Path) -> None:
     over = start_heartbeat(beating)
     assert silent({beating, dead, tmp_path / "gone"}) == {dead, tmp_path / "gone"}
     pulse = Pulse(beating)
-    assert pulse.beats()
+    assert pulse.alive()
     over.set()
-    assert wait_until(lambda: not pulse.beats())
+    assert wait_until(lambda: not pulse.alive())
 
 
 def test_a_worker_on_another_host_is_stale_when_its_heart_stops(

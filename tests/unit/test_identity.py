@@ -5,6 +5,7 @@ A new family is one line of FAMILIES; the table of docs/models.md is checked aga
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.numba import FusedLM, unsuitable
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
+from specsplit.models.fingerprint import check_architecture, read_config, weight_files
+from specsplit.models.loaded import stored_tensors
 
 from tiny_models import COMMON, SMALL, random_model
 
@@ -157,6 +160,17 @@ def test_greedy_text_is_that_of_generate(family: str) -> None:
         for shape in SHAPES:
             assert text(ours, drafts, 4, shape, []) == free, (engine, shape)
             assert text(ours, drafts, 4, shape, several) == ended, (engine, shape)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_tensors_are_those_of_their_configuration(family: str, tmp_path: Path) -> None:
+    _, kind, settings = FAMILIES[family]
+    model = random_model(kind(**settings))
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+
+    stored = stored_tensors(weight_files(tmp_path))
+    parameters = sum(math.prod(each.shape) for each in stored.values())
+    assert check_architecture(tmp_path, read_config(tmp_path), parameters, stored=stored) == type(model).__name__
 
 
 def table() -> str:

@@ -14,7 +14,7 @@ import pytest
 
 import specsplit.settings
 from specsplit.cli.flags import add_setting_flags, load_settings, setting_arguments
-from specsplit.cli.parser import Parser
+from specsplit.cli.main import Parser
 from specsplit.decoding.tree import TreeShape
 from specsplit.errors import UserError
 from specsplit.settings import environment

@@ -1,5 +1,6 @@
 """Prompt files as people have them: every format and shape is read, what is none is named, nothing goes in silence."""
 
+import bz2
 import csv
 import gzip
 import io
@@ -134,6 +135,9 @@ def table_bytes(table):
     return sink.getvalue()
 
 
+MESSAGES = pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string()))
+
+
 @pytest.mark.parametrize(
     ("content", "prompts"),
     [
@@ -162,6 +166,28 @@ def table_bytes(table):
         (table_bytes(pyarrow.table({"prompt": ["a"], "id": [datetime(2024, 1, 2)]})), [("2024-01-02 00:00:00", "a")]),
         (table_bytes(pyarrow.table({"prompt": ["a"], "id": [Decimal("1.50")]})), [("1.50", "a")]),
         (json_lines([{"turns": [{"role": "user", "content": "a"}]}]), [("line-1", "a")]),
+        *(
+            (pack(b'{"prompt":"a"}\n') + between + pack(b'{"prompt":"b"}') + after, [("line-1", "a"), ("line-2", "b")])
+            for pack, between, after in [
+                (gzip.compress, b"", bytes(512)),
+                (zstandard.compress, b"\x5a\x2a\x4d\x18\x01\0\0\0x", b""),
+                (bz2.compress, b"", bytes(3)),
+                (lzma.compress, bytes(4), bytes(8)),
+            ]
+        ),
+        (b"\x5f\x2a\x4d\x18\0\0\0\0" + zstandard.compress(b'{"prompt":"a"}'), [("line-1", "a")]),
+        *(
+            (gzip.compress('{"prompt":"caf\u00e9"}\n'.encode(name)), [("line-1", "caf\u00e9")])
+            for name in ("utf-16-be", "utf-32-le", "utf-32-be", "utf-32", "utf-8-sig")
+        ),
+        (b'"prompt";"a,b,c"\n"x;y";1\n', [("row-1", "x;y")]),
+        (b'"a\nb",prompt\n1,x\n', [("row-1", "x")]),
+        (json_lines([{"prompt": [{"role": "user", "content": "a"}], "chosen": [{"content": "b"}]}]), [("line-1", "a")]),
+        (table_bytes(pyarrow.table({"messages": [[{"role": "user", "content": b"a"}]]})), [("row-1", "a")]),
+        (
+            table_bytes(pyarrow.table({"messages": pyarrow.array([[[("role", "user"), ("content", "a")]]], MESSAGES)})),
+            [("row-1", "a")],
+        ),
     ],
 )
 def test_other_files_that_people_have(tmp_path, content, prompts):
@@ -198,6 +224,10 @@ NAMED = [
         "Zstandard file that is (cut off|damaged)|damaged Zsta",
     ),
     ("truncated Parquet", parquet(ROWS)[:-40], "Parquet file that is cut off"),
+    ("rubbish after bzip2", bz2.compress(json_lines(ROWS)) + b"rubbish", "damaged bzip2 file"),
+    ("rubbish after xz", lzma.compress(json_lines(ROWS)) + b"rubbish", "damaged xz file"),
+    ("truncated bzip2", bz2.compress(json_lines(ROWS))[:-4], "bzip2 file that is cut off"),
+    ("truncated xz", lzma.compress(json_lines(ROWS))[:-9], "xz file that is cut off"),
     ("damaged Parquet", b"PAR1" + b"\x15\x04" * 40 + b"PAR1", "Parquet file that is damaged"),
     ("truncated Arrow", FORMATS["Arrow"](ROWS)[:200], "Arrow file that is damaged or cut off"),
     ("ZIP", b"PK\x03\x04" + b"\x00" * 40, "ZIP archive.*unpack"),
@@ -246,6 +276,11 @@ NAMED = [
         "comment in an object",
         b'{\n  // mine\n  "prompt": "a"}',
         "line 2, column 3.*a comment, which JSON does not have",
+    ),
+    (
+        "another sign",
+        b'{"prompt": "a"}\x0c\n',
+        "column 16: not valid JSON: E[^.]*$",
     ),
     ("comma in an object", b'{"prompt": "a",}', "comma before the end of the object"),
     ("comma in an object of an array", b'[{"prompt": "a",}]', "comma before the end of the object"),

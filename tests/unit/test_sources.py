@@ -131,8 +131,15 @@ def test_fingerprint_tells_the_shape_of_the_model_without_loading_it(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tiny)
-    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", None)
+    made, load = [], LlamaForCausalLM.from_pretrained
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        made.append(load(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", noted)
     fingerprint = fingerprint_model(tiny)
+    assert {parameter.device.type for model, _ in made for parameter in model.parameters()} == {"meta"}
     assert fingerprint["parameters"] == sum(p.numel() for p in loaded.parameters())
     assert fingerprint["dtype"] == "float32"
     assert fingerprint["architecture"] == "LlamaForCausalLM"

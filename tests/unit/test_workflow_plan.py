@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from specsplit.workflow import files, plan, runs
 from specsplit.workflow.plan import Plan
 
 SOURCES = Path(plan.__file__).parents[2]
-PARSED = ("workflow.plan", "workflow.files", "workflow.runs", "analysis.captions", "provenance.capture")
+PARSED = ("workflow.decided", "workflow.runs", "analysis.captions", "provenance.closure", "provenance.capture")
 # What pip installs with Snakemake, as far as it is imported while the rules are parsed.
 OF_SNAKEMAKE = {
     *("jsonschema", "jsonschema_specifications", "referencing", "rpds", "attr", "attrs", "yaml", "_yaml", "psutil"),
@@ -113,7 +114,7 @@ def test_models_and_files_of_a_run() -> None:
     made = Plan(ELSEWHERE)
     assert set(made.points) == {"gamma_0", "gamma_3", "draft-n_gamma_3", "draft-made_gamma_3"}
     assert made.models_of(["gamma_0"]) == ["resources/models/m/model.json"]
-    assert made.layers_of(["gamma_3"]) == ["results/skip_layers/draft.json"]
+    assert made.models_of(["gamma_3"]) == ["resources/models/m/model.json", "results/skip_layers/draft.json"]
     assert made.model_inputs("m") == ["models/m/config.json", "models/m/model.safetensors"]
     assert made.model_inputs("made") == made.model_inputs("n") == []
     assert made.model_made_from("n") == ["resources/models/m/model.json"]
@@ -141,18 +142,35 @@ def test_the_drafts_of_the_measurement_of_hidden_states_share_a_target() -> None
         without.compared_endpoints(cluster=False)
 
 
+def test_in_another_folder_prompts_and_draft_of_the_default_are_those_of_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = Plan({}, project=SOURCES.parent)
+    outside = [made.dataset, *(path for name in made.models for path in made.model_inputs(name))]
+    assert len(outside) > 1
+    for path in map(Path, outside):
+        assert (path.is_absolute(), path.exists()) == (False, True), path
+    kept = Path(made.dataset.removeprefix(os.path.relpath(SOURCES.parent) + "/"))
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert Plan({}, project=SOURCES.parent).dataset == str(kept)
+
+
 def test_with_a_prefix_every_path_of_the_workflow_has_it() -> None:
     made = Plan(ELSEWHERE, "a b/")
     for job in made.jobs:
         for operates in (False, True):
             text = made.settings(job, operates=operates)
             assert text.count("results/") + text.count("resources/") == text.count("a b/"), job
-    assert made.model_flags("n") == "--ngram --tokenizer 'a b/resources/models/m' --max-ngram 3 --min-ngram 1"
+    assert made.model_flags("n") == (
+        "--ngram --tokenizer 'a b/resources/models/m' --max-ngram 3 --min-ngram 1 --ignore-model-settings"
+    )
     assert made.model_made_from("s") == ["resources/models/m/model.json", "resources/models/made/model.json"]
     assert made.model_flags("s").startswith(
         "--suffix --tokenizer 'a b/resources/models/m' --model 'a b/resources/models/made' "
     )
-    assert made.model_flags("made") == "--local 'a b/results/distill/default/draft'"
+    assert made.model_flags("made") == "--local 'a b/results/distill/default/draft' --ignore-model-settings"
     assert made.model_flags("m") == "--local models/m"
 
 
@@ -208,10 +226,31 @@ def test_what_snakemake_takes_for_a_pattern_is_refused_in_an_input_and_fine_else
         Plan({**raw, key: given, **both})
 
 
+def test_a_checkout_whose_path_snakemake_takes_for_a_pattern_is_refused() -> None:
+    files.check_project(Path("a b'$(c)*"))
+    with pytest.raises(UserError, match=r"has \{ in it, which Snakemake takes for a pattern: rename the folder"):
+        files.check_project(Path("a{b}"))
+
+
 @pytest.mark.parametrize("path", ["results/dataset/prompts.jsonl", "./results/x/../dataset/prompts.jsonl"])
 def test_prompts_are_not_read_from_where_the_workflow_writes_them(path: str) -> None:
     with pytest.raises(UserError, match=r"dataset\.path: .* is what the workflow makes"):
         Plan({"dataset": {"path": path}})
+
+
+@pytest.mark.parametrize("key", ["dataset.path", "models.m.path"])
+def test_what_can_never_be_read_is_refused_with_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    for path in ("x" * 300, "a/" * 3000, "~nobody-of-that-name/x", "circle"):
+        given = {"dataset": {"path": path}} if key == "dataset.path" else {}
+        models = {"m": {"source": "local", "path": path if key == "models.m.path" else "m"}}
+        with pytest.raises(UserError, match=f"{key}: '{path[:5]}"):
+            Plan({"models": models, "target": {"model": "m"}, "draft": {"model": "m"}, **given})
+    with pytest.raises(UserError, match=r"dataset\.path: '\.' is a folder"):
+        Plan({"dataset": {"path": "."}})
 
 
 def test_flags_are_words_whatever_is_in_them() -> None:
@@ -318,25 +357,30 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / ".snakemake"
 
 
+def begun(state: Path, *, deployed: bool = True) -> runs.Run:
+    run = runs.Run()
+    run.begin(1, [], dated=state / "dated", deployed=deployed, state=state)
+    return run
+
+
 def test_a_run_claims_its_folder_and_jobs_end_with_it(state: Path) -> None:
-    first = runs.Run()
-    first.begin(2, [], deployed=True, state=state)
+    first = begun(state)
     assert (os.environ[LEASE_PID], os.environ[LEASE_HOST]) == (str(os.getpid()), socket.gethostname())
     with pytest.raises(UserError, match=f"process {os.getpid()}, works in this folder"):
-        runs.Run().begin(2, [], deployed=True, state=state)
+        begun(state)
     del first
-    runs.Run().begin(2, [], deployed=True, state=state)
+    begun(state)
 
 
 @pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), 9)"])
 def test_a_run_that_ended_however_blocks_none(state: Path, end: str) -> None:
     code = (
         "import os, sys; from pathlib import Path; from specsplit.workflow.runs import Run; run = Run(); "
-        f"run.begin(1, [], deployed=True, state=Path({str(state)!r})); {end}"
+        f"run.begin(1, [], deployed=True, state=Path({str(state)!r}), dated=Path({str(state / 'dated')!r})); {end}"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
     assert not psutil.pid_exists(int((state / "specsplit.lock").read_text()))
-    runs.Run().begin(1, [], deployed=True, state=state)
+    begun(state)
 
 
 def test_without_the_command_the_first_message_says_how_to_install_it(
@@ -344,13 +388,22 @@ def test_without_the_command_the_first_message_says_how_to_install_it(
 ) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     with pytest.raises(UserError, match=r"specsplit is not installed.*make \.venv/installed"):
-        runs.Run().begin(1, [], deployed=False, state=state)
-    runs.Run().begin(1, [], deployed=True, state=state)
+        begun(state, deployed=False)
+    begun(state)
+
+
+def test_a_copy_without_dates_shows(state: Path) -> None:
+    begun(state)
+    dated, copy = state / "dated", state / "copy"
+    assert runs.lost_dates(dated) is runs.lost_dates(state / "none") is None
+    shutil.copy2(dated, copy)
+    assert runs.lost_dates(copy) is None
+    shutil.copy(dated, copy)
+    assert "was copied without its dates" in str(runs.lost_dates(copy))
 
 
 def test_the_last_words_are_those_of_the_jobs_that_failed(state: Path, tmp_path: Path) -> None:
-    run = runs.Run()
-    run.begin(1, [], deployed=True, state=state)
+    run = begun(state)
     log, empty = tmp_path / "merge.log", tmp_path / "empty.log"
     log.write_text("\n".join(f"line {index}" for index in range(100)) + "\nTypeError: the cause\n")
     empty.touch()
@@ -414,10 +467,10 @@ def test_an_address_in_the_environment_is_checked_as_one_in_the_configuration(mo
 
 
 def test_only_the_targets_own_generation_settings_matter() -> None:
-    for ignored, flag in ((False, ""), (True, "--ignore-model-settings")):
+    for ignored, flag in ((False, ""), (True, " --ignore-model-settings")):
         made = Plan({**ELSEWHERE, "generation": {"ignore_model_settings": ignored}})
-        assert made.model_settings_flag("m") == flag
-        assert made.model_settings_flag("made") == "--ignore-model-settings"
+        assert made.model_flags("m") == f"--local models/m{flag}"
+        assert made.model_flags("made").endswith(" --ignore-model-settings")
         for label, settings in ((label, made.settings(label, operates=False)) for label in made.points):
             assert f'"ignore_model_settings": {str(ignored).lower()}' in settings, label
 

@@ -204,6 +204,12 @@ def test_loading_twice_changes_nothing() -> None:
         ("target.dtype", "int8", 'target.dtype: "int8"; wanted one of float32, bfloat16, float16'),
         ("target.dtype", "fp16", 'target.dtype: "fp16"; wanted one of float32, bfloat16, float16'),
         ("draft.skip_layers", [-1], "draft.skip_layers[0]: -1; wanted an integer >= 0"),
+        (
+            "generation.stop_token_ids",
+            [2, 2],
+            "generation.stop_token_ids: [2, 2] has 2 more than once; remove the repeats",
+        ),
+        ("generation.stop_token_ids", [-1], "generation.stop_token_ids[0]: -1; wanted an integer >= 0"),
         ("draft.skip_layers", [3, 3], "draft.skip_layers: [3, 3] has 3 more than once; remove the repeats"),
         ("workers.device", "gpu", 'workers.device: "gpu"; wanted auto, cpu, cuda or cuda:N'),
         (

@@ -24,6 +24,7 @@ deeper(40)
 """
 # Rules -> a file that they make. `settings` and `operation` run printf alone.
 TARGETS = {
+    "fetch_dataset": "resources/datasets/gsm8k.jsonl",
     "prepare_model": "resources/models/tiny/model.json",
     "prepare_dataset": "results/dataset/prompts.jsonl",
     "calibration_prompts": "results/dataset/calibration.jsonl",
@@ -67,12 +68,17 @@ def failing(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder) -> Work
 
 def test_every_rule_is_here() -> None:
     text = "".join(path.read_text() for path in [ROOT / "Snakefile", *sorted(ROOT.glob("workflow/**/*.smk"))])
-    assert set(re.findall(r"^rule (\w+):", text, flags=re.MULTILINE)) == {*TARGETS, *WITHOUT_A_COMMAND} - {"everything"}
+    assert set(re.findall(r"^ *rule (\w+):", text, flags=re.MULTILINE)) == {*TARGETS, *WITHOUT_A_COMMAND} - {
+        "everything"
+    }
 
 
 @pytest.mark.parametrize("rule", [r if r in OFTEN else pytest.param(r, marks=pytest.mark.slow) for r in TARGETS])
 def test_a_job_that_fails_says_why_and_where(failing: Workspace, rule: str) -> None:
     variables = {"PATH": f"{failing.folder / 'bin'}{os.pathsep}{failing.environment()['PATH']}"}
+    failing.config["dataset"] = (
+        {"name": "gsm8k"} if rule == "fetch_dataset" else {"path": "prompts.jsonl", "limit": None}
+    )
     arguments = ("--allowed-rules", rule, "--force")
     # The files that the job reads are there, empty; the command does not come so far as to read them.
     done = failing.snakemake(*arguments, target=TARGETS[rule], **variables)

@@ -146,6 +146,18 @@ def test_what_reruns(finished: Workspace, line: str, monkeypatch: pytest.MonkeyP
             (shutil.copytree if (tmp_path / str(index)).is_dir() else shutil.copy2)(tmp_path / str(index), place)
 
 
+def test_a_copy_without_dates_is_told(finished: Workspace) -> None:
+    """`cp -r` of the results: dates no longer tell what is still to be made."""
+    dated = finished.folder / "results/.dated"
+    assert "copied without its dates" not in finished.run("--dry-run")
+    times = (dated.stat().st_atime, dated.stat().st_mtime)
+    dated.touch()
+    try:
+        assert "results was copied without its dates" in finished.run("--dry-run")
+    finally:
+        os.utime(dated, times)
+
+
 @pytest.mark.slow
 def test_a_variable_that_decides_is_refused(finished: Workspace) -> None:
     done = finished.snakemake("--dry-run", SPECSPLIT_TARGET_DTYPE="bfloat16")

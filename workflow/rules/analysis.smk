@@ -7,7 +7,7 @@ rule merge:
         requests=PLAN.run_files("requests.csv"),
         rounds=PLAN.run_files("per_round.csv"),
         references=PLAN.run_files("reference.csv"),
-        decided=decided_by("merge", list(PLAN.points), config["keep_apart"], code=code_of("merge")),
+        decided=decided_by("merge", list(PLAN.points), config["keep_apart"], code=["merge"]),
     output:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
@@ -31,7 +31,7 @@ rule figures:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
         reference="results/reference.csv",
-        decided=decided_by("figures", INTERVALS, code=code_of("figures")),
+        decided=decided_by("figures", INTERVALS, code=["figures"]),
     output:
         expand("results/figures/{name}.png", name=captions.DRAWN),
         [figure_output(name) for name in captions.DRAWN],
@@ -51,7 +51,7 @@ rule summary:
     """A row for each configuration. Made last: where it is, figures and record are there as well, and sealed."""
     input:
         PLAN.result_files(),
-        decided=decided_by("summary", INTERVALS, PRICES, code=code_of("analyze", "provenance seal")),
+        decided=decided_by("summary", INTERVALS, PRICES, code=["analyze", "provenance seal"]),
     output:
         summary=table_output("summary"),
         by_category=table_output(captions.BY_CATEGORY),
@@ -81,7 +81,7 @@ rule report:
         by_category=f"results/{captions.BY_CATEGORY}.csv",
         figures=[f"results/figures/{name}.svg" for name in captions.DRAWN],
         beside=beside_the_sweep,
-        decided=decided_by(*("report", INTERVALS, PRICES, beside_the_sweep), code=code_of("report", "provenance seal")),
+        decided=decided_by("report", INTERVALS, PRICES, beside_the_sweep, code=["report", "provenance seal"]),
     output:
         report("results/report.html", caption="../report/report.rst", category="Report", labels={"what": "one page"}),
     log:

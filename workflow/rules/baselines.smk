@@ -6,7 +6,7 @@ rule race_peers:
     input:
         **measured_with("race", PLAN.raced),
         target=PLAN.target,
-        decided=decided_by("race_peers", code=code_of("bench", "race")),
+        decided=decided_by("race_peers", code=["bench", "race"]),
         draft=f"resources/models/{PLAN.drafts[PLAN.first_draft]['model']}/model.json",
     output:
         requests="results/peers_requests.csv",
@@ -31,7 +31,7 @@ rule peers:
     input:
         requests="results/peers_requests.csv",
         run="results/peers_run.json",
-        decided=decided_by("peers", INTERVALS, code=code_of("peers-table")),
+        decided=decided_by("peers", INTERVALS, code=["peers-table"]),
     output:
         table_output("peers"),
         "results/figures/peers.png",

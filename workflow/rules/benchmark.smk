@@ -2,22 +2,18 @@
 
 
 rule benchmark:
-    """A run of the sweep. It takes every core, so that timing runs never overlap, whatever --cores says."""
+    """A run of the sweep with its baselines. It takes every core: timing runs never overlap, whatever --cores says."""
     input:
         settings=settings_files("{point}"),
         operation=operation_file("{point}"),
         endpoints=lambda wildcards: told(PLAN.run_endpoints, wildcards.point, workflow.non_local_exec),
         prompts="results/dataset/prompts.jsonl",
         models=lambda wildcards: PLAN.models_of([wildcards.point]),
-        layers=lambda wildcards: PLAN.layers_of([wildcards.point]),
-        decided=decided_by("benchmark", code=code_of("bench")),
+        decided=decided_by("benchmark", code=["bench"]),
     output:
-        requests="results/runs/{point}/requests.csv",
-        rounds="results/runs/{point}/per_round.csv",
-        texts="results/runs/{point}/outputs.jsonl",
         run="results/runs/{point}/run.json",
-        # Gamma 0 and the baselines, measured in turn with the requests of this run.
-        reference="results/runs/{point}/reference.csv",
+        texts="results/runs/{point}/outputs.jsonl",
+        tables=expand("results/runs/{{point}}/{name}.csv", name=["requests", "per_round", "reference"]),
     log:
         "results/logs/benchmark/{point}.log",
     conda:
@@ -28,6 +24,5 @@ rule benchmark:
     params:
         folder=lambda wildcards, output: folder_of(output.run, f"runs/{wildcards.point}/run.json"),
     shell:
-        "specsplit bench --only --settings {input.settings:q} {input.operation:q}"
-        " --prompts {input.prompts:q} --results-dir {params.folder:q} --gpus {resources.gpu} --terminal-fd 3 3>&2"
-        " > {log:q} 2>&1"
+        "specsplit bench --only --settings {input.settings:q} {input.operation:q} --prompts {input.prompts:q}"
+        " --results-dir {params.folder:q} --gpus {resources.gpu} --terminal-fd 3 3>&2 > {log:q} 2>&1"

@@ -5,7 +5,7 @@ rule benchmark_capacity:
     """The rows of the requests of many clients."""
     input:
         **measured_with("capacity", PLAN.capacity),
-        decided=decided_by("benchmark_capacity", code=code_of("capacity")),
+        decided=decided_by("benchmark_capacity", code=["capacity"]),
     output:
         requests="results/capacity_requests.csv",
         run="results/capacity_run.json",
@@ -26,7 +26,7 @@ rule openai_load:
     """`specsplit serve` on the same workers, under a load client from PyPI: gamma 0 and the draft lengths of `capacity`."""
     input:
         **measured_with("capacity", PLAN.capacity),
-        decided=decided_by("openai_load", code=code_of("openai-load", "serve")),
+        decided=decided_by("openai_load", code=["openai-load", "serve"]),
     output:
         table=table_output("openai_load"),
         run="results/openai_load_run.json",
@@ -54,7 +54,7 @@ rule capacity:
     input:
         requests="results/capacity_requests.csv",
         run="results/capacity_run.json",
-        decided=decided_by("capacity", CAPACITY_FLAGS, PRICES, code=code_of("capacity-table")),
+        decided=decided_by("capacity", CAPACITY_FLAGS, PRICES, code=["capacity-table"]),
     output:
         table_output("capacity"),
         "results/figures/capacity.png",

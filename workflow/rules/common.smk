@@ -1,8 +1,8 @@
 # The plan of the configuration, and what the rules share. Its functions are in src/specsplit/workflow of this checkout.
-import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import sys
 from functools import partial
@@ -11,27 +11,12 @@ from pathlib import Path
 # The folder of the project, whichever Snakefile of it was called.
 PROJECT = Path(getattr(workflow.current_basedir, "path", "")) / "../.."
 PACKAGE = PROJECT / "src" / "specsplit"
-
-
-def of_checkout(*names):
-    """Modules of the package in this checkout, whatever is installed. They need nothing that Snakemake lacks."""
-    if not PACKAGE.is_dir():
-        raise WorkflowError(f"{PACKAGE} is not here: clone the whole repository, and name its Snakefile by its path")
-    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == PACKAGE.name}
-    sys.path.insert(0, str(PACKAGE.parent))
-    try:
-        return [importlib.import_module(f"{PACKAGE.name}.{name}") for name in names]
-    finally:
-        sys.path.remove(str(PACKAGE.parent))
-        for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE.name]:
-            del sys.modules[name]
-        sys.modules.update(others)
-
-
-planning, files, runs, errors, captions, closure, capture, redaction = of_checkout(
-    *("workflow.plan", "workflow.files", "workflow.runs", "errors", "analysis.captions"),
-    *("provenance.closure", "provenance.capture", "provenance.redaction"),
-)
+if not PACKAGE.is_dir():
+    raise WorkflowError(f"{PACKAGE} is not here: clone the whole repository, and name its Snakefile by its path")
+MODULES = [f"workflow.{name}" for name in ("plan", "files", "decided", "runs")]
+MODULES += ["errors", "analysis.captions", "provenance.capture"]
+of_checkout = runpy.run_path(str(PACKAGE / "workflow" / "checkout.py"))["of_checkout"]
+planning, files, deciding, runs, errors, captions, capture = of_checkout(PACKAGE, MODULES)
 
 
 def told(function, *arguments, **more):
@@ -42,20 +27,19 @@ def told(function, *arguments, **more):
         raise WorkflowError(str(error)) from None
 
 
+told(files.check_project, PROJECT)
 # What a module's prefix puts before the paths of inputs and outputs, for those in settings and parameters.
 ROOT = str(workflow.modifier.modify_path("results")).removesuffix("results")
 for file in workflow.configfiles:
     told(files.check_yaml, Path(file))
-PLAN = told(planning.Plan, config, ROOT)
+PLAN = told(planning.Plan, config, ROOT, PROJECT)
 config = PLAN.config  # checked, with every key
-DATASET = PLAN.dataset(PROJECT)
+DATASET = PLAN.dataset
+DECIDED = deciding.Decided(PLAN, PACKAGE)
+decided_by, settings_files = DECIDED.by, PLAN.settings_files
 flags, folder_of = files.flags, files.folder_of
 INTERVALS = flags(**config["statistics"], seed=config["seed"])
 PRICES = flags(**{f"{role}_price": config["prices"][role] for role in planning.ROLES})
-# Files below results/ -> what the configuration says they hold: what decides results, and how jobs are operated.
-DECIDES = {f"settings/{job}/settings.json": partial(PLAN.settings, job, operates=False) for job in PLAN.jobs}
-DECIDES["provenance/config.json"] = partial(files.as_json, redaction.redact(config))
-OPERATES = {f"settings/{job}/operation.json": partial(PLAN.settings, job, operates=True) for job in PLAN.jobs}
 
 
 wildcard_constraints:
@@ -78,43 +62,6 @@ def given_cores():
 EVERY_CORE = given_cores() or 1
 
 
-def code_of(*commands):
-    """Hash of all that the rule's commands import, so that a change of code reruns the rule.
-
-    As inputs they would do that too, and every job would print a hundred names.
-    """
-    return closure.code_sha256(*commands, package=PACKAGE)
-
-
-def decided_by(name, *what, code):
-    """Input of a job: the file with what decides its result beside its other inputs: flags, outside files, code.
-
-    what: functions are called with the name of the model, where each has a job of its own.
-    """
-    for model in config["models"] if "{model}" in name else [""]:
-        file = f"settings/rules/{name}.json".replace("{model}", model)
-        DECIDES[file] = partial(files.decided_json, what, model, code)
-    return f"results/settings/rules/{name}.json"
-
-
-def made_again(contents, file, *, missing):
-    """No inputs. Has Snakemake make a file again that says something else than it should, or that is missing.
-
-    By itself it knows of that by its notes in .snakemake alone, which results may be without: as a copy of them is.
-    """
-    path = f"{ROOT}results/{file}"
-    in_bucket = getattr(workflow.storage_settings, "default_storage_provider", None)  # where the notes are all there is
-    held = in_bucket or files.holds(Path(path), contents[file](), if_missing=not missing)
-    if workflow.is_main_process and not held:
-        workflow.dag.forcefiles.add(path)  # as --forcerun does
-    return []
-
-
-def settings_files(*jobs):
-    """Inputs of a job: the files with the settings that decide what these jobs make."""
-    return [f"results/settings/{job}/settings.json" for job in jobs]
-
-
 def operation_file(job):
     """Input of a job: the file with how it is operated, whose change reruns nothing."""
     return ancient(f"results/settings/{job}/operation.json")
@@ -130,25 +77,17 @@ def measured_with(job, points, endpoints=None):
         "endpoints": lambda wildcards: told(endpoints, workflow.non_local_exec),
         "prompts": "results/dataset/prompts.jsonl",
         "models": PLAN.models_of(points),
-        "layers": PLAN.layers_of(points),
     }
 
 
-def content_of(paths):
-    """Hash of files, for one that was copied may have an old date. Files that a rule makes have none."""
-    made = any(rule.is_producer(str(path)) for path in paths for rule in workflow.rules)
-    return None if made else files.files_sha256(paths)
-
-
 def prompts_content(_):
-    """Hash of the file of prompts."""
-    return content_of([Path(DATASET)])
+    """Hash of the file of prompts, whatever its date says."""
+    return files.content_sha256([Path(DATASET)], workflow.rules)
 
 
 def model_content(name):
     """Hash of a local model: weights, configuration, tokenizer, template."""
-    folder = PLAN.local_folder(name)
-    return content_of(files.model_files(folder)) if folder else None
+    return files.content_sha256(PLAN.model_files(name), workflow.rules)
 
 
 def beside_the_sweep(wildcards):
@@ -157,10 +96,11 @@ def beside_the_sweep(wildcards):
     return files.beside_the_sweep(ROOT, targets)
 
 
-def figure_output(name):
+def figure_output(name, path=None):
     """A figure that `snakemake --report` shows, under its caption."""
-    labels = {"figure": {**captions.FIGURES, **captions.BESIDE}[name]}
-    return report(f"results/figures/{name}.svg", caption=f"../report/{name}.rst", category="Figures", labels=labels)
+    path = path or f"results/figures/{name}.svg"
+    labels = {"figure": captions.TITLES[name]}
+    return report(path, caption=f"../report/{name}.rst", category="Figures", labels=labels)
 
 
 def table_output(name):

@@ -6,7 +6,7 @@ if PLAN.dataset_flags:
     rule fetch_dataset:
         """A standard set or a dataset of the Hub, which dataset.name or dataset.huggingface names."""
         input:
-            decided=decided_by("fetch_dataset", PLAN.dataset_flags, code=code_of("fetch-dataset")),
+            decided=decided_by("fetch_dataset", PLAN.dataset_flags, code=["fetch-dataset"]),
         output:
             prompts=DATASET,
             facts=os.path.splitext(DATASET)[0] + ".json",
@@ -38,7 +38,7 @@ rule prepare_dataset:
             [] if files.lost(DATASET, f"{ROOT}results/dataset/prompts.jsonl", workflow.rules) else local(DATASET)
         ),
         tokenizer=PLAN.target,
-        decided=decided_by("prepare_dataset", DATASET, PROMPT_FLAGS, prompts_content, code=code_of("prepare-dataset")),
+        decided=decided_by("prepare_dataset", DATASET, PROMPT_FLAGS, prompts_content, code=["prepare-dataset"]),
     output:
         prompts="results/dataset/prompts.jsonl",
         manifest="results/dataset/manifest.json",

@@ -10,6 +10,7 @@ rule distill:
             recipe=config["distill"]["name"],
             file=["draft/MODEL_CARD.md", "acceptance.csv", "curves.svg"],
         ),
+    localrule: True
 
 
 HELD_OUT_FLAGS = flags(
@@ -24,7 +25,7 @@ rule distill_write_data:
         settings=settings_files("distill/write_data"),
         target=PLAN.target,
         held_out=lambda wildcards: local(DATASET),
-        decided=decided_by(*("distill_write_data", HELD_OUT_FLAGS, prompts_content), code=code_of("distill write-data")),
+        decided=decided_by("distill_write_data", HELD_OUT_FLAGS, prompts_content, code=["distill write-data"]),
     output:
         "results/distill/{recipe}/data/manifest.json",
     log:
@@ -48,12 +49,11 @@ rule distill_train:
     input:
         settings=settings_files("distill/train"),
         operation=operation_file("distill/train"),
-        decided=decided_by("distill_train", code=code_of("distill train")),
+        decided=decided_by("distill_train", code=["distill train"]),
         target=PLAN.target,
         data="results/distill/{recipe}/data/manifest.json",
     output:
-        weights="results/distill/{recipe}/draft/model.safetensors",
-        config="results/distill/{recipe}/draft/config.json",
+        draft=multiext("results/distill/{recipe}/draft/", "config.json", "model.safetensors"),
         losses="results/distill/{recipe}/loss.csv",
         report="results/distill/{recipe}/training.json",
     log:
@@ -64,12 +64,11 @@ rule distill_train:
     resources:
         gpu=PLAN.own_gpu,
     params:
-        folder=lambda wildcards, output: os.path.dirname(output.weights),
-        checkpoint=lambda wildcards, output: f"{os.path.dirname(output.losses)}/checkpoint.safetensors",
+        draft=lambda wildcards, output: os.path.dirname(output.draft[0]),
     shell:
         "specsplit distill train --settings {input.settings:q} {input.operation:q} --target {input.target:q}"
-        " --data {input.data:q} --name {wildcards.recipe} --output {params.folder:q} --losses {output.losses:q} --report {output.report:q}"
-        " --checkpoint {params.checkpoint:q} --terminal-fd 3 3>&2 > {log:q} 2>&1"
+        " --data {input.data:q} --name {wildcards.recipe} --output {params.draft:q} --losses {output.losses:q} --report"
+        " {output.report:q} --checkpoint {params.draft:q}/../checkpoint.safetensors --terminal-fd 3 3>&2 > {log:q} 2>&1"
 
 
 rule distill_measure:
@@ -79,7 +78,7 @@ rule distill_measure:
         target=PLAN.target,
         weights="results/distill/{recipe}/draft/model.safetensors",
         prompts="results/dataset/prompts.jsonl",
-        decided=decided_by("distill_measure", code=code_of("distill measure")),
+        decided=decided_by("distill_measure", code=["distill measure"]),
     output:
         acceptance="results/distill/{recipe}/acceptance.csv",
         rounds="results/distill/{recipe}/acceptance_rounds.csv",
@@ -107,17 +106,12 @@ rule distill_card:
         losses="results/distill/{recipe}/loss.csv",
         acceptance="results/distill/{recipe}/acceptance.csv",
         measured="results/distill/{recipe}/acceptance.json",
-        decided=decided_by("distill_card", code=code_of("distill card")),
+        decided=decided_by("distill_card", code=["distill card"]),
     output:
         card="results/distill/{recipe}/draft/MODEL_CARD.md",
         sums="results/distill/{recipe}/draft/SHA256SUMS",
         png="results/distill/{recipe}/curves.png",
-        svg=report(
-            "results/distill/{recipe}/curves.svg",
-            caption="../report/distill.rst",
-            category="Distillation",
-            labels={"figure": "Training and acceptance"},
-        ),
+        svg=figure_output("distill", "results/distill/{recipe}/curves.svg"),
     log:
         "results/logs/distill/{recipe}_card.log",
     localrule: True

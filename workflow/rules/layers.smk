@@ -13,9 +13,7 @@ rule calibration_prompts:
     input:
         prompts=lambda wildcards: local(DATASET),
         measured="results/dataset/prompts.jsonl",
-        decided=decided_by(
-            *("calibration_prompts", CALIBRATION_FLAGS, prompts_content), code=code_of("calibration-prompts")
-        ),
+        decided=decided_by("calibration_prompts", CALIBRATION_FLAGS, prompts_content, code=["calibration-prompts"]),
     output:
         "results/dataset/calibration.jsonl",
     log:
@@ -36,7 +34,7 @@ rule pick_layers:
         settings=settings_files("layers/{draft}"),
         model=lambda wildcards: f"resources/models/{PLAN.drafts[wildcards.draft]['model']}/model.json",
         prompts="results/dataset/calibration.jsonl",
-        decided=decided_by("pick_layers", code=code_of("pick-layers")),
+        decided=decided_by("pick_layers", code=["pick-layers"]),
     output:
         "results/skip_layers/{draft}.json",
     log:

@@ -6,11 +6,7 @@ rule prepare_model:
     input:
         files=lambda wildcards: [local(path) for path in PLAN.model_inputs(wildcards.model)],
         made=lambda wildcards: PLAN.model_made_from(wildcards.model),
-        decided=decided_by(
-            "prepare_model/{model}",
-            *(PLAN.model_flags, PLAN.model_settings_flag, model_content),
-            code=code_of("prepare-model"),
-        ),
+        decided=decided_by("prepare_model/{model}", PLAN.model_flags, model_content, code=["prepare-model"]),
     output:
         "resources/models/{model}/model.json",
     log:
@@ -19,9 +15,7 @@ rule prepare_model:
     conda:
         "../../envs/specsplit.yaml"
     params:
-        source=lambda wildcards: PLAN.model_flags(wildcards.model),
-        own_settings=lambda wildcards: PLAN.model_settings_flag(wildcards.model),
+        flags=lambda wildcards: PLAN.model_flags(wildcards.model),
         folder=lambda wildcards, output: os.path.dirname(output[0]),
     shell:
-        "specsplit prepare-model {params.source} {params.own_settings} --name {wildcards.model}"
-        " --output {params.folder:q} > {log:q} 2>&1"
+        "specsplit prepare-model {params.flags} --name {wildcards.model} --output {params.folder:q} > {log:q} 2>&1"

@@ -7,7 +7,7 @@ rule profile:
     input:
         requests="results/requests.csv",
         rounds="results/per_round.csv",
-        decided=decided_by("profile", code=code_of("profile")),
+        decided=decided_by("profile", code=["profile"]),
     output:
         table_output("profile"),
         "results/figures/profile.png",
@@ -26,7 +26,7 @@ rule profile:
 rule overhead:
     """What a round costs beside its models: simulated models that take no time, behind real workers."""
     input:
-        decided=decided_by("overhead", code=code_of("overhead")),
+        decided=decided_by("overhead", code=["overhead"]),
     output:
         table=table_output("overhead"),
         run="results/overhead_run.json",
@@ -43,7 +43,7 @@ rule context_curve:
     """What a token costs against the length of its context: the table and the figure."""
     input:
         **measured_with("context", PLAN.context),
-        decided=decided_by("context_curve", code=code_of("context-curve")),
+        decided=decided_by("context_curve", code=["context-curve"]),
     output:
         table=table_output("context_curve"),
         run="results/context_curve_run.json",
@@ -65,7 +65,7 @@ rule hidden_states:
     """What it costs to ship hidden states to a draft that reads them: the table and the figure."""
     input:
         **measured_with("states_cost", PLAN.compared, PLAN.compared_endpoints),
-        decided=decided_by("hidden_states", code=code_of("states-cost")),
+        decided=decided_by("hidden_states", code=["states-cost"]),
     output:
         table=table_output("hidden_states"),
         run="results/hidden_states_run.json",

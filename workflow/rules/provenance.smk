@@ -10,11 +10,9 @@ rule provenance:
         settings=settings_files(*PLAN.points),
         dataset="results/dataset/manifest.json",
         prompts="results/dataset/prompts.jsonl",
-        results=[
-            *("results/requests.csv", "results/per_round.csv", "results/reference.csv"),
-            *PLAN.run_files("outputs.jsonl"),
-        ],
-        decided=decided_by("provenance", code=code_of("provenance record")),
+        tables=rules.merge.output,
+        texts=PLAN.run_files("outputs.jsonl"),
+        decided=decided_by("provenance", code=["provenance record"]),
     output:
         record=report("results/provenance/provenance.json", caption="../report/provenance.rst", category="Record"),
         patch="results/provenance/changes.patch",
@@ -26,7 +24,7 @@ rule provenance:
     shell:
         "specsplit provenance record --config {input.config:q} --runs {input.runs:q}"
         " --models {input.models:q} --dataset {input.dataset:q} --output {output.record:q} --patch {output.patch:q}"
-        " --results {input.prompts:q} {input.settings:q} {input.results:q} > {log:q} 2>&1"
+        " --results {input.prompts:q} {input.settings:q} {input.tables:q} {input.texts:q} > {log:q} 2>&1"
 
 
 rule archive:

@@ -5,18 +5,18 @@
 rule settings:
     """What decides results. Written anew, and so run again what reads it, when it is missing or should say something else."""
     input:
-        lambda wildcards: made_again(DECIDES, wildcards.decides, missing=True),
+        lambda wildcards: DECIDED.make_again(workflow, wildcards.decides),
     output:
         "results/{decides}",
     log:
         "results/logs/{decides}.log",
     wildcard_constraints:
-        decides="|".join(map(re.escape, DECIDES)),
+        decides="|".join(map(re.escape, DECIDED.decides)),
     localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        content=lambda wildcards: DECIDES[wildcards.decides](),
+        content=lambda wildcards: DECIDED.content(wildcards.decides),
     shell:
         "printf '%s\\n' {params.content:q} > {output:q} 2> {log:q}"
 
@@ -24,17 +24,17 @@ rule settings:
 rule operation:
     """How a job is operated. Kept, for Snakemake heeds the ancient() of those who read it only of files that exist."""
     input:
-        lambda wildcards: made_again(OPERATES, wildcards.operates, missing=False),
+        lambda wildcards: DECIDED.make_again(workflow, wildcards.operates),
     output:
         "results/{operates}",
     log:
         "results/logs/{operates}.log",
     wildcard_constraints:
-        operates="|".join(map(re.escape, OPERATES)),
+        operates="|".join(map(re.escape, DECIDED.operates)),
     localrule: True
     conda:
         "../../envs/specsplit.yaml"
     params:
-        content=lambda wildcards: OPERATES[wildcards.operates](),
+        content=lambda wildcards: DECIDED.content(wildcards.operates),
     shell:
         "printf '%s\\n' {params.content:q} > {output:q} 2> {log:q}"

@@ -4,7 +4,7 @@
 rule theory_check:
     """Measured times of every mode beside the formula's. It measures times, so nothing may run beside it."""
     input:
-        decided=decided_by("theory_check", code=code_of("theory-check")),
+        decided=decided_by("theory_check", code=["theory-check"]),
     output:
         table=table_output("theory_check"),
         run="results/theory_check_run.json",

@@ -12,7 +12,7 @@ from specsplit.analysis.configurations import configuration_of, row_of
 from specsplit.analysis.drawing import house_style, new_figure, save_figure, series_style, settle_layout
 from specsplit.analysis.measures import ratio, verifies_draft
 from specsplit.analysis.tables import comparable, summarize
-from specsplit.errors import counted
+from specsplit.errors import counted, shortened
 from specsplit.experiment.columns import WORKERS
 from specsplit.settings.axes import PLAIN
 
@@ -132,7 +132,7 @@ def draw_by_category(table: DataFrame, path: Path) -> list[Path]:
                 axes.axvline(1, color="black", linestyle=":", linewidth=0.8)
         left.set(xlabel="acceptance length (tokens)", title="Tokens a verification adds")
         right.set(xlabel=f"speedup over {against}", title="Speedup")
-        left.set_yticks(range(len(names)), names)
+        left.set_yticks(range(len(names)), [shortened(" ".join(name.split())) for name in names])
         left.invert_yaxis()
         if curves:
             omitted = len(every) - len(curves)

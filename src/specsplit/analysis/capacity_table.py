@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 
 from specsplit.analysis.costs import with_price
 from specsplit.analysis.drawing import doubling_axis, house_style, new_figure, save_figure, series_style, settle_layout
-from specsplit.analysis.measures import paired_columns, quantiles
+from specsplit.analysis.measures import paired_columns, quantiles, ratio
 from specsplit.analysis.reading import read_records
 from specsplit.experiment.capacity import GOOD_SHARE, LIMIT_FACTOR, CapacityRecord
 from specsplit.experiment.columns import FAILED
@@ -114,7 +114,7 @@ def summarize_capacity(
         row["goodput_requests_per_second"] = float(share[kept].sum()) / window_s
         row["kept_up"] = bool(row["goodput_share"] >= GOOD_SHARE)
         row |= _speedup(own, target, confidence, drafted)
-        row["queue_share"] = own.loc[fine, "queue_ms"].sum() / own.loc[fine, "total_latency_ms"].sum()
+        row["queue_share"] = ratio(*own.loc[fine, ["queue_ms", "total_latency_ms"]].sum())
         row["matches_single"] = own["matches_single"].astype("Float64").mean()
         row["failed_requests"] = int((~fine).sum())
         rows.append(row)
@@ -235,7 +235,7 @@ def draw_capacity(summary: DataFrame, path: Path) -> list[Path]:
     with house_style():
         figure = new_figure(WIDTH_IN, HEIGHT_IN * len(loads))
         grid = figure.subplots(len(loads), 3, squeeze=False)
-        top = 1.15 * max(summary["tokens_per_second"])
+        top = 1.15 * max(summary["tokens_per_second"]) or 1  # nothing was written
         for (speed, latency, good), (rows, x) in zip(grid, loads, strict=True):
             for place, ((mode, gamma), own) in enumerate(rows.groupby(["mode", "gamma"], sort=False)):
                 style = series_style(place)

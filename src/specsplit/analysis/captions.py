@@ -27,6 +27,7 @@ BESIDE = {
     "hidden_states": "What shipping hidden states costs",
     "theory_check": "Modes beside their formulas",
 }
+TITLES = {**FIGURES, **BESIDE, "distill": "A draft in training"}
 CAPTIONS = {
     "tpot": (
         "Time per token over the tokens after the first round (ITL), against the draft length γ. A drafted token costs "

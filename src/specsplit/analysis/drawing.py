@@ -32,6 +32,7 @@ NOTHING_DRAFTED = "Nothing was drafted, so there is no acceptance to show."
 
 
 _STYLE: Any = {
+    "text.parse_math": False,  # names are of users, and may hold dollars
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
     "font.size": 7.5,
     "axes.titlesize": 8,

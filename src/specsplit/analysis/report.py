@@ -71,7 +71,12 @@ def write_report(
     requests, rounds = read_tables(results_dir)
     summary = summarize(requests, rounds, confidence=confidence, **settings)
     summary = with_price(summary, prices or PriceSettings())
-    record = read_json_object(results_dir / "provenance" / "provenance.json")
+    if not (path := results_dir / "provenance" / "provenance.json").exists():
+        raise UserError(
+            f"{path}: no such file: the page needs the record of how results were made. The workflow writes it "
+            "(snakemake results/report.html), or `specsplit provenance record`"
+        )
+    record = read_json_object(path)
     headings, rows = summary_table(summary)
     files = [results_dir / name for name in ("summary.csv", "requests.csv", "reference.csv", "provenance/config.json")]
     page = {

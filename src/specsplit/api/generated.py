@@ -191,7 +191,7 @@ class _Pieces:
         self._queue.put(piece)
         if waiting := self._waiting:
             loop, event = waiting
-            with suppress(RuntimeError):  # that loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # that loop is closed, so nothing waits for it
                 loop.call_soon_threadsafe(event.set)
 
     def get(self) -> _Item | None:

@@ -15,7 +15,7 @@ from specsplit.api.in_process import InProcessStub
 from specsplit.api.named_models import Model
 from specsplit.api.options import Options, checked, with_options
 from specsplit.client.event_loop import event_loop
-from specsplit.client.handshake import check_tokenizers, connected_pair
+from specsplit.client.handshake import check_stop_tokens, check_tokenizers, connected_pair
 from specsplit.client.pipeline import gamma_controller, run_speculative_loop_async
 from specsplit.client.result import SpeculativeResult
 from specsplit.client.text import OnTokens
@@ -88,6 +88,7 @@ def in_process_pair(
         stubs = {role: InProcessStub(servicer) for role, servicer in servicers.items()}
         met = {role: servicer.Describe(pb.DescribeRequest(), None) for role, servicer in servicers.items()}
         base = config or OrchestratorConfig(rpc_timeout_s=CALL_TIMEOUT_S)
+        check_stop_tokens(base, met["target"])
         return Pair(stubs.get("draft"), stubs["target"], codec(), base, close, {**met, **identities})
     except BaseException:
         close()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specsplit.cli.flags import add_setting_flags, settings_part
-from specsplit.cli.measuring import add_prompts_flag, add_workers_dir_flag
+from specsplit.cli.measuring import add_prompts_flag, add_terminal_flag, add_workers_dir_flag
 from specsplit.cli.worker_flags import add_gpus_flag
 from specsplit.errors import UserError
 from specsplit.settings.measure import BenchSettings
@@ -39,9 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--target-model", type=Path, metavar="FOLDER", help="what the target worker serves")
     models.add_argument("--draft-model", type=Path, metavar="FOLDER", help="what the draft worker serves")
     add_workers_dir_flag(parser)
-    parser.add_argument(
-        "--terminal-fd", type=int, metavar="N", help="show a bar on the terminal behind this descriptor as well"
-    )
+    add_terminal_flag(parser)
     add_gpus_flag(parser)
     add_setting_flags(parser, SweepSettings, BenchSettings, OrchestratorConfig)
 

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _prompt(given: str) -> str:
     """The prompt of the command line, or of standard input. Raises UserError when its bytes are not UTF-8."""
-    # What of an argument is not UTF-8 stands in the string as halves of surrogate pairs.
+    # Bytes of an argument that are not UTF-8 are halves of surrogate pairs in the string.
     data = sys.stdin.buffer.read() if given == "-" else given.encode("utf-8", errors="surrogateescape")
     try:
         return data.decode("utf-8")

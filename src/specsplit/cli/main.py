@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import logging
 import os
@@ -16,7 +17,6 @@ from typing import Any, NoReturn
 
 import specsplit
 from specsplit import logs
-from specsplit.cli.parser import Parser
 from specsplit.errors import UserError
 from specsplit.launch.lease import end_with_lease
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # what the encoding of a terminal lacks is written as \uXXXX
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        # Whatever PYTHONUNBUFFERED says: only what is to be seen at once is written, and may fail, before the end.
+        # In blocks, even with PYTHONUNBUFFERED: what need not be seen at once is written, and may fail, at the end.
         sys.stdout.reconfigure(write_through=False, line_buffering=False)
     try:
         _run(argv)
@@ -172,3 +172,29 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             command.add_argument("--debug", default=argparse.SUPPRESS, **debug)
             command.set_defaults(run=module.run)
     return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations, and refuses unknown flags with a suggestion where those of its command are known."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, but the rest is empty: what is unknown is an error."""
+        # Before argparse, which would name missing flags first. Flags of a subcommand are for its own parser to know.
+        words = list(sys.argv[1:] if args is None else args)
+        words = words[: words.index("--")] if "--" in words else words
+        given = [word.partition("=")[0] for word in words if word.startswith("--")]
+        self._refuse([] if self._subparsers else [name for name in given if name not in self._option_string_actions])
+        found, unknown = super().parse_known_args(args, namespace)
+        self._refuse(unknown)
+        return found, unknown
+
+    def _refuse(self, unknown: Sequence[str]) -> None:
+        if unknown:
+            close = [(name, difflib.get_close_matches(name, self._option_string_actions, n=1)) for name in unknown]
+            hints = [f"; did you mean {best[0]} instead of {name}?" for name, best in close if best]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")

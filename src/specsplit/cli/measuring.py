@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-# Settings that say nothing where texts are greedy and cross no simulated network.
+# Settings that have no effect on greedy texts without a simulated network.
 NOT_GREEDY = ("temperature", *NO_NETWORK, "top_k", "top_p", "sampling", "draft_acceptance")
 
 
@@ -33,6 +33,12 @@ def add_workers_dir_flag(parser: argparse.ArgumentParser) -> None:
     """Where the workers of each point are."""
     text = "endpoint files DIR/POINT/ROLE.json, for points with workers of their own, not the two addresses"
     parser.add_argument("--workers-dir", type=Path, metavar="DIR", help=text)
+
+
+def add_terminal_flag(parser: argparse.ArgumentParser) -> None:
+    """Where progress is shown besides."""
+    text = "show a bar on the terminal behind this descriptor as well"
+    parser.add_argument("--terminal-fd", type=int, metavar="N", help=text)
 
 
 def add_figure_flag(parser: argparse.ArgumentParser) -> None:

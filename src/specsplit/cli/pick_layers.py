@@ -53,8 +53,6 @@ def run(args: argparse.Namespace) -> None:
         [prompt_tokens(prompt, codec, chat=settings.use_chat_template) for prompt in prompts],
         count=settings.skip_count,
         max_tokens=settings.max_tokens,
-        edge=settings.edge,
-        shortlist=settings.shortlist,
         on_candidate=show_candidate,
         on_step=show_step,
     )

@@ -78,11 +78,13 @@ def load_codec(config: OrchestratorConfig) -> TextCodec:
 class Connected:
     """What a measurement beside a sweep runs: texts, and workers that answered and fit together.
 
-    configs: with the addresses of their workers. workers: of each, by role, closed. limit: tokens of the longest text
-    that all of them can hold. run: what the run file says of all this. decides: what of it decides the rows.
+    labels: of the points, as in `run`. configs: with the addresses of their workers. workers: of each, by role, closed.
+    limit: tokens of the longest text that all of them can hold. run: what the run file says of all this. decides: what
+    of it decides the rows.
     """
 
     codec: TextCodec
+    labels: list[str]
     configs: list[OrchestratorConfig]
     workers: list[dict[str, Connection]]
     limit: int
@@ -99,38 +101,47 @@ def connect(
     *,
     room: int = 0,
     own: Iterable[str] = (),
+    read: tuple[list[Prompt], dict[str, Any]] | None = None,
 ) -> Connected:
     """Connect to the workers of each of these settings, once, and encode the prompts.
 
     room: tokens that a text needs beside its prompt. own: settings that the measurement has of its own, whatever those
-    of the sweep are. Raises UserError.
+    of the sweep are. read: what was read already of the file of prompts. Raises UserError.
     """
     from specsplit.client.handshake import connected_pair, text_limit
     from specsplit.experiment.records import encode_prompts
-    from specsplit.experiment.run import worker_identities
+    from specsplit.experiment.run import describe_workers, worker_identities
     from specsplit.provenance.closure import code_sha256
     from specsplit.provenance.run_file import describe_here
 
     tracing.wanted()  # tells at once what it lacks
     codec = load_codec(configs[0])
-    addressed, workers = [], []
+    labels, addressed, workers = [], [], []
     for config in configs:
         (point,) = sweep_points([config.gamma], [config.mode], [config.tree], drafts=[config.draft_name])
+        labels.append(point.label)
         addressed.append(with_addresses(config, args.workers_dir, point))
         with connected_pair(addressed[-1], codec.sha256) as pair:
             workers.append(pair)
-    limit, raisable = text_limit(*(worker.description for pair in workers for worker in pair.values()))
-    prompts, read = read_prompts(args.prompts, settings)
-    requests = encode_prompts(prompts, codec, chat=configs[0].use_chat_template, limit=limit - room, raisable=raisable)
-    ours = {str(number): {"workers": worker_identities(pair)} for number, pair in enumerate(workers)}
+    limit, _ = text_limit(*(worker.description for pair in workers for worker in pair.values()))
+    # A draft with less room ends its drafts, not the text.
+    longest, raisable = text_limit(*(pair["target"].description for pair in workers))
+    prompts, about = read or read_prompts(args.prompts, settings)
+    chat = configs[0].use_chat_template
+    requests = encode_prompts(prompts, codec, chat=chat, limit=longest - room, raisable=raisable)
+    settings_of = [config.model_dump(mode="json", exclude=set(own)) for config in addressed]
     run = describe_here() | {
-        "inputs": {"prompts": read},
+        "inputs": {"prompts": about},
         "tokenizer_sha256": codec.sha256,
-        "orchestrator": configs[0].model_dump(mode="json", exclude=set(own)),
-        "ours": ours,
+        "orchestrator": settings_of[0],
+        "ours": {
+            label: {"orchestrator": settings_of[number], "workers": describe_workers(workers[number])}
+            for number, label in enumerate(labels)
+        },
     }
-    decides = {"workers": ours, "machine": run["machine"], "code": code_sha256(args.command)}
-    return Connected(codec, addressed, workers, limit, prompts, requests, run, decides)
+    identities = dict(zip(labels, map(worker_identities, workers), strict=True))
+    decides = {"workers": identities, "machine": run["machine"], "code": code_sha256(args.command)}
+    return Connected(codec, labels, addressed, workers, limit, prompts, requests, run, decides)
 
 
 def at_gammas(config: OrchestratorConfig, gammas: Iterable[int | str]) -> list[OrchestratorConfig]:
@@ -152,7 +163,7 @@ def with_addresses(config: OrchestratorConfig, workers_dir: Path | None, point: 
     return config.model_copy(update=found)
 
 
-def read_prompts(path: Path, settings: PromptSettings) -> tuple[list[Prompt], dict[str, str]]:
+def read_prompts(path: Path, settings: PromptSettings) -> tuple[list[Prompt], dict[str, Any]]:
     """The prompts of a file that the settings take, and its path and hash; what was not taken is told on stderr.
 
     The hash is of what was read, for the pipe of a shell can be read once.

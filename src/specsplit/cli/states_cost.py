@@ -57,10 +57,9 @@ def run(args: argparse.Namespace) -> None:
                 f"{mend} by states_cost.{key}, or start its worker and name that by --{key}-addr"
             )
     # Of these drafts, whatever those of the sweep are.
-    told = zip(wanted, found.run["ours"].values(), strict=True)
     found.run["ours"] = {
-        key: {**workers, "orchestrator": found.run["orchestrator"] | {"draft_name": f"states_cost.{key}"}}
-        for key, workers in told
+        key: {**told, "orchestrator": told["orchestrator"] | {"draft_name": f"states_cost.{key}"}}
+        for key, told in zip(wanted, found.run["ours"].values(), strict=True)
     }
 
     def show(rows: list[StatesRecord]) -> None:

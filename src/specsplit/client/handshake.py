@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from specsplit.client.states import check_states
-from specsplit.errors import UserError
+from specsplit.errors import UserError, listed
 from specsplit.rpc.connection import Connection, connect
 from specsplit.rpc.credentials import Access
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -21,8 +21,8 @@ def connected_pair(
     """Connections by role, to the target worker and, where there is one, the draft worker.
 
     tokenizer_sha256: of the tokenizer that makes the prompts; None when there is none. draft: whether there is a draft
-    worker; by default there is unless config.gamma is 0. Raises UserError when a worker is missing or the
-    tokenizers are not all the same.
+    worker; by default there is unless config.gamma is 0. Raises UserError when a worker is missing, the tokenizers are
+    not all the same, or the settings name stop tokens that the target does not have.
     """
     with ExitStack() as stack:
         options: dict[str, Any] = {"timeout_s": config.connect_timeout_s, "access": Access.of(config)}
@@ -34,6 +34,7 @@ def connected_pair(
         for role, worker in workers.items():
             named[f"the {role} worker ({worker.description.model})"] = worker.description.tokenizer_sha256
         check_tokenizers(named)
+        check_stop_tokens(config, target.description)
         if "draft" in workers:
             check_states(workers["draft"].description, target.description, config)
         yield workers
@@ -46,6 +47,16 @@ def text_limit(*workers: pb.DescribeReply) -> tuple[int, bool]:
         own = worker.runtime.get("model_max_context", "")
         limits.append((worker.max_context, not own.isdecimal() or worker.max_context < int(own)))
     return min(limits)
+
+
+def check_stop_tokens(config: OrchestratorConfig, target: pb.DescribeReply) -> None:
+    """Raise UserError for stop tokens of the settings that the target cannot write: no text would end by them."""
+    if beyond := [token for token in config.stop_token_ids or () if token >= target.vocab_size]:
+        raise UserError(
+            f"stop_token_ids (generation.stop_token_ids, {config.flag('stop_token_ids')}): {listed(beyond)} is beyond "
+            f"the vocabulary of {target.vocab_size} tokens of {target.model}, so no text would end by it; give the "
+            "numbers of its tokens"
+        )
 
 
 def check_tokenizers(named: dict[str, str]) -> None:

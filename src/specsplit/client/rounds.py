@@ -259,7 +259,7 @@ class Rounds:
             )
 
     def _learn(self) -> None:
-        """Have the controller observe the last round. It takes a while, so it is done when nobody waits for it: while
+        """Have the controller observe the last round. It takes a while, so it is done when no text waits for it: while
         the next round is verified, or before a choice that would be wrong without it."""
         if self._unlearnt is not None:
             self._unlearnt()

@@ -60,9 +60,10 @@ class Text:
             raise PromptError(f"token id {outside} is outside the vocabulary of {target.vocab_size}")
         self.stop_ids: list[int] = []
         if not config.ignore_eos:
-            self.stop_ids = list(target.eos_token_ids if config.stop_token_ids is None else config.stop_token_ids)
+            named = target.eos_token_ids if config.stop_token_ids is None else config.stop_token_ids
+            self.stop_ids = [token for token in named if 0 <= token < target.vocab_size]
         # What the draft worker is told; nothing depends on it but that drafts end there.
-        self.known_stop_ids = [t for t in self.stop_ids if 0 <= t < target.vocab_size][: self.limits.stop_tokens]
+        self.known_stop_ids = self.stop_ids[: self.limits.stop_tokens]
         self.tokens = list(prompt_ids)
         self.prompt_length = len(self.tokens)
         self.length_limit = min(self.limit, len(prompt_ids) + config.max_output_tokens)

@@ -6,7 +6,6 @@ By the reference loop (decoding/loop.py): there is no network in between, so not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -15,7 +14,7 @@ import torch
 from specsplit.analysis.measures import draft_position
 from specsplit.analysis.statistics import rate_ci
 from specsplit.decoding.growth import DraftSettings
-from specsplit.decoding.loop import NO_DRAFT, speculate
+from specsplit.decoding.loop import NO_DRAFT, Round, speculate
 from specsplit.decoding.tree import TokenTree
 from specsplit.engines.loading import LanguageModel
 from specsplit.models.head_config import default_layers
@@ -26,14 +25,6 @@ ACCEPTANCE_COLUMNS = (
     *("position", "reached", "accepted"),
     *("acceptance_rate", "acceptance_rate_ci_low", "acceptance_rate_ci_high"),
 )
-
-
-@dataclass(frozen=True)
-class Round:
-    """One draft and its verdict."""
-
-    drafted: int
-    accepted: int
 
 
 class InTargetTokens:
@@ -90,8 +81,7 @@ def measure(
     asked = DraftSettings(gamma, stop_token_ids=frozenset(target.eos_token_ids))
     drafts = InTargetTokens(draft, vocabulary, getattr(target, "num_layers", 0))
     for request_id, category, prompt in requests:
-        written = speculate(target, drafts, prompt, asked, max_new_tokens=max_tokens)
-        rounds = [Round(len(r.tree), r.accepted) for r in written]
-        rows += [(request_id, category, number, r.drafted, r.accepted) for number, r in enumerate(rounds, start=1)]
+        rounds = list(speculate(target, drafts, prompt, asked, max_new_tokens=max_tokens))
+        rows += [(request_id, category, number, len(r.tree), r.accepted) for number, r in enumerate(rounds, start=1)]
         on_request(request_id, rounds)
     return pd.DataFrame(rows, columns=list(ROUND_COLUMNS))

@@ -171,7 +171,7 @@ class _Cache:
             self._note(n, x, (self.number, length))
             query, key, value = self._projections(layer, x, cos, sin)
             self.keys[n, rows, :, length], self.values[n, rows, :, length] = key, value
-            # Heads that share keys are as if they were queries at one place.
+            # Heads that share keys count as queries at one place.
             grouped = query.view(len(token), key.shape[1], -1, self._head_dim)
             mixed = F.scaled_dot_product_attention(
                 grouped,

@@ -58,7 +58,7 @@ def write_shard(path: Path, texts: Sequence[Text], header: Mapping[str, Any]) ->
     }
     if states := [text.states for text in texts if text.states is not None]:
         tensors["states"] = torch.cat(states)
-    # One entry: several are written in any order, and the same texts must give the same bytes.
+    # A single entry: several would be written in any order, and the same texts have to give the same bytes.
     replace_tensors(path, tensors, {HEADER: json.dumps(header, sort_keys=True)})
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from specsplit.distill.losses import Learner
+from specsplit.distill.process import Team
 from specsplit.distill.shards import HEADER, Text, batches, replace_tensors
-from specsplit.distill.team import Team
 from specsplit.errors import UserError, counted
 from specsplit.io import json_sha256
 from specsplit.settings.distill import TrainingSettings

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from specsplit.distill.decoder import STATES_DTYPE, Answer, BatchDecoder
+from specsplit.distill.process import Team
 from specsplit.distill.shards import (
     RECIPE,
     Text,
@@ -28,7 +29,6 @@ from specsplit.distill.shards import (
     write_manifest,
     write_shard,
 )
-from specsplit.distill.team import Team
 from specsplit.engines.transformers import CausalLM
 from specsplit.errors import UserError
 from specsplit.io import json_sha256, read_json_object, write_json

@@ -76,7 +76,7 @@ def _read(folder: Path) -> tuple[Any, dict[str, Stored]]:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:  # whatever transformers meets in a file that nobody here has seen
+    except Exception as error:  # transformers raises any class of error for an unusual file
         raise UserError(f"{folder} does not hold a model that can be loaded: {error}") from error
     file = read_gguf(folder / GGUF_FILE)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -17,8 +17,9 @@ import torch
 
 from specsplit.decoding.sampling import GREEDY
 from specsplit.engines.gpu_cache import GpuCache, Pool, shape_of
-from specsplit.engines.gpu_decoder import unsuitable
+from specsplit.engines.gpu_decoder import Decoder, unsuitable
 from specsplit.engines.gpu_passes import Program, Runtime, Shape, Then
+from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.passes import MakesTogether, Pass, Propose, Walk, all_or_none
 from specsplit.engines.state_slots import forget_taps
 from specsplit.engines.token_cache import tokens_of_pass
@@ -30,26 +31,25 @@ SMALLEST_DRAFT = 2  # tokens that a draft begins with: the target's own, and the
 CAPACITIES = 256  # Texts of capacities up to the next multiple share a pool.
 
 
-class GpuLM(MakesTogether):
-    """A Llama-type model, with the methods of CausalLM; same logits but for rounding.
+class GpuPasses(MakesTogether):
+    """What makes passes through the layers of a model or of a head.
 
     sessions: rows of a pool of caches, which can share a pass. compiles: as in Recorder.
-    Raises ValueError where `gpu_decoder.unsuitable` has a reason.
     """
 
     uses_torch_threads = True
-    taps = True
+    smallest_draft = SMALLEST_DRAFT
+    hidden_size: int
 
-    def __init__(self, source: CausalLM, sessions: int = 4, compiles: bool | None = None) -> None:
-        if reason := unsuitable(source):
-            raise ValueError(reason)
+    def __init__(
+        self, source: CausalLM | HiddenStatesHead, decoder: Decoder, sessions: int, compiles: bool | None
+    ) -> None:
         self.device, self.dtype = source.device, source.dtype
         self.vocab_size, self.max_context = source.vocab_size, source.max_context
         self.eos_token_ids, self.parameters = source.eos_token_ids, source.parameters
         self.batch_tokens = self.prefill_tokens = source.prefill_tokens
         self.sessions = sessions
-        self.runtime = Runtime(source, compiles)
-        self.num_layers, self.hidden_size = source.num_layers, source.hidden_size
+        self.runtime = Runtime(source, decoder, compiles)
         self._bytes_of_slot = source.cache_bytes(1)
         self._pools: list[Pool] = []
 
@@ -98,14 +98,13 @@ class GpuLM(MakesTogether):
     def _last_part(self, work: Pass) -> Pass:
         """Feed what comes before the last part of a long prompt, and before the last token of one that is drafted
         after; what is left."""
-        tokens = work.tokens
-        while len(tokens) > self.prefill_tokens:
-            self._run([Pass(work.cache, tokens[: self.prefill_tokens])])
-            tokens = tokens[self.prefill_tokens :]
-        if work.steps and len(tokens) > SMALLEST_PASS:
-            self._run([Pass(work.cache, tokens[:-1])])
-            tokens = tokens[-1:]
-        return replace(work, tokens=tokens)
+        while len(work.tokens) > self.prefill_tokens:
+            first, work = work.split(self.prefill_tokens)
+            self._run([first])
+        if work.steps and len(work.tokens) > SMALLEST_PASS:
+            first, work = work.split(len(work.tokens) - 1)
+            self._run([first])
+        return work
 
     def _groups(self, passes: Sequence[Pass]) -> Iterator[list[int]]:
         """Which of the passes share a launch."""
@@ -114,7 +113,8 @@ class GpuLM(MakesTogether):
             alone = i if work.size > SMALLEST_PASS else None
             # Nodes move in a group where they move in one of its trees, and the longest draft sets the steps.
             kind = replace(Then.of(work), moves=False, steps=int(bool(work.steps)))
-            groups.setdefault((id(work.cache.pool), kind, alone, work.cache.taps), []).append(i)
+            given = work.states is not None
+            groups.setdefault((id(work.cache.pool), kind, alone, work.cache.taps, given), []).append(i)
         yield from groups.values()
 
     def _run(self, passes: Sequence[Pass]) -> list[Any]:
@@ -143,7 +143,7 @@ class GpuLM(MakesTogether):
         sessions = min(sessions, pool.rows - row)
         proposes = thens[0].what == "propose"
         # As many tokens in all as in a pass of one session that is not a draft.
-        least = SMALLEST_DRAFT if proposes else SMALLEST_PASS
+        least = self.smallest_draft if proposes else SMALLEST_PASS
         tokens = _power_of_two(max(work.size for work in passes), max(least // sessions, 1))
         cached = max(work.cached_nodes for work in passes)
         wanted = _power_of_two(max(work.size - work.first_wanted for work in passes), 1)
@@ -159,6 +159,7 @@ class GpuLM(MakesTogether):
             pool.view(min(max(work.cache.length + work.size + steps for work in passes), pool.padding)),
             replace(thens[0], moves=any(then.moves for then in thens), steps=steps),
             passes[0].cache.taps,
+            passes[0].states is not None,
         )
 
     # ---- before the first request
@@ -173,18 +174,34 @@ class GpuLM(MakesTogether):
         if not (recorder.compiles or recorder.records):
             return
         cache, began = self.new_cache(capacity), time.perf_counter()
-        count = SMALLEST_DRAFT if drafts else SMALLEST_PASS
+        count = self.smallest_draft if drafts else SMALLEST_PASS
+        states = torch.zeros(count, cache.pool.hidden_size) if self.runtime.decoder.reads_states else None
         for number, view in enumerate(cache.pool.views, 1):
             log.info("recording passes: %d of %d (%.0f s)", number, len(cache.pool.views), time.perf_counter() - began)
             then = Propose(GREEDY, self.vocab_size, steps=1) if drafts else Walk(GREEDY)
             cache.length = max(0, min(view[0] * view[1], capacity) - count - 1)  # of zeros, as good as a text
-            work = Pass(cache, [1] * count, then=then)
+            work = Pass(cache, [1] * count, then=then, states=states)
             if recorder.compiles:
                 self.runtime.prepared |= self._shape([work]).layers
             self._run([work])
         cache.rollback(0)
         how = "compiled and recorded" if recorder.compiles else "recorded"
         log.info("passes were %s in %.0f s", how, time.perf_counter() - began)
+
+
+class GpuLM(GpuPasses):
+    """A Llama-type model, with the methods of CausalLM; same logits but for rounding.
+
+    Raises ValueError where `gpu_decoder.unsuitable` has a reason.
+    """
+
+    taps = True
+
+    def __init__(self, source: CausalLM, sessions: int = 4, compiles: bool | None = None) -> None:
+        if reason := unsuitable(source):
+            raise ValueError(reason)
+        super().__init__(source, Decoder.of(source), sessions, compiles)
+        self.num_layers, self.hidden_size = source.num_layers, source.hidden_size
 
 
 def _check(work: Pass) -> None:

@@ -23,7 +23,8 @@ class Pool:
 
     kv: of each layer [2 (keys, values), rows, blocks, kv_heads, block, head_dim]; slot s of a session is slot s % block
     of its block s // block. The last slot of a row takes what padding writes; no token ever sees it.
-    states: inputs of layers that caches tap, [rows, blocks, block, MOST_TAPS * hidden]; made when the first one does.
+    states: inputs of layers that caches tap, [rows, blocks, block, most_taps * hidden]; made when the first one does. A
+    head keeps its output alone.
     cos, sin: of all positions, [slots, head_dim]. programs: the passes recorded on this pool.
     """
 
@@ -34,6 +35,7 @@ class Pool:
         shape = (2, rows, self.blocks, decoder.sizes.kv_heads, self.block, decoder.sizes.head_dim)
         self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(decoder.num_layers)]
         self.hidden_size = decoder.embed.weight.shape[1]
+        self.most_taps = 1 if decoder.reads_states else MOST_TAPS
         self.states: torch.Tensor | None = None
         self.cos, self.sin = decoder.rotary(self.blocks * self.block, dtype)
         self.programs: dict[Any, Any] = {}
@@ -107,7 +109,8 @@ class GpuCache(StateSlots):
         """As StateSlots.new_states: a part of the pool's, where recorded passes write."""
         pool = self.pool
         if pool.states is None:
-            pool.states = pool.kv[0].new_zeros(pool.rows, pool.blocks, pool.block, MOST_TAPS * self.hidden_size)
+            width_of_all = pool.most_taps * self.hidden_size
+            pool.states = pool.kv[0].new_zeros(pool.rows, pool.blocks, pool.block, width_of_all)
         return pool.states[self.row].flatten(0, 1)[: self.capacity, :width]
 
     def has_kept(self, context: int, path: Sequence[int]) -> None:

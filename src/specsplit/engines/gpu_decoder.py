@@ -26,11 +26,13 @@ Layer = Callable[..., torch.Tensor]
 
 def unsuitable(model: CausalLM) -> str | None:
     """Why a model cannot be run by these layers; None when it can."""
-    if reason := not_llama_type(model.model):
-        return reason
-    if any(type(module) is not nn.Linear for module in _projections(model.model.model.layers[0])):
-        return "its linear layers are not plain ones"
-    return None
+    return not_llama_type(model.model) or not_plain(model.model.model.layers[0])
+
+
+def not_plain(layer: Any) -> str | None:
+    """Why the weights of a layer cannot be joined; None when they can."""
+    plain = all(type(module) is nn.Linear for module in _projections(layer))
+    return None if plain else "its linear layers are not plain ones"
 
 
 def _projections(layer: Any) -> list[Any]:
@@ -40,13 +42,17 @@ def _projections(layer: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """heads: of queries. eps: of the norms. scale: of the products of queries and keys."""
+    """heads: of queries. eps: of the norms. scale: of the products of queries and keys.
+
+    norm_before_residual: of a head, as HeadConfig has it.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     eps: float
     scale: float
+    norm_before_residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,29 +72,52 @@ class Tokens:
 class Decoder:
     """The weights of a model, and passes through its layers.
 
-    windows: the sizes of sliding windows that there are, 0 = all positions.
-    source: its projections become views of joined matrices, so it can still be run and nothing is in memory twice.
+    windows: the sizes of sliding windows that there are, 0 = all positions. reads_states: it is a head that reads each
+    token beside a state (`HeadModule`).
     """
 
-    def __init__(self, source: CausalLM) -> None:
-        hf, config = source.model, source.model.config.get_text_config()
-        attention = hf.model.layers[0].self_attn
+    def __init__(
+        self,
+        config: Any,
+        layers: Sequence[Any],
+        head: Any,
+        final_norm: Any,
+        rotary: Any,
+        embedding: Any,
+        windows: Sequence[int],
+        *,
+        norm_output: bool = False,
+    ) -> None:
+        """config: of a Llama-type model. layers, head, final_norm, rotary, embedding: its modules; the projections of
+        layers become views of joined matrices, so they can still be run and nothing is in memory twice. windows: of
+        each layer. norm_output: of a head, as HeadConfig has it."""
+        attention = layers[0].self_attn
         self.sizes = Sizes(
             config.num_attention_heads,
             config.num_key_value_heads,
             attention.head_dim,
             config.rms_norm_eps,
             getattr(attention, "scaling", attention.head_dim**-0.5),
+            getattr(layers[0], "norm_before_residual", False),
         )
-        self.embed = source.model.get_input_embeddings()
-        self.num_layers = len(hf.model.layers)
-        self._rotary = hf.model.rotary_emb
-        self._norm = hf.model.norm.weight.detach()
-        self._head = source.model.get_output_embeddings()
-        windows = source.windows()
+        self.embed = embedding
+        self.num_layers = len(layers)
+        self.reads_states = hasattr(layers[0], "hidden_norm")
+        self._norm_output = norm_output
+        self._rotary = rotary
+        self._norm = final_norm.weight.detach()
+        self._head = head
         self.windows = sorted(set(windows))
         self._mask_of = [self.windows.index(window) for window in windows]
-        self._layers = [_weights(layer) for layer in hf.model.layers]
+        self._layers = [_weights(layer) for layer in layers]
+
+    @classmethod
+    def of(cls, source: CausalLM) -> Decoder:
+        """The layers of a model that is not `unsuitable`."""
+        hf = source.model
+        embedding, head = hf.get_input_embeddings(), hf.get_output_embeddings()
+        config, own = hf.config.get_text_config(), hf.model
+        return cls(config, own.layers, head, own.norm, own.rotary_emb, embedding, source.windows())
 
     def rotary(self, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the first `count` positions, [count, head_dim] each."""
@@ -97,31 +126,39 @@ class Decoder:
         return cos[0].contiguous(), sin[0].contiguous()
 
     def forward(
-        self, ids: torch.Tensor, tokens: Tokens, caches: Sequence[torch.Tensor], view: tuple[int, int], layer: Layer
+        self,
+        ids: torch.Tensor,
+        states: torch.Tensor | None,
+        tokens: Tokens,
+        caches: Sequence[torch.Tensor],
+        view: tuple[int, int],
+        layer: Layer,
     ) -> Iterator[torch.Tensor]:
-        """The inputs of all layers, one after another, and what the last one gives, [tokens, hidden] each. caches: of
-        each layer, the rows of the pass's sessions (as in Pool). view: as from Pool.view. layer: `one_layer`, or the
-        same compiled."""
-        x = self.embed(ids)
-        for weights, cache, mask in zip(self._layers, caches, self._mask_of, strict=True):
+        """The inputs of all layers, one after another, and what the last one gives, [tokens, hidden] each; of a head
+        that is the next token's state. states: those that a head reads the tokens with. caches: of each layer, the rows
+        of the pass's sessions (as in Pool). view: as from Pool.view. layer: `one_layer`, or the same compiled."""
+        embedded = self.embed(ids)
+        x, beside = (embedded, None) if states is None else (states, embedded)
+        for weights, cache, number in zip(self._layers, caches, self._mask_of, strict=True):
             yield x
-            x = layer(x, tokens.cos, tokens.sin, *tokens.slots, tokens.masks[mask], cache, view, self.sizes, weights)
-        yield x
+            mask = tokens.masks[number]
+            x = layer(x, beside, tokens.cos, tokens.sin, *tokens.slots, mask, cache, view, self.sizes, weights)
+            beside = None
+        yield _normed(x, self._norm, self.sizes) if self._norm_output else x
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """[rows, hidden] -> [rows, vocab]."""
-        rows: torch.Tensor = self._head(F.rms_norm(states, states.shape[-1:], self._norm, self.sizes.eps))
+    def logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden], of what `forward` gives last -> [rows, vocab]."""
+        rows: torch.Tensor = self._head(outputs if self._norm_output else _normed(outputs, self._norm, self.sizes))
         return rows
 
 
 def _weights(layer: Any) -> Weights:
     q, k, v, o, gate, up, down = _projections(layer)
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    heads = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, getattr(layer, "hidden_norm", None)]
+    norms += [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
     biases = [m.bias.detach() for m in (q, k, v) if m.bias is not None]
     return (
-        *(norm.weight.detach() for norm in norms),
-        *(None if norm is None else norm.weight.detach() for norm in heads),
+        *(None if norm is None else norm.weight.detach() for norm in norms),
         _joined(q, k, v),
         torch.cat(biases) if biases else None,
         o.weight.detach(),
@@ -143,6 +180,7 @@ def _joined(*modules: Any) -> torch.Tensor:
 
 def one_layer(
     x: torch.Tensor,
+    beside: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     session: torch.Tensor,
@@ -154,10 +192,16 @@ def one_layer(
     sizes: Sizes,
     weights: Weights,
 ) -> torch.Tensor:
-    """One decoder layer; see `Tokens` and `Decoder.forward`. x: [tokens, hidden]. Writes to `cache`."""
-    input_norm, mlp_norm, q_norm, k_norm, qkv, qkv_bias, o, gate_up, down = weights
+    """One decoder layer; see `Tokens` and `Decoder.forward`. x: [tokens, hidden]. beside: in the first layer of a head
+    the embeddings, which attention reads side by side with the states x. Writes to `cache`."""
+    input_norm, mlp_norm, state_norm, q_norm, k_norm, qkv, qkv_bias, o, gate_up, down = weights
     heads, kv_heads = sizes.heads, sizes.kv_heads
-    projected = F.linear(_normed(x, input_norm, sizes), qkv, qkv_bias)  # type: ignore[arg-type]
+    fed = _normed(x if beside is None else beside, input_norm, sizes)
+    if beside is not None:
+        normed = _normed(x, state_norm, sizes)
+        fed = torch.cat([fed, normed], -1)
+        x = normed if sizes.norm_before_residual else x
+    projected = F.linear(fed, qkv, qkv_bias)  # type: ignore[arg-type]
     projected = projected.view(len(x), heads + 2 * kv_heads, sizes.head_dim)
     turned, values = projected[:, : heads + kv_heads], projected[:, heads + kv_heads :]
     if q_norm is not None:

@@ -13,11 +13,12 @@ from specsplit.engines import gpu_choice
 from specsplit.engines.gpu_cache import Pool
 from specsplit.engines.gpu_choice import NUMBERS, Kind
 from specsplit.engines.gpu_decoder import Decoder, Tokens, mask_of, one_layer
+from specsplit.engines.hidden_states import HiddenStatesHead
 from specsplit.engines.passes import Pass, Propose, Walk
 from specsplit.engines.recording import Recorder
 from specsplit.engines.transformers import CausalLM
 
-FIELDS = 4  # numbers of a session besides its tokens, their parents and its sampling: base, cached, count, first
+FIELDS = 5  # a session's numbers besides its tokens, their parents and its sampling: base, cached, count, first, offset
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Then:
         match work.then:
             case Walk(sampling):
                 return cls("walk", Kind.of(sampling), moves=not work.tree.is_chain)
-            case Propose(sampling, vocab_size, targets, steps, _):
+            case Propose(sampling, vocab_size, targets, steps):
                 address = 0 if targets is None else targets.data_ptr()
                 return cls("propose", Kind.of(sampling), steps=steps, vocab_size=vocab_size, targets=address)
         return cls()
@@ -53,7 +54,8 @@ class Shape:
     row, sessions: the rows of the pool that it is for. tokens: fed for each. window: the last slots, in which a token
     sees its ancestors alone. rows: whose logits are wanted. chosen: the first of them, after which a token is chosen:
     fewer where that takes noise; the logits are computed for as many as ever, so that their bits stay. view: of the
-    cache, as from Pool.view. taps: layers whose inputs are kept, as in StateSlots.
+    cache, as from Pool.view. taps: layers whose inputs are kept, as in StateSlots. given: a head's states come with the
+    tokens; else they are its outputs for the tokens before.
     """
 
     row: int
@@ -65,6 +67,7 @@ class Shape:
     view: tuple[int, int]
     then: Then
     taps: tuple[int, ...] = ()
+    given: bool = False
 
     @property
     def layers(self) -> set[tuple[int, int, tuple[int, int]]]:
@@ -88,9 +91,9 @@ class Runtime:
     compiled, as it would keep a request waiting.
     """
 
-    def __init__(self, source: CausalLM, compiles: bool | None) -> None:
+    def __init__(self, source: CausalLM | HiddenStatesHead, decoder: Decoder, compiles: bool | None) -> None:
         self.device, self.dtype = source.device, source.dtype
-        self.decoder = Decoder(source)
+        self.decoder = decoder
         self.recorder = Recorder(self.device, compiles)
         self.plain = self.compiled = Functions(one_layer, lay_out)
         if self.recorder.compiles:
@@ -111,7 +114,7 @@ def numbers_of(work: Pass, shape: Shape) -> list[int]:
 
     Its tokens; for each slot of the window the place of its parent there, -1 where that is the context before it; and
     `base` (slots before the window), `cached` (slots of the window that are in the cache), `count` (tokens fed),
-    `first` (the first of them whose logits are wanted), and its sampling.
+    `first` (the first of them whose logits are wanted), `offset` (of the positions in the text), and its sampling.
     """
     linear, cached = len(work.tokens), work.cached_nodes
     ids = [*work.tokens, *work.tree.token_ids[cached:]]
@@ -123,6 +126,7 @@ def numbers_of(work: Pass, shape: Shape) -> list[int]:
         *ids, *[0] * (shape.tokens - len(ids)),
         *parents, *[ROOT] * (shape.window - len(parents)),
         work.cache.length - cached, cached, len(ids), work.first_wanted,
+        work.then.offset if isinstance(work.then, Propose) else 0,
         *sampling,
     ]  # fmt: skip
 
@@ -138,7 +142,7 @@ def lay_out(
     """
     count, window = shape.tokens, shape.window
     parents = numbers[:, count : count + window]
-    base, cached, fed, _ = numbers[:, count + window : count + window + FIELDS, None].unbind(1)
+    base, cached, fed, *_ = numbers[:, count + window : count + window + FIELDS, None].unbind(1)
     ancestors = torch.eye(window, dtype=torch.bool, device=numbers.device).expand(len(numbers), window, window)
     # Ever longer ways up: after n turns, ancestors of up to 2^n - 1 generations. A way that ends at the context stays.
     above = parents
@@ -182,6 +186,11 @@ class Program:
         width = shape.tokens + shape.window + FIELDS + NUMBERS
         self._host = torch.zeros(shape.sessions, width, dtype=torch.long, pin_memory=cuda)
         self._numbers = self._host.to(runtime.device, copy=True)
+        self._given = self._host_given = torch.empty(0)
+        if shape.given:
+            size = shape.sessions, shape.tokens, pool.hidden_size
+            self._host_given = torch.zeros(size, dtype=runtime.dtype, pin_memory=cuda)
+            self._given = self._host_given.to(runtime.device, copy=True)
         self._copied = torch.cuda.Event() if cuda else None
         self._reply = self._host_reply = torch.empty(0)
         if then.what == "logits":
@@ -203,7 +212,11 @@ class Program:
         numbers[:] = 0  # nothing is fed for sessions that are not there
         for work in passes:
             numbers[work.cache.row - shape.row] = numbers_of(work, shape)
+            if work.states is not None:
+                self._host_given[work.cache.row - shape.row, : len(work.states)] = work.states
         self._numbers.copy_(self._host, non_blocking=True)
+        if shape.given:
+            self._given.copy_(self._host_given, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         if self._run is None:
@@ -242,43 +255,61 @@ class Program:
         ancestors, positions, slots, sees = functions.lay_out(
             numbers, shape, self._pool.padding, runtime.decoder.windows
         )
-        states = self._layers(functions, numbers[:, : shape.tokens], positions, slots, sees)
+        states = self._layers(functions, numbers[:, : shape.tokens], self._states_read(), positions, slots, sees)
         first = numbers[:, at + 3 : at + 4]
         rows = first + torch.arange(shape.rows, device=runtime.device)
         within = rows.clamp(max=shape.tokens - 1)  # [sessions, rows]
         places = within + shape.tokens * torch.arange(shape.sessions, device=runtime.device)[:, None]
-        logits = runtime.decoder.logits(states[places.flatten()])
+        states = states[places.flatten()]
+        logits = runtime.decoder.logits(states)
         if shape.then.what == "logits":
             self._reply.copy_(logits)
         elif shape.then.what == "walk":
             chosen = logits.view(*within.shape, -1)[:, : shape.chosen].flatten(0, 1)
             self._walk(chosen, within[:, : shape.chosen], ancestors, positions)
         else:
-            self._propose(functions, logits, positions.gather(1, within))
+            self._propose(functions, logits, positions.gather(1, within), states)
+
+    def _states_read(self) -> torch.Tensor | None:
+        """The states that a head reads the tokens fed with, [sessions * tokens, hidden]; None for other models."""
+        shape, numbers, padding = self.shape, self._numbers, self._pool.padding
+        if not self._runtime.decoder.reads_states:
+            return None
+        at, token = shape.tokens + shape.window, torch.arange(shape.tokens, device=numbers.device)
+        base, cached, count, *_ = numbers[:, at : at + FIELDS, None].unbind(1)
+        if shape.given:
+            states = self._given.flatten(0, 1)
+        else:
+            parents = numbers[:, shape.tokens : at].gather(1, (cached + token).clamp(max=shape.window - 1))
+            assert self._states is not None
+            states = self._states[self._slots((base + parents).clamp(0, padding))]
+        return torch.where((token < count).flatten()[:, None], states, 0)  # of padding they may be any, NaN too
 
     def _layers(
         self,
         functions: Functions,
         ids: torch.Tensor,
+        states: torch.Tensor | None,
         positions: torch.Tensor,
         slots: torch.Tensor,
         sees: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """States after the layers, [sessions * tokens, hidden]; ids, positions, slots: [sessions, tokens]."""
+        """What the layers give, [sessions * tokens, hidden]; ids, positions, slots: [sessions, tokens]. states: those
+        that a head reads."""
         runtime, view = self._runtime, self.shape.view
         places = positions.flatten()
         masks = [mask_of(see, view, runtime.decoder.sizes, runtime.dtype) for see in sees]
         tokens = Tokens(self._pool.cos[places], self._pool.sin[places], self._slots(slots), masks)
         tapped = {}
-        for layer, states in enumerate(
-            runtime.decoder.forward(ids.flatten(), tokens, self._caches, view, functions.layer)
+        for layer, outputs in enumerate(
+            runtime.decoder.forward(ids.flatten(), states, tokens, self._caches, view, functions.layer)
         ):
             if layer in self.shape.taps:
-                tapped[layer] = states
+                tapped[layer] = outputs
         if self._states is not None:
             kept = torch.cat([tapped[layer] for layer in self.shape.taps], -1)
             self._states[(*tokens.slots, slice(kept.shape[1]))] = kept
-        return states
+        return outputs
 
     def _slots(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Slots of the sessions, [sessions, any], as places in their caches."""
@@ -293,7 +324,7 @@ class Program:
     def _walk(self, logits: torch.Tensor, rows: torch.Tensor, ancestors: torch.Tensor, positions: torch.Tensor) -> None:
         shape, numbers = self.shape, self._numbers
         at = shape.tokens + shape.window
-        base, _, count, first = numbers[:, at : at + FIELDS, None].unbind(1)
+        base, _, count, first, _ = numbers[:, at : at + FIELDS, None].unbind(1)
         sampling, kind = self._sampling(shape.chosen), shape.then.kind
         noise = gpu_choice.noise(positions.gather(1, rows).flatten() + 1, sampling, kind, logits.shape[-1])
         chances = gpu_choice.scores(logits, sampling, kind, noise)
@@ -315,16 +346,19 @@ class Program:
             if self._states is not None:
                 self._states[target] = self._states[source]
 
-    def _propose(self, functions: Functions, logits: torch.Tensor, positions: torch.Tensor) -> None:
-        """positions: of the rows, [sessions, rows]. Where tokens are fed after them, there is one row."""
+    def _propose(
+        self, functions: Functions, logits: torch.Tensor, positions: torch.Tensor, states: torch.Tensor
+    ) -> None:
+        """positions: of the rows, [sessions, rows]. states: what the layers gave for them. Where tokens are fed after
+        them, there is one row."""
         runtime, shape, then, numbers = self._runtime, self.shape, self.shape.then, self._numbers
         at = shape.tokens + shape.window
-        base, cached, count, _ = numbers[:, at : at + FIELDS, None].unbind(1)
+        base, cached, count, _, offset = numbers[:, at : at + FIELDS, None].unbind(1)
 
         # All noise at once: it depends on positions alone.
         after = torch.cat([positions + 1, positions[:, -1:] + 2 + torch.arange(then.steps, device=runtime.device)], 1)
         noise = gpu_choice.noise(
-            after.flatten(), self._sampling(after.shape[1]), then.kind, then.vocab_size, self.targets
+            (offset + after).flatten(), self._sampling(after.shape[1]), then.kind, then.vocab_size, self.targets
         )
 
         def scores(logits: torch.Tensor, start: int, count: int) -> torch.Tensor:
@@ -346,7 +380,8 @@ class Program:
             own = torch.where(count > 0, end + step, self._pool.padding).clamp(max=self._pool.padding)
             sees = [(slot <= own) & (own - slot < (size or slot.numel())) for size in runtime.decoder.windows]
             sees = [torch.where(count > 0, see, slot == 0)[:, None] for see in sees]
-            states = self._layers(functions, ids, positions.clamp(max=len(self._pool.cos) - 1), own, sees)
+            read = states if runtime.decoder.reads_states else None
+            states = self._layers(functions, ids, read, positions.clamp(max=len(self._pool.cos) - 1), own, sees)
             chances.append(scores(runtime.decoder.logits(states), shape.rows + step, 1))
         together = torch.cat([each.view(shape.sessions, -1, *each.shape[1:]) for each in chances], 1)
         self._reply.copy_(gpu_choice.rank(together.flatten(0, 1), then.kind, self.targets).view(self._reply.shape))

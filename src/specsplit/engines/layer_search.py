@@ -45,8 +45,6 @@ def search_layers(
     *,
     count: int,
     max_tokens: int = 64,
-    edge: int = 1,
-    shortlist: int | None = None,
     on_candidate: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
@@ -56,20 +54,16 @@ def search_layers(
     pass a prompt. More agreement wins, then less divergence, then the lower number. The log-probabilities of all
     continuations are held in memory: 4 bytes x tokens x vocabulary.
 
-    edge: layers at either end that always stay; they can hardly ever be left out. shortlist: after the first step try
-    only this many of the layers that did best in it (None = all). on_candidate(done, total): after every candidate.
-    The model is unchanged afterwards. Raises UserError when there are not that many layers.
+    The first and the last layer always stay: they can hardly ever be left out. on_candidate(done, total): after every
+    candidate. The model is unchanged afterwards. Raises UserError when there are not that many layers.
     """
-    candidates = list(range(edge, model.num_layers - edge))
+    candidates = list(range(1, model.num_layers - 1))
     if not 1 <= count <= len(candidates):
         raise UserError(
-            f"cannot leave out {count} of {model.num_layers} layers: with {edge} kept at either end, "
-            f"1 to {max(len(candidates), 0)} can go"
+            f"cannot leave out {count} of {model.num_layers} layers: the first and the last stay, "
+            f"1 to {len(candidates)} can go"
         )
-    if shortlist is not None and shortlist < count:
-        raise UserError(f"a shortlist of {shortlist} layers is too short to leave out {count}")
-    later = len(candidates) if shortlist is None else min(shortlist, len(candidates))
-    total = len(candidates) + sum(later - taken for taken in range(1, count))
+    total = sum(len(candidates) - taken for taken in range(count))
     texts = [_continue(model, prompt, max_tokens) for prompt in prompts]
     steps: list[Step] = []
     skipped: list[int] = []
@@ -86,8 +80,6 @@ def search_layers(
         skipped.append(best)
         steps.append(Step(best, -loss, kl, sorted(skipped)))
         on_step(steps[-1])
-        if len(steps) == 1:
-            candidates = sorted(layer for *_, layer in tried[:later])
         candidates.remove(best)
     return steps
 

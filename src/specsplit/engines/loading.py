@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from specsplit.decoding.tree import ROOT, TokenTree
-from specsplit.engines import gpu_decoder
+from specsplit.engines import gpu_decoder, gpu_head
 from specsplit.engines.cuda_graphs import GraphLM
 from specsplit.engines.gpu import GpuLM
 from specsplit.engines.hidden_states import HiddenStatesHead
@@ -41,7 +41,7 @@ COMPILED_S = 3.0  # a first pass that took longer compiled
 
 class LanguageModel(Protocol):
     """A model that drafts or verifies: CausalLM, GraphLM, GpuLM, FusedLM, SyntheticLM, NGramLM, SuffixLM, and the
-    heads HiddenStatesHead and FusedHead.
+    heads HiddenStatesHead, FusedHead and GpuHead.
 
     CausalLM says how.
 
@@ -164,16 +164,18 @@ def _load_head(folder: Path, name: str, config: WorkerSettings, threads: int) ->
             "target_tokenizer (--target-tokenizer FOLDER)"
         )
     head = HiddenStatesHead.load(folder, dtype=config.dtype, device=config.device, target=target)
-    if config.engine == "graphs" or (config.engine == "auto" and head.device.type == "cuda"):
-        log.warning("engine transformers, as engine graphs does not run heads that read hidden states")
-    elif config.engine != "transformers":
-        if reason := unsuitable_head(head):
-            if config.engine == "fused":
-                raise UserError(f"engine fused cannot run {folder}: {reason}. Use engine auto, or transformers.")
-            log.info("engine transformers, as %s", reason)
-            return head
-        return _compared(head, lambda: FusedHead(head, threads), "fused")
-    return head
+    if config.engine == "transformers":
+        return head
+    on_gpu = config.engine == "graphs" or (config.engine == "auto" and head.device.type == "cuda")
+    name, reason = ("graphs", gpu_head.unsuitable_head(head)) if on_gpu else ("fused", unsuitable_head(head))
+    if reason:
+        if config.engine == name:
+            raise UserError(f"engine {name} cannot run {folder}: {reason}. Use engine auto, or transformers.")
+        log.info("engine transformers, as %s", reason)
+        return head
+    if on_gpu:
+        return _graphs(head, folder, config.engine, config.max_sessions)
+    return _compared(head, lambda: FusedHead(head, threads), "fused")
 
 
 def _in_blocks(folder: Path, config: WorkerSettings, threads: int, skip_layers: Sequence[int]) -> LanguageModel | None:
@@ -195,8 +197,10 @@ def _in_blocks(folder: Path, config: WorkerSettings, threads: int, skip_layers: 
     return fast
 
 
-def _graphs(model: CausalLM, folder: Path, engine: str, sessions: int) -> LanguageModel:
+def _graphs(model: CausalLM | HiddenStatesHead, folder: Path, engine: str, sessions: int) -> LanguageModel:
     try:
+        if isinstance(model, HiddenStatesHead):
+            return _compared(model, lambda: gpu_head.GpuHead(model, sessions), "graphs")
         if reason := gpu_decoder.unsuitable(model):
             log.info("engine graphs runs the layers of transformers, as %s", reason)
             return _compared(model, lambda: GraphLM(model.model), "graphs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +33,7 @@ class Propose:
     last row, `steps` times, and give those after each. The result is a list of (Candidates, overflowed).
 
     least: as Pass.pause, once the log-probability of what is to be fed is below it.
-    vocab_size, targets: as DraftSettings and Vocabulary have them.
+    vocab_size, targets: as DraftSettings and Vocabulary have them. offset: tokens of the text before the cache's first.
     """
 
     sampling: Sampling
@@ -41,6 +41,7 @@ class Propose:
     targets: torch.Tensor | None = None
     steps: int = 0
     least: float = -math.inf
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ class Pass:
     def first_wanted(self) -> int:
         """The first token fed whose logits are wanted; they are of it and of all after it."""
         return max(len(self.tokens) - 1, 0)
+
+    def split(self, count: int) -> tuple[Pass, Pass]:
+        """A pass over the first `count` of `tokens`, whose result nobody needs, and one over what is left."""
+        first, rest = (None, None) if self.states is None else (self.states[:count], self.states[count:])
+        before = Pass(self.cache, self.tokens[:count], states=first)
+        return before, replace(self, tokens=self.tokens[count:], states=rest)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Recorder:
                 try:
                     self._once(compiled)
                     run = compiled
-                except Exception as error:  # whatever a compiler meets
+                except Exception as error:  # a compiler may raise any error
                     self._give_up("compiled", error)
                     self.compiles = False
             if self.records:

@@ -27,8 +27,7 @@ from specsplit.engines.tree_attention import additive, positions, visible
 from specsplit.errors import UserError, is_out_of_memory, told
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.head_config import is_head
-from specsplit.models.loaded import check_loaded
-from specsplit.models.sources import quietly
+from specsplit.models.loaded import check_loaded, quietly
 from specsplit.models.vocabulary import read_reduced_map
 
 log = logging.getLogger(__name__)
@@ -167,7 +166,7 @@ class CausalLM:
             same = bool(torch.cosine_similarity(expected, found, dim=0) > limit)
         except UserError:
             raise
-        except Exception as error:  # whatever a model that was not made for it meets
+        except Exception as error:  # a model that was not made for it may raise any error
             if is_out_of_memory(error):
                 raise UserError(
                     "there is not enough memory to run the model: use a smaller one, or dtype bfloat16"
@@ -302,7 +301,7 @@ def library_model(folder: Path, dtype: torch.dtype) -> Any:
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,
                 )
-        except Exception as error:  # whatever transformers meets in files that nobody here has seen
+        except Exception as error:  # transformers raises any class of error for unusual files
             raise UserError(unloadable(folder, error)) from error
         mismatched = check_loaded(folder, model, report, reduced=head_tokens is not None)
     if head_tokens is not None:

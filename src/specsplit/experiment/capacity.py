@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def _loads(levels: list[Level], first: Level, settings: CapacitySettings) -> Ite
     for rate in sorted(settings.rates):
         yield Load(settings.arrivals, 0, rate)
     limits = latency_limits(first, settings.ttft_limit_ms, settings.tpot_limit_ms)
-    # As many as were under way at once, each in one client's time: no system serves more.
+    # As many requests at once as ever, each in the time of a single client: no system serves more.
     most = max(settings.clients) * len(levels[0]) / (sum(r.total_latency_ms for r in levels[0]) / 1e3)
     low, high = 0.0, most
     for _ in range(settings.saturation_steps):
@@ -137,7 +138,7 @@ def latency_limits(alone: Level, ttft_limit_ms: float | None, itl_limit_ms: floa
     """Limits of TTFT and ITL in ms: as given, else LIMIT_FACTOR times the median of one client alone."""
 
     def limit(given: float | None, values: list[float]) -> float:
-        return given or LIMIT_FACTOR * sorted(values)[len(values) // 2] if values else float("inf")
+        return given or (LIMIT_FACTOR * median(values) if values else float("inf"))
 
     return (
         limit(ttft_limit_ms, [r.ttft_ms for r in alone if r.ttft_ms is not None]),

@@ -78,7 +78,7 @@ class RequestRecord:
     verifications: int | None = None
     acceptance_length: float | None = None
     draft_acceptance_rate: float | None = None
-    # All work of the draft worker: what the text waited for, and what went on meanwhile, of use or not.
+    # Compute time of the draft worker: that the text waited for, and that of drafts made meanwhile, used or not.
     draft_exposed_ms: float | None = None
     draft_hidden_ms: float | None = None
     # turn: place in a conversation, from 1.

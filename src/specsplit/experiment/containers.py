@@ -13,10 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from specsplit.errors import UserError, listed
+from specsplit.errors import UserError, listed, told
 from specsplit.io import check_openable, children, combined_sha256, sha256_file
 
-MOST_UNPACKED_BYTES, PART_BYTES = 4 << 30, 1 << 24
+MOST_UNPACKED_BYTES, PART_BYTES, READ_BYTES = 4 << 30, 1 << 24, 1 << 18
 MOST_LAYERS = 3  # of compression
 SAVED_DATASET = ("state.json", "dataset_dict.json")
 # First bytes of what people have in their folders of data, and no prompt file is.
@@ -122,13 +122,46 @@ def _open_zstandard(file: io.BytesIO) -> Any:
     return needed("pyarrow", ".zst files").CompressedInputStream(file, "zstd")
 
 
-_COMPRESSIONS: tuple[tuple[bytes, str, Callable[[io.BytesIO], Any]], ...] = (
+class _Streams(io.RawIOBase):
+    """Streams one after another, with zeros between them. The readers of the standard library take what follows the
+    first of bzip2 or xz for rubbish when it is not the next at once, and leave it out in silence."""
+
+    def __init__(self, new: Callable[[], Any], file: io.BytesIO) -> None:
+        self._new, self._file, self._stream = new, file, new()
+
+    def read(self, size: int = -1) -> bytes:
+        part = b""
+        while not part:
+            if self._stream.eof:
+                rest = self._stream.unused_data.lstrip(b"\0")
+                while not rest:
+                    if not (more := self._file.read(READ_BYTES)):
+                        return b""
+                    rest = more.lstrip(b"\0")
+                self._file.seek(-len(rest), io.SEEK_CUR)
+                self._stream = self._new()
+            given = self._file.read(READ_BYTES) if self._stream.needs_input else b""
+            if not given and self._stream.needs_input:
+                raise EOFError
+            part = self._stream.decompress(given, size)
+        return part
+
+
+def _open_bzip2(file: io.BytesIO) -> Any:
+    return _Streams(bz2.BZ2Decompressor, file)
+
+
+def _open_xz(file: io.BytesIO) -> Any:
+    return _Streams(lzma.LZMADecompressor, file)
+
+
+_COMPRESSIONS: tuple[tuple[bytes | tuple[bytes, ...], str, Callable[[io.BytesIO], Any]], ...] = (
     (b"\x1f\x8b", "gzip", lambda file: gzip.GzipFile(fileobj=file)),
     (b"\x28\xb5\x2f\xfd", "Zstandard", _open_zstandard),
-    (b"\x50\x2a\x4d\x18", "Zstandard", _open_zstandard),  # of pzstd
-    (b"BZh", "bzip2", bz2.BZ2File),
-    (b"\xfd7zXZ\x00", "xz", lzma.LZMAFile),
-    (b"\x5d\x00\x00", "lzma", lzma.LZMAFile),
+    (tuple(bytes([kind, 0x2A, 0x4D, 0x18]) for kind in range(0x50, 0x60)), "Zstandard", _open_zstandard),  # skippable
+    (b"BZh", "bzip2", _open_bzip2),
+    (b"\xfd7zXZ\x00", "xz", _open_xz),
+    (b"\x5d\x00\x00", "lzma", _open_xz),
 )
 
 
@@ -164,9 +197,9 @@ def arrow_rows(path: Path, kind: str, content: bytes) -> list[dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # pyarrow has many kinds, OSError and its own, for bytes that are not what they seem
-        told = (str(error).strip() or type(error).__name__).split("\n")[0]
+        said = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(
-            f"{path}: a{'n' * (kind == 'Arrow')} {kind} file that is damaged or cut off (truncated): {told}; fetch it "
+            f"{path}: a{'n' * (kind == 'Arrow')} {kind} file that is damaged or cut off (truncated): {said}; fetch it "
             "again"
         ) from None
 
@@ -175,7 +208,7 @@ def _rows_of(path: Path, batch: Any) -> list[dict[str, Any]]:
     columns = {}
     for name in batch.schema.names:
         try:
-            columns[name] = batch.column(name).to_pylist()
+            columns[name] = batch.column(name).to_pylist(maps_as_pydicts="strict")
         except (ValueError, OverflowError, LookupError) as error:  # a date that Python does not have, a strange zone
             kind = batch.schema.field(name).type
             raise UserError(
@@ -196,8 +229,10 @@ def folder_rows(path: Path) -> Iterable[dict[str, Any]]:
     datasets = needed("datasets", "folders of saved datasets")
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever datasets and pyarrow meet in files that nobody here has seen
-        raise UserError(f"{path}: a saved dataset that cannot be loaded: {type(error).__name__}: {error}") from None
+    except Exception as error:  # datasets and pyarrow raise any class of error for unusual files
+        raise UserError(
+            f"{path}: a saved dataset that cannot be loaded: {told(error)}; save or fetch it again"
+        ) from None
     if not hasattr(loaded, "features") or isinstance(loaded, dict):
         splits, first = ", ".join(loaded), path / next(iter(loaded))
         raise UserError(f"{path}: a saved dataset with the splits {splits}; name one of them: {first}")

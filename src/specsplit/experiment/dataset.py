@@ -176,10 +176,9 @@ def tell(path: Path, skipped: Sequence[Mapping[str, Any]], facts: Mapping[str, A
         said.append(f"{counted(others, 'message')} not used: neither a system message at the start nor a turn")
     tokens = facts.get("tokens") or {}
     if left_out := tokens.get("system_messages_left_out"):
-        said.append(
-            f"{counted(len(left_out), 'system message')} left out, for the chat template has no place for them: "
-            + listed(name[:80] for name in left_out)
-        )
+        why = "the chat template has no place for them" if tokens["chat_template"] else "no chat template is used"
+        names = listed(name[:80] for name in left_out)
+        said.append(f"{counted(len(left_out), 'system message')} left out, for {why}: {names}")
     if tokens.get("date"):
         said.append(f"the chat template prints the date: {tokens['date']}")
     if tokens.get("template_varies"):

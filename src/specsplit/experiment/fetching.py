@@ -14,6 +14,7 @@ from specsplit.errors import UserError, counted
 from specsplit.experiment.containers import needed, read_source
 from specsplit.experiment.prompt_rows import read_rows
 from specsplit.experiment.prompt_shapes import PROMPT_KEYS, RowError, read_conversation
+from specsplit.experiment.prompt_table import Row
 from specsplit.experiment.standard_sets import STANDARD_SETS, StandardSet
 from specsplit.io import replace_file, replacing, sha256_file, write_json
 
@@ -29,15 +30,17 @@ def fetch_standard(name: str, output: Path, downloads: Path) -> dict[str, Any]:
     known = STANDARD_SETS[name]
     if known.hub:
         repo, config, split = known.hub
-        rows, facts = _load_hub(repo, config, split, known.revision, f"dataset.name {name}")
+        loaded, facts = _load_hub(repo, config, split, known.revision, f"dataset.name {name}")
+        rows = [Row(number, row) for number, row in enumerate(loaded, start=1)]
     else:
         file = _download(known, downloads / name)
-        rows = [row.data for row in read_rows(file, read_source(file)[0], PROMPT_KEYS).rows if row.data is not None]
+        rows = read_rows(file, read_source(file)[0], PROMPT_KEYS).rows
         facts = {"url": known.url, "revision": known.revision, "sha256": sha256_file(file)}
     lines, left_out = _normalise(known, rows)
     if not lines:
         raise UserError(
-            f"dataset.name (--name) {name}: none of {counted(len(rows), 'row')} is a prompt; fetch it again"
+            f"dataset.name (--name) {name}: none of {counted(len(rows), 'row')} is a prompt (the first: "
+            f"{left_out[0]['reason'] if left_out else 'there is none'}); fetch it again"
         )
     facts = {"name": name, "about": known.about, "licence": known.licence, **facts, "left_out": left_out}
     if len(lines) != known.count:
@@ -74,19 +77,21 @@ def _write(output: Path, rows: Iterable[Mapping[str, Any]], facts: Mapping[str, 
     return content
 
 
-def _normalise(known: StandardSet, rows: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _normalise(known: StandardSet, rows: Iterable[Row]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows with id, category and turns; and those that are not of the set or cannot be read, with the reason."""
     lines: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     for number, row in enumerate(rows, start=1):
         try:
-            if not known.keep(row):
-                left_out.append({"row": number, "reason": "not of the set that is measured, or only a placeholder"})
+            if row.data is None:
+                raise RowError(row.problem)
+            if not known.keep(row.data):
+                left_out.append({"row": row.line, "reason": "not of the set that is measured, or only a placeholder"})
                 continue
-            whole = {**row, "prompt": known.form(row)} if known.form else row
+            whole = {**row.data, "prompt": known.form(row.data)} if known.form else row.data
             said = read_conversation(whole, known.columns)
         except (RowError, KeyError, TypeError, ValueError) as error:
-            left_out.append({"row": number, "reason": f"not of the shape of {known.name}: {error}"})
+            left_out.append({"row": row.line, "reason": f"not of the shape of {known.name}: {error}"})
             continue
         category = known.tasks.get(said.category or "", said.category) or known.category or known.name
         line: dict[str, Any] = {"id": said.id or f"{known.name}-{number}", "category": category}
@@ -113,7 +118,7 @@ def _download(known: StandardSet, folder: Path) -> Path:
                 f"network: curl -L -o {known.file} {known.url}, and bring that file to {file}"
             ) from None
     digest = sha256_file(file)
-    wanted = known.sha256 or (recorded.read_text(encoding="utf-8").split()[0] if recorded.is_file() else None)
+    wanted = known.sha256 or (recorded.read_text(encoding="utf-8").partition(" ")[0] if recorded.is_file() else None)
     if wanted is None:
         replace_file(recorded, f"{digest}  {file.name}\n")
     elif digest != wanted:

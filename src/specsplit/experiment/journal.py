@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from specsplit.errors import UserError
-from specsplit.experiment.records import Request
-from specsplit.io import json_sha256
+from specsplit.experiment.records import Request, requests_sha256
 from specsplit.provenance.capture import utc_now
 
 JOURNAL = "unfinished.jsonl"
@@ -118,9 +117,8 @@ def journal_beside(
     output: Path, requests: Sequence[Request], settings: Mapping[str, Any], *, resume: bool = True
 ) -> Journal:
     """The journal, beside it, of a table that is made of these requests. settings: what else decides its rows."""
-    texts = json_sha256([[request.id, request.category, request.token_ids] for request in requests])
     path = output.with_name(f"{output.stem}_{JOURNAL}")
-    return Journal(path, {**settings, "requests_sha256": texts}, resume=resume)
+    return Journal(path, {**settings, "requests_sha256": requests_sha256(requests)}, resume=resume)
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], name: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Ours and the peers on the same requests, in turn: whatever drifts on the machine meets all of them alike."""
+"""Ours and the peers on the same requests, in turn, so that a drift of the machine affects all of them alike."""
 
 from __future__ import annotations
 

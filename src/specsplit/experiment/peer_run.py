@@ -14,20 +14,15 @@ from specsplit.experiment.hugging_face import HuggingFace
 from specsplit.experiment.llama_cpp import LlamaCpp
 from specsplit.experiment.peer_race import SETTLE_S, Ours, PeerRecord, race
 from specsplit.experiment.peers import LLAMA_CPP, Peer, PeerModel, PeerProcess
-from specsplit.experiment.prompt import Prompt
-from specsplit.experiment.records import deciding, encode_prompts
-from specsplit.experiment.run import worker_identities
-from specsplit.launch.endpoint import description_dict
+from specsplit.experiment.records import Request, deciding
 from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.head_config import is_head
 from specsplit.models.sources import resolve_model
-from specsplit.models.tokenizer import TextCodec
 from specsplit.models.vocabulary import read_reduced_map
 from specsplit.models.weightless import is_weightless
 from specsplit.provenance.capture import utc_now
-from specsplit.provenance.closure import code_sha256
 from specsplit.provenance.facts import beside_run
-from specsplit.provenance.run_file import describe_here, write_run
+from specsplit.provenance.run_file import write_run
 from specsplit.settings.measure import BenchSettings
 from specsplit.settings.run import NO_NETWORK
 
@@ -56,26 +51,25 @@ def run_race(
     ours: Sequence[Ours],
     peers: Sequence[Peer],
     folders: Mapping[str, Path | None],
-    prompts: Sequence[Prompt],
-    codec: TextCodec,
+    requests: Sequence[Request],
     settings: BenchSettings,
     results_dir: Path,
+    run: Mapping[str, Any],
+    decides: Mapping[str, Any],
     *,
-    inputs: Mapping[str, Any],
     on_start: Callable[[str], None] = lambda line: None,
     on_row: Callable[[PeerRecord, int], None] = lambda row, total: None,
 ) -> Path:
     """Race ours against the peers: `peers_requests.csv`, which it returns the path of, and `peers_run.json`.
 
-    folders: of the models that the workers serve, by role. inputs: what the record says of files read. on_start: gets
-    what is about to be loaded, and which peer is left out; on_row: every row, and how many there will be.
-    Raises UserError when the models are not those of the workers.
+    folders: of the models that the workers serve, by role. run: what the record says of ours; decides: what of that
+    decides the rows. on_start: gets what is about to be loaded, and which peer is left out; on_row: every row, and how
+    many there will be. Raises UserError when the models are not those of the workers.
     """
     given = {role: None if folder is None else GivenModel(*resolve_model(folder)) for role, folder in folders.items()}
     check_models(peers, ours, given)
     left_out = {peer: reason for peer in peers if (reason := why_left_out(peer, ours, given)) is not None}
     limit = min(contender.target.max_context for contender in ours)
-    requests = encode_prompts(prompts, codec, chat=ours[0].config.use_chat_template, limit=limit)
     threads = ours[0].target.threads
     with ExitStack() as stack:
         running: dict[Peer, PeerProcess] = {}
@@ -96,26 +90,27 @@ def run_race(
                     left_out[peer] = str(error)
             if peer in left_out:
                 on_start(f"{peer.label} is left out: {left_out[peer]}")
-        run: dict[str, Any] = {
+        run = {
             "schema_version": 1,
-            **describe_here(),
-            "inputs": inputs,
+            **run,
             "warmup_requests": settings.warmup,
             "repeats": settings.repeats,
             "settle_s": SETTLE_S,
-            "ours": {contender.label: _describe(contender) for contender in ours},
             "hugging_face": {
                 "peers": [peer.label for peer, process in running.items() if process is hugging_face],
                 **hugging_face.description,
             },
             "llama_cpp": {p.label: running[p].description for p in running if running[p] is not hugging_face},
             "left_out": {peer.label: {"engine": peer.engine, "reason": reason} for peer, reason in left_out.items()},
-            "tokenizer_sha256": codec.sha256,
         }
         total = settings.repeats * len(requests) * (len(ours) + len(running))
         table = results_dir / "peers_requests.csv"
-        own = ("hugging_face", "llama_cpp", "tokenizer_sha256", "environment", "machine", "software")
-        decides = {key: run[key] for key in own} | {"code": code_sha256("race"), "ours": _deciding(ours)}
+        own = ("hugging_face", "llama_cpp", "tokenizer_sha256", "environment", "software")
+        decides = {
+            **decides,
+            **{key: run[key] for key in own},
+            "settings": {contender.label: deciding(contender.config) for contender in ours},
+        }
         run["attempts"] = race(
             requests,
             ours,
@@ -147,25 +142,6 @@ def _as_served(role: str, model: GivenModel | None, ours: Sequence[Ours]) -> Pee
         return None
     served = worker.description
     return PeerModel(model.folder, served.dtype, served.device, tuple(served.skip_layers))
-
-
-def _deciding(ours: Sequence[Ours]) -> dict[str, Any]:
-    """What of our contenders decides their rows."""
-    return {
-        contender.label: {
-            "settings": deciding(contender.config),
-            "workers": worker_identities(contender.workers),
-        }
-        for contender in ours
-    }
-
-
-def _describe(contender: Ours) -> dict[str, Any]:
-    workers = contender.workers.items()
-    return {
-        "orchestrator": contender.config.model_dump(mode="json"),
-        "workers": {role: {"address": c.address, **description_dict(c.description)} for role, c in workers},
-    }
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from specsplit.errors import UserError, shortened
 from specsplit.experiment.prompt_table import JSON_LINES, Row, Table, encoding_problem, kind_of, undecodable
-from specsplit.io import unique_keys
+from specsplit.io import json_mend, unique_keys
 
 JSON_SPACE = " \t\n\r"
 MOST_DIGITS = 1000
@@ -103,26 +103,6 @@ class _Reader:
         return UserError(f"{self.path}, line {at.lineno}, column {at.colno}: {why}")
 
 
-def _mend(text: str, error: json.JSONDecodeError) -> str:
-    """What people write that JSON does not have, at the place of the error; empty where it is something else."""
-    rest, before = text[error.pos :], text[: error.pos].rstrip()
-    if rest.startswith(("//", "#", "/*")):
-        return "; a comment, which JSON does not have: remove it"
-    if rest.startswith("}") and before.endswith(","):
-        return "; a comma before the end of the object: remove it"
-    if rest.startswith(("\u201c", "\u201d", "\u2018", "\u2019")):
-        return "; typographic quotes: JSON has straight ones"
-    if error.msg.startswith("Invalid control character"):
-        return "; write a tab as \\t, and the end of a line as \\n"
-    if rest.startswith("'"):
-        return "; single quotes: JSON has double ones"
-    if error.msg.startswith("Expecting property name") and (before.endswith(("{", ","))):
-        return "; a key without quotes, as JavaScript and JSON5 have them: write it in double quotes"
-    if rest.startswith(("True", "False", "None")):
-        return "; a Python word: JSON has true, false and null"
-    return ""
-
-
 def _explain_line(text: str, error: json.JSONDecodeError) -> str:
     start = text.lstrip()
     if start.startswith(("//", "#", "/*")):
@@ -133,7 +113,7 @@ def _explain_line(text: str, error: json.JSONDecodeError) -> str:
         return f"not valid JSON at column {error.colno} but a Python dictionary; write it with json.dumps"
     if start.startswith("{") and (error.pos >= len(text) or error.msg.startswith("Unterminated string")):
         return f"not valid JSON: {error.msg.removesuffix(' starting at')} at column {error.colno}; the line is cut off"
-    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}{_mend(text, error)}"
+    return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}{json_mend(text, error)}"
 
 
 def read_lines(path: Path, text: str, lines: Sequence[str]) -> Table:
@@ -182,7 +162,7 @@ def whole_object(path: Path, text: str) -> Table | None:
         found = [item["row"] if isinstance(item.get("row"), dict) else item for item in items]
         return Table(f"a JSON document with rows under {key!r}", "row", [Row(n, d) for n, d in enumerate(found, 1)])
     sizes = {(type(value), len(value)) if isinstance(value, list | dict) else None for value in data.values()}
-    if "prompt" in data and len(data) > 1 and len(sizes) == 1 and None not in sizes:
+    if "prompt" in data and not lists and len(data) > 1 and len(sizes) == 1 and None not in sizes:
         raise UserError(
             f"{path}: a JSON object of columns ({', '.join(map(repr, data))}), not of rows; write rows, as pandas does "
             'with to_json(orient="records")'
@@ -207,7 +187,7 @@ def _read_several(path: Path, text: str, *, strict: bool) -> Table | None:
         except json.JSONDecodeError as error:
             if not strict or (not rows and "\n" not in text[reader.place : error.pos]):
                 return None
-            why = _cut_off(text, error) or _mend(text, error)
+            why = _cut_off(text, error) or json_mend(text, error)
             raise reader.refusal(error.pos, f"not valid JSON: {error.msg}{why}") from None
         except ValueError:
             return None
@@ -215,7 +195,7 @@ def _read_several(path: Path, text: str, *, strict: bool) -> Table | None:
 
 
 def _cut_off(text: str, error: json.JSONDecodeError) -> str:
-    rest = text[error.pos :].strip()
+    rest = text[error.pos :].strip(JSON_SPACE)
     unterminated = error.msg.startswith(("Unterminated", "Invalid \\"))
     if not rest or (unterminated and "\n" not in rest):
         return ". The file ends there: it is cut off (truncated); fetch it again"
@@ -264,4 +244,4 @@ def _broken_item(text: str, start: int, error: json.JSONDecodeError, *, first: b
         return start, "a comma before the end of the JSON array; remove it"
     if error.pos >= len(text.rstrip()) or _cut_off(text, error):
         return error.pos, "the JSON array is cut off (truncated) here; fetch the file again"
-    return error.pos, f"not valid JSON: {error.msg}{_mend(text, error)}"
+    return error.pos, f"not valid JSON: {error.msg}{json_mend(text, error)}"

@@ -40,6 +40,9 @@ _OTHERS = (
 )
 
 
+_QUOTED = re.compile(r'"[^"]*"')
+
+
 def read_rows(path: Path, content: bytes | None, wanted: Sequence[str]) -> Table:
     """The rows of a file, or of a folder that `datasets` saved (content None).
 
@@ -59,19 +62,25 @@ def _numbered(name: str, rows: Iterable[dict[str, Any]]) -> Table:
 
 
 def _checked(row: Row) -> Row:
-    """A NaN of Parquet or pandas is a missing value. Texts in a column of bytes, as Spark writes them, are texts, and
-    so are values of types that JSON lacks, as UUIDs and times."""
     assert row.data is not None
-    data = dict(row.data)
-    for key, value in row.data.items():
-        if isinstance(value, float) and math.isnan(value):
-            data[key] = None
-        elif isinstance(value, bytes):
-            with suppress(UnicodeDecodeError):
-                data[key] = value.decode()
-        elif not isinstance(value, str | int | float | list | dict | None):
-            data[key] = str(value)
-    return Row(row.line, data)
+    return Row(row.line, _plain(row.data))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it. A NaN of Parquet or pandas is a missing value. Texts in a column of bytes, as Spark writes them,
+    are texts, and so are values of types that JSON lacks, as UUIDs and times."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 # ---- text
@@ -114,7 +123,7 @@ def _decode(path: Path, content: bytes) -> str:
     if name == "utf-8":
         content = content.removeprefix(codecs.BOM_UTF8)
         if what := recognise_binary(content):
-            raise UserError(f"{path}: {what}, not a table of prompts; give JSON lines, CSV, Parquet or Arrow")
+            raise UserError(f"{path}: no table of prompts (JSON lines, CSV, Parquet, Arrow) but {what}")
         return content.decode("utf-8", errors="surrogateescape")
     try:
         return content.decode(name)
@@ -126,15 +135,17 @@ def _decode(path: Path, content: bytes) -> str:
 
 
 def _without_mark(content: bytes) -> str:
-    """UTF-16 of mostly Latin letters has a zero in every second byte."""
+    """UTF-16 of mostly Latin letters has a zero in every second byte, UTF-32 in three of four."""
     head = content[: 1 << 12]
-    even, odd = head[0::2].count(0), head[1::2].count(0)
-    if len(head) >= 4 and len(content) % 2 == 0:
-        if odd > 0.4 * len(head) / 2 and not even:
-            return "utf-16-le"
-        if even > 0.4 * len(head) / 2 and not odd:
-            return "utf-16-be"
-    return "utf-8"
+    zeros = [head[place::4].count(0) / max(1, len(head) / 4) for place in range(4)]
+    names = {"0111": "utf-32-le", "1110": "utf-32-be", "0101": "utf-16-le", "1010": "utf-16-be"}  # of zeros, by place
+    name = names.get("".join("1" if share > 0.4 else "-" if share else "0" for share in zeros), "utf-8")
+    if "32" in name:  # of which few bytes by chance are any
+        with suppress(UnicodeDecodeError):
+            content.decode(name)
+            return name
+        return "utf-8"
+    return name if len(content) % 2 == 0 else "utf-8"
 
 
 # ---- CSV
@@ -146,8 +157,9 @@ def _read_csv(path: Path, text: str, wanted: Sequence[str]) -> Table:
     first = next(line for line in text.split("\n") if line.strip())
     if re.fullmatch(r"sep=.\s*", first):  # of Excel
         delimiter, text = first[4], text.replace(first, "", 1)
-    else:
-        delimiter = max(f"{ONE_COLUMN},\t;|", key=first.count)
+    else:  # whatever stands in quotes is of a name
+        unquoted = _QUOTED.sub("", text[: 1 << 16].lstrip()).partition("\n")[0]
+        delimiter = max(f"{ONE_COLUMN},\t;|", key=unquoted.count)
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:

@@ -15,6 +15,7 @@ from specsplit.errors import UserError, WorkerError, counted, listed
 from specsplit.experiment.columns import FAILED, OK, SOURCES, RequestRecord, RoundRecord
 from specsplit.experiment.prompt import Prompt
 from specsplit.experiment.prompt_tokens import prompt_tokens
+from specsplit.io import json_sha256
 from specsplit.models.tokenizer import TextCodec
 from specsplit.rpc.credentials import Access
 from specsplit.settings.run import NO_NETWORK, OrchestratorConfig
@@ -80,6 +81,16 @@ def encode_prompts(
             + ("Shorten them or raise workers.max_context." if raisable else "Shorten them: the model has no more.")
         )
     return requests
+
+
+def requests_sha256(requests: Sequence[Request]) -> str:
+    """A hash of what is known of the requests before they are run."""
+    return json_sha256(
+        [
+            [r.id, r.category, r.token_ids, *([r.prompt.prompt, r.previous.id] if r.prompt and r.previous else [])]
+            for r in requests
+        ]
+    )
 
 
 def request_config(config: OrchestratorConfig, request: Request) -> OrchestratorConfig:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specsplit.experiment.baselines import Beside
-from specsplit.experiment.records import Request, deciding
-from specsplit.io import combined_sha256, json_sha256
+from specsplit.experiment.records import Request, deciding, requests_sha256
+from specsplit.io import combined_sha256
 from specsplit.launch.endpoint import description_dict
 from specsplit.models.tokenizer import TextCodec
 from specsplit.provenance.capture import hash_tree
@@ -35,6 +35,16 @@ def worker_identities(workers: Mapping[str, Connection]) -> dict[str, dict[str, 
     return identities
 
 
+def describe_workers(
+    workers: Mapping[str, Connection], origins: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """What a run file says of workers, by role. origins: of each, as `worker_origin` gives it."""
+    return {
+        role: {"address": worker.address, **(origins or {}).get(role, {}), **description_dict(worker.description)}
+        for role, worker in workers.items()
+    }
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run is measured with.
@@ -58,10 +68,7 @@ class Run:
 
     def describe(self) -> dict[str, Any]:
         """What run.json says before anything is measured."""
-        workers = {
-            role: {"address": worker.address, **self.origins.get(role, {}), **description_dict(worker.description)}
-            for role, worker in self.workers.items()
-        }
+        workers = describe_workers(self.workers, self.origins)
         here, beside = describe_here(), self.beside
         return {
             "schema_version": RUN_SCHEMA_VERSION,
@@ -91,15 +98,9 @@ class Run:
     def decides(self, described: Mapping[str, Any]) -> dict[str, Any]:
         """What the rows depend on: those of another run with the same may stand beside them. described: `describe`."""
         return {
-            "requests_sha256": json_sha256([_identity(request) for request in self.requests]),
+            "requests_sha256": requests_sha256(self.requests),
             "orchestrator": deciding(self.config),
             "workers": worker_identities(self.workers),
             **{key: described[key] for key in ("repeats", "warmup_requests", "tokenizer_sha256", "machine")},
             **{key: described[key] for key in ("environment", "software_sha256", "run_code_sha256", "beside")},
         }
-
-
-def _identity(request: Request) -> list[Any]:
-    """What a request is, as far as it is known before the run."""
-    later = [request.prompt.prompt, request.previous.id] if request.prompt and request.previous else []
-    return [request.id, request.category, request.token_ids, *later]

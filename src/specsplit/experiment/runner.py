@@ -1,10 +1,10 @@
 """Runs prompts through the loop at one gamma and leaves a run folder: tables, texts, and how they were made.
 
 A run folder holds `requests.csv`, `per_round.csv`, `outputs.jsonl` and `run.json`, and as `reference.csv` what was
-measured in turn with them on the same request: the target alone and other baselines. What drifts on the machine meets
-all of a turn alike, so speedups are paired within the run. While the run goes on, and when it is cut short, what is
-done is in its journal, and the next run with the same settings goes on with that; the tables appear only when every
-request is done. A request that fails is a row too, and stays in the journal to be tried again.
+measured in turn with them on the same request: the target alone and other baselines. A drift of the machine affects all
+of a turn alike, so speedups are paired within the run. While the run goes on, and when it is cut short, what is done is
+in its journal, and the next run with the same settings continues from there; the tables appear only when every request
+is done. A request that fails is a row too, and stays in the journal to be tried again.
 """
 
 from __future__ import annotations

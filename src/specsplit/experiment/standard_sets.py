@@ -47,8 +47,10 @@ class StandardSet:
 
 def _mbpp(row: Row) -> str:
     """The form of the paper (Austin et al. 2021, arXiv:2108.07732), without examples."""
-    tests = "\n".join(row["test_list"])
-    task = f"You are an expert Python programmer, and here is your task: {row['text']}"
+    said, tests = row["text"], row["test_list"]
+    if not isinstance(said, str) or not said.strip() or not isinstance(tests, list):
+        raise TypeError("text is not a text, or test_list not a list")
+    task, tests = f"You are an expert Python programmer, and here is your task: {said}", "\n".join(tests)
     return f"{task} Your code should pass these tests:\n\n{tests}\n"
 
 

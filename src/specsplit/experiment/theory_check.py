@@ -87,7 +87,7 @@ def simulated_workers(acceptance: float, draft_ms: float, verify_ms: float, seed
 def check_theory(simulation: SimulationSettings) -> Generator[Check, None, None]:
     """Every mode at every gamma and round trip, and the target alone: a row each."""
     prompts = [[65 + i, 66, 67] for i in range(simulation.texts)]
-    # A worker rests about as long as the other one works.
+    # A worker is idle about as long as the other one computes.
     bare_ms = bare_round_trip_ms(simulation.verify_ms / 2)
     times = (simulation.acceptance, simulation.draft_ms, simulation.verify_ms)
     points: list[tuple[PipelineMode, int | str]] = [("sync", 0), *product(MODES, simulation.gamma)]

@@ -14,7 +14,7 @@ from google.protobuf.json_format import MessageToDict
 
 from specsplit.errors import UserError, counted
 from specsplit.io import read_json, read_json_object, replace_file
-from specsplit.launch.lease import RemoteHolder
+from specsplit.launch.heartbeat import Pulse
 from specsplit.launch.process import ProcessIdentity
 from specsplit.rpc.credentials import TLS_SCHEME, join_address, split_address
 from specsplit.rpc.v1 import specsplit_pb2 as pb
@@ -79,7 +79,7 @@ class Endpoint:
         host: str,
         port: int,
         description: pb.DescribeReply,
-        holder: ProcessIdentity | RemoteHolder | None,
+        holder: ProcessIdentity | Pulse | None,
         *,
         tls: bool = False,
         heartbeat: Path | None = None,

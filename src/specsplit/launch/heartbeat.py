@@ -42,14 +42,14 @@ def hold_lease(heartbeat: Path | None = None) -> None:
 
 
 class Pulse:
-    """The heartbeat of another process, as seen from here."""
+    """The heartbeat of another process, as seen from here; pid: of that process on its own host."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, pid: int = 0) -> None:
+        self._file, self.pid = file, pid
         self._last = self._touched()
         self._changed = time.monotonic()
 
-    def beats(self) -> bool:
+    def alive(self) -> bool:
         """Whether the file was touched in the last SILENT_S seconds, or has been watched for a shorter time."""
         now = self._touched()
         if now != self._last and now is not None:
@@ -70,11 +70,11 @@ class Pulse:
 
 
 def silent(files: Collection[Path]) -> set[Path]:
-    """Those of the files that nobody touches. Takes up to SILENT_S seconds, and a beat when all are touched."""
+    """Those of the files that no process touches. Takes up to SILENT_S seconds, and a beat when all are touched."""
     pulses = {file: Pulse(file) for file in files}
     first = {file: pulse.last for file, pulse in pulses.items()}
     quiet = {file for file in files if first[file] is not None}
-    while quiet and all(pulses[file].beats() for file in quiet):
+    while quiet and all(pulses[file].alive() for file in quiet):
         quiet = {file for file in quiet if pulses[file].last == first[file]}
         time.sleep(BEAT_S / 4)
     return quiet | {file for file in files if first[file] is None}

@@ -21,18 +21,7 @@ from specsplit.launch.process import ProcessIdentity
 STARTER_PID = "SPECSPLIT_STARTER_PID"  # the process that waits until a worker serves
 
 
-@dataclass(frozen=True)
-class RemoteHolder:
-    """A process on another host, known by the heartbeat of its file."""
-
-    pid: int
-    pulse: Pulse
-
-    def alive(self) -> bool:
-        return self.pulse.beats()
-
-
-def lease_holder() -> ProcessIdentity | RemoteHolder | None:
+def lease_holder() -> ProcessIdentity | Pulse | None:
     """The process named by SPECSPLIT_LEASE_PID; None when there is none, or on another host without a heartbeat.
 
     A number that names no process gives an identity that is not alive: the holder is gone already.
@@ -42,7 +31,7 @@ def lease_holder() -> ProcessIdentity | RemoteHolder | None:
         return None
     if os.environ.get(LEASE_HOST, socket.gethostname()) != socket.gethostname():
         file = os.environ.get(LEASE_FILE)
-        return RemoteHolder(int(value), Pulse(Path(file))) if file else None
+        return Pulse(Path(file), int(value)) if file else None
     return _process(int(value))
 
 
@@ -60,7 +49,7 @@ class Lease:
     when none of them exists. It is read and written under the lock `user_lock(users)`.
     """
 
-    holder: ProcessIdentity | RemoteHolder | None = None
+    holder: ProcessIdentity | Pulse | None = None
     file: Path | None = None
     users: Path | None = None
     written: bool = False
@@ -86,13 +75,13 @@ class Lease:
             with user_lock(users).acquire(timeout=0):
                 if users.exists() and any(Path(user).exists() for user in users.read_text().splitlines()):
                     return False
-                # Without these files nobody finds the worker and shares it while it stops.
+                # Without these files no run finds the worker and shares it while it stops.
                 users.unlink(missing_ok=True)
                 if self.file is not None:
                     self.file.unlink(missing_ok=True)
                 return True
         except Timeout:
-            return False  # somebody is about to share it
+            return False  # another run is about to share it
 
 
 def user_lock(users: Path) -> FileLock:

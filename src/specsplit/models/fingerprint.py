@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from specsplit.models.file_names import (
 from specsplit.models.generation_settings import check_eos
 from specsplit.models.gguf_file import MOST_LAYERS, read_gguf
 from specsplit.models.head_config import HEAD_MAPS, is_head, read_head_config
+from specsplit.models.loaded import INDEX, Stored, check_stored, quietly, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +64,7 @@ NO_WEIGHTS = (
     (("*.safetensors",), "is not the name of weights in Hugging Face layout, model.safetensors"),
     (("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.tflite"), "is of another framework; save the model as safetensors"),
 )
+OLDER_TOKENIZERS = ("*.model", "*.tiktoken", "tekken.json")
 LAYER_COUNT = re.compile(r"(num|n)(_\w+)?_layers?")
 MOST_UNSTORED = 4  # times the stored numbers: a reduced output head is stored smaller than the configuration says
 
@@ -89,7 +92,7 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 def check_model_folder(folder: Path) -> None:
     """Raise UserError unless `folder` has a config, weights and a tokenizer; of a head that is the target's."""
     if folder.is_file():
-        instead = _in_place_of_weights(folder.parent) if folder.suffix == ".gguf" else ""
+        instead = _in_place_of_weights(folder.parent) if folder.suffix == ".gguf" else f": name {folder.parent}"
         raise UserError(f"{folder}: a file, where the folder of a model is wanted{instead}")
     if not folder.is_dir():
         raise UserError(
@@ -98,8 +101,10 @@ def check_model_folder(folder: Path) -> None:
         )
     _check_files(folder)
     if not (folder / "config.json").is_file():
+        snapshots = sorted(folder.glob("snapshots/*/config.json"))
+        instead = f"; it is a folder of the Hub's cache: name {snapshots[-1].parent}" if snapshots else ""
         raise UserError(
-            f"{folder}: no config.json, so not a model in Hugging Face layout{_in_place_of_weights(folder)}"
+            f"{folder}: no config.json, so not a model in Hugging Face layout{instead or _in_place_of_weights(folder)}"
         )
     weight_files(folder)
     if not is_head(folder):
@@ -135,6 +140,31 @@ def has_tokenizer(folder: Path) -> bool:
     return any(matches(path.name, TOKENIZER_FILES) for path in children(folder))
 
 
+def load_tokenizer(folder: Path, problem: str = "") -> Any:
+    """The tokenizer of a local folder. Raises UserError when it cannot be read. problem: how its message begins, where
+    the folder means nothing to the reader."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quietly():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises any class of error for unusual files
+        reason = told(error)
+        names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        for name in [] if problem else names:
+            if matches(name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)):
+                read_json_object(folder / name) if name.endswith(".json") else refuse_stand_in(folder / name)
+        older = [name for name in names if matches(name, OLDER_TOKENIZERS)]
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code of its own, which is not run here; choose a model with a tokenizer.json"
+        elif older and "tokenizer.json" not in names and find_spec("sentencepiece") is None:
+            reason = (
+                f"there is {older[0]} and no tokenizer.json: fetch a copy of the model that has one, or install what "
+                "transformers reads the older file with: pip install sentencepiece protobuf tiktoken"
+            )
+        raise UserError(f"{problem or f'{folder} does not hold a tokenizer that can be loaded'}: {reason}") from error
+
+
 def read_config(folder: Path) -> Any:
     """The configuration of a model, as transformers reads it; of a head that of its layer. Raises UserError when it
     cannot."""
@@ -163,9 +193,15 @@ def read_config(folder: Path) -> Any:
             f"{folder}: the weights are quantised ({method}), which is not run here; take the model as it was before, "
             "or a GGUF file of it, and quantise by the worker's dtype: int8"
         )
+    if (named := stored.get("transformers_weights")) not in (None, "model.safetensors", INDEX):
+        raise UserError(
+            f"{folder}: config.json names other weights (transformers_weights: {named!r}), which are not read here; "
+            "name them model.safetensors, and take the key out"
+        )
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever it meets in a file that nobody here has seen
+        with quietly():
+            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # it raises any class of error for an unusual file
         raise UserError(f"{folder}: transformers cannot read its configuration: {told(error)}") from error
 
 
@@ -177,9 +213,18 @@ def _entries(stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
 
 
-def check_architecture(folder: Path, config: Any, parameters: int, described_by: str = "config.json") -> str:
-    """The class that runs the model. Refuses what no engine can run, before anything is loaded; attention that strays
-    is found when a worker loads. parameters: numbers in the weights. described_by: where the configuration stands."""
+def check_architecture(
+    folder: Path,
+    config: Any,
+    parameters: int,
+    described_by: str = "config.json",
+    stored: Mapping[str, Stored] | None = None,
+) -> str:
+    """The class that runs the model. Refuses what no engine can run, and weights that are not those of the
+    configuration, before anything is loaded; attention that strays is found when a worker loads.
+
+    parameters: numbers in the weights. described_by: where the configuration stands. stored: the tensors of the
+    weights, where they are in safetensors."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -200,11 +245,11 @@ def check_architecture(folder: Path, config: Any, parameters: int, described_by:
             f"{folder}: {described_by} names {other[0]}, which writes no text; choose a causal language model"
         )
     try:
-        with torch.device("meta"):  # shapes alone, without memory
+        with quietly(), torch.device("meta"):  # shapes alone, without memory
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         described = sum(parameter.numel() for parameter in model.parameters())
         limit = _max_context(config)
-    except Exception as error:  # whatever a configuration that nobody here has seen leads to
+    except Exception as error:  # an unusual configuration may raise any error
         raise UserError(
             f"{folder}: transformers cannot make the model that {described_by} describes: {told(error)}"
         ) from error
@@ -215,6 +260,8 @@ def check_architecture(folder: Path, config: Any, parameters: int, described_by:
             f"{folder}: {described_by} is not that of the weights: it describes {described:.3g} parameters, and they "
             f"hold {parameters:.3g}. Fetch or convert the model again."
         )
+    if stored:
+        check_stored(folder, model, stored, reduced=any((folder / name).is_file() for name in MAP_FILES))
     return type(model).__name__
 
 
@@ -231,18 +278,22 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises UserError when there are none, or a shard is missing.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX
     if single.is_file():
         return [single]
     if index.is_file():
         try:
             shards = sorted(set(read_json(index)["weight_map"].values()))
         except (TypeError, KeyError, AttributeError):
-            raise UserError(f"{index}: no weight_map, so not an index of weights") from None
+            shards = []
+        if not shards:
+            raise UserError(f"{index}: no weight_map, so not an index of weights; fetch it again")
         if strange := [shard for shard in shards if not matches(str(shard), ("*.safetensors",))]:
             raise UserError(f"{index}: weight_map names {strange[0]!r}, not a .safetensors file beside it")
         if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-            raise UserError(f"{folder}: {missing[0]} is missing ({len(missing)} of {len(shards)} shards)")
+            raise UserError(
+                f"{folder}: {missing[0]} is missing ({len(missing)} of {len(shards)} shards); fetch it again"
+            )
         return [folder / shard for shard in shards]
     if (folder / GGUF_FILE).is_file():
         return [folder / GGUF_FILE]
@@ -299,26 +350,17 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     (None when the model states no limit).
     Raises UserError for a folder that does not hold a readable causal language model.
     """
-    from transformers import AutoTokenizer
-
     check_model_folder(folder)
     check_eos(folder)
     weights = weight_files(folder)
     hashed = [*weights, *(folder / name for name in MAP_FILES if (folder / name).is_file())]
     sha256 = files or {}
-    parameters, dtype = _count_parameters(weights)
+    stored = stored_tensors(weights) if weights[0].suffix == ".safetensors" else {}
+    parameters, dtype = _count_parameters(weights[0], stored)
     config = read_config(folder)
     head = is_head(folder)
-    architecture = config.architectures[0] if head else check_architecture(folder, config, parameters)
-    tokenizer_hash = ""
-    if not head or has_tokenizer(folder):
-        try:
-            tokenizer_hash = tokenizer_sha256(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-        except Exception as error:
-            for path in folder.iterdir():
-                if path.is_file() and matches(path.name, (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)):
-                    read_json_object(path) if path.suffix == ".json" else refuse_stand_in(path)
-            raise UserError(f"{folder}: transformers cannot read its tokenizer: {told(error)}") from error
+    architecture = config.architectures[0] if head else check_architecture(folder, config, parameters, stored=stored)
+    tokenizer_hash = tokenizer_sha256(load_tokenizer(folder)) if not head or has_tokenizer(folder) else ""
     return {
         "weights_sha256": combined_sha256({f.name: sha256.get(f.name) or sha256_file(f) for f in hashed}),
         "tokenizer_sha256": tokenizer_hash,
@@ -330,32 +372,23 @@ def fingerprint_model(folder: Path, files: Mapping[str, str] | None = None) -> d
     }
 
 
-def _count_parameters(weights: list[Path]) -> tuple[int, str]:
-    """Number of parameters and their dtype, of safetensors and GGUF from the headers alone. A head's map of tokens is
-    none of them."""
-    from safetensors import SafetensorError, safe_open
-
+def _count_parameters(weights: Path, stored: Mapping[str, Stored]) -> tuple[int, str]:
+    """Number of parameters and their dtype, of safetensors (stored) and GGUF from the headers alone. A head's map of
+    tokens is none of them. weights: the file, or the first of several."""
+    if weights.name == GGUF_FILE:
+        file = read_gguf(weights)
+        return file.parameters, "+".join(DTYPE_NAMES.get(kind, kind) for kind in file.types)
+    sizes = [(name, each.dtype, math.prod(each.shape)) for name, each in stored.items()]
+    if weights.name == HEAD_WEIGHTS:
+        found = read_tensors(weights).items()
+        sizes = [(name, str(tensor.dtype).removeprefix("torch."), tensor.numel()) for name, tensor in found]
     counts: Counter[str] = Counter()
-    for path in weights:
-        if path.name == GGUF_FILE:
-            file = read_gguf(path)
-            return file.parameters, "+".join(DTYPE_NAMES.get(kind, kind) for kind in file.types)
-        if path.name == HEAD_WEIGHTS:
-            for key, tensor in read_tensors(path).items():
-                if key not in HEAD_MAPS:
-                    counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-            continue
-        try:
-            with safe_open(path, framework="numpy") as tensors:
-                for key in set(tensors.keys()) - set(HEAD_MAPS):
-                    header = tensors.get_slice(key)
-                    counts[header.get_dtype()] += math.prod(header.get_shape())
-        except (SafetensorError, OSError) as error:
-            refuse_stand_in(path)
-            raise UserError(f"{path}: not a readable safetensors file: {error}; fetch it again") from None
+    for name, dtype, size in sizes:
+        if name not in HEAD_MAPS:
+            counts[dtype] += size
     if other := [dtype for dtype, _ in counts.most_common(1) if not dtype.upper().startswith(("F", "BF"))]:
         raise UserError(
-            f"{weights[0]}: most of the weights are no floating-point numbers ({other[0]}); quantised ones are not run "
+            f"{weights}: most of the weights are no floating-point numbers ({other[0]}); quantised ones are not run "
             "here: take the model as it was before"
         )
     names = [DTYPE_NAMES.get(dtype, dtype.lower()) for dtype, _ in counts.most_common()]

@@ -115,7 +115,7 @@ def read_head_config(folder: Path) -> HeadConfig:
             None if layers is None else tuple(layers),
             **{flag: bool(given.get(flag, flag == "qk_norm" and type_ == "qwen3")) for flag in FLAGS},
         )
-    except Exception as error:  # whatever transformers meets in a file that nobody here has seen
+    except Exception as error:  # transformers raises any class of error for an unusual file
         raise UserError(f"{path}: not the configuration of a head: {told(error)}") from error
     if any(type(layer) is not int or layer < 0 for layer in config.layers or ()):
         raise UserError(f"{path}: {LAYERS_KEY} {layers!r}: wanted a list of layers, counted from 0")

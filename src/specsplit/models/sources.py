@@ -8,12 +8,11 @@ Llama-type model is kept as it is; of other architectures it is converted once.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from specsplit.models.fingerprint import (
 from specsplit.models.gguf_file import ARCHITECTURES, check_gguf_tokenizer, check_model, read_gguf, rope_scaling
 from specsplit.models.head_config import is_head
 from specsplit.models.head_files import read_head
-from specsplit.models.loaded import check_loaded
+from specsplit.models.loaded import check_loaded, quietly
 from specsplit.models.weightless import (
     Weightless,
     described,
@@ -307,20 +306,6 @@ def _prepare_gguf(gguf: Path, ready: Path, key: str) -> None:
         tokenizer.save_pretrained(ready)
     for weights in (*ready.glob("*.safetensors"), *ready.glob("*.gguf")):  # saved readable by their owner alone
         shutil.copymode(ready / "config.json", weights)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without transformers' progress bars and advice; errors still raise."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):  # some bars cannot be turned off
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _fetch_huggingface(source: HuggingFaceSource, name: str, ready: Path) -> Fetched:

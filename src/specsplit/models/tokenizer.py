@@ -13,7 +13,7 @@ from typing import Any
 from specsplit.errors import PromptError, UserError, told
 from specsplit.io import json_sha256, scratch_folder
 from specsplit.models.file_names import CONFIG_FILES, TOKENIZER_EXTRAS, TOKENIZER_FILES, matches
-from specsplit.models.fingerprint import tokenizer_sha256
+from specsplit.models.fingerprint import load_tokenizer, tokenizer_sha256
 
 PACKED_FILES = (*CONFIG_FILES, *TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 _DIRECTIVES = "aAbBcdDeFHIjmMpRSTuUVwWxXyYGzZ%"  # of strftime
@@ -62,16 +62,7 @@ class TextCodec:
     @classmethod
     def load(cls, folder: Path, problem: str = "") -> TextCodec:
         """Load the tokenizer of a local model folder; UserError when there is none. problem: how its message begins."""
-        from transformers import AutoTokenizer
-
-        try:
-            return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-        except Exception as error:  # whatever transformers meets in files that nobody here has seen
-            reason = told(error)
-            if "trust_remote_code" in str(error):
-                reason = "it needs Python code of its own, which is not run here; choose a model with a tokenizer.json"
-            problem = problem or f"{folder} does not hold a tokenizer that can be loaded"
-            raise UserError(f"{problem}: {reason}") from error
+        return cls(load_tokenizer(folder, problem))
 
     @classmethod
     def unpack(cls, files: Mapping[str, bytes]) -> TextCodec:

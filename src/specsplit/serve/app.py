@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from h11 import LocalProtocolError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -19,17 +20,17 @@ from starlette.types import Receive, Scope, Send
 
 from specsplit.api.generated import GeneratedStream, Piece
 from specsplit.api.pair import Pair
-from specsplit.errors import UserError, WorkerError, shortened, told
+from specsplit.errors import UserError, WorkerError, told
 from specsplit.serve.bodies import Body, ChatBody, CompletionBody, read_body
 from specsplit.serve.counters import Counters
-from specsplit.serve.failures import ApiError, api_error
+from specsplit.serve.failures import STOPPING, ApiError, api_error
 from specsplit.serve.replies import Reply, event
 from specsplit.settings.serve import ServeSettings
 
 T = TypeVar("T")
 # A body may have so many bytes for each token of a context: parsing a larger one would hold up all other requests.
 BYTES_PER_TOKEN, LEAST_BODY_LIMIT = 64, 1 << 20
-HEALTH_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S, LAST_WORD_S = 5.0, 1.0
 
 
 class _Gone(Exception):
@@ -165,6 +166,8 @@ class _Server:
                 failure = api_error(error, prompt)
             except ApiError as error:
                 failure = error
+            except asyncio.CancelledError:  # uvicorn ends what is left after `stop_timeout_s`
+                failure = STOPPING
             self._counters.failed(failure.status)
             return failure.response()
 
@@ -201,8 +204,13 @@ class _Events(StreamingResponse):
             await asyncio.Event().wait()
 
         async with self._held:
-            with suppress(_Gone, OSError):
-                await _race(super().__call__(scope, never, send), receive)
+            try:
+                with suppress(_Gone, OSError):
+                    await _race(super().__call__(scope, never, send), receive)
+            except asyncio.CancelledError:  # as above; who does not read is not waited for
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_WORD_S):
+                        await send({"type": "http.response.body", "body": event(STOPPING.body()).encode()})
 
 
 async def _drain(stream: GeneratedStream) -> None:
@@ -248,8 +256,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return ApiError(error.status_code, shortened(message, 200)).response(error.headers)
+    return ApiError(error.status_code, message).response(error.headers)
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
+    if isinstance(error, LocalProtocolError):  # what turned out to be no HTTP has its reply from uvicorn
+        return _Nothing()
     return api_error(UserError(f"a fault of the server: {told(error)}")).response()

@@ -8,18 +8,19 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from specsplit.errors import OptionError, PromptError, UserError, WorkerError
+from specsplit.errors import OptionError, PromptError, UserError, WorkerError, shortened
 
 log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
+LONGEST_MESSAGE = 1000  # what a client sent may be a part of it
 
 
 class ApiError(Exception):
     """A request that is not answered. status: of HTTP. param: the field at fault. code: a word for programs."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        super().__init__(_sendable(message))
+        self.status, self.param, self.code = status, None if param is None else _sendable(param), code
 
     @property
     def kind(self) -> str:
@@ -40,6 +41,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
+def _sendable(text: str) -> str:
+    """The text as UTF-8 can have it, without half of a surrogate pair, which JSON can write, and not too long."""
+    return shortened(text.encode(errors="backslashreplace").decode(), LONGEST_MESSAGE)
+
+
 # gRPC status of a worker -> what a client is told: it knows of no workers, and whatever they say goes to the log.
 OF_WORKERS = {
     "RESOURCE_EXHAUSTED": (
@@ -50,6 +56,8 @@ OF_WORKERS = {
     "DATA_LOSS": (500, "the model overflows on this text, so it has no continuation; change the prompt", "overflow"),
 }
 GONE = 503, "the models do not answer just now; send the request again in a moment", "worker_failed"
+
+STOPPING = ApiError(503, "the server stops; send the request again in a moment", code="server_stopping")
 
 
 def api_error(error: UserError, prompt: str = "prompt") -> ApiError:

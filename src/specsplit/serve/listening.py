@@ -6,11 +6,39 @@ import uvicorn
 from h11 import LocalProtocolError
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from specsplit.errors import UserError
 from specsplit.io import check_openable
 from specsplit.rpc.credentials import check_key_pair, is_loopback, join_address
 from specsplit.settings.serve import ServeSettings
+
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
+ASK_AGAIN_S = 0.2
+
+
+class HalfOpenProtocol(H11Protocol):
+    """HTTP/1.1 that answers a client which has closed its own side after its request, as `nc -N` does.
+
+    Such a client looks like one that has gone, until something is written: what is closed on both sides breaks the
+    connection then. So two interim replies are written, which HTTP/1.1 allows before any other; events of a stream
+    have the same effect.
+    """
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        cycle = self.cycle
+        if cycle is None or cycle.more_body or cycle.response_complete:
+            return False  # nothing is left to answer
+        if self.scheme == "https" or cycle.scope["http_version"] != "1.1":
+            return False
+        cycle.keep_alive = False
+        self._ask(2)
+        return True
+
+    def _ask(self, times: int) -> None:
+        if times and not self.cycle.response_started and not self.transport.is_closing():
+            self.transport.write(INTERIM)
+            self.loop.call_later(ASK_AGAIN_S, self._ask, times - 1)
 
 
 def read_keys(settings: ServeSettings, *, insecure: bool) -> list[str]:
@@ -71,6 +99,7 @@ def listen(app: Starlette, settings: ServeSettings) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             without_broken_requests(app),
+            http=HalfOpenProtocol,
             host=settings.host.strip("[]"),
             port=settings.port,
             ssl_certfile=settings.certificate,

@@ -159,7 +159,28 @@ CLOSED = "closed"
 ArrivalPattern = Literal["constant", "poisson", "gamma"]
 
 
-class CapacitySettings(WarmupSettings):
+class LatencyLimits(Settings):
+    """What a request has to keep to count as goodput."""
+
+    tpot_limit_ms: float | None = setting(
+        None,
+        "Goodput counts the requests with at most this many milliseconds a token (ITL); null is twice the median of "
+        "one client.",
+        example=50,
+        note="for the goodput; null = twice the median of one client",
+        gt=0,
+    )
+    ttft_limit_ms: float | None = setting(
+        None,
+        "Goodput counts the requests whose first token came within this many milliseconds of their arrival; null is "
+        "twice the median of one client.",
+        example=500,
+        note="for the goodput; null = twice the median of one client",
+        gt=0,
+    )
+
+
+class CapacitySettings(WarmupSettings, LatencyLimits):
     """Many requests at once."""
 
     clients: list[Annotated[int, Field(ge=1, le=256)]] = setting(
@@ -205,22 +226,6 @@ class CapacitySettings(WarmupSettings):
         example=128,
         note="at each load, at least four a client",
         ge=REQUESTS_A_CLIENT,
-    )
-    tpot_limit_ms: float | None = setting(
-        None,
-        "Goodput counts the requests with at most this many milliseconds a token (ITL); null is twice the median of "
-        "one client.",
-        example=50,
-        note="for the goodput; null = twice the median of one client",
-        gt=0,
-    )
-    ttft_limit_ms: float | None = setting(
-        None,
-        "Goodput counts the requests whose first token came within this many milliseconds of their arrival; null is "
-        "twice the median of one client.",
-        example=500,
-        note="for the goodput; null = twice the median of one client",
-        gt=0,
     )
 
     @model_validator(mode="after")
@@ -361,7 +366,5 @@ class LayerSettings(ComputeSettings):
         ge=1,
     )
     max_tokens: int = setting(48, "Tokens written for each prompt.", ge=1)
-    edge: int = setting(1, "Layers kept at either end.", ge=0)
-    shortlist: int | None = setting(None, "After the first layer, try only the N best of that search; null: all.", ge=1)
     use_chat_template: bool = setting(True, "Wrap the prompts in the model's chat template, when it has one.")
     dtype: DraftDtype = setting("auto", "Number format of the search, as the draft will have it.")

@@ -204,6 +204,7 @@ class OrchestratorConfig(AccessSettings):
         "Tokens that end a text; null: those that the target names.",
         example=[2],
         note="null = those that the target names",
+        schema={"uniqueItems": True},
     )
     max_context: int | None = setting(None, "Longest text, prompt included; null: what the target can hold.", ge=2)
     tls_name: str | None = setting(

@@ -156,18 +156,18 @@ class SharedModel:
         held, part = cache.length, self.model.prefill_tokens
         most = min(part, self.model.batch_tokens or part)
         is_prompt = len(tokens) > most
+        work = Pass(cache, tokens, tree, cached_nodes, then, states)
         try:
-            while len(tokens) > most:
-                first = None if states is None else states[:most]
-                self._ask(Pass(cache, tokens[:most], states=first), is_prompt)
-                tokens, states = tokens[most:], None if states is None else states[most:]
-            return self._ask(Pass(cache, tokens, tree, cached_nodes, then, states), is_prompt)
+            while len(work.tokens) > most:
+                first, work = work.split(most)
+                self._ask(first, is_prompt)
+            return self._ask(work, is_prompt)
         except BaseException:
             cache.rollback(held)
             raise
 
     def expect_all(self) -> None:
-        """Sessions will return at other times than before: wait for them again, though it was in vain of late."""
+        """Sessions will return at other times than before: wait for them again, though it gained nothing lately."""
         self._skips = self._skips_left = 0
 
     def close(self) -> None:

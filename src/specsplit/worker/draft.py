@@ -212,14 +212,24 @@ class Drafter:
                 raise
         return [state.children[node, token] for node, token, _ in wants]
 
-    def _compute(self, nodes: Sequence[int], tokens: Sequence[int], tree: TokenTree = EMPTY, cached: int = 0) -> None:
-        """One pass, as CausalLM.step, whose last rows are of `nodes`; keep the candidates after them."""
-        settings = self.settings
+    def _compute(
+        self,
+        nodes: Sequence[int],
+        tokens: Sequence[int],
+        tree: TokenTree = EMPTY,
+        cached: int = 0,
+        **states: torch.Tensor,
+    ) -> None:
+        """One pass, as CausalLM.step, whose last rows are of `nodes`; keep the candidates after them. states: as there,
+        for a model that reads them."""
+        settings, hidden = self.settings, self.session.hidden
         model: Any = self.model  # whose passes may have a `then`
-        then = Propose(settings.sampling, min(settings.vocab_size, self.vocabulary.size), self.vocabulary.targets)
+        vocab_size = min(settings.vocab_size, self.vocabulary.size)
+        offset = 0 if hidden is None else hidden.first + 1
+        then = Propose(settings.sampling, vocab_size, self.vocabulary.targets, offset=offset)
         of_logits = not self.vocabulary.same_ids or bool(settings.forced.tokens) or not hasattr(model, "decides")
         if of_logits or not model.decides(then):
-            self._learn(nodes, model.step(self.session.cache, tokens, tree, cached)[-len(nodes) :])
+            self._learn(nodes, model.step(self.session.cache, tokens, tree, cached, **states)[-len(nodes) :])
             return
         # A chain is one launch: what follows the context is drafted in the pass over its last tokens.
         steps = 0
@@ -228,7 +238,7 @@ class Drafter:
             room = self.session.cache.capacity - self.session.cache.length - len(tokens)
             steps = max(0, min(depth - 1, room))
         then = replace(then, steps=steps, least=least_log(settings.p_min))
-        found = model.step(self.session.cache, tokens, tree, cached, then)
+        found = model.step(self.session.cache, tokens, tree, cached, then, **states)
         if steps:  # or fewer: the chain is too improbable, or goes on pass by pass
             steps = len(found) - len(nodes)
         found = found[-len(nodes) - steps :]
@@ -315,9 +325,8 @@ class Drafter:
             self._compute([ROOT], ids[held:])
         else:
             hidden.true_length = held
-            logits = self.model.step(cache, ids[held:], states=hidden.of_entries(held, len(ids)))
+            self._compute([ROOT], ids[held:], states=hidden.of_entries(held, len(ids)))
             hidden.true_length = len(ids)
-            self._learn([ROOT], logits[-1:])
         self.state.ids = ids
 
     def _accepted_path(self, ids: list[int]) -> list[int] | None:

@@ -18,7 +18,7 @@ import specsplit
 from specsplit import tracing
 from specsplit.decoding.sampling import Sampling
 from specsplit.decoding.tree import MAX_BRANCHING, MAX_TREE_NODES
-from specsplit.engines.gpu import GpuLM
+from specsplit.engines.gpu import GpuPasses
 from specsplit.errors import is_out_of_memory
 from specsplit.launch.environment import DETERMINISM_VARIABLES
 from specsplit.launch.host import worker_host
@@ -72,7 +72,7 @@ class WorkerServicer:
         self.usage = UsageMeter(str(model.model.device))
         self.max_context = min(config.max_context, model.max_context)
         sessions = sessions_that_fit(config, model.model, self.max_context, self.most_taps)
-        if isinstance(model.model, GpuLM):
+        if isinstance(model.model, GpuPasses):
             model.model.prepare(self.max_context, sessions, drafts=self.role == "draft")
         self.limits = pb.Limits(
             tree_nodes=config.max_tree_nodes,

@@ -16,11 +16,12 @@ from specsplit.rpc.v1 import specsplit_pb2 as pb
 from specsplit.worker.refusals import InvalidRequest, LimitReached
 
 if TYPE_CHECKING:
+    from specsplit.engines.gpu_head import GpuHead
     from specsplit.engines.hidden_states import HiddenStatesHead
     from specsplit.engines.numba_head import FusedHead
     from specsplit.engines.projection import Projection
 
-    Head = HiddenStatesHead | FusedHead
+    Head = HiddenStatesHead | FusedHead | GpuHead
 
 log = logging.getLogger(__name__)
 MOST_PARTS = 32  # messages that the states of one reply are sent in: all of them may wait to be read

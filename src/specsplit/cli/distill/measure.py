@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from specsplit.cli.distill import add_target_flag, add_terminal_flag
+from specsplit.cli.distill import add_target_flag
 from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.cli.measuring import add_terminal_flag
 from specsplit.errors import counted
 from specsplit.settings.distill import AcceptanceSettings
 
@@ -28,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
     from specsplit.distill.process import prepare_process
 
     prepare_process(settings.seed, settings.threads)
-    from specsplit.distill.acceptance import Round, acceptance, measure
+    from specsplit.decoding.loop import Round
+    from specsplit.distill.acceptance import acceptance, measure
     from specsplit.engines.loading import load_model
     from specsplit.experiment.dataset import first_turns, load_prompts, select_prompts
     from specsplit.experiment.progress import Bar
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         def show(request_id: str, rounds: Sequence[Round]) -> None:
             nonlocal done
             done += 1
-            accepted, drafted = sum(r.accepted for r in rounds), sum(r.drafted for r in rounds)
+            accepted, drafted = sum(r.accepted for r in rounds), sum(len(r.tree) for r in rounds)
             bar.to(done, f"{request_id}: {accepted} of {counted(drafted, 'drafted token')} accepted")
 
         rounds = measure(

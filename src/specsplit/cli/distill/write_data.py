@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from specsplit.cli.distill import add_target_flag, add_terminal_flag
+from specsplit.cli.distill import add_target_flag
 from specsplit.cli.flags import add_setting_flags, load_settings
+from specsplit.cli.measuring import add_terminal_flag
 from specsplit.errors import counted
 from specsplit.settings.distill import WritingSettings
 from specsplit.settings.measure import PromptSettings
