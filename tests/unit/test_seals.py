@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -10,12 +11,12 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
-from specsplit.io import read_json, sha256_file, write_json
+from specsplit.io import json_sha256, read_json, sha256_file, write_json
 from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RECORD, SEAL, open_experiment, write_sums
 from specsplit.provenance.run_file import write_run
 from specsplit.provenance.seal import seal_lists
@@ -351,18 +352,58 @@ def test_the_seal_that_says_that_it_is_of_an_archive(made_once: Path, tmp_path: 
 # ---- archive.zip
 
 
+MEMBERS = {
+    "more.txt": "x", "results/summary.csv": "gamma\n", "../up": "x", "results/empty/": "", "results/figures/": "x",
+    "SHA256SUMS.sig": "x", "results/provenance/SHA256SUMS.sig": "x", "results/archive.zip": "x",
+    "results/workers/more.json": "x",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("where", ["beside", "among the results"])
 def test_an_archive_with_a_file_more_or_twice(made_once: Path, tmp_path: Path, where: str) -> None:
     shutil.copytree(made_once / "results", tmp_path / "results")
     archive = tmp_path / ("archive.zip" if where == "beside" else "results/archive.zip")
     shown = archive if where == "beside" else tmp_path / "results"
-    for name, data in {"more.txt": "x", "results/summary.csv": "gamma\n", "../up": "x", "results/empty/": ""}.items():
+    shutil.copy(made_once / "archive.zip", archive)
+    assert named(shown) == {}
+    for name, data in list(MEMBERS.items())[: None if where == "beside" else 2]:
         shutil.copy(made_once / "archive.zip", archive)
-        assert named(shown) == {}
         with zipfile.ZipFile(archive, "a") as packed:
             packed.writestr(name, data)
         found = named(shown)
         assert name in found if where == "beside" else name in found["results/archive.zip"], found
+
+
+def member(info: zipfile.ZipInfo, **changes: Any) -> zipfile.ZipInfo:
+    for name, value in changes.items():
+        setattr(info, name, value)
+    return info
+
+
+REWRITTEN: dict[str, Callable[[zipfile.ZipInfo], Any]] = {
+    "results/./summary.csv": lambda info: member(copy.copy(info), filename="results/./summary.csv"),  # then as it was
+    "results/summary.csv": lambda info: member(info, external_attr=0o120777 << 16),  # a link where links are made
+    "results/peers.csv": lambda info: member(info, comment=b"x"),
+}
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_an_archive_that_is_unpacked_otherwise_elsewhere(made_once: Path, tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(made_once / "archive.zip") as source, zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        for info in source.infolist():
+            data = source.read(info)
+            if info.filename == str(PurePosixPath(name)):
+                other = REWRITTEN[name](info)
+                packed.writestr(other, data)
+            if info.filename not in packed.namelist():
+                packed.writestr(info, data)
+    assert set(named(tmp_path / "a.zip")) == {str(PurePosixPath(name))}
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"#!/bin/sh\n", b""), (b"", b"more")])
+def test_bytes_around_an_archive(made_once: Path, tmp_path: Path, before: bytes, after: bytes) -> None:
+    (tmp_path / "a.zip").write_bytes(before + (made_once / "archive.zip").read_bytes() + after)
+    assert "a.zip" in named(tmp_path / "a.zip")
 
 
 def test_another_archive_among_the_results(made_once: Path, tmp_path: Path) -> None:
@@ -476,6 +517,19 @@ def check(where: Path, signer: Path | None, wanted: int) -> str:
     return printed
 
 
+@pytest.mark.parametrize("name", ["provenance/SHA256SUMS.sig", "archive.zip.sig"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.write_text("x")])
+def test_what_is_no_signature(
+    made_once: Path, tmp_path: Path, name: str, make: Callable[[Path], Any], keys: tuple[Path, Path]
+) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(made_once / "results", results)
+    make(results / name)
+    assert f"{name}" in check(results, None, 1)  # without an archive its signature is a file more
+    shutil.copy(made_once / "archive.zip", results)
+    assert f"{name}" in check(results, None, 1)
+
+
 def test_what_cannot_be_signed_or_is_no_key(made_once: Path, tmp_path: Path, keys: tuple[Path, Path]) -> None:
     results = tmp_path / "results"
     shutil.copytree(made_once / "results", results)
@@ -499,3 +553,15 @@ def test_a_manifest_is_its_own_witness(made_once: Path, tmp_path: Path) -> None:
     assert named(results) == {SEAL: f"its hash of {MANIFEST} is not that of the file"}
     content = json.loads((results / "provenance" / "manifest.json").read_text())
     assert set(content) == {"files", "folders", "links", "sha256"}
+
+
+@pytest.mark.parametrize("key", ["files", "folders", "links"])
+def test_a_manifest_of_other_types_is_named(made_once: Path, tmp_path: Path, key: str) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(made_once / "results", results)
+    manifest = results / "provenance" / "manifest.json"
+    for value in (None, 1, [1], {"a": 1}, {"a": []}):
+        content = {name: part for name, part in read_json(manifest).items() if name != "sha256"} | {key: value}
+        write_json(manifest, {**content, "sha256": json_sha256(content)})
+        assert MANIFEST in named(results)
+        shutil.copy(made_once / "results" / "provenance" / "manifest.json", manifest)

@@ -64,7 +64,8 @@ def test_interval_of_a_mean_time_covers_the_truth(prompts: int, log_sd: float) -
 @pytest.mark.parametrize("rate", edges(0.5, 0.8, 0.95, 0.99))
 @pytest.mark.parametrize("between", [0.0, 0.05, 0.15])
 def test_interval_of_a_rate_covers_the_truth(prompts: int, rate: float, between: float) -> None:
-    """Beta-binomial counts, `between` the correlation of two trials of one prompt. Rates may be covered more often."""
+    """Beta-binomial counts, `between` the correlation of two trials of one prompt. Where most prompts show no failure
+    rates may be covered more often."""
     rng = np.random.default_rng(round(1000 * rate) + prompts)
     trials = rng.integers(8, 31, (1000, prompts))
     own = np.full(trials.shape, rate)
@@ -76,9 +77,9 @@ def test_interval_of_a_rate_covers_the_truth(prompts: int, rate: float, between:
     means = [bounded_mean_ci(k / n, 1.0, confidence=0.95) for k, n in zip(kept, trials, strict=True)]
     assert covered(counts, rate) >= 0.93
     assert covered(means, rate) >= 0.93
-    if rate <= 0.8 and between == 0.15 and prompts >= 16:  # no wider than it must where prompts tell
-        assert covered(counts, rate) <= 0.975
-        assert covered(means, rate) <= 0.975
+    if rate <= 0.8:  # no wider than it must where prompts tell; 1000 trials: two standard errors are 1.4 points
+        assert covered(counts, rate) <= 0.98
+        assert covered(means, rate) <= 0.98
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)
@@ -190,12 +191,14 @@ def test_few_prompts_have_no_interval(count: int) -> None:
     assert compare_jointly(table, table, confidence=0.95, samples=10, seed=0) is None
 
 
-def test_a_rate_without_a_failure_has_the_interval_of_as_many_trials_as_prompts() -> None:
+def test_a_rate_without_a_failure_has_the_interval_of_two_trials_a_prompt() -> None:
     low, high = rate_ci([30] * 16, [30] * 16, confidence=0.95)
     t = t_quantile(0.95, 15)
     assert high == 1.0
-    assert low == pytest.approx(16 / (16 + t * t))
+    assert low == pytest.approx(32 / (32 + t * t))
     assert rate_ci([0] * 16, [30] * 16, confidence=0.95) == pytest.approx((0.0, 1 - low))
+    assert bounded_mean_ci([4.0] * 16, 4.0, confidence=0.95) == pytest.approx((4 * low, 4.0))
+    assert rate_ci([1] * 16, [1] * 16, confidence=0.95)[0] == pytest.approx(16 / (16 + t * t))  # no more than there are
 
 
 def test_pairing_narrows_the_interval_of_correlated_requests() -> None:

@@ -64,7 +64,8 @@ class Finding:
             return [*lines, f"Nothing can be said of a speedup: {why}."]
         low, high = self.drafting[f"{name}_ci_low"], self.drafting[f"{name}_ci_high"]
         gain = with_interval(self.drafting, f"{name}_ci", level)
-        sole = not self.ties  # told from all others
+        failed = int(self.best["failed_requests"])
+        sole = not (self.ties or failed)  # told from all others, and not by what is missing
         if self.base == STREAM:
             lines = [f"{lines[0][:-1]}, {self._over_streamed(gain, fastest=sole and low > 1)}"]
         elif self.best["gamma"] == 0:
@@ -84,6 +85,11 @@ class Finding:
             lines += self._over_others(level)
         if self.ties:
             lines.append(f"Not distinguishable from {self.name} on these prompts: {'; '.join(self.ties)}.")
+        if failed:
+            lines.append(
+                f"Failed requests of {self.name}: {failed}. No number here has them in it, and where slow ones fail, "
+                "as at a time limit, what is left looks faster than it is."
+            )
         if self.unrated:
             lines.append(f"Not among these, for nothing to compare with was measured: {'; '.join(self.unrated)}.")
         return lines

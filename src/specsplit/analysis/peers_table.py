@@ -15,7 +15,7 @@ from specsplit.analysis.curves import BLUE, ORANGE
 from specsplit.analysis.drawing import GREY, house_style, new_figure, save_figure, settle_layout, spread
 from specsplit.analysis.measures import TIMES, median_over_repeats, metric_columns, paired_columns, ratio
 from specsplit.analysis.reading import read_records
-from specsplit.analysis.statistics import compare_jointly
+from specsplit.analysis.statistics import compare_jointly, level_of_each
 from specsplit.errors import counted
 from specsplit.experiment.peer_race import PeerRecord
 from specsplit.io import write_csv
@@ -45,7 +45,7 @@ def summarize_peers(
         requests that have it on both sides, and end to end per token over all requests. Below 1 this one is faster.
         Paired: the same prompts on both sides. Each interval is for itself.
     latency_joint_low_P, latency_joint_high_P
-        the interval of latency_vs_P that holds for all contenders at once.
+        the interval of latency_vs_P that holds for all contenders and peers at once.
     identical
         share of requests with, in every repeat, the text of our target alone.
     first_divergence
@@ -53,11 +53,13 @@ def summarize_peers(
     reason
         why it could not be raced; then nothing else is there.
     """
-    settings: dict[str, Any] = {"confidence": confidence, "samples": bootstrap_samples, "seed": seed}
     table = median_over_repeats(requests, ("contender", "request_id"), "identical")
     own = {str(name): rows.set_index("request_id") for name, rows in table.groupby("contender", sort=False)}
     order = sorted(own, key=lambda name: (own[name]["engine"].iloc[0] != "specsplit", _rank(name)))
     peers = [name for name in order if own[name]["engine"].iloc[0] != "specsplit"]
+    # Who compares with the fastest peer has picked it by its result.
+    level = level_of_each(confidence, len(peers))
+    settings: dict[str, Any] = {"confidence": level, "samples": bootstrap_samples, "seed": seed}
     joint = {peer: _joint_intervals(own, peer, settings) for peer in peers}
     result = []
     for name in order:
@@ -141,7 +143,7 @@ def write_peers(results_dir: Path, *, confidence: float = 0.95, **settings: Any)
 def draw_peers(requests: DataFrame, summary: DataFrame, path: Path, *, confidence: float = 0.95) -> list[Path]:
     """Draw ITL and TTFT of every contender, and whole texts beside the fastest peer, as `path` .png and .svg.
 
-    The fastest peer has the most tokens per second; the ratio's intervals hold for all contenders at once.
+    The fastest peer has the most tokens per second; the ratio's intervals hold for all contenders and peers at once.
     """
     table = median_over_repeats(requests, ("contender", "request_id"), "identical")
     summary = summary[summary["requests"] > 0]

@@ -5,10 +5,10 @@ MIN_PROMPTS prompts, and no quantile that fewer than one value is expected to ex
 
 - Ratios and means of positive numbers: Student's t on the logarithm, with the jackknife's standard error. Prompts of
   unequal weight count as fewer (Kish's effective number), which lowers the degrees of freedom.
-- Rates: Wilson's interval at an effective number of trials (Korn and Graubard 1998; Franco et al. 2019). The share
-  of the variance that lies between prompts is drawn towards 1, each trial of a prompt like the others, the more the
-  fewer prompts show a failure, and hardly where all do. So a rate without any failure has the interval of as many
-  trials as prompts. How fast that goes is chosen by simulation.
+- Rates: Wilson's interval at an effective number of trials (Korn and Graubard 1998; Franco et al. 2019). How alike the
+  trials of a prompt are, the jackknife tells where prompts show failures. Where few do, that is drawn towards LIKENESS,
+  with which a prompt counts as two trials: so does one of a rate without any failure. How fast that goes is chosen by
+  simulation, as is LIKENESS: the least that covers near 0 and 1 whatever the prompts have in common.
 - Several configurations: the maximum of the t statistics over all comparisons of a family (Hothorn, Bretz and
   Westfall 2008), its distribution simulated from normal samples with the correlations of the data.
 
@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from specsplit.errors import UserError
 
 MIN_PROMPTS = 6  # an interval of fewer says little but that nothing is known
+LIKENESS = 0.5  # of the variance of prompts whose trials are all alike, the share that is assumed where none is seen
 _UNKNOWN = (math.nan, math.nan)
 _CHUNK = 1 << 21  # normal draws at a time: 16 MB
 
@@ -90,7 +91,7 @@ def rate_ci(kept: ArrayLike, reached: ArrayLike, *, confidence: float) -> tuple[
     if top.size != bottom.size:
         raise ValueError(f"columns of different lengths: {[top.size, bottom.size]}")
     top, bottom = top[bottom > 0], bottom[bottom > 0]
-    return _wilson(top, bottom, confidence, least_share=_share_of_one_trial(bottom))
+    return _wilson(top, bottom, confidence)
 
 
 def bounded_mean_ci(values: ArrayLike, upper: float, *, confidence: float) -> tuple[float, float]:
@@ -102,7 +103,8 @@ def bounded_mean_ci(values: ArrayLike, upper: float, *, confidence: float) -> tu
     data = _numbers("values", values)
     if not upper > 0 or not np.isfinite(upper):
         return _UNKNOWN
-    low, high = _wilson(data / upper, np.ones_like(data), confidence, least_share=0.0)
+    trials = np.full_like(data, 1 / LIKENESS)  # how many is not known
+    low, high = _wilson(data / upper * trials, trials, confidence)
     return low * upper, high * upper
 
 
@@ -257,25 +259,19 @@ def _scaled(log: float, half: float) -> tuple[float, float]:
     return math.exp(log - half) if half < 700 else 0.0, math.exp(log + half) if half < 700 else math.inf
 
 
-def _share_of_one_trial(reached: Numbers) -> float:
-    """Of the variance of prompts whose trials are all alike, what is left when trials are independent."""
-    return float(reached.sum() / (reached @ reached)) if reached.size else 1.0
-
-
-def _wilson(top: Numbers, bottom: Numbers, confidence: float, *, least_share: float) -> tuple[float, float]:
+def _wilson(top: Numbers, bottom: Numbers, confidence: float) -> tuple[float, float]:
     count, total = top.size, float(bottom.sum())
     if count < MIN_PROMPTS:
         return _UNKNOWN
     rate = min(1.0, max(0.0, float(top.sum()) / total))
     prompts = total**2 / float(bottom @ bottom)  # effective number: Kish
-    share = 1.0
+    assumed = share = max(LIKENESS, prompts / total)  # not below that of independent trials
     if 0 < rate < 1:
         without = (top - rate * bottom) / (total - bottom)  # what leaving a prompt out changes, but for its sign
         variance = (count - 1) / count * float(without @ without)  # jackknife
-        share = min(1.0, max(least_share, variance * prompts / (rate * (1 - rate))))
         seen = min(int((top < bottom).sum()), int((top > 0).sum()))
-        trust = seen ** (1 + 2 * (seen / count) ** 2)
-        share = (share * trust + 1) / (trust + 1)
+        trust = seen ** (4 * (seen / count) ** 2)
+        share = (min(1.0, variance * prompts / (rate * (1 - rate))) * trust + assumed) / (trust + 1)
     trials = prompts / share
     t = t_quantile(confidence, max(1.0, prompts - 1))
     middle = (rate + t * t / (2 * trials)) / (1 + t * t / trials)

@@ -15,7 +15,7 @@ import specsplit
 from specsplit.errors import UserError, listed, why
 from specsplit.io import read_json_object, replacing
 from specsplit.provenance.capture import WORKFLOW_FILES, hash_tree
-from specsplit.provenance.crate import build_crate
+from specsplit.provenance.crate import WORKFLOW, build_crate
 from specsplit.provenance.facts import refuse_differences, run_facts
 from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RECORD, RESULTS, SEAL, read_sums, write_sums
 from specsplit.provenance.record import check_record
@@ -44,6 +44,11 @@ def write_archive(output: Path, result_files: Sequence[Path], root: Path) -> int
     await_workers(root / RESULTS)
     others = [*(record["workflow"]["config_files"] or ()), record["dataset"].get("source") or ""]
     collected = _collect(result_files, others, root, output)
+    if WORKFLOW not in collected:
+        raise UserError(
+            f"{root / WORKFLOW}: no such file, and an archive holds the workflow that made its results: run that in "
+            "its own folder, without --directory"
+        )
     content = {name: _read(path) for name, path in collected.items() if name not in UNSEALED}
     for name, data in content.items():
         _refuse_secrets(name, data)

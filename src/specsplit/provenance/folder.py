@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +23,7 @@ CONFIG = "results/provenance/config.json"
 PATCH = "results/provenance/changes.patch"
 SEAL = "results/provenance/SHA256SUMS"
 MANIFEST = "results/provenance/manifest.json"
+ARCHIVE = "results/archive.zip"  # verified by what it holds, as it holds the lists itself
 ARCHIVE_SUMS = "SHA256SUMS"
 CRATE = "ro-crate-metadata.json"
 WORKERS, OF_WORKERS = "results/workers", (".json", ".users", ".lock")
@@ -52,6 +55,13 @@ class Experiment:
     def seal(self) -> str:
         """The list of hashes that a signature is of: it vouches, through other lists, for every file."""
         return ARCHIVE_SUMS if self.archived else SEAL
+
+    @property
+    def unlisted(self) -> frozenset[str]:
+        """What no list of hashes has: signatures are of the lists, an archive among results has lists of its own."""
+        if self.archived:
+            return frozenset() if self.packed else frozenset({f"{ARCHIVE_SUMS}.sig"})
+        return frozenset({f"{SEAL}.sig", ARCHIVE, *([f"{ARCHIVE}.sig"] if self.at(ARCHIVE).exists() else [])})
 
     @property
     def signature(self) -> Path:
@@ -101,15 +111,25 @@ def _unpack(archive: Path, folder: Path) -> dict[str, str]:
     damaged = {}
     seen = set()
     try:
-        with zipfile.ZipFile(archive) as packed:
+        with zipfile.ZipFile(archive) as packed, archive.open("rb") as file:
+            begin, _, end = file.read(4), file.seek(-22, os.SEEK_END), file.read(4)
+            if (begin, end) != (b"PK\3\4", b"PK\5\6"):
+                damaged[archive.name] = "there are bytes before or after what it holds"
             for member in packed.infolist():
                 name, parts = member.filename, PurePosixPath(member.filename).parts
                 if not parts or ".." in parts or name.startswith("/"):
                     damaged[name] = "its name leads out of the archive"
                     continue
-                if name in seen:
+                if parts in seen:  # whatever they are called: `a/b`, `a/./b`
                     damaged[name] = "it is there more than once"
-                seen.add(name)
+                seen.add(parts)
+                if stat.S_IFMT(member.external_attr >> 16) not in (
+                    0,
+                    stat.S_IFDIR if member.is_dir() else stat.S_IFREG,
+                ):
+                    damaged[name] = "is unpacked as something else than a file"
+                if member.comment or (member.is_dir() and member.file_size):
+                    damaged[name] = "has bytes that are in no file"
                 target = folder.joinpath(*parts)
                 try:
                     if member.is_dir():
@@ -127,9 +147,11 @@ def _unpack(archive: Path, folder: Path) -> dict[str, str]:
 def list_files(folder: Path, prefix: str) -> tuple[set[str], set[str], dict[str, str]]:
     """What is below a folder: files, empty folders, and symbolic links with where they lead.
 
-    Names begin with `prefix`. A link is followed, and listed as what it leads to as well; what is neither a file nor a
-    folder counts as a file. What workers have in results/workers while they run is left out.
+    Names begin with `prefix`; empty for an archive. A link is followed, and listed as what it leads to as well; what is
+    neither a file nor a folder counts as a file. What workers have in results/workers while they run is left out, but
+    for an archive, where none runs.
     """
+    running = f"{WORKERS}/" if prefix else "\n"
     files, empty, links = set(), set(), {}
     waiting, seen = [(folder, prefix)], set()
     while waiting:
@@ -138,7 +160,7 @@ def list_files(folder: Path, prefix: str) -> tuple[set[str], set[str], dict[str,
             continue
         seen.add(real)
         entries = sorted(here.iterdir())
-        if not entries and name and not f"{name}/".startswith(f"{WORKERS}/"):
+        if not entries and name and not f"{name}/".startswith(running):
             empty.add(name)
         for path in entries:
             own = f"{name}/{path.name}" if name else path.name
@@ -146,7 +168,7 @@ def list_files(folder: Path, prefix: str) -> tuple[set[str], set[str], dict[str,
                 links[own] = str(path.readlink())
             if path.is_dir():
                 waiting.append((path, own))
-            elif not (own.startswith(f"{WORKERS}/") and path.suffix in OF_WORKERS):
+            elif not (own.startswith(running) and path.suffix in OF_WORKERS):
                 files.add(own)
     return files, empty, links
 

@@ -15,10 +15,19 @@ from typing import Any
 
 from specsplit.errors import UserError, listed, why
 from specsplit.io import json_sha256, read_json_object, replace_file, sha256_file
-from specsplit.provenance.folder import ARCHIVE_SUMS, CRATE, MANIFEST, RESULTS, SEAL, list_files, read_sums, write_sums
+from specsplit.provenance.folder import (
+    ARCHIVE,
+    ARCHIVE_SUMS,
+    CRATE,
+    MANIFEST,
+    RESULTS,
+    SEAL,
+    list_files,
+    read_sums,
+    write_sums,
+)
 from specsplit.provenance.steps import read_made, read_outputs, workflow_started
 
-ARCHIVE = f"{RESULTS}/archive.zip"  # verified by what it holds, as it holds the lists itself
 SIGNATURES = (f"{SEAL}.sig", f"{ARCHIVE}.sig", f"{ARCHIVE_SUMS}.sig")
 # What no list of this module has. MANIFEST is in SEAL, and all of them are in the SHA256SUMS of an archive.
 UNSEALED = (SEAL, MANIFEST, ARCHIVE, ARCHIVE_SUMS, CRATE, *SIGNATURES)
@@ -119,9 +128,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     digest = content.pop("sha256", None)
     try:
         whole = digest == json_sha256(content) and path.read_bytes() == _manifest_text(content).encode()
-        if not whole or set(content) != {"files", "folders", "links"}:
+        files, folders, links = content["files"], content["folders"], content["links"]
+        texts = {*files, *files.values(), *folders, *links, *links.values()}
+        if not whole or len(content) > 3 or not all(isinstance(text, str) for text in texts):
             raise ValueError
-    except (ValueError, OSError):
+    except (ValueError, OSError, KeyError, TypeError, AttributeError):
         raise UserError("its content is not that of its own hash") from None
     return content
 

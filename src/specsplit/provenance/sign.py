@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from specsplit.errors import UserError, why
 from specsplit.io import replace_file
-from specsplit.provenance.folder import Experiment
+from specsplit.provenance.folder import ARCHIVE, Experiment, open_experiment
 from specsplit.provenance.verify import verify
 
 NAMESPACE = "specsplit"  # so that a signature of something else cannot be taken for one of these
@@ -48,7 +49,9 @@ def check_signature(experiment: Experiment, signer: Path | None) -> tuple[str, s
     """
     signature, seal = experiment.signature, experiment.at(experiment.seal)
     keys = _public_keys(signer) if signer is not None else []
-    if not signature.is_file():
+    if signature.exists() and not signature.is_file():
+        return "is no plain file", ""
+    if not signature.exists():
         return ("missing: the results are not signed" if keys else "", "")
     if not seal.is_file():
         return f"{experiment.seal}, of which it is, is missing", ""
@@ -65,6 +68,16 @@ def check_signature(experiment: Experiment, signer: Path | None) -> tuple[str, s
         whose = f"a key of {signer}" if keys else "its key"
         return f"is no signature of {experiment.seal} by {whose}: {said}", ""
     return "", said if keys else f"{said}; --signer tells whether that is the key you trust"
+
+
+def check_signatures(experiment: Experiment, signer: Path | None) -> Iterator[tuple[Path, str, str]]:
+    """(signature, problem, note) of `check_signature`, and of the archive among the results where that is signed."""
+    yield experiment.signature, *check_signature(experiment, signer)
+    archive = experiment.at(ARCHIVE)
+    beside = archive.with_name(f"{archive.name}.sig")
+    if not experiment.archived and archive.is_file() and beside.exists():
+        with suppress(UserError), open_experiment(archive) as packed:  # no archive: verify says so
+            yield beside, *check_signature(packed, signer)
 
 
 def _public_keys(path: Path) -> list[str]:

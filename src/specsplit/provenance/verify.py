@@ -16,25 +16,28 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from specsplit.errors import UserError, counted, why
+from specsplit.errors import UserError, counted, listed, why
 from specsplit.io import combined_sha256, json_sha256, read_json, read_json_object, sha256_file
 from specsplit.provenance.facts import read_run_alone
 from specsplit.provenance.folder import (
+    ARCHIVE,
     ARCHIVE_SUMS,
     CONFIG,
     CRATE,
     MANIFEST,
+    OF_WORKERS,
     PATCH,
     RECORD,
     RESULTS,
     SEAL,
+    WORKERS,
     Experiment,
     list_files,
     open_experiment,
     read_sums,
 )
 from specsplit.provenance.record import check_record
-from specsplit.provenance.seal import ARCHIVE, SIGNATURES, read_manifest
+from specsplit.provenance.seal import read_manifest
 
 SOURCE = "src/specsplit"
 # What `run_code_sha256` covers in a record that does not list its files: folders and files of the package as it was.
@@ -84,8 +87,7 @@ class _Verification:
         self.record = self._read_record()
         root, prefix = (experiment.root, "") if experiment.archived else (experiment.results, RESULTS)
         files, self.empty, self.links = list_files(root, prefix) if root.is_dir() else (set(), set(), {})
-        # The archive in a results folder is looked into, and signatures are of the lists.
-        self.found = files - {*SIGNATURES, ARCHIVE}
+        self.found = files - experiment.unlisted
 
     def run(self) -> Verdict:
         for file, problem in self.experiment.damaged.items():
@@ -100,6 +102,9 @@ class _Verification:
             self._check_record(self.record)
         if not self.experiment.archived:
             self._check_archive()
+            files = self.experiment.at(WORKERS).rglob("*")
+            if of_workers := sorted(path.name for path in files if path.suffix in OF_WORKERS and path.stat().st_size):
+                self.verdict.notes.append(f"{WORKERS} has files of running workers, not sealed: {listed(of_workers)}")
         return self.verdict
 
     def blame(self, file: str, problem: str) -> None:
@@ -149,7 +154,7 @@ class _Verification:
         for name in names:
             if not self.experiment.at(name).is_file() and not (name == MANIFEST and self.former):
                 self.blame(name, "missing: nothing can take its place")
-        omits, lists = {*SIGNATURES, ARCHIVE}, []
+        omits, lists = set(self.experiment.unlisted), []
         for name in READERS:
             omits.add(name)
             if name in read:
@@ -245,7 +250,7 @@ class _Verification:
             if not self.experiment.at(folder).is_dir():
                 self.blame(f"{_shown(folder)}/", f"missing; {MANIFEST} lists this empty folder")
         for link in sorted({*self.links, *listed["links"]}, key=_shown):
-            if link not in SIGNATURES and self.links.get(link) != listed["links"].get(link):
+            if link not in self.experiment.unlisted - {ARCHIVE} and self.links.get(link) != listed["links"].get(link):
                 now = f"a symbolic link to {self.links[link]}" if link in self.links else "no symbolic link any more"
                 self.blame(_shown(link), f"{_shown(now)}; {MANIFEST} says otherwise")
 
@@ -261,6 +266,10 @@ class _Verification:
                     self.blame(ARCHIVE, f"{file} in it: {problem}")
                 if inside.sha256(RECORD) != self.sha256(RECORD):
                     self.blame(ARCHIVE, "it is of other results: its record is not the one here")
+                names = [name for name in inside.found - READERS.keys() if name.startswith(f"{RESULTS}/")]
+                other = [_shown(name) for name in sorted(names) if inside.sha256(name) != self.sha256(name)]
+                if other := [name for name in other if not name.startswith(f"{RESULTS}/logs/")]:  # which go on
+                    self.verdict.notes.append(f"{ARCHIVE} has other files than there are here: {listed(other)}")
         except UserError as error:
             self.blame(ARCHIVE, str(error))
         if ARCHIVE not in self.verdict.differing:
@@ -344,6 +353,8 @@ def _crate_hashes(path: Path) -> dict[str, str]:
     # Models have one too: of their weights, which are elsewhere.
     graph = read_json_object(path)["@graph"]
     files = [entity for entity in graph if "sha256" in entity and not entity["@id"].startswith("#")]
+    if any(type(entity["sha256"]) is not str for entity in files):
+        raise UserError("a hash in it is no text")
     return {unquote(entity["@id"]): entity["sha256"] for entity in files}
 
 

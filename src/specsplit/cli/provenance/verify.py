@@ -19,16 +19,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from specsplit.provenance.folder import open_experiment
-    from specsplit.provenance.sign import check_signature
+    from specsplit.provenance.sign import check_signatures
     from specsplit.provenance.verify import verify
 
     with open_experiment(args.where) as experiment:
         verdict = verify(experiment)
-        problem, note = check_signature(experiment, args.signer)
-        if problem:
-            verdict.differing[str(experiment.signature)] = problem
-        if note:
-            verdict.notes.append(note)
+        for signature, problem, note in check_signatures(experiment, args.signer):
+            if problem:
+                verdict.differing[str(signature)] = problem
+            if note:
+                verdict.notes.append(note)
     for note in verdict.notes:
         print(f"note: {note}")
     for file, problem in sorted(verdict.differing.items()):
