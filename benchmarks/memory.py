@@ -23,6 +23,7 @@ from transformers import AutoConfig
 import specsplit
 from specsplit.launch.endpoint import Endpoint
 from specsplit.launch.start import own_workers, start_worker
+from specsplit.models.fingerprint import gguf_weights
 from specsplit.models.sources import resolve_model
 
 MB = 1e6
@@ -87,14 +88,17 @@ def worker_flags(args: argparse.Namespace, dtype: str) -> list[str]:
 def budget(args: argparse.Namespace, dtype: str, endpoint: Endpoint) -> dict[str, float]:
     """What the settings ask for: MB of weights, and of keys and values of all sessions; zero without weights."""
     folder, manifest = resolve_model(args.model)
-    cache = 0
-    if "weights_sha256" in manifest["fingerprint"] and (folder / "config.json").is_file():
+    weights, cache = endpoint.worker["parameters"] * BYTES[dtype], 0
+    has_weights = "weights_sha256" in manifest["fingerprint"]
+    if has_weights and dtype == "float32" and (gguf := gguf_weights(folder)):
+        weights = gguf.stat().st_size  # kept in its blocks
+    if has_weights and (folder / "config.json").is_file():
         config = AutoConfig.from_pretrained(folder).get_text_config()
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         tokens = endpoint.worker["max_context"] * args.max_sessions
         cache = 2 * config.num_hidden_layers * heads * head * tokens * CACHE_BYTES
-    return {"weights_mb": endpoint.worker["parameters"] * BYTES[dtype] / MB, "cache_mb": cache / MB}
+    return {"weights_mb": weights / MB, "cache_mb": cache / MB}
 
 
 def fill_and_write(args: argparse.Namespace, endpoints: dict[str, Endpoint], report: dict[str, Any]) -> None:
