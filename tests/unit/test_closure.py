@@ -138,7 +138,7 @@ def names_of(module: Path) -> set[str]:
 
 
 def test_a_rule_depends_on_the_commands_that_it_runs() -> None:
-    """`code_of` names the commands or the script of the rule; start_worker has none, for a worker is no result."""
+    """`code` names the commands or the script of the rule; start_worker has none, for a worker is no result."""
     checked = 0
     for file in sorted(RULES.glob("*.smk")):
         for rule in re.split(r"^rule ", file.read_text(), flags=re.MULTILINE)[1:]:
@@ -148,7 +148,7 @@ def test_a_rule_depends_on_the_commands_that_it_runs() -> None:
             scripts = set(re.findall(r"scripts/(\w+\.py)", rule))
             if name in {"start_worker", "archive"} or not runs | scripts:
                 continue
-            declared = re.search(r"code=code_of\((.*?)\)", rule)
+            declared = re.search(r"code=\[(.*?)\]", rule)
             assert declared, name
             assert set(re.findall(r'"(.*?)"', declared[1])) - {"race", "serve"} == runs | scripts, name
             checked += 1

@@ -100,7 +100,7 @@ class Finding:
         if self.best["setup"] == STREAMED:
             return f"no draft was faster than {other}: the best, {self.drafting_name}, has a speedup of {gain} over it."
         if self.best["gamma"] == 0:
-            alone = f"over {other} no draft had a larger speedup than the target alone through the loop"
+            alone = f"no draft had a larger speedup over {other} than the target alone through the loop"
             return f"{alone}: the best, {self.drafting_name}, has {gain}."
         if fastest:
             return f"{self.name} is fastest: a speedup of {gain} over {other}."
