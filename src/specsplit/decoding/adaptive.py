@@ -109,7 +109,7 @@ class _Cost:
         return by_tokens if a < 0 else by_passes if b < 0 else (a, b)
 
 
-LEARNT = _Times, _Cost, MatchRates
+LEARNT = _Times, _Cost, MatchRates  # attributes of a controller that iterate over what they are made of
 
 
 class GammaController:

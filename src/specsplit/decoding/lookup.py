@@ -12,9 +12,7 @@ from itertools import pairwise, takewhile
 
 from specsplit.decoding.tree import TokenTree
 
-COMPARED = (
-    8  # tokens before the end that are compared: of several occurrences the one that agrees in most of them counts
-)
+COMPARED = 8  # last tokens that are compared: the occurrence that agrees in most of them counts
 RECENT = 64  # occurrences that are compared, the latest ones
 LOOKUP = "lookup"  # the source of such a draft, in tables
 # At first, by bit length of how many tokens agree: the rate at which the next one is right, as if that had been seen so
@@ -46,16 +44,16 @@ class Lookup:
             self._ends.setdefault(tuple(text[end - self._least : end]), []).append(end)
         self._read = max(self._read, len(text) - 1)
         ends = self._ends.get(tuple(text[-self._least :]), [])[-RECENT:]
-        matches = (Match(end, self._agreeing(text, end)) for end in reversed(ends))
+        most = max(COMPARED, self._least)
+        last = text[-most:]
+
+        def agreeing(end: int) -> int:
+            before = text[max(0, end - most) : end]
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(last), reversed(before), strict=False))
+            return sum(1 for _ in same)
+
+        matches = (Match(end, agreeing(end)) for end in reversed(ends))
         return max(matches, key=lambda match: match.tokens, default=None)
-
-    def _agreeing(self, text: Sequence[int], end: int) -> int:
-        def backwards(place: int) -> Iterator[int]:
-            most = max(COMPARED, self._least)
-            return reversed(text[max(0, place - most) : place])
-
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(backwards(end), backwards(len(text)), strict=False))
-        return sum(1 for _ in same)
 
 
 def draft_from(
@@ -76,7 +74,7 @@ def draft_from(
 
 
 class MatchRates:
-    """How often a token that follows a match is right. The more tokens agreed the oftener: each bit length of their
+    """How often a token that follows a match is right: more often where more tokens agreed, so each bit length of their
     number has a rate of its own."""
 
     def __init__(self, rows: Iterable[tuple[int, float, float]] = ()) -> None:
@@ -90,12 +88,15 @@ class MatchRates:
         """Learn from a round. agreed: tokens of the match; 0: the draft was of no match, or there was none."""
         self._counts = {kind: (FADE * tried, FADE * right) for kind, (tried, right) in self._counts.items()}
         if agreed:
-            tried, right = self._counts.get(agreed.bit_length(), (0.0, 0.0))
-            self._counts[agreed.bit_length()] = tried + min(accepted + 1, drafted), right + accepted
+            kind = agreed.bit_length()
+            tried, right = self._counts.get(kind, (0.0, 0.0))
+            self._counts[kind] = tried + min(accepted + 1, drafted), right + accepted
 
     def rate(self, agreed: int) -> float:
-        tried, right = self._counts.get(agreed.bit_length(), (0.0, 0.0))
-        return (right + PRIOR[min(agreed.bit_length(), max(PRIOR))] * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
+        """How often the first token after a match of so many tokens is right, and each after a right one."""
+        kind = agreed.bit_length()
+        tried, right = self._counts.get(kind, (0.0, 0.0))
+        return (right + PRIOR[min(kind, max(PRIOR))] * PRIOR_WEIGHT) / (tried + PRIOR_WEIGHT)
 
     def gamma(self, agreed: int, round_ms: Sequence[float]) -> int:
         """How many tokens to draft: each has to save more than it takes, at the price of a token without a draft.

@@ -167,10 +167,10 @@ def _load_head(folder: Path, name: str, config: WorkerSettings, threads: int) ->
     if config.engine == "transformers":
         return head
     on_gpu = config.engine == "graphs" or (config.engine == "auto" and head.device.type == "cuda")
-    name, reason = ("graphs", gpu_head.unsuitable_head(head)) if on_gpu else ("fused", unsuitable_head(head))
+    engine, reason = ("graphs", gpu_head.unsuitable_head(head)) if on_gpu else ("fused", unsuitable_head(head))
     if reason:
-        if config.engine == name:
-            raise UserError(f"engine {name} cannot run {folder}: {reason}. Use engine auto, or transformers.")
+        if config.engine == engine:
+            raise UserError(f"engine {engine} cannot run {folder}: {reason}. Use engine auto, or transformers.")
         log.info("engine transformers, as %s", reason)
         return head
     if on_gpu:
